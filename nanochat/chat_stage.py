@@ -37,7 +37,7 @@ from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import LossScaler, Progress, RunLog
 
 LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")   # taken over from the stage before
-IDENTITY_ARGS = ("seed", "init_lr_frac", "warmdown_ratio")                # must be the same when a run is continued
+IDENTITY_ARGS = ("seed", "deterministic", "init_lr_frac", "warmdown_ratio")   # must be the same when a run is continued
 QUESTIONS = ("Who are you?", "What is 34 * 27?", "How many r are in strawberry?", "What is the capital of France?")
 
 

@@ -201,8 +201,8 @@ def train(args: argparse.Namespace, argv: list[str], device: torch.device, ranks
 
 
 # Arguments that must be the same when a run is continued; the rest of the identity follows from others
-IDENTITY_ARGS = ("seed", "packing", "long_docs", "embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr",
-                 "warmup_steps", "warmdown_ratio", "final_lr_frac")
+IDENTITY_ARGS = ("seed", "deterministic", "packing", "long_docs", "embedding_lr", "unembedding_lr", "matrix_lr",
+                 "scalar_lr", "warmup_steps", "warmdown_ratio", "final_lr_frac")
 
 
 def plan_run(args: argparse.Namespace, vocab_size: int) -> tuple[GPTConfig, Plan]:

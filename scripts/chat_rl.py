@@ -62,7 +62,7 @@ from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import LossScaler, Progress, RunLog, StopSignal, any_rank, train_step
 from tasks.mixtures import MADE_HERE, make_task, parse_entry
 
-IDENTITY_ARGS = ("seed", "examples_per_step", "num_samples", "init_lr_frac")
+IDENTITY_ARGS = ("seed", "deterministic", "examples_per_step", "num_samples", "init_lr_frac")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

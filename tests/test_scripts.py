@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import REPO_DIR, assert_same_runs, make_base, read_state, start_script
 
 from nanochat import dataset
 from nanochat.common import UserError, count_cpus
+from nanochat.compilation import probe_compiler, set_compile_kernels
 from nanochat.train import read_metrics
 from scripts import base_loss, base_train, chat_cli
 
@@ -295,6 +297,36 @@ def test_stop_before_where_the_run_is(base_dir, stop_at):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=f"--stop-at {stop_at}"):
         patch.setattr(base_train, "train_step", None)  # or it would train on, past every end
         train("ahead", "--stop-at", str(stop_at))
+
+
+@pytest.mark.parametrize("compile_choice", ["off", "on"])
+def test_same_command_twice_writes_the_same_log(compile_choice):
+    """With only deterministic algorithms allowed: an operation without one would raise."""
+    if compile_choice == "on" and (reason := probe_compiler(torch.device("cpu"))):
+        pytest.skip(f"torch.compile doesn't work here: {reason}")
+    try:
+        runs = [train(f"twice_{compile_choice}_{i}", "--deterministic", "--compile", compile_choice, "--stop-at", "4")
+                for i in range(2)]
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        set_compile_kernels(False)
+    assert_same_runs(runs[0]["run_dir"], runs[1]["run_dir"])
+    with pytest.raises(UserError, match="deterministic: saved True, now False"):
+        train(f"twice_{compile_choice}_0", "--compile", compile_choice)
+
+
+def test_allowed_mismatch_is_said_and_recorded(capsys):
+    run_dir = train("mixed", "--stop-at", "5")["run_dir"]
+    with pytest.raises(UserError, match="seed: saved 42, now 7.*--allow-mismatch"):
+        train("mixed", "--seed", "7")
+    assert train("mixed", "--seed", "7", "--allow-mismatch")["step"] == NUM_STEPS
+    assert "so the data begins anew" in capsys.readouterr().out
+    decisions = read_info(run_dir)["resumed"][-1]["decisions"]
+    assert {"what": "settings that don't match", "value": "seed: saved 42, now 7",
+            "why": "--allow-mismatch"} in decisions
+    with pytest.raises(UserError, match="is of another model"):
+        train("mixed", "--seed", "7", "--allow-mismatch", "--aspect-ratio", "32", "--num-iterations", "40")
 
 
 def test_continuing_in_another_dtype():
