@@ -33,6 +33,9 @@ def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = ()) -> Mi
     train, val, weights, parts = [], [], [], {}
     for entry in entries:
         name, count, weight = parse_entry(entry)
+        if name in parts:
+            raise UserError(f"--tasks names {name} twice; name it once, with a WEIGHT to use it more often, such as "
+                            f"{name}:{count or ''}:2")
         try:
             train.append(make_task(name, "train", count))
             val.append(make_task(name, VAL_SPLITS.get(name, "test"), min(count or MAX_VAL_MADE, MAX_VAL_MADE)
@@ -43,15 +46,20 @@ def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = ()) -> Mi
         weights.append(weight)
         parts[name] = f"{len(train[-1])} x{weight:g}"
     for path in custom_paths:
-        whole = CustomJSON(path)
+        whole, name = CustomJSON(path), Path(path).name
+        if name in parts:
+            raise UserError(f"two files or tasks are called {name}, so records couldn't tell them apart; rename one")
         num_train = len(whole) - len(whole) // CUSTOM_VAL_ONE_IN
         train.append(CustomJSON(path, stop=num_train))
         val.append(CustomJSON(path, start=num_train))
         weights.append(1.0)
-        parts[Path(path).name] = f"{num_train} x1, sha256 {hash_file(Path(path).expanduser())[:16]}"
+        parts[name] = f"{num_train} x1, sha256 {hash_file(Path(path).expanduser())[:16]}"
     if not train:
         raise UserError(f"there is nothing to learn from: name some --tasks ({', '.join(TASKS)}) or a --custom-json")
-    return Mixture(TaskMixture(train, weights), TaskMixture(val), parts)
+    mixture = TaskMixture(train, weights)
+    if unused := [name for name, num in zip(parts, mixture.counts, strict=True) if not num]:
+        raise UserError(f"of {unused[0]} nothing would be used; give it a larger COUNT or WEIGHT")
+    return Mixture(mixture, TaskMixture(val), parts)
 
 
 def parse_entry(entry: str) -> tuple[str, int | None, float]:

@@ -47,6 +47,17 @@ def test_counts_weights_and_held_out_conversations(tmp_path):
     assert not questions[0] & questions[1]
 
 
+def test_nothing_is_named_twice_or_for_nothing(tmp_path):
+    with pytest.raises(UserError, match="names Identity twice; .* such as Identity:5:2"):
+        make_mixture(["Identity:20", "Identity:5"])
+    with pytest.raises(UserError, match="of Identity nothing would be used"):
+        make_mixture(["Arithmetic:20", "Identity:20:0.001"])
+    (tmp_path / "other").mkdir()
+    paths = [write_conversations(folder / "mine.jsonl", 20) for folder in (tmp_path, tmp_path / "other")]
+    with pytest.raises(UserError, match="two files or tasks are called mine.jsonl"):
+        make_mixture([], paths)
+
+
 def test_small_file_is_trained_on_whole(tmp_path):
     mixture = make_mixture([], [write_conversations(tmp_path / "mine.jsonl", 19)])
     assert len(mixture.train) == 19 and len(mixture.val) == 0
