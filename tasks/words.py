@@ -15,6 +15,7 @@ from tasks.embedded import iter_docstrings
 
 LIST_REPO = "dwyl/english-words"    # public domain (Unlicense)
 LIST_NAME = "words_alpha.txt"
+KEPT_NAME = "words_found.txt"   # those of the texts, where the list can't be had; delete it to have them found anew
 LIST_URL = f"https://raw.githubusercontent.com/{LIST_REPO}/refs/heads/master/{LIST_NAME}"
 TIMEOUT_SECONDS = 10
 MIN_LIST_WORDS = 100_000    # of an answer that is the list and not some page in its place
@@ -23,23 +24,34 @@ MIN_OCCURRENCES = 3         # in a text: rarer strings are mostly names and miss
 MAX_TEXT_CHARS = 10_000_000 # of a corpus are read for their words, which takes about a second
 
 
-def load_words(download: bool = True) -> list[str]:
+def load_words() -> list[str]:
     """Lower-case words of the letters a-z, sorted: the published list, the corpus's words, or the docstrings' words.
 
-    download: fetch the published list if it isn't there
+    What is found is kept in the base folder: a run that is resumed, and the next stage's evaluation, must ask for the
+    same words, though a network or another corpus may have come meanwhile.
     """
-    path = find_list() or (download_list() if download else None)
+    kept = get_base_dir() / KEPT_NAME
+    path = find_list() or (kept if kept.exists() else download_list())
     if path:
         return read_list(path)
+    with file_lock(kept):
+        if not kept.exists():  # another rank may have been first
+            words, source = find_words()
+            print0(f"words to spell: those of {source} ({LIST_NAME} isn't there), kept in {kept}")
+            write_atomic(kept, "\n".join(words) + "\n")
+    return read_list(kept)
+
+
+def find_words() -> tuple[list[str], str]:
+    """The words of the texts on this machine, and which texts those are."""
     for manifest in sorted(get_base_dir().glob("data/*/manifest.json")):
         try:
             documents = iter_documents(load_shards(str(manifest.parent)).train)
         except UserError:
             continue    # not complete: not at hand
-        print0(f"words to spell: those of the corpus {manifest.parent.name} ({LIST_NAME} isn't there)")
-        return collect_words(take_chars(documents, MAX_TEXT_CHARS))
-    print0(f"words to spell: those of Python's docstrings ({LIST_NAME} isn't there)")
-    return collect_words(doc for _, doc in iter_docstrings())
+        if words := collect_words(take_chars(documents, MAX_TEXT_CHARS)):
+            return words, f"the corpus {manifest.parent.name}"
+    return collect_words(doc for _, doc in iter_docstrings()), "Python's docstrings"
 
 
 def collect_words(texts: Iterable[str]) -> list[str]:

@@ -213,10 +213,14 @@ def test_words_of_the_corpus_then_of_docstrings(base_dir, tmp_path, capsys):
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"text": "once xyz."}]))
     make_dataset(["--source", "files", "--path", str(tmp_path / "texts.jsonl"), "--name", "mine"])
     capsys.readouterr()
-    found = load_words(download=False)
+    assert load_words() == words and not capsys.readouterr().out    # the same, and the network isn't asked again
+    (base_dir / words_module.KEPT_NAME).unlink()
+    found = load_words()
     assert {"harbour", "quay", "the"} <= set(found) and "once" not in found
     assert "the corpus mine" in capsys.readouterr().out
     assert SimpleSpelling("train", words=found)[0]["word"] in found
+    (base_dir / "words_alpha.txt").write_text("apple\n")             # a person's own list goes first
+    assert load_words() == ["apple"]
 
 
 def test_collect_words_keeps_words_only():
