@@ -4,6 +4,7 @@ A run takes over that stage's model, tokenizer, optimizer state, batch and learn
 """
 
 import argparse
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.checkpoint_manager import Checkpoint, Checkpointer
-from nanochat.common import Ranks, get_environment, print0
+from nanochat.common import Ranks, UserError, get_environment, print0
 from nanochat.conversations import ConversationGroups, Epoch, Mixture, count_epoch, validation_conversations
 from nanochat.dataloader import TrainLoader, ValidationBatches
 from nanochat.gpt import GPT, GPTConfig, estimate_flops
@@ -86,6 +87,9 @@ def plan_chat_run(stage: str, args: argparse.Namespace, source: Checkpoint, run_
                   scales_lr: bool) -> ChatStart:
     """Choose the rows and the horizon, and compare them with those of the run that is continued, if any. Collective."""
     start_time = time.perf_counter()
+    if not 0 < args.init_lr_frac < math.inf or not 0 <= args.warmdown_ratio <= 1:
+        raise UserError(f"--init-lr-frac {args.init_lr_frac:g} must be above 0 and --warmdown-ratio "
+                        f"{args.warmdown_ratio:g} from 0 to 1")
     step = checkpoints.find_resume_step(run_dir, args.resume)
     saved = {} if step is None else checkpoints.load_meta(run_dir, step)
     tokenizer = checkpoints.load_run_tokenizer(source.meta)
