@@ -247,12 +247,17 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     if args.out.exists():
         raise UserError(f"--out {args.out} is there already; delete it or choose another name")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out} can't be made ({error.strerror}); choose another folder") from None
     if args.endpoint:
         conversations = generate(args, read_text("--about", args.about))
     else:
         named = {key: value for key, value in (("name", args.name), ("author", args.author)) if value}
         fields = DEFAULT_FIELDS | named | dict(pair.split("=", 1) for pair in args.set)
+        if blank := next((key for key, value in fields.items() if not value.strip()), None):
+            raise UserError(f"{{{{{blank}}}}} would be filled with nothing; give it a value")
         templates = read_templates(args.templates, fields) if args.templates else list(IDENTITY)
         conversations = fill_templates(templates, fields, args.num, args.seed)
     lines = [json.dumps(parse_conversation(row), ensure_ascii=False) + "\n" for row in conversations]
