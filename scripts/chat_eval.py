@@ -6,7 +6,8 @@
     torchrun --standalone --nproc-per-node 8 -m scripts.chat_eval -i sft
 
 A record of each problem (answers, scores) is kept in $NANOCHAT_BASE_DIR/runs/<stage>/<tag>/chat_eval/<step>_<settings>:
-the same command goes on from there. A task that can't be evaluated is reported, and the others go on.
+the same command goes on from there, and other tasks join those that are done. A task that can't be evaluated is
+reported, and the others go on.
 """
 
 import argparse
@@ -82,10 +83,13 @@ def main(argv: list[str] | None = None) -> dict:
             continue
         print0(format_result(name, results[name]) + f" {time.perf_counter() - task_start:8.1f}")
 
-    chat = combine_tasks(results, missing)
     if not results:
         raise UserError(f"none of the tasks could be evaluated; the first, {args.task_name[0]}: "
                         f"{missing[args.task_name[0]]}")
+    earlier = read_earlier(records_dir / "results.json", args.task_name, args.max_problems)
+    for name, result in earlier.items():
+        print0(format_result(name, result) + f" {'before':>8s}")
+    chat = combine_tasks(earlier | results, missing)
     what = describe_metric(chat)
     if chat["chatcore"] is not None:
         print0(f"{what:34s} {chat['chatcore']:16.4f}")
@@ -94,6 +98,16 @@ def main(argv: list[str] | None = None) -> dict:
         write_report(chat, args.source, run_dir, step, made_with, sys.argv if argv is None else argv,
                      time.perf_counter() - start_time)
     return {"run_dir": str(run_dir), "step": step, "records_dir": str(records_dir), **chat}
+
+
+def read_earlier(path: Path, task_names: list[str], max_problems: int) -> dict[str, dict]:
+    """What other tasks gave before, on as many problems: tasks that are evaluated one by one are one evaluation."""
+    try:
+        saved = json.loads(path.read_text())
+        return {name: result for name, result in saved["tasks"].items()
+                if saved["max_problems"] == max_problems and name not in task_names}
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):  # none, or one that is damaged
+        return {}
 
 
 def format_result(name: str, result: dict) -> str:

@@ -452,6 +452,16 @@ def test_script(run, hub, tmp_path, capsys, monkeypatch):
         run("-x", "4", "-m", "13")  # other settings have other records
 
 
+def test_tasks_evaluated_one_by_one_are_one_evaluation(run, tmp_path):
+    parts = [run("-x", "4", "-a", name) for name in ("GSM8K", "SpellingBee", "GSM8K")]
+    whole = run("-x", "4", "-a", "GSM8K", "SpellingBee")
+    assert [list(part["tasks"]) for part in parts] == [["GSM8K"], ["GSM8K", "SpellingBee"], ["SpellingBee", "GSM8K"]]
+    assert parts[1] == whole and parts[2]["chatcore"] == whole["chatcore"]
+    section = json.loads((tmp_path / "report" / "chat_eval_sft.json").read_text())
+    assert section["metrics"].keys() >= {"GSM8K", "SpellingBee"}
+    assert list(run("-x", "3", "-a", "GSM8K")["tasks"]) == ["GSM8K"]    # fewer problems are another evaluation
+
+
 def test_script_when_nothing_can_be_evaluated(run, hub):
     shutil.rmtree(hub)
     with pytest.raises(UserError, match="none of the tasks could be evaluated; the first, MMLU: cais/mmlu can't be"):
