@@ -292,14 +292,18 @@ def evaluate_task(model: GPT, tokenizer, name: str, *, max_problems: int = -1, s
     if records_dir and rank == 0:
         with contextlib.suppress(OSError):  # the parts are there still
             write_records(records_dir, name, list(records.values()))
-    return summarize([records[problem.get_key()] for problem in problems], task)
+    return summarize([records[problem.get_key()] for problem in problems], task,
+                     num_different=len({problem.prompt for problem in problems}))
 
 
-def summarize(records: list[dict], task: Task) -> dict:
-    """The figures of one task from the records of its problems."""
+def summarize(records: list[dict], task: Task, num_different: int) -> dict:
+    """The figures of one task from the records of its problems.
+
+    num_different: of them, which is what the interval rests on: a task that is made here may ask a question again
+    """
     means = [sum(record["scores"]) / len(record["scores"]) for record in records]
     accuracy = sum(means) / len(means)
-    low, high = wilson_interval(accuracy, len(means))
+    low, high = wilson_interval(accuracy, num_different)
     baseline = CHOICE_BASELINE if task.eval_type == "categorical" else 0.0
     result = {"accuracy": accuracy, "low": low, "high": high, "centered": (accuracy - baseline) / (1 - baseline),
               "num_problems": len(means), "num_cut": sum(record["num_cut"] for record in records)}

@@ -210,6 +210,14 @@ def test_accuracy_is_counted_and_centered(hub, model, tokenizer, monkeypatch):
     assert (result["low"], result["high"]) == wilson_interval(3 / 11, 11)
 
 
+def test_a_question_asked_twice_is_evidence_once(hub, model, tokenizer):
+    result = evaluate_task(model, tokenizer, "Identity", max_problems=60, settings=SHORT)
+    problems = load_problems(get_task("Identity", "test"), "Identity", tokenizer, 60)
+    different = len({problem.prompt for problem in problems})
+    assert different < 50 and result["num_problems"] == 60
+    assert (result["low"], result["high"]) == wilson_interval(result["accuracy"], different)
+
+
 def test_samples_are_averaged(hub, model, tokenizer, monkeypatch):
     """Of four samples one is right for each problem: pass@1 is a quarter, and always any is right."""
     monkeypatch.setattr(chat_eval, "write_answers", lambda model, tokenizer, problems, settings, batch_rows: (
