@@ -214,9 +214,9 @@ def get_ranks() -> Ranks:
 
 
 def print0(*values: object) -> None:
-    """Print on rank 0 only, at once."""
+    """Print on rank 0 only, at once, in one piece: the writer of checkpoints speaks from a thread of its own."""
     if get_ranks().rank == 0:
-        print(*values, flush=True)
+        print(" ".join(map(str, values)) + "\n", end="", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,14 @@ def test_ranks(monkeypatch, capsys):
     assert common.get_ranks() == Ranks(rank=5, local_rank=1, world_size=8)
     common.print0("from", 5)
     assert capsys.readouterr().out == "from 0\n"
+
+
+def test_a_line_is_written_in_one_piece(monkeypatch):
+    """Else two threads' lines may mix."""
+    pieces = []
+    monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=pieces.append, flush=lambda: None))
+    common.print0("saved", 5)
+    assert [piece for piece in pieces if piece] == ["saved 5\n"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
