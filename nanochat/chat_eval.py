@@ -144,8 +144,9 @@ def write_answers(model: GPT, tokenizer, problems: list[Problem], settings: Chat
     num_cut = [0] * len(problems)
     for i, problem in enumerate(problems):
         prompt = crop_prompt(problem.prompt, room_tokens)
+        max_tokens = min(settings.max_new_tokens, context_tokens + 1 - len(prompt))  # beyond, it was never trained
         for sample in range(settings.num_samples):
-            request = Request(prompt, settings.max_new_tokens, settings.temperature, settings.top_k,
+            request = Request(prompt, max_tokens, settings.temperature, settings.top_k,
                               seed=settings.seed + problem.index, sample=sample)
             owners[engine.submit(request)] = i, sample
             samples[i, sample] = []
@@ -257,7 +258,7 @@ def evaluate_task(model: GPT, tokenizer, name: str, *, max_problems: int = -1, s
     """{accuracy, low, high, centered, num_problems, num_cut, pass_any} of one task. Collective: all ranks call it.
 
     low, high:   of the 95% interval of the accuracy
-    num_cut:     answers that came to max_new_tokens before their end
+    num_cut:     answers that came to max_new_tokens, or to the end of the context, before their own
     pass_any:    share of the problems of which any sample is right; with several samples only
     records_dir: of this checkpoint and these settings alone: what it holds isn't evaluated again
     Raises UserError, on all ranks alike, where the task can't be evaluated: no data, no sandbox, no memory ...

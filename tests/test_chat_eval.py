@@ -28,7 +28,7 @@ from nanochat.chat_eval import (
 )
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Request
 from nanochat.execution import find_method
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
@@ -157,10 +157,17 @@ def test_answers_that_are_cut_are_counted(hub, model, tokenizer):
         assert num_cut[problem.index] == (rows[0][-1] not in Engine(model, tokenizer).end_tokens)
 
 
-def test_a_context_shorter_than_prompt_and_answer(hub, tokenizer):
-    tiny = make_model(GPTConfig(**{**vars(CONFIG), "sequence_len": 16}))
+def test_a_context_shorter_than_prompt_and_answer(hub, tokenizer, monkeypatch):
+    """Both are cut: a model isn't asked to go on beyond the positions that it was trained for."""
+    tiny, lengths = make_model(GPTConfig(**{**vars(CONFIG), "sequence_len": 16})), []
+
+    def make_request(tokens, max_tokens, *args, **kwargs):
+        lengths.append(len(tokens) + max_tokens)
+        return Request(tokens, max_tokens, *args, **kwargs)
+    monkeypatch.setattr(chat_eval, "Request", make_request)
     chat = evaluate_chat(tiny, tokenizer, ("ARC-Easy", "GSM8K"), settings=ChatSettings(max_new_tokens=40))
     assert not chat["missing"] and [task["num_problems"] for task in chat["tasks"].values()] == [11, 9]
+    assert lengths == [16 + 1] * 9      # the last token is only written
 
 
 def test_the_calculator_is_in_the_loop(hub, model, tokenizer, monkeypatch):
