@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanochat.common import UserError, print0, write_atomic
+from nanochat.common import UserError, count_cpus, print0, write_atomic
 from nanochat.core_eval import pad_rows
 from nanochat.engine import Engine, Request
 from nanochat.execution import execute_code, execute_many
@@ -169,8 +169,10 @@ def grade(task: Task, conversations: list[dict], answers: list[str], allow_unsaf
         programs = [build_program(conversation["messages"][0]["content"], answer, conversation["test"],
                                   conversation["entry_point"])
                     for conversation, answer in zip(conversations, answers, strict=True)]
+        # each has so many seconds by the clock, so the ranks share the cores
+        num_workers = max(1, count_cpus() // (dist.get_world_size() if dist.is_initialized() else 1))
         return [float(result.success) for result in
-                execute_many(programs, TIMEOUT_SECONDS, MAX_MEMORY_BYTES, allow_unsafe)]
+                execute_many(programs, TIMEOUT_SECONDS, MAX_MEMORY_BYTES, allow_unsafe, num_workers)]
     return [float(task.evaluate(conversation, answer))
             for conversation, answer in zip(conversations, answers, strict=True)]
 
