@@ -1,5 +1,6 @@
 """Figures as PNG files, in one style, drawn without a display (matplotlib's objects alone, never pyplot)."""
 
+import argparse
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +9,11 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from nanochat.card import format_count
-from nanochat.common import write_atomic
+from nanochat.common import UserError, get_base_dir, print0, write_atomic
 from nanochat.scaling_laws import IsoFlop, ParametricLaw, PowerLaw
 
 COLORS = ("#3566c9", "#c8541b", "#2c8a57", "#8a4fb5", "#b8860b", "#15808f", "#b03060", "#5b6470")  # of series
@@ -35,6 +36,28 @@ def make_panels(rows: int, columns: int, width: float = 4.6, height: float = 3.7
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+def make_folder(out: Path) -> Path:
+    """The folder that pictures and what belongs to them go to, made where it is missing."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} can't be made ({error.strerror}); choose another folder with --out") from None
+    return out
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """--out, of the scripts that draw one picture (see save_figure)."""
+    parser.add_argument("--out", type=Path, help="folder for the picture (default: figures, in the base folder)")
+
+
+def save_figure(figure: Figure, name: str, out: Path | None) -> Path:
+    """Write <out>/<name>.png, by default in the base folder's figures, and say where it is."""
+    path = make_folder(out or get_base_dir() / "figures") / f"{name}.png"
+    save_png(figure, path)
+    print0(f"figure: {path}")
+    return path
+
+
 @styled
 def save_png(figure: Figure, path: Path) -> bytes:
     """Write a figure, whole or not at all; returns the file's bytes."""
@@ -50,6 +73,14 @@ def label_counts(axis: object) -> None:
     subs = (1, 2, 5) if high / low < 100 else (1, 3) if high / low < 2000 else (1,)
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def label_values(axis: object) -> None:
+    """Plain numbers on a logarithmic axis: round ones evenly where it spans little, which has few powers in it."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(MaxNLocator(6) if high / low < 4 else LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -108,9 +139,7 @@ def draw_laws(laws: dict[str, tuple], loss_name: str) -> Figure:
         if key in ("params", "tokens"):
             label_counts(ax.yaxis)
         else:
-            ax.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            ax.yaxis.set_minor_formatter(NullFormatter())
+            label_values(ax.yaxis)
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))    # inside, it would hide optima
     return figure
 

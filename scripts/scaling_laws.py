@@ -18,8 +18,8 @@ import numpy as np
 
 from nanochat.card import STYLE as PAGE_STYLE
 from nanochat.card import Section, Table, escape_html, format_count, format_rows, html_section, html_values
-from nanochat.common import UserError, now, print0, run_script, write_atomic, write_json
-from nanochat.figures import draw_isoflops, draw_laws, draw_parametric, save_png
+from nanochat.common import now, print0, run_script, write_atomic, write_json
+from nanochat.figures import draw_isoflops, draw_laws, draw_parametric, make_folder, save_png
 from nanochat.results import CONVENTIONS, Run, find_source, group_budgets, make_runs, read_csv, read_run_folders
 from nanochat.scaling_laws import (
     INTERVAL_PCT,
@@ -74,11 +74,7 @@ def main(argv: list[str] | None = None) -> dict:
     flops_per_param_token = float(np.exp(np.mean([math.log(r.budget / r.params[main_name] / r.tokens) for r in runs])))
     notes += describe_gaps(laws, parametric, len(runs), main_name)
 
-    out = args.out or (source if source.is_dir() else source.parent) / "laws"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} can't be made ({error.strerror}); choose another folder with --out") from None
+    out = make_folder(args.out or (source if source.is_dir() else source.parent) / "laws")
     figures = {"isoflops": draw_isoflops({name: law.curves for name, law in laws.items()}, loss_name)}
     if any(len(law.budgets) for law in laws.values()):
         figures["laws"] = draw_laws({name: (law.budgets, law.optima, law.fits) for name, law in laws.items()
