@@ -22,7 +22,9 @@ from nanochat.card import format_count
 from nanochat.common import UserError, print0, run_script
 from nanochat.figures import (
     FAINT,
+    INK,
     add_out,
+    format_flops,
     label_counts,
     label_values,
     make_panels,
@@ -31,10 +33,8 @@ from nanochat.figures import (
     span_log,
     styled,
 )
-from nanochat.results import CONVENTIONS, find_source, make_runs, read_csv, read_run_folders
+from nanochat.results import BUDGET_TOLERANCE, CONVENTIONS, Run, find_source, make_runs, read_csv, read_run_folders
 from nanochat.scaling_laws import INTERVAL_PCT, PowerLaw, fit_parametric, fit_power_law
-
-MAX_SHADES = 8    # lines of a panel; more values are put together
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> dict:
                      f"{law.error_pct:.2f}%; the two slopes, which have none, by {misfit_pct:.2f}%.")
     for note in notes:
         print0(f"note: {note}")
-    title = f"{len(runs)} runs of {source.name}, parameters counted {args.counting}; lines: ln L = c + a ln N + b ln D"
-    figure = draw_grid(params, tokens, losses, laws, title, loss_name)
+    title = f"{len(runs)} runs of {source.name}, counting {args.counting}"
+    figure = draw_grid(runs, params, laws, title, loss_name)
     return results | {"figure": str(save_figure(figure, "loss_grid", args.out))}
 
 
@@ -116,36 +116,55 @@ def predict_loss(laws: dict[str, PowerLaw], x_params: NDArray | float, x_tokens:
     return laws["parameters"].predict(x_params) * (x_tokens / mean_tokens) ** laws["training tokens"].exponent
 
 
+def group_near(values: NDArray) -> dict[float, NDArray]:
+    """{the smallest of a group: which values are in it}, ascending; what is within BUDGET_TOLERANCE of it is in."""
+    groups: dict[float, NDArray] = {}
+    for value in np.unique(values):
+        if not groups or value > max(groups) * (1 + BUDGET_TOLERANCE):
+            groups[float(value)] = (values >= value) & (values <= value * (1 + BUDGET_TOLERANCE))
+    return groups
+
+
 @styled
-def draw_grid(params: NDArray, tokens: NDArray, losses: NDArray, laws: dict[str, PowerLaw], title: str,
-              loss_name: str) -> Figure:
-    """Two panels: loss against one quantity, a shade for each value of the other; the lines are the fit's."""
-    figure, axes = make_panels(1, 2, width=5.6, height=4.4, sharey=True)
-    for ax, name, x, other, symbol in ((axes[0, 0], "parameters", params, tokens, "tokens"),
-                                       (axes[0, 1], "training tokens", tokens, params, "parameters")):
-        law = laws[name]
-        values = group_values(other)
-        for i, value in enumerate(values):
-            near = np.abs(np.log(values)[:, None] - np.log(other)).argmin(0) == i
-            color = pick_shade(i, len(values))
-            ax.plot(x[near], losses[near], "o", color=color, markersize=5.5, label=f"{format_count(value)} {symbol}")
-            line = span_log(x[near], 1.1) if len(np.unique(x[near])) > 1 else span_log(x[near], 1.3)
-            ends = (line, value) if name == "parameters" else (value, line)
-            ax.plot(line, predict_loss(laws, *ends, params, tokens), color=color, linewidth=1.2)
-        ax.set(xscale="log", yscale="log", xlabel=name,
-               title=f"slope {law.exponent:.3f}, {law.interval[0]:.3f} to {law.interval[1]:.3f}")
-        label_counts(ax.xaxis)
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-    axes[0, 0].set_ylabel(loss_name)
-    label_values(axes[0, 0].yaxis)
+def draw_grid(runs: list[Run], params: NDArray, laws: dict[str, PowerLaw], title: str, loss_name: str) -> Figure:
+    """Above, losses as they are, joined where the other quantity is alike; below, moved along the fit to one value of
+    it, around the line whose slope is in the title."""
+    tokens, losses, budgets = np.array([(run.tokens, run.loss, run.budget) for run in runs]).T
+    horizons, joined_by = group_near(tokens), "tokens"
+    if len(group_near(budgets)) < len(horizons):    # a grid of budgets: no two sizes have seen as many tokens
+        horizons, joined_by = group_near(budgets), "FLOPs"
+    figure, axes = make_panels(2, 2, width=6.0, height=3.6, sharex="col", sharey="row")
+    for column, (name, law) in zip(axes.T, laws.items(), strict=True):
+        if name == "parameters":
+            x, other, groups = params, tokens, {f"{format_quantity(v, joined_by)} {joined_by}": near
+                                                for v, near in horizons.items()}
+        else:
+            x, other, groups = tokens, params, {f"{format_count(v)} parameters": near
+                                                for v, near in group_near(params).items()}
+        expected = predict_loss(laws, params, tokens, params, tokens)
+        for i, (label, near) in enumerate(groups.items()):
+            near = np.flatnonzero(near)[np.argsort(x[near])]
+            style = {"color": pick_shade(i, len(groups)), "marker": "o", "markersize": 5, "linewidth": 1.2}
+            column[0].plot(x[near], losses[near], label=label, **style)
+            column[1].plot(x[near], law.predict(x[near]) * losses[near] / expected[near], **style | {"linewidth": 0})
+        line = span_log(x)
+        column[1].plot(line, law.predict(line), color=INK, linewidth=1.4)
+        column[0].set(title=f"loss against {name}")
+        column[0].legend(loc="upper left", bbox_to_anchor=(1, 1))
+        mean = format_count(math.exp(np.log(other).mean()))
+        what = "tokens" if name == "parameters" else "parameters"
+        column[1].set(xscale="log", xlabel=name, title=f"at {mean} {what}: slope {law.exponent:.3f} "
+                      f"({law.interval[0]:.3f} to {law.interval[1]:.3f})")
+        label_counts(column[1].xaxis)
+    for ax in axes[:, 0]:
+        ax.set(yscale="log", ylabel=loss_name)
+        label_values(ax.yaxis)
     figure.suptitle(title, fontsize=10, color=FAINT, x=0.01, ha="left")
     return figure
 
 
-def group_values(values: NDArray) -> NDArray:
-    """The different values, ascending; where they are many, MAX_SHADES evenly spread in the logarithm."""
-    distinct = np.unique(values)
-    return distinct if len(distinct) <= MAX_SHADES else np.geomspace(distinct[0], distinct[-1], MAX_SHADES)
+def format_quantity(value: float, unit: str) -> str:
+    return format_flops(value) if unit == "FLOPs" else format_count(value)
 
 
 if __name__ == "__main__":

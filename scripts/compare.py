@@ -27,6 +27,7 @@ from nanochat.report import get_series, group_metrics, read_json
 
 # The line of metrics.jsonl and its key; the loss is the running mean, a single step's is noise
 METRICS = {"val_bpb": ("eval", "val_bpb"), "train_loss": ("train", "loss_smooth")}
+LABELS = {"val_bpb": "validation bits per byte", "train_loss": "train loss, nats per token"}
 # Arguments that two runs of one kind may differ in: names, what is looked at and saved, and what continues a run
 IGNORED_ARGS = {"run", "model_tag", "seed", "eval_every", "eval_tokens", "core_metric_every",
                 "core_metric_max_per_task", "sample_every", "save_every", "save_every_minutes", "keep_last", "resume",
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> dict:
     out = make_folder(args.out or get_base_dir() / "compare" / "-".join(folder.name for folder in folders)[:100])
     target = statistics.mean(run.final for run in base)
     axes = {name: [run.axes for run in group] for name, group in groups.items()}
-    save_png(draw_comparison(axes, args.metric, target), out / "compare.png")
+    save_png(draw_comparison(axes, LABELS[args.metric], target), out / "compare.png")
     write_json(out / "compare.json", results)
     print_results(results)
     print0(f"compare: {out / 'compare.png'}")
