@@ -28,7 +28,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--query-heads", type=int, default=64)
-    add("--groups", type=int, nargs="+", help="key/value heads (default: all powers of two that divide)")
+    add("--groups", type=int, nargs="+", help="key/value heads (default: powers of two, and as many as query heads)")
     add("--head-dim", type=int, default=64)
     add("--rows", type=int, default=4, help="sequences that decode together")
     add("--cache-tokens", type=int, default=2048, help="tokens in each row's cache, the new one included")
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> dict:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     H = args.query_heads
-    groups = sorted(set(args.groups or (2**i for i in range(H.bit_length()) if H % 2**i == 0)))
+    groups = sorted(set(args.groups or [*(2**i for i in range(H.bit_length()) if H % 2**i == 0), H]))
     if wrong := [num for num in groups if num < 1 or H % num]:
         raise UserError(f"--groups {wrong[0]} doesn't divide the {H} query heads")
     device, _ = init_compute(args.device_type)

@@ -3,12 +3,14 @@
     python -m dev.show_attention --prompt "The planets of the solar system are Mercury, Venus and Mars."
     python -m dev.show_attention -i sft -g d12 --layers 0 11 --prompt "$(cat page.txt)"
 
-The weights are computed from the queries and keys that the model itself hands to its attention, and multiplied with its
-values they must give what its attention returned. Writes attention.png, by default to $NANOCHAT_BASE_DIR/figures.
+The weights are computed from the queries and keys that the model itself hands to its attention, in fp32 on the CPU, and
+multiplied with its values they must give what its attention returned. Writes attention.png, by default to
+$NANOCHAT_BASE_DIR/figures.
 """
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from dev.timing import print_table
 from nanochat.checkpoint_manager import STAGES, find_last_stage, load_model
-from nanochat.common import UserError, init_compute, print0, run_script
+from nanochat.common import UserError, print0, run_script
 from nanochat.figures import FAINT, add_out, make_panels, save_figure, styled
 from nanochat.flash_attention import _expand_heads, _window_mask, flash_attn
 
@@ -45,16 +47,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("-s", "--step", type=int, help="optimizer step of the checkpoint (default: the latest)")
     add("-p", "--prompt", required=True, help="the text to look at; the model sees it behind its bos token")
     add("--layers", type=int, nargs="+", help="layers to draw (default: all)")
-    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best there is)")
     add_out(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    device, _ = init_compute(args.device_type)
     stage = args.source or find_last_stage(args.model_tag)
-    model, tokenizer, meta = load_model(stage, device, tag=args.model_tag, step=args.step)
+    model, tokenizer, meta = load_model(stage, torch.device("cpu"), tag=args.model_tag, step=args.step)
     config = model.config
     ids = tokenizer.encode(args.prompt, prepend=tokenizer.get_bos_token_id())
     if not 2 < len(ids) <= config.sequence_len:
@@ -66,12 +66,12 @@ def main(argv: list[str] | None = None) -> dict:
     if len(layers) * config.n_head > MAX_PANELS:
         raise UserError(f"{len(layers)} layers of {config.n_head} heads don't fit on one picture; choose at most "
                         f"{max(1, MAX_PANELS // config.n_head)} with --layers")
-    attentions = record_attention(model, torch.tensor([ids], device=device))
+    attentions = record_attention(model, torch.tensor([ids]))
     rows = describe_heads(attentions)
     print_table(list(rows[0]), [list(row.values()) for row in rows])
     error = max(attention.error for attention in attentions)
     print0(f"weights @ values differs from the model's own attention by {error:.1e} of its largest value, at most")
-    title = f"Attention of {stage} {meta['run_dir'].rsplit('/', 1)[-1]}, step {meta['step']}: rows are the tokens " \
+    title = f"Attention of {stage} {Path(meta['run_dir']).name}, step {meta['step']}: rows are the tokens " \
             "that look, columns what they look at"
     texts = [spell_token(tokenizer, token_id) for token_id in ids]
     figure = draw_attention([attentions[layer] for layer in layers], texts, rows, title)
@@ -91,11 +91,11 @@ def record_attention(model, idx: Tensor) -> list[LayerAttention]:
     def record(q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: tuple[int, int]) -> Tensor:
         y = own_call(q, k, v, causal=causal, window_size=window_size)
         weights = compute_weights(q, k, window_size[0])
-        expected = torch.einsum("hqk,bkhd->bqhd", weights, _expand_heads(q, k, v)[1].float())
-        error = float((expected - y.float()).abs().max() / y.abs().max().clamp_min(1e-30))
-        if error > MAX_ERROR and q.dtype == torch.float32:
+        expected = torch.einsum("hqk,bkhd->bqhd", weights, _expand_heads(q, k, v)[1])
+        error = float((expected - y).abs().max() / y.abs().max().clamp_min(1e-30))
+        if error > MAX_ERROR:
             raise RuntimeError(f"layer {len(layers)}: the weights don't give the attention's output, by {error:.1e}")
-        layers.append(LayerAttention(len(layers), window_size[0], weights.cpu(), error))
+        layers.append(LayerAttention(len(layers), window_size[0], weights, error))
         return y
     flash_attn.flash_attn_func = record
     try:
@@ -109,7 +109,7 @@ def compute_weights(q: Tensor, k: Tensor, window: int) -> Tensor:
     """softmax(q k^T / sqrt(D)) of one row, under its mask. q (1, T, H, D), k (1, T, Hk, D) -> (H, T, T) fp32"""
     T, D = q.size(1), q.size(-1)
     k, _ = _expand_heads(q, k, k)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float())[0] / D**0.5
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k)[0] / D**0.5
     return scores.masked_fill(~_window_mask(T, T, window, q.device), -float("inf")).softmax(-1)
 
 

@@ -154,7 +154,7 @@ def test_figures_of_a_head():
 def test_attention_script(monkeypatch, capsys):
     monkeypatch.setattr(show_attention, "load_model", lambda *args, **kwargs: (
         make_model(), OneTokenAByte(), {"step": 7, "run_dir": "runs/base/tiny"}))
-    results = show_attention.main(["-i", "base", "--device-type", "cpu", "--prompt", "costs $5 and\n$6"])
+    results = show_attention.main(["-i", "base", "--prompt", "costs $5 and\n$6"])
     assert is_png(results["figure"]) and len(results["heads"]) == 2 * 4 + 1 and results["error"] < 1e-5
     assert "on bos %" in capsys.readouterr().out
     assert is_png(show_attention.main(["-i", "base", "--prompt", "x" * 180, "--layers", "1"])["figure"])
