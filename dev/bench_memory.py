@@ -36,7 +36,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, tensors: Iterable[Tensor]):
         super().__init__()
         self.now_bytes = self.peak_bytes = 0
-        self.storages: dict[int, weakref.ref] = {}
+        self.storages: dict[int, tuple[weakref.ref, int]] = {}    # by address: how its end is noticed, and its bytes
         for tensor in tensors:
             self.add(tensor)
 
@@ -49,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
         def forget(_) -> None:
             self.now_bytes -= num_bytes
             del self.storages[key]
-        self.storages[key] = weakref.ref(storage, forget)
+        self.storages[key] = (weakref.ref(storage, forget), num_bytes)
         self.now_bytes += num_bytes
         self.peak_bytes = max(self.peak_bytes, self.now_bytes)
 

@@ -23,8 +23,10 @@ class Table:
 
 @dataclass
 class Curve:
-    train: list[tuple[int, float]]    # (step, loss in nats per token)
-    val:   list[tuple[int, float]]    # (step, bits per byte)
+    train:  list[tuple[int, float]]    # (step, value) of each step
+    val:    list[tuple[int, float]]    # (step, value) of each evaluation
+    labels: tuple[str, str] = ("train loss (nats per token)", "validation bits per byte")
+    has_one_scale: bool = False        # both are of one unit, to be read off one scale
 
 
 @dataclass
@@ -260,13 +262,13 @@ def escape_html(text: object) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loss curve
+# The curve of loss, or of reward
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 820, 340, 52, 768, 40, 292    # of the drawing, and of the frame inside it
 
 
 def draw_curve(curve: Curve) -> str:
-    """An SVG of train loss (scale on the left) and validation bits per byte (on the right) against steps."""
+    """An SVG of the train values (scale on the left) and the validation values (on the right) against steps."""
     last_step = max(1, *(step for step, _ in curve.train + curve.val))
     parts = []
     for tick in make_ticks(0, last_step, 6):
@@ -274,20 +276,20 @@ def draw_curve(curve: Curve) -> str:
             x = place(tick, 0, last_step, LEFT, RIGHT)
             parts.append(f'<text x="{x}" y="{BOTTOM + 20}" text-anchor="middle">{tick:,.0f}</text>')
     parts.append(f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 40}" text-anchor="middle">step</text>')
-    if curve.train:
-        parts += draw_series("train", "train loss (nats per token)", curve.train, smooth(curve.train), last_step)
-    if curve.val:
-        parts += draw_series("val", "validation bits per byte", curve.val, curve.val, last_step)
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Loss curve">{"".join(parts)}</svg>'
+    train_line = smooth(curve.train)
+    for name, label, points, line in (("train", curve.labels[0], curve.train, train_line),
+                                      ("val", curve.labels[1], curve.val, curve.val)):
+        if points:
+            values = [value for _, value in (train_line + curve.val if curve.has_one_scale else line)]
+            parts += draw_series(name, label, points, line, last_step, make_ticks(min(values), max(values), 5))
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{curve.labels[0]}">{"".join(parts)}</svg>'
 
 
-def draw_series(name: str, label: str, points: list, line: list, last_step: int) -> list[str]:
+def draw_series(name: str, label: str, points: list, line: list, last_step: int, ticks: list[float]) -> list[str]:
     """One series with its scale and legend: train as a line over its faint measured values, val as a line with dots.
 
     The scale fits `line`; measured values beyond it, the spikes, are drawn at the frame.
     """
-    ticks = make_ticks(min(value for _, value in line), max(value for _, value in line), 5)
-
     def locate(step: int, value: float) -> tuple[float, float]:
         return place(step, 0, last_step, LEFT, RIGHT), place(value, ticks[0], ticks[-1], BOTTOM, TOP)
 

@@ -1,22 +1,25 @@
 """Figures as PNG files, in one style, drawn without a display (matplotlib's objects alone, never pyplot)."""
 
+import argparse
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from nanochat.card import format_count
-from nanochat.common import write_atomic
+from nanochat.common import UserError, get_base_dir, print0, write_atomic
 from nanochat.scaling_laws import IsoFlop, ParametricLaw, PowerLaw
 
-COLORS = ("#3566c9", "#c8541b", "#2c8a57", "#8a4fb5", "#b8860b", "#15808f", "#b03060", "#5b6470")  # of series
-INK, FAINT, GRID = "#1d2129", "#687080", "#e4e2dc"                                                 # as in card.py
+# Of series: Okabe and Ito's colors (jfly.uni-koeln.de/color), which the color-blind can tell apart, and markers beside
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b6470", "#000000")
+MARKERS = "osD^vPX*"
+INK, FAINT, GRID = "#1d2129", "#687080", "#e4e2dc"    # as in card.py
 STYLE = {
     "font.size": 10, "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.edgecolor": GRID, "axes.labelcolor": FAINT, "axes.titlecolor": INK, "text.color": INK,
@@ -35,6 +38,28 @@ def make_panels(rows: int, columns: int, width: float = 4.6, height: float = 3.7
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+def make_folder(out: Path) -> Path:
+    """The folder that pictures and what belongs to them go to, made where it is missing."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} can't be made ({error.strerror}); choose another folder with --out") from None
+    return out
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """--out, of the scripts that draw one picture (see save_figure)."""
+    parser.add_argument("--out", type=Path, help="folder for the picture (default: figures, in the base folder)")
+
+
+def save_figure(figure: Figure, name: str, out: Path | None) -> Path:
+    """Write <out>/<name>.png, by default in the base folder's figures, and say where it is."""
+    path = make_folder(out or get_base_dir() / "figures") / f"{name}.png"
+    save_png(figure, path)
+    print0(f"figure: {path}")
+    return path
+
+
 @styled
 def save_png(figure: Figure, path: Path) -> bytes:
     """Write a figure, whole or not at all; returns the file's bytes."""
@@ -44,12 +69,25 @@ def save_png(figure: Figure, path: Path) -> bytes:
     return buffer.getvalue()
 
 
-def label_counts(axis: object) -> None:
+def format_flops(flops: float) -> str:
+    """4e12, as a person types it."""
+    return f"{flops:.3g}".replace("e+", "e")
+
+
+def label_counts(axis: object, format_tick: Callable[[float], str] = format_count) -> None:
     """Ticks such as 20 M on a logarithmic axis, as many as its span leaves room for."""
     low, high = axis.get_view_interval()
     subs = (1, 2, 5) if high / low < 100 else (1, 3) if high / low < 2000 else (1,)
     axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def label_values(axis: object) -> None:
+    """Plain numbers on a logarithmic axis: round ones evenly where it spans little, which has few powers in it."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(MaxNLocator(6) if high / low < 4 else LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -75,7 +113,7 @@ def draw_isoflops(curves_by_name: dict[str, list[IsoFlop]], loss_name: str) -> F
         ax.set_xscale("log")
         for i, curve in enumerate(curves):
             color = pick_shade(i, len(curves))
-            ax.plot(curve.params, curve.losses, "o", color=color, markersize=5, label=f"{curve.budget:.3g}")
+            ax.plot(curve.params, curve.losses, "o", color=color, markersize=5, label=format_flops(curve.budget))
             if curve.coefficients is not None:
                 x = span_log(curve.params, 1.1)
                 ax.plot(x, np.polyval(curve.coefficients, np.log(x)), color=color, linewidth=1.3,
@@ -85,13 +123,20 @@ def draw_isoflops(curves_by_name: dict[str, list[IsoFlop]], loss_name: str) -> F
         label_counts(ax.xaxis)
         ax.set(title=f"counting {name}", xlabel="parameters")
     axes[0, 0].set_ylabel(loss_name)
-    axes[0, -1].legend(title="FLOPs", loc="upper left", bbox_to_anchor=(1, 1))
+    handles, labels = axes[0, -1].get_legend_handles_labels()
+    handles += [Line2D([], [], color=FAINT, marker="*", markersize=11, linewidth=0, markeredgecolor=INK),
+                Line2D([], [], color=FAINT, linewidth=1.3, linestyle=":")]
+    axes[0, -1].legend(handles, [*labels, "optimum", "none within\nthese sizes"], title="FLOPs", loc="upper left",
+                       bbox_to_anchor=(1, 1))
     return figure
 
 
 @styled
 def draw_laws(laws: dict[str, tuple], loss_name: str) -> Figure:
-    """What is optimal against compute, one color a way of counting: {name: (budgets, optima, {quantity: PowerLaw})}."""
+    """What is optimal against compute, one color a way of counting: {name: (budgets, optima, {quantity: PowerLaw})}.
+
+    A line through two optima is dashed: it meets both, whatever they are.
+    """
     figure, axes = make_panels(2, 2, width=5, height=4.4)
     quantities = (("params", "optimal parameters", "N"), ("tokens", "optimal tokens", "D"),
                   ("ratio", "optimal tokens per parameter", "D / N"), ("loss", f"lowest loss ({loss_name})", "L"))
@@ -100,17 +145,18 @@ def draw_laws(laws: dict[str, tuple], loss_name: str) -> Figure:
         for i, (name, (budgets, optima, fits)) in enumerate(laws.items()):
             values = {"params": optima.params, "tokens": optima.tokens, "ratio": optima.tokens / optima.params,
                       "loss": optima.losses}[key]
-            ax.plot(budgets, values, "o", color=COLORS[i], markersize=6)
             law: PowerLaw | None = fits[key]
-            label = f"{name}: {symbol} ~ C^{law.exponent:.3f}" if law else name
-            x = span_log(budgets, 1.6)
-            ax.plot(x, law.predict(x) if law else np.full_like(x, np.nan), color=COLORS[i], linewidth=1.3, label=label)
+            label = f"{name}: one optimum, no line"
+            if law:
+                label = f"{name}: {symbol} ~ C^{law.exponent:.3f}" + ", two optima" * (len(budgets) == 2)
+                x = span_log(budgets, 1.6)
+                ax.plot(x, law.predict(x), color=COLORS[i], linewidth=1.3, linestyle="-" if len(budgets) > 2 else "--")
+            ax.plot(budgets, values, MARKERS[i], color=COLORS[i], markersize=6, label=label)
+        label_counts(ax.xaxis, format_flops)
         if key in ("params", "tokens"):
             label_counts(ax.yaxis)
         else:
-            ax.yaxis.set_major_locator(LogLocator(subs=range(1, 10)))
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            ax.yaxis.set_minor_formatter(NullFormatter())
+            label_values(ax.yaxis)
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))    # inside, it would hide optima
     return figure
 
@@ -122,10 +168,11 @@ def draw_parametric(law: ParametricLaw, params: NDArray, tokens: NDArray, losses
     figure, axes = make_panels(1, 2, width=5.6, height=4.4)
     left, right = axes[0]
     x, y = np.meshgrid(span_log(tokens, 1.5), span_log(params, 1.5))
-    lines = left.contour(x, y, law.predict(y, x), levels=12, colors=FAINT, linewidths=0.7)
-    left.clabel(lines, fmt="%.3g", fontsize=7)
-    dots = left.scatter(tokens, params, c=losses, cmap="viridis", s=32, zorder=3, edgecolors=INK, linewidths=0.5)
-    figure.colorbar(dots, ax=left, label=loss_name).outline.set_visible(False)
+    landscape = left.contourf(x, y, law.predict(y, x), levels=24, cmap="viridis")
+    # a run that the law hits has the color of the ground that it stands on
+    left.scatter(tokens, params, c=losses, cmap="viridis", norm=landscape.norm, s=44, zorder=3, edgecolors="white",
+                 linewidths=1.2)
+    figure.colorbar(landscape, ax=left, label=loss_name).outline.set_visible(False)
     best_params, best_tokens = law.get_optimum(span_log(params * tokens, 4) * flops_per_param_token,
                                                flops_per_param_token)
     left.plot(best_tokens, best_params, color=COLORS[1], linewidth=1.8)
@@ -134,8 +181,8 @@ def draw_parametric(law: ParametricLaw, params: NDArray, tokens: NDArray, losses
     label_counts(left.xaxis)
     label_counts(left.yaxis)
     right.axhline(0, color=INK, linewidth=0.8)
-    right.scatter(tokens / params, 100 * np.log(losses / law.predict(params, tokens)), c=losses, cmap="viridis", s=32,
-                  edgecolors=INK, linewidths=0.5, zorder=3)
+    right.scatter(tokens / params, 100 * np.log(losses / law.predict(params, tokens)), c=losses, cmap="viridis", s=44,
+                  norm=landscape.norm, edgecolors=INK, linewidths=0.5, zorder=3)
     right.set(xscale="log", xlabel="tokens per parameter", ylabel="loss above the law, %", title="what the law misses")
     label_counts(right.xaxis)
     return figure
@@ -146,10 +193,10 @@ def draw_parametric(law: ParametricLaw, params: NDArray, tokens: NDArray, losses
 
 
 @styled
-def draw_comparison(groups: dict[str, list[dict[str, NDArray]]], metric: str, target: float) -> Figure:
+def draw_comparison(groups: dict[str, list[dict[str, NDArray]]], label: str, target: float) -> Figure:
     """One metric against steps, tokens, FLOPs and seconds: a color a group, a line a seed, the target dashed.
 
-    groups: {label: [{"steps", "tokens", "flops", "seconds", "values": (points,)} of each run]}
+    groups: {name: [{"steps", "tokens", "flops", "seconds", "values": (points,)} of each run]}
     """
     figure, axes = make_panels(2, 2, width=5.2, height=3.6, sharey=True)
     finals = [run["values"][-1] for runs in groups.values() for run in runs]
@@ -166,12 +213,12 @@ def draw_comparison(groups: dict[str, list[dict[str, NDArray]]], metric: str, ta
                         markersize=3.5)
         ax.axhline(target, color=INK, linestyle="--", linewidth=0.9)
         ax.set(xlabel=name, ylim=(low - 0.05 * (high - low), high + 0.05 * (high - low)), xlim=(0, None))
-        if key != "flops":
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_count(value)))
+        format_tick = format_flops if key == "flops" else format_count
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _, format_tick=format_tick: format_tick(value)))
     for ax in axes[:, 0]:
-        ax.set_ylabel(metric)
-    handles = [Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=label)
-               for i, label in enumerate(groups)]
+        ax.set_ylabel(label)
+    handles = [Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=2, label=name)
+               for i, name in enumerate(groups)]
     handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=0.9, label=f"{next(iter(groups))}'s final"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
     return figure

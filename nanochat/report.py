@@ -185,8 +185,9 @@ def choose_chain(saved: dict[str, dict], runs: dict[str, dict]) -> list[tuple[di
 def add_run(section: Section, run: dict, metrics: dict) -> None:
     """Complete a section with what its run has on disk; what the section says itself goes first."""
     train, val = get_series(metrics, "train", "loss"), get_series(metrics, "eval", "val_bpb")
+    reward = get_series(metrics, "train", "reward")
     facts = {"status": run.get("status"), "last step": train and train[-1][0],
-             "train loss": train and smooth(train)[-1][1], "val bpb": val and val[-1][1],
+             "train loss": train and not reward and smooth(train)[-1][1], "val bpb": val and val[-1][1],
              "best val bpb": val and min(value for _, value in val)}
     for key, choose in (("tokens", max), ("tokens_per_sec", statistics.median), ("mfu_pct", statistics.median),
                         ("peak_memory_bytes", max)):
@@ -195,7 +196,9 @@ def add_run(section: Section, run: dict, metrics: dict) -> None:
     if section.values:  # it has told the rest in its own words
         facts = {key: facts[key] for key in ("status", "train loss", "best val bpb", "tokens_per_sec", "mfu_pct")}
     section.values |= {key: value for key, value in facts.items() if value and key not in section.values}
-    section.curve = Curve(train, val) if len(train) > 1 or len(val) > 1 else None
+    curve = Curve(reward, get_held_out_reward(metrics), ("reward", "held-out reward"), has_one_scale=True) if reward \
+        else Curve(train, val)
+    section.curve = curve if len(curve.train) > 1 or len(curve.val) > 1 else None
     section.tables += tabulate_evals(metrics)
     data = [rows[-1] for rows in metrics.get("data", {}).values()][-1:]
     for title, facts in (("Packing of the data", {k: v for row in data for k, v in row.items() if k != "kind"}),
@@ -209,6 +212,19 @@ def add_run(section: Section, run: dict, metrics: dict) -> None:
     if not section.samples and metrics.get("sample"):
         step, section.samples = list(metrics["sample"].items())[-1]
         section.notes.append(f"The samples are from step {step:,}.")
+
+
+def get_held_out_reward(metrics: dict) -> list[tuple[int, float]]:
+    """(step, mean reward over the held-out questions of all tasks) of each evaluation of RL, sampled as in training."""
+    tasks = {key.removesuffix("_reward") for rows in metrics.get("eval", {}).values() for key in rows[-1]
+             if key.endswith("_reward")}
+    sums: dict[int, tuple[float, float]] = {}    # {step: (rewards, questions)}
+    for task in tasks:
+        counts = dict(get_series(metrics, "eval", f"{task}_problems"))
+        for step, reward in get_series(metrics, "eval", f"{task}_reward"):
+            total, num_questions = sums.get(step, (0.0, 0.0))
+            sums[step] = total + reward * counts.get(step, 0.0), num_questions + counts.get(step, 0.0)
+    return [(step, total / num_questions) for step, (total, num_questions) in sorted(sums.items()) if num_questions]
 
 
 def tabulate_evals(metrics: dict) -> list[Table]:

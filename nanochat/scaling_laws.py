@@ -141,7 +141,8 @@ def fit_power_law(x: NDArray, y: NDArray, resampled: NDArray | None = None) -> P
     interval = None
     if resampled is not None:
         centered = log_x - log_x.mean()
-        interval = get_interval(np.log(resampled) @ centered / (centered @ centered))
+        with np.errstate(invalid="ignore"):    # a draw without a value, or with one below zero, has no logarithm
+            interval = get_interval(np.log(resampled) @ centered / (centered @ centered))
     return PowerLaw(float(slope), math.exp(intercept), r2, interval)
 
 

@@ -22,11 +22,12 @@ import numpy as np
 
 from nanochat.card import Table, format_rows
 from nanochat.common import UserError, get_base_dir, print0, run_script, write_json
-from nanochat.figures import draw_comparison, save_png
+from nanochat.figures import draw_comparison, make_folder, save_png
 from nanochat.report import get_series, group_metrics, read_json
 
 # The line of metrics.jsonl and its key; the loss is the running mean, a single step's is noise
 METRICS = {"val_bpb": ("eval", "val_bpb"), "train_loss": ("train", "loss_smooth")}
+LABELS = {"val_bpb": "validation bits per byte", "train_loss": "train loss, nats per token"}
 # Arguments that two runs of one kind may differ in: names, what is looked at and saved, and what continues a run
 IGNORED_ARGS = {"run", "model_tag", "seed", "eval_every", "eval_tokens", "core_metric_every",
                 "core_metric_max_per_task", "sample_every", "save_every", "save_every_minutes", "keep_last", "resume",
@@ -72,14 +73,10 @@ def main(argv: list[str] | None = None) -> dict:
     results = {"metric": args.metric, "base": base_name, "notes": describe_caveats(runs, groups),
                "groups": {name: summarize(group, base) for name, group in groups.items()},
                "differences": list_differences(groups)}
-    out = args.out or get_base_dir() / "compare" / "-".join(folder.name for folder in folders)[:100]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} can't be made ({error.strerror}); choose another folder with --out") from None
+    out = make_folder(args.out or get_base_dir() / "compare" / "-".join(folder.name for folder in folders)[:100])
     target = statistics.mean(run.final for run in base)
     axes = {name: [run.axes for run in group] for name, group in groups.items()}
-    save_png(draw_comparison(axes, args.metric, target), out / "compare.png")
+    save_png(draw_comparison(axes, LABELS[args.metric], target), out / "compare.png")
     write_json(out / "compare.json", results)
     print_results(results)
     print0(f"compare: {out / 'compare.png'}")

@@ -18,8 +18,8 @@ import numpy as np
 
 from nanochat.card import STYLE as PAGE_STYLE
 from nanochat.card import Section, Table, escape_html, format_count, format_rows, html_section, html_values
-from nanochat.common import UserError, now, print0, run_script, write_atomic, write_json
-from nanochat.figures import draw_isoflops, draw_laws, draw_parametric, save_png
+from nanochat.common import now, print0, run_script, write_atomic, write_json
+from nanochat.figures import draw_isoflops, draw_laws, draw_parametric, format_flops, make_folder, save_png
 from nanochat.results import CONVENTIONS, Run, find_source, group_budgets, make_runs, read_csv, read_run_folders
 from nanochat.scaling_laws import (
     INTERVAL_PCT,
@@ -74,11 +74,7 @@ def main(argv: list[str] | None = None) -> dict:
     flops_per_param_token = float(np.exp(np.mean([math.log(r.budget / r.params[main_name] / r.tokens) for r in runs])))
     notes += describe_gaps(laws, parametric, len(runs), main_name)
 
-    out = args.out or (source if source.is_dir() else source.parent) / "laws"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} can't be made ({error.strerror}); choose another folder with --out") from None
+    out = make_folder(args.out or (source if source.is_dir() else source.parent) / "laws")
     figures = {"isoflops": draw_isoflops({name: law.curves for name, law in laws.items()}, loss_name)}
     if any(len(law.budgets) for law in laws.values()):
         figures["laws"] = draw_laws({name: (law.budgets, law.optima, law.fits) for name, law in laws.items()
@@ -130,10 +126,10 @@ def describe_gaps(laws: dict[str, Law], parametric: ParametricLaw | None, num_ru
     notes = []
     for curve in laws[main_name].curves:
         if curve.note:
-            notes.append(f"Budget {curve.budget:.3g} has no optimum: {curve.note}.")
+            notes.append(f"Budget {format_flops(curve.budget)} has no optimum: {curve.note}.")
         elif curve.params[curve.losses.argmin()] in (curve.params[0], curve.params[-1]):
-            notes.append(f"Budget {curve.budget:.3g}: its best run is at the edge of the grid, so its optimum hangs on "
-                         "the shape of the parabola.")
+            notes.append(f"Budget {format_flops(curve.budget)}: its best run is at the edge of the grid, so its "
+                         "optimum hangs on the shape of the parabola.")
     num_optima = len(laws[main_name].budgets)
     if num_optima < 3:
         notes.append(f"{num_optima} of {len(laws[main_name].curves)} budgets have an optimum: a power law needs two, "
@@ -170,7 +166,7 @@ def describe_laws(laws: dict[str, Law], loss_name: str) -> list[Section]:
                 interval, k = law.ratios[k], k + 1
             values = [curve.best_params, curve.best_tokens, curve.best_tokens / curve.best_params, curve.best_loss]
             texts = [format_count(values[0]), format_count(values[1]), f"{values[2]:.3g}", f"{values[3]:.4f}"]
-            rows.append([f"{curve.budget:.3g}", len(curve.params), *(texts if curve.has_optimum else [None] * 4),
+            rows.append([format_flops(curve.budget), len(curve.params), *(texts if curve.has_optimum else [None] * 4),
                          format_interval(interval), curve.note or None])
         columns = ["FLOPs", "runs", "parameters", "tokens", "tokens per parameter", loss_name,
                    f"{INTERVAL_PCT}% of tokens per parameter", "no optimum because"]
@@ -190,7 +186,7 @@ def describe_parametric(law: ParametricLaw | None, name: str, iso: Law, flops_pe
     rows = []
     for curve in iso.curves:
         params, tokens = law.get_optimum(curve.budget, flops_per_param_token)
-        rows.append([f"{curve.budget:.3g}", format_count(params), format_count(tokens), f"{tokens / params:.3g}",
+        rows.append([format_flops(curve.budget), format_count(params), format_count(tokens), f"{tokens / params:.3g}",
                      f"{law.predict(params, tokens):.4f}"])
     columns = ["FLOPs", "parameters", "tokens", "tokens per parameter", "loss"]
     note = f"Optima take C = {flops_per_param_token:.3g} N D, the mean of these runs."
@@ -217,10 +213,13 @@ def print_section(section: Section) -> None:
 
 def make_tiles(law: Law, name: str) -> dict[str, str]:
     """The figures that head the page."""
-    tiles = {f"optimal {title}, counting {name}": f"~ C^{fit.exponent:.3f}" for key, title in
-             (("params", "parameters"), ("tokens", "tokens")) if (fit := law.fits[key])}
+    tiles = {}
+    for key, title in (("params", "parameters"), ("tokens", "tokens")):
+        if fit := law.fits[key]:
+            interval = f" ({format_interval(fit.interval)})" if fit.interval else ""
+            tiles[f"optimal {title}, counting {name}"] = f"~ C^{fit.exponent:.3f}{interval}"
     if len(law.budgets):
-        tiles[f"optimal tokens per parameter at {law.budgets[-1]:.3g} FLOPs"] = \
+        tiles[f"optimal tokens per parameter at {format_flops(law.budgets[-1])} FLOPs"] = \
             f"{law.optima.tokens[-1] / law.optima.params[-1]:.3g}"
     return tiles
 

@@ -254,6 +254,28 @@ def test_curve_stays_in_its_frame():
     assert "step 8,999: 1.0000" in drawing
 
 
+def test_rl_shows_reward(base_dir):
+    run = base_dir / write_run(base_dir, stage="rl", num_steps=0)
+    lines = [{"kind": "train", "step": step, "loss": -0.03, "reward": step / 100} for step in range(1, 61)]
+    lines += [{"kind": "eval", "step": step, "A_reward": 0.2, "A_problems": 30, "B_reward": reward, "B_problems": 10,
+               "B_pass_at_4": 1.0} for step, reward in ((0, 0.6), (60, 1.0))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report.get_held_out_reward(report.group_metrics(run / "metrics.jsonl")) == \
+        [(0, pytest.approx(0.3)), (60, pytest.approx(0.4))]    # over the questions, not over the tasks
+    text, page = generate(base_dir)
+    assert "train loss" not in text + page and "held-out reward</text>" in page
+    assert "step 60: 0.4000" in page
+    # one scale: the train line's end and the evaluation of about that value are about as high
+    heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', page)]
+    line = re.search(r'<path class="train" d="M[^"]*L[\d.]+ ([\d.]+)"', page)
+    smoothed = card_module.smooth([(row["step"], row["reward"]) for row in lines[:60]])[-1][1]
+    assert smoothed == pytest.approx(0.51, abs=0.01)
+    top, bottom = card_module.TOP, card_module.BOTTOM
+    per_reward = (heights[0] - heights[1]) / 0.1
+    assert float(line[1]) == pytest.approx(heights[1] - (smoothed - 0.4) * per_reward, abs=0.5)
+    assert top <= float(line[1]) <= bottom
+
+
 def test_reset_keeps_runs(base_dir):
     run = write_run(base_dir)
     report.write_section("base_train", {"title": "B", "run": run})

@@ -196,8 +196,8 @@ def test_bad_rows_are_named(tmp_path):
     assert "line 19 is left out: it repeats line 2" in notes
     assert "line 20 is left out" in notes and "nan" in notes
     assert "Line 21 is left out: its val_bpb is no number (empty)" in notes
-    assert "Budget 5e+19 has no optimum: 1 model size" in notes
-    assert "Budget 1e+18: its best run is at the edge" in notes
+    assert "Budget 5e19 has no optimum: 1 model size" in notes
+    assert "Budget 1e18: its best run is at the edge" in notes
 
 
 def test_single_budget(tmp_path):

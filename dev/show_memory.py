@@ -1,0 +1,291 @@
+"""What fills the memory at each moment of a training step, part by part: measured, and as nanochat.memory predicts it.
+
+    python -m dev.show_memory --depth 6
+    python -m dev.show_memory --depth 4 --rows 8 --dtype float32 --attention blocks
+
+Measured is one eager step on the CPU, each tensor from its birth to its death. What autograd keeps belongs to the part
+of the model that made it; a tensor that nothing keeps is workspace until it ends, or becomes a gradient. Writes
+memory.png, by default to $NANOCHAT_BASE_DIR/figures.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from dev.bench_memory import LiveBytes
+from dev.timing import print_table
+from nanochat import flash_attention, memory
+from nanochat.common import COMPUTE_DTYPES, UserError, print0, run_script
+from nanochat.config import GPTConfig
+from nanochat.cross_entropy import linear_cross_entropy
+from nanochat.figures import FAINT, INK, add_out, make_panels, save_figure, styled
+from nanochat.gpt import GPT
+from nanochat.memory import Compute
+from nanochat.optim import MuonAdamW
+from nanochat.scaling import make_config
+
+MIB = 2**20
+KINDS = {"residual stream": "#0072b2", "attention": "#56b4e9", "MLP": "#009e73",    # of activations, as in memory.py
+         "embedding, final norm": "#a5d8c6", "weights in the compute dtype": "#cc79a7"}
+PARTS = {"parameters": "#5b6470", "optimizer state": "#aab1bd", "gradients": "#e69f00", **KINDS,
+         "logits and loss": "#d55e00", "workspace": "#f0e442"}
+ENDS = ("embedding", "final norm")    # memory.py counts them apart
+
+Phase = tuple[str, str]        # such as ("backward", "3"): the layer's own part of the pass
+Moment = tuple[Phase, dict]    # bytes by part
+
+
+class StepRecorder(LiveBytes):
+    """The bytes of each part after every operation of a step."""
+
+    def __init__(self, model: GPT, optimizer: MuonAdamW):
+        super().__init__([])
+        self.part_of: dict[int, str] = {}     # by address, as storages
+        self.kind_of: dict[int, str] = {}     # the part that a tensor belongs to once autograd keeps it
+        self.phase, self.part, self.kind = ("forward", "embed"), "workspace", "embedding, final norm"
+        self.num_layers = len(model.transformer.h)
+        self.timeline: list[Moment] = []
+        self.mark([*model.parameters(), *model.buffers()], "parameters")
+        self.mark([piece.tensor for piece in optimizer.get_named_state().values()], "optimizer state")
+        for param in model.parameters():
+            param.register_post_accumulate_grad_hook(lambda param: self.mark([param.grad], "gradients"))
+        for layer, block in enumerate(model.transformer.h):
+            block.register_forward_pre_hook(lambda _, args, layer=layer: self.begin_block(layer, args[1]))
+            block.register_forward_hook(lambda *call, layer=layer: self.end_block(layer, call[-1]))
+        modules = [(block.attn, "attention") for block in model.transformer.h]
+        modules += [(block.mlp, "MLP") for block in model.transformer.h]
+        modules += [(embed, "attention") for embed in model.value_embeds.values()]
+        for module, kind in modules:
+            self.watch(module, kind)
+
+    def watch(self, module: nn.Module, kind: str) -> None:
+        """Count what `module` makes as `kind`."""
+        outer: list[str] = []
+
+        def begin(*_) -> None:
+            outer.append(self.kind)
+            self.kind = kind
+
+        def end(*_) -> None:
+            self.kind = outer.pop()
+        module.register_forward_pre_hook(begin)
+        module.register_forward_hook(end)
+
+    def begin_block(self, layer: int, x0: Tensor) -> None:
+        self.enter("forward", str(layer))
+        self.kind = "residual stream"
+        if layer == 0:
+            x0.register_hook(lambda _: self.enter("backward", "embed"))
+
+    def end_block(self, layer: int, out: Tensor) -> None:
+        if layer == self.num_layers - 1:
+            self.enter("forward", "norm")
+        self.kind = "embedding, final norm"
+        out.register_hook(lambda _: self.enter("backward", str(layer)))
+
+    def enter(self, *phase: str) -> None:
+        """Begin a phase; what is made in that of the loss belongs to it, whether it is kept or not."""
+        self.phase = phase
+        self.part = "logits and loss" if phase[0] == "loss" else "workspace"
+
+    def add(self, tensor: Tensor) -> None:
+        key = tensor.untyped_storage()._cdata
+        if key not in self.storages:
+            super().add(tensor)
+            self.part_of[key], self.kind_of[key] = self.part, self.kind
+
+    def mark(self, tensors: list[Tensor], part: str) -> None:
+        """Say what these tensors are from now on."""
+        for tensor in tensors:
+            self.add(tensor)
+            self.part_of[tensor.untyped_storage()._cdata] = part
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Autograd keeps this tensor for the backward pass."""
+        key = tensor.untyped_storage()._cdata
+        if self.part_of.get(key) == "workspace":
+            self.part_of[key] = self.kind_of[key]
+        return tensor
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outer = self.kind
+        if func is torch.ops.aten._to_copy.default and self.part_of.get(args[0].untyped_storage()._cdata) \
+                == "parameters":
+            self.kind = "weights in the compute dtype"
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.kind = outer
+        parts = dict.fromkeys(PARTS, 0)
+        for key, (_, num_bytes) in self.storages.items():
+            parts[self.part_of[key]] += num_bytes
+        self.timeline.append((self.phase, parts))
+        return result
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--max-seq-len", type=int, default=512, help="context in tokens")
+    parser.add_argument("--rows", type=int, default=4, help="rows of the step, in one micro-batch")
+    parser.add_argument("--dtype", choices=COMPUTE_DTYPES, default="bfloat16")
+    parser.add_argument("--attention", choices=("sdpa", "blocks"), default="sdpa")
+    add_out(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse_args(argv)
+    if args.rows < 1 or args.vocab_size < 1:
+        raise UserError(f"--rows {args.rows} and --vocab-size {args.vocab_size} must be at least 1")
+    config = make_config(args.depth, vocab_size=args.vocab_size, sequence_len=args.max_seq_len)
+    compute = Compute(args.dtype, args.attention, is_compiled=False, device_type="cpu")
+    flash_attention._override_impl = args.attention
+    try:
+        measured = record_step(config, args.max_seq_len, args.rows, getattr(torch, args.dtype))
+    finally:
+        flash_attention._override_impl = None
+    predicted = predict_phases(config, args.max_seq_len, args.rows, compute)
+    results = {"phases": compare_phases(measured, predicted), "parts": compare_parts(measured, predicted)}
+    for rows in results.values():
+        print_table(list(rows[0]), [list(row.values()) for row in rows])
+        print0()
+    title = f"One training step at depth {args.depth}: {args.rows} rows of {args.max_seq_len} tokens, vocabulary " \
+            f"{args.vocab_size:,}, {args.dtype}, attention {args.attention}, eager"
+    return results | {"figure": str(save_figure(draw_memory(measured, predicted, title), "memory", args.out))}
+
+
+def record_step(config: GPTConfig, T: int, rows: int, dtype: torch.dtype) -> list[Moment]:
+    """Bytes by part after each operation of one eager training step on the CPU."""
+    torch.manual_seed(0)
+    model = GPT(config, dtype)
+    model.init_weights()
+    optimizer = model.setup_optimizer()
+    tokens = torch.randint(config.vocab_size, (rows, T + 1))
+    recorder = StepRecorder(model, optimizer)
+    with recorder:
+        with torch.autograd.graph.saved_tensors_hooks(recorder.keep, lambda tensor: tensor):
+            x = model.forward_trunk(tokens[:, :-1])
+            recorder.enter("loss", "")
+            recorder.mark([x], "logits and loss")
+            loss = linear_cross_entropy(x, model.lm_head.weight, tokens[:, 1:], config.vocab_size)
+        del x
+        recorder.enter("backward", "norm")
+        loss.backward()
+        recorder.enter("update", "")
+        optimizer.reduce_gradients()
+        recorder.mark([part.grad for part in optimizer.parts], "gradients")
+        optimizer.step()
+    return recorder.timeline
+
+
+def predict_phases(config: GPTConfig, T: int, rows: int, compute: Compute) -> list[Moment]:
+    """The worst instant of each phase, as memory.predict_memory adds it up."""
+    total = memory.predict_memory(config, T, rows, compute)
+    stream = rows * T * config.n_embd * compute.act_bytes
+    ends = {key: total.activations[key] for key in ENDS}
+    parts = dict.fromkeys(PARTS, 0) | {"parameters": total.parameters, "optimizer state": total.optimizer,
+                                       "embedding, final norm": ends["embedding"]}
+    blocks = [memory.count_block_bytes(config, layer, rows, T, compute) for layer in range(config.n_layer)]
+    moments: list[Moment] = [(("forward", "embed"), dict(parts))]
+
+    def change(sign: int, kept: dict[str, int]) -> None:
+        for kind, num_bytes in kept.items():
+            parts[kind] += sign * num_bytes
+    for layer, block in enumerate(blocks):
+        change(1, block)
+        moments.append((("forward", str(layer)), dict(parts)))
+    change(1, {"embedding, final norm": ends["final norm"]})
+    moments.append((("forward", "norm"), dict(parts)))
+    moments.append((("loss", ""), parts | {"logits and loss": total.loss}))
+    change(-1, {"embedding, final norm": ends["final norm"]})
+    parts |= {"gradients": config.padded_vocab_size * config.n_embd * compute.master_bytes, "workspace": 3 * stream}
+    moments.append((("backward", "norm"), dict(parts)))
+    for layer in reversed(range(config.n_layer)):
+        extra = memory.count_backward_bytes(config, layer, rows, T, compute)
+        moments.append((("backward", str(layer)), parts | {"workspace": parts["workspace"] + extra}))
+        change(-1, blocks[layer])
+        change(1, {"gradients": memory.count_block_gradients(config, layer, compute)})
+    moments.append((("backward", "embed"), dict(parts)))
+    update = memory.count_update_bytes(config, total.gradients, compute)
+    moments.append((("update", ""), dict.fromkeys(PARTS, 0) | {
+        "parameters": total.parameters, "optimizer state": total.optimizer, "gradients": total.gradients,
+        "workspace": update - total.gradients}))
+    return moments
+
+
+def find_worst(moments: list[Moment], name: str) -> dict:
+    """Bytes by part at the worst instant of a pass."""
+    return max((parts for (pass_name, _), parts in moments if pass_name == name), key=lambda parts: sum(parts.values()))
+
+
+def compare_phases(measured: list[Moment], predicted: list[Moment]) -> list[dict]:
+    """The peak of each pass, counted and predicted."""
+    rows = []
+    for name in ("forward", "loss", "backward", "update"):
+        actual, expected = (sum(find_worst(moments, name).values()) / MIB for moments in (measured, predicted))
+        rows.append({"peak of the": name, "measured MiB": actual, "predicted MiB": expected,
+                     "error %": 100 * (expected / actual - 1)})
+    return rows
+
+
+def compare_parts(measured: list[Moment], predicted: list[Moment]) -> list[dict]:
+    """What is kept when the forward pass ends, and the gradients when the update begins."""
+    ends = [dict(next(parts for phase, parts in reversed(moments) if phase == ("forward", "norm")))
+            for moments in (measured, predicted)]
+    for end, moments in zip(ends, (measured, predicted), strict=True):
+        end["gradients"] = max(parts["gradients"] for (name, _), parts in moments if name == "update")
+    rows = []
+    for part in ("parameters", "optimizer state", "gradients", *KINDS):
+        actual, expected = (end[part] / MIB for end in ends)
+        if actual or expected:
+            rows.append({"part": part, "measured MiB": actual, "predicted MiB": expected,
+                         "difference MiB": expected - actual})
+    return rows
+
+
+@styled
+def draw_memory(measured: list[Moment], predicted: list[Moment], title: str) -> Figure:
+    """Stacked bytes over the phases, each phase as wide as any other; the measured total is a line in both panels."""
+    widths = {"loss": 2.0, "update": 4.0}
+    figure, axes = make_panels(2, 1, width=11, height=4.1, sharex=True, sharey=True)
+    phases = [phase for phase, _ in predicted]
+    edges = np.cumsum([0] + [widths.get(name, 1.0) for name, _ in phases])
+    steps = {phase: [parts for other, parts in measured if other == phase] for phase in phases}
+    x = np.concatenate([np.linspace(edges[i], edges[i + 1], len(steps[phase]), endpoint=False)
+                        for i, phase in enumerate(phases)] + [edges[-1:]])
+    actual = [parts for phase in phases for parts in steps[phase]]
+    actual.append(actual[-1])
+    total = [sum(parts.values()) / MIB for parts in actual]
+    for ax, points, moments, name in ((axes[0, 0], x, actual, "measured, after each operation"),
+                                      (axes[1, 0], edges, [parts for _, parts in [*predicted, predicted[-1]]],
+                                       "predicted by nanochat.memory: the worst instant of each phase")):
+        stacks = np.array([[parts[part] / MIB for parts in moments] for part in PARTS])
+        ax.stackplot(points, stacks, colors=list(PARTS.values()), labels=list(PARTS), step="post",
+                             linewidth=0)
+        ax.step(x, total, where="post", color=INK, linewidth=1, label="total, measured")
+        ax.set(title=name, ylabel="MiB", xlim=(0, edges[-1]), ylim=(0, 1.12 * max(total)))
+        ax.grid(False)
+        for i, (edge, phase) in enumerate(zip(edges[1:], phases, strict=True)):
+            is_last = i + 1 == len(phases) or phases[i + 1][0] != phase[0]
+            ax.axvline(edge, color=INK if is_last else "white", linewidth=1 if is_last else 0.6)
+    peak = int(np.argmax(total))
+    axes[0, 0].annotate(f"peak {total[peak]:,.0f} MiB", (x[peak], total[peak]), xytext=(0, 4), color=INK, fontsize=9,
+                        textcoords="offset points", ha="center", bbox={"fc": "white", "ec": "none", "pad": 1})
+    centers = (edges[1:] + edges[:-1]) / 2
+    axes[1, 0].set_xticks(centers, [label for _, label in phases], rotation=90 if len(phases) > 30 else 0, fontsize=8)
+    for name in dict.fromkeys(name for name, _ in phases):
+        inside = [i for i, phase in enumerate(phases) if phase[0] == name]
+        axes[1, 0].text((edges[inside[0]] + edges[inside[-1] + 1]) / 2, -0.13, name, ha="center", va="top",
+                        transform=axes[1, 0].get_xaxis_transform(), color=INK, fontweight="bold")
+    axes[1, 0].set_xlabel("phase of the step: layers in the order in which they run", labelpad=28)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", handlelength=1.2)
+    figure.suptitle(title, fontsize=10, color=FAINT, x=0.01, ha="left")
+    return figure
+
+
+if __name__ == "__main__":
+    run_script(main)
