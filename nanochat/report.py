@@ -138,7 +138,7 @@ def build_card(base_dir: Path, price_per_hour: float | None) -> Card:
                           [Table(t.get("title", ""), t["columns"], t["rows"]) for t in record.get("tables") or ()],
                           list(record.get("samples") or ()), [str(note) for note in record.get("notes") or ()])
         if run:
-            add_run(section, run, metrics)
+            add_run(section, run, metrics, price_per_hour)
             environments.setdefault(json.dumps(run.get("environment")), (run_path, run.get("environment")))
             tiles = describe_model(run, metrics) | tiles  # of the first stage: a chat has other bits per byte
         elif run_path:
@@ -182,7 +182,7 @@ def choose_chain(saved: dict[str, dict], runs: dict[str, dict]) -> list[tuple[di
     return [(record, "" if run_path in seen else seen.add(run_path) or run_path) for _, record, run_path in chain]
 
 
-def add_run(section: Section, run: dict, metrics: dict) -> None:
+def add_run(section: Section, run: dict, metrics: dict, price_per_hour: float | None) -> None:
     """Complete a section with what its run has on disk; what the section says itself goes first."""
     train, val = get_series(metrics, "train", "loss"), get_series(metrics, "eval", "val_bpb")
     facts = {"status": run.get("status"), "last step": train and train[-1][0],
@@ -196,6 +196,7 @@ def add_run(section: Section, run: dict, metrics: dict) -> None:
         facts = {key: facts[key] for key in ("status", "train loss", "best val bpb", "tokens_per_sec", "mfu_pct")}
     section.values |= {key: value for key, value in facts.items() if value and key not in section.values}
     section.curve = Curve(train, val) if len(train) > 1 or len(val) > 1 else None
+    add_predictions(section, run, metrics, price_per_hour)
     section.tables += tabulate_evals(metrics)
     data = [rows[-1] for rows in metrics.get("data", {}).values()][-1:]
     for title, facts in (("Packing of the data", {k: v for row in data for k, v in row.items() if k != "kind"}),
@@ -209,6 +210,36 @@ def add_run(section: Section, run: dict, metrics: dict) -> None:
     if not section.samples and metrics.get("sample"):
         step, section.samples = list(metrics["sample"].items())[-1]
         section.notes.append(f"The samples are from step {step:,}.")
+
+
+def add_predictions(section: Section, run: dict, metrics: dict, price_per_hour: float | None) -> None:
+    """What the run said that it would take, when it began, beside what it took."""
+    predicted, train = run.get("predicted"), metrics.get("train")
+    if not predicted or not train:
+        return
+    predicted, num_steps = dict(predicted), max(train)
+    if "train_sec" in predicted:  # of the whole plan, which the run may not have come to the end of
+        predicted["train_sec"] *= num_steps / run["plan"]["num_iterations"]
+    actual = {}
+    for key, name, choose in (("peak_memory_bytes", "peak_memory_bytes", max), ("train_sec", "elapsed_sec", max),
+                              ("tokens_per_sec", "tokens_per_sec", statistics.median),
+                              ("mfu_pct", "mfu_pct", statistics.median)):
+        if values := [value for _, value in get_series(metrics, "train", name)]:
+            actual[key] = choose(values)
+    price, _ = (price_per_hour, "") if price_per_hour is not None else find_price([run.get("environment") or {}])
+    for values in (predicted, actual):
+        if price is not None and "train_sec" in values:
+            values["dollars"] = values["train_sec"] / 3600 * price
+    rows = []
+    for key, label in (("peak_memory_bytes", "peak memory"), ("train_sec", f"time of {num_steps:,} steps"),
+                       ("tokens_per_sec", "tokens per sec"), ("mfu_pct", "MFU"), ("dollars", "cost of that time")):
+        pair = [values.get(key) for values in (predicted, actual)]
+        if pair != [None, None]:
+            cells = ["" if value is None else f"${value:,.2f}" if key == "dollars" else format_value(key, value)
+                     for value in pair]
+            rows.append([label, *cells, f"{pair[1] / pair[0]:.2f}" if all(pair) else ""])
+    section.tables.append(Table("Plan against actual", ["", "predicted", "actual", "actual / predicted"], rows))
+    section.notes.append(f"Predicted when the run began; MFU: {predicted.get('mfu_source', 'unknown')}.")
 
 
 def tabulate_evals(metrics: dict) -> list[Table]:
