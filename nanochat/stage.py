@@ -111,7 +111,7 @@ class Machine:
     peak_flops:    float | None   # of all ranks together, what MFU is measured against
     rows_per_rank: int            # of a step
     micro_rows:    int            # of one forward pass, a divisor of these
-    memory_bytes:  int            # that the device is predicted to need
+    memory_bytes:  int            # predicted peak, as get_peak_memory_bytes will measure it
     has_halved:    bool = False   # whether micro_rows is half of what was chosen, because memory ran out
 
     def get_choices(self) -> dict:
@@ -158,6 +158,8 @@ def choose_machine(args, device: torch.device, ranks: Ranks, *, rows_per_rank: i
     micro_rows, why, memory_bytes = choose_micro_rows(
         args.device_batch_size, saved.get("micro_rows"), kept_why, rows_per_rank, config, T, compute, free_bytes)
     decide("rows of a micro-batch", (micro_rows, why))
+    if device.type == "cpu":  # where what will be measured is the whole process, with Python and all libraries
+        memory_bytes += get_peak_memory_bytes(device)
     return Machine(device, ranks, dtype, attention, use_compile, peak_flops, rows_per_rank, micro_rows, memory_bytes)
 
 
@@ -289,10 +291,7 @@ def describe_run(stage: str, args: argparse.Namespace, argv: list[str], run_dir:
 
 def predict_run(stage: str, machine: Machine, config: GPTConfig, plan: Plan) -> dict:
     """What the run will take as far as anyone knows, for the report card to compare with what it took."""
-    device = machine.device
-    # a CPU's peak is the process's: Python, libraries and the beginning of the data as well
-    before_bytes = get_peak_memory_bytes(device) if device.type == "cpu" else 0
-    predicted = {"peak_memory_bytes": machine.memory_bytes + before_bytes}
+    device, predicted = machine.device, {"peak_memory_bytes": machine.memory_bytes}
     if stage == "rl":
         return predicted | {"mfu_source": "unknown, for most of a step is sampling"}
     if not machine.use_compile or not machine.peak_flops:
