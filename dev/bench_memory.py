@@ -23,7 +23,7 @@ from nanochat import flash_attention
 from nanochat.common import COMPUTE_DTYPES, run_script
 from nanochat.config import GPTConfig
 from nanochat.gpt import GPT
-from nanochat.memory import GIB, USABLE_FRAC, Compute, measure_free_bytes, predict_memory
+from nanochat.memory import GIB, Compute, get_usable_frac, measure_free_bytes, predict_memory
 from nanochat.scaling import make_config
 from nanochat.train import Batch, train_step
 
@@ -134,11 +134,12 @@ def check_memory(setup: Setup) -> Iterator[Check]:
     compute = Compute(str(setup.dtype).removeprefix("torch."), setup.backend, setup.use_compile, setup.device.type)
     for depth in GPU_DEPTHS if on_gpu else setup.sizes.depths:
         free_memory(setup.device)
-        config, free_bytes = setup.make_config(depth), measure_free_bytes(setup.device)
+        config = setup.make_config(depth)
+        usable_bytes = get_usable_frac(compute) * (measure_free_bytes(setup.device) or 0)
         before_bytes = torch.cuda.memory_allocated(setup.device) if on_gpu else 0
         # two micro-batches take more, since gradients of the first stand beside the second
-        rows = next((n for n in (MAX_ROWS, 8, 4, 2, 1) if n <= setup.sizes.max_rows and free_bytes is not None
-                     and predict_memory(config, T, n, compute, num_micro=2).peak <= USABLE_FRAC * free_bytes), 0)
+        rows = next((n for n in (MAX_ROWS, 8, 4, 2, 1) if n <= setup.sizes.max_rows and
+                     predict_memory(config, T, n, compute, num_micro=2).peak <= usable_bytes), 0)
         if not rows:
             yield Check(f"d{depth} memory", "absent", "no row is predicted to fit here")
             continue

@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 2**30
-# Of a device's memory, or of what is free of it. The rest is for buffers that NCCL and cuBLAS make later, fragments,
-# and what predictions lack (at most 10%, see the tests): assumption, not studied, since a step that runs out of memory
-# all the same goes on with half the rows
-USABLE_FRAC = 0.92
+# What may be filled by prediction, of a device's memory or of what is free of it. A CPU's process grew by 1.5 to 2.0
+# times the live bytes, since malloc keeps what was freed (dev/LOG.md, 2026-11-21). On a GPU the rest is for fragments,
+# for buffers that NCCL and cuBLAS make later, and for what predictions lack (at most 10%, see the tests): assumption,
+# not studied; a step that runs out of memory all the same goes on with half the rows
+USABLE_FRACS = {"cpu": 0.5}
+DEFAULT_USABLE_FRAC = 0.92
 MAX_MICRO_TOKENS = {"cpu": 8192}    # of a micro-batch: more make a CPU's step no faster (assumption, not studied)
 # Nor a GPU's: what a micro-batch costs beside its tokens is to read and add up all gradients, 12 bytes a parameter. At
 # 3 TB/s and 5e14 FLOP/s that is 0.5% of the 6 FLOPs a parameter and token of so many tokens, at any depth (an estimate)
@@ -144,10 +146,14 @@ def largest_micro_rows(config: GPTConfig, T: int, compute: Compute, memory_bytes
     """
     limit = get_max_micro_tokens(compute.device_type) // T
     for rows in list_divisors(rows_per_rank)[::-1]:
-        if rows <= max(1, limit) and (memory_bytes is None or USABLE_FRAC * memory_bytes >= predict_memory(
-                config, T, rows, compute, rows_per_rank // rows).needed):
+        if rows <= max(1, limit) and (memory_bytes is None or predict_memory(
+                config, T, rows, compute, rows_per_rank // rows).needed <= get_usable_frac(compute) * memory_bytes):
             return rows
     return 0
+
+
+def get_usable_frac(compute: Compute) -> float:
+    return USABLE_FRACS.get(compute.device_type, DEFAULT_USABLE_FRAC)
 
 
 def get_max_micro_tokens(device_type: str) -> int:

@@ -239,7 +239,9 @@ def add_predictions(section: Section, run: dict, metrics: dict, price_per_hour: 
                      for value in pair]
             rows.append([label, *cells, f"{pair[1] / pair[0]:.2f}" if all(pair) else ""])
     section.tables.append(Table("Plan against actual", ["", "predicted", "actual", "actual / predicted"], rows))
-    section.notes.append(f"Predicted when the run began; MFU: {predicted.get('mfu_source', 'unknown')}.")
+    sources = (f"{what}: {predicted[key]}" for what, key in (("MFU", "mfu_source"), ("memory", "memory_source"))
+               if key in predicted)
+    section.notes.append("; ".join(("Predicted when the run began", *sources)) + ".")
 
 
 def tabulate_evals(metrics: dict) -> list[Table]:

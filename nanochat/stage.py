@@ -292,6 +292,8 @@ def describe_run(stage: str, args: argparse.Namespace, argv: list[str], run_dir:
 def predict_run(stage: str, machine: Machine, config: GPTConfig, plan: Plan) -> dict:
     """What the run will take as far as anyone knows, for the report card to compare with what it took."""
     device, predicted = machine.device, {"peak_memory_bytes": machine.memory_bytes}
+    if device.type == "cpu":
+        predicted["memory_source"] = "live tensors beside the process before them, not what malloc keeps of freed ones"
     if stage == "rl":
         return predicted | {"mfu_source": "unknown, for most of a step is sampling"}
     if not machine.use_compile or not machine.peak_flops:

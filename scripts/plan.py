@@ -18,10 +18,10 @@ from nanochat.config import GPTConfig, count_params, estimate_flops
 from nanochat.gpus import GPUS, expect_mfu, find_gpu
 from nanochat.memory import (
     GIB,
-    USABLE_FRAC,
     Compute,
     Memory,
     count_shapes,
+    get_usable_frac,
     largest_micro_rows,
     predict_memory,
     rows_or_auto,
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.json:
         print0(json.dumps(results, indent=2))
     else:
-        print_table(estimates, hardware)
+        print_table(estimates, hardware, get_usable_frac(compute) * hardware.memory_gib)
         print_notes(estimates, hardware, compute)
     return results
 
@@ -179,7 +179,8 @@ def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, compu
     memory = predict_memory(config, T, micro_rows, compute, rows // micro_rows)
     mfu, source = (args.mfu / 100, "asked for") if args.mfu else expect_mfu(hardware.name, depth)
     hours = plan.total_flops / (mfu * hardware.peak_flops * hardware.num_gpus) / 3600
-    return Estimate(config, plan, memory.needed <= USABLE_FRAC * memory_bytes, micro_rows, rows // micro_rows, memory,
+    fits = memory.needed <= get_usable_frac(compute) * memory_bytes
+    return Estimate(config, plan, fits, micro_rows, rows // micro_rows, memory,
                     count_hardware_flops(config, plan, hardware.num_gpus), mfu, source, hours,
                     hours * hardware.num_gpus * hardware.dollars,
                     math.ceil(SPARE_DATA * plan.total_tokens / TOKENS_PER_SHARD))
@@ -231,7 +232,7 @@ def find_deepest(args: argparse.Namespace, hardware: Hardware, compute: Compute)
 # Showing
 
 
-def print_table(estimates: list[Estimate], hardware: Hardware) -> None:
+def print_table(estimates: list[Estimate], hardware: Hardware, usable_gib: float) -> None:
     """One column a depth."""
     def gib(num_bytes: float) -> str:
         return f"{num_bytes / GIB:.2f}"
@@ -261,7 +262,7 @@ def print_table(estimates: list[Estimate], hardware: Hardware) -> None:
         add(f"  in use, {moment}", lambda e, moment=moment: gib(e.memory.moments[moment]))
     if hardware.name == "cpu":
         add("  a checkpoint's copy in memory", lambda e: gib(e.memory.checkpoint))
-    add(f"  peak, of {USABLE_FRAC * hardware.memory_gib:.1f} that can be used",
+    add(f"  peak, of {usable_gib:.1f} that can be used",
         lambda e: gib(e.memory.needed) + ("" if e.fits else " DOES NOT FIT"))
     add("model FLOPs", lambda e: f"{e.plan.total_flops:.3g}")
     add("hardware FLOPs", lambda e: f"{e.hardware_flops:.3g}")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from nanochat import train
 from nanochat.common import Ranks, UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.memory import GIB, USABLE_FRAC, Compute, predict_memory
+from nanochat.memory import GIB, Compute, get_usable_frac, predict_memory
 from nanochat.scaling import make_config, make_plan
 from nanochat.stage import choose_micro_rows, count_rows, take_minimum
 from nanochat.train import (
@@ -494,7 +494,7 @@ def predict(rows, rows_per_rank):
 
 
 def test_micro_rows_are_what_fits_and_pays():
-    room = predict(4, 12) / USABLE_FRAC
+    room = predict(4, 12) / get_usable_frac(COMPUTE)
     assert choose("auto", 12, room + 1) == (4, f"largest that fits: {predict(4, 12) / GIB:.2f} of {room / GIB:.2f} GiB "
                                                "predicted; 3 a step")
     assert choose("auto", 12, room - 1)[0] == 3
