@@ -178,11 +178,11 @@ def measure_free_bytes(device: torch.device) -> int | None:
         return min(known) // count_local_ranks() if known else None
     if device.type == "mps":
         return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    module = torch.get_device_module(device)
-    if not hasattr(module, "mem_get_info"):
-        return None
-    module.empty_cache()  # what probes of kernels have left
-    return module.mem_get_info(device)[0]
+    with contextlib.suppress(AttributeError, RuntimeError):  # not every device or driver tells
+        module = torch.get_device_module(device)
+        module.empty_cache()  # what probes of kernels have left
+        return module.mem_get_info(device)[0]
+    return None
 
 
 def read_available_bytes(path: Path = Path("/proc/meminfo")) -> int | None:

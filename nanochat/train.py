@@ -97,7 +97,8 @@ def train_step(model, optimizer, batch: Batch, micro_rows: int, scaler: LossScal
     if num_targets == 0 or num_weighted == 0:
         return StepStats(0.0, 0.0, num_targets, "no weights" if num_targets else "no targets")
     loss, problem = add_gradients(model, batch, micro_rows, (scaler.scale if scaler else 1.0) / num_targets)
-    # before the first gradient is sent: whoever sends one would wait for ever for the rank that ran out
+    # Before the first gradient is sent: whoever sends one would wait for ever for the rank that ran out. With several
+    # GPUs Python waits here for the backward pass; that this costs little beside it is an assumption, not studied
     if any_rank(problem is not None, device=device)[0]:
         optimizer.zero_grad()
         free_memory(device)
