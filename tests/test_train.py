@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from nanochat import train
 from nanochat.common import Ranks, UserError
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpus import CPU_MFU, PUBLISHED_MFU
 from nanochat.memory import GIB, Compute, get_usable_frac, predict_memory
 from nanochat.scaling import make_config, make_plan
-from nanochat.stage import choose_micro_rows, count_rows, take_minimum
+from nanochat.stage import Machine, choose_micro_rows, count_rows, predict_run, take_minimum
 from nanochat.train import (
     Batch,
     LossScaler,
@@ -521,3 +522,22 @@ def test_micro_rows_that_are_asked_for_or_kept():
     for wanted in (5, 13, -1, 0):
         with pytest.raises(UserError, match=f"--device-batch-size {wanted} must divide the 12 rows .* 12, or auto"):
             choose(wanted, 12, None)
+
+
+def test_prediction_of_a_run(monkeypatch):
+    """Time where an MFU is known, or else why not; the report card compares it with what the run took."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    plan = make_plan(SMALL, 1e9, num_iterations=10, batch_tokens=8192)
+    on_cpu = Machine(CPU, Ranks(), torch.float32, "sdpa", True, 1e12, 16, 16, MIB)
+    on_gpu = replace(on_cpu, device=torch.device("cuda", 0), peak_flops=8e15)
+    for machine, mfu in ((on_cpu, CPU_MFU), (on_gpu, PUBLISHED_MFU[0][1])):
+        predicted = predict_run("base", machine, SMALL, plan)
+        assert predicted["peak_memory_bytes"] == MIB and predicted["mfu_pct"] == pytest.approx(100 * mfu)
+        assert predicted["train_sec"] == pytest.approx(1e9 * 81920 / (mfu * machine.peak_flops))
+        assert predicted["tokens_per_sec"] == pytest.approx(81920 / predicted["train_sec"])
+    for stage, machine, why in (
+            ("base", replace(on_cpu, use_compile=False), "nothing was measured without compilation"),
+            ("sft", replace(on_gpu, peak_flops=None), "nothing was measured on cuda devices"),
+            ("rl", on_gpu, "most of a step is sampling")):
+        predicted = predict_run(stage, machine, SMALL, plan)
+        assert predicted["mfu_source"] == f"unknown, for {why}" and "train_sec" not in predicted
