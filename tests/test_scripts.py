@@ -172,7 +172,7 @@ def test_resume_before_the_first_step(whole):
 
 def test_evaluation_that_a_kill_prevented_is_made_up_for(whole):
     """Saved at step 10, died in the evaluation of step 10."""
-    def die(*_):
+    def die(*_, **__):
         raise RuntimeError("died while evaluating")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="died while evaluating"):
         patch.setattr(base_train, "evaluate", die)
