@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from dev.bench_memory import check_memory
 from dev.gpu_kernels import check_attention, check_cross_entropy, check_optimizer
 from dev.gpu_setup import FULL, TINY, Check, Setup, Sizes, free_memory, make_synthetic_rows, with_vocab
 from dev.gpu_steps import check_backends, check_resume, check_saves, check_steps
@@ -33,6 +34,7 @@ SECTIONS: dict[str, Callable[[Setup], Iterator[Check]]] = {
     "resume":    check_resume,
     "save":      check_saves,
     "backends":  check_backends,
+    "memory":    check_memory,
 }
 DATA_ROWS = 512   # rows of tokens that the steps go through again and again
 

@@ -139,7 +139,7 @@ def begin_chat_run(start: ChatStart, args: argparse.Namespace, argv: list[str], 
     T, rows_per_step = config.sequence_len, count_rows(plan.batch_tokens, config.sequence_len, ranks.world_size)
     last_step = choose_last_step(args.stop_at, plan, start.step, start.run_dir)
     decisions = start.decisions + describe_changes(source, plan, args.init_lr_frac, args.warmdown_ratio)
-    machine = choose_machine(args, device, ranks, rows_per_rank=rows_per_step // ranks.world_size, T=T,
+    machine = choose_machine(args, device, ranks, rows_per_rank=rows_per_step // ranks.world_size, config=config, T=T,
                              flops=(last_step - start.step) * plan.batch_tokens * plan.flops_per_token,
                              saved=saved["choices"] if saved else inherit_choices(source, device), decisions=decisions,
                              kept_why="as the run began" if saved else f"as the {source.stage} run")
@@ -157,7 +157,7 @@ def begin_chat_run(start: ChatStart, args: argparse.Namespace, argv: list[str], 
     data = {"name": start.mixture.name, "hash": start.groups.identity["data"], "tasks": start.mixture.parts}
     info = describe_run(start.stage, args, argv, start.run_dir, model, plan, data=data, tokenizer=tokenizer,
                         tokenizer_name=source.meta["tokenizer"]["name"], environment=start.environment,
-                        decisions=decisions, source=source.describe())
+                        decisions=decisions, machine=machine, source=source.describe())
     meta = {"stage": start.stage, "model_config": asdict(config), "identity": start.identity, "data": data,
             "tokenizer": info["tokenizer"], "environment": start.environment, "epoch": start.epoch.to_json()}
     saver = Checkpointer(start.run_dir, keep_last=args.keep_last, keep_every=args.keep_every)

@@ -63,9 +63,7 @@ def run_script(main: Callable[[list[str] | None], object]) -> None:
             exit_with(1, f"error: rank {get_ranks().rank} can't reach the other ranks any more: one of them has ended "
                          f"(what it said stands above) or did not answer for {get_collective_timeout_sec():g} s; run "
                          f"the same command again to go on from the last checkpoint ({first_line})")
-        # a GPU's allocator has an error of its own, a CPU's only a text
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError" \
-                and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         exit_with(2, f"error: out of memory ({(str(error).splitlines() or ['no details'])[0]}); set a smaller "
                      "--device-batch-size, where the script has it")
@@ -77,6 +75,14 @@ def run_script(main: Callable[[list[str] | None], object]) -> None:
             raise
         where = f" while writing {error.filename}" if error.filename else ""
         exit_with(2, f"error: the disk is full{where}; what was saved before is intact, free some space and run again")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; CUDA's allocator has an error of its own, others and its libraries only a text."""
+    texts = ("can't allocate memory", "backend out of memory", "CUDA error: out of memory",
+             "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or \
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def get_process_group():
@@ -213,6 +219,11 @@ def get_ranks() -> Ranks:
     return Ranks(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1)))
 
 
+def count_local_ranks() -> int:
+    """Ranks on this machine; all of them, where torchrun doesn't say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or get_ranks().world_size)
+
+
 def print0(*values: object) -> None:
     """Print on rank 0 only, at once, in one piece: the writer of checkpoints speaks from a thread of its own."""
     if get_ranks().rank == 0:
@@ -245,8 +256,7 @@ def init_compute(device_type: str = "", deterministic: bool = False) -> tuple[to
     if device.type == "cpu":
         keep_freed_memory()
         if ranks.world_size > 1:
-            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks.world_size)
-            torch.set_num_threads(max(1, count_cpus() // ranks_here))
+            torch.set_num_threads(max(1, count_cpus() // count_local_ranks()))
     elif device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")

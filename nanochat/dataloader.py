@@ -11,7 +11,7 @@ B rows, T tokens a row feeds to the model (a packed row holds T+1), R rows of a 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
@@ -170,7 +170,7 @@ class TrainLoader:
                 self.lanes[idx].is_counted = self.lanes[idx].pack_stats.num_docs > 0
         self.epoch = max(map(self._get_epoch, self.lanes.values())) if state else 0
         self.empty_groups: set[int] = set()
-        self.places = self._get_places()
+        self.places = self.places_before = self._get_places()
         if num_threads is None:
             num_threads = max(1, min(4, count_cpus() // (2 * ranks.world_size)))
         self.pool = ThreadPoolExecutor(num_threads, "loader") if num_threads else None
@@ -185,8 +185,12 @@ class TrainLoader:
             step_rows = np.arange(idx, self.rows_per_step, L)              # which rows of the step this lane gives
             mine = step_rows % world == rank
             rows[step_rows[mine] // world] = self._take_rows(lane, len(step_rows))[mine]
-        self.places = self._get_places()
+        self.places_before, self.places = self.places, self._get_places()
         return make_batch(rows, self.groups.bos_id, self.pin_memory)
+
+    def give_back(self) -> None:
+        """Nothing was learned from the last step handed out: a run that goes on from the state is to begin with it."""
+        self.places = self.places_before
 
     def state_dict(self) -> dict:
         """The place after the last step handed out, as JSON can store it: per lane [epoch, group of epoch, row].
@@ -302,7 +306,7 @@ class ValidationBatches:
     Every rank gives the same number of batches of the same shape, so that collective work on them can't hang; where
     rows run out, rows with nothing but ignored targets stand in.
     """
-    rows:       np.ndarray   # (this rank's rows, T+1) int32, a multiple of batch_rows
+    rows:       np.ndarray   # (rows, T+1) int32, as many on each rank
     batch_rows: int
     num_rows:   int          # real rows, all ranks together
     rule:       str          # how the rows were made: part of what a bpb means
@@ -310,11 +314,18 @@ class ValidationBatches:
     pin_memory: bool
 
     def __len__(self) -> int:
-        return len(self.rows) // self.batch_rows
+        return -(-len(self.rows) // self.batch_rows)
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self.rows), self.batch_rows):
-            yield make_batch(self.rows[start:start + self.batch_rows], self.bos_id, self.pin_memory)
+            rows = np.full((self.batch_rows, self.rows.shape[1]), PAD, np.int32)
+            part = self.rows[start:start + self.batch_rows]
+            rows[:len(part)] = part
+            yield make_batch(rows, self.bos_id, self.pin_memory)
+
+    def cut(self, batch_rows: int) -> "ValidationBatches":
+        """The same rows in batches of so many, or of all where they are fewer."""
+        return replace(self, batch_rows=min(batch_rows, len(self.rows)))
 
 
 def validation_batches(shards: ShardList, tokenizer, T: int, num_rows: int | None = None, *, batch_rows: int,
@@ -343,10 +354,8 @@ def take_first_rows(groups: Groups, num_rows: int | None, rule: str, *, batch_ro
     if total == 0:
         raise UserError(groups.empty)
     rows = np.concatenate(parts)[:num_rows]
-    rank_rows = -(-len(rows) // ranks.world_size)
-    batch_rows = min(batch_rows, rank_rows)
-    padded = np.full((-(-rank_rows // batch_rows) * batch_rows, groups.T + 1), PAD, np.int32)
+    padded = np.full((-(-len(rows) // ranks.world_size), groups.T + 1), PAD, np.int32)
     mine = rows[ranks.rank::ranks.world_size]
     padded[:len(mine)] = mine
     return ValidationBatches(padded, batch_rows, len(rows), f"{rule}, T {groups.T}, {len(rows)} rows", groups.bos_id,
-                             pin_memory)
+                             pin_memory).cut(batch_rows)

@@ -10,17 +10,33 @@ backward pass needs (activations, block by block), and what comes and goes. The 
     update    gradients, and the optimizer's stacks and temporaries
 
 Compared with tensors counted one by one by `python -m dev.bench_memory`; not yet with a GPU's allocator, for which it
-has check_memory, nor on several ranks. Needs no torch.
+has check_memory, nor on several ranks. Needs no torch, but to ask a GPU what it has free.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from nanochat.common import COMPUTE_DTYPES, UserError
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanochat.common import COMPUTE_DTYPES, UserError, count_local_ranks
 from nanochat.config import VE_GATE_CHANNELS, GPTConfig, count_params
 
+if TYPE_CHECKING:
+    import torch
+
 GIB = 2**30
-USABLE_FRAC = 0.92     # of a device's memory; context, libraries and fragments take the rest: assumption, not studied
-MAX_MICRO_TOKENS = {"cpu": 8192}    # more make a CPU's step no faster: assumption, not studied
+# What may be filled by prediction, of a device's memory or of what is free of it. A CPU's process grew by 1.5 to 2.0
+# times the live bytes, since malloc keeps what was freed (dev/LOG.md, 2026-11-21). On a GPU the rest is for fragments,
+# for buffers that NCCL and cuBLAS make later, and for what predictions lack (at most 10%, see the tests): assumption,
+# not studied; a step that runs out of memory all the same goes on with half the rows
+USABLE_FRACS = {"cpu": 0.5}
+DEFAULT_USABLE_FRAC = 0.92
+MAX_MICRO_TOKENS = {"cpu": 8192}    # of a micro-batch: more make a CPU's step no faster (assumption, not studied)
+# Nor a GPU's: what a micro-batch costs beside its tokens is to read and add up all gradients, 12 bytes a parameter. At
+# 3 TB/s and 5e14 FLOP/s that is 0.5% of the 6 FLOPs a parameter and token of so many tokens, at any depth (an estimate)
+DEFAULT_MAX_MICRO_TOKENS = 2**16
 # As in the modules that allocate, which need torch; a test compares them
 ROPE_LENGTHS, SMALL_PARAM = 10, 1024
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
@@ -74,11 +90,17 @@ class Memory:
     gradients:   int              # as the backward pass leaves them
     activations: dict[str, int]   # kept for the backward pass, by part of the model
     loss:        int              # what making the loss takes beside all of these
+    checkpoint:  int              # the copy that one is written from, on a CPU; that of a GPU isn't in its memory
     moments:     dict[str, int]   # what is in use at the worst instant of each
 
     @property
     def peak(self) -> int:
         return max(self.moments.values())
+
+    @property
+    def needed(self) -> int:
+        """What must be there for a run: the peak of a step, while a checkpoint is written."""
+        return self.peak + self.checkpoint
 
     @property
     def worst_moment(self) -> str:
@@ -107,21 +129,93 @@ def predict_memory(config: GPTConfig, T: int, micro_rows: int, compute: Compute,
             live += count_block_gradients(config, layer, compute)
     moments = {"loss": kept + sum(activations.values()) + loss, "backward": max(backward, live),
                "update": parameters + optimizer + count_update_bytes(config, gradients, compute)}
-    return Memory(parameters, optimizer, gradients, activations, loss, moments)
+    checkpoint = parameters + optimizer if compute.device_type == "cpu" else 0
+    return Memory(parameters, optimizer, gradients, activations, loss, checkpoint, moments)
 
 
-def largest_micro_rows(config: GPTConfig, T: int, compute: Compute, memory_bytes: float, rows_per_rank: int) -> int:
-    """The most rows of a micro-batch, a divisor of the rank's rows of a step, whose peak fits; 0 if not even one.
+# ---------------------------------------------------------------------------------------------------------------------
+# What fits
 
-    memory_bytes: of the device; of a CPU, the part of it that this rank may use
+
+def largest_micro_rows(config: GPTConfig, T: int, compute: Compute, memory_bytes: float | None,
+                       rows_per_rank: int) -> int:
+    """The most rows of a micro-batch, a divisor of the rank's rows of a step, that fit; 0 if not even one does.
+
+    memory_bytes: of the device; of a CPU, the part of it that this rank may use. None, where nobody knows: then only
+                  the number of tokens is bounded, beyond which more rows gain nothing
     """
-    limit = max(1, MAX_MICRO_TOKENS.get(compute.device_type, rows_per_rank * T) // T)
-    for rows in range(min(rows_per_rank, limit), 0, -1):
-        if rows_per_rank % rows == 0:
-            memory = predict_memory(config, T, rows, compute, rows_per_rank // rows)
-            if memory.peak <= USABLE_FRAC * memory_bytes:
-                return rows
+    limit = get_max_micro_tokens(compute.device_type) // T
+    for rows in list_divisors(rows_per_rank)[::-1]:
+        if rows <= max(1, limit) and (memory_bytes is None or predict_memory(
+                config, T, rows, compute, rows_per_rank // rows).needed <= get_usable_frac(compute) * memory_bytes):
+            return rows
     return 0
+
+
+def get_usable_frac(compute: Compute) -> float:
+    return USABLE_FRACS.get(compute.device_type, DEFAULT_USABLE_FRAC)
+
+
+def get_max_micro_tokens(device_type: str) -> int:
+    return MAX_MICRO_TOKENS.get(device_type, DEFAULT_MAX_MICRO_TOKENS)
+
+
+def list_divisors(number: int) -> list[int]:
+    """Ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def rows_or_auto(text: str) -> int | str:
+    """The value of --device-batch-size."""
+    return text if text == "auto" else int(text)
+
+
+def measure_free_bytes(device: torch.device) -> int | None:
+    """Memory of the device that this rank could still take, of a CPU's its share; None where nobody knows."""
+    import torch
+    if device.type == "cpu":
+        known = [num_bytes for num_bytes in (read_available_bytes(), read_cgroup_bytes()) if num_bytes is not None]
+        return min(known) // count_local_ranks() if known else None
+    if device.type == "mps":
+        return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    with contextlib.suppress(AttributeError, RuntimeError):  # not every device or driver tells
+        module = torch.get_device_module(device)
+        module.empty_cache()  # what probes of kernels have left
+        return module.mem_get_info(device)[0]
+    return None
+
+
+def read_available_bytes(path: Path = Path("/proc/meminfo")) -> int | None:
+    """What Linux could give to new processes without swapping."""
+    with contextlib.suppress(OSError):
+        for line in path.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+# Files of a control group, version 2 and 1: its limit, what it uses, and how much of that is cache that gives way
+CGROUP_NAMES = {"": ("memory.max", "memory.current", "inactive_file"),
+                "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}
+
+
+def read_cgroup_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What the limits of this process's control groups leave, those of a container or a job; None without a limit."""
+    left = []
+    with contextlib.suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controller, path = line.split(":", 2)
+            if controller not in CGROUP_NAMES:
+                continue
+            limit, usage, cache = CGROUP_NAMES[controller]
+            folder = root / controller / path.strip("/")
+            # every group above counts, too; in a container the root is the container's own, the path the host's
+            for group in (folder, *folder.parents[:len(folder.relative_to(root / controller).parts)]):
+                with contextlib.suppress(OSError, ValueError):  # not there; "max", which is no limit
+                    limit_bytes, used_bytes = (int((group / name).read_text()) for name in (limit, usage))
+                    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                    left.append(max(0, limit_bytes - used_bytes + int(stat.get(cache, 0))))
+    return min(left, default=None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

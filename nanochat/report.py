@@ -138,13 +138,13 @@ def build_card(base_dir: Path, price_per_hour: float | None) -> Card:
                           [Table(t.get("title", ""), t["columns"], t["rows"]) for t in record.get("tables") or ()],
                           list(record.get("samples") or ()), [str(note) for note in record.get("notes") or ()])
         if run:
-            add_run(section, run, metrics)
+            add_run(section, run, metrics, price_per_hour)
             environments.setdefault(json.dumps(run.get("environment")), (run_path, run.get("environment")))
             tiles = describe_model(run, metrics) | tiles  # of the first stage: a chat has other bits per byte
         elif run_path:
             section.notes.append(f"{run_path} isn't there any more, so its curve and settings are missing here")
-        seconds = record.get("wall_sec") or measure_wall_sec(run, metrics)
-        wall_sec += seconds
+        # an evaluation tells its own time, and a run that has no section of its own is counted where it is shown
+        wall_sec += (record.get("wall_sec") or 0.0) + (measure_wall_sec(run, metrics) if run else 0.0)
         sections.append(section)
         commands += [format_command(argv) for argv in (record.get("argv") or run.get("argv"),) if argv]
     shown = {run_path for _, run_path in chain}
@@ -182,7 +182,7 @@ def choose_chain(saved: dict[str, dict], runs: dict[str, dict]) -> list[tuple[di
     return [(record, "" if run_path in seen else seen.add(run_path) or run_path) for _, record, run_path in chain]
 
 
-def add_run(section: Section, run: dict, metrics: dict) -> None:
+def add_run(section: Section, run: dict, metrics: dict, price_per_hour: float | None) -> None:
     """Complete a section with what its run has on disk; what the section says itself goes first."""
     train, val = get_series(metrics, "train", "loss"), get_series(metrics, "eval", "val_bpb")
     reward = get_series(metrics, "train", "reward")
@@ -199,6 +199,7 @@ def add_run(section: Section, run: dict, metrics: dict) -> None:
     curve = Curve(reward, get_held_out_reward(metrics), ("reward", "held-out reward"), has_one_scale=True) if reward \
         else Curve(train, val)
     section.curve = curve if len(curve.train) > 1 or len(curve.val) > 1 else None
+    add_predictions(section, run, metrics, price_per_hour)
     section.tables += tabulate_evals(metrics)
     data = [rows[-1] for rows in metrics.get("data", {}).values()][-1:]
     for title, facts in (("Packing of the data", {k: v for row in data for k, v in row.items() if k != "kind"}),
@@ -225,6 +226,38 @@ def get_held_out_reward(metrics: dict) -> list[tuple[int, float]]:
             total, num_questions = sums.get(step, (0.0, 0.0))
             sums[step] = total + reward * counts.get(step, 0.0), num_questions + counts.get(step, 0.0)
     return [(step, total / num_questions) for step, (total, num_questions) in sorted(sums.items()) if num_questions]
+
+
+def add_predictions(section: Section, run: dict, metrics: dict, price_per_hour: float | None) -> None:
+    """What the run said that it would take, when it began, beside what it took."""
+    predicted, train = run.get("predicted"), metrics.get("train")
+    if not predicted or not train:
+        return
+    predicted, num_steps = dict(predicted), max(train)
+    if "train_sec" in predicted:  # of the whole plan, which the run may not have come to the end of
+        predicted["train_sec"] *= num_steps / run["plan"]["num_iterations"]
+    actual = {}
+    for key, name, choose in (("peak_memory_bytes", "peak_memory_bytes", max), ("train_sec", "elapsed_sec", max),
+                              ("tokens_per_sec", "tokens_per_sec", statistics.median),
+                              ("mfu_pct", "mfu_pct", statistics.median)):
+        if values := [value for _, value in get_series(metrics, "train", name)]:
+            actual[key] = choose(values)
+    price, _ = (price_per_hour, "") if price_per_hour is not None else find_price([run.get("environment") or {}])
+    for values in (predicted, actual):
+        if price is not None and "train_sec" in values:
+            values["dollars"] = values["train_sec"] / 3600 * price
+    rows = []
+    for key, label in (("peak_memory_bytes", "peak memory"), ("train_sec", f"time of {num_steps:,} steps"),
+                       ("tokens_per_sec", "tokens per sec"), ("mfu_pct", "MFU"), ("dollars", "cost of that time")):
+        pair = [values.get(key) for values in (predicted, actual)]
+        if pair != [None, None]:
+            cells = ["" if value is None else f"${value:,.2f}" if key == "dollars" else format_value(key, value)
+                     for value in pair]
+            rows.append([label, *cells, f"{pair[1] / pair[0]:.2f}" if all(pair) else ""])
+    section.tables.append(Table("Plan against actual", ["", "predicted", "actual", "actual / predicted"], rows))
+    sources = (f"{what}: {predicted[key]}" for what, key in (("MFU", "mfu_source"), ("memory", "memory_source"))
+               if key in predicted)
+    section.notes.append("; ".join(("Predicted when the run began", *sources)) + ".")
 
 
 def tabulate_evals(metrics: dict) -> list[Table]:

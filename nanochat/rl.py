@@ -217,6 +217,10 @@ class Rollouts:
         """What a resumed run can't find out: the tokens that have been learned from."""
         return {"num_tokens": self.num_tokens}
 
+    def give_back(self) -> None:
+        """Nothing was learned from the last step's answers: a run that goes on from the state is to ask them again."""
+        self.num_tokens -= self.stats["row_tokens"]
+
     def next_step(self, model: GPT, step: int) -> PolicyBatch:
         """The batch of this rank's answers, weighted by their advantages. Collective: all ranks call it."""
         start_time = time.perf_counter()

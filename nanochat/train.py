@@ -1,6 +1,7 @@
 """The training step that all stages share: the Batch, the step, the run's log, its progress and its stop signals."""
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.common import Ranks, UserError, now, write_atomic, write_json
+from nanochat.common import Ranks, UserError, is_out_of_memory, now, write_atomic, write_json
 from nanochat.scaling import Plan
 
 
@@ -79,30 +80,29 @@ class LossScaler:
             self.scale *= 2
 
 
+class OutOfMemory(Exception):
+    """A step didn't fit into the memory of some rank: no rank has taken it, and its gradients are gone."""
+
+
 def train_step(model, optimizer, batch: Batch, micro_rows: int, scaler: LossScaler | None = None) -> StepStats:
     """One optimizer step on this rank's rows of it. Collective: all ranks call it.
 
     The loss is normalised once, by the targets of the whole step over all micro-batches and ranks, so it doesn't depend
-    on how the step is cut. A step with nothing to learn leaves parameters and optimizer alone, on all ranks.
+    on how the step is cut. A step with nothing to learn leaves parameters and optimizer alone, on all ranks. So does
+    one that runs out of memory before the optimizer's turn: all ranks raise OutOfMemory. In the optimizer's turn, which
+    no cut makes smaller, the allocator's own error ends the rank, with some parameters updated and others not.
     """
     device = model.get_device()
-    num_targets = count_targets(batch, device)
-    if num_targets == 0:
-        return StepStats(0.0, 0.0, 0, "no targets")
-    is_weighted = batch.weights is None or bool((batch.weights * (batch.targets >= 0)).any())
-    if not any_rank(is_weighted, device=device)[0]:
-        return StepStats(0.0, 0.0, num_targets, "no weights")
-    factor = (scaler.scale if scaler else 1.0) / num_targets
-    loss_dtype = torch.float64 if model.compute_dtype == torch.float64 else torch.float32
-    loss = torch.zeros((), device=device, dtype=loss_dtype)  # the same on a rank that has no rows
-    for micro in batch.split(micro_rows):
-        micro = micro.to(device)
-        weights = torch.full(micro.targets.shape, factor, device=device, dtype=loss_dtype)
-        if micro.weights is not None:
-            weights *= micro.weights
-        micro_loss = model(micro.inputs, micro.targets, loss_reduction="sum", weights=weights)
-        micro_loss.backward()
-        loss = loss + micro_loss.detach()
+    num_targets, num_weighted = count_targets(batch, device)
+    if num_targets == 0 or num_weighted == 0:
+        return StepStats(0.0, 0.0, num_targets, "no weights" if num_targets else "no targets")
+    loss, problem = add_gradients(model, batch, micro_rows, (scaler.scale if scaler else 1.0) / num_targets)
+    # Before the first gradient is sent: whoever sends one would wait for ever for the rank that ran out. With several
+    # GPUs Python waits here for the backward pass; that this costs little beside it is an assumption, not studied
+    if any_rank(problem is not None, device=device)[0]:
+        optimizer.zero_grad()
+        free_memory(device)
+        raise OutOfMemory(problem or "another rank did")
     optimizer.reduce_gradients()
     scale, overflowed = 1.0, False
     if scaler:
@@ -120,10 +120,45 @@ def train_step(model, optimizer, batch: Batch, micro_rows: int, scaler: LossScal
                      "fp16 overflow" if overflowed else "")
 
 
-def count_targets(batch: Batch, device: torch.device) -> int:
-    """Supervised tokens of the step on all ranks together; one rank counts without asking the device."""
-    count = (batch.targets >= 0).sum()
-    return int(sum_over_ranks(count.to(device)) if dist.is_initialized() else count)
+def add_gradients(model, batch: Batch, micro_rows: int, factor: float) -> tuple[Tensor, str | None]:
+    """Gradients of sum(factor * weights * nll) of this rank's rows, micro-batch by micro-batch, without other ranks.
+
+    Returns that sum, and the first line of the allocator's error where memory ran out, else None.
+    """
+    device = model.get_device()
+    loss_dtype = torch.float64 if model.compute_dtype == torch.float64 else torch.float32
+    loss = torch.zeros((), device=device, dtype=loss_dtype)  # the same on a rank that has no rows
+    try:
+        for micro in batch.split(micro_rows):
+            micro = micro.to(device)
+            weights = torch.full(micro.targets.shape, factor, device=device, dtype=loss_dtype)
+            if micro.weights is not None:
+                weights *= micro.weights
+            micro_loss = model(micro.inputs, micro.targets, loss_reduction="sum", weights=weights)
+            micro_loss.backward()
+            loss = loss + micro_loss.detach()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # no more than the text: the error holds the frames that it came through, and they hold activations
+        return loss, (str(error).splitlines() or ["no details"])[0]
+    return loss, None
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what a step that failed has left."""
+    gc.collect()  # graphs may be parts of cycles
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
+
+
+def count_targets(batch: Batch, device: torch.device) -> tuple[int, int]:
+    """(supervised tokens of the step, those with a weight), all ranks together; one rank doesn't ask the device."""
+    is_target = batch.targets >= 0
+    has_weight = is_target if batch.weights is None else is_target & (batch.weights != 0)
+    counts = torch.stack((is_target.sum(), has_weight.sum()))
+    num_targets, num_weighted = (sum_over_ranks(counts.to(device)) if dist.is_initialized() else counts).tolist()
+    return num_targets, num_weighted
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
@@ -295,7 +330,7 @@ class StopSignal:
     """Turns Ctrl-C or SIGTERM into a flag that the loop reads between steps; Ctrl-C once more stops at once."""
 
     def __enter__(self) -> "StopSignal":
-        self.signum, self.first_time = 0, 0.0
+        self.signum, self.first_time, self.error = 0, 0.0, None
         self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -314,8 +349,17 @@ class StopSignal:
         message = f"\n{name}: will save after this step and stop; Ctrl-C after {ECHO_SEC} s stops at once\n"
         os.write(sys.stderr.fileno(), message.encode())
 
+    def fail(self, error: UserError) -> None:
+        """Have the loop save and stop as if by a signal, because it can't go on."""
+        self.error = error
+
+    def is_set(self) -> bool:
+        return self.signum > 0 or self.error is not None
+
     def end(self) -> None:
-        """Leave with the exit code that the signal asks for."""
+        """Leave with the exit code that the signal asks for, or with the error."""
+        if self.error:
+            raise self.error
         if self.signum == signal.SIGTERM:
             sys.exit(128 + signal.SIGTERM)
         raise KeyboardInterrupt

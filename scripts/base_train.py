@@ -48,10 +48,11 @@ from nanochat.stage import (
     make_model,
     print_plan,
     print_samples,
+    take_step,
     write_report,
 )
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
-from nanochat.train import Progress, RunLog, StopSignal, any_rank, train_step
+from nanochat.train import Progress, RunLog, StopSignal, any_rank
 
 SAMPLE_PROMPTS = ("The capital of France is", "If yesterday was Friday, then tomorrow will be",
                   "The opposite of hot is", "def add(a, b):")
@@ -120,7 +121,7 @@ def train(args: argparse.Namespace, argv: list[str], device: torch.device, ranks
             return {"run_dir": str(run_dir), **info["results"]}
     step = step or 0
     last_step = choose_last_step(args.stop_at, plan, step, run_dir)
-    machine = choose_machine(args, device, ranks, rows_per_rank=rows_per_step // ranks.world_size, T=T,
+    machine = choose_machine(args, device, ranks, rows_per_rank=rows_per_step // ranks.world_size, config=config, T=T,
                              flops=(last_step - step) * plan.batch_tokens * plan.flops_per_token,
                              saved=saved.get("choices", {}), decisions=decisions)
     check_ranks(run_dir, machine.get_choices())
@@ -138,7 +139,7 @@ def train(args: argparse.Namespace, argv: list[str], device: torch.device, ranks
     data = {"name": shards.name, "hash": shards.hash, "folder": str(shards.val.parent),
             "train_files": [path.name for path in shards.train]}
     info = describe_run("base", args, argv, run_dir, model, plan, data=data, tokenizer_name=args.tokenizer,
-                        tokenizer=tokenizer, environment=environment, decisions=decisions)
+                        tokenizer=tokenizer, environment=environment, decisions=decisions, machine=machine)
     meta = {"stage": "base", "model_config": asdict(config), "identity": identity, "tokenizer": info["tokenizer"],
             "data": data, "environment": environment}
     saver = checkpoints.Checkpointer(run_dir, keep_last=args.keep_last, keep_every=args.keep_every)
@@ -159,7 +160,7 @@ def train(args: argparse.Namespace, argv: list[str], device: torch.device, ranks
     with StopSignal() as stop, loader, log, saver:
         while True:
             # save before an evaluation, which may fail; after the first one, at most --save-every-minutes are at stake
-            stopping, late, failed = any_rank(stop.signum > 0, saver.is_late(args.save_every_minutes),
+            stopping, late, failed = any_rank(stop.is_set(), saver.is_late(args.save_every_minutes),
                                               saver.has_failed(), device=device)
             if failed:
                 saver.wait()
@@ -173,7 +174,7 @@ def train(args: argparse.Namespace, argv: list[str], device: torch.device, ranks
                 log.close("stopped")
                 stop.end()
             if is_due(args.eval_every):
-                results |= evaluate(model, val_batches, tokenizer, log, step)
+                results |= evaluate(model, val_batches, tokenizer, log, step, batch_rows=machine.micro_rows)
             if is_due(args.core_metric_every):
                 results |= evaluate_core_metric(model, tokenizer, log, step, args.core_metric_max_per_task)
             if is_due(args.sample_every) and ranks.rank == 0:
@@ -184,7 +185,10 @@ def train(args: argparse.Namespace, argv: list[str], device: torch.device, ranks
                 print0("compiling the step: up to a minute the first time, a few seconds after that ...")
             step_start = time.perf_counter()
             lr_frac = set_schedules(optimizer, step, plan.num_iterations, args)
-            stats = train_step(model, optimizer, loader.next_step(), machine.micro_rows, scaler)
+            stats, machine = take_step(model, optimizer, loader.next_step(), machine, step, scaler, log, stop)
+            if stats is None:  # out of memory: save what was there before, and stop
+                loader.give_back()
+                continue
             stats.check_finite(step)
             step += 1
             values = progress.update(stats, time.perf_counter() - step_start)

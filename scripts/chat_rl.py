@@ -56,10 +56,11 @@ from nanochat.stage import (
     get_state,
     make_model,
     print_plan,
+    take_step,
     write_report,
 )
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train import LossScaler, Progress, RunLog, StopSignal, any_rank, train_step
+from nanochat.train import LossScaler, Progress, RunLog, StopSignal, any_rank
 from tasks.mixtures import MADE_HERE, make_task, parse_entry
 
 IDENTITY_ARGS = ("seed", "deterministic", "examples_per_step", "num_samples", "init_lr_frac")
@@ -189,7 +190,7 @@ def begin(args: argparse.Namespace, argv: list[str], device: torch.device, ranks
     step = step or 0
     last_step = choose_last_step(args.stop_at, plan, step, run_dir)
     longest = max(len(question.prompt) for question in questions) + max_new_tokens - 1
-    machine = choose_machine(args, device, ranks, rows_per_rank=rows_per_rank,
+    machine = choose_machine(args, device, ranks, rows_per_rank=rows_per_rank, config=config,
                              T=round_up(longest, get_length_multiple(device, use_compile=False)),
                              flops=(last_step - step) * plan.batch_tokens * plan.flops_per_token,
                              saved=saved["choices"] if saved else inherit_choices(source, device), decisions=decisions,
@@ -204,7 +205,7 @@ def begin(args: argparse.Namespace, argv: list[str], device: torch.device, ranks
                                            Checkpoint("rl", run_dir, step, saved) if saved else None)
     info = describe_run("rl", args, argv, run_dir, model, plan, data=data, tokenizer=tokenizer,
                         tokenizer_name=source.meta["tokenizer"]["name"], environment=environment,
-                        decisions=decisions, source=source.describe())
+                        decisions=decisions, machine=machine, source=source.describe())
     meta = {"stage": "rl", "model_config": asdict(config), "identity": identity, "data": data,
             "tokenizer": info["tokenizer"], "environment": environment, "sample_rows": sample_rows}
     saver = Checkpointer(run_dir, keep_last=args.keep_last, keep_every=args.keep_every)
@@ -262,7 +263,7 @@ def train(args: argparse.Namespace, run: RLRun) -> dict:
     with StopSignal() as stop, log, saver:
         while True:
             # save before an evaluation, which may fail; after the first one, at most --save-every-minutes are at stake
-            stopping, late, failed = any_rank(stop.signum > 0, saver.is_late(args.save_every_minutes),
+            stopping, late, failed = any_rank(stop.is_set(), saver.is_late(args.save_every_minutes),
                                               saver.has_failed(), device=device)
             if failed:
                 saver.wait()
@@ -283,7 +284,11 @@ def train(args: argparse.Namespace, run: RLRun) -> dict:
             step_start = time.perf_counter()
             lr_frac = set_schedules(optimizer, step, plan.num_iterations, args.init_lr_frac, warmdown_ratio=1.0)
             batch = run.rollouts.next_step(model, step)
-            stats = train_step(model, optimizer, batch, machine.micro_rows, run.scaler)
+            stats, machine = take_step(model, optimizer, batch, machine, step, run.scaler, log, stop)
+            if stats is None:  # out of memory: save what was there before, and stop
+                run.rollouts.give_back()
+                continue
+            run.rollouts.micro_rows = machine.micro_rows
             stats.check_finite(step)
             step += 1
             values = run.progress.update(stats, time.perf_counter() - step_start) | {"lr_frac": lr_frac}

@@ -23,8 +23,16 @@ from nanochat.chat_stage import (
 )
 from nanochat.checkpoint_manager import find_checkpoint, get_run_dir, locked_run
 from nanochat.common import get_peak_memory_bytes, init_compute, print0, run_script
-from nanochat.stage import check_stage_args, evaluate, get_finished_info, get_run_results, get_state, print_samples
-from nanochat.train import StopSignal, any_rank, train_step
+from nanochat.stage import (
+    check_stage_args,
+    evaluate,
+    get_finished_info,
+    get_run_results,
+    get_state,
+    print_samples,
+    take_step,
+)
+from nanochat.train import StopSignal, any_rank
 from tasks.mixtures import MIXTURES, make_mixture
 
 # By the stage that it begins with (the public record of nanochat, January and July 2026). The rates aren't scaled to
@@ -71,7 +79,7 @@ def train(args: argparse.Namespace, run: ChatRun, start: ChatStart) -> dict:
     with StopSignal() as stop, run.loader, log, saver:
         while True:
             # save before an evaluation, which may fail; after the first one, at most --save-every-minutes are at stake
-            stopping, late, failed = any_rank(stop.signum > 0, saver.is_late(args.save_every_minutes),
+            stopping, late, failed = any_rank(stop.is_set(), saver.is_late(args.save_every_minutes),
                                               saver.has_failed(), device=device)
             if failed:
                 saver.wait()
@@ -86,7 +94,8 @@ def train(args: argparse.Namespace, run: ChatRun, start: ChatStart) -> dict:
                 log.close("stopped")
                 stop.end()
             if run.val_batches and (is_due(args.eval_every) or (step == 0 and args.eval_every > 0)):
-                results |= evaluate(model, run.val_batches, start.tokenizer, log, step)
+                results |= evaluate(model, run.val_batches, start.tokenizer, log, step,
+                                    batch_rows=machine.micro_rows)
             if is_due(args.sample_every) and machine.ranks.rank == 0:
                 print_samples(model, start.tokenizer, run.prompts, 64, log, step)
             if step == run.last_step:
@@ -95,7 +104,10 @@ def train(args: argparse.Namespace, run: ChatRun, start: ChatStart) -> dict:
                 print0("compiling the step: up to a minute the first time, a few seconds after that ...")
             step_start = time.perf_counter()
             lr_frac = set_schedules(optimizer, step, plan.num_iterations, args.init_lr_frac, args.warmdown_ratio)
-            stats = train_step(model, optimizer, run.loader.next_step(), machine.micro_rows, run.scaler)
+            stats, machine = take_step(model, optimizer, run.loader.next_step(), machine, step, run.scaler, log, stop)
+            if stats is None:  # out of memory: save what was there before, and stop
+                run.loader.give_back()
+                continue
             stats.check_finite(step)
             step += 1
             values = run.progress.update(stats, time.perf_counter() - step_start)

@@ -16,7 +16,16 @@ from dataclasses import asdict, dataclass
 from nanochat.common import UserError, print0, run_script
 from nanochat.config import GPTConfig, count_params, estimate_flops
 from nanochat.gpus import GPUS, expect_mfu, find_gpu
-from nanochat.memory import GIB, USABLE_FRAC, Compute, Memory, count_shapes, largest_micro_rows, predict_memory
+from nanochat.memory import (
+    GIB,
+    Compute,
+    Memory,
+    count_shapes,
+    get_usable_frac,
+    largest_micro_rows,
+    predict_memory,
+    rows_or_auto,
+)
 from nanochat.scaling import Plan, make_config, make_plan
 
 DOLLARS_PER_GPU_HOUR = 3.0    # of an H100 on the market, $24 an hour for a node of eight
@@ -81,7 +90,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--target-param-data-ratio", type=float, default=12, help="tokens per scaling parameter")
     add("--total-batch-size", type=int, help="tokens of a step, all GPUs together (default: from the horizon)")
     # how it is computed
-    add("--device-batch-size", type=int, help="rows of a forward pass (default: the most that fit)")
+    add("--device-batch-size", type=rows_or_auto, default="auto", metavar="ROWS",
+        help="rows of a forward pass; auto: as many as fit and pay, as training chooses them (default: %(default)s)")
     add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
     add("--attention", choices=("auto", "fa3", "flex", "blocks", "sdpa"), default="auto")
     add("--compile", choices=("on", "off"), default="on")
@@ -89,7 +99,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for flag, value in (("--nproc", args.nproc), ("--vocab-size", args.vocab_size), ("--tflops", args.tflops),
                         ("--gb", args.gb), ("--mfu", args.mfu), ("--max-hours", args.max_hours),
-                        ("--max-cost", args.max_cost), ("--device-batch-size", args.device_batch_size)):
+                        ("--max-cost", args.max_cost),
+                        ("--device-batch-size", None if args.device_batch_size == "auto" else args.device_batch_size)):
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{flag} {value:g} must be a positive number")
     if not 0 <= args.price < math.inf:
@@ -109,11 +120,12 @@ def main(argv: list[str] | None = None) -> dict:
         estimates = [estimate_run(args, depth, hardware, compute) for depth in args.depth or [20]]
     results = {"hardware": asdict(hardware), "compute": asdict(compute), "runs": [asdict(e) for e in estimates]}
     for result, estimate in zip(results["runs"], estimates, strict=True):
-        result["memory"] |= {"peak": estimate.memory.peak, "worst_moment": estimate.memory.worst_moment}
+        result["memory"] |= {"peak": estimate.memory.peak, "worst_moment": estimate.memory.worst_moment,
+                             "needed": estimate.memory.needed}
     if args.json:
         print0(json.dumps(results, indent=2))
     else:
-        print_table(estimates, hardware)
+        print_table(estimates, hardware, get_usable_frac(compute) * hardware.memory_gib)
         print_notes(estimates, hardware, compute)
     return results
 
@@ -157,15 +169,18 @@ def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, compu
         raise UserError(f"a step of {plan.batch_tokens} tokens at depth {depth} must be a multiple of "
                         f"{T * hardware.num_gpus}, a row of {T} tokens on each of {hardware.num_gpus} ranks; set "
                         "--total-batch-size, or change --nproc or --max-seq-len")
-    if args.device_batch_size and rows % args.device_batch_size:
+    if args.device_batch_size != "auto" and rows % args.device_batch_size:
         raise UserError(f"--device-batch-size {args.device_batch_size} must divide the {rows} rows of a step on each "
                         f"rank at depth {depth}")
     memory_bytes = hardware.memory_gib * GIB
-    micro_rows = args.device_batch_size or largest_micro_rows(config, T, compute, memory_bytes, rows) or 1
+    micro_rows = args.device_batch_size
+    if micro_rows == "auto":
+        micro_rows = largest_micro_rows(config, T, compute, memory_bytes, rows) or 1
     memory = predict_memory(config, T, micro_rows, compute, rows // micro_rows)
     mfu, source = (args.mfu / 100, "asked for") if args.mfu else expect_mfu(hardware.name, depth)
     hours = plan.total_flops / (mfu * hardware.peak_flops * hardware.num_gpus) / 3600
-    return Estimate(config, plan, memory.peak <= USABLE_FRAC * memory_bytes, micro_rows, rows // micro_rows, memory,
+    fits = memory.needed <= get_usable_frac(compute) * memory_bytes
+    return Estimate(config, plan, fits, micro_rows, rows // micro_rows, memory,
                     count_hardware_flops(config, plan, hardware.num_gpus), mfu, source, hours,
                     hours * hardware.num_gpus * hardware.dollars,
                     math.ceil(SPARE_DATA * plan.total_tokens / TOKENS_PER_SHARD))
@@ -217,7 +232,7 @@ def find_deepest(args: argparse.Namespace, hardware: Hardware, compute: Compute)
 # Showing
 
 
-def print_table(estimates: list[Estimate], hardware: Hardware) -> None:
+def print_table(estimates: list[Estimate], hardware: Hardware, usable_gib: float) -> None:
     """One column a depth."""
     def gib(num_bytes: float) -> str:
         return f"{num_bytes / GIB:.2f}"
@@ -245,8 +260,10 @@ def print_table(estimates: list[Estimate], hardware: Hardware) -> None:
     add("  logits and loss", lambda e: gib(e.memory.loss))
     for moment in estimates[0].memory.moments:
         add(f"  in use, {moment}", lambda e, moment=moment: gib(e.memory.moments[moment]))
-    add(f"  peak, of {USABLE_FRAC * hardware.memory_gib:.1f} that can be used",
-        lambda e: gib(e.memory.peak) + ("" if e.fits else " DOES NOT FIT"))
+    if hardware.name == "cpu":
+        add("  a checkpoint's copy in memory", lambda e: gib(e.memory.checkpoint))
+    add(f"  peak, of {usable_gib:.1f} that can be used",
+        lambda e: gib(e.memory.needed) + ("" if e.fits else " DOES NOT FIT"))
     add("model FLOPs", lambda e: f"{e.plan.total_flops:.3g}")
     add("hardware FLOPs", lambda e: f"{e.hardware_flops:.3g}")
     add("expected MFU", lambda e: f"{100 * e.mfu:.1f}%")

@@ -1,5 +1,7 @@
 """What several test files need: a base folder with toy data, and what must be the same of two runs."""
 
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -7,7 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 from nanochat import dataset
+from nanochat.gpt import GPT
 from nanochat.train import read_metrics
 from scripts import tok_train
 
@@ -57,3 +63,17 @@ def assert_same_runs(run_dir, expected_dir):
 def start_script(*argv):
     return subprocess.Popen([sys.executable, "-u", "-m", *argv], cwd=REPO_DIR, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@contextlib.contextmanager
+def out_of_memory_at(*calls):
+    """The forward passes of training with these numbers, from 0 on, run out of memory; those of evaluations don't."""
+    forward, counter = GPT.forward, itertools.count()
+
+    def fail(self, *args, weights=None, **settings):
+        if weights is not None and next(counter) in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return forward(self, *args, weights=weights, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT, "forward", fail)
+        yield

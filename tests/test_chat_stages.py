@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import assert_same_runs, make_base, read_state, start_script
+from helpers import assert_same_runs, make_base, out_of_memory_at, read_state, start_script
 from safetensors.torch import load_file
 from test_ranks import run_on_ranks
 from test_scripts import send_signal_at
@@ -163,6 +163,16 @@ def test_stopping_and_resuming_changes_nothing(mid, sft, train, stop_at):
     result = train("--out-tag", f"parts{stop_at}")
     assert result["step"] == expected["step"] and result["val_bpb"] == expected["val_bpb"]
     assert_same_runs(result["run_dir"], expected["run_dir"])
+
+
+@pytest.mark.parametrize("train", [train_mid, train_sft])
+def test_out_of_memory_twice(mid, train):
+    """In step 0, which has one micro-batch of 8 rows, then in step 2: saved there, and gone on with."""
+    calm = ("--eval-every", "-1")  # an evaluation in batches of 8 rows would differ from one of 4 in its last bits
+    expected = train("--out-tag", "fours", "--device-batch-size", "4", *calm)
+    with out_of_memory_at(0, 1 + 2 + 2), pytest.raises(UserError, match="at step 2 with --device-batch-size 4: "):
+        train("--out-tag", "short", *calm)
+    assert_same_runs(train("--out-tag", "short", *calm)["run_dir"], expected["run_dir"])
 
 
 def test_kill_changes_nothing(base_dir, mid):

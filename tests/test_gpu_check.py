@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dev import gpu_check, gpu_kernels, gpu_steps
+from dev import bench_memory, gpu_check, gpu_kernels, gpu_steps
 from dev.gpu_setup import TINY, Setup, make_synthetic_rows
-from nanochat import compilation, dataset, flash_attention
+from nanochat import compilation, dataset, flash_attention, memory
 from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, get_tokenizer_dir
 
@@ -104,6 +104,19 @@ def test_a_resume_that_loses_momentum_fails(tmp_path, monkeypatch):
         self, lambda name, *rows: read(name, *rows) * (not name.endswith("momentum")), num_steps))
     statuses = get_statuses(run_checks(tmp_path, "--only", "resume"))
     assert statuses == {"resume/same run twice": "ok", "resume/resumed run": "FAIL"}
+
+
+def test_a_wrong_prediction_of_memory_fails(tmp_path, monkeypatch):
+    right = memory.count_loss_bytes
+    monkeypatch.setattr(memory, "count_loss_bytes", lambda *args: 2 * right(*args))
+    assert set(get_statuses(run_checks(tmp_path, "--only", "memory")).values()) == {"FAIL"}
+
+
+def test_memory_that_cannot_be_measured_does_not_pass(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_memory, "measure_free_bytes", lambda device: 1000)
+    results = run_checks(tmp_path, "--only", "memory")
+    assert get_statuses(results) == {"memory/d2 memory": "absent", "memory/d4 memory": "absent"}
+    assert not results["passed"]
 
 
 def test_a_section_that_crashes_is_a_line_and_the_exit_code(tmp_path, monkeypatch, capsys):

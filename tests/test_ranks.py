@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import REPO_DIR, assert_same_runs, make_base, read_state
+from helpers import REPO_DIR, assert_same_runs, make_base, out_of_memory_at, read_state
 from safetensors.torch import load_file
 
 from nanochat.common import Ranks, UserError
@@ -119,6 +119,12 @@ def train_toy(tag, *more):
                      "--device-type", "cpu", "--compile", "off", *more])
 
 
+def train_short(tag, *more):
+    """Rank 1 runs out of memory in step 2, in the second of its two micro-batches."""
+    with out_of_memory_at(*([5] if dist.get_rank() == 1 else [])):
+        train_toy(tag, *more)
+
+
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory):
     base_dir = tmp_path_factory.mktemp("base")
@@ -159,6 +165,9 @@ def finished(base_dir, tmp_path_factory):
         for first, second in changes:
             for world_size, more in ((first, ("--stop-at", "5")), (second, ())):
                 jobs.append((world_size, train_toy, (f"{dtype}-{first}to{second}", "--dtype", dtype, *more)))
+    jobs.append((2, train_short, ("short", "--device-batch-size", "2")))
+    jobs += [(2, train_toy, ("expected", "--device-batch-size", rows, *more))
+             for rows, more in (("2", ("--stop-at", "2")), ("1", ()))]
     other_dir = tmp_path_factory.mktemp("other")
     for name in ("data", "tokenizer"):
         shutil.copytree(base_dir / name, other_dir / name)
@@ -245,6 +254,13 @@ def test_fp32_goes_on_with_the_same_loss(runs, run):
 
 def test_the_same_ranks_go_on_bit_for_bit(runs):
     assert_same_runs(runs / "float64-2to2", runs / "float64-2")
+
+
+def test_one_ranks_lack_of_memory_halves_the_rows_of_all(runs):
+    """No rank waits for the other, and the step that failed is computed again."""
+    assert_same_runs(runs / "short", runs / "expected")
+    decision = json.loads((runs / "short" / "run.json").read_text())["decisions"][-1]
+    assert decision["value"] == "1" and "out of memory at step 2 with --device-batch-size 2: " in decision["why"]
 
 
 def test_files_of_a_checkpoint_of_four_ranks(runs):

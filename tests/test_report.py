@@ -138,6 +138,45 @@ def test_whole_chain_in_one_table(base_dir):
     assert text == generate(base_dir)[0] and page.count("<svg") == 4
 
 
+H100 = {"hardware": {"gpu": "NVIDIA H100 80GB HBM3", "num_gpus": 1}}
+PREDICTED = {"peak_memory_bytes": 10 * 2**30, "train_sec": 1200.0, "tokens_per_sec": 16000, "mfu_pct": 40.0,
+             "mfu_source": "published for 8 H100"}
+
+
+def test_plan_against_actual(base_dir):
+    """119 of 240 steps in 4 * 119 s, with half the memory that was predicted, at an assumed 3 dollars an hour."""
+    run = write_run(base_dir, plan={"num_iterations": 240}, environment=H100, predicted=PREDICTED)
+    path = base_dir / run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    more = {"mfu_pct": 50.0, "peak_memory_bytes": 5 * 2**30}
+    path.write_text("".join(json.dumps(row | (more if row["kind"] == "train" else {})) + "\n" for row in rows))
+    text, page = generate(base_dir)
+    table = text[text.index("### Plan against actual"):].split("\n\n")[1].splitlines()
+    assert table[0] == "|  | predicted | actual | actual / predicted |"
+    assert table[2:] == ["| peak memory | 10 GiB | 5 GiB | 0.50 |",
+                         "| time of 119 steps | 9 m 55 s | 7 m 56 s | 0.80 |",
+                         "| tokens per sec | 16,000 | 20,060 | 1.25 |",
+                         "| MFU | 40% | 50% | 1.25 |",
+                         "| cost of that time | $0.50 | $0.40 | 0.80 |"]
+    assert "- Predicted when the run began; MFU: published for 8 H100." in text and "Plan against actual" in page
+
+
+def test_plan_without_a_known_mfu_leaves_its_cells_empty(base_dir):
+    write_run(base_dir, predicted={"peak_memory_bytes": 2**30, "mfu_source": "unknown, for nothing was measured"})
+    text, _ = generate(base_dir)
+    rows = text[text.index("### Plan against actual"):].split("\n\n")[1].splitlines()[2:]
+    assert rows == ["| peak memory | 1 GiB |  |  |", "| time of 119 steps |  | 7 m 56 s |  |",
+                    "| tokens per sec |  | 20,060 |  |"]
+    assert "MFU: unknown, for nothing was measured." in text
+    text, _ = generate(base_dir, "--price-per-hour", "6")
+    assert "| cost of that time |  | $0.79 |  |" in text
+
+
+def test_run_that_predicted_nothing_has_no_plan_to_compare(base_dir):
+    write_run(base_dir)
+    assert "Plan against actual" not in generate(base_dir)[0]
+
+
 @pytest.mark.parametrize(("hardware", "flags", "cost", "note"), [
     ({"gpu": "NVIDIA H100 80GB HBM3", "num_gpus": 8}, (), "$3.60", "at $24.00 per hour, assumed for 8 x h100"),
     ({"gpu": "NVIDIA H100 80GB HBM3", "num_gpus": 8}, ("--price-per-hour", "10"), "$1.50", "at $10.00 per hour, as gi"),

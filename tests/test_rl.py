@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PER_PROCESS_KEYS, REPO_DIR, make_base, read_state
+from helpers import PER_PROCESS_KEYS, REPO_DIR, make_base, out_of_memory_at, read_state
 from safetensors.torch import load_file
 from test_ranks import run_on_ranks
 from test_scripts import send_signal_at
@@ -382,6 +382,13 @@ def test_stopping_and_resuming_changes_nothing(whole):
     assert_same_runs(result["run_dir"], whole["run_dir"])
     assert {key: value for key, value in result.items() if key.startswith(("Vowels", "tokens"))} == {
         key: value for key, value in whole.items() if key.startswith(("Vowels", "tokens"))}
+
+
+def test_out_of_memory_twice(base_dir):
+    """In step 0, and again with half the rows; the questions are asked once more, and their tokens counted once."""
+    with out_of_memory_at(0, 1), pytest.raises(UserError, match="at step 0 with --device-batch-size 8: "):
+        train("short")
+    assert_same_runs(train("short")["run_dir"], train("eights", "--device-batch-size", "8")["run_dir"])
 
 
 def test_kill_changes_nothing(base_dir):

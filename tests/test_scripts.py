@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPO_DIR, assert_same_runs, make_base, read_state, start_script
+from helpers import REPO_DIR, assert_same_runs, make_base, out_of_memory_at, read_state, start_script
 
-from nanochat import dataset
+from nanochat import dataset, stage
 from nanochat.common import UserError, count_cpus
 from nanochat.compilation import probe_compiler, set_compile_kernels
+from nanochat.gpt import GPT
 from nanochat.train import read_metrics
 from scripts import base_loss, base_train, chat_cli
 
@@ -170,7 +172,7 @@ def test_resume_before_the_first_step(whole):
 
 def test_evaluation_that_a_kill_prevented_is_made_up_for(whole):
     """Saved at step 10, died in the evaluation of step 10."""
-    def die(*_):
+    def die(*_, **__):
         raise RuntimeError("died while evaluating")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="died while evaluating"):
         patch.setattr(base_train, "evaluate", die)
@@ -211,6 +213,79 @@ def test_signals_and_kills_change_nothing(base_dir):
             assert step <= latest < step + 30 and status == "stopped"
     assert train("stormy", *more)["step"] == 120
     assert_same_runs(run_dir, expected["run_dir"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Out of memory
+
+
+def test_out_of_memory_once_is_survived(capsys):
+    """The first step has one micro-batch of 8 rows; from then on it is a run that was begun with 4."""
+    with out_of_memory_at(0):
+        result = train("short")
+    expected = train("shorter", "--device-batch-size", "4")
+    assert_same_runs(result["run_dir"], expected["run_dir"])
+    assert result["val_bpb"] == expected["val_bpb"]
+    said = "out of memory at step 0 with --device-batch-size 8: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert f"warning: {said}; going on with 4, from this batch on\n" in capsys.readouterr().out
+    assert read_info(result["run_dir"])["decisions"][-1] == {"what": "rows of a micro-batch", "value": "4", "why": said}
+
+
+def test_out_of_memory_twice_saves_and_stops(base_dir):
+    """In step 6, and in step 13, which has two micro-batches, in the second one."""
+    run_dir = base_dir / "runs" / "base" / "twice_short"
+    with out_of_memory_at(6, 6 + 1 + 2 * 7 + 1), pytest.raises(UserError) as error:
+        train("twice_short")
+    assert str(error.value) == (
+        "out of memory at step 13 with --device-batch-size 4: CUDA out of memory. Tried to allocate 2.00 GiB.; set "
+        "--device-batch-size 2 and run again, nothing of the steps before is lost")
+    info = read_info(run_dir)
+    assert info["status"] == "stopped" and info["reason"].startswith("out of memory at step 13")
+    assert (run_dir / "latest").read_text() == "step_000013\n"
+    result = train("twice_short")  # keeps the 4 rows
+    train("like_it", "--stop-at", "6")
+    assert_same_runs(result["run_dir"], train("like_it", "--device-batch-size", "4")["run_dir"])
+
+
+def test_out_of_memory_with_one_row_stops(base_dir):
+    with out_of_memory_at(5), pytest.raises(UserError, match="--device-batch-size 1: .*; train a smaller model or"):
+        train("one_row", "--device-batch-size", "1", "--resume", "none")
+    assert (base_dir / "runs" / "base" / "one_row" / "latest").read_text() == "step_000000\n"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("shapes don't match")])
+def test_other_errors_of_a_step_are_not_survived(error):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(GPT, "forward", raise_error(error))
+        train("broken")
+
+
+def raise_error(error):
+    def fail(*_, **__):
+        raise error
+    return fail
+
+
+def test_rows_follow_free_memory(base_dir, capsys):
+    """Chosen when the run begins; kept when it goes on, unless they can't be."""
+    def train_with(free_bytes, *more):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stage, "measure_free_bytes", lambda device: free_bytes)
+            run_dir = train("roomy", *more)["run_dir"]
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rows of a micro-batch: ")]
+        return lines[-1].removeprefix("rows of a micro-batch: "), read_info(run_dir)["predicted"]
+    line, predicted = train_with(2**30, "--stop-at", "1")
+    assert re.fullmatch(r"8 \(all of a step: 0\.0\d of 1\.00 GiB predicted; 1 a step\)", line)
+    all_bytes = predicted["peak_memory_bytes"]  # with what this process had before
+    few_bytes = 2**21
+    line, predicted = train_with(few_bytes, "--stop-at", "2")
+    rows = int(line.split()[0])
+    assert rows < 8 and predicted["peak_memory_bytes"] != all_bytes
+    assert re.search(r"\(8 as the run began would need 0.0\d GiB: 0.00 of 0.00 GiB predicted", line), line
+    assert train_with(2**30, "--stop-at", "3")[0].startswith(f"{rows} (as the run began: ")
+    assert train_with(None, "--stop-at", "4")[0].startswith(f"{rows} (as the run began: ")
+    assert "an unknown number" in train_with(None, "--stop-at", "5", "--device-batch-size", "8")[0]
+    assert "and may not fit" in train_with(10**6, "--stop-at", "6", "--device-batch-size", "8")[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,7 +370,7 @@ def test_stop_before_where_the_run_is(base_dir, stop_at):
     if not (base_dir / "runs" / "base" / "ahead").exists():
         train("ahead", "--stop-at", "5")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=f"--stop-at {stop_at}"):
-        patch.setattr(base_train, "train_step", None)  # or it would train on, past every end
+        patch.setattr(base_train, "take_step", None)  # or it would train on, past every end
         train("ahead", "--stop-at", str(stop_at))
 
 

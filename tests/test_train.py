@@ -2,25 +2,31 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import out_of_memory_at
 from safetensors.torch import load_file, save_file
 
 from nanochat import train
 from nanochat.common import Ranks, UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.scaling import make_plan
-from nanochat.stage import choose_micro_rows, count_rows
+from nanochat.gpus import CPU_MFU, PUBLISHED_MFU
+from nanochat.memory import GIB, Compute, get_usable_frac, predict_memory
+from nanochat.scaling import make_config, make_plan
+from nanochat.stage import Machine, choose_micro_rows, count_rows, predict_run, take_minimum
 from nanochat.train import (
     Batch,
     LossScaler,
+    OutOfMemory,
     Progress,
     RunLog,
     StepStats,
@@ -175,6 +181,43 @@ def test_non_finite_gradient_stops_the_run():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Out of memory
+
+
+@pytest.mark.parametrize(("kind", "text"), [
+    (torch.OutOfMemoryError, "CUDA out of memory.\nmore"), (MemoryError, ""),
+    (RuntimeError, "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    (RuntimeError, "MPS backend out of memory (MPS allocated: 5 GB)")])
+def test_step_without_memory_changes_nothing(kind, text):
+    """In the third of four micro-batches; what the first two have left is gone, and the step can be taken again."""
+    model, other = make_model(), make_model()
+    optimizer, kept = model.setup_optimizer(), []
+    forward = model.forward
+
+    def fail(*args, **settings):
+        loss = forward(*args, **settings)
+        kept.append(weakref.ref(loss))
+        if len(kept) == 3:
+            raise kind(text)
+        return loss
+    model.forward = fail
+    with pytest.raises(OutOfMemory) as raised:
+        train_step(model, optimizer, make_batch(), 2)
+    assert str(raised.value) == (text.split("\n")[0] or "no details")
+    assert [ref() for ref in kept] == [None] * 3
+    assert optimizer.num_steps == 0 and all(param.grad is None for param in model.parameters())
+    assert_equal(copy_params(model), copy_params(other), rtol=0, atol=0)
+    model.forward = forward
+    other_optimizer = other.setup_optimizer()
+    for step in range(3):
+        stats, expected = (train_step(m, o, make_batch(step), 1) for m, o in ((model, optimizer),
+                                                                            (other, other_optimizer)))
+        assert stats == expected
+    assert_equal(copy_params(model), copy_params(other), rtol=0, atol=0)
+    assert_equal(copy_state(optimizer), copy_state(other_optimizer), rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # fp16
 
 
@@ -245,6 +288,14 @@ def run_rank(rank, folder):
     weights = torch.full((B, T), float("inf") if rank else 1.0)
     facts["overflow"] = train_step(model, optimizer, replace(batch, weights=weights), 4, LossScaler()).skipped
     facts["num_steps"] = optimizer.num_steps
+    # One rank's lack of memory is everybody's, before the first gradient is sent; then both go on
+    params = copy_params(model)
+    with out_of_memory_at(*([1] if rank else [])), pytest.raises(OutOfMemory) as raised:
+        train_step(model, optimizer, batch, 2)
+    assert str(raised.value).startswith("CUDA out of memory" if rank else "another rank did")
+    assert_equal(copy_params(model), params, rtol=0, atol=0)
+    facts["after"] = train_step(model, optimizer, batch, 2).grad_norm
+    facts["minimum"] = take_minimum(10 - rank), take_minimum(None if rank else 10)
     with open(f"{folder}/facts_{rank}.json", "w") as file:
         json.dump(facts, file)
     dist.destroy_process_group()
@@ -265,6 +316,7 @@ def test_two_ranks_equal_one(tmp_path):
     assert facts[0]["one empty"] == int((make_batch().targets >= 0).sum())
     assert facts[0]["both empty"] == "no targets" and facts[0]["overflow"] == "fp16 overflow"
     assert facts[0]["num_steps"] == 1
+    assert facts[0]["after"] > 0 and facts[0]["minimum"] == [9, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,12 +477,67 @@ def test_count_rows():
             count_rows(batch_tokens, 64, world_size)
 
 
-def test_choose_micro_rows():
-    assert choose_micro_rows(3, 12, 64, CPU)[0] == 3
+MIB = 2**20
+SMALL = make_config(2, vocab_size=300, sequence_len=512, head_dim=64)
+COMPUTE = Compute("float32", "sdpa", is_compiled=False, device_type="cpu")
+
+
+def choose(wanted, rows_per_rank, free_bytes, kept=None, device_type="cpu", T=512):
+    rows, why, needed = choose_micro_rows(wanted, kept, "as the run began", rows_per_rank, SMALL, T,
+                                          replace(COMPUTE, device_type=device_type), free_bytes)
+    assert needed == predict_memory(SMALL, T, rows, replace(COMPUTE, device_type=device_type),
+                                    rows_per_rank // rows).needed
+    return rows, why
+
+
+def predict(rows, rows_per_rank):
+    return predict_memory(SMALL, 512, rows, COMPUTE, rows_per_rank // rows).needed
+
+
+def test_micro_rows_are_what_fits_and_pays():
+    room = predict(4, 12) / get_usable_frac(COMPUTE)
+    assert choose("auto", 12, room + 1) == (4, f"largest that fits: {predict(4, 12) / GIB:.2f} of {room / GIB:.2f} GiB "
+                                               "predicted; 3 a step")
+    assert choose("auto", 12, room - 1)[0] == 3
+    assert choose("auto", 12, 100 * GIB)[1].startswith("all of a step: ")
+    assert choose("auto", 48, 100 * GIB)[0] == 16 and "at most 8,192 tokens: " in choose("auto", 48, 100 * GIB)[1]
+    rows, why = choose("auto", 256, 200 * GIB, device_type="cuda")
+    assert rows == 128 and re.fullmatch(r"at most 65,536 tokens: [\d.]+ of 200.00 GiB predicted; 2 a step", why)
     for rows in (1, 7, 12, 100, 257):
-        chosen = choose_micro_rows(None, rows, 512, CPU)[0]
-        assert rows % chosen == 0 and chosen <= 16
-    assert choose_micro_rows(None, 4, 10**6, CPU)[0] == 1  # one row always has to fit
+        chosen, why = choose("auto", rows, None)
+        assert rows % chosen == 0 and chosen <= 16 and "of an unknown number GiB predicted" in why
+    assert choose("auto", 4, None, T=10**6)[0] == 1  # one row always has to fit
+    rows, why = choose("auto", 8, MIB)
+    assert rows == 1 and re.fullmatch(r"largest that fits: [\d.]+ of 0.00 GiB predicted and may not fit; 8 a step", why)
+
+
+def test_micro_rows_that_are_asked_for_or_kept():
+    assert choose(3, 12, 100 * GIB)[1].startswith("asked for: ")
+    assert "and may not fit; 4 a step" in choose(3, 12, MIB, kept=4)[1]
+    assert choose("auto", 12, 100 * GIB, kept=2)[1].startswith("as the run began: ")
+    assert choose("auto", 12, predict(2, 12), kept=2)[0] == 2  # what has run needs no headroom
+    rows, why = choose("auto", 12, predict(2, 12) - 1, kept=2)
+    assert rows == 1 and why.startswith(f"2 as the run began would need {predict(2, 12) / GIB:.2f} GiB: ")
+    assert choose("auto", 12, 100 * GIB, kept=5)[0] == 12  # on as many ranks as have 12 rows that cut can't be made
     for wanted in (5, 13, -1, 0):
-        with pytest.raises(UserError, match=f"--device-batch-size {wanted} must divide the 12 rows"):
-            choose_micro_rows(wanted, 12, 64, CPU)
+        with pytest.raises(UserError, match=f"--device-batch-size {wanted} must divide the 12 rows .* 12, or auto"):
+            choose(wanted, 12, None)
+
+
+def test_prediction_of_a_run(monkeypatch):
+    """Time where an MFU is known, or else why not; the report card compares it with what the run took."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    plan = make_plan(SMALL, 1e9, num_iterations=10, batch_tokens=8192)
+    on_cpu = Machine(CPU, Ranks(), torch.float32, "sdpa", True, 1e12, 16, 16, MIB)
+    on_gpu = replace(on_cpu, device=torch.device("cuda", 0), peak_flops=8e15)
+    for machine, mfu in ((on_cpu, CPU_MFU), (on_gpu, PUBLISHED_MFU[0][1])):
+        predicted = predict_run("base", machine, SMALL, plan)
+        assert predicted["peak_memory_bytes"] == MIB and predicted["mfu_pct"] == pytest.approx(100 * mfu)
+        assert predicted["train_sec"] == pytest.approx(1e9 * 81920 / (mfu * machine.peak_flops))
+        assert predicted["tokens_per_sec"] == pytest.approx(81920 / predicted["train_sec"])
+    for stage, machine, why in (
+            ("base", replace(on_cpu, use_compile=False), "nothing was measured without compilation"),
+            ("sft", replace(on_gpu, peak_flops=None), "nothing was measured on cuda devices"),
+            ("rl", on_gpu, "most of a step is sampling")):
+        predicted = predict_run(stage, machine, SMALL, plan)
+        assert predicted["mfu_source"] == f"unknown, for {why}" and "train_sec" not in predicted
