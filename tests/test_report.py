@@ -100,6 +100,8 @@ def test_run_without_section_is_shown(base_dir):
     assert "python -m scripts.base_train --depth 4" in text  # in the fence
     assert "| runs/base/d2 | finished |" in text
     assert "| wall-clock time | 7 m 56 s |" in text  # a killed run: what its log has seen, 4 s * 119
+    report.write_section("base_eval", {"title": "CORE", "stage": "base", "run": "runs/base/d6", "wall_sec": 60})
+    assert "| wall-clock time | 8 m 56 s |" in generate(base_dir)[0]  # an evaluation's own time comes on top
 
 
 def test_stages_side_by_side(base_dir):
