@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +37,12 @@ from nanochat.api_types import (
     SamplingFields,
     TextFormat,
     make_envelope,
+    split_turns,
     sum_usage,
 )
 from nanochat.engine_pool import Answer, EngineError, EnginePool
 from nanochat.gate import CLIENT_GONE, Gate, convert_error, log_line, make_error_response
-from nanochat.prompts import build_chat_prompt, check_context
+from nanochat.prompts import NoRoom, build_prompt, check_context
 
 PAGE_PATH = Path(__file__).with_name("ui.html")
 DONE = "data: [DONE]\n\n"
@@ -76,18 +77,20 @@ class Service:
     def begin_chat(self, http: Request, body: ChatRequest | FamilyChatRequest) -> tuple[Answer, int]:
         """Hand a conversation to an engine; returns how many messages were dropped, too."""
         max_tokens = self._get_max_tokens(body)
-        tokens, num_dropped = build_chat_prompt(self.tokenizer, body.messages, self.settings.context_tokens,
-                                                max_tokens, self.settings.stage == "base")
+        with refuse_long_prompt("messages"):
+            tokens, num_turns = build_prompt(self.tokenizer, *split_turns(body.messages), self.settings.context_tokens,
+                                             max_tokens, self.settings.stage == "base")
         if self.settings.log_contents:
             http.state.record["messages"] = [message.model_dump() for message in body.messages]
-        return self._begin(http, body, tokens, max_tokens), num_dropped
+        return self._begin(http, body, tokens, max_tokens), 2 * num_turns
 
     def begin_completion(self, http: Request, body: CompletionRequest) -> Answer:
         """Hand a text, or tokens, to an engine."""
         tokens = body.prompt
         if isinstance(tokens, str):
             tokens = self.tokenizer.encode(tokens, prepend=self.tokenizer.get_bos_token_id())
-        check_context(tokens, self.settings.context_tokens, "prompt")
+        with refuse_long_prompt("prompt"):
+            check_context(tokens, self.settings.context_tokens)
         if self.settings.log_contents:
             http.state.record["prompt"] = body.prompt
         return self._begin(http, body, tokens, self._get_max_tokens(body))
@@ -186,6 +189,15 @@ class Service:
         http.state.record["finish_reasons"] = [choice.finish_reason for choice in choices.values()]
         if self.settings.log_contents:
             http.state.record["answers"] = [choice.parts for choice in choices.values()]
+
+
+@contextlib.contextmanager
+def refuse_long_prompt(param: str) -> Iterator[None]:
+    """Let a client know that its prompt leaves no room for an answer."""
+    try:
+        yield
+    except NoRoom as error:
+        raise ApiError(400, f"{param}: {error}", param=param, code="context_length_exceeded") from None
 
 
 @contextlib.contextmanager

@@ -212,7 +212,7 @@ def test_limits_are_told(page, stand_in):
         page.wait_for_count(".assistant", i + 2)
         page.wait_for_answer()
     sizes = [len(message["content"]) for message in stand_in.requests[-1]["messages"]]
-    assert max(sizes) == 8000 and sum(sizes) <= 32000 and len(sizes) % 2  # whole turns, the question last
+    assert max(sizes) == 9000 and sum(sizes) <= 32000 and len(sizes) % 2  # whole turns, the question last
 
 
 # ---------------------------------------------------------------------------------------------------------------------
