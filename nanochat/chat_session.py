@@ -110,7 +110,8 @@ def format_answer(events: Iterable[Event], chat_tokens: ChatTokens, is_terminal:
     begin, end = ("\x1b[2m[", "]\x1b[0m") if is_terminal else ("[", "]")
     for event in events:
         if part != "text" and (event.part == "text" or event.token == chat_tokens.python_start):
-            yield end
+            is_apart = event.part == "text" and event.text[:1].isalnum()  # a word, and the model left no blank
+            yield f"{end} " if is_apart else end
             part = "text"
         if event.part != part:
             yield " = " if part == "python" else begin

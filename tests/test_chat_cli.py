@@ -169,7 +169,7 @@ def test_format_of_calls():
         events = [SimpleNamespace(part=names[kind], text=words, token={"p": 1, "!": 2}.get(kind, 0))
                   for kind, words in parts]
         return "".join(format_answer(events, SimpleNamespace(python_start=1), is_terminal))
-    assert show("ta p1+1!o2t b") == "a [1+1 = 2] b"
+    assert show("ta p1+1!o2t b") == show("ta p1+1!o2tb") == "a [1+1 = 2] b"
     assert show("p1/0!p2!o2") == "[1/0][2 = 2]"   # a call that failed has no result
     assert show("ta p1") == "a [1]"               # stopped within a call
     assert show("ta p1+1!o2", is_terminal=True) == "a \x1b[2m[1+1 = 2]\x1b[0m"

@@ -235,6 +235,19 @@ def test_markdown(page, stand_in):
                      ["https://example.org/a_(b)", "noopener noreferrer", "hereexample.org"]]
 
 
+def test_wide_table_keeps_its_words(page, stand_in):
+    page.resize(390, 844, is_phone=True)
+    table = "| operating | temperature | explanation |\n|:-:|--:|---|\n| summer | 25 | " + "words " * 40 + "|"
+    stand_in.answer = lambda request: [content(table), finish()]
+    page.say("A table?")
+    page.wait_for_answer()
+    lines = page.run("[...document.querySelectorAll('th')].map((th) => th.getClientRects()[0].height / 24)")
+    assert max(lines) < 2
+    assert page.run("[...document.querySelectorAll('td')].map((td) => getComputedStyle(td).textAlign)") == [
+        "center", "right", "left"]
+    assert page.run("document.documentElement.scrollWidth") == 390  # the table scrolls, not the page
+
+
 def test_copy(page, stand_in):
     page.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
     stand_in.answer = lambda request: [*split_words(MARKDOWN), finish()]
