@@ -38,6 +38,8 @@ START_TIMEOUT_SEC = 600       # for a model to be loaded
 STOP_TIMEOUT_SEC = 5          # for an engine to end its step, before it is killed
 MAX_SILENT_SEC = 20           # without a sign of life, before an engine is killed; a busy machine may skip some
 MAX_RESTART_PAUSE_SEC = 30.0  # between attempts to start an engine that dies at once
+HANDOVER_SEC = 0.04           # at least, between two pieces of an answer: sending costs more than a step of a small
+                              # model for one row (dev/LOG.md), and nobody reads faster
 RATE_WINDOW_SEC = 10          # over which tokens per second are counted
 NUM_LATENCIES = 1000          # of the last requests, from which percentiles are computed
 AFFINITY_TOKENS = 64          # of a prompt that decide which worker gets it, where several are as free
@@ -77,7 +79,10 @@ class Answer:
         self._events: list[Event] = []
         self._error: EngineError | None = None
         self._wake = asyncio.Event()
-        self._deadline = asyncio.get_running_loop().call_later(timeout_sec, self.fail, TimeOver(
+        self._loop = asyncio.get_running_loop()
+        self._next_handover_sec = 0.0             # by the loop's clock
+        self._handover: asyncio.TimerHandle | None = None
+        self._deadline = self._loop.call_later(timeout_sec, self.fail, TimeOver(
             f"the answer was not finished within {timeout_sec:g} s"))
 
     def receive(self, event: Event) -> None:
@@ -92,7 +97,10 @@ class Answer:
                 self._deadline.cancel()
                 self.pool.answer_secs.append(time.perf_counter() - self.start)
         self._events.append(event)
-        self._wake.set()
+        if not self.unfinished:
+            self._wake.set()
+        elif self._handover is None:
+            self._handover = self._loop.call_at(self._next_handover_sec, self._wake.set)
 
     def fail(self, error: EngineError) -> None:
         """End what is unfinished; whoever waits gets the error after the events that came before it."""
@@ -119,9 +127,13 @@ class Answer:
             raise self._error
 
     async def next_events(self) -> list[Event]:
-        """The events since the last call, at least one; their request_id is a key of `samples`."""
+        """The events since the last call, at least one; their request_id is a key of `samples`.
+
+        The first comes at once, and the last; between them so many at a time that there is HANDOVER_SEC between calls.
+        """
         await self.wait()
         events, self._events = self._events, []
+        self._handover, self._next_handover_sec = None, self._loop.time() + HANDOVER_SEC
         if not self._error:
             self._wake.clear()
         return events

@@ -12,6 +12,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 import secrets
@@ -140,26 +141,26 @@ class Service:
 
     async def _stream(self, http: Request, body: ChatRequest | CompletionRequest, answer: Answer, envelope: dict,
                       choices: dict[int, Choice], format_: type[ChatFormat | TextFormat]) -> AsyncIterator[str]:
-        """Server-sent events; those that are there at once go out in one piece."""
+        """Server-sent events; what is there at once goes out in one piece, a choice's text in one of them."""
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         with_logprobs = body.get_num_logprobs() is not None
         envelope = envelope | {"object": format_.chunk_name} | ({"usage": None} if with_usage else {})
         begin, end = json.dumps(envelope, ensure_ascii=False)[:-1] + ', "choices": [', "]}\n\n"
 
-        def encode(choice: Choice, delta: dict, finish_reason: str | None = None) -> str:
+        def encode(choice: Choice, delta: dict) -> str:
             logprobs, choice.logprobs = choice.logprobs if with_logprobs else None, []
+            finish_reason = None if delta else choice.finish_reason
             return "data: " + begin + json.dumps(format_.delta(choice, delta, logprobs, finish_reason),
                                                  ensure_ascii=False) + end
         if format_.first_delta:
             yield "".join(encode(choice, format_.first_delta) for choice in choices.values())
         with say_error_in_stream() as last_words:
             while answer.has_more():
-                lines = []
+                deltas: dict[Choice, list[dict]] = {choice: [] for choice in choices.values()}
                 for event in await answer.next_events():
                     choice = choices[event.request_id]
-                    lines += [encode(choice, delta) for delta in choice.add(event)]
-                    if event.finish_reason:
-                        lines.append(encode(choice, {}, event.finish_reason))
+                    deltas[choice] += choice.add(event) + ([{}] if event.finish_reason else [])  # {}: the end
+                lines = [encode(choice, delta) for choice in deltas for delta in join_texts(deltas[choice])]
                 if lines:
                     yield "".join(lines)
             self._log_answer(http, choices)
@@ -171,7 +172,7 @@ class Service:
             yield line
 
     async def stream_family(self, http: Request, answer: Answer) -> AsyncIterator[str]:
-        """The visible text as {"token", "gpu"} lines, and {"done": true}."""
+        """The visible text, some tokens at a time, as {"token", "gpu"} lines, and {"done": true}."""
         choice = Choice(0, self.tokenizer)
         with say_error_in_stream() as last_words:
             while answer.has_more():
@@ -189,6 +190,15 @@ class Service:
         http.state.record["finish_reasons"] = [choice.finish_reason for choice in choices.values()]
         if self.settings.log_contents:
             http.state.record["answers"] = [choice.parts for choice in choices.values()]
+
+
+def join_texts(deltas: list[dict]) -> Iterator[dict]:
+    """The same deltas, neighbouring texts as one."""
+    for has_text, group in itertools.groupby(deltas, key=lambda delta: "content" in delta):
+        if has_text:
+            yield {"content": "".join(delta["content"] for delta in group)}
+        else:
+            yield from group
 
 
 @contextlib.contextmanager

@@ -94,6 +94,24 @@ def test_stream_is_the_whole_answer(client, engine):
         "chat.completion.chunk"}
 
 
+def test_stream_sends_tokens_together(client, engine, monkeypatch):
+    """The first at once, the last without delay, and what comes between them in pieces."""
+    monkeypatch.setattr(engine_pool, "HANDOVER_SEC", 30)
+    engine.script = b"Hello there, all of you."
+    start = time.perf_counter()
+    for sample_count in (1, 2):
+        body = {"messages": QUESTION, "stream": True, "max_tokens": 50, "n": sample_count, "logprobs": True}
+        chunks = [choice for chunk in read_stream(client.post(CHAT, json=body)) for choice in chunk["choices"]]
+        for index in range(sample_count):
+            own = [choice for choice in chunks if choice["index"] == index]
+            texts = [choice["delta"]["content"] for choice in own if choice["delta"].get("content")]
+            assert "".join(texts) == "Hello there, all of you." and len(texts) <= 2
+            tokens = [token["token"] for choice in own for token in choice["logprobs"]["content"]]
+            assert "".join(tokens) == "Hello there, all of you."
+            assert [choice["finish_reason"] for choice in own][-2:] == [None, "stop"]
+    assert time.perf_counter() - start < 20
+
+
 def test_tokens_are_those_of_the_engine():
     """Sampling settings arrive: the same seed gives what the engine gives alone."""
     model = make_tiny_model()
