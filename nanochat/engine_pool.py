@@ -38,8 +38,8 @@ START_TIMEOUT_SEC = 600       # for a model to be loaded
 STOP_TIMEOUT_SEC = 5          # for an engine to end its step, before it is killed
 MAX_SILENT_SEC = 20           # without a sign of life, before an engine is killed; a busy machine may skip some
 MAX_RESTART_PAUSE_SEC = 30.0  # between attempts to start an engine that dies at once
-HANDOVER_SEC = 0.04           # at least, between two pieces of an answer: sending costs more than a step of a small
-                              # model for one row (dev/LOG.md), and nobody reads faster
+HANDOVER_SEC = 0.04           # at least, between two pieces of an answer: fewer are less work for server and client
+                              # (dev/LOG.md), and nobody reads faster
 RATE_WINDOW_SEC = 10          # over which tokens per second are counted
 NUM_LATENCIES = 1000          # of the last requests, from which percentiles are computed
 AFFINITY_TOKENS = 64          # of a prompt that decide which worker gets it, where several are as free
