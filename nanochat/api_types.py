@@ -6,7 +6,8 @@ Extensions: `top_k`; the model's calls of its calculator, which are left out of 
     a stream's delta    {"tool": {"type": "call", "text": "34*27"}}, then {"tool": {"type": "output", "text": "918"}}
     a whole message     "parts": [{"type": "text" | "python" | "python_output", "text": ...}], where there are calls
 
-An assistant message of a request may hold such parts as its content, so that the model sees its calls again.
+An assistant message of a request may hold such parts as its content, so that the model sees its calls again. It may be
+longer than those of others: whatever a model has written can be sent back, up to the limit of the conversation.
 """
 
 import math
@@ -15,10 +16,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from nanochat.prompts import Turn
 from nanochat.request import Event, Usage
 
 MAX_MESSAGES = 500
-MAX_MESSAGE_CHARS = 8_000
+MAX_MESSAGE_CHARS = 8_000      # of all but the assistant's
 MAX_CONVERSATION_CHARS = 32_000
 MAX_TOKENS = 4_096
 MAX_TOP_K = 200
@@ -70,13 +72,16 @@ class Part(BaseModel):
 class Message(BaseModel):
     model_config = ConfigDict(strict=True)
     role:    Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Annotated[str | list[Part], Field(description=(
+        f"At most {MAX_MESSAGE_CHARS} characters; an assistant's only counts toward the {MAX_CONVERSATION_CHARS} of "
+        "the conversation."))]
 
     @model_validator(mode="after")
     def check_content(self):
         text = self.get_text()
-        if len(text) > MAX_MESSAGE_CHARS:
-            raise ValueError(f"has {len(text)} characters, {MAX_MESSAGE_CHARS} are the most")
+        if len(text) > MAX_MESSAGE_CHARS and self.role != "assistant":
+            raise ValueError(f"has {len(text)} characters, {MAX_MESSAGE_CHARS} are the most in a message that isn't "
+                             "the assistant's")
         if self.role == "user" and not text:
             raise ValueError("is empty")
         if self.role != "assistant" and any(part.type != "text" for part in self.get_parts()):
@@ -94,11 +99,39 @@ class Message(BaseModel):
 def check_length(messages: list[Message]) -> list[Message]:
     num_chars = sum(len(message.get_text()) for message in messages)
     if num_chars > MAX_CONVERSATION_CHARS:
-        raise ValueError(f"has {num_chars} characters, {MAX_CONVERSATION_CHARS} are the most")
+        raise ValueError(f"has {num_chars} characters, {MAX_CONVERSATION_CHARS} are the most; leave out the oldest")
     return messages
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(check_length)]
+Messages = Annotated[list[Message], AfterValidator(check_length), Field(
+    min_length=1, max_length=MAX_MESSAGES, description=f"At most {MAX_CONVERSATION_CHARS} characters, all together.")]
+
+
+def split_turns(messages: list[Message]) -> tuple[str, list[Turn]]:
+    """The system message, if any, and the turns: a question and its answer each, the last one without.
+
+    Messages of one role in a row are one message; what else breaks the alternation is refused.
+    """
+    first = next((i for i, message in enumerate(messages) if message.role not in ("system", "developer")), None)
+    if first is None:
+        raise ApiError(400, "messages has no message of the user", param="messages")
+    system = "\n\n".join(text for message in messages[:first] if (text := message.get_text()))
+    merged: list[tuple[str, list[dict]]] = []
+    for i, message in enumerate(messages[first:], start=first):
+        if message.role in ("system", "developer"):
+            raise ApiError(400, f"messages[{i}]: a {message.role} message must stand before all others",
+                           param=f"messages[{i}].role")
+        parts = [part.model_dump() for part in message.get_parts()]
+        if merged and merged[-1][0] == message.role:
+            merged[-1][1].extend([{"type": "text", "text": "\n\n"}, *parts])
+        else:
+            merged.append((message.role, parts))
+    for i, place in ((0, "first"), (-1, "last")):
+        if merged[i][0] != "user":
+            raise ApiError(400, f"messages: the {place} message, system aside, must be the user's", param="messages")
+    questions = ["".join(part["text"] for part in parts) for _, parts in merged[::2]]
+    answers = [parts for _, parts in merged[1::2]]
+    return system, [Turn(*turn) for turn in zip(questions, [*answers, []], strict=True)]
 
 
 class StreamOptions(BaseModel):

@@ -5,36 +5,27 @@
         for event in events:            # may be left at any time: what has come so far is kept as the answer
             print(event.text, end="")
 
-An answer stays the tokens that the model wrote, not its text encoded anew, which may be other tokens: so the next
-prompt begins as the last one did, and the engine reads only what is new (see engine.py).
+An answer stays the tokens that the model wrote: so the next prompt begins as the last one did, and the engine reads
+only what is new (see engine.py).
 """
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.common import UserError, write_atomic
 from nanochat.engine import Engine, Event, Request
+from nanochat.prompts import Turn, build_prompt
 from nanochat.request import ChatTokens
 from nanochat.tokenizer import check_messages
 
-ANSWER_SHARE = 4   # at most a quarter of the context is kept free for an answer (assumption, not studied)
 # What a model writes must not move a terminal's cursor, change its title or type for the person
 CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
 
 
-@dataclass
-class Turn:
-    """A question, and what was answered, both as tokens and as the parts of a conversation."""
-    question: str
-    tokens:   list[int] = field(default_factory=list)   # of the answer, without its end token
-    parts:    list[dict] = field(default_factory=list)
-
-
 class ChatSession:
     def __init__(self, engine: Engine, context_tokens: int, is_base: bool = False):
-        """context_tokens: a prompt that is longer, with its answer, loses its oldest turns
+        """context_tokens: of prompt and answer together; a conversation that is longer loses its oldest turns
         is_base: the model knows no conversations; each question is a text that it continues
         """
         self.engine, self.tokenizer = engine, engine.tokenizer
@@ -46,8 +37,9 @@ class ChatSession:
     def ask(self, question: str, max_tokens: int, **sampling) -> Iterator[Event]:
         """The answer as it comes; ends early, and keeps what came, when it is closed. UserError at the first event."""
         prompt, self.num_dropped = self.build_prompt(question, max_tokens)
+        max_tokens = min(max_tokens, self.context_tokens - len(prompt))
         request_id = self.engine.submit(Request(prompt, max_tokens=max_tokens, **sampling))
-        turn = Turn(question)
+        turn = Turn(question, tokens=[])
         self.turns = [turn] if self.is_base else [*self.turns, turn]
         try:
             while self.engine.has_work():
@@ -59,25 +51,9 @@ class ChatSession:
 
     def build_prompt(self, question: str, max_tokens: int) -> tuple[list[int], int]:
         """The tokens to continue, and how many of the oldest turns had to be left out for them to fit."""
-        if self.is_base:
-            return self.tokenizer.encode(question, prepend=self.tokenizer.get_bos_token_id()), 0
-        limit = self.context_tokens - min(max_tokens, self.context_tokens // ANSWER_SHARE)
-        for num_dropped in range(len(self.turns) + 1):
-            prompt = self._render([*self.turns[num_dropped:], Turn(question)])
-            if len(prompt) <= limit:
-                break
-        return prompt, num_dropped
-
-    def _render(self, turns: list[Turn]) -> list[int]:
-        tokens = []
-        for turn in turns:
-            system = [{"role": "system", "content": self.system}] if self.system and not tokens else []
-            messages = [*system, {"role": "user", "content": turn.question}]
-            question = self.tokenizer.render_for_completion({"messages": messages})
-            tokens += question[1:] if tokens else question  # bos begins a conversation, not each of its turns
-            if turn is not turns[-1]:
-                tokens += [*turn.tokens, self.tokenizer.encode_special("<|assistant_end|>")]
-        return tokens
+        turns = [] if self.is_base else self.turns
+        return build_prompt(self.tokenizer, self.system, [*turns, Turn(question)], self.context_tokens, max_tokens,
+                            self.is_base)
 
     def _keep(self, turn: Turn, event: Event) -> None:
         chat = self.engine.chat_tokens
@@ -123,11 +99,9 @@ class ChatSession:
         messages = [message for message in messages if message["role"] != "system"]
         self.turns, self.num_dropped = [], 0
         for question, answer in zip(messages[::2], messages[1::2], strict=False):
-            prompt = self.tokenizer.render_for_completion({"messages": [question]})
-            tokens, _ = self.tokenizer.render_conversation({"messages": [question, answer]}, max_tokens=None)
             content = answer["content"]
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            self.turns.append(Turn(question["content"], tokens[len(prompt):-1], parts))
+            self.turns.append(Turn(question["content"], parts))
 
 
 def format_answer(events: Iterable[Event], chat_tokens: ChatTokens, is_terminal: bool) -> Iterator[str]:
@@ -136,7 +110,8 @@ def format_answer(events: Iterable[Event], chat_tokens: ChatTokens, is_terminal:
     begin, end = ("\x1b[2m[", "]\x1b[0m") if is_terminal else ("[", "]")
     for event in events:
         if part != "text" and (event.part == "text" or event.token == chat_tokens.python_start):
-            yield end
+            is_apart = event.part == "text" and event.text[:1].isalnum()  # a word, and the model left no blank
+            yield f"{end} " if is_apart else end
             part = "text"
         if event.part != part:
             yield " = " if part == "python" else begin

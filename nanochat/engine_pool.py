@@ -1,4 +1,4 @@
-"""The engines as the server sees them: who gets a request, and what happens when an engine dies.
+"""The engines as the server sees them: who gets a request, and what happens when an engine dies or hangs.
 
     pool = EnginePool(start, num_workers=2, max_rows=32, max_waiting=64)
     pool.start()                                          # returns when all engines are ready
@@ -10,8 +10,9 @@
                      event loop <-- reader thread <--- the events of each step -----
 
 A process apart keeps the engine's steps and the server's work from waiting for each other, and what kills an engine
-(no memory, a fault of a kernel) kills nothing else: its requests are told, a new one is started. All but the reader
-threads runs in the event loop, so there are no locks.
+(no memory, a fault of a kernel) kills nothing else: its requests are told, a new one is started. One that hangs gives
+no sign of life any more (see engine_process.py) and is killed. All but the threads runs in the event loop, so there are
+no locks.
 """
 
 import asyncio
@@ -24,17 +25,21 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Process
 from multiprocessing.connection import Connection
 from statistics import median, quantiles
 
 from nanochat.common import UserError
-from nanochat.engine_process import decode_event, encode_request
+from nanochat.engine_process import PULSE_SEC, decode_event, encode_request
 from nanochat.request import Event, Request
 
 START_TIMEOUT_SEC = 600       # for a model to be loaded
 STOP_TIMEOUT_SEC = 5          # for an engine to end its step, before it is killed
+MAX_SILENT_SEC = 20           # without a sign of life, before an engine is killed; a busy machine may skip some
 MAX_RESTART_PAUSE_SEC = 30.0  # between attempts to start an engine that dies at once
+HANDOVER_SEC = 0.04           # at least, between two pieces of an answer: fewer are less work for server and client
+                              # (dev/LOG.md), and nobody reads faster
 RATE_WINDOW_SEC = 10          # over which tokens per second are counted
 NUM_LATENCIES = 1000          # of the last requests, from which percentiles are computed
 AFFINITY_TOKENS = 64          # of a prompt that decide which worker gets it, where several are as free
@@ -74,7 +79,10 @@ class Answer:
         self._events: list[Event] = []
         self._error: EngineError | None = None
         self._wake = asyncio.Event()
-        self._deadline = asyncio.get_running_loop().call_later(timeout_sec, self.fail, TimeOver(
+        self._loop = asyncio.get_running_loop()
+        self._next_handover_sec = 0.0             # by the loop's clock
+        self._handover: asyncio.TimerHandle | None = None
+        self._deadline = self._loop.call_later(timeout_sec, self.fail, TimeOver(
             f"the answer was not finished within {timeout_sec:g} s"))
 
     def receive(self, event: Event) -> None:
@@ -89,7 +97,10 @@ class Answer:
                 self._deadline.cancel()
                 self.pool.answer_secs.append(time.perf_counter() - self.start)
         self._events.append(event)
-        self._wake.set()
+        if not self.unfinished:
+            self._wake.set()
+        elif self._handover is None:
+            self._handover = self._loop.call_at(self._next_handover_sec, self._wake.set)
 
     def fail(self, error: EngineError) -> None:
         """End what is unfinished; whoever waits gets the error after the events that came before it."""
@@ -116,9 +127,13 @@ class Answer:
             raise self._error
 
     async def next_events(self) -> list[Event]:
-        """The events since the last call, at least one; their request_id is a key of `samples`."""
+        """The events since the last call, at least one; their request_id is a key of `samples`.
+
+        The first comes at once, and the last; between them so many at a time that there is HANDOVER_SEC between calls.
+        """
         await self.wait()
         events, self._events = self._events, []
+        self._handover, self._next_handover_sec = None, self._loop.time() + HANDOVER_SEC
         if not self._error:
             self._wake.clear()
         return events
@@ -137,19 +152,30 @@ class EngineWorker:
         self.description = ""                      # of device and dtype
         self.failure: str | None = None            # why the last engine could not be loaded
         self.num_restarts = 0
+        self.silent_sec = 0.0                      # since the engine was heard, or started
         self.process: Process | None = None
         self.started = threading.Event()           # the first engine is ready, or failed
         self.thread = threading.Thread(target=self._watch, name=f"engine-{worker_idx}", daemon=True)
+        self.outbox = ThreadPoolExecutor(1, f"outbox-{worker_idx}")
 
     def send(self, message: bytes) -> None:
-        """To the engine, if there is one; the reader notices where there is none."""
+        """To the engine, if there is one, without waiting: one that hangs reads nothing. Errors are the reader's."""
         connection = self.connection  # the thread may forget it meanwhile
         if connection is not None:
-            with contextlib.suppress(OSError):
-                connection.send_bytes(message)
+            self.outbox.submit(connection.send_bytes, message)
 
     def cancel(self, generation_id: int) -> None:
         self.send(json.dumps({"cancel": generation_id}).encode())
+
+    def check_pulse(self) -> None:
+        """Kill an engine that has been silent for too long; call it every PULSE_SEC.
+
+        Calls are counted, not the time: that stands still for the engine, too, while the whole program is suspended.
+        """
+        self.silent_sec += PULSE_SEC
+        if self.process is not None and self.silent_sec > (MAX_SILENT_SEC if self.connection else START_TIMEOUT_SEC):
+            self.failure = f"no sign of life for {self.silent_sec:g} s"
+            self.process.kill()
 
     def _watch(self) -> None:
         """The thread: start an engine, read what it says to its end, and again."""
@@ -162,7 +188,6 @@ class EngineWorker:
                 return
             self.pool.log(event="engine_lost", worker=self.worker_idx, failure=self.failure,
                           exit_code=getattr(self.process, "exitcode", None))
-            self.pool.call_soon(self._fail_answers)
             self.num_restarts += 1
             lived_long = time.monotonic() - start > 2 * MAX_RESTART_PAUSE_SEC
             pause_sec = 1.0 if lived_long else min(2 * pause_sec, MAX_RESTART_PAUSE_SEC)
@@ -170,6 +195,7 @@ class EngineWorker:
 
     def _run_engine(self) -> None:
         """The thread: one engine, from its start to its end."""
+        self.silent_sec = 0.0
         try:
             connection, self.process = self.pool.start_engine(self.worker_idx)
         except OSError as error:
@@ -179,11 +205,14 @@ class EngineWorker:
             while True:
                 self._read(connection, json.loads(connection.recv_bytes()))
         self.connection = None
-        self.process.join()
+        self.pool.call_soon(self._fail_answers)
+        self.process.join(STOP_TIMEOUT_SEC)
+        self.process.kill()  # if it has closed its end and is there all the same
+        self.process.join(STOP_TIMEOUT_SEC)
 
     def _read(self, connection: Connection, message: dict) -> None:
         """The thread: one message of the engine."""
-        self.failure = message.get("failure")
+        self.failure, self.silent_sec = message.get("failure"), 0.0
         if "ready" in message:
             self.description, self.connection = message["ready"], connection
             self.pool.log(event="engine_ready", worker=self.worker_idx, device=self.description)
@@ -230,6 +259,7 @@ class EnginePool:
         """Start all engines and wait until they are ready; UserError where one can't be."""
         for worker in self.workers:
             worker.thread.start()
+        threading.Thread(target=self._check_pulses, name="pulses", daemon=True).start()
         for worker in self.workers:
             if not worker.started.wait(START_TIMEOUT_SEC):
                 self.close()
@@ -251,6 +281,13 @@ class EnginePool:
             if worker.thread.is_alive() and worker.process is not None:
                 worker.process.kill()
                 worker.thread.join()
+            worker.outbox.shutdown()
+
+    def _check_pulses(self) -> None:
+        """The thread: see that the engines are alive."""
+        while not self.closed.wait(PULSE_SEC):
+            for worker in self.workers:
+                worker.check_pulse()
 
     def call_soon(self, function: Callable, *args) -> None:
         """Call a function in the server's event loop, from a thread."""

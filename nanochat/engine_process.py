@@ -5,15 +5,18 @@
     comes   {"id": 7, ...} (the fields of a Request)    {"cancel": 7}    null, and nothing more
     goes    {"ready": "where it runs"} or {"failure": "why not"}, once
             {"events": [...], "refusals": [[id, reason], ...]} after each step; ids are the sender's
+            {} each second from then on, also in the middle of a step: whoever falls silent is stuck
 """
 
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import queue
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -23,6 +26,10 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, count_cpus, get_compute_dtype, init_compute
 from nanochat.engine import Engine
 from nanochat.request import Event, Logprobs, Request, Usage
+
+PULSE_SEC = 1.0     # between signs of life
+MAX_STEP_SEC = 300  # a step that takes longer is taken for one that never ends: assumption, 512 tokens of a prompt take
+                    # a 2 B parameter model a minute on two cores
 
 
 @dataclass(frozen=True)
@@ -83,16 +90,30 @@ def name_device(device_type: str, worker_idx: int) -> str:
 def run_engine(engine: Engine, connection: Connection, description: str = "") -> None:
     """Drive an engine by what comes over `connection`, until that is closed."""
     inbox: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
+    sending = threading.Lock()
+    step_start = math.inf  # seconds; of the step under way
+
+    def send(message: dict) -> None:
+        with sending:
+            connection.send_bytes(json.dumps(message).encode())
 
     def read() -> None:
         with contextlib.suppress(EOFError, OSError):
             while message := json.loads(connection.recv_bytes()):
                 inbox.put(message)
         inbox.put(None)
+
+    def pulse() -> None:
+        with contextlib.suppress(OSError):  # until the connection is closed
+            while True:
+                time.sleep(PULSE_SEC)
+                if time.monotonic() - step_start < MAX_STEP_SEC:
+                    send({})
     threading.Thread(target=read, name="inbox", daemon=True).start()
+    threading.Thread(target=pulse, name="pulse", daemon=True).start()
     engine_ids: dict[int, int] = {}  # of the generations under way: the server's id -> the engine's
     with connection, contextlib.suppress(BrokenPipeError):  # the server is gone
-        connection.send_bytes(json.dumps({"ready": description}).encode())
+        send({"ready": description})
         while True:
             refusals = []
             while not inbox.empty() or not (engine.has_work() or refusals):
@@ -106,13 +127,15 @@ def run_engine(engine: Engine, connection: Connection, description: str = "") ->
                 except UserError as error:
                     refusals.append([message["id"], str(error)])
             server_ids = {engine_id: server_id for server_id, engine_id in engine_ids.items()}
+            step_start = time.monotonic()
             events = engine.step()
+            step_start = math.inf
             for event in events:
                 if event.finish_reason:
                     del engine_ids[server_ids[event.request_id]]
             if events or refusals:
                 encoded = [encode_event(server_ids[event.request_id], event) for event in events]
-                connection.send_bytes(json.dumps({"events": encoded, "refusals": refusals}).encode())
+                send({"events": encoded, "refusals": refusals})
 
 
 def encode_request(request_id: int, request: Request) -> bytes:

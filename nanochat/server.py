@@ -12,10 +12,11 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +38,12 @@ from nanochat.api_types import (
     SamplingFields,
     TextFormat,
     make_envelope,
+    split_turns,
     sum_usage,
 )
 from nanochat.engine_pool import Answer, EngineError, EnginePool
 from nanochat.gate import CLIENT_GONE, Gate, convert_error, log_line, make_error_response
-from nanochat.prompts import build_chat_prompt, check_context
+from nanochat.prompts import NoRoom, build_prompt, check_context
 
 PAGE_PATH = Path(__file__).with_name("ui.html")
 DONE = "data: [DONE]\n\n"
@@ -76,18 +78,20 @@ class Service:
     def begin_chat(self, http: Request, body: ChatRequest | FamilyChatRequest) -> tuple[Answer, int]:
         """Hand a conversation to an engine; returns how many messages were dropped, too."""
         max_tokens = self._get_max_tokens(body)
-        tokens, num_dropped = build_chat_prompt(self.tokenizer, body.messages, self.settings.context_tokens,
-                                                max_tokens, self.settings.stage == "base")
+        with refuse_long_prompt("messages"):
+            tokens, num_turns = build_prompt(self.tokenizer, *split_turns(body.messages), self.settings.context_tokens,
+                                             max_tokens, self.settings.stage == "base")
         if self.settings.log_contents:
             http.state.record["messages"] = [message.model_dump() for message in body.messages]
-        return self._begin(http, body, tokens, max_tokens), num_dropped
+        return self._begin(http, body, tokens, max_tokens), 2 * num_turns
 
     def begin_completion(self, http: Request, body: CompletionRequest) -> Answer:
         """Hand a text, or tokens, to an engine."""
         tokens = body.prompt
         if isinstance(tokens, str):
             tokens = self.tokenizer.encode(tokens, prepend=self.tokenizer.get_bos_token_id())
-        check_context(tokens, self.settings.context_tokens, "prompt")
+        with refuse_long_prompt("prompt"):
+            check_context(tokens, self.settings.context_tokens)
         if self.settings.log_contents:
             http.state.record["prompt"] = body.prompt
         return self._begin(http, body, tokens, self._get_max_tokens(body))
@@ -137,26 +141,26 @@ class Service:
 
     async def _stream(self, http: Request, body: ChatRequest | CompletionRequest, answer: Answer, envelope: dict,
                       choices: dict[int, Choice], format_: type[ChatFormat | TextFormat]) -> AsyncIterator[str]:
-        """Server-sent events; those that are there at once go out in one piece."""
+        """Server-sent events; what is there at once goes out in one piece, a choice's text in one of them."""
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         with_logprobs = body.get_num_logprobs() is not None
         envelope = envelope | {"object": format_.chunk_name} | ({"usage": None} if with_usage else {})
         begin, end = json.dumps(envelope, ensure_ascii=False)[:-1] + ', "choices": [', "]}\n\n"
 
-        def encode(choice: Choice, delta: dict, finish_reason: str | None = None) -> str:
+        def encode(choice: Choice, delta: dict) -> str:
             logprobs, choice.logprobs = choice.logprobs if with_logprobs else None, []
+            finish_reason = None if delta else choice.finish_reason
             return "data: " + begin + json.dumps(format_.delta(choice, delta, logprobs, finish_reason),
                                                  ensure_ascii=False) + end
         if format_.first_delta:
             yield "".join(encode(choice, format_.first_delta) for choice in choices.values())
         with say_error_in_stream() as last_words:
             while answer.has_more():
-                lines = []
+                deltas: dict[Choice, list[dict]] = {choice: [] for choice in choices.values()}
                 for event in await answer.next_events():
                     choice = choices[event.request_id]
-                    lines += [encode(choice, delta) for delta in choice.add(event)]
-                    if event.finish_reason:
-                        lines.append(encode(choice, {}, event.finish_reason))
+                    deltas[choice] += choice.add(event) + ([{}] if event.finish_reason else [])  # {}: the end
+                lines = [encode(choice, delta) for choice in deltas for delta in join_texts(deltas[choice])]
                 if lines:
                     yield "".join(lines)
             self._log_answer(http, choices)
@@ -168,7 +172,7 @@ class Service:
             yield line
 
     async def stream_family(self, http: Request, answer: Answer) -> AsyncIterator[str]:
-        """The visible text as {"token", "gpu"} lines, and {"done": true}."""
+        """The visible text, some tokens at a time, as {"token", "gpu"} lines, and {"done": true}."""
         choice = Choice(0, self.tokenizer)
         with say_error_in_stream() as last_words:
             while answer.has_more():
@@ -186,6 +190,24 @@ class Service:
         http.state.record["finish_reasons"] = [choice.finish_reason for choice in choices.values()]
         if self.settings.log_contents:
             http.state.record["answers"] = [choice.parts for choice in choices.values()]
+
+
+def join_texts(deltas: list[dict]) -> Iterator[dict]:
+    """The same deltas, neighbouring texts as one."""
+    for has_text, group in itertools.groupby(deltas, key=lambda delta: "content" in delta):
+        if has_text:
+            yield {"content": "".join(delta["content"] for delta in group)}
+        else:
+            yield from group
+
+
+@contextlib.contextmanager
+def refuse_long_prompt(param: str) -> Iterator[None]:
+    """Let a client know that its prompt leaves no room for an answer."""
+    try:
+        yield
+    except NoRoom as error:
+        raise ApiError(400, f"{param}: {error}", param=param, code="context_length_exceeded") from None
 
 
 @contextlib.contextmanager

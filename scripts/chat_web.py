@@ -19,15 +19,7 @@ from pathlib import Path
 
 import uvicorn
 
-from nanochat.checkpoint_files import load_meta
-from nanochat.checkpoint_manager import (
-    STAGES,
-    find_last_stage,
-    find_step,
-    find_tag,
-    get_run_dir,
-    load_run_tokenizer,
-)
+from nanochat.checkpoint_manager import STAGES, find_checkpoint, find_last_stage, load_run_tokenizer
 from nanochat.common import UserError, print0, run_script
 from nanochat.engine_pool import EnginePool
 from nanochat.engine_process import EngineSettings, start_process
@@ -79,18 +71,15 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     api_key = read_api_key(args)
     stage = args.source or find_last_stage(args.model_tag)
-    tag = find_tag(stage, args.model_tag)
-    run_dir = get_run_dir(stage, tag)
-    step = find_step(run_dir, args.step)
-    meta = load_meta(run_dir, step)
-    tokenizer = load_run_tokenizer(meta)
+    found = find_checkpoint(stage, args.model_tag, args.step)
+    tag, step, tokenizer = found.run_dir.name, found.step, load_run_tokenizer(found.meta)
     with open_socket(args.host, args.port) as listener:  # before the model is loaded: a taken port is found at once
         engine = EngineSettings(stage, tag, step, args.dtype, args.device_type, args.max_rows, args.workers)
         pool = EnginePool(functools.partial(start_process, settings=engine), args.workers, args.max_rows, args.queue,
                           log_line)
-        created = int((run_dir / "latest").stat().st_mtime)
+        created = int((found.run_dir / "latest").stat().st_mtime)
         settings = ServerSettings(
-            f"{stage}/{tag}", stage, meta["model_config"]["sequence_len"], args.temperature, args.top_k,
+            f"{stage}/{tag}", stage, found.meta["model_config"]["sequence_len"], args.temperature, args.top_k,
             args.max_tokens, args.request_timeout, created, api_key, tuple(args.cors_origin), args.log_contents)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # at any time the engines end, too
         try:

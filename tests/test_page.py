@@ -212,7 +212,7 @@ def test_limits_are_told(page, stand_in):
         page.wait_for_count(".assistant", i + 2)
         page.wait_for_answer()
     sizes = [len(message["content"]) for message in stand_in.requests[-1]["messages"]]
-    assert max(sizes) == 8000 and sum(sizes) <= 32000 and len(sizes) % 2  # whole turns, the question last
+    assert max(sizes) == 9000 and sum(sizes) <= 32000 and len(sizes) % 2  # whole turns, the question last
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,6 +233,19 @@ def test_markdown(page, stand_in):
     links = "[...document.querySelectorAll('.assistant a')].map(({href, rel, innerText}) => [href, rel, innerText])"
     assert page.run(links) == [["https://example.org/sort(1)", "noopener noreferrer", "https://example.org/sort(1)"],
                      ["https://example.org/a_(b)", "noopener noreferrer", "hereexample.org"]]
+
+
+def test_wide_table_keeps_its_words(page, stand_in):
+    page.resize(390, 844, is_phone=True)
+    table = "| operating | temperature | explanation |\n|:-:|--:|---|\n| summer | 25 | " + "words " * 40 + "|"
+    stand_in.answer = lambda request: [content(table), finish()]
+    page.say("A table?")
+    page.wait_for_answer()
+    lines = page.run("[...document.querySelectorAll('th')].map((th) => th.getClientRects()[0].height / 24)")
+    assert max(lines) < 2
+    assert page.run("[...document.querySelectorAll('td')].map((td) => getComputedStyle(td).textAlign)") == [
+        "center", "right", "left"]
+    assert page.run("document.documentElement.scrollWidth") == 390  # the table scrolls, not the page
 
 
 def test_copy(page, stand_in):

@@ -2,9 +2,12 @@
 
 import base64
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import multiprocessing
+import os
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -22,12 +25,12 @@ from server_helpers import (
 )
 from starlette.testclient import TestClient
 
-from nanochat import server
-from nanochat.api_types import ApiError, Message
+from nanochat import engine_pool, engine_process, server
+from nanochat.api_types import ApiError, Message, split_turns
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.engine_pool import EnginePool
-from nanochat.prompts import build_chat_prompt
+from nanochat.prompts import build_prompt
 from nanochat.server import make_app
 
 CHAT, TEXT, FAMILY = "/v1/chat/completions", "/v1/completions", "/chat/completions"
@@ -89,6 +92,24 @@ def test_stream_is_the_whole_answer(client, engine):
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 2 * (len(engine.script) + 1)
     assert len({chunk["id"] for chunk in chunks}) == 1 and {chunk["object"] for chunk in chunks} == {
         "chat.completion.chunk"}
+
+
+def test_stream_sends_tokens_together(client, engine, monkeypatch):
+    """The first at once, the last without delay, and what comes between them in pieces."""
+    monkeypatch.setattr(engine_pool, "HANDOVER_SEC", 30)
+    engine.script = b"Hello there, all of you."
+    start = time.perf_counter()
+    for sample_count in (1, 2):
+        body = {"messages": QUESTION, "stream": True, "max_tokens": 50, "n": sample_count, "logprobs": True}
+        chunks = [choice for chunk in read_stream(client.post(CHAT, json=body)) for choice in chunk["choices"]]
+        for index in range(sample_count):
+            own = [choice for choice in chunks if choice["index"] == index]
+            texts = [choice["delta"]["content"] for choice in own if choice["delta"].get("content")]
+            assert "".join(texts) == "Hello there, all of you." and len(texts) <= 2
+            tokens = [token["token"] for choice in own for token in choice["logprobs"]["content"]]
+            assert "".join(tokens) == "Hello there, all of you."
+            assert [choice["finish_reason"] for choice in own][-2:] == [None, "stop"]
+    assert time.perf_counter() - start < 20
 
 
 def test_tokens_are_those_of_the_engine():
@@ -168,12 +189,13 @@ def test_oldest_turns_are_dropped(client):
 def test_conversations():
     def render(*turns, is_base=False):
         messages = [Message(role=role, content=content) for role, content in turns]
-        tokens, num_dropped = build_chat_prompt(TOKENIZER, messages, 256, 16, is_base)
+        tokens, num_dropped = build_prompt(TOKENIZER, *split_turns(messages), 256, 16, is_base)
         assert num_dropped == 0
         return TOKENIZER.decode(tokens)
     assert render(("developer", "A"), ("system", "B"), ("user", "c"), ("user", "d")) == (
         "<|bos|><|user_start|>A\n\nB\n\nc\n\nd<|user_end|><|assistant_start|>")
     assert render(("user", "a"), ("assistant", "b"), ("user", "c"), is_base=True) == "<|bos|>a\n\nb\n\nc"
+    assert render(("system", "A"), ("user", "b"), is_base=True) == "<|bos|>A\n\nb"
     for turns in ([("system", "A")], [("assistant", "b"), ("user", "c")], [("user", "a"), ("assistant", "b")],
                   [("user", "a"), ("system", "B"), ("user", "c")]):
         with pytest.raises(ApiError):
@@ -215,6 +237,16 @@ def test_bad_field_is_named(client, param, value):
 def test_bad_body(client, path, body, status):
     response = client.post(path, content=body, headers=JSON)
     assert response.status_code == status and (status == 200 or response.json()["error"]["message"])
+
+
+def test_whatever_a_model_wrote_can_be_sent_back(client):
+    history = [*QUESTION, {"role": "assistant", "content": "x" * 20_000}, *QUESTION]
+    assert client.post(CHAT, json={"messages": history}).json()["dropped_messages"] == 2
+    error = client.post(CHAT, json={"messages": [*history[:2], *history]}).json()["error"]
+    assert error["param"] == "messages" and "32000 are the most" in error["message"]
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    assert "At most 8000 characters; an assistant's" in schemas["Message"]["properties"]["content"]["description"]
+    assert "At most 32000" in schemas["ChatRequest"]["properties"]["messages"]["description"]
 
 
 def test_harmless_fields_are_ignored(client):
@@ -267,12 +299,37 @@ def test_engine_that_cannot_load():
         ours, theirs = multiprocessing.Pipe()
         theirs.send_bytes(b'{"failure": "no such device"}')
         theirs.close()
-        return ours, SimpleNamespace(join=lambda: None, kill=lambda: None)
+        return ours, SimpleNamespace(join=lambda _: None, kill=lambda: None)
     lines = []
     pool = EnginePool(start, 1, 4, 8, lambda **fields: lines.append(fields))
     with pytest.raises(UserError, match="no such device"):
         pool.start()
     assert not pool.workers[0].thread.is_alive()
+
+
+def test_long_steps_are_no_hang_but_endless_ones_are(monkeypatch):
+    """A step may take longer than an engine may be silent; one without end silences it."""
+    monkeypatch.setattr(engine_process, "PULSE_SEC", 0.02)
+    monkeypatch.setattr(engine_pool, "PULSE_SEC", 0.02)
+    monkeypatch.setattr(engine_pool, "MAX_SILENT_SEC", 0.5)
+    killed, unblock = threading.Event(), threading.Event()
+
+    def kill(thread):
+        killed.set()
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(thread.theirs.fileno())) as connection:
+            connection.shutdown(socket.SHUT_RDWR)
+    monkeypatch.setattr(EngineThread, "kill", kill)
+    engine = ScriptedEngine(make_tiny_model(), TOKENIZER, max_rows=4)
+    engine.pause_sec = 1.2
+    body = {"messages": QUESTION, "max_tokens": 1}
+    with serving(engine) as client:
+        assert client.post(CHAT, json=body).status_code == 200 and not killed.is_set()
+        monkeypatch.setattr(engine_process, "MAX_STEP_SEC", 0.1)
+        engine.step = lambda: unblock.wait(30) and []
+        response = client.post(CHAT, json=body)
+        unblock.set()
+        assert response.status_code == 503 and int(response.headers["retry-after"]) > 0 and killed.is_set()
+        assert response.json()["error"]["code"] == "engine_lost"
 
 
 def test_conversations_stay_with_their_engine():
