@@ -1,4 +1,4 @@
-"""What every HTTP request passes before and after its route: an id, the key, the size of its body, a line in the log.
+"""What every HTTP request passes before and after its route: an id, host, key and size of body, a line in the log.
 
 Also how errors become OpenAI's error JSON.
 """
@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import re
 import secrets
 import sys
 import time
@@ -37,10 +38,11 @@ def log_line(**fields) -> None:
 
 
 class Gate:
-    """Gives a request its id, checks its key and the size of its body, logs it, and drops its answer when it ends."""
+    """Gives a request its id, checks its host, its key and the size of its body, logs it, and drops its answer when it
+    ends."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, log: Callable[..., None]):
-        self.app, self.api_key, self.log = app, api_key, log
+    def __init__(self, app: ASGIApp, api_key: str | None, hosts: tuple[str, ...], log: Callable[..., None]):
+        self.app, self.api_key, self.hosts, self.log = app, api_key, hosts, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,6 +58,7 @@ class Gate:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
             await send(message)
         try:
+            self._check_host(scope)
             self._check_key(scope)
             await self.app(scope, await read_body(receive), send_start)
         except ApiError as error:
@@ -69,6 +72,15 @@ class Gate:
                            "first_token_ms": first_token_sec and round(first_token_sec * 1e3, 1),
                            "worker": answer.worker.worker_idx}
             self.log(**fields, ms=round((time.perf_counter() - start) * 1e3, 1), **record)
+
+    def _check_host(self, scope: Scope) -> None:
+        """A foreign page whose name is made to point at this machine could else read a keyless server's answers."""
+        if not self.hosts:
+            return
+        host = re.sub(r":[0-9]*$", "", dict(scope["headers"]).get(b"host", b"").decode("latin-1")).lower()
+        if host not in self.hosts:
+            raise ApiError(403, f"this server is for its own machine, as {' or '.join(self.hosts)}; under another name"
+                           "it needs an API key: start it with --api-key-file", code="foreign_host")
 
     def _check_key(self, scope: Scope) -> None:
         if self.api_key is None or scope["path"] in OPEN_PATHS:

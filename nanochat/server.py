@@ -62,6 +62,7 @@ class ServerSettings:
     created:             int = 0        # of the checkpoint, seconds since 1970
     api_key:             str | None = None
     cors_origins:        tuple[str, ...] = ()
+    hosts:               tuple[str, ...] = ()    # what this server may be called in a request; () is anything
     log_contents:        bool = False
 
 
@@ -264,7 +265,7 @@ def make_app(settings: ServerSettings, pool: EnginePool, tokenizer, log: Callabl
         pool.loop = None
 
     app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None)  # those load from elsewhere
-    app.add_middleware(Gate, api_key=settings.api_key, log=log)
+    app.add_middleware(Gate, api_key=settings.api_key, hosts=settings.hosts, log=log)
     if settings.cors_origins:  # around the gate, so that its errors can be read there, too
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"],
                            allow_headers=["Authorization", "Content-Type"],

@@ -26,6 +26,8 @@ from nanochat.engine_process import EngineSettings, start_process
 from nanochat.gate import log_line
 from nanochat.server import ServerSettings, make_app
 
+HERE = ("localhost", "127.0.0.1", "[::1]")    # this machine, as URLs name it
+
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,7 +82,8 @@ def main(argv: list[str] | None = None) -> dict:
         created = int((found.run_dir / "latest").stat().st_mtime)
         settings = ServerSettings(
             f"{stage}/{tag}", stage, found.meta["model_config"]["sequence_len"], args.temperature, args.top_k,
-            args.max_tokens, args.request_timeout, created, api_key, tuple(args.cors_origin), args.log_contents)
+            args.max_tokens, args.request_timeout, created, api_key, tuple(args.cors_origin),
+            HERE if get_url_host(args.host) in HERE and api_key is None else (), args.log_contents)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # at any time the engines end, too
         try:
             pool.start()
@@ -117,14 +120,19 @@ def open_socket(host: str, port: int) -> socket.socket:
                         "machine only, 0.0.0.0 all of its addresses") from None
 
 
+def get_url_host(host: str) -> str:
+    """An address as it stands in a URL: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def announce(args: argparse.Namespace, settings: ServerSettings, step: int, listener: socket.socket,
              api_key: str | None) -> None:
     """Say what is served where, and what to mind."""
     if settings.stage == "base":
         print0("warning: a base model only completes text, it wasn't taught to answer; see -i")
-    if args.host not in ("127.0.0.1", "::1", "localhost") and api_key is None:
+    host = get_url_host(args.host)
+    if host not in HERE and api_key is None:
         print0(f"warning: whoever reaches {args.host} can use this server; --api-key-file asks them for a key")
-    host = f"[{args.host}]" if ":" in args.host else args.host
     print0(f"serving {settings.model_name}, step {step}, at http://{host}:{listener.getsockname()[1]}")
 
 

@@ -377,6 +377,17 @@ def test_api_key(engine):
         assert "secret" not in json.dumps(client.lines)
 
 
+def test_foreign_host(engine):
+    """A page elsewhere, whose name now points here, sends its own name."""
+    engine.script, engine.pause_sec = b"Hello", 0.0
+    with serving(engine, hosts=("localhost", "[::1]")) as client:
+        for host, status in (("evil.example", 403), ("evil.example:8000", 403), ("localhost.evil.example", 403),
+                             ("", 403), ("localhost", 200), ("LOCALHOST:8000", 200), ("[::1]:8000", 200)):
+            response = client.post(CHAT, json={"messages": QUESTION}, headers={"Host": host})
+            assert response.status_code == status, host
+        assert client.get("/", headers={"Host": "evil.example"}).json()["error"]["code"] == "foreign_host"
+
+
 def test_log_has_no_contents_unless_asked(engine):
     engine.script, engine.pause_sec = b"Answer!", 0.0
     for log_contents in (False, True):

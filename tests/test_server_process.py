@@ -216,6 +216,8 @@ def read_memory_bytes(pid: int) -> int:
 @pytest.mark.slow
 def test_500_requests_with_random_disconnects(base_dir):
     server = ServerProcess(base_dir, "-i", "rl", "--max-rows", "8", "--queue", "16", "-t", "1")
+    for host, status in (("evil.example", 403), ("localhost", 200)):  # it has no key, so it is for this machine alone
+        assert requests.get(server.url + "/health", headers={"Host": host}, timeout=10).status_code == status
     rng = random.Random(0)
     plans = [(rng.random() < 0.5, rng.randrange(1, 40), rng.random() * 0.05) for _ in range(500)]
     outcomes: list[str] = []
