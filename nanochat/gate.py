@@ -79,7 +79,7 @@ class Gate:
             return
         host = re.sub(r":[0-9]*$", "", dict(scope["headers"]).get(b"host", b"").decode("latin-1")).lower()
         if host not in self.hosts:
-            raise ApiError(403, f"this server is for its own machine, as {' or '.join(self.hosts)}; under another name"
+            raise ApiError(403, f"this server is for its own machine, as {' or '.join(self.hosts)}; under another name "
                            "it needs an API key: start it with --api-key-file", code="foreign_host")
 
     def _check_key(self, scope: Scope) -> None:

@@ -16,6 +16,7 @@ import urllib.request
 
 import openai
 import pytest
+import requests
 from server_helpers import (
     CONFIG,
     QUESTION,
