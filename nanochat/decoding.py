@@ -116,7 +116,7 @@ class CPUBlock(nn.Module):
 
 
 class CPUModel(GPT):
-    """gpt.GPT on a cache, for CPUs: the same sums in a third of the operations.
+    """gpt.GPT on a cache, for CPUs: the same sums in fewer operations.
 
     The embeddings are the model's own; the matrices are copies, cast and packed.
     """
@@ -145,8 +145,9 @@ class CPUModel(GPT):
         keys = {window: find_cached_keys(kv_cache.cache_seqlens, T, T, window, config.n_head // config.n_kv_head,
                                          kv_cache.k_cache.size(2), kv_cache.k_cache.dtype)
                 for window in set(self.windows)}
-        some = keys[self.windows[0]]
-        rotation = self.rotations[some.end - T:some.end] if some.positions is None else self.rotations[some.positions]
+        any_keys = keys[self.windows[0]]
+        positions = slice(any_keys.end - T, any_keys.end) if any_keys.positions is None else any_keys.positions
+        rotation = self.rotations[positions]
         middle = None
         for i, block in enumerate(self.transformer.h):
             ve = self.value_embeds[str(i)](idx) if config.has_value_embed(i) else None
