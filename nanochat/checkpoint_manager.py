@@ -313,7 +313,8 @@ def build_model(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> 
     """A model on `device` whose parameters are not set yet; its rotary tables are."""
     with torch.device("meta"):
         model = GPT(config, dtype)
-    model.to_empty(device=device)
+    # to_empty, but for what that loads to read a tensor on the meta device: half a second of every start
+    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
     model.init_rope()
     return model
 

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -134,6 +135,8 @@ def probe_backend(name: str, device: torch.device, dtype: torch.dtype) -> tuple[
         return False, f"no package {' or '.join(FA3_PACKAGES)}, and no kernel from the hub"
     if device.type == "cuda":
         print0(f"probing attention: {name} ...")
+    if name == "flex":  # compiled on its own: its block mask must not become part of the model's graph
+        _TRAIN_CALLS[name] = torch.compiler.disable(_flex)  # not at import: that loads the compiler, which takes 1.5 s
     rng = torch.Generator().manual_seed(0)
     shape_q, shape_kv = (2, 384, 4, 64), (2, 384, 2, 64)
     values = [torch.randn(shape, generator=rng) for shape in (shape_q, shape_kv, shape_kv, shape_q)]
@@ -261,7 +264,6 @@ def _search_fa3():
     return None
 
 
-@torch.compiler.disable  # compiled on its own: its block mask must not become part of the model's graph
 def _flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
     call = _compiled_flex() if q.device.type == "cuda" else flex_attention
@@ -289,36 +291,70 @@ def _flex_mask(num_tokens: int, window: int, device: torch.device):
 _TRAIN_CALLS = {"fa3": _fa3, "flex": _flex, "blocks": _blocks, "sdpa": _sdpa}
 
 
-def _cached_sdpa(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
-                 cache_seqlens: Tensor, window: int) -> Tensor:
-    """Attention on a cache, each row with its own length, in the cache's dtype."""
-    B, T, H, D = q.shape
-    Hk = k_cache.size(2)
-    num_new = T if k is not None else 0  # else the new tokens are in the cache already
+@dataclass(frozen=True)
+class CachedKeys:
+    """Where new tokens go in a cache, and which of its keys they see; the same in all layers with one window."""
+    first:     int            # keys first to end - 1 are those that any row sees
+    end:       int
+    positions: Tensor | None  # (B, T) of the new tokens; None: the last T before end, in every row
+    mask:      Tensor | None  # to be added to (B, Hk, G * T, keys) scores; None: every query sees all of these keys
+
+
+def find_cached_keys(cache_seqlens: Tensor, num_queries: int, num_new: int, window: int, num_groups: int,
+                     capacity: int, dtype: torch.dtype) -> CachedKeys:
+    """What `num_queries` tokens at the end of each row see, of which `num_new` aren't counted in the lengths yet.
+
+    num_groups: query heads of a key/value head
+    capacity:   tokens that the cache has room for
+    dtype:      of the cache
+    """
+    T, device = num_queries, cache_seqlens.device
     # Reading lengths back makes a GPU wait, so only others look at just the part of the cache that is in use
-    first, end, is_even = 0, k_cache.size(1), False
-    if q.device.type == "cpu":
+    first, end, is_even = 0, capacity, False
+    if device.type == "cpu":
         lengths = [length + num_new for length in cache_seqlens.tolist()]
         first, end = max(0, min(lengths) - T - window) if window >= 0 else 0, max(lengths)
         is_even = min(lengths) == end
-    if not is_even:
-        positions = (cache_seqlens + (num_new - T))[:, None].long() + torch.arange(T, device=q.device)  # (B, T)
-    if k is not None and is_even:
-        k_cache[:, end - T:end], v_cache[:, end - T:end] = k, v
+    if is_even and T == 1:
+        return CachedKeys(first, end, None, None)
+    if is_even:  # the last of the keys are the queries' own
+        positions, seen = None, _window_mask(T, end - first, window, device).repeat(num_groups, 1)
+    else:
+        positions = (cache_seqlens + (num_new - T))[:, None].long() + torch.arange(T, device=device)  # (B, T)
+        keys = torch.arange(first, end, device=device)
+        seen = keys <= positions[..., None]  # (B, T, keys)
+        if window >= 0:
+            seen &= keys >= positions[..., None] - window
+        seen = seen.repeat(1, num_groups, 1)[:, None]  # (B, 1, G * T, keys)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -float("inf"))
+    return CachedKeys(first, end, positions, mask)
+
+
+def attend_to_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
+                    keys: CachedKeys, scale: float | None = None) -> Tensor:
+    """flash_attn_with_kvcache by torch's own attention, in the cache's dtype, which the result has.
+
+    scale: of the scores, 1 / sqrt(D) if None
+    """
+    B, T, H, D = q.shape
+    Hk = k_cache.size(2)
+    G = H // Hk
+    if k is not None and keys.positions is None:
+        k_cache[:, keys.end - T:keys.end], v_cache[:, keys.end - T:keys.end] = k, v
     elif k is not None:
         rows = torch.arange(B, device=q.device)[:, None]
-        k_cache[rows, positions], v_cache[rows, positions] = k.to(k_cache.dtype), v.to(v_cache.dtype)
-    if is_even:  # the last of the keys are the queries' own; a single query sees all of this part
-        mask = None if T == 1 else _window_mask(T, end - first, window, q.device).repeat(H // Hk, 1)
-    else:
-        keys = torch.arange(first, end, device=q.device)
-        mask = keys <= positions[..., None]  # (B, T, keys)
-        if window >= 0:
-            mask &= keys >= positions[..., None] - window
-        mask = mask.repeat(1, H // Hk, 1)[:, None]  # (B, 1, G * T, keys)
+        k_cache[rows, keys.positions], v_cache[rows, keys.positions] = k.to(k_cache.dtype), v.to(v_cache.dtype)
     # The query heads that share a key/value head become more queries of that head: no copy of the cache is made
-    G = H // Hk
     grouped = q.view(B, T, Hk, G, D).permute(0, 2, 3, 1, 4).reshape(B, Hk, G * T, D).to(k_cache.dtype)
-    k, v = (cache[:, first:end].transpose(1, 2) for cache in (k_cache, v_cache))  # (B, Hk, keys, D)
-    y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).to(q.dtype)
+    k, v = (cache[:, keys.first:keys.end].transpose(1, 2) for cache in (k_cache, v_cache))  # (B, Hk, keys, D)
+    y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=keys.mask, scale=scale)
     return y.view(B, Hk, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+def _cached_sdpa(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
+                 cache_seqlens: Tensor, window: int) -> Tensor:
+    """Attention on a cache, each row with its own length."""
+    num_new = q.size(1) if k is not None else 0  # else the new tokens are in the cache already
+    keys = find_cached_keys(cache_seqlens, q.size(1), num_new, window, q.size(2) // k_cache.size(2), k_cache.size(1),
+                            k_cache.dtype)
+    return attend_to_cache(q, k_cache, v_cache, k, v, keys).to(q.dtype)

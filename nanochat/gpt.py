@@ -57,6 +57,12 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # where it would do nothing, but load torch's compiler, which takes 1.5 s
+            super().reset_parameters()
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, dtype: torch.dtype):
         super().__init__()
@@ -123,11 +129,11 @@ class GPT(nn.Module):
         kv_dim = config.n_kv_head * config.head_dim
         self.compute_dtype = dtype
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(V, C, dtype=embed),
+            "wte": Embedding(V, C, dtype=embed),
             "h": nn.ModuleList(Block(config, i, master) for i in range(L)),
         })
         self.lm_head = Linear(C, V, master)
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(V, kv_dim, dtype=embed)
+        self.value_embeds = nn.ModuleDict({str(i): Embedding(V, kv_dim, dtype=embed)
                                            for i in range(L) if config.has_value_embed(i)})
         self.resid_lambdas  = nn.Parameter(torch.empty(L, dtype=master))
         self.x0_lambdas     = nn.Parameter(torch.empty(L, dtype=master))

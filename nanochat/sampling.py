@@ -17,7 +17,8 @@ from torch import Tensor
 from nanochat.common import UserError
 
 MIN_TEMPERATURE = 1e-30  # what is colder is as good as 0, and dividing by it might overflow
-BLOCK_TOKENS = 128       # of the vocabulary that are summed up at once
+BLOCK_TOKENS = 128       # of the vocabulary that are summed up, or searched, at once
+MIN_BLOCK_ROWS = 4       # for which a search by blocks is worth its more operations
 TOP_P_CANDIDATES = 1024  # of which the sum is tried first: sorting a whole vocabulary takes a millisecond or two
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def sample_rows(logits: Tensor, samplings: Sequence[Sampling], token_idxs: Seque
     """
     random = [i for i, sampling in enumerate(samplings) if sampling.temperature > 0]
     if not random:
-        return logits.argmax(dim=-1)
+        return find_likeliest(logits)
     chosen = [samplings[i] for i in random]
     rows = torch.tensor(random, device=logits.device)
 
@@ -67,7 +68,20 @@ def sample_rows(logits: Tensor, samplings: Sequence[Sampling], token_idxs: Seque
     tokens = invert_distribution(probs, column(draws, torch.float64))
     if len(random) == len(logits):
         return tokens
-    return logits.argmax(dim=-1).index_copy(0, rows, tokens)
+    return find_likeliest(logits).index_copy(0, rows, tokens)
+
+
+def find_likeliest(logits: Tensor) -> Tensor:
+    """The first of the largest of each row (B, V) -> (B,).
+
+    The largest of each block first: argmax over 32 rows takes a CPU 8 times as long, though less over a few.
+    """
+    if len(logits) < MIN_BLOCK_ROWS or logits.size(1) % BLOCK_TOKENS:
+        return logits.argmax(dim=-1)
+    blocks = logits.unflatten(1, (-1, BLOCK_TOKENS))
+    block = blocks.amax(dim=-1).argmax(dim=-1)  # (B,)
+    rows = torch.arange(len(logits), device=logits.device)
+    return block * BLOCK_TOKENS + blocks[rows, block].argmax(dim=-1)
 
 
 def invert_distribution(probs: Tensor, draws: Tensor) -> Tensor:

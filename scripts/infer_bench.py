@@ -5,9 +5,10 @@
     python -m scripts.infer_bench -i sft -g d12 --json bench.json
 
 Decoding a token reads every matrix and what the cache holds of its row, so the limit of a batch is those bytes over the
-measured rate of reading memory; a prompt's is its arithmetic over the measured rate of a large product. Caches can
-exceed the first limit: a small model fits into them. `--compare-single` times samples of one prompt, too,
-at once and one by one.
+measured rate of reading memory, or its arithmetic over the measured rate of a large product where that takes longer;
+a prompt's is its arithmetic. Caches can exceed the first limit: a small model fits into them. Memory is the most that
+was in use so far, on a CPU by the whole process. `--compare-single` times samples of one prompt, too, at once and one
+by one.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> dict:
            f"{machine['read_bytes_per_sec'] / 1e9:.1f} GB/s"
            + (f", {peak_source} {peak_flops / 1e12:.2f} TFLOP/s" if peak_flops else f"; {peak_source}"))
     print0(f"{'rows':>5}{'prefill tok/s':>15}{'of limit':>10}{'decode tok/s':>14}{'of limit':>10}{'first ms':>10}"
-           f"{'token ms p50':>14}{'p95':>8}{'p99':>8}{'memory MiB':>12}")
+           f"{'token ms p50':>14}{'p95':>8}{'p99':>8}{'peak MiB':>10}")
     results = []
     for num_rows in args.rows:
         engine = Engine(model, tokenizer, max_rows=num_rows)
@@ -192,14 +193,17 @@ def compute_limits(config: GPTConfig, result: dict, args: argparse.Namespace, ma
     keys_seen = sum(min(config.window(layer) + 1, length) for layer in range(config.n_layer))
     row_bytes = 2 * keys_seen * config.n_kv_head * config.head_dim * cache_element_bytes
     matrix_bytes = (counts["transformer_matrices"] + counts["lm_head"]) * element_bytes
-    rate = machine["read_bytes_per_sec"] / (matrix_bytes + result["rows"] * row_bytes)  # steps per second
+    decode_limit = machine["read_bytes_per_sec"] / (matrix_bytes / result["rows"] + row_bytes)
     limits = {"matrix_bytes": matrix_bytes, "cache_bytes_per_row": row_bytes,
-              "decode_limit_tokens_per_sec": rate * result["rows"],
-              "decode_frac": result["decode_tokens_per_sec"] / (rate * result["rows"])}
+              "decode_read_limit_tokens_per_sec": decode_limit}
     if machine["peak_flops"]:
+        flops_limit = machine["peak_flops"] / (2 * (counts["transformer_matrices"] + counts["lm_head"]))
+        decode_limit = min(decode_limit, flops_limit)
         limit = machine["peak_flops"] / (2 * counts["transformer_matrices"])  # the head isn't computed for a prompt
-        limits |= {"prefill_limit_tokens_per_sec": limit, "prefill_frac": result["prefill_tokens_per_sec"] / limit}
-    return limits
+        limits |= {"decode_flops_limit_tokens_per_sec": flops_limit, "prefill_limit_tokens_per_sec": limit,
+                   "prefill_frac": result["prefill_tokens_per_sec"] / limit}
+    return limits | {"decode_limit_tokens_per_sec": decode_limit,
+                     "decode_frac": result["decode_tokens_per_sec"] / decode_limit}
 
 
 def print_result(result: dict) -> None:
@@ -208,7 +212,7 @@ def print_result(result: dict) -> None:
     print0(f"{result['rows']:>5}{result['prefill_tokens_per_sec']:>15,.0f}{prefill_frac:>10}"
            f"{result['decode_tokens_per_sec']:>14,.0f}{result['decode_frac']:>10.0%}{result['first_token_ms']:>10.1f}"
            f"{result['token_ms_p50']:>14.2f}{result['token_ms_p95']:>8.2f}{result['token_ms_p99']:>8.2f}"
-           f"{result['memory_bytes'] / 2**20:>12,.0f}")
+           f"{result['memory_bytes'] / 2**20:>10,.0f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """The engine against GPT.generate, which computes everything anew; its rows, its tool loop, and the terminal script."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import REPO_DIR
 from torch import nn
 
 from nanochat import decoding
@@ -191,7 +194,7 @@ def test_decoding_copy_computes_the_same_and_shares_the_rest(tokenizer, dtype):
     copy = Engine(model, tokenizer).model
     assert {p.dtype for p in model.transformer.h.parameters()} == {torch.promote_types(dtype, torch.float32)}
     assert {p.dtype for p in copy.parameters() if p.dim() > 1} == {dtype}
-    assert copy.transformer.wte.weight is model.transformer.wte.weight and copy.cos is model.cos
+    assert copy.transformer.wte.weight is model.transformer.wte.weight and copy.value_embeds is model.value_embeds
     assert all(block._compiled_call_impl is not None for block in model.transformer.h)
     assert all(block._compiled_call_impl is None for block in copy.transformer.h)  # shapes change with every call
     prompts = torch.tensor([make_prompt(100), make_prompt(100, seed=1)])
@@ -200,6 +203,17 @@ def test_decoding_copy_computes_the_same_and_shares_the_rest(tokenizer, dtype):
         cache = make_cache(2, 4, decoding.get_cache_dtype(model))
         logits = torch.cat([copy(part, kv_cache=cache) for part in prompts.split((90, 1, 9), dim=1)], dim=1)
         torch.testing.assert_close(logits, make_model(dtype)(prompts), rtol=0, atol=tolerance)
+
+
+def test_the_first_token_does_not_wait_for_the_compiler_to_be_loaded():
+    """Which takes a second or two of every start, and which nothing here uses."""
+    code = ("import sys, torch; from nanochat import checkpoint_manager, engine; from scripts import infer_bench;"
+            "config = infer_bench.GPTConfig(64, 128, 2, 1, 1, 64);"
+            "model = checkpoint_manager.build_model(config, torch.bfloat16, torch.device('cpu')); model.init_weights();"
+            "engine.Engine(model, infer_bench.NoTokenizer()).generate_batch([1, 2, 3], max_tokens=2);"
+            "print(sorted({'sympy', 'torch._dynamo', 'torch._inductor'} & set(sys.modules)))")
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO_DIR, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
 
 
 def test_matrices_that_cannot_be_packed_are_said_so_once(monkeypatch, capsys):

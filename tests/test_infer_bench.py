@@ -33,6 +33,11 @@ def test_random_weights(tmp_path, capsys):
         # one layer of 12 * 128**2 and the gate's 12 weights, a head of 128 * 128; 24 + 6/2 keys and values of 128
         assert result["matrix_bytes"] == 4 * (12 * 128**2 + 12 + 128 * 128)
         assert result["cache_bytes_per_row"] == 4 * 2 * 27 * 128
+        read_limit = report["read_bytes_per_sec"] / (result["matrix_bytes"] / result["rows"] + 4 * 2 * 27 * 128)
+        assert result["decode_read_limit_tokens_per_sec"] == pytest.approx(read_limit)
+        flops_limit = 1e12 / (2 * (12 * 128**2 + 12 + 128 * 128))
+        assert result["decode_flops_limit_tokens_per_sec"] == pytest.approx(flops_limit)
+        assert result["decode_limit_tokens_per_sec"] == pytest.approx(min(read_limit, flops_limit))
         assert result["prefill_limit_tokens_per_sec"] == pytest.approx(1e12 / (2 * (12 * 128**2 + 12)))
     assert "of limit" in capsys.readouterr().out
 

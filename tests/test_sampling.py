@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.sampling import Sampling, draw_uniform, sample_rows
+from nanochat.sampling import Sampling, draw_uniform, find_likeliest, sample_rows
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -float("inf"), 1.5])
 
@@ -30,6 +30,15 @@ def test_top_p_of_a_flat_distribution_needs_more_than_the_first_candidates():
     logits[0, :2500] = 1.0  # 73% of the probability
     tokens = [int(sample_rows(logits, [Sampling(top_p=0.7, sample=i)], [0])) for i in range(300)]
     assert max(tokens) < 2500 and max(tokens) > 2000
+
+
+@pytest.mark.parametrize("vocab_size", [1, 128, 384, 500])  # whole blocks and not
+def test_likeliest_is_the_first_of_the_largest(vocab_size):
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randint(-9, 9, (200, vocab_size), generator=rng).float()  # many are equally large
+    expected = [row.index(max(row)) for row in logits.tolist()]
+    assert find_likeliest(logits).tolist() == expected
+    assert find_likeliest(torch.full((2, vocab_size), -float("inf"))).tolist() == [0, 0]
 
 
 def test_cold_and_narrow_sampling_is_greedy():
