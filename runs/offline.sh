@@ -41,12 +41,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 # Links by the hub's own names, for this chain alone: a part of a test set must not pass for the whole in another one
 export NANOCHAT_MIRROR_DIR=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/mirror/$NAME HF_HUB_OFFLINE=1
 
-link() {    # where the hub has a file, and the names it may have in the folder, without and with _dev
-    local place=$NANOCHAT_MIRROR_DIR/$1 suffix=${1#"${1%%.*}"} name
+link() {    # where the hub has a file, and the names that it may have in the folder
+    local place=$NANOCHAT_MIRROR_DIR/$1 suffix=${1#"${1%%.*}"} name path
     shift
     for name in "$@"; do
-        for name in "$DATA_DIR/$name$suffix" "$DATA_DIR/${name}_dev$suffix"; do
-            [[ -e $name ]] && mkdir -p "$(dirname "$place")" && ln -sfn "$name" "$place" && return
+        for path in "$DATA_DIR/$name$suffix" "$DATA_DIR/${name}_dev$suffix"; do
+            [[ -e $path ]] && mkdir -p "$(dirname "$place")" && ln -sfn "$path" "$place" && return
         done
     done
     echo "not there: $DATA_DIR/$1$suffix"

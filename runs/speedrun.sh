@@ -3,8 +3,8 @@
 #
 # Hardware  8 H100 (80 GB). Fewer GPUs take proportionally longer: set NPROC.
 # Time      about 1.7 hours for the base model of depth 24, as published for this recipe in July 2026; not run by this
-#           code base yet
-# Cost      about $40 at $24 an hour for the node
+#           code base yet. The chat stages and RL come on top
+# Cost      about $40 at $24 an hour for the node, for the base model
 # Expect    CORE near 0.26 and validation bits per byte near 0.718 on ClimbMix, published, likewise
 #
 # Run it again to continue where it stopped; what is done is skipped. To change it, set any of these:
@@ -14,7 +14,7 @@ RATIO=${RATIO:-8}                        # training tokens per scaling parameter
 SEQ_LEN=${SEQ_LEN:-2048}                 # context in tokens
 VOCAB_SIZE=${VOCAB_SIZE:-32768}
 DATA=${DATA:-climbmix}                   # a source of nanochat.dataset, or a data set that is there
-NUM_SHARDS=${NUM_SHARDS:-}               # training shards to download; empty: as many as the base model needs
+NUM_SHARDS=${NUM_SHARDS:-}               # training shards to download; empty: as many as DEPTH and RATIO need
 TOK_CHARS=${TOK_CHARS:-2000000000}       # characters that the tokenizer learns from
 NAME=${NAME:-speedrun}                   # of the tokenizer and the run
 RL_TASKS=${RL_TASKS-GSM8K}               # tasks with a reward; empty: no RL

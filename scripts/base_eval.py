@@ -23,6 +23,7 @@ from nanochat.checkpoint_manager import MODEL_NAME, load_model
 from nanochat.common import (
     Ranks,
     UserError,
+    file_lock,
     get_base_dir,
     get_compute_dtype,
     get_mirror_dir,
@@ -116,18 +117,18 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def fetch_bundle() -> Path:
-    """The folder of the tasks, which are brought to the base folder where they aren't there; UserError where they can't
-    be had. One process calls it."""
+    """The folder of the tasks, brought to the base folder if they aren't there; UserError where they can't be had."""
     bundle_dir, mirror_dir = get_base_dir() / "eval_bundle", get_mirror_dir()
     archive = bundle_dir.with_name("eval_bundle.zip")
-    if not bundle_dir.exists() and not archive.exists():
-        source = mirror_dir / archive.name if mirror_dir else BUNDLE_URL
-        print0(f"fetching the CORE tasks from {source}")
-        failed = download_all([Job(source, archive)], 1, check_archive, lambda *_: None)
-        if failed:
-            raise UserError(f"the CORE tasks can't be had: {failed[archive.name]}; connect to the network, or put "
-                            f"{archive.name} into {archive.parent}")
-    return find_bundle(bundle_dir)
+    with file_lock(bundle_dir):
+        if not bundle_dir.exists() and not archive.exists():
+            source = mirror_dir / archive.name if mirror_dir else BUNDLE_URL
+            print0(f"fetching the CORE tasks from {source}")
+            failed = download_all([Job(source, archive)], 1, check_archive, lambda *_: None)
+            if failed:
+                raise UserError(f"the CORE tasks can't be had: {failed[archive.name]}; connect to the network, or put "
+                                f"{archive.name} into {archive.parent}")
+        return find_bundle(bundle_dir)
 
 
 def check_archive(path: Path) -> None:

@@ -66,7 +66,7 @@ def assert_complete(base_dir, tag, output, num_steps=12):
     assert "<svg" in page and "unigram" in page and "scripts.tok_train" in page and "Bytes per token" in page
 
 
-@pytest.mark.parametrize("recipe", ["quickstart.sh", "runcpu.sh"])
+@pytest.mark.parametrize("recipe", ["quickstart.sh", pytest.param("runcpu.sh", marks=pytest.mark.slow)])
 def test_laptop_recipes(recipe, base_dir):
     settings = {"NUM_ITERATIONS": "12", "BATCH_TOKENS": "512",
                 "MID_TASKS": "Arithmetic:20 SimpleSpelling:40 Identity:20:2",
@@ -97,10 +97,10 @@ def test_speedrun_is_killed_and_goes_on(base_dir, tmp_path):
     settings = {"DATA": "climbmix", "NANOCHAT_MIRROR_DIR": str(tmp_path / "hub"), **CHAT_SETTINGS,
                 "EXTRA": TOY["EXTRA"].replace("--num-iterations 12", "--num-iterations 60 --save-every 2"),
                 "EVAL_EXTRA": "--max-per-task 2 --device-type cpu"}
-    latest, deadline = base_dir / "runs" / "base" / "toy" / "latest", time.monotonic() + 120
+    latest = base_dir / "runs" / "base" / "toy" / "latest"
     with start_recipe("speedrun.sh", base_dir, NPROC="1", **settings) as process:
         while not latest.exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+            assert process.poll() is None, process.stdout.read()
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
     step = int(latest.read_text().strip().removeprefix("step_"))
@@ -121,12 +121,13 @@ def test_run1000_without_core_and_rl(base_dir, tmp_path):
     assert not (base_dir / "runs" / "rl").exists()
 
 
-def test_run1000_costs_what_it_says():
+def test_run1000_costs_what_it_says(capsys):
     """The header's hours and dollars are those of scripts.plan for the model that it trains."""
     recipe = (REPO_DIR / "runs" / "run1000.sh").read_text()
     depth, ratio = (re.search(rf"{name}:-(\d+)", recipe)[1] for name in ("DEPTH", "RATIO"))
-    run = plan.main(["--depth", depth, "--target-param-data-ratio", ratio, "--nproc", "8", "--shards"])["runs"][0]
-    assert run["fits"]
+    argv = ["--depth", depth, "12", "--target-param-data-ratio", ratio, "--nproc", "8", "--shards"]
+    run = plan.main(argv)["runs"][0]
+    assert run["fits"] and capsys.readouterr().out == f"{run['num_shards']}\n"    # not those of depth 12
     assert f"{run['hours']:.0f} hours for the base model of depth {depth}" in recipe
     assert f"${run['dollars']:.0f} for the base model" in recipe and run["dollars"] < 1000
 
