@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GPT-2's capability on one node: download -> tokenizer -> base -> midtraining -> SFT -> RL -> evaluation -> report card.
+# GPT-2's capability on one node: download -> tokenizer -> base -> mid -> SFT -> RL -> evaluation -> report card.
 #
 # Hardware  8 H100 (80 GB). Fewer GPUs take proportionally longer: set NPROC.
 # Time      about 1.7 hours for the base model of depth 24, as published for this recipe in July 2026; not run by this
