@@ -122,8 +122,8 @@ def find_bundle(bundle_dir: Path | None) -> Path:
             if not bundle_dir.exists():  # another rank may have been first
                 unpack_bundle(archive, bundle_dir)
     if not (bundle_dir / "core.yaml").is_file():
-        raise UserError(f"the CORE tasks aren't on disk: there is no {bundle_dir / 'core.yaml'}; download {BUNDLE_URL} "
-                        f"and unpack it to {bundle_dir}, or put it beside that folder as eval_bundle.zip")
+        raise UserError(f"the CORE tasks aren't on disk: there is no {bundle_dir / 'core.yaml'}; fetch them with "
+                        f"python -m scripts.base_eval --fetch, or unpack {BUNDLE_URL} to {bundle_dir}")
     return bundle_dir
 
 

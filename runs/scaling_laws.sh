@@ -11,23 +11,34 @@
 NPROC=${NPROC:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}    # GPUs of a run
 PARALLEL=${PARALLEL:-1}                  # runs at a time
 DEPTHS=${DEPTHS:-10,12,14,16,18,20}
-BUDGETS=${BUDGETS:-1e18,2.15e18,4.64e18} # training FLOPs
+BUDGETS=${BUDGETS-1e18,2.15e18,4.64e18}  # training FLOPs; empty: no budget, each depth has RATIO (runs/miniseries.sh)
+RATIO=${RATIO:-12}                       # training tokens per scaling parameter, where there is no budget
 SEQ_LEN=${SEQ_LEN:-2048}                 # context in tokens
 VOCAB_SIZE=${VOCAB_SIZE:-32768}
 DATA=${DATA:-climbmix}                   # a source of nanochat.dataset, or a data set that is there
-NUM_SHARDS=${NUM_SHARDS:-200}              # training shards to download; the smallest model reads the most
+NUM_SHARDS=${NUM_SHARDS:-}               # training shards to download; empty: as many as the largest reader needs
 TOK_CHARS=${TOK_CHARS:-2000000000}       # characters that the tokenizer learns from
 NAME=${NAME:-laws}                       # of the tokenizer and the sweep
 EXTRA=${EXTRA:-}                         # more flags for scripts.base_train; the same every time
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
+if [[ $BUDGETS ]]; then
+    horizon="--target-flops $(tr , '\n' <<< "$BUDGETS" | sort -g | tail -n 1)"    # of the largest reader
+    grid="depth=$DEPTHS target-flops=$BUDGETS" flags="--eval-every 1000000"
+else
+    horizon="--target-param-data-ratio $RATIO"
+    grid="depth=$DEPTHS" flags=$horizon
+fi
+num_shards=${NUM_SHARDS:-$(python -m scripts.plan --depth ${DEPTHS//,/ } --max-seq-len "$SEQ_LEN" \
+    --vocab-size "$VOCAB_SIZE" $horizon --shards)}
 case $DATA in
-    climbmix | fineweb-edu) python -m nanochat.dataset --source "$DATA" -n "$NUM_SHARDS" -w 8 ;;
+    climbmix | fineweb-edu) python -m nanochat.dataset --source "$DATA" -n "$num_shards" -w 8 ;;
     python-docs) python -m nanochat.dataset --source python-docs ;;
 esac
 python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-chars "$TOK_CHARS" --name "$NAME"
-python -m scripts.sweep --name "$NAME" --grid "depth=$DEPTHS" "target-flops=$BUDGETS" --parallel "$PARALLEL" \
-    --nproc "$(( NPROC > 1 ? NPROC : 1 ))" -- --data "$DATA" --tokenizer "$NAME" --max-seq-len "$SEQ_LEN" \
-    --eval-every 1000000 --sample-every -1 --keep-last 1 $EXTRA
-python -m scripts.scaling_laws "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/sweeps/$NAME"
+python -m scripts.sweep --name "$NAME" --grid $grid --parallel "$PARALLEL" --nproc "$(( NPROC > 1 ? NPROC : 1 ))" -- \
+    --data "$DATA" --tokenizer "$NAME" --max-seq-len "$SEQ_LEN" $flags --sample-every -1 --keep-last 1 $EXTRA
+if [[ $BUDGETS ]]; then
+    python -m scripts.scaling_laws "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/sweeps/$NAME"
+fi

@@ -1,5 +1,6 @@
 """The CORE metric of a base model: how well it solves 22 tasks from examples in its context, 0 = by guessing.
 
+    python -m scripts.base_eval --fetch                             # once: download the tasks
     python -m scripts.base_eval                                     # the latest base model, all items
     python -m scripts.base_eval -g d12 -s 2000 --max-per-task 100
     torchrun --standalone --nproc-per-node 8 -m scripts.base_eval
@@ -7,7 +8,7 @@
 
 Each task that is done is kept in $NANOCHAT_BASE_DIR/runs/base/<tag>/core_<step>.json, for a model of others in
 core_hf/<name>.json: the same command goes on from there. The tasks: eval_bundle/ or eval_bundle.zip in
-$NANOCHAT_BASE_DIR.
+$NANOCHAT_BASE_DIR; --fetch takes $NANOCHAT_MIRROR_DIR/eval_bundle.zip where that folder is set.
 """
 
 import argparse
@@ -15,11 +16,32 @@ import hashlib
 import json
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 from nanochat.checkpoint_manager import MODEL_NAME, load_model
-from nanochat.common import Ranks, get_base_dir, get_compute_dtype, init_compute, print0, run_script, write_json
-from nanochat.core_eval import NUM_CORE_TASKS, CoreTask, combine_tasks, evaluate_task, load_tasks
+from nanochat.common import (
+    Ranks,
+    UserError,
+    file_lock,
+    get_base_dir,
+    get_compute_dtype,
+    get_mirror_dir,
+    init_compute,
+    print0,
+    run_script,
+    write_json,
+)
+from nanochat.core_eval import (
+    BUNDLE_URL,
+    NUM_CORE_TASKS,
+    CoreTask,
+    combine_tasks,
+    evaluate_task,
+    find_bundle,
+    load_tasks,
+)
+from nanochat.download import CorruptFile, Job, download_all
 from nanochat.flash_attention import choose_backend
 from nanochat.hf_model import load_hf_model, make_slug
 from nanochat.report import write_section
@@ -33,6 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--hf-path", help="evaluate this Hugging Face model instead: a folder, or a name on the hub")
     add("--max-per-task", type=int, default=-1, help="items of each task; -1 = all")
     add("--bundle", type=Path, help="folder with the tasks (default: eval_bundle in the base folder)")
+    add("--fetch", action="store_true", help="only download the tasks to the base folder, where they aren't there")
     add("--fresh", action="store_true", help="evaluate again what has been evaluated before")
     add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best that is there)")
     add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
@@ -41,6 +64,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
+    if args.fetch:
+        return {"bundle_dir": str(fetch_bundle())}
     start_time = time.perf_counter()
     device, ranks = init_compute(args.device_type)
     dtype, reason = get_compute_dtype(args.dtype, device)
@@ -89,6 +114,32 @@ def main(argv: list[str] | None = None) -> dict:
                         "run": folder.relative_to(get_base_dir()).as_posix(), "metrics": {"CORE": core["core_metric"]}}
         write_report(f"base_eval_hf_{name}" if args.hf_path else "base_eval", section, core, what, step)
     return {"run_dir": str(folder), "step": step, **core}
+
+
+def fetch_bundle() -> Path:
+    """The folder of the tasks, brought to the base folder if they aren't there; UserError where they can't be had."""
+    bundle_dir, mirror_dir = get_base_dir() / "eval_bundle", get_mirror_dir()
+    archive = bundle_dir.with_name("eval_bundle.zip")
+    with file_lock(bundle_dir):
+        if not bundle_dir.exists() and not archive.exists():
+            source = mirror_dir / archive.name if mirror_dir else BUNDLE_URL
+            print0(f"fetching the CORE tasks from {source}")
+            failed = download_all([Job(source, archive)], 1, check_archive, lambda *_: None)
+            if failed:
+                raise UserError(f"the CORE tasks can't be had: {failed[archive.name]}; connect to the network, or put "
+                                f"{archive.name} into {archive.parent}")
+        return find_bundle(bundle_dir)
+
+
+def check_archive(path: Path) -> None:
+    """Refuse what is no whole zip file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise CorruptFile(str(error)) from None
+    if damaged:
+        raise CorruptFile(f"{damaged} in it is damaged")
 
 
 def hash_tasks(tasks: list[CoreTask]) -> str:

@@ -3,6 +3,7 @@
     python -m scripts.plan --depth 24 --nproc 8 --gpu h100 --target-param-data-ratio 8    # runs/speedrun.sh
     python -m scripts.plan --depth 12 20 24 --nproc 8                                     # side by side
     python -m scripts.plan --max-cost 100 --nproc 8                                       # the deepest for $100
+    python -m scripts.plan --depth 10 16 --target-flops 1e18 --shards                     # how much text to download
     python -m scripts.plan --depth 6 --gpu cpu --tflops 0.85 --gb 24 --max-seq-len 512 --total-batch-size 16384
 
 The flags of the model and the horizon are those of scripts.base_train, and mean the same.
@@ -96,6 +97,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--attention", choices=("auto", "fa3", "flex", "blocks", "sdpa"), default="auto")
     add("--compile", choices=("on", "off"), default="on")
     add("--json", action="store_true", help="print JSON instead of a table")
+    add("--shards", action="store_true", help="print only the climbmix shards that the largest reader needs")
     args = parser.parse_args(argv)
     for flag, value in (("--nproc", args.nproc), ("--vocab-size", args.vocab_size), ("--tflops", args.tflops),
                         ("--gb", args.gb), ("--mfu", args.mfu), ("--max-hours", args.max_hours),
@@ -122,7 +124,9 @@ def main(argv: list[str] | None = None) -> dict:
     for result, estimate in zip(results["runs"], estimates, strict=True):
         result["memory"] |= {"peak": estimate.memory.peak, "worst_moment": estimate.memory.worst_moment,
                              "needed": estimate.memory.needed}
-    if args.json:
+    if args.shards:
+        print0(max(estimate.num_shards for estimate in estimates))
+    elif args.json:
         print0(json.dumps(results, indent=2))
     else:
         print_table(estimates, hardware, get_usable_frac(compute) * hardware.memory_gib)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -609,5 +610,29 @@ def test_base_eval_says_what_is_missing(run, tmp_path):
         run("--max-per-task", "-2")
     with pytest.raises(UserError, match="no checkpoint of step 7"):
         run("-s", "7")
-    with pytest.raises(UserError, match="download https://"):
+    with pytest.raises(UserError, match="base_eval --fetch, or unpack https://"):
         run("--bundle", str(tmp_path / "nowhere"))
+
+
+def test_base_eval_fetches_the_bundle(tmp_path, monkeypatch):
+    """From a folder that stands in for the network: whole or not at all, and only where there is none."""
+    base_dir, mirror_dir = tmp_path / "base", tmp_path / "mirror"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
+    monkeypatch.setenv("NANOCHAT_MIRROR_DIR", str(mirror_dir))
+    with pytest.raises(UserError, match="can't be had: .*eval_bundle.zip isn't there; connect to the network, or put"):
+        base_eval.main(["--fetch"])
+    bundle_dir = write_bundle(tmp_path / "source" / "eval_bundle")
+    archive = Path(shutil.make_archive(mirror_dir / "eval_bundle", "zip", bundle_dir.parent))
+    whole = archive.read_bytes()
+    with zipfile.ZipFile(archive) as file:
+        data_start = file.getinfo("eval_bundle/core.yaml").header_offset + 40
+    for damaged in (whole[:-9], whole[:data_start] + b"#" * 9 + whole[data_start + 9:]):
+        archive.write_bytes(damaged)
+        with pytest.raises(UserError, match="eval_bundle.zip is corrupt"):
+            base_eval.main(["--fetch"])
+        assert not (base_dir / "eval_bundle").exists() and not (base_dir / "eval_bundle.zip").exists()
+    archive.write_bytes(whole)
+    assert base_eval.main(["--fetch"]) == {"bundle_dir": str(base_dir / "eval_bundle")}
+    assert load_tasks() == load_tasks(bundle_dir)
+    archive.unlink()
+    base_eval.main(["--fetch"])

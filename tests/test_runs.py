@@ -1,10 +1,15 @@
 """The recipes of runs/, each command for real, at toy size."""
 
+import gzip
 import json
 import os
 import random
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,7 @@ from test_core_eval import write_bundle
 from nanochat import dataset
 from nanochat.shards import write_shard
 from nanochat.train import read_metrics
+from scripts import plan
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 TOY = {"DEPTH": "2", "SEQ_LEN": "64", "VOCAB_SIZE": "320", "DATA": "toy", "NAME": "toy", "TOK_CHARS": "100000",
@@ -36,24 +42,31 @@ def base_dir(tmp_path, monkeypatch):
     return tmp_path / "base"
 
 
-def run_recipe(name, base_dir, **settings):
+def start_recipe(name, base_dir, **settings):
     env = os.environ | TOY | {"NANOCHAT_BASE_DIR": str(base_dir), "OMP_NUM_THREADS": "1"} | settings
-    return subprocess.run(["bash", str(REPO_DIR / "runs" / name)], env=env, capture_output=True, text=True,
-                          timeout=300, check=True).stdout
+    return subprocess.Popen(["bash", str(REPO_DIR / "runs" / name)], env=env, text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def assert_complete(base_dir, tag, output, with_rl=True):
+def run_recipe(name, base_dir, **settings):
+    with start_recipe(name, base_dir, **settings) as process:
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def assert_complete(base_dir, tag, output, num_steps=12):
     metrics = read_metrics(base_dir / "runs" / "base" / tag)
-    assert [line["step"] for line in metrics if line["kind"] == "train"] == list(range(1, 13))
+    assert [line["step"] for line in metrics if line["kind"] == "train"] == list(range(1, num_steps + 1))
     loss = json.loads(next((base_dir / "runs" / "base" / tag).glob("loss_*.json")).read_text())
     assert loss["val_bpb"] < 8 and str(base_dir / "report" / "report.html") in output
     page = (base_dir / "report" / "report.html").read_text()
-    for stage in ("mid", "sft", "rl") if with_rl else ("mid", "sft"):
+    for stage in ("mid", "sft", "rl"):
         assert json.loads((base_dir / "runs" / stage / tag / "run.json").read_text())["status"] == "finished"
     assert "<svg" in page and "unigram" in page and "scripts.tok_train" in page and "Bytes per token" in page
 
 
-@pytest.mark.parametrize("recipe", ["quickstart.sh", "runcpu.sh"])
+@pytest.mark.parametrize("recipe", ["quickstart.sh", pytest.param("runcpu.sh", marks=pytest.mark.slow)])
 def test_laptop_recipes(recipe, base_dir):
     settings = {"NUM_ITERATIONS": "12", "BATCH_TOKENS": "512",
                 "MID_TASKS": "Arithmetic:20 SimpleSpelling:40 Identity:20:2",
@@ -65,19 +78,117 @@ def test_laptop_recipes(recipe, base_dir):
         assert "is finished" in run_recipe(recipe, base_dir, **settings)  # a second call trains nothing
 
 
-def test_speedrun_on_two_ranks(base_dir, tmp_path):
-    """The hub is a folder, CORE's data are written here; every command of the recipe runs."""
+CHAT_EXTRA = "--dtype float32 --device-type cpu"
+RL_EXTRA = f"--max-new-tokens 8 --num-samples 2 --eval-every -1 --sample-every -1 {CHAT_EXTRA}"
+CHAT_SETTINGS = {"MID_EXTRA": f"--tasks Arithmetic:40 {CHAT_EXTRA}", "SFT_EXTRA": f"--tasks Identity:40 {CHAT_EXTRA}",
+                 "RL_TASKS": "SimpleSpelling:16", "RL_EXTRA": RL_EXTRA,
+                 "CHAT_EVAL_EXTRA": "--task-name Arithmetic -x 2 -m 4 --device-type cpu"}
+
+
+def test_speedrun_is_killed_and_goes_on(base_dir, tmp_path):
+    """The hub is a folder with as many shards as the plan asks for, and CORE's tasks. Killed on one rank, continued on
+    two, every command of the recipe runs."""
     repo, num_in_repo = dataset.HUB_SOURCES["climbmix"]
     documents = [f"The {i} {word}s are {word}." for i in range(200) for word in ("dog", "cat", "fox", "hen")]
-    (tmp_path / repo).mkdir(parents=True)
+    (tmp_path / "hub" / repo).mkdir(parents=True)
     for idx, texts in ((0, documents), (num_in_repo - 1, documents[:80])):
-        write_shard(tmp_path / repo / f"shard_{idx:05d}.parquet", iter(texts))
-    write_bundle(base_dir / "eval_bundle")
-    output = run_recipe("speedrun.sh", base_dir, NPROC="2", DATA="climbmix", NUM_SHARDS="1",
-                        NANOCHAT_MIRROR_DIR=str(tmp_path), EVAL_EXTRA="--max-per-task 2 --device-type cpu",
-                        MID_EXTRA="--tasks Arithmetic:40 --dtype float32 --device-type cpu",
-                        SFT_EXTRA="--tasks Identity:40 --dtype float32 --device-type cpu",
-                        CHAT_EVAL_EXTRA="--task-name Arithmetic -x 2 -m 4 --device-type cpu")
-    assert_complete(base_dir, "toy", output, with_rl=False)
+        write_shard(tmp_path / "hub" / repo / f"shard_{idx:05d}.parquet", iter(texts))
+    shutil.make_archive(tmp_path / "hub" / "eval_bundle", "zip", write_bundle(tmp_path / "bundle"))
+    settings = {"DATA": "climbmix", "NANOCHAT_MIRROR_DIR": str(tmp_path / "hub"), **CHAT_SETTINGS,
+                "EXTRA": TOY["EXTRA"].replace("--num-iterations 12", "--num-iterations 60 --save-every 2"),
+                "EVAL_EXTRA": "--max-per-task 2 --device-type cpu"}
+    latest = base_dir / "runs" / "base" / "toy" / "latest"
+    with start_recipe("speedrun.sh", base_dir, NPROC="1", **settings) as process:
+        while not latest.exists():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+    step = int(latest.read_text().strip().removeprefix("step_"))
+    assert 0 < step < 60
+    output = run_recipe("speedrun.sh", base_dir, NPROC="2", **settings)
+    assert f"continued at step {step}" in output
+    assert_complete(base_dir, "toy", output, num_steps=60)
     core = json.loads(next((base_dir / "runs" / "base" / "toy").glob("core_*.json")).read_text())
     assert core["num_tasks"] == 3
+
+
+@pytest.mark.slow
+def test_run1000_without_core_and_rl(base_dir, tmp_path):
+    """The chain goes on where CORE's tasks can't be had, and says so."""
+    output = run_recipe("run1000.sh", base_dir, NPROC="1", NANOCHAT_MIRROR_DIR=str(tmp_path / "empty"),
+                        **CHAT_SETTINGS | {"RL_TASKS": ""})
+    assert "the CORE tasks can't be had" in output and "talk to it" in output
+    assert not (base_dir / "runs" / "rl").exists()
+
+
+def test_run1000_costs_what_it_says(capsys):
+    """The header's hours and dollars are those of scripts.plan for the model that it trains."""
+    recipe = (REPO_DIR / "runs" / "run1000.sh").read_text()
+    depth, ratio = (re.search(rf"{name}:-(\d+)", recipe)[1] for name in ("DEPTH", "RATIO"))
+    argv = ["--depth", depth, "12", "--target-param-data-ratio", ratio, "--nproc", "8", "--shards"]
+    run = plan.main(argv)["runs"][0]
+    assert run["fits"] and capsys.readouterr().out == f"{run['num_shards']}\n"    # not those of depth 12
+    assert f"{run['hours']:.0f} hours for the base model of depth {depth}" in recipe
+    assert f"${run['dollars']:.0f} for the base model" in recipe and run["dollars"] < 1000
+
+
+SWEEP_EXTRA = "--aspect-ratio 32 --head-dim 16 --eval-tokens 2048 --dtype float32 --device-type cpu " \
+              "--total-batch-size 512"
+
+
+def test_miniseries(base_dir):
+    output = run_recipe("miniseries.sh", base_dir, DEPTHS="1,2", RATIO="0.5", NPROC="1", EXTRA=SWEEP_EXTRA)
+    for depth in (1, 2):
+        info = json.loads((base_dir / "runs" / "base" / f"toy-depth{depth}" / "run.json").read_text())
+        assert info["status"] == "finished" and info["plan"]["horizon"] == "ratio"
+    assert str(base_dir / "sweeps" / "toy") in output
+
+
+@pytest.mark.slow
+def test_scaling_laws(base_dir):
+    run_recipe("scaling_laws.sh", base_dir, DEPTHS="1,2,3", BUDGETS="3e9,1e9", NPROC="1", EXTRA=SWEEP_EXTRA)
+    assert len(list((base_dir / "runs" / "base").glob("toy-*/run.json"))) == 6
+    assert (base_dir / "sweeps" / "toy" / "laws" / "laws.html").is_file()
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_folder(folder):
+    """Made-up files in the layout that offline.sh reads; none of ARC-Easy."""
+    shutil.copytree(folder.parent / "texts", folder / "pretrain")
+    words = [first + second + "er" for first in ("ba", "do", "fi", "lu", "me") for second in ("lk", "nd", "pp", "st")]
+    write_rows(folder / "sft" / "chat_train.jsonl.gz", [
+        {"messages": [{"role": "user", "content": f"Say {word}."}, {"role": "assistant", "content": word}],
+         "source": "made up"} for word in words])
+    sums = [{"question": f"What is {i} + {i}?", "answer": f"It is <<{i}+{i}={2 * i}>>{2 * i}.\n#### {2 * i}"}
+            for i in range(10)]
+    choices = [{"question": f"Which is {word}?", "subject": "words", "choices": ["a", word, "b", "c"], "answer": 1}
+               for word in words]
+    for name, rows in (("gsm8k_train", sums), ("gsm8k_test_dev", sums), ("mc_train_4choice", choices),
+                       ("mmlu_validation", choices), ("mmlu_test", choices)):
+        write_rows(folder / "tasks" / f"{name}.jsonl.gz", rows)
+    with gzip.open(folder / "tasks" / "words_alpha.txt.gz", "wt") as file:
+        file.write("\n".join(words))
+    write_bundle(folder / "bundle")
+    (folder / "core").mkdir()
+    shutil.make_archive(folder / "core" / "eval_bundle_dev", "zip", folder / "bundle")
+
+
+@pytest.mark.slow
+def test_offline(base_dir, tmp_path):
+    write_folder(tmp_path / "folder")
+    settings = {"DATA_DIR": str(tmp_path / "folder"), "NAME": "own", "NUM_ITERATIONS": "12", "BATCH_TOKENS": "512",
+                "SFT_TASKS": "GSM8K MMLU SpellingBee:8 SimpleSpelling:8", "NUM_PROBLEMS": "3",
+                "EVAL_TASKS": "GSM8K MMLU ARC-Easy SimpleSpelling", "CHAT_EVAL_EXTRA": "-m 4 --device-type cpu",
+                "SFT_EXTRA": "--dtype float32 --device-type cpu", "EXTRA": TOY["EXTRA"].split(" --num-iterations")[0]}
+    output = run_recipe("offline.sh", base_dir, **settings)
+    assert "not there: " in output and "ARC-Easy         was not evaluated" in output
+    core = json.loads(next((base_dir / "runs" / "base" / "own").glob("core_*.json")).read_text())
+    chat = json.loads(next((base_dir / "runs" / "sft" / "own" / "chat_eval").glob("*/results.json")).read_text())
+    assert core["num_tasks"] == 3 and set(chat["tasks"]) == {"GSM8K", "MMLU", "SimpleSpelling"}
+    page = (base_dir / "report" / "report.html").read_text()
+    assert "CORE" in page and "MMLU" in page
