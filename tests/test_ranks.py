@@ -159,6 +159,10 @@ def finished(base_dir, tmp_path_factory):
         for first, second in changes:
             for world_size, more in ((first, ("--stop-at", "5")), (second, ())):
                 jobs.append((world_size, train_toy, (f"{dtype}-{first}to{second}", "--dtype", dtype, *more)))
+    for tag, *parts in (("warmup-1", (1, ())), ("warmup-2", (2, ())),
+                        ("warmup-2to1", (2, ("--stop-at", "3")), (1, ()))):
+        for world_size, more in parts:
+            jobs.append((world_size, train_toy, (tag, "--dtype", "float64", "--seq-len-warmup", "16:5", *more)))
     other_dir = tmp_path_factory.mktemp("other")
     for name in ("data", "tokenizer"):
         shutil.copytree(base_dir / name, other_dir / name)
@@ -227,7 +231,7 @@ def read_losses(run_dir):
 
 @pytest.mark.parametrize(("run", "tolerance"), [
     ("float64-2", 1e-9), ("float64-4", 1e-9), ("float64-2to1", 1e-9), ("float64-1to4", 1e-9), ("float64-4to2", 1e-9),
-    ("float32-2", 1e-4)])
+    ("float32-2", 1e-4), ("warmup-2", 1e-9), ("warmup-2to1", 1e-9)])
 def test_every_number_of_ranks_makes_the_same_run(runs, run, tolerance):
     whole = read_state(runs / f"{run.split('-')[0]}-1")
     losses = read_losses(runs / run)
