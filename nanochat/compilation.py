@@ -21,8 +21,9 @@ def set_compile_kernels(enabled: bool) -> None:
     _compile_kernels = enabled
     if not enabled:
         return
-    # two kinds of blocks, two windows, with gradients and without, whole batches and the rest of one: more than 8
-    torch._dynamo.config.recompile_limit = 64
+    # torch goes on eagerly, unsaid, after 8 variants: two kinds of blocks and a first one, two windows, with gradients
+    # and without, whole batches and the rest of one; with --seq-len-warmup, the first of these for every length of rows
+    torch._dynamo.config.recompile_limit = 128
 
 
 def choose_compile(wanted: str, device: torch.device, eager_sec: float | None) -> tuple[bool, str]:

@@ -66,9 +66,12 @@ def count_params(config: GPTConfig) -> dict[str, int]:
     return counts | {"total": sum(counts.values())}
 
 
-def estimate_flops(config: GPTConfig) -> float:
-    """Training FLOPs per token, forward and backward: 6 per matrix parameter, 12 * H * D per key that is seen."""
+def estimate_flops(config: GPTConfig, row_tokens: int | None = None) -> float:
+    """Training FLOPs per token, forward and backward: 6 per matrix parameter, 12 * H * D per key that is seen.
+
+    row_tokens: of rows that are shorter than the context
+    """
     counts = count_params(config)
     matmul_params = counts["transformer_matrices"] + counts["lm_head"] + SMEAR_GATE_CHANNELS
-    keys_seen = sum(min(config.window(i), config.sequence_len) for i in range(config.n_layer))
+    keys_seen = sum(min(config.window(i), row_tokens or config.sequence_len) for i in range(config.n_layer))
     return 6 * matmul_params + 12 * config.n_head * config.head_dim * keys_seen

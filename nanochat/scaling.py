@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from nanochat.common import UserError
-from nanochat.config import GPTConfig, count_params
+from nanochat.config import GPTConfig, count_params, estimate_flops
 
 REFERENCE_DEPTH = 12               # the depth at which batch size, learning rates and weight decay were tuned
 REFERENCE_BATCH_TOKENS = 2**19     # and its batch
@@ -32,26 +32,83 @@ def count_scaling_params(config: GPTConfig) -> int:
 
 
 @dataclass(frozen=True)
+class ShortRows:
+    """One stage of a sequence length warm-up: steps whose rows are shorter than the context."""
+    end_step:        int      # the first step after it
+    row_tokens:      int
+    flops_per_token: float    # fewer than in whole rows, since fewer keys are seen
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything about a run that follows from the dial and a few choices; saved in run.json."""
     num_iterations: int       # optimizer steps
     batch_tokens: int         # tokens of one step, all ranks together
     target_tokens: int        # what the horizon asks for: ratio * scaling params, in chat stages the epochs' tokens
     total_tokens: int         # num_iterations * batch_tokens
-    flops_per_token: float    # training FLOPs, forward and backward
+    flops_per_token: float    # training FLOPs of whole rows, forward and backward
     total_flops: float
     tokens_per_param: float   # total_tokens / scaling params
     batch_lr_scale: float     # multiplies the learning rates (but smear's and backout's)
     weight_decay: float       # Muon's, before its schedule
     horizon: str              # which of the ways of giving a horizon decided: iterations, flops, ratio or epochs
+    short_rows: list[ShortRows] | None = None    # stages of the sequence length warm-up, if there is one
+
+    def get_row_tokens(self, step: int, T: int) -> int:
+        """Tokens of a row at a step: T, or fewer during the warm-up."""
+        return next((stage.row_tokens for stage in self.short_rows or () if step < stage.end_step), T)
+
+    def count_flops(self, num_steps: int) -> float:
+        """Training FLOPs of the first `num_steps`."""
+        flops = self.flops_per_token * self.batch_tokens * num_steps
+        return flops - count_saved_flops(self.short_rows, self.flops_per_token, self.batch_tokens, num_steps)
+
+
+def count_saved_flops(short_rows: list[ShortRows] | None, flops_per_token: float, batch_tokens: int,
+                      num_steps: float = math.inf) -> float:
+    """How many FLOPs less than with whole rows the first `num_steps` take."""
+    saved = first_step = 0
+    for stage in short_rows or ():
+        stage_steps = max(0, min(num_steps, stage.end_step) - first_step)
+        saved += stage_steps * batch_tokens * (flops_per_token - stage.flops_per_token)
+        first_step = stage.end_step
+    return saved
+
+
+def make_short_rows(text: str, config: GPTConfig) -> list[ShortRows]:
+    """The stages of --seq-len-warmup START:STEPS: rows of START tokens, then twice as many ..., equally long.
+
+    The tokens of a step stay the same, so that every schedule by steps does. Doubling keeps the lengths few: each
+    has kernels of its own to compile.
+    """
+    try:
+        start, num_steps = map(int, text.split(":"))
+    except ValueError:
+        raise UserError(f"--seq-len-warmup {text} must be START:STEPS, the tokens of the first rows and for how many "
+                        "steps rows are short, as in 256:100") from None
+    T = config.sequence_len
+    starts = [T >> k for k in range(1, T.bit_length()) if T % (1 << k) == 0]
+    if not starts:
+        raise UserError(f"--seq-len-warmup {text}: a context of {T} tokens can't be halved; set an even --max-seq-len")
+    if start not in starts:
+        raise UserError(f"--seq-len-warmup {text}: START must be the context of {T} tokens halved once or more, "
+                        f"{', '.join(map(str, starts))}")
+    num_stages = starts.index(start) + 1
+    if num_steps < num_stages:
+        raise UserError(f"--seq-len-warmup {text}: STEPS must be at least {num_stages}, one for each length from "
+                        f"{start} to {T // 2}")
+    lengths = [start << k for k in range(num_stages)]
+    return [ShortRows((k + 1) * num_steps // num_stages, length, estimate_flops(config, length))
+            for k, length in enumerate(lengths)]
 
 
 def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int | None = None,
               target_flops: float | None = None, target_param_data_ratio: float = 12.0,
-              batch_tokens: int | None = None, weight_decay: float = 0.28) -> Plan:
+              batch_tokens: int | None = None, weight_decay: float = 0.28, seq_len_warmup: str | None = None) -> Plan:
     """Horizon, batch and hyper-parameter scales of a pretraining run.
 
     The horizon is the first given of num_iterations, target_flops, target_param_data_ratio (tokens per scaling param).
+    seq_len_warmup: START:STEPS, see make_short_rows
     """
     for flag, value in (("--target-param-data-ratio", target_param_data_ratio), ("--target-flops", target_flops)):
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -68,23 +125,29 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
         batch_tokens = 2 ** round(math.log2(batch_tokens))
     if batch_tokens < 1:
         raise UserError(f"--total-batch-size {batch_tokens} must be a positive number of tokens")
+    short_rows = make_short_rows(seq_len_warmup, config) if seq_len_warmup is not None else None
+    saved_flops = count_saved_flops(short_rows, flops_per_token, batch_tokens)
     if num_iterations is not None:
         horizon = "iterations"
     elif target_flops is not None:
-        horizon, num_iterations = "flops", round(target_flops / (flops_per_token * batch_tokens))
+        # a warm-up that the run can't hold is refused below
+        horizon, num_iterations = "flops", round((target_flops + saved_flops) / (flops_per_token * batch_tokens))
     else:
         horizon, num_iterations = "ratio", target_tokens // batch_tokens
     if num_iterations < 1:
         raise UserError(f"the horizon ({horizon}) is shorter than one step of {batch_tokens} tokens; "
                         "set a smaller --total-batch-size or a longer horizon")
+    if short_rows and short_rows[-1].end_step > num_iterations:
+        raise UserError(f"--seq-len-warmup {seq_len_warmup} is longer than the run of {num_iterations} steps; give it "
+                        "fewer steps")
     # AdamW and Muon steps scale with the square root of the batch; the decay keeps its time constant in epochs
     # (T_epoch, arXiv 2405.13698) the same for every model size
     batch_lr_scale = math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
     total_tokens = num_iterations * batch_tokens
     return Plan(num_iterations=num_iterations, batch_tokens=batch_tokens, target_tokens=target_tokens,
                 total_tokens=total_tokens, flops_per_token=flops_per_token,
-                total_flops=flops_per_token * total_tokens, tokens_per_param=total_tokens / num_params,
-                batch_lr_scale=batch_lr_scale, horizon=horizon,
+                total_flops=flops_per_token * total_tokens - saved_flops, tokens_per_param=total_tokens / num_params,
+                batch_lr_scale=batch_lr_scale, horizon=horizon, short_rows=short_rows,
                 weight_decay=weight_decay * batch_lr_scale * reference_tokens / target_tokens)
 
 

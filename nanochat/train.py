@@ -32,6 +32,15 @@ class Batch:
         weights = None if self.weights is None else self.weights.to(device, non_blocking=True)
         return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), weights)
 
+    def cut(self, row_tokens: int) -> "Batch":
+        """The same tokens as shorter rows, (B * T / row_tokens, row_tokens).
+
+        No target is lost: the last one of a piece is the first input of the next. A piece sees nothing of those
+        before it and begins at position 0, in the middle of a document.
+        """
+        weights = None if self.weights is None else self.weights.view(-1, row_tokens)
+        return Batch(self.inputs.view(-1, row_tokens), self.targets.view(-1, row_tokens), weights)
+
     def split(self, num_rows: int) -> Iterator["Batch"]:
         """Micro-batches of at most `num_rows` rows."""
         for start in range(0, len(self.inputs), num_rows):
@@ -289,8 +298,8 @@ class Progress:
         """What a resumed run goes on with."""
         return {key: vars(self)[key] for key in ("loss_ema", "num_losses", "elapsed_sec", "num_skipped")}
 
-    def update(self, stats: StepStats, step_sec: float) -> dict:
-        """The values to log for a step."""
+    def update(self, stats: StepStats, step_sec: float, flops: float | None = None) -> dict:
+        """The values to log for a step; flops: the step's, where its rows aren't whole."""
         if stats.skipped:
             self.num_skipped += 1
         else:
@@ -299,7 +308,8 @@ class Progress:
         self.elapsed_sec += step_sec
         self.recent_sec = [*self.recent_sec[-49:], step_sec]
         tokens_per_sec = self.plan.batch_tokens / step_sec
-        mfu = tokens_per_sec * self.plan.flops_per_token / self.peak_flops if self.peak_flops else None
+        flops = self.plan.batch_tokens * self.plan.flops_per_token if flops is None else flops
+        mfu = flops / step_sec / self.peak_flops if self.peak_flops else None
         return {**asdict(stats), "loss_smooth": self.get_smooth_loss(), "num_skipped": self.num_skipped,
                 "step_ms": step_sec * 1e3, "tokens_per_sec": tokens_per_sec,
                 "mfu_pct": None if mfu is None else 100 * mfu, "elapsed_sec": self.elapsed_sec}

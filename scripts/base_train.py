@@ -27,6 +27,7 @@ from nanochat.common import (
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TextGroups, TrainLoader, validation_batches
 from nanochat.dataset import default_source
+from nanochat.flash_attention import FLEX_BLOCK
 from nanochat.gpt import GPT, GPTConfig, estimate_flops
 from nanochat.identity import check_ranks, compare_with_saved
 from nanochat.optim import MuonAdamW
@@ -35,6 +36,7 @@ from nanochat.shards import load_shards
 from nanochat.stage import (
     DEFAULT_EVAL_TOKENS,
     EVAL_TOKENS,
+    Machine,
     add_stage_args,
     check_stage_args,
     choose_last_step,
@@ -83,6 +85,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--warmup-steps", type=int, default=40, help="at most; a tenth of a short run")
     add("--warmdown-ratio", type=float, default=0.65, help="part of the run over which the rate falls")
     add("--final-lr-frac", type=float, default=0.05, help="part of the rate that is left at the end")
+    add("--seq-len-warmup", metavar="START:STEPS", help="rows of START tokens, doubled until they are whole after so "
+        "many steps (default: whole from the first)")
     # data order
     add("--packing", choices=("best-fit", "stream"), default="best-fit")
     add("--long-docs", choices=("split", "crop"), default="split", help="what best-fit does with long documents")
@@ -122,8 +126,10 @@ def train(args: argparse.Namespace, argv: list[str], device: torch.device, ranks
     step = step or 0
     last_step = choose_last_step(args.stop_at, plan, step, run_dir)
     machine = choose_machine(args, device, ranks, rows_per_rank=rows_per_step // ranks.world_size, config=config, T=T,
-                             flops=(last_step - step) * plan.batch_tokens * plan.flops_per_token,
+                             flops=plan.count_flops(last_step) - plan.count_flops(step),
                              saved=saved.get("choices", {}), decisions=decisions)
+    if plan.short_rows:
+        decisions.append(describe_short_rows(plan, T, machine))
     check_ranks(run_dir, machine.get_choices())
     groups = TextGroups(shards, tokenizer, T, packing=args.packing, long_docs=args.long_docs)
     loader = TrainLoader(groups, rows_per_step, args.seed, ranks, state=saved.get("loader"),
@@ -185,15 +191,18 @@ def train(args: argparse.Namespace, argv: list[str], device: torch.device, ranks
                 print0("compiling the step: up to a minute the first time, a few seconds after that ...")
             step_start = time.perf_counter()
             lr_frac = set_schedules(optimizer, step, plan.num_iterations, args)
-            stats, machine = take_step(model, optimizer, loader.next_step(), machine, step, scaler, log, stop)
+            row_tokens = plan.get_row_tokens(step, T)
+            batch = loader.next_step().cut(row_tokens)
+            stats, machine = take_step(model, optimizer, batch, machine, step, scaler, log, stop)
             if stats is None:  # out of memory: save what was there before, and stop
                 loader.give_back()
                 continue
             stats.check_finite(step)
             step += 1
-            values = progress.update(stats, time.perf_counter() - step_start)
-            values |= {"lr_frac": lr_frac, "tokens": step * plan.batch_tokens, **loader.stats,
-                       "peak_memory_bytes": get_peak_memory_bytes(device)}
+            flops = plan.count_flops(step)
+            values = progress.update(stats, time.perf_counter() - step_start, flops - plan.count_flops(step - 1))
+            values |= {"lr_frac": lr_frac, "row_tokens": row_tokens, "tokens": step * plan.batch_tokens, "flops": flops,
+                       **loader.stats, "peak_memory_bytes": get_peak_memory_bytes(device)}
             log.write("train", step, **values)
             print0(progress.format_line(step, values))
 
@@ -206,7 +215,7 @@ def train(args: argparse.Namespace, argv: list[str], device: torch.device, ranks
 
 # Arguments that must be the same when a run is continued; the rest of the identity follows from others
 IDENTITY_ARGS = ("seed", "deterministic", "packing", "long_docs", "embedding_lr", "unembedding_lr", "matrix_lr",
-                 "scalar_lr", "warmup_steps", "warmdown_ratio", "final_lr_frac")
+                 "scalar_lr", "warmup_steps", "warmdown_ratio", "final_lr_frac", "seq_len_warmup")
 
 
 def plan_run(args: argparse.Namespace, vocab_size: int) -> tuple[GPTConfig, Plan]:
@@ -215,8 +224,19 @@ def plan_run(args: argparse.Namespace, vocab_size: int) -> tuple[GPTConfig, Plan
                          aspect_ratio=args.aspect_ratio, head_dim=args.head_dim, window_pattern=args.window_pattern)
     plan = make_plan(config, estimate_flops(config), num_iterations=args.num_iterations,
                      target_flops=args.target_flops, target_param_data_ratio=args.target_param_data_ratio,
-                     batch_tokens=args.total_batch_size, weight_decay=args.weight_decay)
+                     batch_tokens=args.total_batch_size, weight_decay=args.weight_decay,
+                     seq_len_warmup=args.seq_len_warmup)
     return config, plan
+
+
+def describe_short_rows(plan: Plan, T: int, machine: Machine) -> dict:
+    """The stages of the sequence length warm-up, printed and as run.json keeps them."""
+    stages = ", ".join(f"{stage.row_tokens} to step {stage.end_step}" for stage in plan.short_rows)
+    why = "asked for" + ("; the first step of each length compiles" if machine.use_compile else "")
+    if machine.attention == "flex" and plan.short_rows[0].row_tokens % FLEX_BLOCK:
+        why += f"; rows that are no multiple of {FLEX_BLOCK} tokens use sdpa"
+    print0(f"tokens of a row: {stages}, then {T} ({why})")
+    return {"what": "tokens of a row", "value": f"{stages}, then {T}", "why": why}
 
 
 def set_schedules(optimizer: MuonAdamW, step: int, num_iterations: int, args: argparse.Namespace) -> float:

@@ -117,6 +117,9 @@ def load_run(folder: Path, metric: str) -> Run:
     tokens = steps * info["plan"]["batch_tokens"]
     # the clock starts with the run: nothing is logged before its first step
     seconds = np.interp(steps, *np.array([(0, 0.0), *clock], dtype=float).T)
+    spent = get_series(metrics, "train", "flops")    # pretraining logs it, since its rows may grow
+    flops = np.interp(steps, *np.array([(0, 0.0), *spent], dtype=float).T) if spent else \
+        tokens * info["plan"]["flops_per_token"]
     args = info.get("args") or {}
     kind = {**{key: value for key, value in args.items() if key not in IGNORED_ARGS},
             **info["plan"], **(info.get("model_config") or {}),
@@ -126,8 +129,8 @@ def load_run(folder: Path, metric: str) -> Run:
         if metric == "val_bpb" else (kind["tokenizer"],)
     machine = (info.get("environment") or {}).get("hardware")
     return Run(folder.name, args.get("seed"), kind, (kind["data"], *rules), machine,
-               {"steps": steps, "tokens": tokens, "flops": tokens * info["plan"]["flops_per_token"],
-                "seconds": seconds, "values": values}, info.get("status") == "finished")
+               {"steps": steps, "tokens": tokens, "flops": flops, "seconds": seconds, "values": values},
+               info.get("status") == "finished")
 
 
 def group_seeds(runs: list[Run]) -> dict[str, list[Run]]:

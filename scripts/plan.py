@@ -90,6 +90,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--target-flops", type=float, help="training FLOPs")
     add("--target-param-data-ratio", type=float, default=12, help="tokens per scaling parameter")
     add("--total-batch-size", type=int, help="tokens of a step, all GPUs together (default: from the horizon)")
+    add("--seq-len-warmup", metavar="START:STEPS", help="rows of START tokens, doubled until they are whole after so "
+        "many steps")
     # how it is computed
     add("--device-batch-size", type=rows_or_auto, default="auto", metavar="ROWS",
         help="rows of a forward pass; auto: as many as fit and pay, as training chooses them (default: %(default)s)")
@@ -167,7 +169,7 @@ def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, compu
                          head_dim=args.head_dim, window_pattern=args.window_pattern)
     plan = make_plan(config, estimate_flops(config), num_iterations=args.num_iterations,
                      target_flops=args.target_flops, target_param_data_ratio=args.target_param_data_ratio,
-                     batch_tokens=args.total_batch_size)
+                     batch_tokens=args.total_batch_size, seq_len_warmup=args.seq_len_warmup)
     rows = plan.batch_tokens // (T * hardware.num_gpus)
     if rows < 1 or plan.batch_tokens % (T * hardware.num_gpus):
         raise UserError(f"a step of {plan.batch_tokens} tokens at depth {depth} must be a multiple of "
@@ -193,19 +195,22 @@ def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, compu
 def count_hardware_flops(config: GPTConfig, plan: Plan, num_gpus: int) -> float:
     """FLOPs that the run executes. Unlike model FLOPs: attention skips the keys that its mask hides and makes its
     scores once more for the backward pass (7 products a key, not 6), and Muon orthogonalises."""
-    T = config.sequence_len
-    keys = 0.0    # that a token sees on average, over all layers
-    for layer in range(config.n_layer):
-        w = min(config.window(layer), T - 1)
-        keys += (w + 1) - w * (w + 1) / (2 * T)
-    model_keys = sum(min(config.window(layer), T) for layer in range(config.n_layer))
-    per_token = plan.flops_per_token + config.n_head * config.head_dim * (14 * keys - 12 * model_keys)
+    flops, first_step = plan.total_flops, 0
+    stages = [(stage.end_step, stage.row_tokens) for stage in plan.short_rows or ()]
+    for end_step, T in [*stages, (plan.num_iterations, config.sequence_len)]:
+        keys = 0.0    # that a token sees on average, over all layers
+        for layer in range(config.n_layer):
+            w = min(config.window(layer), T - 1)
+            keys += (w + 1) - w * (w + 1) / (2 * T)
+        model_keys = sum(min(config.window(layer), T) for layer in range(config.n_layer))
+        per_token = config.n_head * config.head_dim * (14 * keys - 12 * model_keys)
+        flops, first_step = flops + per_token * (end_step - first_step) * plan.batch_tokens, end_step
     muon = 0
     for (rows, cols), num in count_shapes(config).items():
         short, long = sorted((rows, cols))
         padded = -(-num // num_gpus) * num_gpus
         muon += padded * MUON_STEPS * (4 * short**2 * long + 2 * short**3)
-    return per_token * plan.total_tokens + muon * plan.num_iterations
+    return flops + muon * plan.num_iterations
 
 
 def find_deepest(args: argparse.Namespace, hardware: Hardware, compute: Compute) -> Estimate:
@@ -251,6 +256,8 @@ def print_table(estimates: list[Estimate], hardware: Hardware, usable_gib: float
     add("tokens per scaling parameter", lambda e: f"{e.plan.tokens_per_param:.2f}")
     add("steps", lambda e: f"{e.plan.num_iterations:,}")
     add("tokens of a step", lambda e: f"{e.plan.batch_tokens:,}")
+    for k, stage in enumerate(estimates[0].plan.short_rows or ()):
+        add(f"steps until rows are longer than {stage.row_tokens}", lambda e, k=k: f"{e.plan.short_rows[k].end_step:,}")
     add("rows of a micro-batch (--device-batch-size)", lambda e: str(e.micro_rows))
     add("micro-batches of a step (gradient accumulation)", lambda e: str(e.num_micro))
     add("climbmix shards to download", lambda e: f"{e.num_shards:,}")

@@ -55,6 +55,20 @@ def test_multiplier_of_a_faster_learner(base_dir):
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_flops_are_those_that_were_logged(base_dir):
+    """Of a run whose first half has short rows: the tokens of its plan at the plan's FLOPs would be too much."""
+    write_run(base_dir, "a")
+    write_run(base_dir, "b", speed=2.0, lr=0.04)
+    step_flops = BATCH_TOKENS * FLOPS_PER_TOKEN
+    path = base_dir / "runs" / "base" / "b" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line | {"flops": step_flops * (line["step"] - min(line["step"], 50) / 5)}) + "\n"
+                            for line in lines))
+    b = compare.main(["a", "b"])["groups"]["b"]
+    assert b["flops_to_reach"]["needed"] == pytest.approx(40 * step_flops) and b["flops"] == 90 * step_flops
+    assert b["flops_to_reach"]["multiplier"] == pytest.approx(2.5)
+
+
 def test_not_reached_and_the_other_way_round(base_dir, capsys):
     write_run(base_dir, "a")
     write_run(base_dir, "b", speed=0.8, lr=0.04)

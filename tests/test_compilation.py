@@ -5,9 +5,11 @@ import time
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from nanochat import compilation
 from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig
 
 CPU = torch.device("cpu")
 
@@ -75,3 +77,24 @@ def test_fused_runs_compiled_only_when_that_is_on(monkeypatch):
     assert double(4) == -1 and calls == [(4,)]
     compilation.set_compile_kernels(False)
     assert double(5) == 10
+
+
+def test_rows_of_every_length_stay_compiled(monkeypatch):
+    """Four variants a length; a block that reaches torch's limit, 8 as it comes, would go on eagerly, unsaid."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    compilation.set_compile_kernels(True)  # which raises the limit
+    compilation.set_compile_kernels(False)
+    T, counter = 32, CompileCounter()  # traces, but generates no code
+    model = GPT(GPTConfig(sequence_len=T, vocab_size=64, n_layer=4, n_head=1, n_kv_head=1, n_embd=32), torch.float32)
+    model.init_weights()
+    for block in model.transformer.h:
+        block.compile(dynamic=False, backend=counter)
+    ids = torch.zeros(2 * T, dtype=torch.long)
+    for _ in range(2):
+        for row_tokens in (8, 16, 32):
+            model(ids.view(-1, row_tokens), ids.view(-1, row_tokens)).backward()
+    # with value embeddings and without, and the first, whose x is its x0; the last has the long window
+    assert counter.frame_count == 4 * 3
+    # from 1 token to 2048, and a fifth variant, of other patterns of windows; then evaluation, on whole rows only
+    assert torch._dynamo.config.recompile_limit >= 5 * 12 + 2 * 5

@@ -221,6 +221,18 @@ def test_plan_of_the_speedrun():
     assert 0.9 < run["hardware_flops"] / run["plan"]["total_flops"] < 1.1
 
 
+def test_plan_of_short_rows_counts_what_they_save():
+    """All of a run in rows of 512 costs what a model of that context costs in keys; windows stay the longer one's."""
+    argv = ["--depth", "12", "--num-iterations", "100", "--total-batch-size", str(2**19), "--window-pattern", "L"]
+    runs = {(T, warmup): plan.main([*argv, "--max-seq-len", str(T), *warmup])["runs"][0]
+            for T, warmup in ((1024, ()), (512, ()), (1024, ("--seq-len-warmup", "512:100")),
+                              (1024, ("--seq-len-warmup", "512:50")))}
+    for get in (lambda run: run["plan"]["total_flops"], lambda run: run["hardware_flops"], lambda run: run["hours"]):
+        whole, half, short, mixed = map(get, runs.values())
+        assert short == pytest.approx(half, rel=1e-9) and mixed == pytest.approx((whole + half) / 2, rel=1e-9)
+        assert half < 0.99 * whole
+
+
 def test_plan_needs_no_torch_and_prints_json():
     code = ("import sys; sys.modules['torch'] = None\n"
             "from scripts import plan; plan.main(['--depth', '4', '12', '--json'])")
@@ -257,6 +269,8 @@ def test_plan_for_a_budget_takes_the_deepest_that_meets_it():
     (["--depth", "0"], "no model has --depth 0"),
     (["--dtype", "int8"], "--dtype int8 is not one of"),
     (["--num-iterations", "0"], "shorter than one step"),
+    (["--seq-len-warmup", "300:9"], "START must be the context of 2048 tokens halved"),
+    (["--seq-len-warmup", "300:9", "--max-hours", "1"], "START must be the context of 2048 tokens halved"),
 ])
 def test_plan_refuses_in_one_sentence(argv, message):
     with pytest.raises(UserError, match=message):

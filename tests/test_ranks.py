@@ -168,6 +168,10 @@ def finished(base_dir, tmp_path_factory):
     jobs.append((2, train_short, ("short", "--device-batch-size", "2")))
     jobs += [(2, train_toy, ("expected", "--device-batch-size", rows, *more))
              for rows, more in (("2", ("--stop-at", "2")), ("1", ()))]
+    for tag, *parts in (("warmup-1", (1, ())), ("warmup-2", (2, ())),
+                        ("warmup-2to1", (2, ("--stop-at", "3")), (1, ()))):
+        for world_size, more in parts:
+            jobs.append((world_size, train_toy, (tag, "--dtype", "float64", "--seq-len-warmup", "16:5", *more)))
     other_dir = tmp_path_factory.mktemp("other")
     for name in ("data", "tokenizer"):
         shutil.copytree(base_dir / name, other_dir / name)
@@ -236,7 +240,7 @@ def read_losses(run_dir):
 
 @pytest.mark.parametrize(("run", "tolerance"), [
     ("float64-2", 1e-9), ("float64-4", 1e-9), ("float64-2to1", 1e-9), ("float64-1to4", 1e-9), ("float64-4to2", 1e-9),
-    ("float32-2", 1e-4)])
+    ("float32-2", 1e-4), ("warmup-2", 1e-9), ("warmup-2to1", 1e-9)])
 def test_every_number_of_ranks_makes_the_same_run(runs, run, tolerance):
     whole = read_state(runs / f"{run.split('-')[0]}-1")
     losses = read_losses(runs / run)

@@ -1,6 +1,7 @@
 """Plans and schedules against values worked out by hand from the public record's formulas."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -109,6 +110,75 @@ def test_the_reference_model_has_the_same_vocabulary():
 def test_a_plan_without_a_step_is_refused(choices):
     with pytest.raises(UserError):
         plan_depth(4, **choices)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The warm-up of the sequence length
+
+
+def list_row_tokens(warmup, T, num_steps):
+    plan = plan_depth(4, sequence_len=T, num_iterations=num_steps, batch_tokens=T, seq_len_warmup=warmup)
+    return [plan.get_row_tokens(step, T) for step in range(num_steps)]
+
+
+def test_rows_double_until_they_are_whole():
+    assert list_row_tokens("64:7", 512, 9) == [64] * 2 + [128] * 2 + [256] * 3 + [512] * 2
+    assert list_row_tokens("96:2", 192, 3) == [96, 96, 192]
+    assert list_row_tokens("1:3", 8, 3) == [1, 2, 4]
+    assert list_row_tokens(None, 512, 3) == [512] * 3
+
+
+def test_flops_of_short_rows_by_hand():
+    """Depth 4 at T 512: three layers see 128 keys, one 512, but never more than the row has."""
+    plan = plan_depth(4, sequence_len=512, num_iterations=20, batch_tokens=1024, seq_len_warmup="64:9")
+    keys = [4 * 64] * 3 + [4 * 128] * 3 + [3 * 128 + 256] * 3 + [3 * 128 + 512] * 11
+    matmul_params = PARAMS[4] + 24  # and the smear gate
+    step_flops = [1024 * (6 * matmul_params + 12 * 256 * num_keys) for num_keys in keys]
+    assert plan.total_flops == sum(step_flops)
+    assert [plan.count_flops(n) for n in range(21)] == [sum(step_flops[:n]) for n in range(21)]
+    assert plan.flops_per_token * 1024 == step_flops[-1] and plan.total_tokens == 20 * 1024
+
+
+def test_short_rows_change_nothing_but_flops():
+    plain, warm = (plan_depth(4, num_iterations=50, seq_len_warmup=warmup) for warmup in (None, "256:40"))
+    assert replace(warm, short_rows=None, total_flops=plain.total_flops) == plain
+    assert warm.total_flops < plain.total_flops == plain.count_flops(50)
+
+
+def test_a_budget_buys_more_steps_with_short_rows():
+    target_flops = plan_depth(4, num_iterations=100).total_flops
+    plan = plan_depth(4, target_flops=target_flops, seq_len_warmup="128:80")
+    assert plan.num_iterations > 102
+    assert abs(plan.total_flops - target_flops) <= plan.flops_per_token * plan.batch_tokens / 2
+
+
+@pytest.mark.parametrize(("warmup", "message"), [
+    ("64",       "--seq-len-warmup 64 must be START:STEPS"),
+    ("64:x",     "must be START:STEPS"),
+    ("64:9:9",   "must be START:STEPS"),
+    ("",         "must be START:STEPS"),
+    ("100:9",    "START must be the context of 384 tokens halved once or more, 192, 96, 48, 24, 12, 6, 3$"),
+    ("384:9",    "halved once or more, 192"),
+    ("768:9",    "halved once or more, 192"),
+    ("0:9",      "halved once or more, 192"),
+    ("-192:9",   "halved once or more, 192"),
+    ("48:2",     "STEPS must be at least 3, one for each length from 48 to 192"),
+    ("192:0",    "STEPS must be at least 1"),
+    ("48:21",    "is longer than the run of 20 steps"),
+])
+def test_warmup_that_means_nothing_is_refused(warmup, message):
+    with pytest.raises(UserError, match=message) as error:
+        plan_depth(4, sequence_len=384, num_iterations=20, seq_len_warmup=warmup)
+    assert "\n" not in str(error.value)
+    if warmup == "48:21":
+        flops = plan_depth(4, sequence_len=384, num_iterations=20).total_flops
+        with pytest.raises(UserError, match="is longer than the run"):
+            plan_depth(4, sequence_len=384, target_flops=0.9 * flops, seq_len_warmup=warmup)
+
+
+def test_an_odd_context_has_no_warmup():
+    with pytest.raises(UserError, match="set an even --max-seq-len"):
+        plan_depth(4, sequence_len=65, num_iterations=20, seq_len_warmup="5:10")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

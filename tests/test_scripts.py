@@ -154,6 +154,43 @@ def test_stopping_and_resuming_changes_nothing(dtype):
     assert_same_runs(result["run_dir"], expected["run_dir"])
 
 
+def test_resuming_within_the_sequence_length_warmup_changes_nothing(whole):
+    """Rows of 16 tokens to step 4 and of 32 to step 9; stopped in each of the two stages."""
+    more = ("--seq-len-warmup", "16:9")
+    expected = train("warmup", *more)
+    for step in ("3", "6"):
+        train("warmup_parts", *more, "--stop-at", step)
+    result = train("warmup_parts", *more)
+    assert result["val_bpb"] == expected["val_bpb"]
+    assert_same_runs(result["run_dir"], expected["run_dir"])
+    warm, plain = ([line for line in read_metrics(Path(run["run_dir"])) if line["kind"] == "train"]
+                   for run in (result, whole))
+    assert [line["row_tokens"] for line in warm] == [16] * 4 + [32] * 5 + [64] * 11
+    assert {line["row_tokens"] for line in plain} == {64}
+    # the same tokens, in the same order, with the same schedules, for fewer FLOPs
+    assert all(ours[key] == theirs[key] for ours, theirs in zip(warm, plain, strict=True)
+               for key in ("tokens", "num_targets", "lr_frac"))
+    assert read_state(result["run_dir"])["loader"] == read_state(whole["run_dir"])["loader"]
+    for run, lines in ((result, warm), (whole, plain)):
+        assert lines[-1]["flops"] == read_info(run["run_dir"])["plan"]["total_flops"]
+    assert [ours["flops"] < theirs["flops"] for ours, theirs in zip(warm, plain, strict=True)] == [True] * NUM_STEPS
+    decision = {d["what"]: d["value"] for d in read_info(result["run_dir"])["decisions"]}["tokens of a row"]
+    assert decision == "16 to step 4, 32 to step 9, then 64"
+    assert read_info(result["run_dir"])["results"]["val_T"] == T
+
+
+def test_mfu_counts_what_short_rows_save(monkeypatch):
+    """The clock is stopped: a step takes a second, and the machine does one FLOP in it."""
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(base_train.time, "perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr(stage, "get_peak_flops", lambda device, dtype: (1.0, "for a test"))
+    run = train("mfu", "--seq-len-warmup", "16:9", "--eval-every", "-1")
+    lines = [line for line in read_metrics(Path(run["run_dir"])) if line["kind"] == "train"]
+    flops = [0, *(line["flops"] for line in lines)]
+    assert [line["mfu_pct"] * line["step_ms"] / 1e5 for line in lines] == pytest.approx(
+        [after - before for before, after in zip(flops, flops[1:], strict=False)])
+
+
 def test_resume_from_an_earlier_step(whole):
     first = train("earlier", "--save-every", "5", "--keep-last", "-1")
     assert train("earlier", "--resume-from-step", "5", "--save-every", "5")["step"] == NUM_STEPS
@@ -312,6 +349,7 @@ def swapped(folder, replacement):
     (["--tokenizer", "other"],                 "can't continue with other settings .tokenizer: saved"),
     (["--matrix-lr", "0.5"],                   "matrix_lr: saved 0.02, now 0.5"),
     (["--num-iterations", "30"],               "can't continue with other settings .plan"),
+    (["--seq-len-warmup", "16:5"],             "seq_len_warmup: saved None, now 16:5"),
     (["--resume", "7"],                        "no checkpoint of step 7 in .*; it has 10, 20"),
     (["--resume", "yesterday"],                "--resume yesterday must be auto, none or a step"),
 ])
@@ -351,6 +389,9 @@ def test_differing_plan_is_told_by_its_numbers(whole):
     (["--packing", "stream", "--long-docs", "crop"], "--packing stream doesn't go with --long-docs crop"),
     (["--seed", "-1"],                         "--seed -1"),
     (["--eval-tokens", "-5"],                  "--eval-tokens -5"),
+    (["--seq-len-warmup", "16"],               "--seq-len-warmup 16 must be START:STEPS"),
+    (["--seq-len-warmup", "48:5"],             "START must be the context of 64 tokens halved once or more, 32, 16"),
+    (["--seq-len-warmup", "16:21"],            "--seq-len-warmup 16:21 is longer than the run of 20 steps"),
 ])
 def test_bad_input_is_one_sentence(base_dir, argv, message):
     with pytest.raises(UserError, match=message) as error:

@@ -126,6 +126,32 @@ def test_gradients_are_those_of_the_plain_loss(weighted):
         assert stats.num_targets == num_targets and stats.skipped == ""
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cut_rows_train_like_pieces_on_their_own(weighted):
+    """Each piece is a sequence of its own; together they have every target of the rows once."""
+    model, batch, row_tokens = make_model(), make_batch(weighted=weighted), 4
+    for block in model.transformer.h:
+        torch.nn.init.normal_(block.attn.c_proj.weight, std=0.1)  # at zero, no token would see another
+    loss = torch.zeros((), dtype=torch.float64)
+    for row in range(B):
+        for start in range(0, T, row_tokens):
+            piece = row, slice(start, start + row_tokens)
+            nll = model(batch.inputs[piece][None], batch.targets[piece][None], loss_reduction="none")[0]
+            loss = loss + (nll if batch.weights is None else nll * batch.weights[piece]).sum()
+    num_targets = int((batch.targets >= 0).sum())
+    loss = loss / num_targets
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    recorder = GradRecorder(model)
+    stats = train_step(model, recorder, batch.cut(row_tokens), 2 * T // row_tokens)
+    assert (stats.loss, stats.num_targets) == (pytest.approx(loss.item(), abs=1e-12), num_targets)
+    assert_equal(recorder.grads, expected, rtol=0, atol=1e-12)
+    assert abs(stats.loss - train_step(model, GradRecorder(model), batch, 2).loss) > 1e-6  # whole rows see more
+    whole = batch.cut(T)
+    assert torch.equal(whole.inputs, batch.inputs) and torch.equal(whole.targets, batch.targets)
+
+
 def test_unweighted_loss_is_the_mean():
     model, batch = make_model(), make_batch()
     assert train_step(model, GradRecorder(model), batch, 2).loss == pytest.approx(
