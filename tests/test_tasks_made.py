@@ -204,19 +204,23 @@ def test_list_is_downloaded_once(base_dir, monkeypatch):
         server.shutdown()
 
 
-def test_words_of_the_corpus_then_of_docstrings(base_dir, tmp_path, capsys):
+def test_words_of_docstrings_then_of_the_corpus(base_dir, tmp_path, capsys):
     words = load_words()
     lines = capsys.readouterr().out.splitlines()
     assert len(words) > 800 and {"return", "string", "value", "number"} <= set(words)
-    assert len(lines) == 2 and "can't be fetched" in lines[0] and "docstrings" in lines[1]
+    assert len(lines) == 2 and "can't be fetched" in lines[0] and "Python's docstrings" in lines[1]
     rows = [{"text": f"{idx} The harbour, the quay and the Harbour. " * 5} for idx in range(30)]
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"text": "once xyz."}]))
     make_dataset(["--source", "files", "--path", str(tmp_path / "texts.jsonl"), "--name", "mine"])
     capsys.readouterr()
-    found = load_words(download=False)
+    assert load_words() == words and not capsys.readouterr().out     # kept, and nothing is asked for again
+    (base_dir / "words.txt").unlink()
+    found = load_words()
     assert {"harbour", "quay", "the"} <= set(found) and "once" not in found
     assert "the corpus mine" in capsys.readouterr().out
     assert SimpleSpelling("train", words=found)[0]["word"] in found
+    (base_dir / "words_alpha.txt").write_text("Zebra\nzebra\n")
+    assert load_words() == ["zebra"]     # what a person puts there comes first
 
 
 def test_collect_words_keeps_words_only():
