@@ -15,43 +15,45 @@ from tasks.embedded import iter_docstrings
 
 LIST_REPO = "dwyl/english-words"    # public domain (Unlicense)
 LIST_NAME = "words_alpha.txt"
-KEPT_NAME = "words_found.txt"   # those of the texts, where the list can't be had; delete it to have them found anew
 LIST_URL = f"https://raw.githubusercontent.com/{LIST_REPO}/refs/heads/master/{LIST_NAME}"
 TIMEOUT_SECONDS = 10
 MIN_LIST_WORDS = 100_000    # of an answer that is the list and not some page in its place
 MIN_CHARS, MAX_CHARS = 3, 20
 MIN_OCCURRENCES = 3         # in a text: rarer strings are mostly names and misspellings
-MAX_TEXT_CHARS = 10_000_000 # of a corpus are read for their words, which takes about a second
+MAX_TEXT_CHARS = 100_000_000    # of a corpus are read for their words, which takes about six seconds
+KEPT_NAME = "words_found.txt"    # the words that were collected; delete it to have them collected anew
 
 
 def load_words() -> list[str]:
     """Lower-case words of the letters a-z, sorted: the published list, the corpus's words, or the docstrings' words.
 
-    What is found is kept in the base folder: a run that is resumed, and the next stage's evaluation, must ask for the
-    same words, though a network or another corpus may have come meanwhile.
+    The list is asked for once; without an answer, the words that are collected instead are kept, so that all stages of
+    a chain spell the same words, whether there is a network by then or not.
     """
-    kept = get_base_dir() / KEPT_NAME
-    path = find_list() or (kept if kept.exists() else download_list())
-    if path:
-        return read_list(path)
-    with file_lock(kept):
-        if not kept.exists():  # another rank may have been first
-            words, source = find_words()
-            print0(f"words to spell: those of {source} ({LIST_NAME} isn't there), kept in {kept}")
-            write_atomic(kept, "\n".join(words) + "\n")
-    return read_list(kept)
+    kept_path = get_base_dir() / KEPT_NAME
+    path = find_list()
+    if path is None:
+        with file_lock(kept_path):     # one rank for all
+            path = kept_path if kept_path.exists() else download_list()
+            if path is None:
+                source, words = collect_words_here()
+                print0(f"words to spell: {len(words):,} of {source}, kept in {kept_path}; a {LIST_NAME} beside it "
+                       "would be used instead")
+                write_atomic(kept_path, "\n".join(words) + "\n")
+                path = kept_path
+    return read_list(path)
 
 
-def find_words() -> tuple[list[str], str]:
-    """The words of the texts on this machine, and which texts those are."""
+def collect_words_here() -> tuple[str, list[str]]:
+    """What there is to read on this machine, and its words."""
     for manifest in sorted(get_base_dir().glob("data/*/manifest.json")):
         try:
             documents = iter_documents(load_shards(str(manifest.parent)).train)
         except UserError:
             continue    # not complete: not at hand
-        if words := collect_words(take_chars(documents, MAX_TEXT_CHARS)):
-            return words, f"the corpus {manifest.parent.name}"
-    return collect_words(doc for _, doc in iter_docstrings()), "Python's docstrings"
+        if words := collect_words(take_chars(documents, MAX_TEXT_CHARS)):     # none in many languages
+            return f"the corpus {manifest.parent.name}", words
+    return "Python's docstrings", collect_words(doc for _, doc in iter_docstrings())
 
 
 def collect_words(texts: Iterable[str]) -> list[str]:
@@ -91,26 +93,25 @@ def read_list(path: Path) -> list[str]:
         with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
             words = sorted({word for word in map(str.strip, file) if is_word(word)})
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, and it is fetched again") from None
+        raise UserError(f"{path} is damaged ({error}); delete it, and it is replaced") from None
     if not words:
-        raise UserError(f"{path} holds no words of the letters a-z, one per line; delete it, and it is fetched again")
+        raise UserError(f"{path} holds no words of the letters a-z, one per line; delete it, and it is replaced")
     return words
 
 
 def download_list() -> Path | None:
-    """Fetch the published list, by one rank for all; None where it can't be had. Asked once: there is another way."""
+    """Fetch the published list, unless another rank just did; None where it can't be had, as there is another way."""
     path = get_base_dir() / LIST_NAME
-    with file_lock(path):
-        if path.exists():
-            return path
-        try:
-            response = requests.get(LIST_URL, timeout=TIMEOUT_SECONDS)
-            response.raise_for_status()
-        except requests.RequestException as error:
-            print0(f"{LIST_URL} can't be fetched ({type(error).__name__})")
-            return None
-        if response.content.count(b"\n") < MIN_LIST_WORDS:
-            print0(f"{LIST_URL} answered with something else than the list of words")
-            return None
-        write_atomic(path, response.content)
+    if path.exists():
+        return path
+    try:
+        response = requests.get(LIST_URL, timeout=TIMEOUT_SECONDS)
+        response.raise_for_status()
+    except requests.RequestException as error:
+        print0(f"{LIST_URL} can't be fetched ({type(error).__name__})")
+        return None
+    if response.content.count(b"\n") < MIN_LIST_WORDS:
+        print0(f"{LIST_URL} answered with something else than the list of words")
+        return None
+    write_atomic(path, response.content)
     return path

@@ -204,11 +204,11 @@ def test_list_is_downloaded_once(base_dir, monkeypatch):
         server.shutdown()
 
 
-def test_words_of_the_corpus_then_of_docstrings(base_dir, tmp_path, capsys):
+def test_words_of_docstrings_then_of_the_corpus(base_dir, tmp_path, capsys):
     words = load_words()
     lines = capsys.readouterr().out.splitlines()
     assert len(words) > 800 and {"return", "string", "value", "number"} <= set(words)
-    assert len(lines) == 2 and "can't be fetched" in lines[0] and "docstrings" in lines[1]
+    assert len(lines) == 2 and "can't be fetched" in lines[0] and "Python's docstrings" in lines[1]
     rows = [{"text": f"{idx} The harbour, the quay and the Harbour. " * 5} for idx in range(30)]
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"text": "once xyz."}]))
     make_dataset(["--source", "files", "--path", str(tmp_path / "texts.jsonl"), "--name", "mine"])
