@@ -420,6 +420,32 @@ def test_interrupted_step_reads_everything_again(tokenizer, monkeypatch):
     assert get_tokens(events) == list(model.generate(prompt, 20, temperature=0))
 
 
+@pytest.mark.parametrize("fails, waits", [("__init__", [0, 1, 2]), ("add_rows", [1, 2]), ("copy_row", [1])])
+def test_requests_wait_on_where_there_is_no_memory_for_a_row(tokenizer, monkeypatch, fails, waits):
+    """The second prompt waits for the first one's tokens, the third for a row of its own."""
+    def refuse(*args):
+        raise MemoryError
+    monkeypatch.setattr("nanochat.engine.PREFILL_TOKENS", 20)
+    model, shared = make_model(torch.float64), make_prompt(40)
+    prompts = [[*shared, 1], [*shared, 2], make_prompt(9, seed=1)]
+    engine = Engine(model, tokenizer)
+    engine.chat_tokens = NO_CHAT_TOKENS
+    events, ids = [], [engine.submit(Request(prompts[0], 5, 0))]
+    if fails != "__init__":
+        events += engine.step()
+    ids += [engine.submit(Request(prompt, 5, 0)) for prompt in prompts[1:]]
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(KVCache, fails, refuse)
+        while engine.has_work():
+            events += engine.step()
+    assert [generation.id for generation in engine.waiting] == [ids[i] for i in waits]
+    while engine.has_work():
+        events += engine.step()
+    for request_id, prompt in zip(ids, prompts, strict=True):
+        tokens = [event.token for event in events if event.request_id == request_id]
+        assert tokens == list(model.generate(prompt, 5, temperature=0))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What rows still hold
 
