@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from nanochat.common import UserError
-from nanochat.decoding import copy_for_decoding, get_cache_dtype, make_step
+from nanochat.decoding import copy_for_decoding, get_cache_dtype
+from nanochat.decoding_step import make_step
 from nanochat.gpt import GPT, norm
 from nanochat.kv_cache import KVCache
 from nanochat.request import ChatTokens, Event, Generation, Logprobs, Request
@@ -62,11 +63,13 @@ class Row:
 
 
 class Engine:
-    def __init__(self, model: GPT, tokenizer, max_rows: int = MAX_ROWS, kept_rows: int = KEPT_ROWS):
+    def __init__(self, model: GPT, tokenizer, max_rows: int = MAX_ROWS, kept_rows: int = KEPT_ROWS,
+                 compile: bool = False):
         """Takes the weights as they are now: make a new engine after training on.
 
         max_rows:  sequences at once; the cache grows as they come, and those beyond wait
         kept_rows: rows that there may be before the one that has been idle the longest is used again
+        compile:   the decoding step, on a CPU; takes seconds to half a minute now, so it is for engines that live long
         """
         self.model = copy_for_decoding(model)
         self.tokenizer = tokenizer
@@ -77,7 +80,7 @@ class Engine:
         self.waiting: deque[Generation] = deque()
         self.rows: list[Row] = []
         self.cache: KVCache | None = None
-        self._run_step = make_step(self.model)
+        self._run_step = make_step(self.model, compile)
         self._events: deque[Event] = deque()  # not yet returned by step
         self._sinks: dict[int, deque[Event]] = {}  # request id -> where its events go
         self._ids = itertools.count()
