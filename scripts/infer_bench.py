@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max-tokens", type=int, default=128, help="length of each answer")
     add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
     add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best there is)")
-    add("--compile", action="store_true", help="the decoding step on a CPU, before anything is timed")
+    add("--compile", action="store_true", help="decode with a compiled step, on a CPU; compiling isn't timed")
     add("--compare-single", action="store_true", help="samples of one prompt, at once and one by one, too")
     add("--json", help="write the figures here, too")
     args = parser.parse_args(argv)
