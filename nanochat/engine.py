@@ -69,8 +69,8 @@ class Engine:
 
         max_rows:  sequences at once; the cache grows as they come, and those beyond wait
         kept_rows: rows that there may be before the one that has been idle the longest is used again
-        compile:   the decoding step, on a CPU; takes seconds to half a minute now and keeps the blocks' matrices twice, so
-                   it is for engines that live long
+        compile:   the decoding step, on a CPU, for engines that live long; takes seconds to half a minute now, and
+                   keeps the blocks' matrices twice
         """
         self.model = copy_for_decoding(model)
         self.tokenizer = tokenizer

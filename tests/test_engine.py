@@ -257,7 +257,8 @@ def test_compiled_step_equals_naive_and_is_compiled_but_twice(tokenizer, monkeyp
         return graph.forward
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=run_as_it_is))
     monkeypatch.setattr(decoding_step, "choose_compile", lambda *args: (True, ""))
-    monkeypatch.setattr(decoding, "can_pack", lambda dtype: packs)
+    if not packs:
+        monkeypatch.setattr(decoding, "can_pack", lambda dtype: False)
     model = make_model()
     engine = Engine(model, tokenizer, compile=True)
     assert isinstance(engine._run_step, decoding_step.CompiledStep) and len(graphs) == 2
