@@ -1,4 +1,4 @@
-"""A model made ready to decode: matrices cast and packed once, few operations, and on CUDA a graph per batch size.
+"""A model made ready to decode: matrices cast and packed once, and on CPUs few operations.
 
 Decoding one token reads every matrix once, so it is as fast as the weights can be read. On CPUs two things are in the
 way. torch's own product of one row with a bf16 matrix reads it at a fraction of the memory's rate; oneDNN's, on weights
@@ -10,7 +10,6 @@ B rows, T tokens, C channels, H query heads, Hk key/value heads, D head dim, V v
 
 import copy
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,6 @@ from nanochat.cross_entropy import LOGIT_SOFTCAP
 from nanochat.flash_attention import CachedKeys, attend_to_cache, find_cached_keys
 from nanochat.gpt import GPT, NORM_EPS, QK_SCALE, VE_GATE_CHANNELS, Block, Linear
 from nanochat.kv_cache import KVCache
-
-GRAPH_WARMUP_STEPS = 3               # before a capture, so that libraries have allocated what they need
 
 
 class PackedLinear(nn.Module):
@@ -161,7 +158,11 @@ class CPUModel(GPT):
 
     def forward(self, idx: Tensor, kv_cache: KVCache) -> Tensor:
         """Logits (B, T, V), softcapped as in GPT.forward, but in place: those of a large batch exceed the caches."""
-        logits = self.lm_head(self.forward_trunk(idx, kv_cache))[..., :self.config.vocab_size].to(self.wide_dtype)
+        return self.unembed(self.forward_trunk(idx, kv_cache))
+
+    def unembed(self, h: Tensor) -> Tensor:
+        """From what forward_trunk returns to logits."""
+        logits = self.lm_head(h)[..., :self.config.vocab_size].to(self.wide_dtype)
         halves = logits.mul_(2 / LOGIT_SOFTCAP).sigmoid_()
         return torch.add(halves.new_tensor(-LOGIT_SOFTCAP), halves, alpha=2 * LOGIT_SOFTCAP, out=halves)
 
@@ -188,67 +189,3 @@ def get_cache_dtype(model: GPT) -> torch.dtype:
     """
     is_half = model.compute_dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if is_half and model.get_device().type == "cpu" else model.compute_dtype
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# CUDA graphs
-
-
-class GraphedStep:
-    """One decoding step of the first rows of a cache, captured as a CUDA graph; each number of rows has its own.
-
-    Untested: no CUDA device was at hand when it was written. What fails to be captured runs eagerly, and it says so.
-    """
-
-    def __init__(self, model: GPT):
-        self.model = model
-        self.works = True
-        self.memory = None                    # one pool for all graphs, which never run at once
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # rows -> graph, its idx and logits
-        self.keys = None                      # the cache's memory that they were captured with
-
-    def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, V) of the next token, from (B, 1) token ids; valid until the next call."""
-        if not self.works:
-            return self.model(idx, kv_cache=cache)[:, -1]
-        if self.keys is None or self.keys.data_ptr() != cache.k_cache.data_ptr() or self.keys.shape[2:] != (
-                cache.k_cache.shape[2:]):
-            self.graphs.clear()               # the cache has grown, so it lies elsewhere
-            self.keys = cache.k_cache
-        if len(idx) not in self.graphs:
-            try:
-                self.graphs[len(idx)] = self._capture(idx, cache)
-            except RuntimeError as error:
-                self.works = False
-                print0(f"decoding eagerly: a CUDA graph can't be captured ({str(error).splitlines()[0][:200]})")
-                return self.model(idx, kv_cache=cache)[:, -1]
-        graph, static_idx, logits = self.graphs[len(idx)]
-        static_idx.copy_(idx)
-        graph.replay()
-        return logits
-
-    def _capture(self, idx: Tensor, cache: KVCache) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        static_idx, graph = idx.clone(), torch.cuda.CUDAGraph()
-        lengths, last_embed = cache.cache_seqlens.clone(), cache.last_embed.clone()
-
-        def run() -> Tensor:
-            return self.model(static_idx, kv_cache=cache)[:, -1]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(GRAPH_WARMUP_STEPS):
-                run()
-                cache.cache_seqlens.copy_(lengths)  # every one of them is the same step
-                cache.last_embed.copy_(last_embed)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, pool=self.memory):  # records, computes nothing
-            logits = run()
-        self.memory = graph.pool()
-        return graph, static_idx, logits
-
-
-def make_step(model: GPT) -> Callable[[Tensor, KVCache], Tensor]:
-    """The function of a decoding step: (B, 1) token ids and the cache of these rows -> (B, V) logits."""
-    if model.get_device().type == "cuda":
-        return GraphedStep(model)
-    return lambda idx, cache: model(idx, kv_cache=cache)[:, -1]

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from nanochat.common import UserError
-from nanochat.decoding import copy_for_decoding, get_cache_dtype, make_step
+from nanochat.decoding import copy_for_decoding, get_cache_dtype
+from nanochat.decoding_step import make_step
 from nanochat.gpt import GPT, norm
 from nanochat.kv_cache import KVCache
 from nanochat.request import ChatTokens, Event, Generation, Logprobs, Request
@@ -62,11 +63,14 @@ class Row:
 
 
 class Engine:
-    def __init__(self, model: GPT, tokenizer, max_rows: int = MAX_ROWS, kept_rows: int = KEPT_ROWS):
+    def __init__(self, model: GPT, tokenizer, max_rows: int = MAX_ROWS, kept_rows: int = KEPT_ROWS,
+                 compile: bool = False):
         """Takes the weights as they are now: make a new engine after training on.
 
         max_rows:  sequences at once; the cache grows as they come, and those beyond wait
         kept_rows: rows that there may be before the one that has been idle the longest is used again
+        compile:   the decoding step, on a CPU, for engines that live long; takes seconds to half a minute now, and
+                   keeps the blocks' matrices twice
         """
         self.model = copy_for_decoding(model)
         self.tokenizer = tokenizer
@@ -77,7 +81,7 @@ class Engine:
         self.waiting: deque[Generation] = deque()
         self.rows: list[Row] = []
         self.cache: KVCache | None = None
-        self._run_step = make_step(self.model)
+        self._run_step = make_step(self.model, compile)
         self._events: deque[Event] = deque()  # not yet returned by step
         self._sinks: dict[int, deque[Event]] = {}  # request id -> where its events go
         self._ids = itertools.count()
@@ -158,17 +162,20 @@ class Engine:
             raise
 
     def _admit(self) -> None:
-        """Give the waiting requests the free rows, in the order they came."""
+        """Give the waiting requests the free rows, in the order they came; one that fails to get its row waits on."""
         still_waiting = []
-        while self.waiting and (len(self.rows) < self.max_rows or not all(row.generation for row in self.rows)):
-            generation = self.waiting.popleft()
-            source, num_shared, is_coming = self._find_prefix(generation.tokens)
-            if is_coming:  # another row is reading just that: copy it when it is there
-                still_waiting.append(generation)
-                continue
-            target = self._find_free_row(generation, source, num_shared)
-            self._start_row(target, generation, source, num_shared)
-        self.waiting.extendleft(reversed(still_waiting))
+        try:
+            while self.waiting and (len(self.rows) < self.max_rows or not all(row.generation for row in self.rows)):
+                generation = self.waiting[0]
+                source, num_shared, is_coming = self._find_prefix(generation.tokens)
+                if is_coming:  # another row is reading just that: copy it when it is there
+                    still_waiting.append(generation)
+                else:
+                    target = self._find_free_row(generation, source, num_shared)
+                    self._start_row(target, generation, source, num_shared)
+                self.waiting.popleft()
+        finally:
+            self.waiting.extendleft(reversed(still_waiting))
 
     def _find_prefix(self, prompt: list[int]) -> tuple[int | None, int, bool]:
         """The row that holds most of a prompt's beginning, how many tokens, and whether another will soon hold more."""
@@ -195,14 +202,15 @@ class Engine:
 
     def _add_rows(self, generation: Generation) -> None:
         """Make the cache larger by as many rows as wait, but at least by half."""
-        num_new = min(max(len(self.waiting) + 1, len(self.rows) // 2), self.max_rows - len(self.rows))
+        num_new = min(max(len(self.waiting), len(self.rows) // 2), self.max_rows - len(self.rows))
         config = self.model.config
         if self.cache is None:
             num_tokens = min(len(generation.tokens) + HEADROOM_TOKENS, generation.max_length)
-            self.cache = KVCache(num_new, config.n_kv_head, num_tokens, config.head_dim, config.n_layer, self.device,
-                                 get_cache_dtype(self.model))
-            self.cache.last_embed = torch.zeros(num_new, 1, config.n_embd, device=self.device,
-                                                dtype=self.model.compute_dtype)
+            cache = KVCache(num_new, config.n_kv_head, num_tokens, config.head_dim, config.n_layer, self.device,
+                            get_cache_dtype(self.model))
+            cache.last_embed = torch.zeros(num_new, 1, config.n_embd, device=self.device,
+                                           dtype=self.model.compute_dtype)
+            self.cache = cache
         else:
             self.cache.add_rows(num_new)
         self.rows.extend(Row() for _ in range(num_new))

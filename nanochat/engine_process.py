@@ -42,6 +42,7 @@ class EngineSettings:
     device_type: str
     max_rows:    int
     num_workers: int
+    compile:     bool = False  # the decoding step, on a CPU, before the engine is ready
 
 
 def start_process(worker_idx: int, settings: EngineSettings) -> tuple[Connection, multiprocessing.Process]:
@@ -74,7 +75,8 @@ def load_engine(worker_idx: int, settings: EngineSettings) -> tuple[Engine, str]
         torch.set_num_threads(max(1, count_cpus() // settings.num_workers))
     dtype, reason = get_compute_dtype(settings.dtype, device)
     model, tokenizer, _ = load_model(settings.stage, device, tag=settings.tag, step=settings.step, dtype=dtype)
-    engine = Engine(model, tokenizer, max_rows=settings.max_rows, kept_rows=settings.max_rows)
+    engine = Engine(model, tokenizer, max_rows=settings.max_rows, kept_rows=settings.max_rows,
+                    compile=settings.compile)
     return engine, f"{device} in {str(dtype).removeprefix('torch.')} ({reason})"
 
 

@@ -32,8 +32,8 @@ python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --name "$N
 python -m scripts.tok_eval --data "$DATA" --name "$NAME"
 python -m scripts.base_train --data "$DATA" --tokenizer "$NAME" --model-tag "$NAME" --depth "$DEPTH" \
     --max-seq-len "$SEQ_LEN" --total-batch-size "$BATCH_TOKENS" --num-iterations "$NUM_ITERATIONS" \
-    --eval-every 100 --eval-tokens 524288 $EXTRA
-python -m scripts.base_loss --model-tag "$NAME"
+    --eval-every 100 --eval-tokens 131072 $EXTRA
+python -m scripts.base_loss --model-tag "$NAME" --eval-tokens 262144
 python -m scripts.mid_train --model-tag "$NAME" --tasks $MID_TASKS --eval-tokens 65536 $CHAT_EXTRA
 python -m scripts.chat_sft --model-tag "$NAME" --tasks $SFT_TASKS --eval-tokens 65536 $CHAT_EXTRA
 python -m scripts.chat_rl --model-tag "$NAME" --tasks $RL_TASKS --max-new-tokens 48 --eval-every -1 \

@@ -3,6 +3,7 @@
     python -m scripts.infer_bench                          # depth 4, random weights
     python -m scripts.infer_bench --depth 12 --dtype bfloat16 --rows 1 32
     python -m scripts.infer_bench -i sft -g d12 --json bench.json
+    python -m scripts.infer_bench --rows 1 32 --compile    # as chat_web --compile decodes
 
 Decoding a token reads every matrix and what the cache holds of its row, so the limit of a batch is those bytes over the
 measured rate of reading memory, or its arithmetic over the measured rate of a large product where that takes longer;
@@ -54,6 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max-tokens", type=int, default=128, help="length of each answer")
     add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
     add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best there is)")
+    add("--compile", action="store_true", help="decode with a compiled step, on a CPU; compiling isn't timed")
     add("--compare-single", action="store_true", help="samples of one prompt, at once and one by one, too")
     add("--json", help="write the figures here, too")
     args = parser.parse_args(argv)
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> dict:
            f"{'token ms p50':>14}{'p95':>8}{'p99':>8}{'peak MiB':>10}")
     results = []
     for num_rows in args.rows:
-        engine = Engine(model, tokenizer, max_rows=num_rows)
+        engine = Engine(model, tokenizer, max_rows=num_rows, compile=args.compile)
         result = measure(engine, num_rows, args) | {"memory_bytes": get_peak_memory_bytes(device)}
         results.append(result | compute_limits(model.config, result, args, machine))
         print_result(results[-1])
@@ -175,7 +177,7 @@ def measure_single(model: GPT, tokenizer, num_rows: int, args: argparse.Namespac
     (request,) = make_requests(model.config, 1, args, first=2000)
     seconds = []
     for num_samples in (num_rows, 1):
-        engine = Engine(model, tokenizer, max_rows=num_samples)
+        engine = Engine(model, tokenizer, max_rows=num_samples, compile=args.compile)
         engine.generate_batch(request.tokens[::-1], num_samples, WARMUP_TOKENS)
         start = time.perf_counter()
         for i in range(num_rows // num_samples):

@@ -1,5 +1,6 @@
 """The engine against GPT.generate, which computes everything anew; its rows, its tool loop, and the terminal script."""
 
+import functools
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import torch
 from helpers import REPO_DIR
 from torch import nn
 
-from nanochat import decoding
+from nanochat import decoding, decoding_step
 from nanochat.common import UserError
 from nanochat.engine import HEADROOM_TOKENS, Engine, KVCache, Request, count_common, stream_text
 from nanochat.gpt import GPT, GPTConfig
@@ -230,10 +231,59 @@ def test_graph_that_cannot_be_captured_runs_eagerly_and_says_so_once(tokenizer, 
     model, prompt = make_model(), make_prompt(20)
     engine = Engine(model, tokenizer)
     engine.chat_tokens = NO_CHAT_TOKENS
-    engine._run_step = decoding.GraphedStep(engine.model)  # there is no CUDA where this runs
+    engine._run_step = decoding_step.GraphedStep(engine.model)  # there is no CUDA where this runs
     rows, _ = engine.generate_batch(prompt, 2, max_tokens=10, temperature=0)
     assert rows == [prompt + list(model.generate(prompt, 10, temperature=0))] * 2
     assert capsys.readouterr().out.count("decoding eagerly: a CUDA graph can't be captured") == 1
+
+
+def check_compiled(engine, model):
+    """Rows that come one by one and together, from prompts of one token on, while the cache grows: as GPT.generate."""
+    engine.chat_tokens = NO_CHAT_TOKENS
+    for num_tokens, num_rows in ((1, 1), (5, 1), (7, 2), (130, 3), (30, 9)):
+        prompts = [make_prompt(num_tokens + 3 * i, seed=i + num_tokens) for i in range(num_rows)]
+        answers = engine.generate_many(prompts, max_tokens=20, temperature=0)
+        assert [rows[0] for rows, _ in answers] == [
+            prompt + list(model.generate(prompt, 20, temperature=0)) for prompt in prompts]
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_compiled_step_equals_naive_and_is_compiled_but_twice(tokenizer, monkeypatch, packs):
+    """The graphs that inductor would get, run by torch itself: the same tokens, and none is made after the start."""
+    graphs = []
+
+    def run_as_it_is(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=run_as_it_is))
+    monkeypatch.setattr(decoding_step, "choose_compile", lambda *args: (True, ""))
+    if not packs:
+        monkeypatch.setattr(decoding, "can_pack", lambda dtype: False)
+    model = make_model()
+    engine = Engine(model, tokenizer, compile=True)
+    assert isinstance(engine._run_step, decoding_step.CompiledStep) and len(graphs) == 2
+    check_compiled(engine, model)
+    assert engine._run_step.works and len(graphs) == 2
+
+
+@pytest.mark.slow
+def test_compiled_step_equals_naive(tokenizer):
+    model = make_model()
+    engine = Engine(model, tokenizer, compile=True)
+    check_compiled(engine, model)
+    assert engine._run_step.works
+
+
+@pytest.mark.parametrize("fails", ["torch.compile", "nanochat.compilation.probe_compiler"])
+def test_step_that_cannot_be_compiled_runs_eagerly_and_says_so_once(tokenizer, monkeypatch, capsys, fails):
+    def refuse(*args):
+        raise RuntimeError("no compiler")
+    monkeypatch.setattr("nanochat.compilation.remove_broken_kernels", lambda: 0)
+    monkeypatch.setattr("nanochat.compilation.probe_compiler", lambda device: "")
+    monkeypatch.setattr(fails, (lambda *args, **kwargs: refuse) if fails == "torch.compile" else lambda device: "none")
+    model = make_model()
+    check_compiled(Engine(model, tokenizer, compile=True), model)
+    assert capsys.readouterr().out.count("decoding eagerly: ") == 1
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
@@ -418,6 +468,32 @@ def test_interrupted_step_reads_everything_again(tokenizer, monkeypatch):
         events += engine.step()
     assert {event.request_id for event in events} == {request_id}
     assert get_tokens(events) == list(model.generate(prompt, 20, temperature=0))
+
+
+@pytest.mark.parametrize("fails, waits", [("__init__", [0, 1, 2]), ("add_rows", [1, 2]), ("copy_row", [1])])
+def test_requests_wait_on_where_there_is_no_memory_for_a_row(tokenizer, monkeypatch, fails, waits):
+    """The second prompt waits for the first one's tokens, the third for a row of its own."""
+    def refuse(*args):
+        raise MemoryError
+    monkeypatch.setattr("nanochat.engine.PREFILL_TOKENS", 20)
+    model, shared = make_model(torch.float64), make_prompt(40)
+    prompts = [[*shared, 1], [*shared, 2], make_prompt(9, seed=1)]
+    engine = Engine(model, tokenizer)
+    engine.chat_tokens = NO_CHAT_TOKENS
+    events, ids = [], [engine.submit(Request(prompts[0], 5, 0))]
+    if fails != "__init__":
+        events += engine.step()
+    ids += [engine.submit(Request(prompt, 5, 0)) for prompt in prompts[1:]]
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(KVCache, fails, refuse)
+        while engine.has_work():
+            events += engine.step()
+    assert [generation.id for generation in engine.waiting] == [ids[i] for i in waits]
+    while engine.has_work():
+        events += engine.step()
+    for request_id, prompt in zip(ids, prompts, strict=True):
+        tokens = [event.token for event in events if event.request_id == request_id]
+        assert tokens == list(model.generate(prompt, 5, temperature=0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -42,6 +42,14 @@ def test_random_weights(tmp_path, capsys):
     assert "of limit" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_compiled(capsys):
+    report = infer_bench.main(["--depth", "1", "--vocab-size", "128", "--max-seq-len", "64", "--rows", "1", "--compile",
+                               *SMALL])
+    assert report["results"][0]["decode_tokens_per_sec"] > 0
+    assert "eagerly" not in capsys.readouterr().out
+
+
 def test_trained_model(tmp_path):
     tokenizer = RustBPETokenizer(SPLIT_PATTERN, {bytes([byte]): byte for byte in range(256)},
                                  {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
