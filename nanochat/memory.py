@@ -16,6 +16,7 @@ has check_memory, nor on several ranks. Needs no torch, but to ask a GPU what it
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -161,8 +162,9 @@ def get_max_micro_tokens(device_type: str) -> int:
 
 
 def list_divisors(number: int) -> list[int]:
-    """Ascending."""
-    return [n for n in range(1, number + 1) if number % n == 0]
+    """Ascending; of a huge number, too."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def rows_or_auto(text: str) -> int | str:

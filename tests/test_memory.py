@@ -18,6 +18,7 @@ from nanochat.memory import (
     get_max_micro_tokens,
     get_usable_frac,
     largest_micro_rows,
+    list_divisors,
     measure_free_bytes,
     predict_memory,
     read_available_bytes,
@@ -138,6 +139,12 @@ def test_checkpoint_of_a_cpu_takes_its_memory():
     limit_bytes = on_cpu.needed / get_usable_frac(cpu)
     assert largest_micro_rows(config, 512, cpu, limit_bytes + 1, 4) == 4
     assert largest_micro_rows(config, 512, cpu, limit_bytes - 1, 4) < 4
+
+
+def test_divisors_of_a_huge_number_take_no_time():
+    """A mistyped --total-batch-size must not hang."""
+    assert [list_divisors(n) for n in (1, 12, 49, 97)] == [[1], [1, 2, 3, 4, 6, 12], [1, 7, 49], [1, 97]]
+    assert len(list_divisors(2**44)) == 45
 
 
 def test_rows_or_auto():
