@@ -15,6 +15,7 @@ has check_memory, nor on several ranks. Needs no torch, but to ask a GPU what it
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 from dataclasses import dataclass
@@ -169,7 +170,10 @@ def list_divisors(number: int) -> list[int]:
 
 def rows_or_auto(text: str) -> int | str:
     """The value of --device-batch-size."""
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be a number of rows, or auto") from None
 
 
 def measure_free_bytes(device: torch.device) -> int | None:

@@ -1,5 +1,6 @@
 """Predicted memory: equal to counted tensors over many shapes, never too many rows, the same constants as elsewhere."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -149,7 +150,7 @@ def test_divisors_of_a_huge_number_take_no_time():
 
 def test_rows_or_auto():
     assert rows_or_auto("auto") == "auto" and rows_or_auto("16") == 16
-    with pytest.raises(ValueError):
+    with pytest.raises(argparse.ArgumentTypeError, match="many must be a number of rows, or auto"):
         rows_or_auto("many")
 
 
