@@ -285,6 +285,13 @@ def test_plan_refuses_in_one_sentence(argv, message):
         plan.main(argv)
 
 
+def test_plan_says_what_its_memory_was_compared_with(capsys):
+    plan.main(["--depth", "4", "--gpu", "cpu", "--tflops", "1", "--gb", "8"])
+    assert "predicted, compared with tensors counted one by one; the process grows" in capsys.readouterr().out
+    plan.main(["--depth", "4"])
+    assert "predicted, not yet compared with a GPU." in capsys.readouterr().out
+
+
 def test_plan_of_an_unknown_gpu_that_is_described(capsys):
     run = plan.main(["--gpu", "wonder", "--tflops", "100", "--gb", "48", "--mfu", "25", "--depth", "12"])["runs"][0]
     assert run["mfu"] == 0.25 and run["hours"] == pytest.approx(run["plan"]["total_flops"] / 0.25e14 / 3600)
