@@ -364,6 +364,15 @@ def test_log_keeps_what_a_resumed_run_will_not_write_again(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path) if line["kind"] == "eval"] == [2]
 
 
+def test_log_of_a_resumed_run_tells_what_was_predicted_when_it_began(tmp_path):
+    """And what each part after that decided and predicted, such as with half the rows."""
+    RunLog(tmp_path, {"predicted": 10, "decisions": ["a"], "params": 1}, Ranks()).close("stopped")
+    RunLog(tmp_path, {"predicted": 5, "decisions": ["b"], "params": 1}, Ranks(), resume_step=3).close("finished")
+    info = json.loads((tmp_path / "run.json").read_text())
+    assert info["predicted"] == 10 and info["decisions"] == ["a"]
+    assert info["resumed"] == [{"step": 3, "decisions": ["b"], "predicted": 5}]
+
+
 def test_log_survives_a_torn_last_line(tmp_path):
     log = RunLog(tmp_path, {}, Ranks())
     log.write("train", 1, loss=1.0)
