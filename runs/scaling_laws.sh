@@ -30,10 +30,11 @@ else
     horizon="--target-param-data-ratio $RATIO"
     grid="depth=$DEPTHS" flags=$horizon
 fi
-num_shards=${NUM_SHARDS:-$(python -m scripts.plan --depth ${DEPTHS//,/ } --max-seq-len "$SEQ_LEN" \
-    --vocab-size "$VOCAB_SIZE" $horizon --shards)}
 case $DATA in
-    climbmix | fineweb-edu) python -m nanochat.dataset --source "$DATA" -n "$num_shards" -w 8 ;;
+    climbmix | fineweb-edu)
+        num_shards=${NUM_SHARDS:-$(python -m scripts.plan --depth ${DEPTHS//,/ } --max-seq-len "$SEQ_LEN" \
+            --vocab-size "$VOCAB_SIZE" $horizon --shards)}
+        python -m nanochat.dataset --source "$DATA" -n "$num_shards" -w 8 ;;
     python-docs) python -m nanochat.dataset --source python-docs ;;
 esac
 python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-chars "$TOK_CHARS" --name "$NAME"

@@ -38,9 +38,11 @@ launch() {    # a module on every GPU, with its flags; torchrun reads those befo
     fi
 }
 
-num_shards=${NUM_SHARDS:-$(python -m scripts.plan --depth "$DEPTH" --target-param-data-ratio "$RATIO" \
-    --max-seq-len "$SEQ_LEN" --vocab-size "$VOCAB_SIZE" --shards)}
-case $DATA in climbmix | fineweb-edu) python -m nanochat.dataset --source "$DATA" -n "$num_shards" -w 8 ;; esac
+case $DATA in climbmix | fineweb-edu)
+    num_shards=${NUM_SHARDS:-$(python -m scripts.plan --depth "$DEPTH" --target-param-data-ratio "$RATIO" \
+        --max-seq-len "$SEQ_LEN" --vocab-size "$VOCAB_SIZE" --shards)}
+    python -m nanochat.dataset --source "$DATA" -n "$num_shards" -w 8 ;;
+esac
 python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-chars "$TOK_CHARS" --name "$NAME"
 python -m scripts.tok_eval --data "$DATA" --name "$NAME"
 launch scripts.base_train --data "$DATA" --tokenizer "$NAME" --model-tag "$NAME" --run "$RUN" --depth "$DEPTH" \
