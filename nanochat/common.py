@@ -78,9 +78,9 @@ def run_script(main: Callable[[list[str] | None], object]) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed; CUDA's allocator has an error of its own, others and its libraries only a text."""
-    texts = ("can't allocate memory", "backend out of memory", "CUDA error: out of memory",
-             "CUBLAS_STATUS_ALLOC_FAILED")
+    """Whether an allocation failed; CUDA's allocator has an error of its own, which the compiler wraps into another,
+    and others and its libraries only a text."""
+    texts = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or \
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 

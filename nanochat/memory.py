@@ -15,7 +15,9 @@ has check_memory, nor on several ranks. Needs no torch, but to ask a GPU what it
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -161,13 +163,17 @@ def get_max_micro_tokens(device_type: str) -> int:
 
 
 def list_divisors(number: int) -> list[int]:
-    """Ascending."""
-    return [n for n in range(1, number + 1) if number % n == 0]
+    """Ascending; of a huge number, too."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def rows_or_auto(text: str) -> int | str:
     """The value of --device-batch-size."""
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be a number of rows, or auto") from None
 
 
 def measure_free_bytes(device: torch.device) -> int | None:

@@ -69,6 +69,9 @@ def read_run_folders(folder: Path, notes: list[str]) -> list[tuple[str, dict]]:
         if info.get("stage") != "base":
             notes.append(f"{name} is left out: it isn't a pretraining run.")
             continue
+        if missing := sorted({"args", "plan", "params"} - info.keys()):
+            notes.append(f"{name} is left out: its run.json has no {' and no '.join(missing)}.")
+            continue
         plan, last_step = info["plan"], info["plan"]["num_iterations"]
         val = get_series(group_metrics(path.parent / "metrics.jsonl"), "eval", "val_bpb")
         if info.get("status") != "finished" or not val or val[-1][0] != last_step:

@@ -198,7 +198,8 @@ def choose_micro_rows(wanted: int | str, kept: int | None, kept_why: str, rows_p
     def predict(rows: int) -> int:
         return predict_memory(config, T, rows, compute, rows_per_rank // rows).needed
     divisors, max_tokens = list_divisors(rows_per_rank), get_max_micro_tokens(compute.device_type)
-    rows = largest_micro_rows(config, T, compute, free_bytes, rows_per_rank) or 1
+    fitting = largest_micro_rows(config, T, compute, free_bytes, rows_per_rank)
+    rows = fitting or 1
     if wanted != "auto":
         if wanted not in divisors:
             raise UserError(f"--device-batch-size {wanted} must divide the {rows_per_rank} rows of a step on each rank;"
@@ -209,6 +210,8 @@ def choose_micro_rows(wanted: int | str, kept: int | None, kept_why: str, rows_p
         rows, why = kept, kept_why
     elif kept in divisors:
         why = f"{kept} {kept_why} would need {predict(kept) / GIB:.2f} GiB"
+    elif not fitting:
+        why = "the fewest there are"
     elif rows == rows_per_rank:
         why = "all of a step"
     elif divisors[divisors.index(rows) + 1] * T > max_tokens:

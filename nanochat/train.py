@@ -247,12 +247,12 @@ class RunLog:
 
 
 def continue_info(info: dict, run_dir: Path, step: int) -> dict:
-    """run.json of a run that goes on: it began when it began, and each part keeps its command and decisions."""
+    """run.json of a run that goes on: it began when it began; each part keeps what was said when it began."""
     try:
         before = json.loads((run_dir / "run.json").read_text())
     except (FileNotFoundError, ValueError):
         return info
-    own_keys = ("created", "argv", "decisions", "environment")
+    own_keys = ("created", "argv", "decisions", "predicted", "environment")
     part = {"step": step, **{key: info[key] for key in own_keys if key in info}}
     return {**info, **{key: before[key] for key in own_keys if key in before},
             "resumed": [*before.get("resumed", []), part]}

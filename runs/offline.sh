@@ -31,10 +31,12 @@ EXTRA=${EXTRA:-}                         # more flags for scripts.base_train
 SFT_EXTRA=${SFT_EXTRA:-}                 # more flags for scripts.chat_sft
 CHAT_EVAL_EXTRA=${CHAT_EVAL_EXTRA:-}     # more flags for scripts.chat_eval
 
-if [[ ! -d $DATA_DIR/pretrain ]]; then
-    echo "error: DATA_DIR=$DATA_DIR has no folder pretrain/; see the top of runs/offline.sh for what it must hold" >&2
-    exit 2
-fi
+for part in pretrain sft/chat_train.jsonl.gz; do    # now, not after the base model
+    if [[ ! -e $DATA_DIR/$part ]]; then
+        echo "error: DATA_DIR=$DATA_DIR has no $part; see the top of runs/offline.sh for what it must hold" >&2
+        exit 2
+    fi
+done
 DATA_DIR=$(cd "$DATA_DIR" && pwd)
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

@@ -30,8 +30,8 @@ METRICS = {"val_bpb": ("eval", "val_bpb"), "train_loss": ("train", "loss_smooth"
 LABELS = {"val_bpb": "validation bits per byte", "train_loss": "train loss, nats per token"}
 # Arguments that two runs of one kind may differ in: names, what is looked at and saved, and what continues a run
 IGNORED_ARGS = {"run", "model_tag", "seed", "eval_every", "eval_tokens", "core_metric_every",
-                "core_metric_max_per_task", "sample_every", "save_every", "save_every_minutes", "keep_last", "resume",
-                "stop_at"}
+                "core_metric_max_per_task", "sample_every", "save_every", "save_every_minutes", "keep_last",
+                "keep_every", "resume", "stop_at"}
 
 
 @dataclass(frozen=True)

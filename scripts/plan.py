@@ -98,8 +98,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
     add("--attention", choices=("auto", "fa3", "flex", "blocks", "sdpa"), default="auto")
     add("--compile", choices=("on", "off"), default="on")
-    add("--json", action="store_true", help="print JSON instead of a table")
-    add("--shards", action="store_true", help="print only the climbmix shards that the largest reader needs")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    output.add_argument("--shards", action="store_true",
+                        help="print only the climbmix shards that the largest reader needs")
     args = parser.parse_args(argv)
     for flag, value in (("--nproc", args.nproc), ("--vocab-size", args.vocab_size), ("--tflops", args.tflops),
                         ("--gb", args.gb), ("--mfu", args.mfu), ("--max-hours", args.max_hours),
@@ -292,8 +294,10 @@ def print_notes(estimates: list[Estimate], hardware: Hardware, compute: Compute)
     """What the figures rest on."""
     print0(f"\nMFU: {estimates[0].mfu_source}.")
     print0("Time is training alone: evaluation, compiling and downloads come on top.")
+    compared = "compared with tensors counted one by one; the process grows by up to twice as much" \
+        if compute.device_type == "cpu" else "not yet compared with a GPU"
     print0(f"Memory: {compute.dtype}, attention {compute.attention}, {'' if compute.is_compiled else 'not '}compiled; "
-           "predicted, not yet compared with a GPU.")
+           f"predicted, {compared}.")
     print0(f"Shards: about {TOKENS_PER_SHARD / 1e6:.0f} M tokens each (assumption, for a vocabulary of 32K), and "
            f"{100 * (SPARE_DATA - 1):.0f}% to spare.")
 

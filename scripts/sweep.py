@@ -48,6 +48,7 @@ class Worker:
     """A process that trains."""
     point:   Point
     process: subprocess.Popen
+    before:  dict    # the run's run.json when the process was started
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -217,10 +218,11 @@ class Sweep:
         if self.args.nproc > 1:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                        f"--nproc-per-node={self.args.nproc}", "-m", module, "--", *point.flags]
+        before = self.read_info(point)
         with open(self.folder / "logs" / f"{point.tag}.log", "ab") as log:
             # a session of its own: Ctrl-C reaches this process alone, which then ends the runs in order
             process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
-        self.workers[slot] = Worker(point, process)
+        self.workers[slot] = Worker(point, process, before)
         self.report(point, "started")
 
     def settle(self, worker: Worker, told: bool) -> None:
@@ -231,14 +233,14 @@ class Sweep:
         elif told:
             self.pending.append(point)
         else:
-            self.info["failed"][point.tag] = self.find_reason(point, code)
+            self.info["failed"][point.tag] = self.find_reason(worker)
             self.save()
             self.report(point, f"failed: {self.info['failed'][point.tag]}")
 
-    def find_reason(self, point: Point, code: int) -> str:
-        """Why a run failed: what it recorded, else how its process ended and its last words."""
-        info = self.read_info(point)
-        if info.get("status") == "failed":
+    def find_reason(self, worker: Worker) -> str:
+        """Why a run failed: what it recorded this time, else how its process ended and its last words."""
+        point, code, info = worker.point, worker.process.returncode, self.read_info(worker.point)
+        if info.get("status") == "failed" and info != worker.before:
             return info["reason"]
         lines = (self.folder / "logs" / f"{point.tag}.log").read_text(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")

@@ -27,8 +27,9 @@ def write_run(base_dir: Path, tag: str, speed: float = 1.0, seed: int = 1, lr: f
     """A run whose loss after `steps` is 4 - speed * steps / 100 + shift: twice the speed is half the compute."""
     plan = make_plan(make_config(2, vocab_size=512, sequence_len=64), FLOPS_PER_TOKEN, num_iterations=NUM_STEPS,
                      batch_tokens=BATCH_TOKENS)
-    info = {"stage": stage, "args": {"seed": seed, "matrix_lr": lr, "model_tag": tag}, "plan": asdict(plan),
-            "data": {"hash": "d"}, "tokenizer": {"hash": "t"}, "environment": {"hardware": {"cpu": "x"}}}
+    info = {"stage": stage, "args": {"seed": seed, "matrix_lr": lr, "model_tag": tag, "keep_every": 9 * seed},
+            "plan": asdict(plan), "data": {"hash": "d"}, "tokenizer": {"hash": "t"},
+            "environment": {"hardware": {"cpu": "x"}}}
     with RunLog(base_dir / "runs" / stage / tag, info | changes, Ranks()) as log:
         for step in range(1, NUM_STEPS + 1):
             loss = 4 - speed * step / 100 + shift

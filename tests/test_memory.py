@@ -1,5 +1,6 @@
 """Predicted memory: equal to counted tensors over many shapes, never too many rows, the same constants as elsewhere."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from nanochat.memory import (
     get_max_micro_tokens,
     get_usable_frac,
     largest_micro_rows,
+    list_divisors,
     measure_free_bytes,
     predict_memory,
     read_available_bytes,
@@ -140,9 +142,15 @@ def test_checkpoint_of_a_cpu_takes_its_memory():
     assert largest_micro_rows(config, 512, cpu, limit_bytes - 1, 4) < 4
 
 
+def test_divisors_of_a_huge_number_take_no_time():
+    """A mistyped --total-batch-size must not hang."""
+    assert [list_divisors(n) for n in (1, 12, 49, 97)] == [[1], [1, 2, 3, 4, 6, 12], [1, 7, 49], [1, 97]]
+    assert len(list_divisors(2**44)) == 45
+
+
 def test_rows_or_auto():
     assert rows_or_auto("auto") == "auto" and rows_or_auto("16") == 16
-    with pytest.raises(ValueError):
+    with pytest.raises(argparse.ArgumentTypeError, match="many must be a number of rows, or auto"):
         rows_or_auto("many")
 
 
@@ -275,6 +283,13 @@ def test_plan_for_a_budget_takes_the_deepest_that_meets_it():
 def test_plan_refuses_in_one_sentence(argv, message):
     with pytest.raises(UserError, match=message):
         plan.main(argv)
+
+
+def test_plan_says_what_its_memory_was_compared_with(capsys):
+    plan.main(["--depth", "4", "--gpu", "cpu", "--tflops", "1", "--gb", "8"])
+    assert "predicted, compared with tensors counted one by one; the process grows" in capsys.readouterr().out
+    plan.main(["--depth", "4"])
+    assert "predicted, not yet compared with a GPU." in capsys.readouterr().out
 
 
 def test_plan_of_an_unknown_gpu_that_is_described(capsys):

@@ -132,6 +132,23 @@ def test_run1000_costs_what_it_says(capsys):
     assert f"${run['dollars']:.0f} for the base model" in recipe and run["dollars"] < 1000
 
 
+@pytest.mark.parametrize("recipe", ["speedrun.sh", "scaling_laws.sh"])
+def test_only_a_download_is_planned(recipe, tmp_path):
+    """Each call of Python is noted, and answered with 7, as if that many shards were needed."""
+    shutil.copytree(REPO_DIR / "runs", tmp_path / "runs")
+    (tmp_path / "runs" / "setup.sh").write_text("set -euo pipefail\n")
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/$DATA"\necho 7\n')
+    (tmp_path / "python").chmod(0o755)
+    for data in ("climbmix", "own"):
+        env = os.environ | TOY | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": data, "NPROC": "1"}
+        subprocess.run(["bash", f"{tmp_path}/runs/{recipe}"], env=env, stdout=subprocess.DEVNULL, check=True)
+    commands = {data: (tmp_path / data).read_text().splitlines() for data in ("climbmix", "own")}
+    assert commands["climbmix"][0].startswith("-m scripts.plan ") and " --shards" in commands["climbmix"][0]
+    assert commands["climbmix"][1] == "-m nanochat.dataset --source climbmix -n 7 -w 8"
+    assert commands["own"][0].startswith("-m scripts.tok_train --data own ")
+    assert len(commands["own"]) == len(commands["climbmix"]) - 2
+
+
 SWEEP_EXTRA = "--aspect-ratio 32 --head-dim 16 --eval-tokens 2048 --dtype float32 --device-type cpu " \
               "--total-batch-size 512"
 
@@ -176,6 +193,15 @@ def write_folder(folder):
     write_bundle(folder / "bundle")
     (folder / "core").mkdir()
     shutil.make_archive(folder / "core" / "eval_bundle_dev", "zip", folder / "bundle")
+
+
+@pytest.mark.parametrize("missing", ["pretrain", "sft/chat_train.jsonl.gz"])
+def test_offline_says_at_once_what_its_folder_lacks(missing, tmp_path):
+    for part in {"pretrain", "sft/chat_train.jsonl.gz"} - {missing}:
+        (tmp_path / part).mkdir(parents=True)
+    env = os.environ | {"DATA_DIR": str(tmp_path), "NANOCHAT_BASE_DIR": str(tmp_path / "base")}
+    done = subprocess.run(["bash", "runs/offline.sh"], cwd=REPO_DIR, env=env, text=True, capture_output=True)
+    assert done.returncode == 2 and f"DATA_DIR={tmp_path} has no {missing}; see the top of" in done.stderr
 
 
 @pytest.mark.slow

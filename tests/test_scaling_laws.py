@@ -255,11 +255,14 @@ def test_run_folders(tmp_path):
     write_run(tmp_path / "died", 12, 1e18, status="failed")
     write_run(tmp_path / "blown", 12, 1e18, loss=float("nan"))
     write_run(tmp_path / "sft", 12, 1e18, stage="sft")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "run.json").write_text('{"stage": "base", "status": "finished", "params": {}}')
     results = scaling_laws.main([str(tmp_path), "--out", str(tmp_path / "out")])
     assert results["num_runs"] == 12
-    assert results["notes"][:3] == ["blown is left out: it has no validation loss at its last step.",
+    assert results["notes"][:4] == ["blown is left out: it has no validation loss at its last step.",
                                     "died is left out: it is failed, not finished.",
-                                    "sft is left out: it isn't a pretraining run."]
+                                    "sft is left out: it isn't a pretraining run.",
+                                    "torn is left out: its run.json has no args and no plan."]
     fit = results["laws"]["transformer + head"]["fits"]["params"]
     assert fit["exponent"] == pytest.approx(CHINCHILLA.get_exponents()[0], abs=0.1)    # the grid isn't centered
     assert results["parametric"]["alpha"] == pytest.approx(CHINCHILLA.alpha, rel=0.01)

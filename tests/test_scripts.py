@@ -310,7 +310,8 @@ def test_rows_follow_free_memory(base_dir, capsys):
             patch.setattr(stage, "measure_free_bytes", lambda device: free_bytes)
             run_dir = train("roomy", *more)["run_dir"]
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rows of a micro-batch: ")]
-        return lines[-1].removeprefix("rows of a micro-batch: "), read_info(run_dir)["predicted"]
+        part = read_info(run_dir).get("resumed", [read_info(run_dir)])[-1]
+        return lines[-1].removeprefix("rows of a micro-batch: "), part["predicted"]
     line, predicted = train_with(2**30, "--stop-at", "1")
     assert re.fullmatch(r"8 \(all of a step: 0\.0\d of 1\.00 GiB predicted; 1 a step\)", line)
     all_bytes = predicted["peak_memory_bytes"]  # with what this process had before

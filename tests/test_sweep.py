@@ -132,6 +132,15 @@ def test_failed_runs_are_recorded_skipped_and_retried(base_dir, capsys, monkeypa
     assert notes[0] == "bad-depth0 is left out: exit code 2 (error: no model has --depth 0)."
 
 
+def test_a_retry_that_fails_early_does_not_repeat_the_reason_before(monkeypatch):
+    monkeypatch.setattr(sweep.subprocess, "Popen", FakeRun)
+    run_dir = get_run_dir("base", "again-depth0")
+    run_dir.mkdir(parents=True)
+    (run_dir / "run.json").write_text(json.dumps({"status": "failed", "reason": "the loss is nan"}))
+    failed = sweep.main(["--name", "again", "--grid", "depth=0,1"])["failed"]
+    assert failed == {"again-depth0": "exit code 2 (error: no model has --depth 0)"}
+
+
 def test_sweep_of_failures_only_says_so_and_its_grid_can_be_corrected(monkeypatch):
     monkeypatch.setattr(sweep.subprocess, "Popen", FakeRun)
     with pytest.raises(UserError, match="all 1 runs of the sweep typo failed; .*logs has what they printed"):

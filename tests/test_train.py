@@ -213,7 +213,8 @@ def test_non_finite_gradient_stops_the_run():
 @pytest.mark.parametrize(("kind", "text"), [
     (torch.OutOfMemoryError, "CUDA out of memory.\nmore"), (MemoryError, ""),
     (RuntimeError, "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"),
-    (RuntimeError, "MPS backend out of memory (MPS allocated: 5 GB)")])
+    (RuntimeError, "MPS backend out of memory (MPS allocated: 5 GB)"),
+    (RuntimeError, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")])  # as torch's compiler wraps it
 def test_step_without_memory_changes_nothing(kind, text):
     """In the third of four micro-batches; what the first two have left is gone, and the step can be taken again."""
     model, other = make_model(), make_model()
@@ -362,6 +363,15 @@ def test_log_keeps_what_a_resumed_run_will_not_write_again(tmp_path):
     train = [(line["step"], line["loss"]) for line in read_metrics(tmp_path) if line["kind"] == "train"]
     assert train == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
     assert [line["step"] for line in read_metrics(tmp_path) if line["kind"] == "eval"] == [2]
+
+
+def test_log_of_a_resumed_run_tells_what_was_predicted_when_it_began(tmp_path):
+    """And what each part after that decided and predicted, such as with half the rows."""
+    RunLog(tmp_path, {"predicted": 10, "decisions": ["a"], "params": 1}, Ranks()).close("stopped")
+    RunLog(tmp_path, {"predicted": 5, "decisions": ["b"], "params": 1}, Ranks(), resume_step=3).close("finished")
+    info = json.loads((tmp_path / "run.json").read_text())
+    assert info["predicted"] == 10 and info["decisions"] == ["a"]
+    assert info["resumed"] == [{"step": 3, "decisions": ["b"], "predicted": 5}]
 
 
 def test_log_survives_a_torn_last_line(tmp_path):
@@ -534,7 +544,8 @@ def test_micro_rows_are_what_fits_and_pays():
         assert rows % chosen == 0 and chosen <= 16 and "of an unknown number GiB predicted" in why
     assert choose("auto", 4, None, T=10**6)[0] == 1  # one row always has to fit
     rows, why = choose("auto", 8, MIB)
-    assert rows == 1 and re.fullmatch(r"largest that fits: [\d.]+ of 0.00 GiB predicted and may not fit; 8 a step", why)
+    assert rows == 1
+    assert re.fullmatch(r"the fewest there are: [\d.]+ of 0.00 GiB predicted and may not fit; 8 a step", why)
 
 
 def test_micro_rows_that_are_asked_for_or_kept():
