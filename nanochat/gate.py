@@ -74,11 +74,12 @@ class Gate:
             self.log(**fields, ms=round((time.perf_counter() - start) * 1e3, 1), **record)
 
     def _check_host(self, scope: Scope) -> None:
-        """A foreign page whose name is made to point at this machine could else read a keyless server's answers."""
-        if not self.hosts:
-            return
+        """A foreign page whose name is made to point at this machine could else read a keyless server's answers.
+
+        Every browser sends the name that it knows; a client that sends none is no browser.
+        """
         host = re.sub(r":[0-9]*$", "", dict(scope["headers"]).get(b"host", b"").decode("latin-1")).lower()
-        if host not in self.hosts:
+        if self.hosts and host and host not in self.hosts:
             raise ApiError(403, f"this server is for its own machine, as {' or '.join(self.hosts)}; under another name "
                            "it needs an API key: start it with --api-key-file", code="foreign_host")
 
