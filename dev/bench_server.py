@@ -44,6 +44,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--prompt-chars", type=int, default=200, help="length of a question, about")
     add("--max-tokens", type=int, default=128, help="length of an answer")
     add("--workers", type=int, default=1, help="engine processes")
+    add("--compile", action="store_true", help="as chat_web --compile")
     add("--dtype", default="auto")
     add("--device-type", default="")
     args = parser.parse_args(argv)
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> dict:
         command = ["env", f"NANOCHAT_BASE_DIR={folder}", sys.executable, "-m", "scripts.chat_web", "-i", "sft",
                    "-p", "0", "-d", args.dtype, "--workers", str(args.workers), "--max-rows", str(args.clients)]
         command += ["--device-type", args.device_type] if args.device_type else []
+        command += ["--compile"] if args.compile else []
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             port = read_port(server)

@@ -184,6 +184,20 @@ def test_mistakes_end_with_one_sentence(base_dir, monkeypatch, tmp_path):
             chat_web.main(argv)
 
 
+def test_flags_reach_the_engine(base_dir, monkeypatch):
+    made = []
+
+    def stop_here(start, *args):
+        made.append(start.keywords["settings"])
+        raise UserError("seen")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
+    monkeypatch.setattr(chat_web, "EnginePool", stop_here)
+    with pytest.raises(UserError, match="seen"):
+        chat_web.main(["-i", "rl", "-p", "0", "-d", "float32", "--device-type", "cpu", "--workers", "2",
+                       "--max-rows", "4", "--compile"])
+    assert made[0] == EngineSettings("rl", "toy", 3, "float32", "cpu", max_rows=4, num_workers=2, compile=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Long ones
 
