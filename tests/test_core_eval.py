@@ -492,7 +492,7 @@ ODD_DATA = "eval_data/group/odd.jsonl"
 
 
 @pytest.mark.parametrize("name, old, new, expected", [
-    ("core.yaml", "", None, "there is no .*core.yaml; download https://.*eval_bundle.zip and unpack it to"),
+    ("core.yaml", "", None, "there is no .*core.yaml; fetch them with .*--fetch, or unpack https://.*zip to"),
     ("core.yaml", "icl_tasks:", "icl_tasks: [", "core.yaml is damaged"),
     ("core.yaml", "icl_tasks:", "other:", "core.yaml is damaged .*icl_tasks"),
     ("core.yaml", "icl_task_type: schema", "icl_task_type: chat", "the type of dogs is 'chat', which is none of multi"),

@@ -8,6 +8,7 @@ import torch
 
 from dev import bench_gqa, show_attention, show_loss_grid, show_memory
 from dev.bench_memory import measure_step
+from nanochat import flash_attention
 from nanochat.common import UserError
 from nanochat.config import GPTConfig
 from nanochat.flash_attention import flash_attn, plain_attention
@@ -43,7 +44,8 @@ def make_memory_config(depth: int) -> GPTConfig:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_by_part(dtype):
+def test_memory_by_part(dtype, monkeypatch):
+    monkeypatch.setattr(flash_attention, "_override_impl", "sdpa")    # a test before this one may have chosen another
     config, compute = make_memory_config(3), Compute(dtype, "sdpa", is_compiled=False, device_type="cpu")
     measured = show_memory.record_step(config, 256, 2, getattr(torch, dtype))
     total = max(sum(parts.values()) for _, parts in measured)
