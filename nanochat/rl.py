@@ -27,10 +27,11 @@ from nanochat.common import Ranks, UserError
 from nanochat.cross_entropy import LOGIT_SOFTCAP
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
+from nanochat.optim import MuonAdamW
 from nanochat.train import Batch, sum_over_ranks
 
 PASS_AT = (1, 4, 16)       # k of pass@k
-ENTROPY_TOKENS = 1024      # whose logits are in memory at once
+PROBE_TOKENS = 1024        # at least one answer's, whose distributions are compared before and after a step
 SAMPLE_ROWS = {"cpu": 64}  # answers that are written at once where nobody says better, by device
 DEFAULT_SAMPLE_ROWS = 256
 # Rows are padded to a multiple of this; where kernels are made for a length, few lengths matter more than padding
@@ -176,19 +177,51 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def choose_probe(groups: Sequence[Sequence[Answer]]) -> list[Answer]:
+    """One answer to each question, a fair sample of them all at a fraction of a step's cost; some, if they are long."""
+    probe, num_tokens = [], 0
+    for answer, *_ in groups:
+        num_tokens += sum(answer.masks)
+        if probe and num_tokens > PROBE_TOKENS:
+            break
+        probe.append(answer)
+    return probe
+
+
 @torch.no_grad()
-def sum_entropy(model: GPT, batch: Batch, micro_rows: int) -> float:
-    """Entropy of the distributions that the targets were sampled from, in nats, summed over the targets."""
-    total = 0.0
+def compute_logprobs(model: GPT, batch: Batch, micro_rows: int) -> Tensor:
+    """The distributions that the targets were sampled from, as the model has them now: logarithms, (targets, V)."""
+    chunks = []
     for micro in Batch.split(batch, micro_rows):
         micro = micro.to(model.get_device())
         x = model.forward_trunk(micro.inputs)[micro.targets >= 0]  # (targets, C)
-        for chunk in x.split(ENTROPY_TOKENS):
-            logits = model.lm_head(chunk)[:, :model.config.vocab_size]  # (chunk, V)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            logprobs = (LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP)).log_softmax(dim=-1)
-            total -= float((logprobs.exp() * logprobs).sum())
-    return total
+        logits = model.lm_head(x)[:, :model.config.vocab_size]     # (targets, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        chunks.append((LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP)).log_softmax(dim=-1))
+    return torch.cat(chunks)
+
+
+def sum_entropy(logprobs: Tensor) -> float:
+    """Entropy of distributions (targets, V), in nats, summed."""
+    return -float((logprobs.exp() * logprobs).sum())
+
+
+def sum_kl(before: Tensor, after: Tensor) -> float:
+    """By how much distributions (targets, V) have moved, in nats, summed: KL(before || after)."""
+    return float((before.exp() * (before - after)).sum())
+
+
+def keep_matrices(optimizer: MuonAdamW) -> MuonAdamW:
+    """The optimizer of the transformer's matrices alone; all other parameters are frozen.
+
+    Adam divides a gradient by its own size. Most of what a few answers say of embeddings, head and scalars is noise,
+    which thereby becomes a step of full size (dev/LOG.md, 2026-11-21).
+    """
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            param.requires_grad_(group["kind"] == "muon")
+    return MuonAdamW([group for group in optimizer.param_groups if group["kind"] == "muon"], optimizer.names,
+                     optimizer.matmul_dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,11 +269,20 @@ class Rollouts:
         rewards = torch.tensor([[answer.reward for answer in group] for group in groups], dtype=torch.float64)
         answers = [answer for group in groups for answer in group]
         sample_sec = time.perf_counter() - start_time
-        # one answer to each question is a fair sample of them all, and costs a fraction of the step
-        probe = make_batch([group[0] for group in groups], [0.0] * len(groups), self.length_multiple)
-        entropy = sum_entropy(model, probe, self.micro_rows)
-        self._count(groups, probe, entropy, sample_sec, model.get_device())
+        probe = choose_probe(groups)
+        self.probe = make_batch(probe, [0.0] * len(probe), self.length_multiple)
+        self.probe_logprobs = compute_logprobs(model, self.probe, self.micro_rows)
+        self._count(groups, sample_sec, model.get_device())
         return make_batch(answers, compute_advantages(rewards).flatten().tolist(), self.length_multiple)
+
+    def measure_step(self, model: GPT) -> None:
+        """Add to `stats` how far the step moved the policy, in nats an answer. Collective: all ranks call it.
+
+        What is healthy is an assumption, not studied: hundredths of a nat; above tenths, rewards fell.
+        """
+        kl = sum_kl(self.probe_logprobs, compute_logprobs(model, self.probe, self.micro_rows))
+        kl, num_answers = add_up([kl, len(self.probe.inputs)], model.get_device())
+        self.stats["kl_nats"] = kl / num_answers
 
     def get_values(self, step_sec: float) -> dict:
         """What is logged of a step that took so long. The tokens are those of prompts and answers, without padding."""
@@ -248,8 +290,7 @@ class Rollouts:
         return {**self.stats, "tokens": self.num_tokens, "tokens_per_sec": row_tokens / step_sec,
                 "train_tokens_per_sec": row_tokens / train_sec, "mfu_pct": None}
 
-    def _count(self, groups: list[list[Answer]], probe: Batch, entropy: float, sample_sec: float,
-               device: torch.device) -> None:
+    def _count(self, groups: list[list[Answer]], sample_sec: float, device: torch.device) -> None:
         """Set `stats`."""
         answers = [answer for group in groups for answer in group]
         equal = sum(len({answer.reward for answer in group}) == 1 for group in groups)
@@ -257,7 +298,8 @@ class Rollouts:
         sums = [len(groups), len(answers), sum(answer.reward for answer in answers),
                 sum(answer.is_truncated for answer in answers),
                 sum(len(answer.tokens) - answer.num_prompt for answer in answers),
-                sum(len(answer.tokens) for answer in answers), equal, entropy, int((probe.targets >= 0).sum()),
+                sum(len(answer.tokens) for answer in answers), equal, sum_entropy(self.probe_logprobs),
+                len(self.probe_logprobs),
                 *sum_pass_at(groups, pass_at)]
         (num_groups, num_answers, reward, truncated, answer_tokens, row_tokens, equal, entropy, probe_tokens,
          *passed) = add_up(sums, device)

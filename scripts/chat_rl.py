@@ -4,12 +4,13 @@
     python -m scripts.chat_rl -a Arithmetic:2000 SpellingBee:500 # tasks that need no download
     torchrun --nproc_per_node=8 -m scripts.chat_rl -i mid        # straight from a midtrained model, on 8 GPUs
 
-Begins with that run's weights and learning rates, but not with its optimizer state. Each step asks some questions, has
-each answered several times, and learns from all the answers at once. The same command again continues a run that was
-stopped or killed. State: $NANOCHAT_BASE_DIR/runs/rl/<tag>/.
+Begins with that run's weights and learning rate, but not with its optimizer state, and trains the blocks' matrices
+alone. Each step asks some questions, has each answered several times, and learns from all the answers at once. The same
+command again continues a run that was stopped or killed. State: $NANOCHAT_BASE_DIR/runs/rl/<tag>/.
 """
 
 import argparse
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -40,6 +41,7 @@ from nanochat.rl import (
     Rollouts,
     evaluate_answers,
     get_length_multiple,
+    keep_matrices,
     make_questions,
     round_up,
 )
@@ -86,8 +88,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     # horizon and learning rates
     add("--num-epochs", type=int, default=1, help="times that each question is asked")
     add("--num-iterations", type=int, help="optimizer steps, instead of whole epochs")
-    add("--init-lr-frac", type=float, default=0.05, help="part of the source's learning rates, without its own such "
-        "part, to begin with; they fall to 0")
+    add("--init-lr-frac", type=float, default=0.05, help="part of the source's learning rate, without its own such "
+        "part, to begin with; it falls to 0")
     add("--eval-examples", type=int, default=200, help="held-out questions of each task in an evaluation")
     add("--eval-samples", type=int, default=4, help="answers to each of them at temperature 1, beside the greedy one")
     add_stage_args(parser, eval_every=60, sample_every=10, has_rows=False)
@@ -98,6 +100,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         ("--eval-examples", args.eval_examples), ("--eval-samples", args.eval_samples)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value} must be at least 1")
+    if not 0 < args.init_lr_frac < math.inf:
+        raise UserError(f"--init-lr-frac {args.init_lr_frac:g} must be above 0")
     return args
 
 
@@ -215,8 +219,8 @@ def begin(args: argparse.Namespace, argv: list[str], device: torch.device, ranks
                  wandb_name="" if args.run == "dummy" else args.run)
     print_plan(info, run_dir, step)
     print0(f"begun with {source.stage} {source.run_dir.name}, step {source.step}: its model and x{args.init_lr_frac:g} "
-           f"of its learning rates, falling to 0; optimizer state anew\na step: {args.examples_per_step} questions x "
-           f"{args.num_samples} answers of at most {max_new_tokens} tokens")
+           f"of its learning rates, falling to 0; only the blocks' matrices learn\n"
+           f"a step: {args.examples_per_step} questions x {args.num_samples} answers of up to {max_new_tokens} tokens")
     return RLRun(step, last_step, saved, plan, machine, tokenizer, rollouts, held_out, model, optimizer, scaler, meta,
                  saver, log, Progress(plan, machine.peak_flops, saved.get("progress")), start_time)
 
@@ -225,14 +229,19 @@ def load_policy(config: GPTConfig, machine: Machine, seed: int, plan: Plan, iden
                 checkpoint: Checkpoint | None) -> tuple[GPT, MuonAdamW, LossScaler | None]:
     """Model, optimizer and loss scaler as RL's own checkpoint left them; or the source's weights. Collective.
 
-    A new run's optimizer is new, too: the source's moments are of another loss. Muon would make of the old momentum a
-    step of full size in its direction, and Adam divide small new gradients by the root of large old ones.
+    A new run's optimizer is new, too: Muon would make of the source's momentum a step of full size in its direction.
     """
     settings = {"weight_decay": plan.weight_decay, "batch_lr_scale": plan.batch_lr_scale,
                 **{name: identity[name] for name in LR_NAMES}}
-    model, optimizer, scaler = make_model(config, machine, seed, settings, checkpoint)
+    model, optimizer, scaler = make_model(config, machine, seed, settings, None)
+    optimizer = keep_matrices(optimizer)
+    optimizer.get_named_state()  # made now, as make_model does: an update that runs out of memory can't be survived
     if checkpoint is None:
         checkpoints.load_weights(model, source.run_dir, source.step)
+        return model, optimizer, scaler
+    checkpoints.restore(checkpoint.run_dir, checkpoint.step, model, optimizer)
+    if scaler and checkpoint.meta["scaler"]:
+        vars(scaler).update(checkpoint.meta["scaler"])
     return model, optimizer, scaler
 
 
@@ -290,6 +299,7 @@ def train(args: argparse.Namespace, run: RLRun) -> dict:
                 continue
             run.rollouts.micro_rows = machine.micro_rows
             stats.check_finite(step)
+            run.rollouts.measure_step(model)
             step += 1
             values = run.progress.update(stats, time.perf_counter() - step_start) | {"lr_frac": lr_frac}
             values |= run.rollouts.get_values(values["step_ms"] / 1e3)
@@ -328,8 +338,9 @@ def format_line(step: int, plan: Plan, progress: Progress, values: dict) -> str:
                          if key.startswith("pass_at_"))
     return (f"step {step:05d}/{plan.num_iterations:05d} | reward {values['reward']:.3f} | {pass_at} "
             f"| {values['answer_tokens']:.0f} tokens an answer | entropy {values['entropy_nats']:.3f} "
-            f"| cut {values['truncated_frac']:.1%} | even {values['zero_variance_frac']:.1%} "
-            f"| grad {values['grad_norm']:.3f} | lr x{values['lr_frac']:.3f} | {values['step_ms']:.0f} ms, "
+            f"| moved {values['kl_nats']:.3f} | cut {values['truncated_frac']:.1%} "
+            f"| even {values['zero_variance_frac']:.1%} | grad {values['grad_norm']:.3f} "
+            f"| lr x{values['lr_frac']:.3f} | {values['step_ms']:.0f} ms, "
             f"{values['sample_sec'] * 1e3:.0f} of them sampling at {values['sample_tokens_per_sec']:,.0f} tok/s "
             f"| {left_min:.1f} min left" + (f" | SKIPPED: {values['skipped']}" if values["skipped"] else ""))
 
