@@ -404,7 +404,7 @@ def start_command(*words):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_download_is_continued(hub, base_dir, number):
     hub.files["shard_00000.parquet"] = pad_shard(hub.files["shard_00000.parquet"])
-    hub.delay_seconds = 0.05
+    hub.delay_seconds = 0.2
     process = start_command("--source", "climbmix", "-n", "1", "-w", "1")
     part = base_dir / "data" / "climbmix" / "shard_00000.parquet.part"
     deadline = time.monotonic() + 60
