@@ -4,7 +4,8 @@
     python -m dev.bench_server --clients 32 --depth 12 --device-type cuda --dtype bfloat16
 
 Starts scripts.chat_web on this machine with a model of random weights and asks it over the network of this machine.
-The clients begin over the first second, as people do, and each asks its next question when it has its answer.
+The clients begin over the first second, as people do, and each asks its next question when it has its answer. Tokens
+per second are those of the time when all of them were at work.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,10 +59,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Timing:
-    """One request, as its client saw it."""
-    first_token_sec: float
-    total_sec:       float
-    num_tokens:      int
+    """One request, as its client saw it; times in seconds of one clock."""
+    start:       float
+    first_token: float
+    end:         float
+    num_tokens:  int
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -74,6 +77,7 @@ def main(argv: list[str] | None = None) -> dict:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             port = read_port(server)
+            threading.Thread(target=server.stdout.read, daemon=True).start()  # a full pipe would stop it in its log
             return asyncio.run(measure(args, port))
         finally:
             server.terminate()
@@ -121,19 +125,16 @@ async def measure(args: argparse.Namespace, port: int) -> dict:
         await asyncio.sleep(delay_sec)
         return [await ask(port, question, args.max_tokens) for question in questions]
 
-    async def load(num_clients: int, num_requests: int) -> tuple[list[Timing], float]:
-        start = time.perf_counter()
-        timings = await asyncio.gather(*(client(make_questions(num_requests), RAMP_SEC * i / num_clients)
-                                         for i in range(num_clients)))
-        return sum(timings, []), time.perf_counter() - start
+    async def load(num_clients: int, num_requests: int) -> list[list[Timing]]:
+        return await asyncio.gather(*(client(make_questions(num_requests), RAMP_SEC * i / num_clients)
+                                      for i in range(num_clients)))
     await load(1, 2)
     await load(args.clients, 1)  # the cache takes the size that it keeps
-    results: dict[int, list[tuple[list[Timing], float]]] = {1: [], args.clients: []}
+    results: dict[int, list[list[list[Timing]]]] = {1: [], args.clients: []}
     for _ in range(ROUNDS):  # in turn, so that other work on this machine meets both
         results[1].append(await load(1, args.requests))
         results[args.clients].append(await load(args.clients, args.requests))
-    rows = [describe(num_clients, sum((timings for timings, _ in rounds), []), sum(seconds for _, seconds in rounds))
-            for num_clients, rounds in results.items()]
+    rows = [describe(num_clients, rounds) for num_clients, rounds in results.items()]
     print_table(list(rows[0]), [list(row.values()) for row in rows])
     alone, together = rows
     ratios = {"tokens_per_sec_ratio": together["tokens/s"] / alone["tokens/s"],
@@ -153,22 +154,33 @@ async def ask(port: int, question: str, max_tokens: int) -> Timing:
                  f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
     while line := await reader.readline():
         if first is None and b'"delta": {"content": "' in line:
-            first = time.perf_counter() - start
+            first = time.perf_counter()
         if line.startswith(b"data: {"):
             last_line = line
     writer.close()
     usage = json.loads(last_line.removeprefix(b"data: ")).get("usage")
     if first is None or not usage:
         raise UserError(f"the server gave no answer: {last_line.decode() or 'nothing'}")
-    return Timing(first, time.perf_counter() - start, usage["completion_tokens"])
+    return Timing(start, first, time.perf_counter(), usage["completion_tokens"])
 
 
-def describe(num_clients: int, timings: list[Timing], seconds: float) -> dict:
-    """One line of the table."""
-    first = compute_percentiles([timing.first_token_sec for timing in timings])
-    num_tokens = sum(timing.num_tokens for timing in timings)
-    token_sec = mean((timing.total_sec - timing.first_token_sec) / timing.num_tokens for timing in timings)
-    return {"clients": num_clients, "requests": len(timings), "tokens": num_tokens, "tokens/s": num_tokens / seconds,
+def count_together(clients: list[list[Timing]]) -> tuple[float, float]:
+    """Tokens while all clients were at work, and for how long; of a request partly inside, in proportion to its time."""
+    start, end = max(client[0].start for client in clients), min(client[-1].end for client in clients)
+    if start >= end:
+        raise UserError("the clients were never at work all at once; give --requests or --max-tokens a larger number")
+    return sum(timing.num_tokens * max(0.0, min(timing.end, end) - max(timing.start, start))
+               / (timing.end - timing.start) for client in clients for timing in client), end - start
+
+
+def describe(num_clients: int, rounds: list[list[list[Timing]]]) -> dict:
+    """One line of the table, from the timings of each client in each round."""
+    timings = [timing for clients in rounds for client in clients for timing in client]
+    first = compute_percentiles([timing.first_token - timing.start for timing in timings])
+    token_sec = mean((timing.end - timing.first_token) / timing.num_tokens for timing in timings)
+    counts, seconds = zip(*(count_together(clients) for clients in rounds), strict=True)
+    return {"clients": num_clients, "requests": len(timings), "tokens": sum(timing.num_tokens for timing in timings),
+            "tokens/s": sum(counts) / sum(seconds),
             "first p50 ms": first["p50"], "first p95 ms": first["p95"], "token ms": token_sec * 1e3}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nanochat.common import print0
 from nanochat.compilation import choose_compile
+from nanochat.cross_entropy import LOGIT_SOFTCAP
 from nanochat.decoding import CPUModel, PackedLinear, get_cache_dtype
 from nanochat.gpt import GPT, NORM_EPS, QK_SCALE, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, norm
 from nanochat.kv_cache import KVCache
@@ -113,10 +114,13 @@ class CompiledLinear(nn.Module):
         """(scale * x) through the layer, in the dtype of x: (B, C) -> (B, N)"""
         if x.size(0) == 1:
             return (self.weight.to(x.dtype) * x).sum(-1)[None] * scale
-        h = (x * scale).to(self.weight.dtype)
+        return self.multiply((x * scale).to(self.weight.dtype)).to(x.dtype)
+
+    def multiply(self, h: Tensor) -> Tensor:
+        """The layer itself, for any number of rows."""
         if self.number is None:
-            return self.layer(h).to(x.dtype)
-        return torch.ops.nanochat.packed_linear(h, self.number, self.weight.size(0)).to(x.dtype)
+            return self.layer(h)
+        return torch.ops.nanochat.packed_linear(h, self.number, self.weight.size(0))
 
 
 def find_scale(x: Tensor) -> Tensor:
@@ -138,12 +142,14 @@ class CompiledStep:
         self.works = True
         self.layers = [tuple(CompiledLinear(layer) for layer in (block.c_qkv, block.c_proj, block.mlp_fc,
                                                                  block.mlp_proj)) for block in model.transformer.h]
+        self.lm_head = CompiledLinear(model.lm_head)
         torch._dynamo.config.recompile_limit = 64  # every engine has its own graphs
-        self.compute = torch.compile(self._compute, fullgraph=True)
+        self.compute = torch.compile(self._compute, fullgraph=True, options={
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})  # the model stays what it is
         config = model.config
         for num_rows in (1, 2):  # of a cache with room for more of everything, so that no stride follows from sizes
             cache = KVCache(num_rows + 1, config.n_kv_head, 8, config.head_dim, config.n_layer, torch.device("cpu"),
-                            get_cache_dtype(model))
+                            get_cache_dtype(model, is_compiled=True))
             cache.last_embed = torch.zeros(num_rows + 1, 1, config.n_embd, dtype=model.compute_dtype)
             self(torch.zeros(num_rows, 1, dtype=torch.long), cache.view_rows(0, num_rows, 3))
 
@@ -158,7 +164,7 @@ class CompiledStep:
         for tensor, dims in ((k_cache, (1, 2)), (v_cache, (1, 2)), (ids, 0), (lengths, 0), (last_embed, 0)):
             torch._dynamo.maybe_mark_dynamic(tensor, dims)
         try:
-            h, keys, values, embed = self.compute(ids, k_cache, v_cache, lengths, last_embed)
+            logits, keys, values, embed = self.compute(ids, k_cache, v_cache, lengths, last_embed)
         except RuntimeError as error:
             self.works = False
             print0(f"decoding eagerly: the step can't be compiled ({(str(error).splitlines() or [''])[0][:200]})")
@@ -167,7 +173,7 @@ class CompiledStep:
         cache.k_cache[:, rows, lengths], cache.v_cache[:, rows, lengths] = keys, values
         cache.set_last_embed(embed[:, None])
         cache.advance(1)
-        return self.model.unembed(h)
+        return logits
 
     def _compute(self, ids: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor,
                  last_embed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -197,7 +203,9 @@ class CompiledStep:
             new_values.append(v)
             middle = x if i == config.n_layer // 2 else middle
         x = x - model.backout * middle
-        return ((x * find_scale(x)).to(model.compute_dtype), torch.stack(new_keys), torch.stack(new_values), embed)
+        new_keys, new_values = (torch.stack(new).to(k_cache.dtype) for new in (new_keys, new_values))
+        logits = self.lm_head.multiply((x * find_scale(x)).to(model.compute_dtype))[:, :config.vocab_size].to(dtype)
+        return 2 * LOGIT_SOFTCAP * torch.sigmoid(2 / LOGIT_SOFTCAP * logits) - LOGIT_SOFTCAP, new_keys, new_values, embed
 
     def _rotate(self, qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, (H + 2 Hk) * D) -> normed, rotated queries and keys, and values: (B, H or Hk, D)"""
@@ -218,11 +226,11 @@ def attend_before(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Ten
     Hk, D = k.shape[1:]
     q = (q * (QK_SCALE**2 / D**0.5)).view(-1, Hk, q.size(1) // Hk, D)  # (B, Hk, G, D)
     own = (q * k[:, :, None]).sum(-1, keepdim=True)                    # (B, Hk, G, 1)
-    scores = (q[:, None] * k_cache[:, :, :, None]).sum(-1).permute(0, 2, 3, 1)  # (B, Hk, G, keys)
+    scores = (q[:, None] * k_cache[:, :, :, None].to(q.dtype)).sum(-1).permute(0, 2, 3, 1)  # (B, Hk, G, keys)
     scores = torch.where(mask, scores, -float("inf"))
     largest = torch.maximum(scores.amax(dim=-1, keepdim=True), own)
     weights, own_weight = torch.exp(scores - largest), torch.exp(own - largest)
-    y = (weights[..., None] * v_cache.transpose(1, 2)[:, :, None]).sum(3) + own_weight * v[:, :, None]
+    y = (weights[..., None] * v_cache.to(q.dtype).transpose(1, 2)[:, :, None]).sum(3) + own_weight * v[:, :, None]
     return (y / (weights.sum(-1, keepdim=True) + own_weight)).flatten(1)
 
 

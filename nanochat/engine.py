@@ -33,7 +33,7 @@ from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.decoding import copy_for_decoding, get_cache_dtype
-from nanochat.decoding_step import make_step
+from nanochat.decoding_step import CompiledStep, make_step
 from nanochat.gpt import GPT, norm
 from nanochat.kv_cache import KVCache
 from nanochat.request import ChatTokens, Event, Generation, Logprobs, Request
@@ -207,7 +207,7 @@ class Engine:
         if self.cache is None:
             num_tokens = min(len(generation.tokens) + HEADROOM_TOKENS, generation.max_length)
             cache = KVCache(num_new, config.n_kv_head, num_tokens, config.head_dim, config.n_layer, self.device,
-                            get_cache_dtype(self.model))
+                            get_cache_dtype(self.model, isinstance(self._run_step, CompiledStep)))
             cache.last_embed = torch.zeros(num_new, 1, config.n_embd, device=self.device,
                                            dtype=self.model.compute_dtype)
             self.cache = cache

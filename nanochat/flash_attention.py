@@ -306,7 +306,7 @@ def find_cached_keys(cache_seqlens: Tensor, num_queries: int, num_new: int, wind
 
     num_groups: query heads of a key/value head
     capacity:   tokens that the cache has room for
-    dtype:      of the cache
+    dtype:      that the scores are computed in
     """
     T, device = num_queries, cache_seqlens.device
     # Reading lengths back makes a GPU wait, so only others look at just the part of the cache that is in use
@@ -332,7 +332,7 @@ def find_cached_keys(cache_seqlens: Tensor, num_queries: int, num_new: int, wind
 
 def attend_to_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
                     keys: CachedKeys, scale: float | None = None) -> Tensor:
-    """flash_attn_with_kvcache by torch's own attention, in the cache's dtype, which the result has.
+    """flash_attn_with_kvcache by torch's own attention, in the wider dtype of q and the cache, which the result has.
 
     scale: of the scores, 1 / sqrt(D) if None
     """
@@ -345,8 +345,9 @@ def attend_to_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | Non
         rows = torch.arange(B, device=q.device)[:, None]
         k_cache[rows, keys.positions], v_cache[rows, keys.positions] = k.to(k_cache.dtype), v.to(v_cache.dtype)
     # The query heads that share a key/value head become more queries of that head: no copy of the cache is made
-    grouped = q.view(B, T, Hk, G, D).permute(0, 2, 3, 1, 4).reshape(B, Hk, G * T, D).to(k_cache.dtype)
-    k, v = (cache[:, keys.first:keys.end].transpose(1, 2) for cache in (k_cache, v_cache))  # (B, Hk, keys, D)
+    dtype = torch.promote_types(q.dtype, k_cache.dtype)
+    grouped = q.view(B, T, Hk, G, D).permute(0, 2, 3, 1, 4).reshape(B, Hk, G * T, D).to(dtype)
+    k, v = (cache[:, keys.first:keys.end].to(dtype).transpose(1, 2) for cache in (k_cache, v_cache))  # (B, Hk, keys, D)
     y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=keys.mask, scale=scale)
     return y.view(B, Hk, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
@@ -356,5 +357,5 @@ def _cached_sdpa(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, 
     """Attention on a cache, each row with its own length."""
     num_new = q.size(1) if k is not None else 0  # else the new tokens are in the cache already
     keys = find_cached_keys(cache_seqlens, q.size(1), num_new, window, q.size(2) // k_cache.size(2), k_cache.size(1),
-                            k_cache.dtype)
+                            torch.promote_types(q.dtype, k_cache.dtype))
     return attend_to_cache(q, k_cache, v_cache, k, v, keys).to(q.dtype)

@@ -19,7 +19,8 @@ from nanochat.common import UserError
 MIN_TEMPERATURE = 1e-30  # what is colder is as good as 0, and dividing by it might overflow
 BLOCK_TOKENS = 128       # of the vocabulary that are summed up, or searched, at once
 MIN_BLOCK_ROWS = 4       # for which a search by blocks is worth its more operations
-TOP_P_CANDIDATES = 1024  # of which the sum is tried first: sorting a whole vocabulary takes a millisecond or two
+NUM_CANDIDATES = (64, 256, 1024)  # of the likeliest, in turn: sorting a whole vocabulary takes a millisecond or two
+MAX_TIES = 14            # with the last of top-k that are expected: bf16 has many equal logits
 
 @dataclass(frozen=True)
 class Sampling:
@@ -38,6 +39,10 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} must be above 0 and at most 1")
 
+    def is_limited(self) -> bool:
+        """Whether it leaves anything out."""
+        return bool(self.top_k) or self.top_p is not None and self.top_p < 1
+
 
 def draw_uniform(sampling: Sampling, token_idx: int) -> float:
     """The random number in [0, 1) of a sample's token; hashed, so that neighbouring seeds have nothing in common."""
@@ -50,25 +55,28 @@ def sample_rows(logits: Tensor, samplings: Sequence[Sampling], token_idxs: Seque
 
     token_idxs: which token of its sample each row is about to get
     """
-    random = [i for i, sampling in enumerate(samplings) if sampling.temperature > 0]
-    if not random:
-        return find_likeliest(logits)
-    chosen = [samplings[i] for i in random]
-    rows = torch.tensor(random, device=logits.device)
+    greedy, among_all, among_likeliest = [], [], []
+    for i, sampling in enumerate(samplings):
+        rows = greedy if sampling.temperature == 0 else among_likeliest if sampling.is_limited() else among_all
+        rows.append(i)
+    tokens = find_likeliest(logits) if greedy else logits.new_empty(len(logits), dtype=torch.long)
+    for rows, sample in ((among_all, sample_among_all), (among_likeliest, sample_among_likeliest)):
+        if rows:
+            idx = torch.tensor(rows, device=logits.device)
+            draws = [draw_uniform(samplings[i], token_idxs[i]) for i in rows]
+            tokens[idx] = sample(logits if len(rows) == len(logits) else logits[idx], [samplings[i] for i in rows],
+                                 make_column(draws, logits.device))
+    return tokens
 
-    def column(values: list[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits.device)[:, None]  # (random rows, 1)
-    random_logits = logits if len(random) == len(logits) else logits[rows]
-    temperatures = [max(sampling.temperature, MIN_TEMPERATURE) for sampling in chosen]
-    if set(temperatures) != {1.0}:
-        random_logits = random_logits / column(temperatures, logits.dtype)
-    probs = F.softmax(random_logits, dim=-1)
-    filter_probs(probs, chosen)
-    draws = [draw_uniform(samplings[i], token_idxs[i]) for i in random]
-    tokens = invert_distribution(probs, column(draws, torch.float64))
-    if len(random) == len(logits):
-        return tokens
-    return find_likeliest(logits).index_copy(0, rows, tokens)
+
+def make_column(values: Sequence[float], device: torch.device) -> Tensor:
+    """(B, 1) in fp64."""
+    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+
+
+def get_temperatures(samplings: Sequence[Sampling], like: Tensor) -> Tensor:
+    """(B, 1) of the device and dtype of `like`."""
+    return make_column([max(sampling.temperature, MIN_TEMPERATURE) for sampling in samplings], like.device).to(like)
 
 
 def find_likeliest(logits: Tensor) -> Tensor:
@@ -84,36 +92,72 @@ def find_likeliest(logits: Tensor) -> Tensor:
     return block * BLOCK_TOKENS + blocks[rows, block].argmax(dim=-1)
 
 
-def invert_distribution(probs: Tensor, draws: Tensor) -> Tensor:
-    """The token at which each row's summed probabilities (B, V) pass the draw (B, 1) in [0, 1) of their total -> (B,).
+def sample_among_all(logits: Tensor, samplings: Sequence[Sampling], draws: Tensor) -> Tensor:
+    """The token at which each row's summed probabilities pass its draw (B, 1) in [0, 1) -> (B,).
 
     Sums of blocks first, then within one block: summing up the whole vocabulary takes far longer.
     """
+    if any(sampling.temperature != 1 for sampling in samplings):
+        logits = logits / get_temperatures(samplings, logits)
+    probs = F.softmax(logits, dim=-1)
     B, V = probs.shape
     if V % BLOCK_TOKENS:
         probs = F.pad(probs, (0, -V % BLOCK_TOKENS))
     blocks = probs.view(B, -1, BLOCK_TOKENS)
-
-    def find(cumulative: Tensor, target: Tensor) -> Tensor:  # rounding must not lead past the last token
-        return torch.searchsorted(cumulative, torch.minimum(target, cumulative[:, -1:] * (1 - 2**-50)), right=True)
     ends = blocks.sum(dim=-1).double().cumsum(dim=-1)  # (B, blocks)
     target = draws * ends[:, -1:]
-    block = find(ends, target)  # (B, 1)
+    block = find_passing(ends, target)  # (B, 1)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK_TOKENS)).squeeze(1).double().cumsum(dim=-1)
     rest = (target - ends.gather(1, block) + inside[:, -1:]).clamp(min=0)
-    return (block * BLOCK_TOKENS + find(inside, rest)).squeeze(1)
+    return (block * BLOCK_TOKENS + find_passing(inside, rest)).squeeze(1)
 
 
-def filter_probs(probs: Tensor, samplings: Sequence[Sampling]) -> None:
-    """Set to zero, in place, what top-k and top-p leave out; what remains isn't normalised again."""
-    for row, sampling in zip(probs, samplings, strict=True):
-        k = sampling.top_k if sampling.top_k and sampling.top_k < len(row) else None
-        if k:
-            row.masked_fill_(row < row.topk(k).values[-1], 0)
-        if sampling.top_p is not None and sampling.top_p < 1:
-            wanted = sampling.top_p * row.sum(dtype=torch.float64)
-            likeliest = row.topk(min(k or TOP_P_CANDIDATES, len(row))).values
-            if likeliest.sum(dtype=torch.float64) < wanted:
-                likeliest = row.sort(descending=True).values
-            num_kept = int((likeliest.cumsum(0, dtype=torch.float64) < wanted).sum()) + 1
-            row.masked_fill_(row < likeliest[min(num_kept, len(likeliest)) - 1], 0)
+def sample_among_likeliest(logits: Tensor, samplings: Sequence[Sampling], draws: Tensor) -> Tensor:
+    """The same where each row has a top-k or a top-p: looks at a row's likeliest first, at the others if it must."""
+    V = logits.size(1)
+    top_ks = [min(sampling.top_k or V, V) for sampling in samplings]
+    largest_k = max((k for k in top_ks if k < V), default=0)
+    for num_candidates in (n for n in NUM_CANDIDATES if largest_k + MAX_TIES <= n < V):
+        values, tokens = logits.topk(num_candidates)  # (B, candidates), the likeliest first
+        lowest = find_lowest(logits, values, top_ks, samplings)
+        if (values[:, -1:] < lowest).all():  # all that belong to them are among these
+            tokens, order = tokens.sort(dim=-1)  # the vocabulary's order: that of topk leaves ties open
+            values = values.gather(1, order)
+            break
+    else:
+        lowest = find_lowest(logits, logits.sort(descending=True).values, top_ks, samplings)
+        values, tokens = logits, torch.arange(V, device=logits.device).expand_as(logits)
+    weights = find_weights(values, logits, samplings) * (values >= lowest)
+    ends = weights.cumsum(dim=-1, dtype=torch.float64)
+    return tokens.gather(1, find_passing(ends, draws * ends[:, -1:])).squeeze(1)
+
+
+def find_lowest(logits: Tensor, values: Tensor, top_ks: Sequence[int], samplings: Sequence[Sampling]) -> Tensor:
+    """The least likely logit of each row that its top-k and top-p leave in -> (B, 1); the last value if it is below.
+
+    logits: (B, V); values: (B, N), the largest N of them in order; top_ks: V for none
+    """
+    V = logits.size(1)
+    ranks = torch.tensor(top_ks, device=logits.device)[:, None] - 1
+    lowest = torch.where(ranks < V - 1, values.gather(1, ranks.clamp(max=values.size(1) - 1)), -float("inf"))
+    if all(sampling.top_p is None for sampling in samplings):
+        return lowest
+    weights = find_weights(values, logits, samplings).double() * (values >= lowest)
+    mass = weights.sum(dim=-1, keepdim=True)
+    if V in top_ks:
+        whole = find_weights(logits, logits, samplings).sum(dim=-1, keepdim=True, dtype=mass.dtype)
+        mass = torch.where(ranks < V - 1, mass, whole)
+    wanted = mass * make_column([sampling.top_p or 1.0 for sampling in samplings], logits.device)
+    num_before = (weights.cumsum(dim=-1) < wanted).sum(dim=-1, keepdim=True)
+    return torch.maximum(lowest, values.gather(1, num_before.clamp(max=values.size(1) - 1)))
+
+
+def find_weights(values: Tensor, logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Probabilities of some of a row's logits, (B, N), in units of that of its likeliest."""
+    largest = logits.amax(dim=-1, keepdim=True)
+    return ((values - largest) / get_temperatures(samplings, values)).exp()
+
+
+def find_passing(cumulative: Tensor, target: Tensor) -> Tensor:
+    """Where cumulative (B, N) passes target (B, 1) -> (B, 1); rounding doesn't lead past the last that adds to it."""
+    return torch.searchsorted(cumulative, torch.minimum(target, cumulative[:, -1:] * (1 - 2**-50)), right=True)

@@ -1,5 +1,7 @@
 """Sampling: that tokens come with the frequency they should, each row by its own settings and random numbers."""
 
+import random
+
 import pytest
 import torch
 
@@ -23,6 +25,32 @@ def test_samples_follow_the_distribution(top_k, top_p, kept):
     expected /= expected.sum()
     frequency = torch.bincount(sampled, minlength=6) / num_rows
     assert ((frequency - expected).abs() <= 4 * (expected * (1 - expected) / num_rows).sqrt()).all()
+
+
+def sample_slowly(logits, sampling, token_idx):
+    """By the whole vocabulary of one row, in fp64."""
+    logits = logits.double()
+    probs = ((logits - logits.max()) / sampling.temperature).exp()
+    if sampling.top_k:
+        probs[logits < logits.sort(descending=True).values[:sampling.top_k][-1]] = 0
+    if sampling.top_p is not None:
+        ordered = probs.sort(descending=True).values
+        num_kept = int((ordered.cumsum(0) < sampling.top_p * ordered.sum()).sum()) + 1
+        probs[probs < ordered[min(num_kept, len(ordered)) - 1]] = 0
+    target = draw_uniform(sampling, token_idx) * float(probs.sum())
+    return next(token for token, end in enumerate(probs.cumsum(0).tolist()) if end > target)
+
+
+@pytest.mark.parametrize("vocab_size", [40, 1500, 4096])
+def test_samples_equal_those_of_the_slow_way(vocab_size):
+    """Also where many are equally likely, so that more than k are kept."""
+    rng = random.Random(vocab_size)
+    logits = torch.randn(120, vocab_size, generator=torch.Generator().manual_seed(0)).mul(3).bfloat16().float()
+    logits[::3] = logits[::3].round()
+    samplings = [Sampling(rng.choice((0.3, 1.0, 1.7)), rng.choice((None, 1, 2, 7, 50, 1200, 9999)),
+                          rng.choice((None, 0.05, 0.6, 0.99, 1.0)), seed=i) for i in range(120)]
+    expected = [sample_slowly(row, sampling, 5) for row, sampling in zip(logits, samplings, strict=True)]
+    assert sample_rows(logits, samplings, [5] * 120).tolist() == expected
 
 
 def test_top_p_of_a_flat_distribution_needs_more_than_the_first_candidates():
