@@ -1,7 +1,8 @@
 """How a server holds up: one client at a time against many at once, each reading its stream, in one run.
 
-    python -m dev.bench_server                              # depth 4, vocabulary 8,192, random weights, 16 clients
-    python -m dev.bench_server --clients 32 --depth 12 --device-type cuda --dtype bfloat16
+    python -m dev.bench_server                              # depth 12, random weights, 16 clients
+    python -m dev.bench_server --depth 4 --compile          # a small model, of which overhead is the larger part
+    python -m dev.bench_server --clients 64 --depth 24 --device-type cuda --dtype bfloat16
 
 Starts scripts.chat_web on this machine with a model of random weights and asks it over the network of this machine.
 The clients begin over the first second, as people do, and each asks its next question when it has its answer. Tokens
@@ -38,12 +39,12 @@ ROUNDS = 3      # of each load
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--depth", type=int, default=4)
-    add("--vocab-size", type=int, default=8192)
+    add("--depth", type=int, default=12)
+    add("--vocab-size", type=int, default=32768)
     add("--max-seq-len", type=int, default=1024, help="context in tokens")
     add("--clients", type=int, default=16, help="at once")
-    add("--requests", type=int, default=3, help="of each client in each of the rounds")
-    add("--prompt-chars", type=int, default=200, help="length of a question, about")
+    add("--requests", type=int, default=2, help="of each client in each of the rounds")
+    add("--prompt-tokens", type=int, default=60, help="length of a question: 60 are about 250 characters of English")
     add("--max-tokens", type=int, default=128, help="length of an answer")
     add("--workers", type=int, default=1, help="engine processes")
     add("--compile", action="store_true", help="as chat_web --compile")
@@ -52,8 +53,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.clients < 2:
         raise UserError("--clients must be 2 or more: one alone is measured anyway")
-    if min(args.requests, args.workers, args.max_tokens, args.prompt_chars) < 1:
-        raise UserError("--requests, --workers, --max-tokens and --prompt-chars must be 1 or more")
+    if min(args.requests, args.workers, args.max_tokens, args.prompt_tokens) < 1:
+        raise UserError("--requests, --workers, --max-tokens and --prompt-tokens must be 1 or more")
     return args
 
 
@@ -119,7 +120,7 @@ async def measure(args: argparse.Namespace, port: int) -> dict:
     rng = random.Random(0)
 
     def make_questions(number: int) -> list[str]:
-        return ["".join(rng.choices("abcdefgh ijklmnop", k=args.prompt_chars)) for _ in range(number)]
+        return ["".join(rng.choices("abcdefgh ijklmnop", k=args.prompt_tokens)) for _ in range(number)]  # one each
 
     async def client(questions: list[str], delay_sec: float) -> list[Timing]:
         await asyncio.sleep(delay_sec)
@@ -165,7 +166,7 @@ async def ask(port: int, question: str, max_tokens: int) -> Timing:
 
 
 def count_together(clients: list[list[Timing]]) -> tuple[float, float]:
-    """Tokens while all clients were at work, and for how long; of a request partly inside, in proportion to its time."""
+    """Tokens while all clients were at work, and seconds of that; a request counts by its part of its time inside."""
     start, end = max(client[0].start for client in clients), min(client[-1].end for client in clients)
     if start >= end:
         raise UserError("the clients were never at work all at once; give --requests or --max-tokens a larger number")

@@ -7,6 +7,7 @@ B rows, C channels, H query heads, Hk key/value heads, G query heads of each, D 
 
 import functools
 import itertools
+import types
 import weakref
 from collections.abc import Callable
 
@@ -100,27 +101,25 @@ def define_packed_product() -> torch.library.Library:
 class CompiledLinear(nn.Module):
     """A linear layer in a compiled graph: for one row a sum that its surroundings are fused with, else the layer."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, dtype: torch.dtype, is_fused: bool = True):
+        """dtype: of the layer; is_fused: False for the layer itself for one row, too, without a copy of its weights"""
         super().__init__()
-        self.layer, self.number = layer, None
+        self.layer, self.dtype, self.number, self.weight = layer, dtype, None, None
         if isinstance(layer, PackedLinear):
             define_packed_product()
-            self.number, self.weight = next(_packed_numbers), layer.packed.to_dense()
+            self.number, self.num_outputs = next(_packed_numbers), layer.packed.size(0)
             _packed_layers[self.number] = layer
-        else:
-            self.weight = layer.weight
+        if is_fused:
+            self.weight = layer.weight if self.number is None else layer.packed.to_dense()
 
     def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         """(scale * x) through the layer, in the dtype of x: (B, C) -> (B, N)"""
-        if x.size(0) == 1:
+        if x.size(0) == 1 and self.weight is not None:
             return (self.weight.to(x.dtype) * x).sum(-1)[None] * scale
-        return self.multiply((x * scale).to(self.weight.dtype)).to(x.dtype)
-
-    def multiply(self, h: Tensor) -> Tensor:
-        """The layer itself, for any number of rows."""
+        h = (x * scale).to(self.dtype)
         if self.number is None:
-            return self.layer(h)
-        return torch.ops.nanochat.packed_linear(h, self.number, self.weight.size(0))
+            return self.layer(h).to(x.dtype)
+        return torch.ops.nanochat.packed_linear(h, self.number, self.num_outputs).to(x.dtype)
 
 
 def find_scale(x: Tensor) -> Tensor:
@@ -129,7 +128,7 @@ def find_scale(x: Tensor) -> Tensor:
 
 
 class CompiledStep:
-    """One decoding step of CPUModel, of which all but the head is one compiled graph, for any number of rows and keys.
+    """One decoding step of CPUModel as one compiled graph, for any number of rows and keys.
 
     One row has a graph of its own. Both are compiled when this is made, in some seconds to half a minute, and serve
     from then on, however the cache grows. A graph only reads the cache; the new keys and values are written when it is
@@ -140,12 +139,15 @@ class CompiledStep:
     def __init__(self, model: CPUModel):
         self.model = model
         self.works = True
-        self.layers = [tuple(CompiledLinear(layer) for layer in (block.c_qkv, block.c_proj, block.mlp_fc,
-                                                                 block.mlp_proj)) for block in model.transformer.h]
-        self.lm_head = CompiledLinear(model.lm_head)
-        torch._dynamo.config.recompile_limit = 64  # every engine has its own graphs
-        self.compute = torch.compile(self._compute, fullgraph=True, options={
-            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})  # the model stays what it is
+        self.layers = [tuple(CompiledLinear(layer, model.compute_dtype) for layer in (
+            block.c_qkv, block.c_proj, block.mlp_fc, block.mlp_proj)) for block in model.transformer.h]
+        self.lm_head = CompiledLinear(model.lm_head, model.compute_dtype, is_fused=False)
+        # A graph belongs to a function's code, and its guards, which find out whose it is, take a tenth of a small step
+        # to check. So each engine has code of its own, and no guard looks at its model, which stays as it is.
+        code = CompiledStep._compute.__code__.replace()
+        compute = types.FunctionType(code, CompiledStep._compute.__globals__, "compute")
+        self.compute = torch.compile(types.MethodType(compute, self), fullgraph=True, options={
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
         config = model.config
         for num_rows in (1, 2):  # of a cache with room for more of everything, so that no stride follows from sizes
             cache = KVCache(num_rows + 1, config.n_kv_head, 8, config.head_dim, config.n_layer, torch.device("cpu"),
@@ -177,7 +179,7 @@ class CompiledStep:
 
     def _compute(self, ids: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor,
                  last_embed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B,) token ids -> (B, C) for the head, (layers, B, Hk, D) new keys and values, (B, C) embeddings."""
+        """(B,) token ids -> (B, V) logits, (layers, B, Hk, D) new keys and values, (B, C) embeddings."""
         model, config, dtype = self.model, self.model.config, self.model.wide_dtype
         embed = norm(model.transformer.wte.weight[ids].to(model.compute_dtype))  # (B, C)
         gate = torch.sigmoid((embed[:, :SMEAR_GATE_CHANNELS] * model.smear_gate.weight).to(dtype).sum(-1, keepdim=True))
@@ -204,8 +206,9 @@ class CompiledStep:
             middle = x if i == config.n_layer // 2 else middle
         x = x - model.backout * middle
         new_keys, new_values = (torch.stack(new).to(k_cache.dtype) for new in (new_keys, new_values))
-        logits = self.lm_head.multiply((x * find_scale(x)).to(model.compute_dtype))[:, :config.vocab_size].to(dtype)
-        return 2 * LOGIT_SOFTCAP * torch.sigmoid(2 / LOGIT_SOFTCAP * logits) - LOGIT_SOFTCAP, new_keys, new_values, embed
+        logits = self.lm_head(x, find_scale(x))[:, :config.vocab_size]
+        logits = 2 * LOGIT_SOFTCAP * torch.sigmoid(2 / LOGIT_SOFTCAP * logits) - LOGIT_SOFTCAP
+        return logits, new_keys, new_values, embed
 
     def _rotate(self, qkv: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, (H + 2 Hk) * D) -> normed, rotated queries and keys, and values: (B, H or Hk, D)"""

@@ -259,11 +259,12 @@ def test_compiled_step_equals_naive_and_is_compiled_but_twice(tokenizer, monkeyp
     monkeypatch.setattr(decoding_step, "choose_compile", lambda *args: (True, ""))
     if not packs:
         monkeypatch.setattr(decoding, "can_pack", lambda dtype: False)
-    model = make_model()
-    engine = Engine(model, tokenizer, compile=True)
-    assert isinstance(engine._run_step, decoding_step.CompiledStep) and len(graphs) == 2
-    check_compiled(engine, model)
-    assert engine._run_step.works and len(graphs) == 2
+    models = [make_model(seed=seed) for seed in range(2)]  # neither of two engines may take the other's graphs
+    engines = [Engine(model, tokenizer, compile=True) for model in models]
+    assert all(isinstance(engine._run_step, decoding_step.CompiledStep) for engine in engines) and len(graphs) == 4
+    for engine, model in zip(engines, models, strict=True):
+        check_compiled(engine, model)
+    assert all(engine._run_step.works for engine in engines) and len(graphs) == 4
 
 
 @pytest.mark.slow
