@@ -5,8 +5,9 @@
 
 One layer's attention call, without the projections around it. Decode: a new token of each row on its cache. Prefill: a
 whole prompt. The prediction is the bytes that each must read and write, at the rate at which this machine reads a large
-tensor, measured in the same rounds: where the time stays above it, something else is the limit. On a CPU the engine
-keeps its cache in fp32, so --dtype float32 is its case. Writes gqa.png, by default to $NANOCHAT_BASE_DIR/figures.
+tensor, measured in the same rounds: where the time stays above it, something else is the limit. On a CPU the eager
+engine keeps its cache in fp32, so --dtype float32 is its case. Writes gqa.png, by default to
+$NANOCHAT_BASE_DIR/figures.
 """
 
 import argparse

@@ -5,8 +5,8 @@
     python -m dev.bench_server --clients 64 --depth 24 --device-type cuda --dtype bfloat16
 
 Starts scripts.chat_web on this machine with a model of random weights and asks it over the network of this machine.
-The clients begin over the first second, as people do, and each asks its next question when it has its answer. Tokens
-per second are those of the time when all of them were at work.
+The clients begin one after the other, within the time that an answer takes, and each asks its next question when it has
+its answer. Tokens per second are those of the time when all of them were at work.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from nanochat.gpt import GPT
 from nanochat.scaling import make_config
 from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
-RAMP_SEC = 1.0  # over which the clients begin
 ROUNDS = 3      # of each load
 
 
@@ -86,8 +85,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def save_random_model(args: argparse.Namespace, base_dir: Path) -> None:
-    """A checkpoint whose tokens are bytes and pairs of bytes, none of which ends an answer."""
-    pairs = [bytes(pair) for pair in zip(*divmod_range(args.vocab_size - NUM_BYTES - len(SPECIAL_TOKENS)), strict=True)]
+    """A checkpoint whose tokens are bytes and pairs of bytes: none ends an answer, each letter of a question is one."""
+    pairs = [bytes((i // 128, 128 + i % 128)) for i in range(args.vocab_size - NUM_BYTES - len(SPECIAL_TOKENS))]
     ranks = {token: rank for rank, token in enumerate([bytes([byte]) for byte in range(NUM_BYTES)] + pairs)}
     tokenizer = RustBPETokenizer(SPLIT_PATTERN, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
     tokenizer.save(base_dir / "tokenizer" / "default")
@@ -100,11 +99,6 @@ def save_random_model(args: argparse.Namespace, base_dir: Path) -> None:
             torch.nn.init.normal_(param, std=0.02)
     meta = {"model_config": vars(config), "tokenizer": {"name": "default", "hash": tokenizer.hash}}
     save_checkpoint(base_dir / "runs" / "sft" / "bench", 0, model, model.setup_optimizer(), meta)
-
-
-def divmod_range(number: int) -> tuple[list[int], list[int]]:
-    """The bytes of the first `number` pairs."""
-    return [i // NUM_BYTES for i in range(number)], [i % NUM_BYTES for i in range(number)]
 
 
 def read_port(server: subprocess.Popen) -> int:
@@ -126,15 +120,16 @@ async def measure(args: argparse.Namespace, port: int) -> dict:
         await asyncio.sleep(delay_sec)
         return [await ask(port, question, args.max_tokens) for question in questions]
 
-    async def load(num_clients: int, num_requests: int) -> list[list[Timing]]:
-        return await asyncio.gather(*(client(make_questions(num_requests), RAMP_SEC * i / num_clients)
+    async def load(num_clients: int, num_requests: int, ramp_sec: float) -> list[list[Timing]]:
+        return await asyncio.gather(*(client(make_questions(num_requests), ramp_sec * i / num_clients)
                                       for i in range(num_clients)))
-    await load(1, 2)
-    await load(args.clients, 1)  # the cache takes the size that it keeps
+    ((_, timing),) = await load(1, 2, 0)
+    ramp_sec = timing.end - timing.start
+    await load(args.clients, 1, ramp_sec)  # the cache takes the size that it keeps
     results: dict[int, list[list[list[Timing]]]] = {1: [], args.clients: []}
     for _ in range(ROUNDS):  # in turn, so that other work on this machine meets both
-        results[1].append(await load(1, args.requests))
-        results[args.clients].append(await load(args.clients, args.requests))
+        results[1].append(await load(1, args.requests, 0))
+        results[args.clients].append(await load(args.clients, args.requests, ramp_sec))
     rows = [describe(num_clients, rounds) for num_clients, rounds in results.items()]
     print_table(list(rows[0]), [list(row.values()) for row in rows])
     alone, together = rows
@@ -160,16 +155,17 @@ async def ask(port: int, question: str, max_tokens: int) -> Timing:
             last_line = line
     writer.close()
     usage = json.loads(last_line.removeprefix(b"data: ")).get("usage")
-    if first is None or not usage:
+    end = time.perf_counter()
+    if not usage:
         raise UserError(f"the server gave no answer: {last_line.decode() or 'nothing'}")
-    return Timing(start, first, time.perf_counter(), usage["completion_tokens"])
+    return Timing(start, first or end, end, usage["completion_tokens"])  # a short answer may be no whole character
 
 
 def count_together(clients: list[list[Timing]]) -> tuple[float, float]:
     """Tokens while all clients were at work, and seconds of that; a request counts by its part of its time inside."""
     start, end = max(client[0].start for client in clients), min(client[-1].end for client in clients)
     if start >= end:
-        raise UserError("the clients were never at work all at once; give --requests or --max-tokens a larger number")
+        raise UserError("the clients were never at work all at once; give a larger --requests or --max-tokens")
     return sum(timing.num_tokens * max(0.0, min(timing.end, end) - max(timing.start, start))
                / (timing.end - timing.start) for client in clients for timing in client), end - start
 

@@ -6,6 +6,7 @@ Loading torch takes seconds, so it is imported where it is used: scripts.plan do
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING
 
 import filelock
 
+import nanochat
 from nanochat.gpus import find_gpu
 
 if TYPE_CHECKING:
@@ -48,7 +50,10 @@ def run_script(main: Callable[[list[str] | None], object]) -> None:
     try:
         main(None)
         if dist := get_process_group():
+            is_gloo = dist.get_backend() == "gloo"
             dist.destroy_process_group()
+            if is_gloo:  # which now and then aborts a process that takes itself apart (dev/LOG.md, 2026-11-21)
+                end_process()
     except UserError as error:
         exit_with(2, f"error: {error}")
     except KeyboardInterrupt:
@@ -91,6 +96,14 @@ def get_process_group():
     return dist if dist and dist.is_initialized() else None
 
 
+def end_process() -> None:
+    """End this process with exit code 0, without Python's own end, which takes all that is loaded apart."""
+    atexit._run_exitfuncs()  # the compiler's, which would leave processes and semaphores behind, wandb's
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def exit_with(code: int, message: str) -> None:
     """Print `message` to stderr and end this process with `code`."""
     sys.stderr.write(message + "\n")  # print writes the line's end by itself, and ranks share a terminal
@@ -117,6 +130,15 @@ def get_base_dir() -> Path:
 def get_hub_endpoint() -> str:
     """Where Hugging Face files are fetched from: $HF_ENDPOINT (a mirror), by default the hub itself."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def let_threads_spin() -> None:
+    """Let the threads of processes that are started from here on spin longer while they wait, unless a person chose.
+
+    Decoding's operations are shorter than training's, for which nanochat/__init__.py chooses (dev/LOG.md, 2026-11-21).
+    """
+    if nanochat.chose_spin_count:
+        os.environ["GOMP_SPINCOUNT"] = "2000"
 
 
 def get_worker_env(worker: int, num_workers: int, num_gpus: int) -> dict[str, str]:

@@ -132,7 +132,8 @@ class CompiledStep:
 
     One row has a graph of its own. Both are compiled when this is made, in some seconds to half a minute, and serve
     from then on, however the cache grows. A graph only reads the cache; the new keys and values are written when it is
-    done, so where it can't be compiled or run, which is said once, the step is done anew, eagerly.
+    done, so where it can't be compiled or run, which is said once, the step is done anew, eagerly (slower than a step
+    that was eager from the start, because of the cache's dtype).
     """
 
     @torch.inference_mode()
@@ -247,6 +248,9 @@ def make_step(model: GPT, compile: bool = False) -> Callable[[Tensor, KVCache], 
     if compile and isinstance(model, CPUModel):
         works, reason = choose_compile("auto", model.get_device(), None)
         if works:
-            return CompiledStep(model)
-        print0(f"decoding eagerly: {reason}")
+            step = CompiledStep(model)
+            if step.works:
+                return step
+        else:
+            print0(f"decoding eagerly: {reason}")
     return lambda idx, cache: model(idx, kv_cache=cache)[:, -1]

@@ -8,12 +8,10 @@
             {} each second from then on, also in the middle of a step: whoever falls silent is stuck
 """
 
-import atexit
 import contextlib
 import json
 import math
 import multiprocessing
-import os
 import queue
 import signal
 import threading
@@ -23,13 +21,11 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from nanochat import SPIN_COUNT
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import UserError, count_cpus, get_compute_dtype, init_compute
+from nanochat.common import UserError, count_cpus, end_process, get_compute_dtype, init_compute
 from nanochat.engine import Engine
 from nanochat.request import Event, Logprobs, Request, Usage
 
-DECODING_SPIN_COUNT = "2000"  # of threads that wait: decoding's operations are shorter than training's (dev/LOG.md)
 PULSE_SEC = 1.0     # between signs of life
 MAX_STEP_SEC = 300  # a step that takes longer is taken for one that never ends: assumption, 512 tokens of a prompt take
                     # a 2 B parameter model a minute on two cores
@@ -50,8 +46,6 @@ class EngineSettings:
 
 def start_process(worker_idx: int, settings: EngineSettings) -> tuple[Connection, multiprocessing.Process]:
     """Start an engine; returns our end of the connection to it, too."""
-    if os.environ.get("GOMP_SPINCOUNT") == SPIN_COUNT:  # nobody asked for another; the new process inherits it
-        os.environ["GOMP_SPINCOUNT"] = DECODING_SPIN_COUNT
     context = multiprocessing.get_context("spawn")  # CUDA can't be used in a fork
     ours, theirs = context.Pipe()
     process = context.Process(target=main_of_process, args=(worker_idx, settings, theirs), daemon=True)
@@ -70,8 +64,7 @@ def main_of_process(worker_idx: int, settings: EngineSettings, connection: Conne
         connection.send_bytes(json.dumps({"failure": str(error)}).encode())
         return
     run_engine(engine, connection, description)
-    atexit._run_exitfuncs()  # the compiler's, which leaves processes and semaphores behind otherwise
-    os._exit(0)  # Python's own end takes seconds to take torch apart, and the server waits
+    end_process()  # Python's own end takes seconds to take torch apart, and the server waits
 
 
 def load_engine(worker_idx: int, settings: EngineSettings) -> tuple[Engine, str]:

@@ -63,7 +63,7 @@ def flash_attn_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tens
     """Attention of new tokens on what each row's cache holds; k and v, when given, are first written into it.
 
     q: (B, T, H, D), k and v: (B, T, Hk, D), the new tokens
-    k_cache, v_cache: (B, Tmax, Hk, D); without fa3 of any dtype, which attention is then computed in
+    k_cache, v_cache: (B, Tmax, Hk, D); without fa3 of any dtype; attention is computed in the wider of q's and it
     cache_seqlens: (B,) int32, tokens in each row's cache: without the new ones where k and v are given, else with them
     """
     if not causal or window_size[1] > 0:

@@ -39,9 +39,9 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} must be above 0 and at most 1")
 
-    def is_limited(self) -> bool:
-        """Whether it leaves anything out."""
-        return bool(self.top_k) or self.top_p is not None and self.top_p < 1
+    def is_limited(self, vocab_size: int) -> bool:
+        """Whether it may leave a token out."""
+        return 0 < (self.top_k or 0) < vocab_size or self.top_p is not None and self.top_p < 1
 
 
 def draw_uniform(sampling: Sampling, token_idx: int) -> float:
@@ -55,9 +55,11 @@ def sample_rows(logits: Tensor, samplings: Sequence[Sampling], token_idxs: Seque
 
     token_idxs: which token of its sample each row is about to get
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp16 has no temperature below 1e-8
     greedy, among_all, among_likeliest = [], [], []
     for i, sampling in enumerate(samplings):
-        rows = greedy if sampling.temperature == 0 else among_likeliest if sampling.is_limited() else among_all
+        is_limited = sampling.is_limited(logits.size(1))
+        rows = greedy if sampling.temperature == 0 else among_likeliest if is_limited else among_all
         rows.append(i)
     tokens = find_likeliest(logits) if greedy else logits.new_empty(len(logits), dtype=torch.long)
     for rows, sample in ((among_all, sample_among_all), (among_likeliest, sample_among_likeliest)):
@@ -113,43 +115,61 @@ def sample_among_all(logits: Tensor, samplings: Sequence[Sampling], draws: Tenso
 
 
 def sample_among_likeliest(logits: Tensor, samplings: Sequence[Sampling], draws: Tensor) -> Tensor:
-    """The same where each row has a top-k or a top-p: looks at a row's likeliest first, at the others if it must."""
-    V = logits.size(1)
-    top_ks = [min(sampling.top_k or V, V) for sampling in samplings]
-    largest_k = max((k for k in top_ks if k < V), default=0)
-    for num_candidates in (n for n in NUM_CANDIDATES if largest_k + MAX_TIES <= n < V):
-        values, tokens = logits.topk(num_candidates)  # (B, candidates), the likeliest first
-        lowest = find_lowest(logits, values, top_ks, samplings)
-        if (values[:, -1:] < lowest).all():  # all that belong to them are among these
-            tokens, order = tokens.sort(dim=-1)  # the vocabulary's order: that of topk leaves ties open
-            values = values.gather(1, order)
-            break
+    """The same where each row has a top-k or a top-p: looks at a row's likeliest first, at more where it must."""
+    B, V = logits.shape
+    tokens = logits.new_empty(B, dtype=torch.long)
+    undecided = list(range(B))
+    for num_candidates in (*(n for n in NUM_CANDIDATES if n < V), V):
+        rows = [i for i in undecided if num_candidates == V or (samplings[i].top_k or 0) + MAX_TIES <= num_candidates]
+        if rows:
+            some, idx = (logits, slice(None)) if len(rows) == B else (logits[rows], torch.tensor(rows))
+            tokens[idx], decided = sample_among(num_candidates, some, [samplings[i] for i in rows], draws[idx])
+            done = {i for i, is_decided in zip(rows, decided.tolist(), strict=True) if is_decided}
+            undecided = [i for i in undecided if i not in done]
+    return tokens
+
+
+def sample_among(num_candidates: int, logits: Tensor, samplings: Sequence[Sampling],
+                 draws: Tensor) -> tuple[Tensor, Tensor]:
+    """A token of each row (B, V) -> (B,), and whether it is sure that top-k and top-p leave in no other candidates."""
+    B, V = logits.shape
+    if num_candidates == V:
+        lowest, _ = find_lowest(logits, logits.sort(dim=-1, descending=True).values, samplings)
+        values, tokens = logits, torch.arange(V, device=logits.device).expand(B, -1)
+        decided = torch.ones(B, dtype=torch.bool)
     else:
-        lowest = find_lowest(logits, logits.sort(descending=True).values, top_ks, samplings)
-        values, tokens = logits, torch.arange(V, device=logits.device).expand_as(logits)
+        values, tokens = logits.topk(num_candidates)  # (B, candidates), the likeliest first
+        lowest, last_needed = find_lowest(logits, values, samplings)
+        decided = (values[:, -1:] < last_needed).squeeze(1)
+        tokens, order = tokens.sort(dim=-1)  # the vocabulary's order: that of topk leaves ties open
+        values = values.gather(1, order)
     weights = find_weights(values, logits, samplings) * (values >= lowest)
     ends = weights.cumsum(dim=-1, dtype=torch.float64)
-    return tokens.gather(1, find_passing(ends, draws * ends[:, -1:])).squeeze(1)
+    return tokens.gather(1, find_passing(ends, draws * ends[:, -1:])).squeeze(1), decided
 
 
-def find_lowest(logits: Tensor, values: Tensor, top_ks: Sequence[int], samplings: Sequence[Sampling]) -> Tensor:
-    """The least likely logit of each row that its top-k and top-p leave in -> (B, 1); the last value if it is below.
+def find_lowest(logits: Tensor, values: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor, Tensor]:
+    """The least likely logit of each row that its top-k and top-p leave in, and the least that one must know to tell.
 
-    logits: (B, V); values: (B, N), the largest N of them in order; top_ks: V for none
+    logits: (B, V); values: (B, N), the largest N of them in order -> (B, 1) each; both hold where values go on below
+    the second
     """
     V = logits.size(1)
+    top_ks = [min(sampling.top_k or V, V) for sampling in samplings]
     ranks = torch.tensor(top_ks, device=logits.device)[:, None] - 1
     lowest = torch.where(ranks < V - 1, values.gather(1, ranks.clamp(max=values.size(1) - 1)), -float("inf"))
     if all(sampling.top_p is None for sampling in samplings):
-        return lowest
+        return lowest, lowest
     weights = find_weights(values, logits, samplings).double() * (values >= lowest)
     mass = weights.sum(dim=-1, keepdim=True)
     if V in top_ks:
         whole = find_weights(logits, logits, samplings).sum(dim=-1, keepdim=True, dtype=mass.dtype)
         mass = torch.where(ranks < V - 1, mass, whole)
-    wanted = mass * make_column([sampling.top_p or 1.0 for sampling in samplings], logits.device)
+    top_ps = [float("inf") if sampling.top_p in (None, 1) else sampling.top_p for sampling in samplings]
+    wanted = mass * make_column(top_ps, logits.device)
     num_before = (weights.cumsum(dim=-1) < wanted).sum(dim=-1, keepdim=True)
-    return torch.maximum(lowest, values.gather(1, num_before.clamp(max=values.size(1) - 1)))
+    kept = torch.maximum(lowest, values.gather(1, num_before.clamp(max=values.size(1) - 1)))
+    return kept, torch.where(ranks < V - 1, lowest, kept)  # top-p after top-k counts all that top-k leaves in
 
 
 def find_weights(values: Tensor, logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:

@@ -20,7 +20,7 @@ from pathlib import Path
 import uvicorn
 
 from nanochat.checkpoint_manager import STAGES, find_checkpoint, find_last_stage, load_run_tokenizer
-from nanochat.common import UserError, print0, run_script
+from nanochat.common import UserError, let_threads_spin, print0, run_script
 from nanochat.engine_pool import EnginePool
 from nanochat.engine_process import EngineSettings, start_process
 from nanochat.gate import log_line
@@ -79,6 +79,7 @@ def main(argv: list[str] | None = None) -> dict:
     with open_socket(args.host, args.port) as listener:  # before the model is loaded: a taken port is found at once
         engine = EngineSettings(stage, tag, step, args.dtype, args.device_type, args.max_rows, args.workers,
                                 args.compile)
+        let_threads_spin()  # the engines', which only decode
         pool = EnginePool(functools.partial(start_process, settings=engine), args.workers, args.max_rows, args.queue,
                           log_line)
         created = int((found.run_dir / "latest").stat().st_mtime)

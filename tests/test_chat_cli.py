@@ -367,6 +367,7 @@ def test_terminal(terminal, tmp_path):
     terminal.wait_for(r"Ctrl-C once more.*\n.*> ", keys=" ")
     terminal.type("Hi\n")
     terminal.wait_for(r"Hello!\n.*> ")
+    time.sleep(0.5)                                                    # till readline reads: before, it looks away
     terminal.type("\x03")
     terminal.wait_for(r"Ctrl-C once more.*\n.*> ", keys=" ")
     assert terminal.wait_for_end("\x03") == 0

@@ -386,6 +386,7 @@ def test_settings_that_make_no_sense(values):
 RANK_CODE = """
 import json, sys
 import torch.distributed as dist
+from nanochat.common import end_process
 from tests.test_chat_eval import *
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -399,6 +400,7 @@ chat = evaluate_chat(make_model(), RustBPETokenizer.from_directory(folder), name
                      records_dir=folder / "records")
 (folder / f"chat_{rank}.json").write_text(json.dumps(chat))
 dist.destroy_process_group()
+end_process()
 """
 
 

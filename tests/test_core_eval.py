@@ -439,6 +439,7 @@ def test_the_model_stays_in_its_mode(tokenizer):
 RANK_CODE = """
 import json, sys
 import torch.distributed as dist
+from nanochat.common import end_process
 from tests.test_core_eval import *
 folder, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -446,6 +447,7 @@ tokenizer = RustBPETokenizer.from_directory(folder)
 core = evaluate_core(make_model(), tokenizer, max_per_task=9, bundle_dir=Path(folder) / "bundle")
 Path(folder, f"core_{rank}.json").write_text(json.dumps(core))
 dist.destroy_process_group()
+end_process()
 """
 
 

@@ -289,7 +289,7 @@ import json, sys
 from pathlib import Path
 import torch.distributed as dist
 sys.path.insert(0, "tests")
-from nanochat.common import Ranks
+from nanochat.common import Ranks, end_process
 from test_dataloader import make_loader
 from nanochat.shards import ShardList
 
@@ -300,6 +300,7 @@ loader = make_loader(shards, Ranks(rank, rank, 2))
 loader.next_step()
 print(json.dumps(loader.state_dict()))
 dist.destroy_process_group()
+end_process()
 """
 
 

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from nanochat import sampling
 from nanochat.common import UserError
 from nanochat.sampling import Sampling, draw_uniform, find_likeliest, sample_rows
 
@@ -41,7 +42,7 @@ def sample_slowly(logits, sampling, token_idx):
     return next(token for token, end in enumerate(probs.cumsum(0).tolist()) if end > target)
 
 
-@pytest.mark.parametrize("vocab_size", [40, 1500, 4096])
+@pytest.mark.parametrize("vocab_size", [40, 1500, 4096, 5000])
 def test_samples_equal_those_of_the_slow_way(vocab_size):
     """Also where many are equally likely, so that more than k are kept."""
     rng = random.Random(vocab_size)
@@ -51,6 +52,20 @@ def test_samples_equal_those_of_the_slow_way(vocab_size):
                           rng.choice((None, 0.05, 0.6, 0.99, 1.0)), seed=i) for i in range(120)]
     expected = [sample_slowly(row, sampling, 5) for row, sampling in zip(logits, samplings, strict=True)]
     assert sample_rows(logits, samplings, [5] * 120).tolist() == expected
+
+
+def test_each_row_sees_no_more_candidates_than_it_needs(monkeypatch):
+    """One that needs the whole vocabulary mustn't have that of the others sorted: it would take ten times as long."""
+    seen, sample_among = [], sampling.sample_among
+
+    def spy(num_candidates, logits, *args):
+        seen.append((num_candidates, len(logits)))
+        return sample_among(num_candidates, logits, *args)
+    monkeypatch.setattr(sampling, "sample_among", spy)
+    logits = torch.randn(6, 4096, generator=torch.Generator().manual_seed(0))
+    samplings = [Sampling(1, 50), Sampling(1, 99), Sampling(2, None, 0.9), Sampling(1, 9999), Sampling(1), Sampling(0)]
+    sample_rows(logits, samplings, [0] * 6)
+    assert seen == [(64, 2), (256, 2), (1024, 1), (4096, 1)]
 
 
 def test_top_p_of_a_flat_distribution_needs_more_than_the_first_candidates():

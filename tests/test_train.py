@@ -17,7 +17,7 @@ from helpers import out_of_memory_at
 from safetensors.torch import load_file, save_file
 
 from nanochat import train
-from nanochat.common import Ranks, UserError
+from nanochat.common import Ranks, UserError, end_process
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.gpus import CPU_MFU, PUBLISHED_MFU
 from nanochat.memory import GIB, Compute, get_usable_frac, predict_memory
@@ -326,7 +326,7 @@ def run_rank(rank, folder):
     with open(f"{folder}/facts_{rank}.json", "w") as file:
         json.dump(facts, file)
     dist.destroy_process_group()
-    os._exit(0)  # after an error in the midst of a step gloo at times aborts a process that takes itself apart
+    end_process()
 
 
 def test_two_ranks_equal_one(tmp_path):
