@@ -3,7 +3,7 @@
     python -m scripts.infer_bench                          # depth 4, random weights
     python -m scripts.infer_bench --depth 12 --dtype bfloat16 --rows 1 32
     python -m scripts.infer_bench -i sft -g d12 --json bench.json
-    python -m scripts.infer_bench --rows 1 32 --compile    # as chat_web --compile decodes
+    GOMP_SPINCOUNT=2000 python -m scripts.infer_bench --rows 1 32 --compile    # on Linux as chat_web --compile decodes
 
 Decoding a token reads every matrix and what the cache holds of its row, so the limit of a batch is those bytes over the
 measured rate of reading memory, or its arithmetic over the measured rate of a large product where that takes longer;
