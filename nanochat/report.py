@@ -16,6 +16,7 @@ import re
 import shlex
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from nanochat.card import Card, Curve, Section, Table, format_count, format_value, render_html, render_markdown, smooth
@@ -73,14 +74,16 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file of ours."""
+def read_json(path: Path, keys: Sequence[str] = ()) -> dict:
+    """A JSON object from a file of ours, with all of these keys."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged (not a JSON object); delete it, or repeat the command that wrote it")
+    problem = "not a JSON object" if not isinstance(value, dict) else \
+        ", ".join(f"no {key}" for key in keys if key not in value)
+    if problem:
+        raise UserError(f"{path} is damaged ({problem}); delete it, or repeat the command that wrote it")
     return value
 
 

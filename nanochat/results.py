@@ -11,6 +11,7 @@ from nanochat.common import UserError
 from nanochat.report import get_series, group_metrics, read_json
 
 # What a column may be called, in this project and in others of its family; the first that is there counts
+SWEEP_KEYS = ("grid", "flags", "created", "failed", "points")  # of a sweep.json
 BUDGET_COLUMNS = ("flops_budget", "total_flops", "flops")
 TOKENS_COLUMNS = ("tokens_trained", "tokens")
 LOSS_COLUMNS = ("val_bpb", "val_loss", "loss")
@@ -51,7 +52,7 @@ def list_runs(folder: Path, notes: list[str]) -> list[tuple[str, Path]]:
     """(name, run.json) of each run in a folder, or of those that scripts.sweep lists in its sweep.json."""
     if not (folder / "sweep.json").is_file():
         return [(path.parent.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("run.json"))]
-    sweep, runs = read_json(folder / "sweep.json"), []
+    sweep, runs = read_json(folder / "sweep.json", SWEEP_KEYS), []
     for point in sweep["points"]:
         path = folder.parents[1] / "runs" / "base" / point["tag"] / "run.json"  # ordinary runs of the same base folder
         if path.is_file():

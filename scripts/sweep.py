@@ -29,6 +29,7 @@ from nanochat.checkpoint_manager import get_run_dir, locked_run
 from nanochat.common import UserError, file_lock, get_base_dir, get_worker_env, now, print0, run_script, write_json
 from nanochat.config import GPTConfig, estimate_flops
 from nanochat.report import get_series, group_metrics, read_json
+from nanochat.results import SWEEP_KEYS
 from nanochat.scaling import make_config, make_plan
 from nanochat.train import StopSignal
 
@@ -99,7 +100,7 @@ def parse_grid(words: list[str], flags: list[str]) -> dict[str, list[str]]:
             raise UserError(f"--grid names {word if name not in grid else name} twice")
         grid[name] = values
     fixed = {flag.partition("=")[0].lstrip("-").replace("_", "-") for flag in flags if flag.startswith("--")}
-    if taken := (OWN_FLAGS & (fixed | set(grid))):
+    if taken := {own for own in OWN_FLAGS for name in fixed | set(grid) if name and own.startswith(name)}:
         raise UserError(f"--{min(taken)} is set by the sweep itself; leave it out")
     if both := (fixed & set(grid)):
         raise UserError(f"--{min(both)} is in the grid and behind --; leave it out of one of them")
@@ -166,7 +167,7 @@ class Sweep:
         path = self.folder / "sweep.json"
         if not path.is_file():
             return
-        saved = read_json(path)
+        saved = read_json(path, SWEEP_KEYS)
         if any(saved.get(key) != self.info[key] for key in ("grid", "flags")):
             if any((get_run_dir("base", point["tag"]) / "run.json").exists() for point in saved["points"]):
                 raise UserError(f"the sweep {self.args.name} has the grid {format_grid(saved)}, and this command says "

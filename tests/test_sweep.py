@@ -13,7 +13,7 @@ from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import UserError, get_worker_env
 from nanochat.results import find_source, read_run_folders
 from nanochat.train import read_metrics
-from scripts import sweep
+from scripts import scaling_laws, sweep
 
 TOY = ["--data", "toy", "--aspect-ratio", "32", "--head-dim", "32", "--max-seq-len", "32", "--total-batch-size", "128",
        "--eval-tokens", "512", "--dtype", "float32", "--device-type", "cpu", "--sample-every", "-1",
@@ -155,6 +155,7 @@ def test_sweep_of_failures_only_says_so_and_its_grid_can_be_corrected(monkeypatc
     (["--grid", "depth=1", "depth=2"], "--grid names depth twice"),
     (["--grid", "model-tag=a,b"], "--model-tag is set by the sweep"),
     (["--grid", "depth=1,2", "--", "--resume=none"], "--resume is set by the sweep"),
+    (["--grid", "depth=1,2", "--", "--resum", "none"], "--resume is set by the sweep"),  # argparse takes it for that
     (["--grid", "depth=1,2", "--", "--depth", "4"], "--depth is in the grid and behind --"),
     (["--grid", "data=a/b,a_b"], "would have the same name"),
     (["--grid", "depth=1", "--parallel", "0"], "--parallel 0 must be at least 1"),
@@ -163,6 +164,15 @@ def test_sweep_of_failures_only_says_so_and_its_grid_can_be_corrected(monkeypatc
 def test_refusals(argv, message):
     with pytest.raises(UserError, match=message):
         sweep.main(["--name", "refused", *argv])
+
+
+def test_a_damaged_grid_is_said_so(base_dir):
+    folder = base_dir / "sweeps" / "broken"
+    folder.mkdir(parents=True)
+    (folder / "sweep.json").write_text('{"name": "broken", "grid": {}}')
+    for main, argv in ((sweep.main, ["--name", "broken", "--grid", "depth=1"]), (scaling_laws.main, [str(folder)])):
+        with pytest.raises(UserError, match=r"sweep\.json is damaged \(no flags, no created, no failed, no points\)"):
+            main(argv)
 
 
 def test_a_run_of_another_command_is_not_taken_for_a_point(base_dir):
