@@ -55,6 +55,8 @@ def sample_rows(logits: Tensor, samplings: Sequence[Sampling], token_idxs: Seque
 
     token_idxs: which token of its sample each row is about to get
     """
+    if logits.device.type == "mps":  # has no fp64
+        return sample_rows(logits.cpu(), samplings, token_idxs).to(logits.device)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp16 has no temperature below 1e-8
     greedy, among_all, among_likeliest = [], [], []
     for i, sampling in enumerate(samplings):
