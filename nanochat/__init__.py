@@ -6,10 +6,10 @@ import sys
 # The one thing that must happen at import, and before torch is loaded, which is when OpenMP reads this. Workers that
 # spin while they wait slow a step 3 times down beside one busy process; workers that sleep at once cost a tenth of a
 # step where nothing else runs. A short spin has the best of both (dev/LOG.md, 2026-11-21).
-chose_spin_count = not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ)
+SPIN_COUNT = "600"
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    os.environ.setdefault("GOMP_SPINCOUNT", "600")
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 
 def _report_exception(kind, error, trace) -> None:

@@ -133,11 +133,12 @@ def get_hub_endpoint() -> str:
 
 
 def let_threads_spin() -> None:
-    """Let the threads of processes that are started from here on spin longer while they wait, unless a person chose.
+    """Let the threads of processes that are started from here on spin longer while they wait.
 
+    A count that a person chose stays; ours is known by its value, as a process that was started by one of ours has it.
     Decoding's operations are shorter than training's, for which nanochat/__init__.py chooses (dev/LOG.md, 2026-11-21).
     """
-    if nanochat.chose_spin_count:
+    if os.environ.get("GOMP_SPINCOUNT") == nanochat.SPIN_COUNT:
         os.environ["GOMP_SPINCOUNT"] = "2000"
 
 
