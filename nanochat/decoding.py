@@ -1,35 +1,104 @@
-"""A model made ready to decode: matrices cast and packed once, and on CPUs few operations.
+"""A model made ready to decode: the same modules and the same forward pass, with weights cast, fused and packed once.
 
-Decoding one token reads every matrix once, so it is as fast as the weights can be read. On CPUs two things are in the
-way. torch's own product of one row with a bf16 matrix reads it at a fraction of the memory's rate; oneDNN's, on weights
-in the layout that it likes, at most of it. And each operation takes a few microseconds to start, however little it
-does, so that a small model spends most of a token there (figures for both in dev/LOG.md).
+Decoding one token reads every weight once, so it is as fast as the weights can be read. Two things are in the way. On
+CPUs torch's own product of one row with a bf16 matrix reads it at a fraction of the memory's rate; oneDNN's, on weights
+in the layout that it likes, at most of it. And each operation takes microseconds to start, on CPUs and GPUs alike,
+however little it does, so that a small model spends most of a token there: a compiled step on a CPU, or a CUDA graph,
+starts them all as one (figures in dev/LOG.md, "One forward pass").
 
-B rows, T tokens, C channels, H query heads, Hk key/value heads, D head dim, V vocabulary.
+Nothing here knows the model's architecture: linear layers are replaced one by one, whatever has a `fuse` method is
+asked to, and the step traces or captures `GPT.forward` itself.
+
+B rows, T tokens, C channels, V vocabulary.
 """
 
 import copy
 import functools
+import itertools
+import types
+import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from nanochat.common import print0
-from nanochat.cross_entropy import LOGIT_SOFTCAP
-from nanochat.flash_attention import CachedKeys, attend_to_cache, find_cached_keys
-from nanochat.gpt import GPT, NORM_EPS, QK_SCALE, VE_GATE_CHANNELS, Block, Linear
+from nanochat.compilation import choose_compile
+from nanochat.gpt import GPT, Linear
 from nanochat.kv_cache import KVCache
 
+MIN_PACKED = 64         # rows and columns; a smaller matrix is worth no product of its own
+GRAPH_WARMUP_STEPS = 3  # before a capture, so that libraries have allocated what they need
+_packed_weights: dict[int, Tensor] = {}
+_packed_numbers = itertools.count()
 
-class PackedLinear(nn.Module):
-    """A linear layer in oneDNN's own layout of the weights; for CPUs."""
 
-    def __init__(self, weight: Tensor):
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+def copy_for_decoding(model: GPT, keep_weights: bool = False) -> GPT:
+    """The model with its linear layers replaced by DecodingLinears, and nothing compiled; the rest is shared.
+
+    keep_weights: beside the packed ones, for a compiled step. A compiled block is made for training's one shape, while
+    decoding's changes with every call.
+    """
+    replacements = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, replacements)  # which leaves a module's compiled call behind
+    for module in list(copied.modules()):
+        if hasattr(module, "fuse"):
+            module.fuse()
+    for module in list(copied.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Linear):
+                setattr(module, name, DecodingLinear(child.weight, model.compute_dtype, keep_weights))
+    return copied
+
+
+class DecodingLinear(nn.Module):
+    """A linear layer whose weights stay as they are: cast once, and on a CPU packed by oneDNN where that works."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, keep_weight: bool = False):
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        weight = weight.detach().to(dtype)
+        self.out_features, self.in_features = weight.shape
+        self.is_small, self.packed = min(weight.shape) < MIN_PACKED, None
+        if weight.device.type == "cpu" and not self.is_small and can_pack(dtype):
+            define_packed_product()
+            self.packed, self.number = pack(weight), next(_packed_numbers)
+            _packed_weights[self.number] = self.packed
+            weakref.finalize(self, _packed_weights.pop, self.number)
+        self.weight = nn.Parameter(weight, requires_grad=False) if self.packed is None or keep_weight else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+        if torch.compiler.is_compiling() and x.device.type == "cpu":
+            if self.weight is not None and (self.is_small or x.numel() == self.in_features):
+                # One row reads the weights once, in a loop that inductor fuses with the operations around it
+                return (self.weight.float() * x.float().unsqueeze(-2)).sum(-1).to(x.dtype)
+            if self.packed is not None:
+                rows = x.reshape(-1, self.in_features)
+                y = torch.ops.nanochat.packed_linear(rows, self.number, self.out_features)
+                return y.view(*x.shape[:-1], self.out_features)
+        return nn.functional.linear(x, self.weight) if self.packed is None else multiply(x, self.packed)
+
+
+def pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+
+def multiply(x: Tensor, packed: Tensor) -> Tensor:
+    """x @ weight.T of packed weights."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+@functools.cache
+def define_packed_product() -> torch.library.Library:
+    """torch.ops.nanochat.packed_linear: inductor takes no packed weights as inputs, so they are called by a number."""
+    library = torch.library.Library("nanochat", "DEF")
+    library.define("packed_linear(Tensor x, int number, int out_features) -> Tensor")
+    library.impl("packed_linear", lambda x, number, _: multiply(x, _packed_weights[number]), "CPU")
+    library.impl("packed_linear", lambda x, _, out_features: x.new_empty(x.size(0), out_features), "Meta")
+    return library
 
 
 @functools.cache
@@ -40,7 +109,7 @@ def can_pack(dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(shape, generator=generator).to(dtype) for shape in ((96, 64), (3, 64)))
     try:
-        actual, expected = PackedLinear(weight)(x).float(), x.float() @ weight.float().T
+        actual, expected = multiply(x, pack(weight)).float(), x.float() @ weight.float().T
         if (actual - expected).norm() < 0.01 * expected.norm():
             return True
         reason = "its results are wrong"
@@ -50,144 +119,137 @@ def can_pack(dtype: torch.dtype) -> bool:
     return False
 
 
-def cast_linear(weight: Tensor, dtype: torch.dtype) -> Linear:
-    """A linear layer of this matrix in another dtype; the same memory where it is the same."""
-    with torch.device("meta"):  # nothing to initialise
-        linear = Linear(weight.size(1), weight.size(0), dtype)
-    linear.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-    return linear
+def make_cache(model: GPT, num_rows: int, num_tokens: int, is_compiled: bool = False) -> KVCache:
+    """An empty cache for a model that decodes, with room for so many tokens in each row.
 
-
-def pack_linear(weight: Tensor, dtype: torch.dtype) -> nn.Module:
-    """The same for a CPU, packed where that works."""
-    return PackedLinear(weight.detach().to(dtype)) if can_pack(dtype) else cast_linear(weight, dtype)
+    On a CPU the cache of a bf16 model that decodes eagerly is fp32: torch's attention of one query is 8 times as fast
+    in it there, which is worth twice the memory; in a compiled graph half the bytes take half the time.
+    """
+    config, device = model.config, model.get_device()
+    is_half = model.compute_dtype in (torch.bfloat16, torch.float16)
+    dtype = torch.float32 if is_half and not is_compiled and device.type == "cpu" else model.compute_dtype
+    cache = KVCache(num_rows, config.n_kv_head, num_tokens, config.head_dim, config.n_layer, device, dtype)
+    cache.last_embed = torch.zeros(num_rows, 1, config.n_embd, device=device, dtype=model.compute_dtype)
+    return cache
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# For CPUs: the model in fewer operations
+# The step: each row of a cache gets its next token
 
 
-def make_eps(dtype: torch.dtype) -> Tensor:
-    """What quick_norm adds, for a model that computes in `dtype`."""
-    return torch.tensor(NORM_EPS, dtype=torch.promote_types(dtype, torch.float32))
+def make_step(model: GPT, compile: bool = False) -> Callable[[Tensor, KVCache], Tensor]:
+    """The function of a decoding step: (B, 1) token ids and the cache of these rows -> (B, V) logits.
+
+    compile: on a CPU, now; on CUDA the step is a graph anyway, elsewhere it is eager
+    """
+    if model.get_device().type == "cuda":
+        return GraphedStep(model)
+    if compile and model.get_device().type == "cpu":
+        works, reason = choose_compile("auto", model.get_device(), None)
+        if works:
+            step = CompiledStep(model)
+            if step.works:
+                return step
+        else:
+            print0(f"decoding eagerly: {reason}")
+    return lambda idx, cache: model(idx, kv_cache=cache)[:, -1]
 
 
-def quick_norm(x: Tensor, eps: Tensor) -> Tensor:
-    """gpt.norm in 4 operations instead of torch's 10; eps is a tensor so that adding it isn't one more."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * torch.addcmul(eps, length, length, value=1 / x.size(-1)).rsqrt_()
+class CompiledStep:
+    """The forward pass of one new token in each row as one compiled graph, for any number of rows and keys.
+
+    One row has a graph of its own. Both are compiled when this is made, in some seconds to half a minute, and serve
+    from then on, however the cache grows. Where they can't be compiled or run, which is said once, the step is eager
+    (slower than a step that was eager from the start, because of the cache's dtype).
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: GPT):
+        self.model = model
+        self.works = True
+        # A graph belongs to a function's code, and its guards, which find out whose it is, take a tenth of a small step
+        # to check. So each engine has code of its own, and no guard looks at its model, which stays as it is.
+        code = CompiledStep._compute.__code__.replace()
+        compute = types.FunctionType(code, CompiledStep._compute.__globals__, "compute")
+        self.compute = torch.compile(types.MethodType(compute, self), fullgraph=True, options={
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
+        for num_rows in (1, 2):  # of a cache with room for more of everything, so that no stride follows from sizes
+            cache = make_cache(model, num_rows + 1, 8, is_compiled=True)
+            self(torch.zeros(num_rows, 1, dtype=torch.long), cache.view_rows(0, num_rows, 3))
+
+    def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
+        """Logits (B, V) of the next token, from (B, 1) token ids."""
+        if not self.works:
+            return self.model(idx, kv_cache=cache)[:, -1]
+        num_keys = max(cache.num_tokens + 1, 2)  # a size of 1 would be compiled anew
+        k_cache, v_cache = cache.k_cache[:, :, :num_keys], cache.v_cache[:, :, :num_keys]
+        for tensor in (k_cache, v_cache):
+            # A size that no guard may look at: inductor would compile its sums anew, for 6-10 s, from 4,096 keys on
+            torch._dynamo.decorators.mark_unbacked(tensor, 2)
+        for tensor, row_dim in ((k_cache, 1), (v_cache, 1), (idx, 0), (cache.cache_seqlens, 0), (cache.last_embed, 0)):
+            torch._dynamo.maybe_mark_dynamic(tensor, row_dim)
+        try:
+            return self.compute(idx, k_cache, v_cache, cache.cache_seqlens, cache.last_embed)
+        except RuntimeError as error:
+            self.works = False
+            print0(f"decoding eagerly: the step can't be compiled ({(str(error).splitlines() or [''])[0][:200]})")
+            return self.model(idx, kv_cache=cache)[:, -1]
+
+    def _compute(self, idx: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, last_embed: Tensor) -> Tensor:
+        torch._check(k_cache.size(2) == v_cache.size(2))
+        return self.model(idx, kv_cache=KVCache.wrap(k_cache, v_cache, lengths, last_embed))[:, -1]
 
 
-class CPUBlock(nn.Module):
-    """gpt.Block on a cache; what it adds to the activations stays in their dtype, fp32 for a bf16 model."""
+class GraphedStep:
+    """The forward pass of one new token in the first rows of a cache as a CUDA graph, one for each number of rows.
 
-    def __init__(self, block: Block, dtype: torch.dtype):
-        super().__init__()
-        attn, mlp = block.attn, block.mlp
-        self.dtype, self.eps = dtype, make_eps(dtype)
-        self.n_head, self.n_kv_head, self.head_dim = attn.n_head, attn.n_kv_head, attn.head_dim
-        self.c_qkv = pack_linear(torch.cat([layer.weight for layer in (attn.c_q, attn.c_k, attn.c_v)]), dtype)
-        self.c_proj, self.mlp_fc, self.mlp_proj = (pack_linear(layer.weight, dtype)
-                                                   for layer in (attn.c_proj, mlp.c_fc, mlp.c_proj))
-        self.ve_gate = None if attn.ve_gate is None else cast_linear(attn.ve_gate.weight, dtype)
-
-    def forward(self, x: Tensor, ve: Tensor | None, rotation: Tensor, keys: CachedKeys,
-                layer_cache: tuple[Tensor, Tensor]) -> Tensor:
-        """x: (B, T, C), is overwritten; rotation: (T, 1, 3, D/2) or (B, T, 1, 3, D/2): cos, sin, -sin"""
-        B, T, _ = x.shape
-        H, Hk, D = self.n_head, self.n_kv_head, self.head_dim
-        h = quick_norm(x, self.eps).to(self.dtype)
-        qk, v = self.c_qkv(h).view(B, T, H + 2 * Hk, D).to(x.dtype).split((H + Hk, Hk), dim=2)
-        if ve is not None:
-            gate = torch.sigmoid(self.ve_gate(h[..., :VE_GATE_CHANNELS]))  # (B, T, Hk)
-            v = torch.addcmul(v, gate.unsqueeze(-1), ve.view(B, T, Hk, D), value=3)
-        cos, sin = rotation.split((1, 2), dim=-2)
-        halves = quick_norm(qk, self.eps).view(B, T, H + Hk, 2, D // 2)  # a rotation doesn't change the norm
-        qk = torch.addcmul(halves * cos, halves.flip(-2), sin).view(B, T, H + Hk, D)
-        q, k = qk.split((H, Hk), dim=2)
-        # Both would be scaled by QK_SCALE: the scores are, instead
-        y = attend_to_cache(q, *layer_cache, k, v, keys, scale=QK_SCALE**2 / D**0.5)
-        x += self.c_proj(y.to(self.dtype).reshape(B, T, H * D))
-        x += self.mlp_proj(self.mlp_fc(quick_norm(x, self.eps).to(self.dtype)).relu_().square_())
-        return x
-
-
-class CPUModel(GPT):
-    """gpt.GPT on a cache, for CPUs: the same sums in fewer operations.
-
-    The embeddings are the model's own; the matrices are copies, cast and packed.
+    Untested: no CUDA device was at hand when it was written. What fails to be captured runs eagerly, and it says so.
     """
 
     def __init__(self, model: GPT):
-        nn.Module.__init__(self)  # GPT's would make parameters
-        self.config, self.compute_dtype = model.config, model.compute_dtype
-        self.wide_dtype = torch.promote_types(model.compute_dtype, torch.float32)
-        self.transformer = nn.ModuleDict({
-            "wte": model.transformer.wte,
-            "h": nn.ModuleList(CPUBlock(block, model.compute_dtype) for block in model.transformer.h),
-        })
-        self.value_embeds = model.value_embeds
-        self.smear_gate = cast_linear(model.smear_gate.weight, model.compute_dtype)
-        self.smear_lambda = model.smear_lambda
-        self.lm_head = pack_linear(model.lm_head.weight, model.compute_dtype)
-        self.lambdas = list(zip(model.resid_lambdas.tolist(), model.x0_lambdas.tolist(), strict=True))
-        self.backout = model.backout_lambda.item()
-        self.eps = make_eps(model.compute_dtype)
-        self.windows = [model.config.window(i) for i in range(model.config.n_layer)]
-        self.rotations = torch.stack((model.cos, model.sin, -model.sin), dim=1).to(self.wide_dtype)[:, None]
+        self.model = model
+        self.works = True
+        self.memory = None                    # one pool for all graphs, which never run at once
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # rows -> graph, its idx and logits
+        self.keys = None                      # the cache's memory that they were captured with
 
-    def forward_trunk(self, idx: Tensor, kv_cache: KVCache) -> Tensor:
-        T, config = idx.size(1), self.config
-        x = x0 = self.embed(idx, kv_cache).to(self.wide_dtype)
-        keys = {window: find_cached_keys(kv_cache.cache_seqlens, T, T, window, config.n_head // config.n_kv_head,
-                                         kv_cache.k_cache.size(2), self.wide_dtype)
-                for window in set(self.windows)}
-        any_keys = keys[self.windows[0]]
-        positions = slice(any_keys.end - T, any_keys.end) if any_keys.positions is None else any_keys.positions
-        rotation = self.rotations[positions]
-        middle = None
-        for i, block in enumerate(self.transformer.h):
-            ve = self.value_embeds[str(i)](idx) if config.has_value_embed(i) else None
-            resid_lambda, x0_lambda = self.lambdas[i]
-            x = block(torch.add(x * resid_lambda, x0, alpha=x0_lambda), ve, rotation, keys[self.windows[i]],
-                      kv_cache.get_layer_cache(i))
-            if i == config.n_layer // 2:
-                middle = x
-        kv_cache.advance(T)
-        return quick_norm(torch.sub(x, middle, alpha=self.backout), self.eps).to(self.compute_dtype)
+    def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
+        """Logits (B, V) of the next token, from (B, 1) token ids; valid until the next call."""
+        if not self.works:
+            return self.model(idx, kv_cache=cache)[:, -1]
+        if self.keys is None or self.keys.data_ptr() != cache.k_cache.data_ptr() or self.keys.shape[2:] != (
+                cache.k_cache.shape[2:]):
+            self.graphs.clear()               # the cache has grown, so it lies elsewhere
+            self.keys = cache.k_cache
+        if len(idx) not in self.graphs:
+            try:
+                self.graphs[len(idx)] = self._capture(idx, cache)
+            except RuntimeError as error:
+                self.works = False
+                print0(f"decoding eagerly: a CUDA graph can't be captured ({str(error).splitlines()[0][:200]})")
+                return self.model(idx, kv_cache=cache)[:, -1]
+        graph, static_idx, logits = self.graphs[len(idx)]
+        static_idx.copy_(idx)
+        graph.replay()
+        return logits
 
-    def forward(self, idx: Tensor, kv_cache: KVCache) -> Tensor:
-        """Logits (B, T, V), softcapped as in GPT.forward, but in place: those of a large batch exceed the caches."""
-        return self.unembed(self.forward_trunk(idx, kv_cache))
+    def _capture(self, idx: Tensor, cache: KVCache) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
+        static_idx, graph = idx.clone(), torch.cuda.CUDAGraph()
+        lengths, last_embed = cache.cache_seqlens.clone(), cache.last_embed.clone()
+        # a cache of the same memory that never grows: a graph knows addresses, not where the memory has moved to
+        fixed = KVCache.wrap(cache.k_cache, cache.v_cache, cache.cache_seqlens, cache.last_embed)
 
-    def unembed(self, h: Tensor) -> Tensor:
-        """From what forward_trunk returns to logits."""
-        logits = self.lm_head(h)[..., :self.config.vocab_size].to(self.wide_dtype)
-        halves = logits.mul_(2 / LOGIT_SOFTCAP).sigmoid_()
-        return torch.add(halves.new_tensor(-LOGIT_SOFTCAP), halves, alpha=2 * LOGIT_SOFTCAP, out=halves)
-
-
-def copy_for_decoding(model: GPT) -> GPT:
-    """The same model with its matrices cast to the compute dtype once, packed on CPUs, and nothing compiled.
-
-    It computes with a cache only. All but the matrices is shared. A compiled block is made for training's one shape,
-    while decoding's changes with every call.
-    """
-    if isinstance(model, GPT) and model.get_device().type == "cpu":
-        return CPUModel(model)
-    replacements = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    for module in model.modules():
-        if isinstance(module, Linear):
-            replacements[id(module)] = cast_linear(module.weight, model.compute_dtype)
-    return copy.deepcopy(model, replacements)  # which leaves a module's compiled call behind
-
-
-def get_cache_dtype(model: GPT, is_compiled: bool = False) -> torch.dtype:
-    """The dtype of the cache: the model's, but fp32 for a bf16 model that decodes eagerly on a CPU.
-
-    torch's attention of one query is 8 times as fast in fp32 there, which is worth twice the memory; in a compiled
-    graph half the bytes take half the time.
-    """
-    is_half = model.compute_dtype in (torch.bfloat16, torch.float16)
-    widens = is_half and not is_compiled and model.get_device().type == "cpu"
-    return torch.float32 if widens else model.compute_dtype
+        def run() -> Tensor:
+            return self.model(static_idx, kv_cache=fixed)[:, -1]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(GRAPH_WARMUP_STEPS):
+                run()
+                cache.cache_seqlens.copy_(lengths)  # every one of them is the same step
+                cache.last_embed.copy_(last_embed)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, pool=self.memory):  # records, computes nothing
+            logits = run()
+        self.memory = graph.pool()
+        return graph, static_idx, logits

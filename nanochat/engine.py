@@ -32,8 +32,7 @@ import torch
 from torch import Tensor
 
 from nanochat.common import UserError
-from nanochat.decoding import copy_for_decoding, get_cache_dtype
-from nanochat.decoding_step import CompiledStep, make_step
+from nanochat.decoding import CompiledStep, copy_for_decoding, make_cache, make_step
 from nanochat.gpt import GPT, norm
 from nanochat.kv_cache import KVCache
 from nanochat.request import ChatTokens, Event, Generation, Logprobs, Request
@@ -72,7 +71,7 @@ class Engine:
         compile:   the decoding step, on a CPU, for engines that live long; takes seconds to half a minute now, and
                    keeps the blocks' matrices twice
         """
-        self.model = copy_for_decoding(model)
+        self.model = copy_for_decoding(model, keep_weights=compile)
         self.tokenizer = tokenizer
         self.chat_tokens = ChatTokens(tokenizer)
         self.device = model.get_device()
@@ -203,14 +202,9 @@ class Engine:
     def _add_rows(self, generation: Generation) -> None:
         """Make the cache larger by as many rows as wait, but at least by half."""
         num_new = min(max(len(self.waiting), len(self.rows) // 2), self.max_rows - len(self.rows))
-        config = self.model.config
         if self.cache is None:
             num_tokens = min(len(generation.tokens) + HEADROOM_TOKENS, generation.max_length)
-            cache = KVCache(num_new, config.n_kv_head, num_tokens, config.head_dim, config.n_layer, self.device,
-                            get_cache_dtype(self.model, isinstance(self._run_step, CompiledStep)))
-            cache.last_embed = torch.zeros(num_new, 1, config.n_embd, device=self.device,
-                                           dtype=self.model.compute_dtype)
-            self.cache = cache
+            self.cache = make_cache(self.model, num_new, num_tokens, isinstance(self._run_step, CompiledStep))
         else:
             self.cache.add_rows(num_new)
         self.rows.extend(Row() for _ in range(num_new))

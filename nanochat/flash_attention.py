@@ -70,7 +70,7 @@ def flash_attn_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tens
         raise ValueError("attention here is causal")
     if cache_seqlens is None:
         cache_seqlens = torch.zeros(q.size(0), dtype=torch.int32, device=q.device)
-    if _backend_of(q) == "fa3":
+    if uses_fa3(q):
         out = _get_fa3().flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens,
                                                   causal=True, window_size=(window_size[0], 0))
         return out[0] if isinstance(out, tuple) else out
@@ -78,6 +78,11 @@ def flash_attn_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tens
 
 
 flash_attn = SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_with_kvcache=flash_attn_with_kvcache)
+
+
+def uses_fa3(q: Tensor) -> bool:
+    """Whether FlashAttention 3 serves queries like these, which reads a cache of its own accord."""
+    return _backend_of(q) == "fa3"
 
 
 def _backend_of(q: Tensor) -> str:
@@ -291,71 +296,104 @@ def _flex_mask(num_tokens: int, window: int, device: torch.device):
 _TRAIN_CALLS = {"fa3": _fa3, "flex": _flex, "blocks": _blocks, "sdpa": _sdpa}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# On a cache
+
+
 @dataclass(frozen=True)
-class CachedKeys:
-    """Where new tokens go in a cache, and which of its keys they see; the same in all layers with one window."""
-    first:     int            # keys first to end - 1 are those that any row sees
-    end:       int
-    positions: Tensor | None  # (B, T) of the new tokens; None: the last T before end, in every row
-    mask:      Tensor | None  # to be added to (B, Hk, G * T, keys) scores; None: every query sees all of these keys
+class Positions:
+    """Where a forward pass's new tokens stand in the rows of a cache."""
+    first:   int            # none stands before it
+    end:     int            # nor from here on: how much of the cache is in use
+    by_row:  Tensor | None  # (B, T); None: first to end - 1 in every row
 
 
-def find_cached_keys(cache_seqlens: Tensor, num_queries: int, num_new: int, window: int, num_groups: int,
-                     capacity: int, dtype: torch.dtype) -> CachedKeys:
-    """What `num_queries` tokens at the end of each row see, of which `num_new` aren't counted in the lengths yet.
+def find_positions(lengths: Tensor, num_new: int, capacity: int) -> Positions:
+    """Positions of the new tokens behind the rows' lengths (B,) in a cache that has room for `capacity` tokens.
 
-    num_groups: query heads of a key/value head
-    capacity:   tokens that the cache has room for
-    dtype:      that the scores are computed in
+    Reading lengths back makes a GPU wait and can't be traced, so only eager CPUs look at just the keys in use.
     """
-    T, device = num_queries, cache_seqlens.device
-    # Reading lengths back makes a GPU wait, so only others look at just the part of the cache that is in use
-    first, end, is_even = 0, capacity, False
-    if device.type == "cpu":
-        lengths = [length + num_new for length in cache_seqlens.tolist()]
-        first, end = max(0, min(lengths) - T - window) if window >= 0 else 0, max(lengths)
-        is_even = min(lengths) == end
-    if is_even and T == 1:
-        return CachedKeys(first, end, None, None)
-    if is_even:  # the last of the keys are the queries' own
-        positions, seen = None, _window_mask(T, end - first, window, device).repeat(num_groups, 1)
+    first, end = 0, capacity
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        known = lengths.tolist()
+        first, end = min(known), max(known) + num_new
+        if end - first == num_new:
+            return Positions(first, end, None)
+    return Positions(first, end, lengths[:, None].long() + torch.arange(num_new, device=lengths.device))
+
+
+def find_mask(positions: Positions, num_new: int, window: int, num_groups: int, dtype: torch.dtype,
+              device: torch.device) -> tuple[slice, Tensor | None]:
+    """Which keys of a cache any new token sees, and the mask of these; the same in all layers with one window.
+
+    The mask is added to scores (B, Hk, G * T, keys) of this dtype; traced, it is boolean and true where they count.
+    None where all queries see all keys.
+
+    num_groups: G, query heads of a key/value head
+    """
+    first = max(0, positions.first - window) if window >= 0 else 0
+    if positions.by_row is None:
+        if num_new == 1:
+            return slice(first, positions.end), None
+        seen = _window_mask(num_new, positions.end - first, window, device).repeat(num_groups, 1)
     else:
-        positions = (cache_seqlens + (num_new - T))[:, None].long() + torch.arange(T, device=device)  # (B, T)
-        keys = torch.arange(first, end, device=device)
-        seen = keys <= positions[..., None]  # (B, T, keys)
+        keys = torch.arange(first, positions.end, device=device)
+        seen = keys <= positions.by_row[..., None]  # (B, T, keys)
         if window >= 0:
-            seen &= keys >= positions[..., None] - window
+            seen = seen & (keys >= positions.by_row[..., None] - window)
         seen = seen.repeat(1, num_groups, 1)[:, None]  # (B, 1, G * T, keys)
+    if torch.compiler.is_compiling():
+        return slice(None), seen  # which are all
     mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -float("inf"))
-    return CachedKeys(first, end, positions, mask)
+    return slice(first, positions.end), mask
 
 
-def attend_to_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
-                    keys: CachedKeys, scale: float | None = None) -> Tensor:
-    """flash_attn_with_kvcache by torch's own attention, in the wider dtype of q and the cache, which the result has.
+def write_to_cache(cache: Tensor, layer: int, new: Tensor, positions: Positions) -> None:
+    """Put new keys or values (B, T, Hk, D) into a layer of a cache (layers, B, Tmax, Hk, D)."""
+    B, T = new.shape[:2]
+    if positions.by_row is None:
+        cache[layer, :, positions.first:positions.end] = new
+    else:
+        # One write into the memory of all layers: traced, one into a layer's view would copy that layer
+        at = (torch.full((1, 1), layer, device=new.device), torch.arange(B, device=new.device)[:, None],
+              positions.by_row)
+        cache.index_put_(at, new.to(cache.dtype))
 
-    scale: of the scores, 1 / sqrt(D) if None
-    """
+
+def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of q (B, T, H, D) on keys and values of a cache, (B, keys, Hk, D), in the wider dtype of both."""
     B, T, H, D = q.shape
-    Hk = k_cache.size(2)
-    G = H // Hk
-    if k is not None and keys.positions is None:
-        k_cache[:, keys.end - T:keys.end], v_cache[:, keys.end - T:keys.end] = k, v
-    elif k is not None:
-        rows = torch.arange(B, device=q.device)[:, None]
-        k_cache[rows, keys.positions], v_cache[rows, keys.positions] = k.to(k_cache.dtype), v.to(v_cache.dtype)
+    Hk = k.size(2)
+    if T == 1 and q.device.type == "cpu" and torch.compiler.is_compiling():
+        return _attend_with_sums(q, k, v, mask)
     # The query heads that share a key/value head become more queries of that head: no copy of the cache is made
-    dtype = torch.promote_types(q.dtype, k_cache.dtype)
-    grouped = q.view(B, T, Hk, G, D).permute(0, 2, 3, 1, 4).reshape(B, Hk, G * T, D).to(dtype)
-    k, v = (cache[:, keys.first:keys.end].to(dtype).transpose(1, 2) for cache in (k_cache, v_cache))  # (B, Hk, keys, D)
-    y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=keys.mask, scale=scale)
-    return y.view(B, Hk, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    dtype = torch.promote_types(q.dtype, k.dtype)
+    grouped = q.view(B, T, Hk, H // Hk, D).permute(0, 2, 3, 1, 4).reshape(B, Hk, H // Hk * T, D).to(dtype)
+    k, v = k.to(dtype).transpose(1, 2), v.to(dtype).transpose(1, 2)  # (B, Hk, keys, D)
+    y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
+    return y.view(B, Hk, H // Hk, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+def _attend_with_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one token as a few loops, which a compiler makes faster than torch's own; mask: (B, 1, G, keys)"""
+    B, _, H, D = q.shape
+    Hk = k.size(2)
+    q = (q.float() * D**-0.5).view(B, Hk, H // Hk, D)
+    scores = (q[:, None] * k[:, :, :, None].float()).sum(-1).permute(0, 2, 3, 1)  # (B, Hk, G, keys)
+    scores = torch.where(mask, scores, -float("inf"))
+    weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
+    y = (weights[..., None] * v.float().transpose(1, 2)[:, :, None]).sum(3)       # (B, Hk, G, D)
+    return (y / weights.sum(-1, keepdim=True)).view(B, 1, H, D)
 
 
 def _cached_sdpa(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
                  cache_seqlens: Tensor, window: int) -> Tensor:
     """Attention on a cache, each row with its own length."""
-    num_new = q.size(1) if k is not None else 0  # else the new tokens are in the cache already
-    keys = find_cached_keys(cache_seqlens, q.size(1), num_new, window, q.size(2) // k_cache.size(2), k_cache.size(1),
-                            torch.promote_types(q.dtype, k_cache.dtype))
-    return attend_to_cache(q, k_cache, v_cache, k, v, keys).to(q.dtype)
+    T = q.size(1)
+    positions = find_positions(cache_seqlens if k is not None else cache_seqlens - T, T, k_cache.size(1))
+    if k is not None:
+        write_to_cache(k_cache[None], 0, k, positions)
+        write_to_cache(v_cache[None], 0, v, positions)
+    keys, mask = find_mask(positions, T, window, q.size(2) // k_cache.size(2),
+                           torch.promote_types(q.dtype, k_cache.dtype), q.device)
+    return attend_to_cache(q, k_cache[:, keys], v_cache[:, keys], mask).to(q.dtype)

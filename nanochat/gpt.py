@@ -11,8 +11,9 @@ Rotary positions, norms without weights, normed queries and keys, squared-ReLU M
 Weights are kept in fp32 and cast to the activations' dtype where they are used; embeddings live in the compute dtype.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from nanochat.config import (  # count_params is for those who look for it here
     count_params,  # noqa: F401
     estimate_flops,
 )
-from nanochat.cross_entropy import LOGIT_SOFTCAP, linear_cross_entropy
+from nanochat.cross_entropy import linear_cross_entropy, softcap
 from nanochat.flash_attention import flash_attn
 from nanochat.optim import MuonAdamW
 from nanochat.sampling import Sampling, sample_rows
@@ -38,7 +39,16 @@ ROPE_LENGTHS = 10             # positions that the rotary table holds, in contex
 
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension, without a learned scale."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not torch.is_inference_mode_enabled():
+        return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+    # Eager decoding on a CPU: torch's own is 10 operations, of which each takes longer to start than to compute
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x * torch.addcmul(get_eps(length.dtype), length, length, value=1 / x.size(-1)).rsqrt_().to(x.dtype)
+
+
+@functools.cache
+def get_eps(dtype: torch.dtype) -> Tensor:
+    return torch.tensor(NORM_EPS, dtype=dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -68,29 +78,43 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         C, D = config.n_embd, config.head_dim
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, D
+        self.layer, self.window = layer, config.window(layer)
         self.c_q = Linear(C, config.n_head * D, dtype)
         self.c_k = Linear(C, config.n_kv_head * D, dtype)
         self.c_v = Linear(C, config.n_kv_head * D, dtype)
         self.c_proj = Linear(C, C, dtype)
         self.ve_gate = (Linear(VE_GATE_CHANNELS, config.n_kv_head, dtype) if config.has_value_embed(layer) else None)
+        self.c_qkv = None
 
-    def forward(self, x: Tensor, ve: Tensor | None, cos_sin: tuple[Tensor, Tensor], window: int, kv=None) -> Tensor:
+    def fuse(self) -> None:
+        """Make one product of c_q, c_k and c_v, for decoding: their weights can't be trained after it."""
+        weight = torch.cat([linear.weight.detach() for linear in (self.c_q, self.c_k, self.c_v)])
+        with torch.device("meta"):  # nothing to initialise
+            self.c_qkv = Linear(weight.size(1), weight.size(0), weight.dtype)
+        self.c_qkv.weight = nn.Parameter(weight, requires_grad=False)
+        del self.c_q, self.c_k, self.c_v
+
+    def project(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """(B, T, C) -> queries (B, T, H, D) and keys (B, T, Hk, D), one tensor of both once fused; values."""
+        B, T, _ = x.shape
+        H, Hk, D = self.n_head, self.n_kv_head, self.head_dim
+        if self.c_qkv is None:
+            return (self.c_q(x).view(B, T, H, D), self.c_k(x).view(B, T, Hk, D)), self.c_v(x).view(B, T, Hk, D)
+        qk, v = self.c_qkv(x).view(B, T, H + 2 * Hk, D).split((H + Hk, Hk), dim=2)
+        return (qk,), v
+
+    def forward(self, x: Tensor, ve: Tensor | None, cos_sin: tuple[Tensor, Tensor], kv_cache=None) -> Tensor:
         B, T, C = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)     # (B, T, H, D)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)  # (B, T, Hk, D)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)  # (B, T, Hk, D)
+        qk, v = self.project(x)
         if ve is not None:
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, Hk)
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        cos, sin = cos_sin
-        q = norm(apply_rotary(q, cos, sin)) * QK_SCALE
-        k = norm(apply_rotary(k, cos, sin)) * QK_SCALE
-        if kv is None:
-            y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
+        qk = [norm(apply_rotary(heads, *cos_sin)) * QK_SCALE for heads in qk]
+        q, k = qk if self.c_qkv is None else qk[0].split((self.n_head, self.n_kv_head), dim=2)
+        if kv_cache is None:
+            y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(self.window, 0))
         else:
-            k_cache, v_cache, cache_seqlens = kv
-            y = flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens,
-                                                   causal=True, window_size=(window, 0))
+            y = kv_cache.attend(self.layer, q, k, v, self.window)
         return self.c_proj(y.reshape(B, T, C))
 
 
@@ -111,9 +135,9 @@ class Block(nn.Module):
         self.mlp = MLP(config, dtype)
 
     def forward(self, x: Tensor, x0: Tensor, lambdas: tuple[Tensor, Tensor], ve: Tensor | None,
-                cos_sin: tuple[Tensor, Tensor], window: int, kv=None) -> Tensor:
+                cos_sin: tuple[Tensor, Tensor], kv_cache=None) -> Tensor:
         x = lambdas[0] * x + lambdas[1] * x0
-        x = x + self.attn(norm(x), ve, cos_sin, window, kv)
+        x = x + self.attn(norm(x), ve, cos_sin, kv_cache)
         return x + self.mlp(norm(x))
 
 
@@ -233,37 +257,46 @@ class GPT(nn.Module):
         if kv_cache is None:
             previous = F.pad(x[:, :-1], (0, 0, 1, 0))  # the first token has none: zero adds nothing
         else:
-            previous = torch.cat((kv_cache.get_last_embed(x), x[:, :-1]), dim=1)
-            kv_cache.set_last_embed(x[:, -1:])
+            previous = kv_cache.get_last_embed(x)      # (B, 1, C)
+            if x.size(1) > 1:
+                previous = torch.cat((previous, x[:, :-1]), dim=1)
         gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]))  # (B, T, 1)
-        return x + self.smear_lambda[0] * gate * previous
+        smeared = x + self.smear_lambda[0] * gate * previous
+        if kv_cache is not None:
+            kv_cache.set_last_embed(x[:, -1:])         # in place, so not before `previous` has been read
+        return smeared
 
     def get_positions(self, num_tokens: int, kv_cache=None) -> tuple[Tensor, Tensor]:
         """cos and sin of the positions of `num_tokens` new tokens, (B or 1, T, 1, D/2)."""
-        if kv_cache is None:
-            if num_tokens > len(self.cos):
-                raise ValueError(f"{num_tokens} tokens exceed the {len(self.cos)} positions of this model")
-            cos, sin = self.cos[None, :num_tokens], self.sin[None, :num_tokens]
-        else:
-            positions = kv_cache.cache_seqlens[:, None] + torch.arange(num_tokens, device=self.cos.device)
-            cos, sin = self.cos[positions], self.sin[positions]
-        return cos.unsqueeze(2), sin.unsqueeze(2)
+        if kv_cache is not None:
+            positions = kv_cache.get_positions()       # a slice where all rows are of one length, else (B, T)
+            cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
+            return (cos, sin) if cos.dim() == 4 else (cos[None], sin[None])
+        if num_tokens > len(self.cos):
+            raise ValueError(f"{num_tokens} tokens exceed the {len(self.cos)} positions of this model")
+        return self.cos[None, :num_tokens].unsqueeze(2), self.sin[None, :num_tokens].unsqueeze(2)
 
     def forward_trunk(self, idx: Tensor, kv_cache=None) -> Tensor:
         """All but the head: normed activations, (B, T) -> (B, T, C)."""
         T = idx.size(1)
+        if kv_cache is not None:
+            kv_cache.begin(T)
         cos_sin = self.get_positions(T, kv_cache)
         x = x0 = self.embed(idx, kv_cache)
         middle = None
         for i, block in enumerate(self.transformer.h):
             ve = self.value_embeds[str(i)](idx).to(x.dtype) if self.config.has_value_embed(i) else None
-            kv = None if kv_cache is None else (*kv_cache.get_layer_cache(i), kv_cache.cache_seqlens)
-            x = block(x, x0, (self.resid_lambdas[i], self.x0_lambdas[i]), ve, cos_sin, self.config.window(i), kv)
+            x = block(x, x0, (self.resid_lambdas[i], self.x0_lambdas[i]), ve, cos_sin, kv_cache)
             if i == self.config.n_layer // 2:
                 middle = x
         if kv_cache is not None:
             kv_cache.advance(T)
         return norm(x - self.backout_lambda[0] * middle)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """Softcapped logits in fp32 of what forward_trunk returns: (..., C) -> (..., V)"""
+        logits = self.lm_head(x)[..., :self.config.vocab_size].to(torch.promote_types(x.dtype, torch.float32))
+        return softcap(logits)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, kv_cache=None, loss_reduction: str = "mean",
                 weights: Tensor | None = None) -> Tensor:
@@ -280,10 +313,7 @@ class GPT(nn.Module):
         if targets is not None:
             return linear_cross_entropy(x, self.lm_head.weight, targets, self.config.vocab_size,
                                         reduction=loss_reduction, weights=weights)
-        logits = self.lm_head(x)[..., :self.config.vocab_size].to(torch.promote_types(x.dtype, torch.float32))
-        # The softcap as a sigmoid, since tanh(z) = 2 * sigmoid(2z) - 1: on CPUs torch's tanh takes 5 times as long
-        halves = torch.sigmoid(logits * (2 / LOGIT_SOFTCAP))
-        return torch.add(halves.new_tensor(-LOGIT_SOFTCAP), halves, alpha=2 * LOGIT_SOFTCAP)
+        return self.unembed(x)
 
     @torch.inference_mode()
     def generate(self, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None,

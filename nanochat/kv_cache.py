@@ -11,6 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.flash_attention import (
+    attend_to_cache,
+    find_mask,
+    find_positions,
+    flash_attn,
+    uses_fa3,
+    write_to_cache,
+)
+
 
 class KVCache:
     """Keys and values of the tokens so far, each row with its own length, and the last embedding for the smear.
@@ -22,46 +31,73 @@ class KVCache:
                  device: torch.device, dtype: torch.dtype):
         """num_heads: key/value heads; seq_len: tokens to have room for at the start."""
         shape = (num_layers, batch_size, seq_len, num_heads, head_dim)  # (layers, B, T, H, D)
-        # Zeros, not garbage: what a short row holds past its end is masked, but a masked NaN is still NaN
-        self.k_cache = torch.zeros(shape, device=device, dtype=dtype)
-        self.v_cache = torch.zeros(shape, device=device, dtype=dtype)
+        self.k_cache, self.v_cache = (make_memory(shape, device, dtype) for _ in range(2))
         self.cache_seqlens = torch.zeros(batch_size, device=device, dtype=torch.int32)  # (B,) tokens of each row
         self.last_embed: Tensor | None = None  # (B, 1, C)
         self.num_tokens = 0  # of the longest row; known here so that a GPU needn't be asked
+
+    @classmethod
+    def wrap(cls, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, last_embed: Tensor) -> "KVCache":
+        """A cache of these tensors that doesn't grow: for a pass that is traced or captured."""
+        cache = cls.__new__(cls)
+        cache.k_cache, cache.v_cache = k_cache, v_cache
+        cache.cache_seqlens, cache.last_embed = cache_seqlens, last_embed
+        cache.num_tokens = None
+        return cache
 
     def get_pos(self) -> int:
         """Tokens that the longest row holds."""
         return self.num_tokens
 
-    def advance(self, num_tokens: int) -> None:
-        """Count `num_tokens` more in each row, when all layers have written them."""
-        self.cache_seqlens += num_tokens
-        self.num_tokens += num_tokens
+    # What the model calls in a forward pass: begin, get_positions, get_last_embed, set_last_embed, attend for each
+    # layer, advance
 
-    def get_layer_cache(self, layer: int) -> tuple[Tensor, Tensor]:
-        """This layer's keys and values, (B, T, H, D) each, to read from and to write into."""
-        return self.k_cache[layer], self.v_cache[layer]
+    def begin(self, num_tokens: int) -> None:
+        """Begin a forward pass over `num_tokens` new tokens of each row."""
+        self.reserve(num_tokens)
+        self.num_new, self.masks = num_tokens, {}
+        self.positions = find_positions(self.cache_seqlens, num_tokens, self.k_cache.size(2))
+
+    def get_positions(self) -> Tensor | slice:
+        """Of the new tokens: (B, T), or one slice where all rows are equally long."""
+        positions = self.positions
+        return slice(positions.first, positions.end) if positions.by_row is None else positions.by_row
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        """Write the new tokens' keys and values into a layer and attend to it: q (B, T, H, D) -> the same shape"""
+        if uses_fa3(q):
+            return flash_attn.flash_attn_with_kvcache(q, self.k_cache[layer], self.v_cache[layer], k=k, v=v,
+                                                      cache_seqlens=self.cache_seqlens, window_size=(window, 0))
+        write_to_cache(self.k_cache, layer, k, self.positions)
+        write_to_cache(self.v_cache, layer, v, self.positions)
+        if window not in self.masks:  # of all layers with this window
+            self.masks[window] = find_mask(self.positions, self.num_new, window, q.size(2) // k.size(2),
+                                           torch.promote_types(q.dtype, self.k_cache.dtype), q.device)
+        keys, mask = self.masks[window]
+        return attend_to_cache(q, self.k_cache[layer, :, keys], self.v_cache[layer, :, keys], mask).to(q.dtype)
 
     def get_last_embed(self, x: Tensor) -> Tensor:
-        """The embedding before x (B, T, C) -> (B, 1, C), zeros at the start.
-
-        The first call of each pass of the model, so the layers' room for x's T tokens is made here.
-        """
-        self.reserve(x.size(1))
+        """The embedding before x (B, T, C) -> (B, 1, C), zeros at the start."""
         return x.new_zeros(x.size(0), 1, x.size(2)) if self.last_embed is None else self.last_embed
 
     def set_last_embed(self, x: Tensor) -> None:
-        if self.last_embed is None or self.last_embed.shape != x.shape:
+        if self.last_embed is None:
             self.last_embed = x.clone()  # x is a slice, which would keep all of a prompt's embeddings alive
         else:
             self.last_embed.copy_(x)     # in place: it may be part of a larger cache's
 
+    def advance(self, num_tokens: int) -> None:
+        """Count `num_tokens` more in each row, when all layers have written them."""
+        self.cache_seqlens += num_tokens
+        if self.num_tokens is not None:
+            self.num_tokens += num_tokens
+
     def reserve(self, num_tokens: int) -> None:
         """Make room for `num_tokens` more in each row."""
         capacity = self.k_cache.size(2)
-        if self.num_tokens + num_tokens > capacity:
+        if self.num_tokens is not None and self.num_tokens + num_tokens > capacity:
             more = max(capacity, self.num_tokens + num_tokens - capacity)
-            self.k_cache, self.v_cache = (F.pad(c, (0, 0, 0, 0, 0, more)) for c in (self.k_cache, self.v_cache))
+            self.k_cache, self.v_cache = (grow_memory(c, 0, more) for c in (self.k_cache, self.v_cache))
 
     def prefill(self, other: "KVCache") -> None:
         """Start every row of this empty cache as a copy of the only row of `other`, or row by row of as many."""
@@ -100,7 +136,7 @@ class KVCache:
 
     def add_rows(self, num_rows: int) -> None:
         """Append empty rows."""
-        self.k_cache, self.v_cache = (F.pad(c, (0, 0, 0, 0, 0, 0, 0, num_rows)) for c in (self.k_cache, self.v_cache))
+        self.k_cache, self.v_cache = (grow_memory(c, num_rows, 0) for c in (self.k_cache, self.v_cache))
         self.cache_seqlens = F.pad(self.cache_seqlens, (0, num_rows))
         if self.last_embed is not None:
             self.last_embed = F.pad(self.last_embed, (0, 0, 0, 0, 0, num_rows))
@@ -123,3 +159,22 @@ class KVCache:
         """Let a row hold its first `num_tokens` only, the last of which has this embedding (0 where there is none)."""
         self.cache_seqlens[row] = num_tokens
         self.last_embed[row] = last_embed
+
+
+def make_memory(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeros (layers, B, T, H, D), not garbage: a short row is masked past its end, but a masked NaN is still NaN.
+
+    A compiled step is compiled anew, for seconds, where a stride happens to be a multiple of the keys or rows in use.
+    So a token that is never used lies between rows, and another between layers.
+    """
+    layers, B, T, H, D = shape
+    memory = torch.zeros((layers, B * (T + 1) + 1, H, D), device=device, dtype=dtype)
+    return memory[:, :-1].unflatten(1, (B, T + 1))[:, :, :T]
+
+
+def grow_memory(cache: Tensor, num_rows: int, num_tokens: int) -> Tensor:
+    """The same with more rows, or with room for more tokens."""
+    layers, B, T, H, D = cache.shape
+    grown = make_memory((layers, B + num_rows, T + num_tokens, H, D), cache.device, cache.dtype)
+    grown[:, :B, :T] = cache
+    return grown

@@ -10,7 +10,7 @@ import torch
 from helpers import REPO_DIR
 from torch import nn
 
-from nanochat import decoding, decoding_step
+from nanochat import decoding
 from nanochat.common import UserError
 from nanochat.engine import HEADROOM_TOKENS, Engine, KVCache, Request, count_common, stream_text
 from nanochat.gpt import GPT, GPTConfig
@@ -195,13 +195,14 @@ def test_decoding_copy_computes_the_same_and_shares_the_rest(tokenizer, dtype):
     copy = Engine(model, tokenizer).model
     assert {p.dtype for p in model.transformer.h.parameters()} == {torch.promote_types(dtype, torch.float32)}
     assert {p.dtype for p in copy.parameters() if p.dim() > 1} == {dtype}
-    assert copy.transformer.wte.weight is model.transformer.wte.weight and copy.value_embeds is model.value_embeds
+    assert copy.transformer.wte.weight is model.transformer.wte.weight
+    assert copy.value_embeds["1"].weight is model.value_embeds["1"].weight and copy.cos is model.cos
     assert all(block._compiled_call_impl is not None for block in model.transformer.h)
     assert all(block._compiled_call_impl is None for block in copy.transformer.h)  # shapes change with every call
     prompts = torch.tensor([make_prompt(100), make_prompt(100, seed=1)])
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.3, torch.float64: 1e-11}[dtype]  # of logits within +-15
     with torch.no_grad():
-        cache = make_cache(2, 4, decoding.get_cache_dtype(model))
+        cache = decoding.make_cache(model, 2, 4)
         logits = torch.cat([copy(part, kv_cache=cache) for part in prompts.split((90, 1, 9), dim=1)], dim=1)
         torch.testing.assert_close(logits, make_model(dtype)(prompts), rtol=0, atol=tolerance)
 
@@ -218,7 +219,7 @@ def test_the_first_token_does_not_wait_for_the_compiler_to_be_loaded():
 
 
 def test_matrices_that_cannot_be_packed_are_said_so_once(monkeypatch, capsys):
-    monkeypatch.setattr(decoding, "PackedLinear", lambda weight: lambda x: x.new_zeros(len(x), len(weight)))
+    monkeypatch.setattr(decoding, "multiply", lambda x, packed: x.new_zeros(len(x), 96))
     decoding.can_pack.cache_clear()
     results = [decoding.can_pack(torch.float32) for _ in range(2)]
     decoding.can_pack.cache_clear()
@@ -231,7 +232,7 @@ def test_graph_that_cannot_be_captured_runs_eagerly_and_says_so_once(tokenizer, 
     model, prompt = make_model(), make_prompt(20)
     engine = Engine(model, tokenizer)
     engine.chat_tokens = NO_CHAT_TOKENS
-    engine._run_step = decoding_step.GraphedStep(engine.model)  # there is no CUDA where this runs
+    engine._run_step = decoding.GraphedStep(engine.model)  # there is no CUDA where this runs
     rows, _ = engine.generate_batch(prompt, 2, max_tokens=10, temperature=0)
     assert rows == [prompt + list(model.generate(prompt, 10, temperature=0))] * 2
     assert capsys.readouterr().out.count("decoding eagerly: a CUDA graph can't be captured") == 1
@@ -256,12 +257,12 @@ def test_compiled_step_equals_naive_and_is_compiled_but_twice(tokenizer, monkeyp
         graphs.append(graph)
         return graph.forward
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=run_as_it_is))
-    monkeypatch.setattr(decoding_step, "choose_compile", lambda *args: (True, ""))
+    monkeypatch.setattr(decoding, "choose_compile", lambda *args: (True, ""))
     if not packs:
         monkeypatch.setattr(decoding, "can_pack", lambda dtype: False)
     models = [make_model(seed=seed) for seed in range(2)]  # neither of two engines may take the other's graphs
     engines = [Engine(model, tokenizer, compile=True) for model in models]
-    assert all(isinstance(engine._run_step, decoding_step.CompiledStep) for engine in engines) and len(graphs) == 4
+    assert all(isinstance(engine._run_step, decoding.CompiledStep) for engine in engines) and len(graphs) == 4
     for engine, model in zip(engines, models, strict=True):
         check_compiled(engine, model)
     assert all(engine._run_step.works for engine in engines) and len(graphs) == 4
@@ -290,7 +291,7 @@ def test_step_that_cannot_be_compiled_runs_eagerly_and_says_so_once(tokenizer, m
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
 def test_cpu_weights_are_packed(tokenizer):
     packed = [module for module in Engine(make_model(), tokenizer).model.modules()
-              if isinstance(module, decoding.PackedLinear)]
+              if isinstance(module, decoding.DecodingLinear) and module.packed is not None]
     assert len(packed) == 4 * 4 + 1  # each layer's, queries, keys and values being one, and the head
 
 
