@@ -1,4 +1,4 @@
-"""The model: a decoder-only transformer with value embeddings, sliding windows and a few learned scalars.
+"""The model: a decoder-only transformer. Its only forward pass, for training, evaluation and decoding.
 
 B rows, T tokens, C = n_embd channels, H query heads, Hk key/value heads, D head dim, V vocabulary.
 
@@ -7,8 +7,10 @@ B rows, T tokens, C = n_embd channels, H query heads, Hk key/value heads, D head
     x -= backout_lambda * (output of the middle layer)
     logits = softcap(lm_head(norm(x)))
 
-Rotary positions, norms without weights, normed queries and keys, squared-ReLU MLP, untied embeddings, no biases.
-Weights are kept in fp32 and cast to the activations' dtype where they are used; embeddings live in the compute dtype.
+To change the model, change it here: decoding.py compiles or captures this code, memory and FLOPs are tested against it.
+Each trick says what it is for, where it comes from, and what it gained there. The public record (nanochat, 2026: hours
+on 8 H100 to GPT-2's CORE) measured them in groups: "with" names the others of the group. Weights are fp32 and cast to
+the activations' dtype where they are used; embeddings, which are only looked up, live in the compute dtype.
 """
 
 import functools
@@ -19,26 +21,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.config import (  # count_params is for those who look for it here
-    SMEAR_GATE_CHANNELS,
-    VE_GATE_CHANNELS,
-    GPTConfig,
-    count_params,  # noqa: F401
-    estimate_flops,
-)
-from nanochat.cross_entropy import linear_cross_entropy, softcap
+from nanochat.config import SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
+from nanochat.cross_entropy import LOSSES, softcap
 from nanochat.flash_attention import flash_attn
 from nanochat.optim import MuonAdamW
 from nanochat.sampling import Sampling, sample_rows
 
 NORM_EPS = torch.finfo(torch.float32).eps  # also for bf16 input: bf16's own eps would flatten small activations
-ROPE_BASE = 100_000
-QK_SCALE = 1.2                # sharpens attention after queries and keys are normed
-ROPE_LENGTHS = 10             # positions that the rotary table holds, in context lengths
+ROPE_BASE = 100_000  # from 10,000: slower turns tell far positions apart; with tuned rates and inits 2.02 -> 1.80 hours
+ROPE_LENGTHS = 10    # positions that the rotary table holds, in context lengths: chats may outgrow the training context
+# Normed queries and keys bound every score by sqrt(D), too flat a softmax to pick one key; 1.2 on each sharpens it by
+# 1.44 (public record; no figure of its own)
+QK_SCALE = 1.2
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last dimension, without a learned scale."""
+    """RMS norm over the last dimension (arXiv 1910.07467), without a learned scale: the next matrix can learn it."""
     if torch.compiler.is_compiling() or x.device.type != "cpu" or not torch.is_inference_mode_enabled():
         return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
     # Eager decoding on a CPU: torch's own is 10 operations, of which each takes longer to start than to compute
@@ -52,7 +50,10 @@ def get_eps(dtype: torch.dtype) -> Tensor:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[d], x[d + D/2]) of (B, T, H, D) by their position's angles, (B or 1, T, 1, D/2)."""
+    """Turn the pairs (x[d], x[d + D/2]) of (B, T, H, D) by minus their position's angles (B or 1, T, 1, D/2).
+
+    Scores then depend on distances alone (RoPE, arXiv 2104.09864). The sign is free as long as it is everyone's.
+    """
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
@@ -74,6 +75,8 @@ class Embedding(nn.Embedding):
 
 
 class CausalSelfAttention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245) with QK norm and, in every other layer, value embeddings."""
+
     def __init__(self, config: GPTConfig, layer: int, dtype: torch.dtype):
         super().__init__()
         C, D = config.n_embd, config.head_dim
@@ -83,7 +86,7 @@ class CausalSelfAttention(nn.Module):
         self.c_k = Linear(C, config.n_kv_head * D, dtype)
         self.c_v = Linear(C, config.n_kv_head * D, dtype)
         self.c_proj = Linear(C, C, dtype)
-        self.ve_gate = (Linear(VE_GATE_CHANNELS, config.n_kv_head, dtype) if config.has_value_embed(layer) else None)
+        self.ve_gate = Linear(VE_GATE_CHANNELS, config.n_kv_head, dtype) if config.has_value_embed(layer) else None
         self.c_qkv = None
 
     def fuse(self) -> None:
@@ -107,8 +110,11 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qk, v = self.project(x)
         if ve is not None:
+            # Value embeddings (modded-nanogpt; arXiv 2410.17897): a table per layer gives each token a value of its
+            # own, about half of all parameters at hardly a FLOP; the gate lets each head take 0 to 3 times of it
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, Hk)
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
+        # QK norm (arXiv 2010.04245) bounds the scores whatever the weights do, which Muon's large steps need
         qk = [norm(apply_rotary(heads, *cos_sin)) * QK_SCALE for heads in qk]
         q, k = qk if self.c_qkv is None else qk[0].split((self.n_head, self.n_kv_head), dim=2)
         if kv_cache is None:
@@ -119,6 +125,9 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """relu^2 (Primer, arXiv 2109.08668): as cheap as relu, sparse, about 1-2% better than GELU in modded-nanogpt's
+    record; SwiGLU at equal FLOPs lost in the public record."""
+
     def __init__(self, config: GPTConfig, dtype: torch.dtype):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, dtype)
@@ -129,6 +138,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm attention and MLP on a residual stream that each layer rescales and mixes with its input x0.
+
+    resid and x0 lambdas (modded-nanogpt) are two learned numbers a layer: x0 hands every layer the token itself, so
+    that the stream needn't carry it (no figure of its own in the record).
+    """
+
     def __init__(self, config: GPTConfig, layer: int, dtype: torch.dtype):
         super().__init__()
         self.attn = CausalSelfAttention(config, layer, dtype)
@@ -152,6 +167,7 @@ class GPT(nn.Module):
         C, V, L = config.n_embd, config.padded_vocab_size, config.n_layer
         kv_dim = config.n_kv_head * config.head_dim
         self.compute_dtype = dtype
+        self.loss = "fused"  # a key of cross_entropy.LOSSES
         self.transformer = nn.ModuleDict({
             "wte": Embedding(V, C, dtype=embed),
             "h": nn.ModuleList(Block(config, i, master) for i in range(L)),
@@ -170,7 +186,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Set every parameter and buffer; a model built on the meta device holds garbage until then."""
+        """Set every parameter and buffer; a model built on the meta device holds garbage until then.
+
+        Uniform rather than normal keeps outliers out; a small head starts from near-uniform predictions; zero
+        projections (Fixup, arXiv 1901.09321; muP practice) start each block as the identity; tuned with the rates.
+        """
         C, L = self.config.n_embd, self.config.n_layer
         bound = math.sqrt(3 / C)  # uniform on +-bound has standard deviation 1/sqrt(C)
         nn.init.normal_(self.transformer.wte.weight, std=0.8)
@@ -179,7 +199,7 @@ class GPT(nn.Module):
             for matrix in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
                 nn.init.uniform_(matrix.weight, -bound, bound)
             nn.init.uniform_(block.mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
-            nn.init.zeros_(block.attn.c_proj.weight)  # each block starts as the identity
+            nn.init.zeros_(block.attn.c_proj.weight)
             nn.init.zeros_(block.mlp.c_proj.weight)
             if block.attn.ve_gate is not None:
                 nn.init.uniform_(block.attn.ve_gate.weight, 0, 0.02)
@@ -205,7 +225,7 @@ class GPT(nn.Module):
         return self.transformer.wte.weight.device
 
     def num_scaling_params(self) -> dict[str, int]:
-        """Parameters by part, counted on the modules themselves."""
+        """Parameters by part, counted on the modules; the horizon follows from matrices and head (scaling.py)."""
         def count(*modules) -> int:
             return sum(p.numel() for module in modules for p in module.parameters())
         counts = {"wte": count(self.transformer.wte), "value_embeds": count(self.value_embeds),
@@ -214,18 +234,23 @@ class GPT(nn.Module):
         return counts | {"scalars": total - sum(counts.values()), "total": total}
 
     def estimate_flops(self) -> float:
-        return estimate_flops(self.config)
+        """Training FLOPs per token, forward and backward: 6 per weight of a linear layer, 12 H D per key seen."""
+        weights = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, Linear))
+        blocks = self.transformer.h
+        keys_seen = sum(min(block.attn.window, self.config.sequence_len) for block in blocks)
+        return 6 * weights + 12 * self.config.n_head * self.config.head_dim * keys_seen
 
     def compile_blocks(self) -> None:
-        """Compile the blocks one by one: the layers share a few compiled variants, so that starting takes seconds."""
+        """Compile block by block: the layers share a few compiled variants, so that starting takes seconds."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
 
     def setup_optimizer(self, *, unembedding_lr: float = 0.008, embedding_lr: float = 0.3, matrix_lr: float = 0.02,
                         scalar_lr: float = 0.5, weight_decay: float = 0.28, batch_lr_scale: float = 1.0) -> MuonAdamW:
-        """AdamW for embeddings, head and scalars, Muon for the matrices of the blocks.
+        """AdamW for embeddings, head and scalars, Muon for the matrices of the blocks (optim.py).
 
-        batch_lr_scale multiplies every learning rate but that of smear and backout (see scaling.make_plan).
+        Rates and betas as the public record tuned them at 768 channels; AdamW's fall with the root of the width, and
+        `batch_lr_scale` multiplies all but that of smear and backout (scaling.make_plan).
         """
         width_scale = (self.config.n_embd / 768) ** -0.5 * batch_lr_scale
         s = batch_lr_scale
@@ -252,7 +277,11 @@ class GPT(nn.Module):
         return MuonAdamW(groups, names, matmul_dtype=torch.bfloat16 if bf16 else None)
 
     def embed(self, idx: Tensor, kv_cache=None) -> Tensor:
-        """The blocks' input: normed embeddings, each smeared with the one before it. (B, T) -> (B, T, C)"""
+        """The blocks' input: normed embeddings, each smeared with the one before it. (B, T) -> (B, T, C)
+
+        Smear (modded-nanogpt): a gated part of the previous token, so that pairs of tokens are there from the first
+        layer on, without a head that looks one back; with backout, shorter windows and ratio 8: 1.80 -> 1.65 hours.
+        """
         x = norm(self.transformer.wte(idx).to(self.compute_dtype))
         if kv_cache is None:
             previous = F.pad(x[:, :-1], (0, 0, 1, 0))  # the first token has none: zero adds nothing
@@ -291,6 +320,7 @@ class GPT(nn.Module):
                 middle = x
         if kv_cache is not None:
             kv_cache.advance(T)
+        # Backout (modded-nanogpt): what the first half needed only to work with is taken out before the head reads x
         return norm(x - self.backout_lambda[0] * middle)
 
     def unembed(self, x: Tensor) -> Tensor:
@@ -310,10 +340,10 @@ class GPT(nn.Module):
         weights:        (B, T) factor on each target's loss, for 'sum'
         """
         x = self.forward_trunk(idx, kv_cache)
-        if targets is not None:
-            return linear_cross_entropy(x, self.lm_head.weight, targets, self.config.vocab_size,
-                                        reduction=loss_reduction, weights=weights)
-        return self.unembed(x)
+        if targets is None:
+            return self.unembed(x)
+        return LOSSES[self.loss](x, self.lm_head.weight, targets, self.config.vocab_size, reduction=loss_reduction,
+                                 weights=weights)
 
     @torch.inference_mode()
     def generate(self, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None,
