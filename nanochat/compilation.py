@@ -76,11 +76,11 @@ def fused(function: Callable) -> Callable:
     compiled = None
 
     @functools.wraps(function)
-    def call(*args):
+    def call(*args, **kwargs):
         nonlocal compiled
         if not _compile_kernels or torch.compiler.is_compiling():
-            return function(*args)
+            return function(*args, **kwargs)
         if compiled is None:
             compiled = torch.compile(function, dynamic=False, fullgraph=True)
-        return compiled(*args)
+        return compiled(*args, **kwargs)
     return call

@@ -208,7 +208,7 @@ class MuonAdamW(torch.optim.Optimizer):
         whole = stack.new_empty(n * self.world_size, rows, cols)
         work = all_gather(whole, stack, async_op=True)
 
-        def finish() -> None:
+        def finish(sent: Tensor = stack) -> None:  # which must live as long as the gather reads it
             work.wait()
             torch._foreach_copy_(params, list(whole[:len(params)].unbind(0)))
         return finish
