@@ -1,8 +1,8 @@
 """Depth -> every other number: model shape, horizon, batch size, learning rates, and their schedules. Pure functions.
 
 Figures and formulas are those of nanochat's public record (January-July 2026), with the papers named beside them. There
-a depth-24 model of GPT-2's CORE score (0.2565) took 3.04 hours on 8 H100 at first and 1.65 at last. Batches of 1M tokens
-took 2.91 to 2.76 hours; tuned rates, betas, decay, initial weights and RoPE base 2.02 to 1.80.
+a depth-24 model of GPT-2's CORE score (0.2565) took 3.04 hours on 8 H100 at first and 1.65 at last: batches of 1M
+tokens made 2.76 hours of 2.91; tuned rates, betas, decay, initial weights and RoPE base 1.80 of 2.02.
 """
 
 import math
@@ -91,9 +91,9 @@ def count_saved_flops(short_rows: list[ShortRows] | None, flops_per_token: float
 def make_short_rows(text: str, config: GPTConfig) -> list[ShortRows]:
     """The stages of --seq-len-warmup START:STEPS: rows of START tokens, then of twice as many, ..., for STEPS in all.
 
-    Sequence-length warm-up (after arXiv 2108.06084) splits each row into several shorter rows; the token count of a step
-    stays the same, and with it every schedule. Lengths double, so that few kernels are compiled. It saves attention's
-    FLOPs; at depth 4 it didn't help (dev/LOG.md, "Sequence length warm-up: short rows first").
+    Sequence-length warm-up (after arXiv 2108.06084) splits each row into several shorter rows; the token count of a
+    step stays the same, and with it every schedule. Lengths double, so that few kernels are compiled. It saves
+    attention's FLOPs; at depth 4 it didn't help (dev/LOG.md, "Sequence length warm-up: short rows first").
     """
     try:
         start, num_steps = map(int, text.split(":"))
