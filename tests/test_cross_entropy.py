@@ -1,10 +1,9 @@
 """The plain loss against its definition, the fused one against the plain one: values, gradients, memory."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import measure_peak_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import compilation, cross_entropy
@@ -237,14 +236,6 @@ def test_compiled_kernels_equal_eager_ones(dtype, monkeypatch):
     for compiled, expected in zip(run(), eager, strict=True):
         error = (compiled.double() - expected.double()).norm() / expected.double().norm()
         assert error < (1e-6 if dtype == torch.float32 else 3e-3)
-
-
-def measure_peak_bytes(call):
-    """Bytes in use at the worst instant of a call, beyond those before it, as the CPU's allocator counts them."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
