@@ -169,7 +169,7 @@ def test_adamw_on_bf16_storage_computes_in_fp32():
 
 @pytest.mark.parametrize("density", [1.0, 0.01])  # of the steps in which a token occurs
 def test_bf16_moments_make_steps_a_few_percent_longer(density):
-    """Increments of the second moment are partly rounded away; dev/LOG.md, "Moments of bf16 embeddings: bf16", has why that will do."""
+    """Increments of the second moment are partly rounded away (dev/LOG.md, "Moments of bf16 embeddings: bf16")."""
     step_sizes = {}
     for dtype in (torch.float32, torch.bfloat16):
         rng = torch.Generator().manual_seed(0)
