@@ -17,22 +17,19 @@ from torch import Tensor, nn
 
 from dev.bench_memory import LiveBytes, fake_step, list_kept
 from dev.timing import print_table
-from nanochat import memory
 from nanochat.common import COMPUTE_DTYPES, UserError, print0, run_script
 from nanochat.config import GPTConfig
 from nanochat.cross_entropy import LOSSES
 from nanochat.figures import FAINT, INK, add_out, make_panels, save_figure, styled
 from nanochat.gpt import GPT
-from nanochat.memory import Machine
+from nanochat.memory import ACTIVATIONS, Machine, list_usage
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import make_config
 
 MIB = 2**20
-KINDS = {"residual stream": "#0072b2", "attention": "#56b4e9", "MLP": "#009e73",    # of activations, as in memory.py
-         "embedding, final norm": "#a5d8c6", "weights in the compute dtype": "#cc79a7"}
-PARTS = {"parameters": "#5b6470", "optimizer state": "#aab1bd", "gradients": "#e69f00", **KINDS,
-         "logits and loss": "#d55e00", "workspace": "#f0e442"}
-ENDS = ("embedding", "final norm")    # memory.py counts them apart
+COLORS = {"parameters": "#5b6470", "optimizer state": "#aab1bd", "gradients": "#e69f00", "residual stream": "#0072b2",
+          "attention": "#56b4e9", "MLP": "#009e73", "embedding, final norm": "#a5d8c6",
+          "weights in the compute dtype": "#cc79a7", "logits and loss": "#d55e00", "workspace": "#f0e442"}
 
 Phase = tuple[str, str]      # such as ("backward", "3"): a pass, and the layer's own part of it
 Usage = tuple[Phase, dict]   # bytes by part at one time in a phase
@@ -117,7 +114,7 @@ class StepRecorder(LiveBytes):
             self.kind = "weights in the compute dtype"
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self.kind = outer
-        parts = dict.fromkeys(PARTS, 0)
+        parts = dict.fromkeys(COLORS, 0)
         for key, (_, num_bytes) in self.storages.items():
             parts[self.part_of[key]] += num_bytes
         self.timeline.append((self.phase, parts))
@@ -143,7 +140,7 @@ def main(argv: list[str] | None = None) -> dict:
     config = make_config(args.depth, vocab_size=args.vocab_size, sequence_len=args.max_seq_len)
     machine = Machine(args.dtype, args.attention, is_compiled=False, device_type="cpu")
     measured = record_step(config, args.max_seq_len, args.rows, machine)
-    predicted = predict_phases(config, args.max_seq_len, args.rows, machine)
+    predicted = list_usage(config, args.max_seq_len, args.rows, machine)
     results = {"phases": compare_phases(measured, predicted), "parts": compare_parts(measured, predicted)}
     for rows in results.values():
         print_table(list(rows[0]), [list(row.values()) for row in rows])
@@ -173,41 +170,6 @@ def record_step(config: GPTConfig, T: int, rows: int, machine: Machine) -> list[
     return recorder.timeline
 
 
-def predict_phases(config: GPTConfig, T: int, rows: int, machine: Machine) -> list[Usage]:
-    """The peak of each phase, as memory.predict_memory adds it up."""
-    total = memory.predict_memory(config, T, rows, machine)
-    stream = rows * T * config.n_embd * machine.act_bytes
-    ends = {key: total.activations[key] for key in ENDS}
-    parts = dict.fromkeys(PARTS, 0) | {"parameters": total.parameters, "optimizer state": total.optimizer,
-                                       "embedding, final norm": ends["embedding"]}
-    blocks = [memory.count_block_bytes(config, layer, rows, T, machine) for layer in range(config.n_layer)]
-    peaks: list[Usage] = [(("forward", "embed"), dict(parts))]
-
-    def change(sign: int, kept: dict[str, int]) -> None:
-        for kind, num_bytes in kept.items():
-            parts[kind] += sign * num_bytes
-    for layer, block in enumerate(blocks):
-        change(1, block)
-        peaks.append((("forward", str(layer)), dict(parts)))
-    change(1, {"embedding, final norm": ends["final norm"]})
-    peaks.append((("forward", "norm"), dict(parts)))
-    peaks.append((("loss", ""), parts | {"logits and loss": total.loss}))
-    change(-1, {"embedding, final norm": ends["final norm"]})
-    parts |= {"gradients": config.padded_vocab_size * config.n_embd * machine.master_bytes, "workspace": 3 * stream}
-    peaks.append((("backward", "norm"), dict(parts)))
-    for layer in reversed(range(config.n_layer)):
-        extra = memory.count_backward_bytes(config, layer, rows, T, machine)
-        peaks.append((("backward", str(layer)), parts | {"workspace": parts["workspace"] + extra}))
-        change(-1, blocks[layer])
-        change(1, {"gradients": memory.count_block_gradients(config, layer, machine)})
-    peaks.append((("backward", "embed"), dict(parts)))
-    update = memory.count_update_bytes(config, machine)
-    peaks.append((("update", ""), dict.fromkeys(PARTS, 0) | {
-        "parameters": total.parameters, "optimizer state": total.optimizer, "gradients": total.gradients,
-        "workspace": update - total.gradients}))
-    return peaks
-
-
 def find_peak(usages: list[Usage], name: str) -> dict:
     """Bytes by part at the peak of a pass."""
     return max((parts for (pass_name, _), parts in usages if pass_name == name), key=lambda parts: sum(parts.values()))
@@ -230,7 +192,7 @@ def compare_parts(measured: list[Usage], predicted: list[Usage]) -> list[dict]:
     for end, usages in zip(ends, (measured, predicted), strict=True):
         end["gradients"] = max(parts["gradients"] for (name, _), parts in usages if name == "update")
     rows = []
-    for part in ("parameters", "optimizer state", "gradients", *KINDS):
+    for part in ("parameters", "optimizer state", "gradients", *ACTIVATIONS):
         actual, expected = (end[part] / MIB for end in ends)
         if actual or expected:
             rows.append({"part": part, "traced MiB": actual, "predicted MiB": expected,
@@ -254,8 +216,8 @@ def draw_memory(measured: list[Usage], predicted: list[Usage], title: str) -> Fi
     for ax, points, usages, name in ((axes[0, 0], x, actual, "traced, after each operation"),
                                      (axes[1, 0], edges, [parts for _, parts in [*predicted, predicted[-1]]],
                                       "predicted by nanochat.memory: the peak of each phase")):
-        stacks = np.array([[parts[part] / MIB for parts in usages] for part in PARTS])
-        ax.stackplot(points, stacks, colors=list(PARTS.values()), labels=list(PARTS), step="post", linewidth=0)
+        stacks = np.array([[parts[part] / MIB for parts in usages] for part in COLORS])
+        ax.stackplot(points, stacks, colors=list(COLORS.values()), labels=list(COLORS), step="post", linewidth=0)
         ax.step(x, total, where="post", color=INK, linewidth=1, label="total, traced")
         ax.set(title=name, ylabel="MiB", xlim=(0, edges[-1]), ylim=(0, 1.12 * max(total)))
         ax.grid(False)

@@ -31,21 +31,12 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 2**30
-# The part of a device's free memory that a prediction may fill. A CPU's process grows by 1.5 to 2.0 times the live
-# bytes, since malloc keeps what was freed (dev/LOG.md, "A CPU's predicted and resident memory"). On a GPU the rest is
-# for fragments and for buffers of NCCL and cuBLAS: assumption, not studied. A step that runs out is retried with half
-# the rows
-USABLE_FRACS = {"cpu": 0.5}
-DEFAULT_USABLE_FRAC = 0.92
-# Tokens of a micro-batch beyond which a step gets no faster. CPU: assumption, not studied. GPU, an estimate: a
-# micro-batch's fixed cost is to read and add up all gradients, 12 bytes a parameter; at 3 TB/s and 5e14 FLOP/s that is
-# 0.5% of the 6 FLOPs a parameter and token of so many tokens, at any depth
-MAX_MICRO_TOKENS = {"cpu": 8192}
-DEFAULT_MAX_MICRO_TOKENS = 2**16
 # Constants of the modules that allocate, which need torch; a test compares them
 ROPE_LENGTHS, SMALL_PARAM = 10, 1024
 CHUNK_TOKENS, CPU_EXP_TOKENS = {"cpu": 2048, "cuda": 8192}, 256
 MIN_BLOCK_QUERIES, MAX_BLOCKS = 256, 8
+# Parts of the activations
+ACTIVATIONS = ("residual stream", "attention", "MLP", "weights in the compute dtype", "embedding, final norm")
 
 
 @dataclass(frozen=True)
@@ -115,27 +106,54 @@ class Memory:
 
 def predict_memory(config: GPTConfig, T: int, micro_rows: int, machine: Machine, num_micro: int = 1) -> Memory:
     """Memory of a training step of `num_micro` micro-batches of `micro_rows` rows of T tokens."""
-    stream = micro_rows * T * config.n_embd * machine.act_bytes  # one tensor (B, T, C)
-    blocks = [count_block_bytes(config, layer, micro_rows, T, machine) for layer in range(config.n_layer)]
-    ends = count_end_bytes(config, micro_rows * T, machine)
-    activations = {key: sum(block[key] for block in blocks) for key in blocks[0]} | ends
-    parameters, gradients = count_parameter_bytes(config, machine)
-    optimizer = count_optimizer_bytes(config, machine)
-    loss = count_loss_bytes(config, micro_rows * T, machine)
+    usages = list_usage(config, T, micro_rows, machine, num_micro)
+    phases = {phase: max(sum(parts.values()) for (other, _), parts in usages if other == phase)
+              for phase in ("loss", "backward", "update")}
+    parts = next(parts for (phase, _), parts in usages if phase == "loss")
+    parameters, optimizer = parts["parameters"], parts["optimizer state"]
+    return Memory(parameters, optimizer, gradients=count_parameter_bytes(config, machine)[1],
+                  activations={kind: parts[kind] for kind in ACTIVATIONS}, loss=parts["logits and loss"],
+                  checkpoint=parameters + optimizer if machine.device_type == "cpu" else 0, phases=phases)
+
+
+def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
+               num_micro: int = 1) -> list[tuple[tuple[str, str], dict[str, int]]]:
+    """((phase, layer), bytes by part) in the order of a step, each at the worst of its layer, in the last micro-batch.
+    The temporaries of the forward pass are left out: the loss always takes more."""
     head_grad = config.padded_vocab_size * config.n_embd * machine.master_bytes
-    kept = parameters + optimizer + (gradients if num_micro > 1 else 0)
-    # Backward, from the last block to the first, beside the gradients of x, x0 and the middle block's output
-    live = kept + sum(activations.values()) - ends["final norm"] + head_grad + 3 * stream
-    backward = live
+    parameters, gradients = count_parameter_bytes(config, machine)
+    embedding, final_norm = count_end_bytes(config, rows * T, machine)
+    blocks = [count_block_bytes(config, layer, rows, T, machine) for layer in range(config.n_layer)]
+    parts = {"parameters": parameters, "optimizer state": count_optimizer_bytes(config, machine),
+             "gradients": gradients if num_micro > 1 else 0, **dict.fromkeys(ACTIVATIONS, 0), "logits and loss": 0,
+             "workspace": 0}
+    usages = []
+
+    def add(phase: str, layer: str = "", part: str = "workspace", extra: int = 0) -> None:
+        usages.append(((phase, layer), parts | {part: parts[part] + extra}))
+    parts["embedding, final norm"] += embedding
+    add("forward", "embed")
+    for layer, block in enumerate(blocks):
+        for kind, num_bytes in block.items():
+            parts[kind] += num_bytes
+        add("forward", str(layer))
+    parts["embedding, final norm"] += final_norm
+    add("forward", "norm")
+    add("loss", part="logits and loss", extra=count_loss_bytes(config, rows * T, machine))
+    parts["embedding, final norm"] -= final_norm
+    parts["gradients"] += head_grad
+    parts["workspace"] = 3 * rows * T * config.n_embd * machine.act_bytes  # gradients of x, x0, middle block's output
+    add("backward", "norm")
     for layer in reversed(range(config.n_layer)):
-        backward = max(backward, live + count_backward_bytes(config, layer, micro_rows, T, machine))
-        live -= sum(blocks[layer].values())
+        add("backward", str(layer), extra=count_backward_bytes(config, layer, rows, T, machine))
+        for kind, num_bytes in blocks[layer].items():
+            parts[kind] -= num_bytes
         if num_micro == 1:
-            live += count_block_gradients(config, layer, machine)
-    phases = {"loss": kept + sum(activations.values()) + loss, "backward": max(backward, live),
-              "update": parameters + optimizer + count_update_bytes(config, machine)}
-    checkpoint = parameters + optimizer if machine.device_type == "cpu" else 0
-    return Memory(parameters, optimizer, gradients, activations, loss, checkpoint, phases)
+            parts["gradients"] += count_block_gradients(config, layer, machine)
+    add("backward", "embed")
+    parts |= dict.fromkeys([*ACTIVATIONS, "workspace"], 0) | {"gradients": gradients}
+    add("update", extra=count_update_bytes(config, machine) - gradients)
+    return usages
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,11 +175,22 @@ def largest_micro_rows(config: GPTConfig, T: int, machine: Machine, memory_bytes
 
 
 def get_usable_frac(machine: Machine) -> float:
-    return USABLE_FRACS.get(machine.device_type, DEFAULT_USABLE_FRAC)
+    """The part of a device's free memory that a prediction may fill.
+
+    A CPU's process grows by 1.5 to 2.0 times the live bytes, since malloc keeps what was freed (dev/LOG.md, "A CPU's
+    predicted and resident memory"). On a GPU the rest is for fragments and for buffers of NCCL and cuBLAS: assumption,
+    not studied. A step that runs out of memory is retried with half the rows.
+    """
+    return 0.5 if machine.device_type == "cpu" else 0.92
 
 
 def get_max_micro_tokens(device_type: str) -> int:
-    return MAX_MICRO_TOKENS.get(device_type, DEFAULT_MAX_MICRO_TOKENS)
+    """Tokens of a micro-batch beyond which a step gets no faster.
+
+    CPU: assumption, not studied. GPU, an estimate: a micro-batch's fixed cost is to read and add up all gradients, 12
+    bytes a parameter; at 3 TB/s and 5e14 FLOP/s that is 0.5% of its 6 FLOPs a parameter and token, at any depth.
+    """
+    return 8192 if device_type == "cpu" else 2**16
 
 
 def list_divisors(number: int) -> list[int]:
@@ -248,7 +277,7 @@ def count_block_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine:
     return {"residual stream": N * residual,
             "attention": N * (qk_norms + value_embed) + count_attention_bytes(config, layer, rows, T, machine),
             "MLP": N * 2 * 4 * a * C,
-            "weights in the compute dtype": machine.cast_bytes * count_block_params(config, layer)}
+            "weights in the compute dtype": machine.cast_bytes * sum(map(math.prod, list_matrices(config, layer)))}
 
 
 def count_attention_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine: Machine) -> int:
@@ -277,12 +306,12 @@ def list_query_blocks(T: int, window: int) -> list[tuple[int, int]]:
     return [(end - start, end - max(0, start - window) if window >= 0 else end) for start, end in spans]
 
 
-def count_end_bytes(config: GPTConfig, N: int, machine: Machine) -> dict[str, int]:
+def count_end_bytes(config: GPTConfig, N: int, machine: Machine) -> tuple[int, int]:
     """Activations before the first block and after the last, which are never compiled."""
     a, C, normed = machine.act_bytes, config.n_embd, machine.eager_norm_bytes
     last_is_middle = config.n_layer // 2 == config.n_layer - 1  # so that no later block keeps it
-    return {"embedding": N * (normed * C + 3 * a * C + 20),  # normed, shifted, smeared; ids, targets, their weights
-            "final norm": N * (normed * C + machine.master_bytes + a * C * last_is_middle)}
+    embedding = N * (normed * C + 3 * a * C + 20)  # normed, shifted, smeared; ids, targets, their weights
+    return embedding, N * (normed * C + machine.master_bytes + a * C * last_is_middle)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,15 +425,11 @@ def list_matrices(config: GPTConfig, layer: int) -> list[tuple[int, int]]:
     return [(C, C), (kv_dim, C), (kv_dim, C), (C, C), (4 * C, C), (C, 4 * C)] + gate
 
 
-def count_block_params(config: GPTConfig, layer: int) -> int:
-    return sum(rows * cols for rows, cols in list_matrices(config, layer))
-
-
 def count_block_gradients(config: GPTConfig, layer: int, machine: Machine) -> int:
     """Gradients that a block's backward pass makes: its matrices', and its value embeddings'."""
     kv_dim = config.n_kv_head * config.head_dim
     value_embed = config.padded_vocab_size * kv_dim * machine.embed_bytes if config.has_value_embed(layer) else 0
-    return count_block_params(config, layer) * machine.master_bytes + value_embed
+    return sum(map(math.prod, list_matrices(config, layer))) * machine.master_bytes + value_embed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
