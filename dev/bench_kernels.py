@@ -9,14 +9,13 @@ import subprocess
 import sys
 
 import torch
-import torch.nn.functional as F
 
 from dev.timing import print_table, time_in_turn
 from nanochat import flash_attention
 from nanochat.checkpoint_manager import build_model
 from nanochat.common import get_compute_dtype, get_peak_memory_bytes, init_compute, run_script
 from nanochat.compilation import set_compile_kernels
-from nanochat.cross_entropy import LOGIT_SOFTCAP, linear_cross_entropy
+from nanochat.cross_entropy import LOSSES, linear_cross_entropy, plain_cross_entropy
 from nanochat.optim import POLAR_EXPRESS, orthogonalize
 from nanochat.scaling import make_config
 
@@ -30,7 +29,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device-type", default="")
-    parser.add_argument("--memory-of", choices=MEMORY_LOSSES, help=argparse.SUPPRESS)  # in its own process
+    parser.add_argument("--memory-of", choices=LOSSES, help=argparse.SUPPRESS)  # in its own process
     return parser.parse_args(argv)
 
 
@@ -75,24 +74,17 @@ def bench_attention(args: argparse.Namespace, device: torch.device, dtype: torch
                          f"{backend}, window {window}": run(chosen, window)}, device)
 
 
-def plain_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The definition: logits of the whole batch, in fp32."""
-    logits = LOGIT_SOFTCAP * torch.tanh(F.linear(x, weight.to(x.dtype)).float() / LOGIT_SOFTCAP)
-    return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
-
-
 def bench_loss(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Head and loss, forward and backward."""
     config = make_config(args.depth, vocab_size=args.vocab_size, sequence_len=args.max_seq_len)
     x = torch.randn(args.rows, args.max_seq_len, config.n_embd, device=device).to(dtype).requires_grad_()
     weight = (0.02 * torch.randn(args.vocab_size, config.n_embd, device=device)).requires_grad_()
     targets = torch.randint(args.vocab_size, (args.rows, args.max_seq_len), device=device)
-    compiled = torch.compile(plain_loss, dynamic=False)
-    return time_in_turn({
-        "plain":           lambda: torch.autograd.grad(plain_loss(x, weight, targets), (x, weight)),
-        "plain, compiled": lambda: torch.autograd.grad(compiled(x, weight, targets), (x, weight)),
-        "chunked":         lambda: torch.autograd.grad(
-            linear_cross_entropy(x, weight, targets, args.vocab_size), (x, weight))}, device)
+
+    def run(loss):
+        return lambda: torch.autograd.grad(loss(x, weight, targets, args.vocab_size), (x, weight))
+    return time_in_turn({"plain, eager": run(plain_cross_entropy.__wrapped__), "plain": run(plain_cross_entropy),
+                         "fused": run(linear_cross_entropy)}, device)
 
 
 def bench_optimizer(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -121,40 +113,35 @@ def bench_optimizer(args: argparse.Namespace, device: torch.device, dtype: torch
 
 
 def compare_memory(argv: list[str]) -> dict[str, float]:
-    """Peak resident MiB of a process that trains a step, with each loss in a process of its own."""
+    """Peak resident MiB of a process that trains, for each loss, compiled: each in a process of its own."""
     peaks = {}
-    for kind in MEMORY_LOSSES:
-        done = subprocess.run([sys.executable, "-m", "dev.bench_kernels", *argv, "--memory-of", kind],
+    for loss in LOSSES:
+        done = subprocess.run([sys.executable, "-m", "dev.bench_kernels", *argv, "--memory-of", loss],
                               capture_output=True, text=True, check=True)
-        peaks[kind] = float(done.stdout.split()[-1])
+        peaks[loss] = float(done.stdout.split()[-1])
     print("\npeak resident memory of a process that trains")
-    print_table(["loss", "MiB", "part"], [[kind, mib, mib / peaks["plain"]] for kind, mib in peaks.items()])
+    print_table(["loss", "MiB", "part"], [[loss, mib, mib / peaks["plain"]] for loss, mib in peaks.items()])
     return peaks
 
 
 def measure_step_memory(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:
-    """Print the peak resident MiB of whole steps, optimizer included, with one kind of loss."""
-    config = make_config(args.depth, vocab_size=args.vocab_size, sequence_len=args.max_seq_len)
-    model = build_model(config, dtype, device)
+    """Print the peak resident MiB of whole steps, optimizer included, with one of the losses."""
+    model = build_model(make_config(args.depth, vocab_size=args.vocab_size, sequence_len=args.max_seq_len), dtype,
+                        device)
     model.init_weights()
+    model.loss = args.memory_of
     optimizer = model.setup_optimizer()
     flash_attention.choose_backend(device, dtype)
     model.compile_blocks()
-    loss_of = torch.compile(plain_loss, dynamic=False) if args.memory_of == "plain, compiled" else plain_loss
     idx = torch.randint(args.vocab_size, (args.rows, args.max_seq_len))
     for _ in range(3):
-        if args.memory_of == "chunked":
-            loss = model(idx, idx)
-        else:
-            loss = loss_of(model.forward_trunk(idx), model.lm_head.weight, idx)
-        loss.backward()
+        model(idx, idx).backward()
         optimizer.step()
         model.zero_grad(set_to_none=True)
     print(get_peak_memory_bytes(device) / 2**20)
     return {}
 
 
-MEMORY_LOSSES = ("plain", "plain, compiled", "chunked")
 BENCHMARKS = {"attention": bench_attention, "loss": bench_loss, "optimizer": bench_optimizer}
 
 if __name__ == "__main__":

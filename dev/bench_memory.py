@@ -1,19 +1,22 @@
-"""What a training step keeps in memory, tensor by tensor, against what nanochat.memory predicts.
+"""Live bytes of a training step, traced on fake tensors, against what nanochat.memory predicts.
 
-    python -m dev.bench_memory                                  eager steps on the CPU: a table
-    python -m dev.bench_memory --depth 4 6 --dtype float32 --attention blocks
+    python -m dev.bench_memory                                  eager steps at full size, on any machine: a table
+    python -m dev.bench_memory --depth 12 26 --attention blocks --world-size 8
     bash dev/gpu_check.sh --only memory                         compiled steps on a GPU, by its allocator
 
-On a CPU every tensor that an operation makes is counted from its birth to its death: exact, but for what lives inside
-one operation.
+The trace runs the model's own step on fake tensors, which have shapes but no memory, and counts every tensor from its
+birth to its death. What is allocated inside one operation it can't see.
 """
 
 import argparse
+import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -22,23 +25,25 @@ from dev.timing import print_table
 from nanochat import flash_attention
 from nanochat.common import COMPUTE_DTYPES, run_script
 from nanochat.config import GPTConfig
+from nanochat.cross_entropy import LOSSES
 from nanochat.gpt import GPT
-from nanochat.memory import GIB, Compute, get_usable_frac, measure_free_bytes, predict_memory
+from nanochat.memory import GIB, Machine, Memory, get_usable_frac, measure_free_bytes, predict_memory
+from nanochat.optim import MuonAdamW
 from nanochat.scaling import make_config
-from nanochat.train import Batch, train_step
+from nanochat.train import Batch, add_gradients, train_step
 
-TOLERANCE = 0.10    # relative error of a prediction that passes
+TOLERANCE = 0.10    # relative error of a prediction that passes on a GPU
 GPU_DEPTHS = (4, 8, 12, 20)
 MAX_ROWS = 16       # of a micro-batch in check_memory
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors that live: those it is told of, and those that operations make while it is active."""
+    """Bytes of all live tensors: those given, and those that operations make while this mode is active."""
 
     def __init__(self, tensors: Iterable[Tensor]):
         super().__init__()
         self.now_bytes = self.peak_bytes = 0
-        self.storages: dict[int, tuple[weakref.ref, int]] = {}    # by address: how its end is noticed, and its bytes
+        self.storages: dict[int, tuple[weakref.ref, int]] = {}    # by address: a reference that tells of its end, bytes
         for tensor in tensors:
             self.add(tensor)
 
@@ -65,93 +70,114 @@ class LiveBytes(TorchDispatchMode):
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depth", type=int, nargs="+", default=[2, 4, 6, 8])
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--max-seq-len", type=int, default=512, help="context in tokens")
+    parser.add_argument("--depth", type=int, nargs="+", default=[4, 8, 12, 20])
+    parser.add_argument("--vocab-size", type=int, default=32768)
+    parser.add_argument("--max-seq-len", type=int, default=2048, help="context in tokens")
     parser.add_argument("--rows", type=int, default=2, help="rows of a micro-batch")
     parser.add_argument("--num-micro", type=int, nargs="+", default=[1, 2], help="micro-batches of a step")
     parser.add_argument("--dtype", choices=COMPUTE_DTYPES, default="bfloat16")
     parser.add_argument("--attention", choices=("sdpa", "blocks"), default="sdpa")
+    parser.add_argument("--loss", choices=LOSSES, default="fused")
+    parser.add_argument("--world-size", type=int, default=1, help="ranks of the run; the first one's memory is shown")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    rows = [compare_step(make_config(depth, vocab_size=args.vocab_size, sequence_len=args.max_seq_len),
-                         args.max_seq_len, args.rows, num_micro, args.dtype, args.attention)
-            for depth in args.depth for num_micro in args.num_micro]
+    machine = Machine(args.dtype, args.attention, False, "cpu", args.world_size, args.loss)
+    rows = []
+    for depth in args.depth:
+        config = make_config(depth, vocab_size=args.vocab_size, sequence_len=args.max_seq_len)
+        for num_micro in args.num_micro:
+            measured = trace_step(config, args.max_seq_len, args.rows, machine, num_micro)
+            predicted = predict_memory(config, args.max_seq_len, args.rows, machine, num_micro)
+            for phase, num_bytes in measured.items():
+                expected = join_phases(predicted)[phase]
+                rows.append({"depth": depth, "micro-batches": num_micro, "phase": phase,
+                             "traced MiB": num_bytes / 2**20, "predicted MiB": expected / 2**20,
+                             "error %": 100 * (expected / num_bytes - 1)})
     print_table(list(rows[0]), [list(row.values()) for row in rows])
     return {"rows": rows}
 
 
-def compare_step(config: GPTConfig, T: int, rows: int, num_micro: int, dtype: str, attention: str) -> dict:
-    """One row of the table: the measured and the predicted peak."""
-    compute = Compute(dtype, attention, is_compiled=False, device_type="cpu")
-    memory = predict_memory(config, T, rows, compute, num_micro)
-    flash_attention._override_impl = attention
+def join_phases(memory: Memory) -> dict[str, int]:
+    """Predicted peaks by the phases of trace_step."""
+    return {"loss, backward": max(memory.phases["loss"], memory.phases["backward"]), "update": memory.phases["update"]}
+
+
+def trace_step(config: GPTConfig, T: int, rows: int, machine: Machine, num_micro: int = 1) -> dict[str, int]:
+    """Peak bytes of the phases of one eager step as it runs on CPUs: nothing is computed, so any size will do."""
+    with fake_step(config, machine) as (model, optimizer), LiveBytes(list_kept(model, optimizer)) as live:
+        tokens = torch.zeros((rows * num_micro, T + 1), dtype=torch.int64)
+        add_gradients(model, Batch(tokens[:, :-1], tokens[:, 1:], None), rows, 1.0)
+        peaks = {"loss, backward": live.peak_bytes}
+        live.peak_bytes = live.now_bytes
+        optimizer.reduce_gradients()  # not train_step, which reads numbers back, and fake tensors have none
+        optimizer.step()
+    return peaks | {"update": live.peak_bytes}
+
+
+@contextlib.contextmanager
+def fake_step(config: GPTConfig, machine: Machine) -> Iterator[tuple[GPT, MuonAdamW]]:
+    """Model and optimizer of rank 0 on fake tensors, whose collectives send nothing. The device is always the CPU:
+    fake CUDA tensors abort the process in builds without CUDA, and the meta device has other kernels."""
+    if machine.world_size > 1:
+        dist.init_process_group("fake", rank=0, world_size=machine.world_size)
+    wanted, flash_attention._override_impl = flash_attention._override_impl, machine.attention
     try:
-        measured = measure_step(config, T, rows, num_micro, getattr(torch, dtype))
+        with FakeTensorMode():
+            model = GPT(config, getattr(torch, machine.dtype))
+            model.loss = machine.loss
+            yield model, model.setup_optimizer()
     finally:
-        flash_attention._override_impl = None
-    return {"depth": config.n_layer, "vocab": config.vocab_size, "T": T, "rows": rows, "micro-batches": num_micro,
-            "dtype": dtype, "attention": attention, "measured MiB": measured / 2**20,
-            "predicted MiB": memory.peak / 2**20, "error %": 100 * (memory.peak / measured - 1),
-            "worst at": memory.worst_moment}
+        flash_attention._override_impl = wanted
+        if machine.world_size > 1:
+            dist.destroy_process_group()
 
 
-def measure_step(config: GPTConfig, T: int, rows: int, num_micro: int, dtype: torch.dtype) -> int:
-    """Peak bytes of one eager training step on the CPU, parameters and optimizer state included."""
-    torch.manual_seed(0)
-    model = GPT(config, dtype)
-    model.init_weights()
-    optimizer = model.setup_optimizer()
-    tokens = torch.randint(config.vocab_size, (rows * num_micro, T + 1))
-    return measure_peak_bytes(model, optimizer, Batch(tokens[:, :-1], tokens[:, 1:], None), rows)
+def list_kept(model: GPT, optimizer: MuonAdamW) -> list[Tensor]:
+    """All that is there before a step: parameters, rotary tables, optimizer state."""
+    state = [piece.tensor for piece in optimizer.get_named_state().values()]
+    return [*model.parameters(), *model.buffers(), *state]
 
 
-def measure_peak_bytes(model, optimizer, batch: Batch, micro_rows: int) -> int:
-    """Bytes in use at the worst instant of a training step: by CUDA's allocator, elsewhere by counting tensors."""
-    device = model.get_device()
-    state = [piece.tensor for piece in optimizer.get_named_state().values()]  # made as a later step finds it
-    if device.type == "cuda":
-        train_step(model, optimizer, batch, micro_rows)  # compiling has peaks of its own
-        torch.cuda.reset_peak_memory_stats(device)
-        train_step(model, optimizer, batch, micro_rows)
-        return torch.cuda.max_memory_allocated(device)
-    live = LiveBytes([*model.parameters(), *model.buffers(), *state])
-    with live:
-        train_step(model, optimizer, batch, micro_rows)
-    return live.peak_bytes
+def measure_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int) -> int:
+    """Peak bytes of a training step on a GPU, by CUDA's allocator."""
+    train_step(model, optimizer, batch, micro_rows)  # compiling has peaks of its own
+    torch.cuda.reset_peak_memory_stats(model.get_device())
+    train_step(model, optimizer, batch, micro_rows)
+    return torch.cuda.max_memory_allocated(model.get_device())
 
 
 def check_memory(setup: Setup) -> Iterator[Check]:
     """A section of dev/gpu_check.py: the peak of a step against the prediction, at each depth, with one micro-batch
-    and with two. They have as many rows as should fit: where a prediction is too low, memory may run out instead."""
+    and with two, of as many rows as are predicted to fit: a prediction that is too low may run out of memory."""
     on_gpu, T = setup.device.type == "cuda", setup.sizes.T
     if not on_gpu and (setup.use_compile or setup.device.type != "cpu"):
-        yield Check("memory", "absent", "only CUDA's allocator and eager steps on a CPU tell their peak")
+        yield Check("memory", "absent", "only CUDA's allocator and traces of eager steps on a CPU know the peak")
         return
-    compute = Compute(str(setup.dtype).removeprefix("torch."), setup.backend, setup.use_compile, setup.device.type)
+    machine = Machine(str(setup.dtype).removeprefix("torch."), setup.backend, setup.use_compile, setup.device.type)
     for depth in GPU_DEPTHS if on_gpu else setup.sizes.depths:
         free_memory(setup.device)
         config = setup.make_config(depth)
-        usable_bytes = get_usable_frac(compute) * (measure_free_bytes(setup.device) or 0)
+        usable_bytes = get_usable_frac(machine) * (measure_free_bytes(setup.device) or 0)
         before_bytes = torch.cuda.memory_allocated(setup.device) if on_gpu else 0
         # two micro-batches take more, since gradients of the first stand beside the second
         rows = next((n for n in (MAX_ROWS, 8, 4, 2, 1) if n <= setup.sizes.max_rows and
-                     predict_memory(config, T, n, compute, num_micro=2).peak <= usable_bytes), 0)
+                     predict_memory(config, T, n, machine, num_micro=2).peak <= usable_bytes), 0)
         if not rows:
             yield Check(f"d{depth} memory", "absent", "no row is predicted to fit here")
             continue
-        model, optimizer = setup.make_model(depth)
+        model, optimizer = setup.make_model(depth) if on_gpu else (None, None)
         for num_micro in (1, 2):
-            memory = predict_memory(config, T, rows, compute, num_micro)
-            measured = measure_peak_bytes(model, optimizer, setup.make_batch(rows * num_micro), rows) - before_bytes
+            memory = predict_memory(config, T, rows, machine, num_micro)
+            measured = measure_step(model, optimizer, setup.make_batch(rows * num_micro), rows) - before_bytes \
+                if on_gpu else max(trace_step(config, T, rows, machine, num_micro).values())
             error = memory.peak / measured - 1
             yield Check(f"d{depth} memory, {num_micro} x {rows} rows", judge(abs(error) <= TOLERANCE),
                         f"{measured / GIB:.3f} GiB, predicted {memory.peak / GIB:.3f} ({100 * error:+.1f}%), worst at "
-                        f"the {memory.worst_moment}", {"measured_bytes": measured, "predicted_bytes": memory.peak,
-                                                       "moments": memory.moments})
+                        f"the {memory.worst_phase}", {"measured_bytes": measured, "predicted_bytes": memory.peak,
+                                                       "phases": memory.phases})
         del model, optimizer
 
 

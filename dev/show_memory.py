@@ -1,11 +1,11 @@
-"""What fills the memory at each moment of a training step, part by part: measured, and as nanochat.memory predicts it.
+"""Memory during a training step, part by part: traced, and as nanochat.memory predicts it.
 
     python -m dev.show_memory --depth 6
-    python -m dev.show_memory --depth 4 --rows 8 --dtype float32 --attention blocks
+    python -m dev.show_memory --depth 24 --rows 8 --dtype float32 --attention blocks
 
-Measured is one eager step on the CPU, each tensor from its birth to its death. What autograd keeps belongs to the part
-of the model that made it; a tensor that nothing keeps is workspace until it ends, or becomes a gradient. Writes
-memory.png, by default to $NANOCHAT_BASE_DIR/figures.
+The trace is one eager step on fake tensors (dev/bench_memory.py), so that any size will do. A tensor that autograd
+keeps belongs to the part of the model that made it; any other is workspace until it becomes a gradient or is freed.
+Writes memory.png, by default to $NANOCHAT_BASE_DIR/figures.
 """
 
 import argparse
@@ -15,27 +15,24 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from dev.bench_memory import LiveBytes
+from dev.bench_memory import LiveBytes, fake_step, list_kept
 from dev.timing import print_table
-from nanochat import flash_attention, memory
 from nanochat.common import COMPUTE_DTYPES, UserError, print0, run_script
 from nanochat.config import GPTConfig
-from nanochat.cross_entropy import linear_cross_entropy
+from nanochat.cross_entropy import LOSSES
 from nanochat.figures import FAINT, INK, add_out, make_panels, save_figure, styled
 from nanochat.gpt import GPT
-from nanochat.memory import Compute
+from nanochat.memory import ACTIVATIONS, Machine, list_usage
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import make_config
 
 MIB = 2**20
-KINDS = {"residual stream": "#0072b2", "attention": "#56b4e9", "MLP": "#009e73",    # of activations, as in memory.py
-         "embedding, final norm": "#a5d8c6", "weights in the compute dtype": "#cc79a7"}
-PARTS = {"parameters": "#5b6470", "optimizer state": "#aab1bd", "gradients": "#e69f00", **KINDS,
-         "logits and loss": "#d55e00", "workspace": "#f0e442"}
-ENDS = ("embedding", "final norm")    # memory.py counts them apart
+COLORS = {"parameters": "#5b6470", "optimizer state": "#aab1bd", "gradients": "#e69f00", "residual stream": "#0072b2",
+          "attention": "#56b4e9", "MLP": "#009e73", "embedding, final norm": "#a5d8c6",
+          "weights in the compute dtype": "#cc79a7", "logits and loss": "#d55e00", "workspace": "#f0e442"}
 
-Phase = tuple[str, str]        # such as ("backward", "3"): the layer's own part of the pass
-Moment = tuple[Phase, dict]    # bytes by part
+Phase = tuple[str, str]      # such as ("backward", "3"): a pass, and the layer's own part of it
+Usage = tuple[Phase, dict]   # bytes by part at one time in a phase
 
 
 class StepRecorder(LiveBytes):
@@ -47,9 +44,9 @@ class StepRecorder(LiveBytes):
         self.kind_of: dict[int, str] = {}     # the part that a tensor belongs to once autograd keeps it
         self.phase, self.part, self.kind = ("forward", "embed"), "workspace", "embedding, final norm"
         self.num_layers = len(model.transformer.h)
-        self.timeline: list[Moment] = []
+        self.timeline: list[Usage] = []
+        self.mark(list_kept(model, optimizer), "optimizer state")
         self.mark([*model.parameters(), *model.buffers()], "parameters")
-        self.mark([piece.tensor for piece in optimizer.get_named_state().values()], "optimizer state")
         for param in model.parameters():
             param.register_post_accumulate_grad_hook(lambda param: self.mark([param.grad], "gradients"))
         for layer, block in enumerate(model.transformer.h):
@@ -87,7 +84,7 @@ class StepRecorder(LiveBytes):
         out.register_hook(lambda _: self.enter("backward", str(layer)))
 
     def enter(self, *phase: str) -> None:
-        """Begin a phase; what is made in that of the loss belongs to it, whether it is kept or not."""
+        """Begin a phase; all that is made in that of the loss counts as the loss's, kept or not."""
         self.phase = phase
         self.part = "logits and loss" if phase[0] == "loss" else "workspace"
 
@@ -98,7 +95,7 @@ class StepRecorder(LiveBytes):
             self.part_of[key], self.kind_of[key] = self.part, self.kind
 
     def mark(self, tensors: list[Tensor], part: str) -> None:
-        """Say what these tensors are from now on."""
+        """Count these tensors as `part` from now on."""
         for tensor in tensors:
             self.add(tensor)
             self.part_of[tensor.untyped_storage()._cdata] = part
@@ -117,7 +114,7 @@ class StepRecorder(LiveBytes):
             self.kind = "weights in the compute dtype"
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self.kind = outer
-        parts = dict.fromkeys(PARTS, 0)
+        parts = dict.fromkeys(COLORS, 0)
         for key, (_, num_bytes) in self.storages.items():
             parts[self.part_of[key]] += num_bytes
         self.timeline.append((self.phase, parts))
@@ -141,13 +138,9 @@ def main(argv: list[str] | None = None) -> dict:
     if args.rows < 1 or args.vocab_size < 1:
         raise UserError(f"--rows {args.rows} and --vocab-size {args.vocab_size} must be at least 1")
     config = make_config(args.depth, vocab_size=args.vocab_size, sequence_len=args.max_seq_len)
-    compute = Compute(args.dtype, args.attention, is_compiled=False, device_type="cpu")
-    flash_attention._override_impl = args.attention
-    try:
-        measured = record_step(config, args.max_seq_len, args.rows, getattr(torch, args.dtype))
-    finally:
-        flash_attention._override_impl = None
-    predicted = predict_phases(config, args.max_seq_len, args.rows, compute)
+    machine = Machine(args.dtype, args.attention, is_compiled=False, device_type="cpu")
+    measured = record_step(config, args.max_seq_len, args.rows, machine)
+    predicted = list_usage(config, args.max_seq_len, args.rows, machine)
     results = {"phases": compare_phases(measured, predicted), "parts": compare_parts(measured, predicted)}
     for rows in results.values():
         print_table(list(rows[0]), [list(row.values()) for row in rows])
@@ -157,98 +150,59 @@ def main(argv: list[str] | None = None) -> dict:
     return results | {"figure": str(save_figure(draw_memory(measured, predicted, title), "memory", args.out))}
 
 
-def record_step(config: GPTConfig, T: int, rows: int, dtype: torch.dtype) -> list[Moment]:
-    """Bytes by part after each operation of one eager training step on the CPU."""
-    torch.manual_seed(0)
-    model = GPT(config, dtype)
-    model.init_weights()
-    optimizer = model.setup_optimizer()
-    tokens = torch.randint(config.vocab_size, (rows, T + 1))
-    recorder = StepRecorder(model, optimizer)
-    with recorder:
-        with torch.autograd.graph.saved_tensors_hooks(recorder.keep, lambda tensor: tensor):
-            x = model.forward_trunk(tokens[:, :-1])
-            recorder.enter("loss", "")
-            recorder.mark([x], "logits and loss")
-            loss = linear_cross_entropy(x, model.lm_head.weight, tokens[:, 1:], config.vocab_size)
-        del x
-        recorder.enter("backward", "norm")
-        loss.backward()
-        recorder.enter("update", "")
-        optimizer.reduce_gradients()
-        recorder.mark([part.grad for part in optimizer.parts], "gradients")
-        optimizer.step()
+def record_step(config: GPTConfig, T: int, rows: int, machine: Machine) -> list[Usage]:
+    """Bytes by part after each operation of one eager training step."""
+    with fake_step(config, machine) as (model, optimizer):
+        tokens = torch.zeros((rows, T + 1), dtype=torch.int64)
+        with StepRecorder(model, optimizer) as recorder:
+            with torch.autograd.graph.saved_tensors_hooks(recorder.keep, lambda tensor: tensor):
+                x = model.forward_trunk(tokens[:, :-1])
+                recorder.enter("loss", "")
+                recorder.mark([x], "logits and loss")
+                loss = LOSSES[model.loss](x, model.lm_head.weight, tokens[:, 1:], config.vocab_size)
+            del x
+            recorder.enter("backward", "norm")
+            loss.backward()
+            recorder.enter("update", "")
+            optimizer.reduce_gradients()
+            recorder.mark([part.grad for part in optimizer.parts], "gradients")
+            optimizer.step()
     return recorder.timeline
 
 
-def predict_phases(config: GPTConfig, T: int, rows: int, compute: Compute) -> list[Moment]:
-    """The worst instant of each phase, as memory.predict_memory adds it up."""
-    total = memory.predict_memory(config, T, rows, compute)
-    stream = rows * T * config.n_embd * compute.act_bytes
-    ends = {key: total.activations[key] for key in ENDS}
-    parts = dict.fromkeys(PARTS, 0) | {"parameters": total.parameters, "optimizer state": total.optimizer,
-                                       "embedding, final norm": ends["embedding"]}
-    blocks = [memory.count_block_bytes(config, layer, rows, T, compute) for layer in range(config.n_layer)]
-    moments: list[Moment] = [(("forward", "embed"), dict(parts))]
-
-    def change(sign: int, kept: dict[str, int]) -> None:
-        for kind, num_bytes in kept.items():
-            parts[kind] += sign * num_bytes
-    for layer, block in enumerate(blocks):
-        change(1, block)
-        moments.append((("forward", str(layer)), dict(parts)))
-    change(1, {"embedding, final norm": ends["final norm"]})
-    moments.append((("forward", "norm"), dict(parts)))
-    moments.append((("loss", ""), parts | {"logits and loss": total.loss}))
-    change(-1, {"embedding, final norm": ends["final norm"]})
-    parts |= {"gradients": config.padded_vocab_size * config.n_embd * compute.master_bytes, "workspace": 3 * stream}
-    moments.append((("backward", "norm"), dict(parts)))
-    for layer in reversed(range(config.n_layer)):
-        extra = memory.count_backward_bytes(config, layer, rows, T, compute)
-        moments.append((("backward", str(layer)), parts | {"workspace": parts["workspace"] + extra}))
-        change(-1, blocks[layer])
-        change(1, {"gradients": memory.count_block_gradients(config, layer, compute)})
-    moments.append((("backward", "embed"), dict(parts)))
-    update = memory.count_update_bytes(config, total.gradients, compute)
-    moments.append((("update", ""), dict.fromkeys(PARTS, 0) | {
-        "parameters": total.parameters, "optimizer state": total.optimizer, "gradients": total.gradients,
-        "workspace": update - total.gradients}))
-    return moments
+def find_peak(usages: list[Usage], name: str) -> dict:
+    """Bytes by part at the peak of a pass."""
+    return max((parts for (pass_name, _), parts in usages if pass_name == name), key=lambda parts: sum(parts.values()))
 
 
-def find_worst(moments: list[Moment], name: str) -> dict:
-    """Bytes by part at the worst instant of a pass."""
-    return max((parts for (pass_name, _), parts in moments if pass_name == name), key=lambda parts: sum(parts.values()))
-
-
-def compare_phases(measured: list[Moment], predicted: list[Moment]) -> list[dict]:
-    """The peak of each pass, counted and predicted."""
+def compare_phases(measured: list[Usage], predicted: list[Usage]) -> list[dict]:
+    """The peak of each pass, traced and predicted."""
     rows = []
     for name in ("forward", "loss", "backward", "update"):
-        actual, expected = (sum(find_worst(moments, name).values()) / MIB for moments in (measured, predicted))
-        rows.append({"peak of the": name, "measured MiB": actual, "predicted MiB": expected,
+        actual, expected = (sum(find_peak(usages, name).values()) / MIB for usages in (measured, predicted))
+        rows.append({"peak of the": name, "traced MiB": actual, "predicted MiB": expected,
                      "error %": 100 * (expected / actual - 1)})
     return rows
 
 
-def compare_parts(measured: list[Moment], predicted: list[Moment]) -> list[dict]:
-    """What is kept when the forward pass ends, and the gradients when the update begins."""
-    ends = [dict(next(parts for phase, parts in reversed(moments) if phase == ("forward", "norm")))
-            for moments in (measured, predicted)]
-    for end, moments in zip(ends, (measured, predicted), strict=True):
-        end["gradients"] = max(parts["gradients"] for (name, _), parts in moments if name == "update")
+def compare_parts(measured: list[Usage], predicted: list[Usage]) -> list[dict]:
+    """Bytes kept at the end of the forward pass, and the gradients when the update begins."""
+    ends = [dict(next(parts for phase, parts in reversed(usages) if phase == ("forward", "norm")))
+            for usages in (measured, predicted)]
+    for end, usages in zip(ends, (measured, predicted), strict=True):
+        end["gradients"] = max(parts["gradients"] for (name, _), parts in usages if name == "update")
     rows = []
-    for part in ("parameters", "optimizer state", "gradients", *KINDS):
+    for part in ("parameters", "optimizer state", "gradients", *ACTIVATIONS):
         actual, expected = (end[part] / MIB for end in ends)
         if actual or expected:
-            rows.append({"part": part, "measured MiB": actual, "predicted MiB": expected,
+            rows.append({"part": part, "traced MiB": actual, "predicted MiB": expected,
                          "difference MiB": expected - actual})
     return rows
 
 
 @styled
-def draw_memory(measured: list[Moment], predicted: list[Moment], title: str) -> Figure:
-    """Stacked bytes over the phases, each phase as wide as any other; the measured total is a line in both panels."""
+def draw_memory(measured: list[Usage], predicted: list[Usage], title: str) -> Figure:
+    """Stacked bytes over the phases, all of one width; the traced total is a line in both panels."""
     widths = {"loss": 2.0, "update": 4.0}
     figure, axes = make_panels(2, 1, width=11, height=4.1, sharex=True, sharey=True)
     phases = [phase for phase, _ in predicted]
@@ -259,13 +213,12 @@ def draw_memory(measured: list[Moment], predicted: list[Moment], title: str) -> 
     actual = [parts for phase in phases for parts in steps[phase]]
     actual.append(actual[-1])
     total = [sum(parts.values()) / MIB for parts in actual]
-    for ax, points, moments, name in ((axes[0, 0], x, actual, "measured, after each operation"),
-                                      (axes[1, 0], edges, [parts for _, parts in [*predicted, predicted[-1]]],
-                                       "predicted by nanochat.memory: the worst instant of each phase")):
-        stacks = np.array([[parts[part] / MIB for parts in moments] for part in PARTS])
-        ax.stackplot(points, stacks, colors=list(PARTS.values()), labels=list(PARTS), step="post",
-                             linewidth=0)
-        ax.step(x, total, where="post", color=INK, linewidth=1, label="total, measured")
+    for ax, points, usages, name in ((axes[0, 0], x, actual, "traced, after each operation"),
+                                     (axes[1, 0], edges, [parts for _, parts in [*predicted, predicted[-1]]],
+                                      "predicted by nanochat.memory: the peak of each phase")):
+        stacks = np.array([[parts[part] / MIB for parts in usages] for part in COLORS])
+        ax.stackplot(points, stacks, colors=list(COLORS.values()), labels=list(COLORS), step="post", linewidth=0)
+        ax.step(x, total, where="post", color=INK, linewidth=1, label="total, traced")
         ax.set(title=name, ylabel="MiB", xlim=(0, edges[-1]), ylim=(0, 1.12 * max(total)))
         ax.grid(False)
         for i, (edge, phase) in enumerate(zip(edges[1:], phases, strict=True)):

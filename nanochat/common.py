@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING
 import filelock
 
 import nanochat
-from nanochat.gpus import find_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -364,6 +363,7 @@ def get_peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | No
         return measure_matmul_rate(dtype, 2048 if dtype == torch.bfloat16 else 1024), "measured matmul rate"
     if device.type in ("cuda", "xpu"):
         name = torch.get_device_module(device).get_device_name(device)
+        from nanochat.memory import find_gpu  # here, since it imports this file
         if gpu := find_gpu(name):
             return gpu[1], f"maker's bf16 figure for {gpu[0]}"
         return None, f"no peak figure is listed for {name}"

@@ -1,4 +1,5 @@
-"""The shape of a model, and what follows from it without building one: parameters and FLOPs. Needs no torch.
+"""The shape of a model, and its parameters and FLOPs by formula. Needs no torch, so that scripts.plan answers at once;
+tests/test_config.py compares the formulas with the modules and with torch's counter of FLOPs.
 
 B rows, T tokens, C = n_embd channels, H query heads, Hk key/value heads, D head dim, V vocabulary.
 """
@@ -30,7 +31,6 @@ class GPTConfig:
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head or (self.n_embd // self.n_head) % 2:
             raise UserError(f"{self.n_embd} channels don't split into {self.n_head} heads of even size "
                             f"in groups of {self.n_kv_head}")
-
         if self.n_embd < SMEAR_GATE_CHANNELS:
             raise UserError(f"{self.n_embd} channels are too few; the smear gate alone reads {SMEAR_GATE_CHANNELS}")
 
@@ -47,29 +47,33 @@ class GPTConfig:
         return layer % 2 == (self.n_layer - 1) % 2
 
     def window(self, layer: int) -> int:
-        """How many tokens before itself a token of this layer sees; follows from the context, not from the input."""
+        """Number of tokens before itself that a token of this layer sees; from the context, not the input's length."""
         is_long = layer == self.n_layer - 1 or self.window_pattern[layer % len(self.window_pattern)] == "L"
         return self.sequence_len if is_long else math.ceil(self.sequence_len / 4 / 128) * 128
 
 
 def count_params(config: GPTConfig) -> dict[str, int]:
-    """Parameters by part, without building the model; the vocabulary is counted padded."""
+    """Parameters by part, with the padded vocabulary."""
     C, L, V, kv_dim = config.n_embd, config.n_layer, config.padded_vocab_size, config.n_kv_head * config.head_dim
     num_ve = sum(config.has_value_embed(i) for i in range(L))
+    attention = 2 * C * C + 2 * C * kv_dim      # c_q, c_proj; c_k, c_v
+    mlp = 2 * 4 * C * C                         # c_fc, c_proj
+    ve_gates = num_ve * config.n_kv_head * VE_GATE_CHANNELS
     counts = {
         "wte": V * C,
         "value_embeds": num_ve * V * kv_dim,
         "lm_head": V * C,
-        "transformer_matrices": L * (10 * C * C + 2 * C * kv_dim) + num_ve * config.n_kv_head * VE_GATE_CHANNELS,
-        "scalars": 2 * L + SMEAR_GATE_CHANNELS + 2,
+        "transformer_matrices": L * (attention + mlp) + ve_gates,
+        "scalars": 2 * L + SMEAR_GATE_CHANNELS + 2,  # resid and x0 lambdas; smear's gate; smear and backout lambdas
     }
     return counts | {"total": sum(counts.values())}
 
 
 def estimate_flops(config: GPTConfig, row_tokens: int | None = None) -> float:
-    """Training FLOPs per token, forward and backward: 6 per matrix parameter, 12 * H * D per key that is seen.
+    """Training FLOPs per token, forward and backward: 6 per matrix parameter, 12 * H * D per key of the window.
 
-    row_tokens: of rows that are shorter than the context
+    Keys hidden by the causal mask are counted, as is usual for MFU (PaLM, arXiv 2204.02311, appendix B).
+    row_tokens: length of rows that are shorter than the context
     """
     counts = count_params(config)
     matmul_params = counts["transformer_matrices"] + counts["lm_head"] + SMEAR_GATE_CHANNELS

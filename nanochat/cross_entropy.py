@@ -1,59 +1,102 @@
-"""The head and its loss in one: softcapped cross-entropy of x @ weight.T, a chunk of tokens at a time.
+"""The loss: cross-entropy of the softcapped logits x @ weight.T, written plainly and fused.
 
-N tokens, C channels, V vocabulary. With z = x @ weight.T, t = tanh(z / 15), e = exp(15 t), s = sum(e):
+N tokens, C channels, V vocabulary.
+
+`plain_cross_entropy` is the definition, and the place to try another loss (a z-loss, label smoothing): --loss plain.
+`linear_cross_entropy` is the default: the same loss a chunk of tokens at a time, gradients included. With
+z = x @ weight.T, t = tanh(z / 15), e = exp(15 t), s = sum(e):
 
     nll = log(s) - 15 t[target]        d nll / d z = (e / s - [z is the target]) (1 - t^2)
 
-Softcapped logits are bounded by 15, so exp needs no maximum taken first, and one pass over a chunk of logits
-overwrites them with e (1 - t^2) and sums e. The division by s is left to the rows of the products with the weight and
-with x, which are C wide, not V. Memory: one chunk of logits, whatever the batch; the gradients are made as it passes.
+Softcapped logits are bounded by 15, so exp needs no maximum taken first: one pass over a chunk of logits overwrites
+them with e (1 - t^2) and sums e. The division by s is left to the rows of the products with the weight and with x,
+which are C wide, not V. Memory holds one chunk of logits, whatever the batch: training at depth 6 took 30% of what the
+plain loss takes, and 94% of what torch.compile makes of that (dev/LOG.md, "Head and loss").
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.compilation import fused
 
+# The softcap (Gemma 2, arXiv 2408.00118) bounds every logit by +-15: none runs away, and exp can't overflow fp32
 LOGIT_SOFTCAP = 15.0
-# Long enough to keep the matrix units busy, short enough that a chunk of logits stays small (dev/LOG.md, 2026-11-21)
+# Tokens of a chunk: enough to keep the matrix units busy, few enough that its logits stay small (dev/LOG.md, "Head and
+# loss"; on GPUs an assumption, not studied)
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
+# Tokens of a chunk that a CPU exponentiates at once: its kernel sums e in a second loop, and keeps all of it till then
+CPU_EXP_TOKENS = 256
+
+
+def softcap(logits: Tensor) -> Tensor:
+    """15 tanh(logits / 15), in at least fp32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # As a sigmoid, since tanh(z) = 2 * sigmoid(2z) - 1: on CPUs torch's tanh takes 5 times as long
+    z = logits * (2 / LOGIT_SOFTCAP)
+    floor = z.new_full((), -LOGIT_SOFTCAP)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.add(floor, torch.sigmoid(z), alpha=2 * LOGIT_SOFTCAP)
+    return torch.add(floor, z.sigmoid_(), alpha=2 * LOGIT_SOFTCAP, out=z)  # in place: many logits exceed the caches
+
+
+def _scaled_tanh(logits: Tensor) -> Tensor:
+    """t, in at least fp32: the fused loss's softcap is 15 t, its derivative 1 - t^2."""
+    return torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / LOGIT_SOFTCAP)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses. Both take and give the same:
+#
+#   x:          (..., C) activations; the product is computed in their dtype
+#   weight:     (padded V, C) master weights; rows from vocab_size on are padding and get no gradient
+#   targets:    (...) token ids, -1 where nothing is to be learned
+#   reduction:  'mean' over the targets that count (0 where none does), 'sum' of weights * nll, or 'none', shaped (...)
+#   weights:    (...) factors for 'sum'; None means 1
+#   returns:    nats, fp32 (fp64 for fp64 input)
+
+
+@fused
+def plain_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, reduction: str = "mean",
+                        weights: Tensor | None = None) -> Tensor:
+    """The definition: the logits of all tokens at once."""
+    logits = softcap(F.linear(x, weight[:vocab_size].to(x.dtype)))  # (..., V)
+    nll = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1, reduction="none")  # (N,)
+    coef = _make_coefficients(targets, reduction, weights, nll.dtype)
+    return nll.view(targets.shape) if coef is None else (coef * nll).sum()
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, reduction: str = "mean",
                          weights: Tensor | None = None) -> Tensor:
-    """Cross-entropy of softcapped logits x @ weight.T against `targets`, -1 = ignored; fp32 (fp64 for fp64 input).
-
-    x:          (..., C) activations; the product is computed in their dtype
-    weight:     (padded V, C) master weights; rows from vocab_size on are padding and get no gradient
-    targets:    (...) token ids
-    reduction:  'mean' over the targets that count (0 where none does), 'sum' of weights * nll, or 'none', shaped (...)
-    weights:    (...) factors for 'sum'; None means 1
-    """
-    if (weights is not None) != (reduction == "sum" and weights is not None):
-        raise ValueError(f"weights go with reduction 'sum', not {reduction!r}")
+    """The fused loss: head, softcap and cross-entropy a chunk of tokens at a time."""
     rows, flat_targets = x.flatten(0, -2), targets.flatten()
-    counted = flat_targets >= 0
-    coef = counted.to(torch.promote_types(x.dtype, torch.float32))  # d loss / d nll of each token
-    if reduction == "none":
-        nll = _TokenLosses.apply(rows, weight, flat_targets, vocab_size)
-        return nll.view(targets.shape)
-    if reduction == "mean":
-        coef = coef / counted.sum().clamp(min=1)
-    elif reduction != "sum":
-        raise ValueError(f"loss_reduction must be mean, sum or none, not {reduction!r}")
-    elif weights is not None:
-        coef = coef * weights.flatten()
+    coef = _make_coefficients(targets, reduction, weights, torch.promote_types(x.dtype, torch.float32))
+    if coef is None:
+        return _TokenLosses.apply(rows, weight, flat_targets, vocab_size).view(targets.shape)
     if not (torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)):
         return (coef * compute_token_losses(rows, weight, flat_targets, vocab_size)).sum()
     return _WeightedLoss.apply(rows, weight, flat_targets, vocab_size, coef)
 
 
-def softcap(logits: Tensor) -> Tensor:
-    """cap * tanh(logits / cap), in place where no gradient is wanted: a batch's logits exceed the caches."""
-    # as a sigmoid, since tanh(z) = 2 * sigmoid(2z) - 1: on CPUs torch's tanh takes 5 times as long
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.sigmoid(logits * (2 / LOGIT_SOFTCAP)) * (2 * LOGIT_SOFTCAP) - LOGIT_SOFTCAP
-    return logits.mul_(2 / LOGIT_SOFTCAP).sigmoid_().mul_(2 * LOGIT_SOFTCAP).sub_(LOGIT_SOFTCAP)
+LOSSES = {"fused": linear_cross_entropy, "plain": plain_cross_entropy}
+
+
+def _make_coefficients(targets: Tensor, reduction: str, weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """d loss / d nll of each token, (N,); None for reduction 'none', where only the caller knows it."""
+    if reduction not in ("mean", "sum", "none") or weights is not None and reduction != "sum":
+        raise ValueError(f"loss_reduction must be mean, sum or none, and weights go with sum: not {reduction!r}"
+                         f"{'' if weights is None else ' with weights'}")
+    if reduction == "none":
+        return None
+    counted = targets.flatten() >= 0
+    coef = counted.to(dtype)
+    if reduction == "mean":
+        return coef / counted.sum().clamp(min=1)
+    return coef if weights is None else coef * weights.flatten()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The fused loss
 
 
 class _WeightedLoss(torch.autograd.Function):
@@ -72,7 +115,7 @@ class _WeightedLoss(torch.autograd.Function):
 
 
 class _TokenLosses(torch.autograd.Function):
-    """nll per token. What each is worth is known in the backward pass only, so the logits are made again there."""
+    """nll per token. The coefficients are known in the backward pass only, so the logits are made again there."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size):
@@ -90,10 +133,8 @@ class _TokenLosses(torch.autograd.Function):
 def compute_token_losses(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """nll of each token, (N,), 0 where ignored."""
     head = weight[:vocab_size].to(x.dtype)
-    losses = []
-    for x_chunk, target_chunk in zip(x.split(_chunk_tokens(x)), targets.split(_chunk_tokens(x)), strict=True):
-        losses.append(_score_logits(x_chunk @ head.T, target_chunk))
-    return torch.cat(losses)
+    chunks = zip(x.split(_chunk_tokens(x)), targets.split(_chunk_tokens(x)), strict=True)
+    return torch.cat([_score_logits(x_chunk @ head.T, target_chunk) for x_chunk, target_chunk in chunks])
 
 
 def compute_losses_and_grads(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int,
@@ -108,8 +149,10 @@ def compute_losses_and_grads(x: Tensor, weight: Tensor, targets: Tensor, vocab_s
         x_chunk, target = x[rows], targets[rows]
         logits = torch.mm(x_chunk, head.T, out=logits_buffer[:len(x_chunk)])  # (n, V)
         index = target.clamp(min=0)[:, None]
-        target_t = torch.tanh(logits.gather(1, index).to(coef.dtype) / LOGIT_SOFTCAP)[:, 0]  # (n,)
-        u, sum_e = _softcap_exp(logits)  # u is e (1 - t^2), over the logits' own memory
+        target_t = _scaled_tanh(logits.gather(1, index))[:, 0]  # (n,)
+        pieces = logits.split(_even_size(len(logits), CPU_EXP_TOKENS)) if x.device.type == "cpu" else (logits,)
+        sum_e = torch.cat([_softcap_exp(piece) for piece in pieces])
+        u = logits  # now e (1 - t^2)
         unit = sum_e if x.dtype == torch.float16 else torch.ones_like(sum_e)  # what _softcap_exp divided u by
         target_u = ((LOGIT_SOFTCAP * target_t).exp() - sum_e) / unit * (1 - target_t.square())
         u[torch.arange(len(u), device=u.device), index[:, 0]] = target_u.to(u.dtype)
@@ -121,16 +164,20 @@ def compute_losses_and_grads(x: Tensor, weight: Tensor, targets: Tensor, vocab_s
 
 
 def _chunk_tokens(x: Tensor) -> int:
-    """Tokens in a chunk: the fewest chunks of equal size within the device's limit, so that few shapes compile."""
-    num_chunks = -(-len(x) // CHUNK_TOKENS.get(x.device.type, 4096)) or 1
-    return -(-len(x) // num_chunks) or 1
+    return _even_size(len(x), CHUNK_TOKENS.get(x.device.type, 4096))
+
+
+def _even_size(num_tokens: int, most: int) -> int:
+    """Tokens of each of the fewest chunks that hold at most `most`; of equal size, so that few shapes compile."""
+    num_chunks = -(-num_tokens // most) or 1
+    return -(-num_tokens // num_chunks) or 1
 
 
 @fused
-def _softcap_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace (n, V) logits by e (1 - t^2) in place; also the sums of e, (n,), in at least fp32.
+def _softcap_exp(logits: Tensor) -> Tensor:
+    """Replace (n, V) logits by e (1 - t^2) in place; returns the sums of e, (n,), in at least fp32.
 
-    fp16 can't hold e, which reaches exp(15): there the result is divided by the sum.
+    fp16 can't hold e, which reaches exp(15): there the logits' replacement is divided by the sum.
     """
     t = _tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / LOGIT_SOFTCAP, logits)
     e = torch.exp(LOGIT_SOFTCAP * t)
@@ -138,7 +185,8 @@ def _softcap_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
     u = e * (1 - t * t)
     if logits.dtype == torch.float16:
         u = u / sum_e[:, None]
-    return logits.copy_(u), sum_e
+    logits.copy_(u)
+    return sum_e
 
 
 def _tanh(z: Tensor, like: Tensor) -> Tensor:
@@ -156,6 +204,6 @@ def _tanh(z: Tensor, like: Tensor) -> Tensor:
 @fused
 def _score_logits(logits: Tensor, targets: Tensor) -> Tensor:
     """nll (n,) of (n, V) logits, 0 where the target is -1."""
-    capped = LOGIT_SOFTCAP * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / LOGIT_SOFTCAP)
+    capped = LOGIT_SOFTCAP * _scaled_tanh(logits)
     target = capped.gather(1, targets.clamp(min=0)[:, None])[:, 0]
     return (capped.exp().sum(-1).log() - target) * (targets >= 0)

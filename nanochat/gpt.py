@@ -26,13 +26,12 @@ from nanochat.cross_entropy import LOSSES, softcap
 from nanochat.flash_attention import flash_attn
 from nanochat.optim import MuonAdamW
 from nanochat.sampling import Sampling, sample_rows
+from nanochat.scaling import EMBEDDING_LR, MATRIX_LR, SCALAR_LR, UNEMBEDDING_LR, WEIGHT_DECAY
 
 NORM_EPS = torch.finfo(torch.float32).eps  # also for bf16 input: bf16's own eps would flatten small activations
 ROPE_BASE = 100_000  # from 10,000: slower turns tell far positions apart; with tuned rates and inits 2.02 -> 1.80 hours
 ROPE_LENGTHS = 10    # positions that the rotary table holds, in context lengths: chats may outgrow the training context
-# Normed queries and keys bound every score by sqrt(D), too flat a softmax to pick one key; 1.2 on each sharpens it by
-# 1.44 (public record; no figure of its own)
-QK_SCALE = 1.2
+QK_SCALE = 1.2       # on queries and keys once normed: attention sharpened by 1.44 (no figure of its own in the record)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -157,6 +156,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    loss = "fused"  # a key of cross_entropy.LOSSES
+
     def __init__(self, config: GPTConfig, dtype: torch.dtype = torch.float32):
         """`dtype` is the activations'; the weights are not initialised (see init_weights)."""
         super().__init__()
@@ -245,8 +246,9 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             block.compile(dynamic=False)
 
-    def setup_optimizer(self, *, unembedding_lr: float = 0.008, embedding_lr: float = 0.3, matrix_lr: float = 0.02,
-                        scalar_lr: float = 0.5, weight_decay: float = 0.28, batch_lr_scale: float = 1.0) -> MuonAdamW:
+    def setup_optimizer(self, *, unembedding_lr: float = UNEMBEDDING_LR, embedding_lr: float = EMBEDDING_LR,
+                        matrix_lr: float = MATRIX_LR, scalar_lr: float = SCALAR_LR,
+                        weight_decay: float = WEIGHT_DECAY, batch_lr_scale: float = 1.0) -> MuonAdamW:
         """AdamW for embeddings, head and scalars, Muon for the matrices of the blocks (optim.py).
 
         Rates and betas as the public record tuned them at 768 channels; AdamW's fall with the root of the width, and
@@ -325,8 +327,7 @@ class GPT(nn.Module):
 
     def unembed(self, x: Tensor) -> Tensor:
         """Softcapped logits in fp32 of what forward_trunk returns: (..., C) -> (..., V)"""
-        logits = self.lm_head(x)[..., :self.config.vocab_size].to(torch.promote_types(x.dtype, torch.float32))
-        return softcap(logits)
+        return softcap(self.lm_head(x)[..., :self.config.vocab_size])
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, kv_cache=None, loss_reduction: str = "mean",
                 weights: Tensor | None = None) -> Tensor:

@@ -1,16 +1,17 @@
-"""How much memory a training step takes on one device, part by part, and the largest micro-batch that fits.
+"""Memory of a training step on one device, predicted part by part; the largest micro-batch that fits; what GPUs can do.
 
 B rows, T tokens, N = B * T, C channels, H query heads, Hk key/value heads, D head dim, V vocabulary.
 
-Counted is what gpt.py, cross_entropy.py and optim.py allocate: what stays (parameters, optimizer state), what the
-backward pass needs (activations, block by block), and what comes and goes. The peak is at one of three moments:
+The formulas count what gpt.py, cross_entropy.py and optim.py allocate: parameters and optimizer state, activations that
+the backward pass needs (block by block), and temporaries. The peak is in one of three phases:
 
-    loss      all activations, a chunk of logits, and the gradients of head and activations, which are made there
-    backward  activations go, gradients come, and one block's temporaries stand beside them
+    loss      all activations, the logits (fused: a chunk of them), the gradients of head and activations
+    backward  activations are freed, gradients are made, beside one block's temporaries
     update    gradients, and the optimizer's stacks and temporaries
 
-Compared with tensors counted one by one by `python -m dev.bench_memory`; not yet with a GPU's allocator, for which it
-has check_memory, nor on several ranks. Needs no torch, but to ask a GPU what it has free.
+They need no torch, so that scripts.plan answers at once. tests/test_memory.py runs the model's own step on fake tensors
+at full size and fails where the formulas are off by more than 2%: change the model, and it says which ones to mend.
+Not compared with a GPU's allocator yet; dev.bench_memory's check_memory does that on one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,30 +31,23 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 2**30
-# What may be filled by prediction, of a device's memory or of what is free of it. A CPU's process grew by 1.5 to 2.0
-# times the live bytes, since malloc keeps what was freed (dev/LOG.md, 2026-11-21). On a GPU the rest is for fragments,
-# for buffers that NCCL and cuBLAS make later, and for what predictions lack (at most 10%, see the tests): assumption,
-# not studied; a step that runs out of memory all the same goes on with half the rows
-USABLE_FRACS = {"cpu": 0.5}
-DEFAULT_USABLE_FRAC = 0.92
-MAX_MICRO_TOKENS = {"cpu": 8192}    # of a micro-batch: more make a CPU's step no faster (assumption, not studied)
-# Nor a GPU's: what a micro-batch costs beside its tokens is to read and add up all gradients, 12 bytes a parameter. At
-# 3 TB/s and 5e14 FLOP/s that is 0.5% of the 6 FLOPs a parameter and token of so many tokens, at any depth (an estimate)
-DEFAULT_MAX_MICRO_TOKENS = 2**16
-# As in the modules that allocate, which need torch; a test compares them
+# Constants of the modules that allocate, which need torch; a test compares them
 ROPE_LENGTHS, SMALL_PARAM = 10, 1024
-CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
+CHUNK_TOKENS, CPU_EXP_TOKENS = {"cpu": 2048, "cuda": 8192}, 256
 MIN_BLOCK_QUERIES, MAX_BLOCKS = 256, 8
+# Parts of the activations
+ACTIVATIONS = ("residual stream", "attention", "MLP", "weights in the compute dtype", "embedding, final norm")
 
 
 @dataclass(frozen=True)
-class Compute:
-    """How a rank computes, as far as memory depends on it."""
+class Machine:
+    """How a rank computes: what a run decides for itself, and all that memory depends on beside the model's shape."""
     dtype:       str  = "bfloat16"   # of the activations, a key of COMPUTE_DTYPES
     attention:   str  = "fa3"        # a backend of flash_attention
     is_compiled: bool = True
     device_type: str  = "cuda"
     world_size:  int  = 1
+    loss:        str  = "fused"      # a key of cross_entropy.LOSSES
 
     def __post_init__(self):
         if self.dtype not in COMPUTE_DTYPES:
@@ -89,81 +84,117 @@ class Memory:
     """Bytes on one device."""
     parameters:  int              # with the rotary tables
     optimizer:   int              # this rank's part of the state
-    gradients:   int              # as the backward pass leaves them
+    gradients:   int              # at the end of the backward pass
     activations: dict[str, int]   # kept for the backward pass, by part of the model
-    loss:        int              # what making the loss takes beside all of these
-    checkpoint:  int              # the copy that one is written from, on a CPU; that of a GPU isn't in its memory
-    moments:     dict[str, int]   # what is in use at the worst instant of each
+    loss:        int              # logits, their gradients and copies, beside all of these
+    checkpoint:  int              # the copy that a checkpoint is written from; 0 on a GPU, whose copy is in host memory
+    phases:      dict[str, int]   # the peak of each phase
 
     @property
     def peak(self) -> int:
-        return max(self.moments.values())
+        return max(self.phases.values())
 
     @property
     def needed(self) -> int:
-        """What must be there for a run: the peak of a step, while a checkpoint is written."""
+        """Bytes that a run must have: the peak of a step, while a checkpoint is written."""
         return self.peak + self.checkpoint
 
     @property
-    def worst_moment(self) -> str:
-        return max(self.moments, key=self.moments.get)
+    def worst_phase(self) -> str:
+        return max(self.phases, key=self.phases.get)
 
 
-def predict_memory(config: GPTConfig, T: int, micro_rows: int, compute: Compute, num_micro: int = 1) -> Memory:
-    """Memory of a training step of `num_micro` micro-batches of `micro_rows` rows of T tokens, once the optimizer has
-    its state."""
-    stream = micro_rows * T * config.n_embd * compute.act_bytes  # one tensor (B, T, C)
-    blocks = [count_block_bytes(config, layer, micro_rows, T, compute) for layer in range(config.n_layer)]
-    ends = count_end_bytes(config, micro_rows * T, compute)
-    activations = {key: sum(block[key] for block in blocks) for key in blocks[0]} | ends
-    parameters, gradients = count_parameter_bytes(config, compute)
-    optimizer = count_optimizer_bytes(config, compute)
-    loss = count_loss_bytes(config, micro_rows * T, compute)
-    head_grad = config.padded_vocab_size * config.n_embd * compute.master_bytes
-    kept = parameters + optimizer + (gradients if num_micro > 1 else 0)
-    # Backward from the last block to the first, beside the gradients of x, x0 and the middle block's output
-    live = kept + sum(activations.values()) - ends["final norm"] + head_grad + 3 * stream
-    backward = live
+def predict_memory(config: GPTConfig, T: int, micro_rows: int, machine: Machine, num_micro: int = 1) -> Memory:
+    """Memory of a training step of `num_micro` micro-batches of `micro_rows` rows of T tokens."""
+    usages = list_usage(config, T, micro_rows, machine, num_micro)
+    phases = {phase: max(sum(parts.values()) for (other, _), parts in usages if other == phase)
+              for phase in ("loss", "backward", "update")}
+    parts = next(parts for (phase, _), parts in usages if phase == "loss")
+    parameters, optimizer = parts["parameters"], parts["optimizer state"]
+    return Memory(parameters, optimizer, gradients=count_parameter_bytes(config, machine)[1],
+                  activations={kind: parts[kind] for kind in ACTIVATIONS}, loss=parts["logits and loss"],
+                  checkpoint=parameters + optimizer if machine.device_type == "cpu" else 0, phases=phases)
+
+
+def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
+               num_micro: int = 1) -> list[tuple[tuple[str, str], dict[str, int]]]:
+    """((phase, layer), bytes by part) in the order of a step, each at the worst of its layer, in the last micro-batch.
+    The temporaries of the forward pass are left out: the loss always takes more."""
+    head_grad = config.padded_vocab_size * config.n_embd * machine.master_bytes
+    parameters, gradients = count_parameter_bytes(config, machine)
+    embedding, final_norm = count_end_bytes(config, rows * T, machine)
+    blocks = [count_block_bytes(config, layer, rows, T, machine) for layer in range(config.n_layer)]
+    parts = {"parameters": parameters, "optimizer state": count_optimizer_bytes(config, machine),
+             "gradients": gradients if num_micro > 1 else 0, **dict.fromkeys(ACTIVATIONS, 0), "logits and loss": 0,
+             "workspace": 0}
+    usages = []
+
+    def add(phase: str, layer: str = "", part: str = "workspace", extra: int = 0) -> None:
+        usages.append(((phase, layer), parts | {part: parts[part] + extra}))
+    parts["embedding, final norm"] += embedding
+    add("forward", "embed")
+    for layer, block in enumerate(blocks):
+        for kind, num_bytes in block.items():
+            parts[kind] += num_bytes
+        add("forward", str(layer))
+    parts["embedding, final norm"] += final_norm
+    add("forward", "norm")
+    add("loss", part="logits and loss", extra=count_loss_bytes(config, rows * T, machine))
+    parts["embedding, final norm"] -= final_norm
+    parts["gradients"] += head_grad
+    parts["workspace"] = 3 * rows * T * config.n_embd * machine.act_bytes  # gradients of x, x0, middle block's output
+    add("backward", "norm")
     for layer in reversed(range(config.n_layer)):
-        backward = max(backward, live + count_backward_bytes(config, layer, micro_rows, T, compute))
-        live -= sum(blocks[layer].values())
+        add("backward", str(layer), extra=count_backward_bytes(config, layer, rows, T, machine))
+        for kind, num_bytes in blocks[layer].items():
+            parts[kind] -= num_bytes
         if num_micro == 1:
-            live += count_block_gradients(config, layer, compute)
-    moments = {"loss": kept + sum(activations.values()) + loss, "backward": max(backward, live),
-               "update": parameters + optimizer + count_update_bytes(config, gradients, compute)}
-    checkpoint = parameters + optimizer if compute.device_type == "cpu" else 0
-    return Memory(parameters, optimizer, gradients, activations, loss, checkpoint, moments)
+            parts["gradients"] += count_block_gradients(config, layer, machine)
+    add("backward", "embed")
+    parts |= dict.fromkeys([*ACTIVATIONS, "workspace"], 0) | {"gradients": gradients}
+    add("update", extra=count_update_bytes(config, machine) - gradients)
+    return usages
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What fits
 
 
-def largest_micro_rows(config: GPTConfig, T: int, compute: Compute, memory_bytes: float | None,
+def largest_micro_rows(config: GPTConfig, T: int, machine: Machine, memory_bytes: float | None,
                        rows_per_rank: int) -> int:
-    """The most rows of a micro-batch, a divisor of the rank's rows of a step, that fit; 0 if not even one does.
+    """The most rows of a micro-batch that fit, a divisor of the rank's rows of a step; 0 if one row doesn't fit.
 
-    memory_bytes: of the device; of a CPU, the part of it that this rank may use. None, where nobody knows: then only
-                  the number of tokens is bounded, beyond which more rows gain nothing
+    memory_bytes: of the device, or this rank's share of a CPU's; None where unknown: only tokens are bounded then
     """
-    limit = get_max_micro_tokens(compute.device_type) // T
+    limit = get_max_micro_tokens(machine.device_type) // T
     for rows in list_divisors(rows_per_rank)[::-1]:
         if rows <= max(1, limit) and (memory_bytes is None or predict_memory(
-                config, T, rows, compute, rows_per_rank // rows).needed <= get_usable_frac(compute) * memory_bytes):
+                config, T, rows, machine, rows_per_rank // rows).needed <= get_usable_frac(machine) * memory_bytes):
             return rows
     return 0
 
 
-def get_usable_frac(compute: Compute) -> float:
-    return USABLE_FRACS.get(compute.device_type, DEFAULT_USABLE_FRAC)
+def get_usable_frac(machine: Machine) -> float:
+    """The part of a device's free memory that a prediction may fill.
+
+    A CPU's process grows by 1.5 to 2.0 times the live bytes, since malloc keeps what was freed (dev/LOG.md, "A CPU's
+    predicted and resident memory"). On a GPU the rest is for fragments and for buffers of NCCL and cuBLAS: assumption,
+    not studied. A step that runs out of memory is retried with half the rows.
+    """
+    return 0.5 if machine.device_type == "cpu" else 0.92
 
 
 def get_max_micro_tokens(device_type: str) -> int:
-    return MAX_MICRO_TOKENS.get(device_type, DEFAULT_MAX_MICRO_TOKENS)
+    """Tokens of a micro-batch beyond which a step gets no faster.
+
+    CPU: assumption, not studied. GPU, an estimate: a micro-batch's fixed cost is to read and add up all gradients, 12
+    bytes a parameter; at 3 TB/s and 5e14 FLOP/s that is 0.5% of its 6 FLOPs a parameter and token, at any depth.
+    """
+    return 8192 if device_type == "cpu" else 2**16
 
 
 def list_divisors(number: int) -> list[int]:
-    """Ascending; of a huge number, too."""
+    """Ascending, in the time of a square root."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})
 
@@ -176,23 +207,29 @@ def rows_or_auto(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text} must be a number of rows, or auto") from None
 
 
+def describe_peak(measured_bytes: int, predicted_bytes: int) -> str:
+    """One line on the first step's memory: what was measured beside what was predicted."""
+    return f"peak memory of the first step: {measured_bytes / GIB:.2f} GiB, {predicted_bytes / GIB:.2f} predicted " \
+           f"({100 * (predicted_bytes / measured_bytes - 1):+.0f}%)"
+
+
 def measure_free_bytes(device: torch.device) -> int | None:
-    """Memory of the device that this rank could still take, of a CPU's its share; None where nobody knows."""
+    """Memory of the device that this rank could still take, of a CPU's its share; None where the system doesn't say."""
     import torch
     if device.type == "cpu":
         known = [num_bytes for num_bytes in (read_available_bytes(), read_cgroup_bytes()) if num_bytes is not None]
         return min(known) // count_local_ranks() if known else None
     if device.type == "mps":
         return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    with contextlib.suppress(AttributeError, RuntimeError):  # not every device or driver tells
+    with contextlib.suppress(AttributeError, RuntimeError):  # not every device or driver says
         module = torch.get_device_module(device)
-        module.empty_cache()  # what probes of kernels have left
+        module.empty_cache()  # left by probes of kernels
         return module.mem_get_info(device)[0]
     return None
 
 
 def read_available_bytes(path: Path = Path("/proc/meminfo")) -> int | None:
-    """What Linux could give to new processes without swapping."""
+    """Memory that Linux could give to new processes without swapping."""
     with contextlib.suppress(OSError):
         for line in path.read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -206,7 +243,7 @@ CGROUP_NAMES = {"": ("memory.max", "memory.current", "inactive_file"),
 
 
 def read_cgroup_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What the limits of this process's control groups leave, those of a container or a job; None without a limit."""
+    """Memory left under the limits of this process's control groups (a container's, a job's); None without a limit."""
     left = []
     with contextlib.suppress(OSError):
         for line in own.read_text().splitlines():
@@ -215,7 +252,7 @@ def read_cgroup_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = Path("
                 continue
             limit, usage, cache = CGROUP_NAMES[controller]
             folder = root / controller / path.strip("/")
-            # every group above counts, too; in a container the root is the container's own, the path the host's
+            # groups above have limits too; in a container the root is the container's own, the path the host's
             for group in (folder, *folder.parents[:len(folder.relative_to(root / controller).parts)]):
                 with contextlib.suppress(OSError, ValueError):  # not there; "max", which is no limit
                     limit_bytes, used_bytes = (int((group / name).read_text()) for name in (limit, usage))
@@ -228,37 +265,37 @@ def read_cgroup_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = Path("
 # Activations: what autograd keeps for the backward pass
 
 
-def count_block_bytes(config: GPTConfig, layer: int, rows: int, T: int, compute: Compute) -> dict[str, int]:
-    """What one block keeps, by part. A compiled one makes the inputs of norms again, all but the MLP's."""
-    N, a, C = rows * T, compute.act_bytes, config.n_embd
-    kv_dim, stat = config.n_kv_head * config.head_dim, compute.master_bytes  # stat: a norm keeps one for each row
-    normed = a if compute.is_compiled else compute.eager_norm_bytes
-    # the block's input (the first one's is x0), the norms' inputs, what they give to the linear layers
-    residual = a * C * (layer > 0) + normed * C * (1 if compute.is_compiled else 2) + 2 * a * C + 2 * stat
+def count_block_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine: Machine) -> dict[str, int]:
+    """Activations of one block, by part. A compiled one recomputes the inputs of its norms, except the MLP's."""
+    N, a, C = rows * T, machine.act_bytes, config.n_embd
+    kv_dim, stat = config.n_kv_head * config.head_dim, machine.master_bytes  # stat: a norm keeps one for each row
+    normed = a if machine.is_compiled else machine.eager_norm_bytes
+    # the block's input (the first one's is x0), the norms' inputs, the inputs of the linear layers
+    residual = a * C * (layer > 0) + normed * C * (1 if machine.is_compiled else 2) + 2 * a * C + 2 * stat
     qk_norms = normed * (C + kv_dim) + stat * (config.n_head + config.n_kv_head)
     value_embed = a * (kv_dim + 2 * config.n_kv_head) if config.has_value_embed(layer) else 0
     return {"residual stream": N * residual,
-            "attention": N * (qk_norms + value_embed) + count_attention_bytes(config, layer, rows, T, compute),
+            "attention": N * (qk_norms + value_embed) + count_attention_bytes(config, layer, rows, T, machine),
             "MLP": N * 2 * 4 * a * C,
-            "weights in the compute dtype": compute.cast_bytes * count_block_params(config, layer)}
+            "weights in the compute dtype": machine.cast_bytes * sum(map(math.prod, list_matrices(config, layer)))}
 
 
-def count_attention_bytes(config: GPTConfig, layer: int, rows: int, T: int, compute: Compute) -> int:
-    """What one block's attention call keeps: queries, keys, values, output, and a statistic or the probabilities."""
-    a, C, H, window = compute.act_bytes, config.n_embd, config.n_head, config.window(layer)
+def count_attention_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine: Machine) -> int:
+    """Activations of one attention call: queries, keys, values, output, and a statistic or the probabilities."""
+    a, C, H, window = machine.act_bytes, config.n_embd, config.n_head, config.window(layer)
     is_windowed = window < T - 1
-    if compute.attention == "blocks":
+    if machine.attention == "blocks":
         pairs = [queries * keys for queries, keys in list_query_blocks(T, window if is_windowed else -1)]
-        pair_bytes, mask = sum(pairs) * (compute.master_bytes + compute.cast_bytes), sum(pairs)
-        if compute.is_compiled:  # scores and probabilities in the compute dtype, but for the last block's scores
-            pair_bytes, mask = pair_bytes - sum(pairs[:-1]) * (compute.master_bytes - a), 0
+        pair_bytes, mask = sum(pairs) * (machine.master_bytes + machine.cast_bytes), sum(pairs)
+        if machine.is_compiled:  # scores and probabilities in the compute dtype, but for the last block's scores
+            pair_bytes, mask = pair_bytes - sum(pairs[:-1]) * (machine.master_bytes - a), 0
         return rows * (4 * a * C * T + H * pair_bytes) + mask
-    if compute.attention == "sdpa" and is_windowed:
+    if machine.attention == "sdpa" and is_windowed:
         chunk = max(window, 1)
         padded = -(-T // chunk) * chunk  # queries and output; keys and values are padded by one chunk more
         copies = a * C * (2 * padded + 2 * (padded + chunk) + T)
-        return rows * (copies + compute.master_bytes * H * padded) + a * padded * 2 * chunk  # and the mask
-    return rows * T * (4 * a * C + compute.master_bytes * H)
+        return rows * (copies + machine.master_bytes * H * padded) + a * padded * 2 * chunk  # and the mask
+    return rows * T * (4 * a * C + machine.master_bytes * H)
 
 
 def list_query_blocks(T: int, window: int) -> list[tuple[int, int]]:
@@ -269,81 +306,101 @@ def list_query_blocks(T: int, window: int) -> list[tuple[int, int]]:
     return [(end - start, end - max(0, start - window) if window >= 0 else end) for start, end in spans]
 
 
-def count_end_bytes(config: GPTConfig, N: int, compute: Compute) -> dict[str, int]:
-    """What is kept before the first block and after the last, which are never compiled."""
-    a, C, normed = compute.act_bytes, config.n_embd, compute.eager_norm_bytes
+def count_end_bytes(config: GPTConfig, N: int, machine: Machine) -> tuple[int, int]:
+    """Activations before the first block and after the last, which are never compiled."""
+    a, C, normed = machine.act_bytes, config.n_embd, machine.eager_norm_bytes
     last_is_middle = config.n_layer // 2 == config.n_layer - 1  # so that no later block keeps it
-    return {"embedding": N * (normed * C + 3 * a * C + 20),  # normed, shifted, smeared; ids, targets, their weights
-            "final norm": N * (normed * C + compute.master_bytes + a * C * last_is_middle)}
+    embedding = N * (normed * C + 3 * a * C + 20)  # normed, shifted, smeared; ids, targets, their weights
+    return embedding, N * (normed * C + machine.master_bytes + a * C * last_is_middle)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What comes and goes
+# Temporaries
 
 
-def count_loss_bytes(config: GPTConfig, N: int, compute: Compute) -> int:
-    """What making the loss takes: its input, the gradients that it makes, the head, a chunk of logits and the like."""
-    a, master, C, V = compute.act_bytes, compute.master_bytes, config.n_embd, config.vocab_size
-    num_chunks = -(-N // CHUNK_TOKENS.get(compute.device_type, 4096))
-    chunk = -(-N // num_chunks)
-    num_copies = 0
-    if not compute.is_compiled:  # a bf16 tanh on a CPU is a fraction, whose halves both stand there
-        num_copies = 5 if compute.dtype == "bfloat16" and compute.device_type == "cpu" else 4
-    return (2 * a * C * N + master * (config.padded_vocab_size * C + 4 * N) + compute.cast_bytes * V * C
-            + a * chunk * V + max(num_copies * master * chunk * V, a * V * C))
+def count_loss_bytes(config: GPTConfig, N: int, machine: Machine) -> int:
+    """The loss's input, the head in the compute dtype, and logits with their copies; gradients too, if it is fused."""
+    a, master, C, V = machine.act_bytes, machine.master_bytes, config.n_embd, config.vocab_size
+    is_cpu, head = machine.device_type == "cpu", machine.cast_bytes * V * C
+    if machine.loss == "plain":
+        if not machine.is_compiled:  # the sigmoid, the log-probabilities and the gradients of both
+            return a * C * N + head + 4 * master * N * V
+        return a * C * N + head + (a + (master if is_cpu else a)) * N * V  # a CPU's sum has exp in a buffer
+    gradients = a * C * N + master * config.padded_vocab_size * C
+    chunk = get_even_size(N, CHUNK_TOKENS.get(machine.device_type, 4096))
+    exp_tokens = get_even_size(chunk, CPU_EXP_TOKENS) if is_cpu else chunk
+    num_copies = int(is_cpu)  # of the logits while they become e (1 - t^2)
+    if not machine.is_compiled:  # tanh of bf16 on a CPU is a fraction with two polynomials
+        num_copies = 5 if machine.dtype == "bfloat16" and is_cpu else 4
+    return (a * C * N + head + gradients + 4 * master * N + a * chunk * V
+            + max(num_copies * master * exp_tokens * V, a * V * C))
 
 
-def count_backward_bytes(config: GPTConfig, layer: int, rows: int, T: int, compute: Compute) -> int:
-    """The most that a block's backward pass has beside what was kept: in its MLP, where tensors are 4 C wide."""
+def get_even_size(num: int, most: int) -> int:
+    """Size of each of the fewest equal chunks of `num` that hold at most `most`."""
+    return -(-num // -(-num // most))
+
+
+def count_backward_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine: Machine) -> int:
+    """Temporaries of a block's backward pass: the most are in its MLP, where tensors are 4 C wide."""
     C = config.n_embd
-    num_copies = 8 if compute.is_compiled else 12
-    return rows * T * num_copies * compute.act_bytes * C + 4 * C * C * (compute.master_bytes + compute.cast_bytes)
+    num_copies = 8 if machine.is_compiled else 12
+    return rows * T * num_copies * machine.act_bytes * C + 4 * C * C * (machine.master_bytes + machine.cast_bytes)
 
 
-def count_update_bytes(config: GPTConfig, gradients: int, compute: Compute) -> int:
-    """Gradients, stacks, gathered parameters and temporaries of the optimizer's step at their worst."""
-    a, master, world = compute.act_bytes, compute.master_bytes, compute.world_size
-    adamw = [(shard(num_rows, num_cols, world), size) for num_rows, num_cols, size in list_adamw(config, compute)]
-    stacks = [-(-K // world) * rows * cols for (rows, cols), K in count_shapes(config).items()]
-    # eager AdamW makes 6 copies of what it updates, and 4 more to come to fp32 and back: not all at once
-    adamw_copies = 0 if compute.is_compiled else max(n * master * (8 if size < master else 6) for n, size in adamw)
-    muon_copies = max(stacks) * (2 * a + master if compute.is_compiled else a + 5 * master)
-    if world == 1:
-        return gradients + max(adamw_copies, max(stacks) * master + muon_copies)
-    own = sum(n * size for n, size in adamw) + sum(stacks) * master  # this rank's part of all gradients
-    sent = sum(rows * cols * size for rows, cols, size in list_adamw(config, compute)) + sum(stacks) * world * master
-    gathered = sum(n * size for n, size in adamw) + sum(stacks) * (world + 1) * master
-    return max(sent + own + adamw_copies, own + gathered + muon_copies)
+def count_update_bytes(config: GPTConfig, machine: Machine) -> int:
+    """Gradients, stacks, gathered parameters and temporaries of the optimizer's step, in the optimizer's order."""
+    a, master, world = machine.act_bytes, machine.master_bytes, machine.world_size
+    # bytes of the gradients and of this rank's share of them
+    adamw = [(rows * cols * size, shard(rows, cols, world) * size, size)
+             for rows, cols, size in list_adamw(config, machine)]
+    muon = [(K * rows * cols * master, -(-K // world) * rows * cols * master)
+            for (rows, cols), K in sorted(count_shapes(config).items())]
+    live = peak = sum(grads + own * (own < grads) for grads, own, _ in adamw) + sum(grads for grads, _ in muon)
+    for grads, own in muon:  # reduce_gradients stacks them; several ranks then have their share beside the stack
+        peak = max(peak, live + own * world)
+        live += own * world - grads + own * (world > 1)
+    for grads, own, size in adamw:  # sent gradients are freed, updated shares held until all are gathered
+        live -= grads * (own < grads)
+        # eager AdamW makes 6 copies of what it updates, and 4 more to come to fp32 and back: not all at once
+        peak = max(peak, live + (0 if machine.is_compiled else own // size * master * (8 if size < master else 6)))
+        live += own * (own < grads)
+    for _, own in muon:
+        live -= own * world * (world > 1)
+        copies = 2 * a + master if machine.is_compiled else a + 5 * master  # beside the stack of parameters
+        peak = max(peak, live + own + own // master * copies)
+        live += own * (world + 1) * (world > 1)
+    return max(peak, live)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters
 
 
-def count_parameter_bytes(config: GPTConfig, compute: Compute) -> tuple[int, int]:
-    """Bytes of the parameters with the rotary tables, and of the gradients."""
+def count_parameter_bytes(config: GPTConfig, machine: Machine) -> tuple[int, int]:
+    """Bytes of the parameters with the rotary tables, and of their gradients."""
     counts = count_params(config)
     embeds = counts["wte"] + counts["value_embeds"]
-    num_bytes = (counts["total"] - embeds) * compute.master_bytes + embeds * compute.embed_bytes
-    rope = 2 * ROPE_LENGTHS * config.sequence_len * config.head_dim // 2 * compute.act_bytes
+    num_bytes = (counts["total"] - embeds) * machine.master_bytes + embeds * machine.embed_bytes
+    rope = 2 * ROPE_LENGTHS * config.sequence_len * config.head_dim // 2 * machine.act_bytes
     return num_bytes + rope, num_bytes
 
 
-def count_optimizer_bytes(config: GPTConfig, compute: Compute) -> int:
-    """This rank's state: two moments of what AdamW updates; momentum and a row or column of variances for Muon."""
-    world, master = compute.world_size, compute.master_bytes
-    adamw = sum(2 * shard(rows, cols, world) * size for rows, cols, size in list_adamw(config, compute))
+def count_optimizer_bytes(config: GPTConfig, machine: Machine) -> int:
+    """This rank's state: AdamW's two moments; Muon's momentum, and its variance of each row or column."""
+    world, master = machine.world_size, machine.master_bytes
+    adamw = sum(2 * shard(rows, cols, world) * size for rows, cols, size in list_adamw(config, machine))
     muon = sum(-(-K // world) * (rows * cols + max(rows, cols)) * master
                for (rows, cols), K in count_shapes(config).items())
     return adamw + muon
 
 
-def list_adamw(config: GPTConfig, compute: Compute) -> list[tuple[int, int, int]]:
+def list_adamw(config: GPTConfig, machine: Machine) -> list[tuple[int, int, int]]:
     """(rows, columns, bytes of an element) of each AdamW parameter, the few scalars together as the last."""
     V, C, kv_dim = config.padded_vocab_size, config.n_embd, config.n_kv_head * config.head_dim
     num_ve = sum(config.has_value_embed(layer) for layer in range(config.n_layer))
-    return [(V, C, compute.master_bytes), (V, C, compute.embed_bytes)] + [(V, kv_dim, compute.embed_bytes)] * num_ve + \
-        [(1, count_params(config)["scalars"], compute.master_bytes)]
+    return [(V, C, machine.master_bytes), (V, C, machine.embed_bytes)] + [(V, kv_dim, machine.embed_bytes)] * num_ve + \
+        [(1, count_params(config)["scalars"], machine.master_bytes)]
 
 
 def shard(num_rows: int, num_cols: int, world_size: int) -> int:
@@ -368,12 +425,58 @@ def list_matrices(config: GPTConfig, layer: int) -> list[tuple[int, int]]:
     return [(C, C), (kv_dim, C), (kv_dim, C), (C, C), (4 * C, C), (C, 4 * C)] + gate
 
 
-def count_block_params(config: GPTConfig, layer: int) -> int:
-    return sum(rows * cols for rows, cols in list_matrices(config, layer))
-
-
-def count_block_gradients(config: GPTConfig, layer: int, compute: Compute) -> int:
-    """Bytes that a block's backward pass leaves: its matrices', and its value embeddings'."""
+def count_block_gradients(config: GPTConfig, layer: int, machine: Machine) -> int:
+    """Gradients that a block's backward pass makes: its matrices', and its value embeddings'."""
     kv_dim = config.n_kv_head * config.head_dim
-    value_embed = config.padded_vocab_size * kv_dim * compute.embed_bytes if config.has_value_embed(layer) else 0
-    return count_block_params(config, layer) * compute.master_bytes + value_embed
+    value_embed = config.padded_vocab_size * kv_dim * machine.embed_bytes if config.has_value_embed(layer) else 0
+    return sum(map(math.prod, list_matrices(config, layer))) * machine.master_bytes + value_embed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What GPUs can do
+
+# (name, dense bf16 FLOP/s, GiB) as the makers state them; a device's name is matched from top to bottom. Of a GPU that
+# comes with several sizes of memory it is the usual one.
+GPUS = (
+    ("gb300", 2.5e15, 279), ("gb200", 2.5e15, 186), ("grace blackwell", 2.5e15, 186),
+    ("b300", 2.25e15, 270), ("b200", 2.25e15, 180), ("b100", 1.8e15, 180),
+    ("h200 nvl", 836e12, 141), ("h200", 989e12, 141), ("h100 nvl", 835e12, 94), ("h100 pcie", 756e12, 80),
+    ("h100", 989e12, 80), ("h800 pcie", 756e12, 80), ("h800", 989e12, 80), ("h20", 148e12, 96), ("gh200", 989e12, 96),
+    ("a100", 312e12, 80), ("a800", 312e12, 80), ("a40", 149.7e12, 48), ("a30", 165e12, 24), ("a10g", 70e12, 24),
+    ("a10", 125e12, 24), ("l40s", 362e12, 48), ("l40", 181e12, 48), ("l4", 121e12, 24),
+    ("a6000 ada", 364e12, 48), ("6000 ada", 364e12, 48), ("rtx pro 6000", 503.8e12, 96),
+    ("a6000", 154.8e12, 48), ("a5000", 111e12, 24), ("a4000", 76.7e12, 16),
+    ("5090", 209.5e12, 32), ("5080", 112.6e12, 16), ("5070 ti", 87.9e12, 16), ("5070", 61.7e12, 12),
+    ("4090", 165.2e12, 24), ("4080 super", 104.4e12, 16), ("4080", 97.5e12, 16), ("4070 ti", 80.2e12, 12),
+    ("4070", 58.3e12, 12), ("3090 ti", 80e12, 24), ("3090", 71e12, 24), ("3080 ti", 68.2e12, 12), ("3080", 59.5e12, 10),
+    ("3070", 40.6e12, 8), ("v100", 125e12, 16), ("t4", 65e12, 16), ("2080 ti", 53.8e12, 11),
+    ("mi355x", 2.5e15, 288), ("mi350x", 2.3e15, 288), ("mi325x", 1.3074e15, 256), ("mi300x", 1.3074e15, 192),
+    ("mi300a", 980.6e12, 128), ("mi250x", 191.5e12, 64), ("mi210", 181e12, 64),
+    ("data center gpu max 1550", 839e12, 128), ("data center gpu max 1100", 355e12, 48),
+)
+
+
+def find_gpu(name: str) -> tuple[str, float, float] | None:
+    """The line of GPUS for a device's name as its driver gives it, or as a person does."""
+    return next((line for line in GPUS if re.search(rf"\b{line[0]}\b(?!.*laptop)", name.lower())), None)
+
+
+# (depth, MFU) of pretraining on 8 H100 in bf16, as published for this recipe in 2026; not measured by this code yet
+PUBLISHED_MFU = ((12, 0.41), (18, 0.46), (24, 0.50))
+CPU_MFU = 0.5    # compiled, of the measured matmul rate: 51-61% at depths 4 and 6 (dev/LOG.md, 2026-11-21)
+
+
+def expect_mfu(gpu: str, depth: int) -> tuple[float, str]:
+    """MFU to expect of a compiled run, and what it rests on; `gpu` may be 'cpu'."""
+    if gpu == "cpu":
+        return CPU_MFU, "measured at depths 4 and 6 on a 2-core machine: 51-61% of its matmul rate"
+    (first_depth, first), *_, (last_depth, last) = PUBLISHED_MFU
+    mfu = first if depth <= first_depth else last  # beyond the table its nearest end, within it a straight line
+    for (d0, mfu0), (d1, mfu1) in zip(PUBLISHED_MFU, PUBLISHED_MFU[1:], strict=False):
+        if d0 <= depth <= d1:
+            mfu = mfu0 + (mfu1 - mfu0) * (depth - d0) / (d1 - d0)
+    source = "published for 8 H100 in bf16: " + ", ".join(f"{100 * m:.0f}% at depth {d}" for d, m in PUBLISHED_MFU)
+    return mfu, source + ("" if gpu == "h100" else f"; assumed to hold on {gpu} as well, not measured there")
+
+
+Compute = Machine  # until stage.py has it by its name

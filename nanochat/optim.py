@@ -1,17 +1,19 @@
 """MuonAdamW: AdamW for embeddings, head and scalars, Muon for the matrices of the transformer; one rank or many.
 
-AdamW: decoupled weight decay, bias-corrected, arithmetic in fp32 whatever the storage (arXiv 1711.05101).
-Muon: Nesterov momentum, row equalisation (MuonEq, arXiv 2603.28254), orthogonalisation by Polar Express (arXiv
-2505.16932), unit update norm (Muon+, arXiv 2602.21545), per-row variance (NorMuon, arXiv 2510.05491), cautious decay.
+AdamW (arXiv 1711.05101): decoupled weight decay, bias-corrected, arithmetic in fp32 whatever the storage.
+Muon (K. Jordan 2024, kellerjordan.github.io/posts/muon): momentum whose singular values are all moved to 1, so that
+rare directions of a gradient count as much as common ones; about twice AdamW's efficiency at scale (arXiv 2502.16982).
+Its six steps here have their sources beside their lines; what each gains in this model has not been measured alone.
 
-Each rank keeps the state of its part only, and updates that part (ZeRO-2, arXiv 1910.02054): of a large AdamW parameter
-a range of rows, of the Muon matrices of one shape every so many whole matrices. Small parameters are everyone's.
+ZeRO-2 (arXiv 1910.02054): each rank keeps the state of its part only, and updates that part: a range of rows of a large
+AdamW parameter, whole matrices of each shape for Muon. Small AdamW parameters are updated by every rank.
 
     gradients --reduce_scatter--> this rank's part --update--> parameters --all_gather--> every rank
 
-K matrices of one shape, n = ceil(K / world) of them on each rank; the last ranks' missing ones are zeros.
+K matrices of one shape make one stack: n = ceil(K / world) on each rank, the last ranks' missing ones are zeros.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from nanochat.compilation import fused
 
-# (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X, iteration by iteration
+# (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X, iteration by iteration (arXiv 2505.16932)
 POLAR_EXPRESS = (
     (8.156554524902461,  -22.48329292557795,  15.878769915207462),
     (4.042929935166739,  -2.808917465908714,  0.5000178451051316),
@@ -29,26 +31,26 @@ POLAR_EXPRESS = (
     (3.285753657755655,  -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-SMALL_PARAM = 1024  # elements under which a parameter is worth neither sharding nor a kernel of its own
-# torch 2.13 has new names for these two, and warns of the old ones
+SMALL_PARAM = 1024  # elements; smaller parameters are neither sharded nor given a compiled kernel
+# torch 2.13 has new names for these two, and warns about the old ones
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 @dataclass
 class Part:
-    """What is reduced and updated as one: an AdamW parameter, or all Muon matrices of one shape."""
+    """The unit of reduction and update: an AdamW parameter, or all Muon matrices of one shape."""
     group:      dict
     params:     list[nn.Parameter]
     is_sharded: bool
     start:      int                      # this rank's first row of the parameter, or first of the matrices
     stop:       int
-    grad:       Tensor | None = None     # of the rows or matrices of this rank, summed over the ranks
-    work:       dist.Work | None = None  # the reduction, while it is under way
-    source:     Tensor | None = None     # what it reads, which must live as long
+    grad:       Tensor | None = None     # of this rank's rows or matrices, summed over the ranks
+    work:       dist.Work | None = None  # the reduction, until it is waited for
+    source:     Tensor | None = None     # the reduction's input, kept alive until then
 
     def wait(self) -> Tensor:
-        """This rank's gradient, when it is there."""
+        """This rank's gradient, once it is reduced."""
         if self.work is not None:
             self.work.wait()
             self.work = self.source = None
@@ -62,18 +64,18 @@ class StateSlice:
     start:    int
     stop:     int
     num_rows: int
-    is_ours:  bool   # whether this rank saves it; what all ranks have alike, rank 0 saves
+    is_ours:  bool   # whether this rank saves it; rank 0 saves state that all ranks hold
 
 
 class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, groups: Sequence[dict], names: dict[int, str] | None = None,
                  matmul_dtype: torch.dtype | None = None):
-        """One optimizer for all parameters. Where torch.distributed runs, all ranks make it and call it together.
+        """One optimizer for all parameters. Collective: all ranks make it, and call it together.
 
         groups:       dicts with kind 'adamw' (lr, betas, eps, weight_decay) or 'muon' (lr, momentum, ns_steps, beta2,
                       weight_decay; matrices of one shape)
         names:        id(parameter) -> its name in the model, for saved state
-        matmul_dtype: of Muon's orthogonalisation; None is the parameters' own
+        matmul_dtype: of Muon's orthogonalisation; None means the parameters' own
         """
         for group in groups:
             group["initial_lr"], group["initial_weight_decay"] = group["lr"], group["weight_decay"]
@@ -86,8 +88,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _make_parts(self, group: dict) -> Iterator[Part]:
         if group["kind"] == "muon":
-            K = len(group["params"])
-            n = -(-K // self.world_size)
+            K, n = len(group["params"]), self._count_own(group["params"])
             yield Part(group, group["params"], True, min(self.rank * n, K), min((self.rank + 1) * n, K))
             return
         for param in group["params"]:
@@ -98,11 +99,15 @@ class MuonAdamW(torch.optim.Optimizer):
                 start = self.rank * num_rows // self.world_size
                 yield Part(group, [param], True, start, start + num_rows // self.world_size)
 
+    def _count_own(self, params: Sequence[nn.Parameter]) -> int:
+        """n: the matrices of each rank's stack, missing ones included."""
+        return -(-len(params) // self.world_size)
+
     # ----- gradients
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
-        """Start to sum the gradients over all ranks; takes them from the parameters. Collective.
+        """Start to sum the gradients over all ranks; the parameters' own are dropped. Collective.
 
         A sum, not a mean: the loss is divided by the whole step's targets already.
         """
@@ -125,19 +130,15 @@ class MuonAdamW(torch.optim.Optimizer):
             param.grad = None
         if part.group["kind"] == "adamw":
             return grads[0]
-        return stack_padded(grads, self._count_own(part) * self.world_size)
-
-    def _count_own(self, part: Part) -> int:
-        """n: the matrices of each rank's stack, missing ones included."""
-        return -(-len(part.params) // self.world_size)
+        return stack_padded(grads, self._count_own(part.params) * self.world_size)
 
     def wait_gradients(self) -> list[Tensor]:
-        """This rank's gradients, summed over the ranks; what is changed in place is what `step` uses."""
+        """This rank's gradients, summed over the ranks; `step` uses them, changes in place included."""
         return [part.wait() for part in self.parts]
 
     def get_grad_norm(self) -> Tensor:
         """The Euclidean norm of all gradients together, accumulated in at least fp32. Collective."""
-        # what all ranks have alike is counted once
+        # gradients that all ranks hold are counted once
         counted = [part.wait() for part in self.parts if part.is_sharded or self.rank == 0]
         norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in counted]
         norm = torch.linalg.vector_norm(torch.stack(norms))
@@ -148,7 +149,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return sq_norm.sqrt()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, those that were summed included."""
+        """Drop all gradients, also those summed over the ranks."""
         super().zero_grad(set_to_none)
         for part in self.parts:
             part.wait()
@@ -158,11 +159,11 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Update every parameter from its gradient, None counting as zero, and drop the gradients. Collective.
+        """Update every parameter from its gradient (None counts as zero), drop the gradients, and return their norm.
+        Collective.
 
         Three phases, so that one part's communication runs beside another's update: start all reductions (unless
-        `reduce_gradients` did), update part by part and start its gather, wait for the gathers. Returns the norm of the
-        gradients, which is known for certain only when all have been reduced.
+        `reduce_gradients` did), update part by part and start its gather, wait for the gathers.
         """
         if self.parts[0].grad is None:
             self.reduce_gradients()
@@ -195,10 +196,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _step_muon(self, part: Part) -> Callable[[], None]:
         group, params = part.group, part.params
-        n, (rows, cols) = self._count_own(part), params[0].shape
+        n, (rows, cols) = self._count_own(params), params[0].shape
         stack = stack_padded(params[part.start:part.stop], n, like=params[0])  # (n, rows, cols)
         state = self.state[params[0]]
-        lr = group["lr"] * max(1.0, rows / cols) ** 0.5
+        lr = group["lr"] * max(1.0, rows / cols) ** 0.5  # so that outputs move as much, whatever the shape
         muon_update(stack, part.grad, state["momentum"], state["second_moment"], group["ns_steps"],
                     self.matmul_dtype or stack.dtype,
                     *as_scalars([lr, group["momentum"], group["beta2"], group["weight_decay"]]))
@@ -208,7 +209,7 @@ class MuonAdamW(torch.optim.Optimizer):
         whole = stack.new_empty(n * self.world_size, rows, cols)
         work = all_gather(whole, stack, async_op=True)
 
-        def finish() -> None:
+        def finish(sent: Tensor = stack) -> None:  # kept alive while the gather reads it
             work.wait()
             torch._foreach_copy_(params, list(whole[:len(params)].unbind(0)))
         return finish
@@ -216,14 +217,14 @@ class MuonAdamW(torch.optim.Optimizer):
     # ----- state
 
     def get_named_state(self) -> dict[str, StateSlice]:
-        """This rank's state as `<parameter>.<state>`, Muon's matrix by matrix: what a checkpoint holds."""
+        """This rank's state as a checkpoint holds it: `<parameter>.<state>`, Muon's matrix by matrix."""
         return {name: piece for part in self.parts for name, piece in self._iterate_state(part)}
 
     @torch.no_grad()
     def load_named_state(self, read: Callable[[str, int, int, int], Tensor], num_steps: int) -> None:
-        """Restore what any number of ranks saved.
+        """Restore state that any number of ranks saved.
 
-        read: (name, first row, end row, rows of the whole) -> these rows; called for what this rank keeps, no more
+        read: (name, first row, end row, rows of the whole) -> these rows; called only for rows that this rank keeps
         """
         self.num_steps = num_steps
         for part in self.parts:
@@ -234,8 +235,8 @@ class MuonAdamW(torch.optim.Optimizer):
                 piece.tensor.copy_(rows)
 
     def _iterate_state(self, part: Part) -> Iterator[tuple[str, StateSlice]]:
-        """(name, slice) of a part's state; a matrix's is its own of the stack."""
-        self._init_state(part)  # zeros are what a run that is saved before its first step goes on with
+        """(name, slice) of a part's state; that of a matrix is its slice of the stack."""
+        self._init_state(part)  # a run saved before its first step goes on with zeros
         is_ours = part.is_sharded or self.rank == 0
         for key, tensor in self.state[part.params[0]].items():
             if part.group["kind"] == "adamw":
@@ -248,31 +249,39 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _init_state(self, part: Part) -> None:
         """Zero state where there is none yet; one stack for all matrices of a shape, kept with the first of them."""
-        param = part.params[0]
-        if self.state[param]:
-            return
-        if part.group["kind"] == "adamw":
-            own = param[part.start:part.stop]
-            self.state[param] = {"exp_avg": torch.zeros_like(own), "exp_avg_sq": torch.zeros_like(own)}
-        else:
-            n, (rows, cols) = self._count_own(part), param.shape
-            moment_shape = (n, rows, 1) if rows >= cols else (n, 1, cols)
-            self.state[param] = {"momentum": param.new_zeros(n, rows, cols),
-                                 "second_moment": param.new_zeros(moment_shape)}
+        param, is_muon = part.params[0], part.group["kind"] == "muon"
+        if not self.state[param]:
+            shape = (self._count_own(part.params), *param.shape) if is_muon else param[part.start:part.stop].shape
+            self.state[param] = {key: param.new_zeros(state_shape)
+                                 for key, state_shape in list_state(part.group["kind"], shape).items()}
+
+    def count_state_bytes(self) -> int:
+        """Bytes of the state of all ranks together, as a checkpoint holds it."""
+        return sum(math.prod(shape) * param.element_size() for group in self.param_groups for param in group["params"]
+                   for shape in list_state(group["kind"], param.shape).values())
+
+
+def list_state(kind: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the state of a parameter or stack, all of its dtype. AdamW: both moments; Muon: the momentum,
+    and a second moment for each row or each column, whichever are more."""
+    if kind == "adamw":
+        return {"exp_avg": tuple(shape), "exp_avg_sq": tuple(shape)}
+    *stack, rows, cols = shape
+    return {"momentum": tuple(shape), "second_moment": (*stack, rows, 1) if rows >= cols else (*stack, 1, cols)}
 
 
 def stack_padded(tensors: Sequence[Tensor], num: int, like: Tensor | None = None) -> Tensor:
-    """A stack of `num` tensors, zeros `like` the first after those that there are."""
+    """A stack of `num` tensors: the given ones, then zeros like the first (or `like`)."""
     zeros = torch.zeros_like(tensors[0] if like is None else like)
     return torch.stack([*tensors, *[zeros] * (num - len(tensors))])
 
 
 def do_nothing() -> None:
-    """Where there is nothing to wait for."""
+    """For parts without a gather to wait for."""
 
 
 def as_scalars(values: Sequence[float]) -> list[Tensor]:
-    """0-d CPU tensors, so that a compiled kernel doesn't take a new value for a new program."""
+    """0-d CPU tensors: a Python float's new value would compile a kernel again."""
     return [torch.tensor(value, dtype=torch.float32) for value in values]
 
 
@@ -293,26 +302,37 @@ def adamw_update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tenso
 
 def muon_update(param: Tensor, grad: Tensor, momentum: Tensor, second_moment: Tensor, ns_steps: int,
                 matmul_dtype: torch.dtype, lr: Tensor, mu: Tensor, beta2: Tensor, weight_decay: Tensor) -> None:
-    """One Muon step in place, on a stack of matrices (K, rows, cols); lr includes the factor for the shape."""
+    """One Muon step in place, on a stack of matrices (K, rows, cols); lr includes the factor for the shape.
+
+    The clamps are part of the recipe. c_proj starts at zero, so most gradients are exactly zero at step 1, and up to
+    42% of a matrix's rows still are at step 2: without the clamps all parameters are NaN after one step.
+    """
     X = orthogonalize(_prepare_momentum(grad, momentum, mu, matmul_dtype), ns_steps)
     _apply_update(param, X, second_moment, lr, beta2, weight_decay)
 
 
 @fused
 def _prepare_momentum(grad: Tensor, momentum: Tensor, mu: Tensor, matmul_dtype: torch.dtype) -> Tensor:
-    """Nesterov momentum with equalised rows and a Frobenius norm just under 1; zero rows and matrices stay zero."""
+    """Steps 1 and 2, and a Frobenius norm just under 1; zero rows and matrices stay zero."""
+    # 1. Nesterov momentum, as Muon has it: the average looks one gradient ahead
     momentum.lerp_(grad, 1 - mu.to(grad.dtype))
     X = grad.lerp(momentum, mu.to(grad.dtype))
+    # 2. MuonEq (arXiv 2603.28254): rows of equal norm, so that the few iterations below begin nearer to orthogonal
     rows = X.size(-2)
     sq_norms = X.square().sum(-1, keepdim=True)  # (K, rows, 1)
     rms_row_norm = (sq_norms.sum(-2, keepdim=True) / rows).sqrt()
     X = X * (rms_row_norm / sq_norms.sqrt().clamp(min=1e-6))
     norm = X.square().sum((-2, -1), keepdim=True).sqrt()
-    return (X / (1.01 * norm + 1e-6)).to(matmul_dtype)
+    return (X / (1.01 * norm + 1e-6)).to(matmul_dtype)  # singular values must be below 1 for step 3
 
 
 def orthogonalize(X: Tensor, num_steps: int) -> Tensor:
-    """Polar Express: move all singular values of each (rows, cols) matrix of the stack towards 1."""
+    """Step 3: move all singular values of each (rows, cols) matrix of the stack towards 1, by matrix products alone.
+
+    Polar Express (arXiv 2505.16932) has the best coefficients for each iteration, where Newton-Schulz repeats the same;
+    bf16 is precise enough. Products are stacked: one by one they take 1.2 to 1.4 times as long at 256 channels
+    (dev/LOG.md, "Muon's orthogonalisation: what was not taken").
+    """
     tall = X.size(-2) > X.size(-1)
     for a, b, c in POLAR_EXPRESS[:num_steps]:
         A = X.mT @ X if tall else X @ X.mT
@@ -324,15 +344,20 @@ def orthogonalize(X: Tensor, num_steps: int) -> Tensor:
 @fused
 def _apply_update(param: Tensor, X: Tensor, second_moment: Tensor, lr: Tensor, beta2: Tensor,
                   weight_decay: Tensor) -> None:
-    """Scale the orthogonalised update X, equalise its rows' (or columns') variance, decay cautiously, subtract."""
+    """Steps 4 to 6: scale the orthogonalised X, equalise its rows or columns, decay, and subtract."""
     rows, cols = X.shape[-2:]
     g = X.to(param.dtype)
+    # 4. Muon+ (arXiv 2602.21545; lower perplexity from 60M to 1B parameters): the norm of an exactly orthogonal matrix,
+    #    which step 3 only approximates
     g = g * (min(rows, cols) ** 0.5 / g.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=1e-6))
+    # 5. NorMuon (arXiv 2510.05491; 11% more efficient than Muon at 1.1B parameters): Adam's second moment for each
+    #    neuron, since orthogonal updates still differ in the norms of their rows; the norm of the whole stays
     mean_square = g.square().mean(-1 if rows >= cols else -2, keepdim=True)
     second_moment.lerp_(mean_square, 1 - beta2.to(param.dtype))
     scaled = g * second_moment.clamp(min=1e-10).rsqrt()
     norm = g.square().sum((-2, -1), keepdim=True).sqrt()
     scaled_norm = scaled.square().sum((-2, -1), keepdim=True).sqrt()
     g = scaled * (norm / scaled_norm.clamp(min=1e-10))
+    # 6. Cautious weight decay (arXiv 2510.12402): only where the update shrinks the weight as well
     decayed = weight_decay * param * (g * param >= 0)
     param.sub_(lr * (g + decayed))

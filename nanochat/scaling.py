@@ -1,6 +1,8 @@
 """Depth -> every other number: model shape, horizon, batch size, learning rates, and their schedules. Pure functions.
 
-Figures and formulas: the public record of nanochat (January-July 2026), with the papers named beside them.
+Figures and formulas are those of nanochat's public record (January-July 2026), with the papers named beside them. There
+a depth-24 model of GPT-2's CORE score (0.2565) took 3.04 hours on 8 H100 at first and 1.65 at last: batches of 1M
+tokens made 2.76 hours of 2.91; tuned rates, betas, decay, initial weights and RoPE base 1.80 of 2.02.
 """
 
 import math
@@ -9,9 +11,20 @@ from dataclasses import dataclass
 from nanochat.common import UserError
 from nanochat.config import GPTConfig, count_params, estimate_flops
 
-REFERENCE_DEPTH = 12               # the depth at which batch size, learning rates and weight decay were tuned
+REFERENCE_DEPTH = 12               # depth at which batch size, learning rates and weight decay were tuned
 REFERENCE_BATCH_TOKENS = 2**19     # and its batch
-BATCH_EXPONENT = 0.383             # optimal batch ~ tokens^0.383, arXiv 2505.13738
+BATCH_EXPONENT = 0.383             # optimal batch ~ tokens^0.383 (arXiv 2505.13738)
+
+# Learning rates at the reference batch and, for the first two, at 768 channels: GPT.setup_optimizer has the groups
+EMBEDDING_LR   = 0.3
+UNEMBEDDING_LR = 0.008
+MATRIX_LR      = 0.02              # Muon's
+SCALAR_LR      = 0.5
+WEIGHT_DECAY   = 0.28              # Muon's, at the reference depth and batch
+# Their schedule, see get_lr_frac
+WARMUP_STEPS   = 40
+WARMDOWN_RATIO = 0.65
+FINAL_LR_FRAC  = 0.05
 
 
 def make_config(depth: int, *, vocab_size: int, sequence_len: int, aspect_ratio: int = 64, head_dim: int = 128,
@@ -33,26 +46,26 @@ def count_scaling_params(config: GPTConfig) -> int:
 
 @dataclass(frozen=True)
 class ShortRows:
-    """One stage of a sequence length warm-up: steps whose rows are shorter than the context."""
-    end_step:        int      # the first step after it
+    """One stage of the sequence-length warm-up: steps whose rows are shorter than the context."""
+    end_step:        int      # the first step after the stage
     row_tokens:      int
-    flops_per_token: float    # fewer than in whole rows, since fewer keys are seen
+    flops_per_token: float    # fewer than in whole rows, which see more keys
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about a run that follows from the dial and a few choices; saved in run.json."""
+    """The numbers of a run that follow from its depth and a few choices; saved in run.json."""
     num_iterations: int       # optimizer steps
     batch_tokens: int         # tokens of one step, all ranks together
-    target_tokens: int        # what the horizon asks for: ratio * scaling params, in chat stages the epochs' tokens
+    target_tokens: int        # the horizon's: ratio * scaling params, in chat stages the epochs' tokens
     total_tokens: int         # num_iterations * batch_tokens
     flops_per_token: float    # training FLOPs of whole rows, forward and backward
     total_flops: float
     tokens_per_param: float   # total_tokens / scaling params
-    batch_lr_scale: float     # multiplies the learning rates (but smear's and backout's)
+    batch_lr_scale: float     # multiplies the learning rates (except smear's and backout's)
     weight_decay: float       # Muon's, before its schedule
-    horizon: str              # which of the ways of giving a horizon decided: iterations, flops, ratio or epochs
-    short_rows: list[ShortRows] | None = None    # stages of the sequence length warm-up, if there is one
+    horizon: str              # the flag that decided it: iterations, flops, ratio or epochs
+    short_rows: list[ShortRows] | None = None    # stages of the sequence-length warm-up
 
     def get_row_tokens(self, step: int, T: int) -> int:
         """Tokens of a row at a step: T, or fewer during the warm-up."""
@@ -66,7 +79,7 @@ class Plan:
 
 def count_saved_flops(short_rows: list[ShortRows] | None, flops_per_token: float, batch_tokens: int,
                       num_steps: float = math.inf) -> float:
-    """How many FLOPs less than with whole rows the first `num_steps` take."""
+    """FLOPs that short rows save in the first `num_steps`."""
     saved = first_step = 0
     for stage in short_rows or ():
         stage_steps = max(0, min(num_steps, stage.end_step) - first_step)
@@ -76,10 +89,11 @@ def count_saved_flops(short_rows: list[ShortRows] | None, flops_per_token: float
 
 
 def make_short_rows(text: str, config: GPTConfig) -> list[ShortRows]:
-    """The stages of --seq-len-warmup START:STEPS: rows of START tokens, then twice as many ..., equally long.
+    """The stages of --seq-len-warmup START:STEPS: rows of START tokens, then of twice as many, ..., for STEPS in all.
 
-    The tokens of a step stay the same, so that every schedule by steps does. Doubling keeps the lengths few: each
-    has kernels of its own to compile.
+    Sequence-length warm-up (after arXiv 2108.06084) splits each row into several shorter rows; the token count of a
+    step stays the same, and with it every schedule. Lengths double, so that few kernels are compiled. It saves
+    attention's FLOPs; at depth 4 it didn't help (dev/LOG.md, "Sequence length warm-up: short rows first").
     """
     try:
         start, num_steps = map(int, text.split(":"))
@@ -104,10 +118,13 @@ def make_short_rows(text: str, config: GPTConfig) -> list[ShortRows]:
 
 def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int | None = None,
               target_flops: float | None = None, target_param_data_ratio: float = 12.0,
-              batch_tokens: int | None = None, weight_decay: float = 0.28, seq_len_warmup: str | None = None) -> Plan:
+              batch_tokens: int | None = None, weight_decay: float = WEIGHT_DECAY,
+              seq_len_warmup: str | None = None) -> Plan:
     """Horizon, batch and hyper-parameter scales of a pretraining run.
 
     The horizon is the first given of num_iterations, target_flops, target_param_data_ratio (tokens per scaling param).
+    The batch follows from ratio and size alone, whatever the horizon. Known to be wrong for small budgets: depth 4 on
+    3.28 M tokens is better with 4,096 tokens a batch than with 16,384, and this rule gives 131,072 (public record).
     seq_len_warmup: START:STEPS, see make_short_rows
     """
     for flag, value in (("--target-param-data-ratio", target_param_data_ratio), ("--target-flops", target_flops)):
@@ -130,7 +147,6 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
     if num_iterations is not None:
         horizon = "iterations"
     elif target_flops is not None:
-        # a warm-up that the run can't hold is refused below
         horizon, num_iterations = "flops", round((target_flops + saved_flops) / (flops_per_token * batch_tokens))
     else:
         horizon, num_iterations = "ratio", target_tokens // batch_tokens
@@ -140,20 +156,31 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
     if short_rows and short_rows[-1].end_step > num_iterations:
         raise UserError(f"--seq-len-warmup {seq_len_warmup} is longer than the run of {num_iterations} steps; give it "
                         "fewer steps")
-    # AdamW and Muon steps scale with the square root of the batch; the decay keeps its time constant in epochs
-    # (T_epoch, arXiv 2405.13698) the same for every model size
-    batch_lr_scale = math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
-    total_tokens = num_iterations * batch_tokens
-    return Plan(num_iterations=num_iterations, batch_tokens=batch_tokens, target_tokens=target_tokens,
-                total_tokens=total_tokens, flops_per_token=flops_per_token,
-                total_flops=flops_per_token * total_tokens - saved_flops, tokens_per_param=total_tokens / num_params,
-                batch_lr_scale=batch_lr_scale, horizon=horizon, short_rows=short_rows,
-                weight_decay=weight_decay * batch_lr_scale * reference_tokens / target_tokens)
+    # The decay keeps its time constant, in epochs, the same for every model size and batch (T_epoch, arXiv 2405.13698)
+    batch_lr_scale = get_batch_lr_scale(batch_tokens)
+    weight_decay *= batch_lr_scale * reference_tokens / target_tokens
+    return _fill_plan(config, flops_per_token, num_iterations=num_iterations, batch_tokens=batch_tokens,
+                      target_tokens=target_tokens, horizon=horizon, batch_lr_scale=batch_lr_scale,
+                      weight_decay=weight_decay, short_rows=short_rows)
+
+
+def get_batch_lr_scale(batch_tokens: int) -> float:
+    """Factor on learning rates: Adam's and Muon's steps grow with the square root of the batch (arXiv 2205.10287)."""
+    return math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
+
+
+def _fill_plan(config: GPTConfig, flops_per_token: float, **decided) -> Plan:
+    """A plan with the totals that follow from what was decided."""
+    total_tokens = decided["num_iterations"] * decided["batch_tokens"]
+    saved_flops = count_saved_flops(decided.get("short_rows"), flops_per_token, decided["batch_tokens"])
+    return Plan(flops_per_token=flops_per_token, total_tokens=total_tokens,
+                total_flops=flops_per_token * total_tokens - saved_flops,
+                tokens_per_param=total_tokens / count_scaling_params(config), **decided)
 
 
 def make_chat_plan(config: GPTConfig, flops_per_token: float, *, epoch_rows: int, num_epochs: int = 1,
                    num_iterations: int | None = None, batch_tokens: int, scales_lr: bool = True) -> Plan:
-    """Horizon of midtraining or SFT: so many steps, or else whole epochs of `epoch_rows` rows. No Muon weight decay.
+    """Horizon of midtraining or SFT: num_iterations, or else whole epochs of `epoch_rows` rows. No Muon weight decay.
 
     scales_lr: whether learning rates are scaled to the batch, as in pretraining
     The last step of the last epoch takes the rows that are left, fewer than the others.
@@ -162,49 +189,45 @@ def make_chat_plan(config: GPTConfig, flops_per_token: float, *, epoch_rows: int
                         ("--total-batch-size", batch_tokens)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value} must be at least 1")
-    T, target_tokens = config.sequence_len, num_epochs * epoch_rows * config.sequence_len
+    T, num_rows = config.sequence_len, num_epochs * epoch_rows
     horizon = "epochs" if num_iterations is None else "iterations"
     if num_iterations is None:
-        num_iterations = -(-num_epochs * epoch_rows // (batch_tokens // T or 1))
-    total_tokens = num_iterations * batch_tokens
-    return Plan(num_iterations=num_iterations, batch_tokens=batch_tokens, target_tokens=target_tokens,
-                total_tokens=total_tokens, flops_per_token=flops_per_token, total_flops=flops_per_token * total_tokens,
-                tokens_per_param=total_tokens / count_scaling_params(config), weight_decay=0.0, horizon=horizon,
-                batch_lr_scale=math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS) if scales_lr else 1.0)
+        num_iterations = -(-num_rows // (batch_tokens // T or 1))
+    return _fill_plan(config, flops_per_token, num_iterations=num_iterations, batch_tokens=batch_tokens,
+                      target_tokens=num_rows * T, horizon=horizon, weight_decay=0.0,
+                      batch_lr_scale=get_batch_lr_scale(batch_tokens) if scales_lr else 1.0)
 
 
 def make_rl_plan(config: GPTConfig, flops_per_token: float, *, num_questions: int, num_epochs: int = 1,
                  num_iterations: int | None = None, examples_per_step: int, num_samples: int,
                  max_new_tokens: int, batch_lr_scale: float) -> Plan:
-    """Horizon of RL: so many steps, or else whole epochs of `num_questions` questions. No Muon weight decay.
+    """Horizon of RL: num_iterations, or else whole epochs of `num_questions` questions. No Muon weight decay.
 
-    Tokens are counted as if each answer were as long as it may be; what they teach is a few bits an answer, so the
-    learning rates don't follow their number, but remain those of the stage before (batch_lr_scale is its).
+    Tokens are counted as if every answer had max_new_tokens. An answer teaches a few bits, however long it is, so
+    learning rates aren't scaled to this batch: batch_lr_scale is that of the stage before.
     """
     for flag, value, least in (("--num-iterations", num_iterations, 1), ("--num-epochs", num_epochs, 1),
                                ("--examples-per-step", examples_per_step, 1), ("--num-samples", num_samples, 2)):
         if value is not None and value < least:
             raise UserError(f"{flag} {value} must be at least {least}" + (
                 ": an answer is compared with the others to its question" if flag == "--num-samples" else ""))
-    batch_tokens = examples_per_step * num_samples * max_new_tokens
-    target_tokens = num_epochs * num_questions * num_samples * max_new_tokens
+    question_tokens = num_samples * max_new_tokens
     horizon = "epochs" if num_iterations is None else "iterations"
     if num_iterations is None:
         num_iterations = -(-num_epochs * num_questions // examples_per_step)
-    total_tokens = num_iterations * batch_tokens
-    return Plan(num_iterations=num_iterations, batch_tokens=batch_tokens, target_tokens=target_tokens,
-                total_tokens=total_tokens, flops_per_token=flops_per_token, total_flops=flops_per_token * total_tokens,
-                tokens_per_param=total_tokens / count_scaling_params(config), weight_decay=0.0, horizon=horizon,
-                batch_lr_scale=batch_lr_scale)
+    return _fill_plan(config, flops_per_token, num_iterations=num_iterations, horizon=horizon, weight_decay=0.0,
+                      batch_tokens=examples_per_step * question_tokens, batch_lr_scale=batch_lr_scale,
+                      target_tokens=num_epochs * num_questions * question_tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedules, all of step `it` (0-based) of `n`
 
 
-def get_lr_frac(it: int, n: int, *, warmup_steps: int = 40, warmdown_ratio: float = 0.65,
-                final_lr_frac: float = 0.05) -> float:
-    """Learning-rate factor: linear warm-up, constant, linear warm-down to `final_lr_frac`. Of all stages.
+def get_lr_frac(it: int, n: int, *, warmup_steps: int = WARMUP_STEPS, warmdown_ratio: float = WARMDOWN_RATIO,
+                final_lr_frac: float = FINAL_LR_FRAC) -> float:
+    """Learning-rate factor of all stages: linear warm-up, constant, linear warm-down to `final_lr_frac` (a trapezoid,
+    arXiv 2405.18392).
 
     The warm-up is at most a tenth of the run, so that a short run isn't all warm-up.
     """
@@ -218,8 +241,11 @@ def get_lr_frac(it: int, n: int, *, warmup_steps: int = 40, warmdown_ratio: floa
     return progress + (1 - progress) * final_lr_frac
 
 
-def get_muon_momentum(it: int, n: int, *, warmdown_ratio: float = 0.65) -> float:
-    """Muon's momentum: .85 -> .97 over 400 steps (fewer in a short run), then -> .90 while the learning rate decays."""
+def get_muon_momentum(it: int, n: int, *, warmdown_ratio: float = WARMDOWN_RATIO) -> float:
+    """Muon's momentum: .85 -> .97 over 400 steps (fewer in a short run), then -> .90 while the learning rate decays.
+
+    The ramps are modded-nanogpt's. Why they help, a guess: early gradients turn fast, and so outdate an average.
+    """
     ramp_steps = 400 if n >= 1143 else max(1, round(0.35 * n))  # 1143 steps: where .35 n reaches 400
     if it < ramp_steps:
         return 0.85 + (0.97 - 0.85) * it / ramp_steps
@@ -231,10 +257,10 @@ def get_muon_momentum(it: int, n: int, *, warmdown_ratio: float = 0.65) -> float
 
 
 def get_weight_decay_frac(it: int, n: int) -> float:
-    """Factor on Muon's weight decay: half a cosine from 1 to 0."""
+    """Factor on Muon's weight decay: half a cosine from 1 to 0, so that the last steps don't shrink the weights."""
     return (1 + math.cos(math.pi * it / n)) / 2
 
 
 def get_chat_momentum(it: int) -> float:
-    """Muon's momentum in midtraining, SFT and RL: .85 -> .95 over 300 steps (for the last two an assumption)."""
+    """Muon's momentum in midtraining, SFT and RL: .85 -> .95 over 300 steps (in SFT and RL an assumption)."""
     return 0.85 + (0.95 - 0.85) * min(it / 300, 1)

@@ -28,11 +28,12 @@ from nanochat.dataloader import TrainLoader, ValidationBatches
 from nanochat.engine import Engine
 from nanochat.flash_attention import choose_backend
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.gpus import expect_mfu, find_gpu
 from nanochat.loss_eval import evaluate_loss
 from nanochat.memory import (
     GIB,
     Compute,
+    expect_mfu,
+    find_gpu,
     get_max_micro_tokens,
     largest_micro_rows,
     list_divisors,

@@ -24,11 +24,12 @@ from nanochat.common import (
     print0,
     run_script,
 )
+from nanochat.config import estimate_flops
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TextGroups, TrainLoader, validation_batches
 from nanochat.dataset import default_source
 from nanochat.flash_attention import FLEX_BLOCK
-from nanochat.gpt import GPT, GPTConfig, estimate_flops
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.identity import check_ranks, compare_with_saved
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import Plan, get_lr_frac, get_muon_momentum, get_weight_decay_frac, make_config, make_plan

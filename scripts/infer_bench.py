@@ -32,8 +32,9 @@ from nanochat.common import (
     synchronize,
     write_json,
 )
+from nanochat.config import GPTConfig, count_params
 from nanochat.engine import Engine, Request
-from nanochat.gpt import GPT, GPTConfig, count_params
+from nanochat.gpt import GPT
 from nanochat.scaling import make_config
 
 READ_BYTES = 2**28      # that are read to measure the memory's rate; more than any cache holds

@@ -1,4 +1,4 @@
-"""What a pretraining run will take, before it is paid for: memory, time, data and cost. Needs no GPU and no data.
+"""Memory, time, data and cost of a pretraining run, before it is paid for. Needs no GPU and no data.
 
     python -m scripts.plan --depth 24 --nproc 8 --gpu h100 --target-param-data-ratio 8    # runs/speedrun.sh
     python -m scripts.plan --depth 12 20 24 --nproc 8                                     # side by side
@@ -16,12 +16,14 @@ from dataclasses import asdict, dataclass
 
 from nanochat.common import UserError, print0, run_script
 from nanochat.config import GPTConfig, count_params, estimate_flops
-from nanochat.gpus import GPUS, expect_mfu, find_gpu
 from nanochat.memory import (
     GIB,
-    Compute,
+    GPUS,
+    Machine,
     Memory,
     count_shapes,
+    expect_mfu,
+    find_gpu,
     get_usable_frac,
     largest_micro_rows,
     predict_memory,
@@ -32,20 +34,20 @@ from nanochat.scaling import Plan, make_config, make_plan
 DOLLARS_PER_GPU_HOUR = 3.0    # of an H100 on the market, $24 an hour for a node of eight
 # A shard of climbmix: 250 million characters, at about 5 to a token of a 32K vocabulary; assumption, none was counted
 TOKENS_PER_SHARD = 50_000_000
-SPARE_DATA = 1.05             # shards to have beyond the estimate, since text that runs out is repeated
+SPARE_DATA = 1.05             # shards for each one of the estimate, since text that runs out is repeated
 MAX_DEPTH = 64                # of the search for a budget
-HOPPER = ("h100", "h200", "h800", "h20", "gh200")          # FlashAttention 3 is built for them
+HOPPER = ("h100", "h200", "h800", "h20", "gh200")          # FlashAttention 3 is built for these
 WITHOUT_BF16 = ("v100", "t4", "2080 ti")
 MUON_STEPS = 5                # of the orthogonalisation
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What is planned for."""
+    """The GPUs of the run, or the CPU."""
     name:        str
     num_gpus:    int
-    peak_flops:  float    # of one, dense bf16
-    memory_gib:  float    # of one
+    peak_flops:  float    # of one GPU, dense bf16
+    memory_gib:  float    # of one GPU
     dollars:     float    # per GPU and hour
 
 
@@ -74,10 +76,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max-cost", type=float, help="instead of --depth: the deepest model that trains for so many dollars")
     # hardware
     add("--gpu", default="h100", help="name of the GPU, or cpu (default: %(default)s)")
-    add("--nproc", type=int, default=1, help="how many of them")
-    add("--tflops", type=float, help="dense bf16 TFLOP/s of one (default: from the table)")
-    add("--gb", type=float, help="GiB of memory of one (default: from the table)")
-    add("--mfu", type=float, help="percent of the peak that the run will reach (default: expected)")
+    add("--nproc", type=int, default=1, help="number of GPUs, a process each")
+    add("--tflops", type=float, help="dense bf16 TFLOP/s of one GPU (default: from the table)")
+    add("--gb", type=float, help="memory of one GPU in GiB (default: from the table)")
+    add("--mfu", type=float, help="model FLOP/s in percent of the peak (default: as published)")
     add("--price", type=float, default=DOLLARS_PER_GPU_HOUR, help="dollars per GPU hour (default: %(default)s)")
     # model
     add("--aspect-ratio", type=int, default=64, help="width in channels per layer")
@@ -90,18 +92,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--target-flops", type=float, help="training FLOPs")
     add("--target-param-data-ratio", type=float, default=12, help="tokens per scaling parameter")
     add("--total-batch-size", type=int, help="tokens of a step, all GPUs together (default: from the horizon)")
-    add("--seq-len-warmup", metavar="START:STEPS", help="rows of START tokens, doubled until they are whole after so "
-        "many steps")
-    # how it is computed
+    add("--seq-len-warmup", metavar="START:STEPS", help="rows of START tokens, doubled until whole after STEPS")
+    # computation
     add("--device-batch-size", type=rows_or_auto, default="auto", metavar="ROWS",
-        help="rows of a forward pass; auto: as many as fit and pay, as training chooses them (default: %(default)s)")
+        help="rows of a micro-batch; auto: the largest that fits, as training chooses it (default: %(default)s)")
     add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
     add("--attention", choices=("auto", "fa3", "flex", "blocks", "sdpa"), default="auto")
     add("--compile", choices=("on", "off"), default="on")
+    add("--loss", choices=("fused", "plain"), default="fused", help="plain keeps the logits of a whole micro-batch")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON instead of a table")
     output.add_argument("--shards", action="store_true",
-                        help="print only the climbmix shards that the largest reader needs")
+                        help="print only the number of climbmix shards, for the depth that reads most")
     args = parser.parse_args(argv)
     for flag, value in (("--nproc", args.nproc), ("--vocab-size", args.vocab_size), ("--tflops", args.tflops),
                         ("--gb", args.gb), ("--mfu", args.mfu), ("--max-hours", args.max_hours),
@@ -119,22 +121,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     hardware = choose_hardware(args)
-    compute = choose_compute(args, hardware)
+    machine = choose_machine(args, hardware)
     if args.max_hours or args.max_cost:
-        estimates = [find_deepest(args, hardware, compute)]
+        estimates = [find_deepest(args, hardware, machine)]
     else:
-        estimates = [estimate_run(args, depth, hardware, compute) for depth in args.depth or [20]]
-    results = {"hardware": asdict(hardware), "compute": asdict(compute), "runs": [asdict(e) for e in estimates]}
+        estimates = [estimate_run(args, depth, hardware, machine) for depth in args.depth or [20]]
+    results = {"hardware": asdict(hardware), "compute": asdict(machine), "runs": [asdict(e) for e in estimates]}
     for result, estimate in zip(results["runs"], estimates, strict=True):
-        result["memory"] |= {"peak": estimate.memory.peak, "worst_moment": estimate.memory.worst_moment,
+        result["memory"] |= {"peak": estimate.memory.peak, "worst_phase": estimate.memory.worst_phase,
                              "needed": estimate.memory.needed}
     if args.shards:
         print0(max(estimate.num_shards for estimate in estimates))
     elif args.json:
         print0(json.dumps(results, indent=2))
     else:
-        print_table(estimates, hardware, get_usable_frac(compute) * hardware.memory_gib)
-        print_notes(estimates, hardware, compute)
+        print_table(estimates, hardware, get_usable_frac(machine) * hardware.memory_gib)
+        print_notes(estimates, hardware, machine)
     return results
 
 
@@ -154,18 +156,18 @@ def choose_hardware(args: argparse.Namespace) -> Hardware:
                     args.price)
 
 
-def choose_compute(args: argparse.Namespace, hardware: Hardware) -> Compute:
-    """What training would choose for itself there."""
+def choose_machine(args: argparse.Namespace, hardware: Hardware) -> Machine:
+    """Dtype, attention and compilation as training would choose them there."""
     is_cpu = hardware.name == "cpu"
     dtype = args.dtype if args.dtype != "auto" else "float16" if hardware.name in WITHOUT_BF16 else "bfloat16"
     attention = args.attention
     if attention == "auto":
         attention = "blocks" if is_cpu else "fa3" if hardware.name.split()[0] in HOPPER else "flex"
-    return Compute(dtype, attention, args.compile == "on", "cpu" if is_cpu else "cuda", args.nproc)
+    return Machine(dtype, attention, args.compile == "on", "cpu" if is_cpu else "cuda", args.nproc, args.loss)
 
 
-def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, compute: Compute) -> Estimate:
-    """Everything about the run of one depth."""
+def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, machine: Machine) -> Estimate:
+    """The run of one depth."""
     T = args.max_seq_len
     config = make_config(depth, vocab_size=args.vocab_size, sequence_len=T, aspect_ratio=args.aspect_ratio,
                          head_dim=args.head_dim, window_pattern=args.window_pattern)
@@ -183,11 +185,11 @@ def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, compu
     memory_bytes = hardware.memory_gib * GIB
     micro_rows = args.device_batch_size
     if micro_rows == "auto":
-        micro_rows = largest_micro_rows(config, T, compute, memory_bytes, rows) or 1
-    memory = predict_memory(config, T, micro_rows, compute, rows // micro_rows)
+        micro_rows = largest_micro_rows(config, T, machine, memory_bytes, rows) or 1
+    memory = predict_memory(config, T, micro_rows, machine, rows // micro_rows)
     mfu, source = (args.mfu / 100, "asked for") if args.mfu else expect_mfu(hardware.name, depth)
     hours = plan.total_flops / (mfu * hardware.peak_flops * hardware.num_gpus) / 3600
-    fits = memory.needed <= get_usable_frac(compute) * memory_bytes
+    fits = memory.needed <= get_usable_frac(machine) * memory_bytes
     return Estimate(config, plan, fits, micro_rows, rows // micro_rows, memory,
                     count_hardware_flops(config, plan, hardware.num_gpus), mfu, source, hours,
                     hours * hardware.num_gpus * hardware.dollars,
@@ -195,8 +197,8 @@ def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, compu
 
 
 def count_hardware_flops(config: GPTConfig, plan: Plan, num_gpus: int) -> float:
-    """FLOPs that the run executes. Unlike model FLOPs: attention skips the keys that its mask hides and makes its
-    scores once more for the backward pass (7 products a key, not 6), and Muon orthogonalises."""
+    """FLOPs that the run executes. They differ from model FLOPs in the keys hidden by attention's mask (left out), the
+    scores recomputed in the backward pass (7 products a key, not 6), and Muon's orthogonalisation."""
     flops, first_step = plan.total_flops, 0
     stages = [(stage.end_step, stage.row_tokens) for stage in plan.short_rows or ()]
     for end_step, T in [*stages, (plan.num_iterations, config.sequence_len)]:
@@ -208,20 +210,19 @@ def count_hardware_flops(config: GPTConfig, plan: Plan, num_gpus: int) -> float:
         per_token = config.n_head * config.head_dim * (14 * keys - 12 * model_keys)
         flops, first_step = flops + per_token * (end_step - first_step) * plan.batch_tokens, end_step
     muon = 0
-    for (rows, cols), num in count_shapes(config).items():
-        short, long = sorted((rows, cols))
-        padded = -(-num // num_gpus) * num_gpus
-        muon += padded * MUON_STEPS * (4 * short**2 * long + 2 * short**3)
+    for shape, num in count_shapes(config).items():
+        short, long = sorted(shape)
+        muon += -(-num // num_gpus) * num_gpus * MUON_STEPS * (4 * short**2 * long + 2 * short**3)  # padding included
     return flops + muon * plan.num_iterations
 
 
-def find_deepest(args: argparse.Namespace, hardware: Hardware, compute: Compute) -> Estimate:
+def find_deepest(args: argparse.Namespace, hardware: Hardware, machine: Machine) -> Estimate:
     """The deepest model whose run fits the memory and the budget."""
     best = shallowest = None
     for depth in range(1, MAX_DEPTH + 1):
         try:
-            estimate = estimate_run(args, depth, hardware, compute)
-        except UserError:  # a shallow model's own batch may be too small to be shared by the ranks
+            estimate = estimate_run(args, depth, hardware, machine)
+        except UserError:  # a shallow model's batch may have fewer rows than there are ranks
             continue
         shallowest = shallowest or estimate
         if estimate.fits and estimate.hours <= (args.max_hours or math.inf) \
@@ -230,7 +231,7 @@ def find_deepest(args: argparse.Namespace, hardware: Hardware, compute: Compute)
     if best:
         return best
     if not shallowest:
-        return estimate_run(args, MAX_DEPTH, hardware, compute)  # whose mistake is the person's
+        return estimate_run(args, MAX_DEPTH, hardware, machine)  # raises: no depth can take these flags
     limits = ([f"{args.max_hours:g} hours"] if args.max_hours else []) + \
         ([f"${args.max_cost:g}"] if args.max_cost else [])
     raise UserError(f"no depth trains within {' and '.join(limits)} on {hardware.num_gpus} {hardware.name}: depth "
@@ -271,8 +272,8 @@ def print_table(estimates: list[Estimate], hardware: Hardware, usable_gib: float
     for part in estimates[0].memory.activations:
         add(f"    {part}", lambda e, part=part: gib(e.memory.activations[part]))
     add("  logits and loss", lambda e: gib(e.memory.loss))
-    for moment in estimates[0].memory.moments:
-        add(f"  in use, {moment}", lambda e, moment=moment: gib(e.memory.moments[moment]))
+    for phase in estimates[0].memory.phases:
+        add(f"  in use, {phase}", lambda e, phase=phase: gib(e.memory.phases[phase]))
     if hardware.name == "cpu":
         add("  a checkpoint's copy in memory", lambda e: gib(e.memory.checkpoint))
     add(f"  peak, of {usable_gib:.1f} that can be used",
@@ -290,13 +291,14 @@ def print_table(estimates: list[Estimate], hardware: Hardware, usable_gib: float
         print0(f"{label:{label_width}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)))
 
 
-def print_notes(estimates: list[Estimate], hardware: Hardware, compute: Compute) -> None:
-    """What the figures rest on."""
+def print_notes(estimates: list[Estimate], hardware: Hardware, machine: Machine) -> None:
+    """The sources of the figures."""
     print0(f"\nMFU: {estimates[0].mfu_source}.")
     print0("Time is training alone: evaluation, compiling and downloads come on top.")
     compared = "compared with tensors counted one by one; the process grows by up to twice as much" \
-        if compute.device_type == "cpu" else "not yet compared with a GPU"
-    print0(f"Memory: {compute.dtype}, attention {compute.attention}, {'' if compute.is_compiled else 'not '}compiled; "
+        if machine.device_type == "cpu" else "not yet compared with a GPU"
+    print0(f"Memory: {machine.dtype}, attention {machine.attention}, {machine.loss} loss, "
+           f"{'' if machine.is_compiled else 'not '}compiled; "
            f"predicted, {compared}.")
     print0(f"Shards: about {TOKENS_PER_SHARD / 1e6:.0f} M tokens each (assumption, for a vocabulary of 32K), and "
            f"{100 * (SPARE_DATA - 1):.0f}% to spare.")

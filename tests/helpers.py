@@ -77,3 +77,11 @@ def out_of_memory_at(*calls):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GPT, "forward", fail)
         yield
+
+
+def measure_peak_bytes(call):
+    """Bytes in use at the worst instant of a call, beyond those before it, as the CPU's allocator counts them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))

@@ -1,12 +1,15 @@
-"""The fused head and loss against torch's own cross-entropy of softcapped logits, values and gradients."""
+"""The plain loss against its definition, the fused one against the plain one: values, gradients, memory."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import measure_peak_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import compilation, cross_entropy
-from nanochat.cross_entropy import linear_cross_entropy
+from nanochat.config import GPTConfig
+from nanochat.cross_entropy import LOSSES, linear_cross_entropy, plain_cross_entropy, softcap
+from nanochat.memory import Machine, count_loss_bytes
 
 V, PADDED_V, C = 70, 128, 32
 
@@ -23,16 +26,10 @@ def make_inputs(N=100, dtype=torch.float64, logit_std=8.0, seed=0):
     return x, weight, targets, torch.randn(N, generator=rng, dtype=torch.float64).to(master)
 
 
-def plain_losses(x, weight, targets):
-    """nll (N,) by torch's own functions, softcap in at least fp32."""
-    logits = (x @ weight.to(x.dtype).T)[:, :V].to(torch.promote_types(x.dtype, torch.float32))
-    return F.cross_entropy(15 * torch.tanh(logits / 15), targets, ignore_index=-1, reduction="none")
-
-
-def reduce_plain(nll, targets, reduction, factors):
-    if reduction == "mean":
-        return nll.sum() / (targets >= 0).sum()
-    return (nll * factors).sum()  # 'sum', and what 'none' is put through below
+def reduce_plain(x, weight, targets, reduction, factors):
+    weights = factors if reduction == "sum" else None
+    loss = plain_cross_entropy(x, weight, targets, V, reduction=reduction, weights=weights)
+    return (loss * factors).sum() if reduction == "none" else loss
 
 
 def reduce_fused(x, weight, targets, reduction, factors):
@@ -45,12 +42,31 @@ def reduce_fused(x, weight, targets, reduction, factors):
 # Equal to the plain version
 
 
+def test_softcap_is_15_tanh():
+    logits = torch.linspace(-300, 300, 1001, dtype=torch.float64)
+    torch.testing.assert_close(softcap(logits), 15 * torch.tanh(logits / 15), rtol=1e-14, atol=1e-14)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        capped = softcap(logits.to(dtype))
+        assert capped.dtype == torch.float32
+        torch.testing.assert_close(capped, 15 * torch.tanh(logits.to(dtype).float() / 15), rtol=1e-6, atol=2e-6)
+
+
+def test_plain_is_the_definition():
+    x, weight, targets, factors = make_inputs()
+    nll = F.cross_entropy(15 * torch.tanh((x @ weight.T)[:, :V] / 15), targets, ignore_index=-1, reduction="none")
+    for reduction, expected in (("none", nll), ("mean", nll.sum() / (targets >= 0).sum()),
+                                ("sum", (nll * factors).sum())):
+        weights = factors if reduction == "sum" else None
+        actual = plain_cross_entropy(x, weight, targets, V, reduction=reduction, weights=weights)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("chunk_tokens", [7, 16, 100, 2048])  # 100 tokens: not divisible, one chunk, less than a chunk
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_equals_torch_in_fp64(reduction, chunk_tokens, monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", {"cpu": chunk_tokens})
     x, weight, targets, factors = make_inputs()
-    expected = reduce_plain(plain_losses(x, weight, targets), targets, reduction, factors)
+    expected = reduce_plain(x, weight, targets, reduction, factors)
     actual = reduce_fused(x, weight, targets, reduction, factors)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.tensor(-2.5, dtype=torch.float64)
@@ -63,7 +79,8 @@ def test_chunk_boundaries(N, monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", {"cpu": 16})
     x, weight, targets, factors = make_inputs(N)
     actual = linear_cross_entropy(x, weight, targets, V, reduction="none")
-    torch.testing.assert_close(actual, plain_losses(x, weight, targets), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual, plain_cross_entropy(x, weight, targets, V, reduction="none"), rtol=1e-12,
+                               atol=1e-12)
     assert actual.shape == (N,)
 
 
@@ -78,9 +95,9 @@ def test_low_precision_is_as_near_the_truth_as_the_plain_version(dtype, reductio
         values = (loss / scale, *torch.autograd.grad(loss, inputs))
         return [((a.double() - e).norm() / e.norm()).item() for a, e in zip(values, truth, strict=True)]
     x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
-    loss64 = reduce_plain(plain_losses(x64, weight64, targets), targets, reduction, factors.double())
+    loss64 = reduce_plain(x64, weight64, targets, reduction, factors.double())
     truth = (loss64, *torch.autograd.grad(loss64 * scale, (x64, weight64)))
-    plain = get_errors(reduce_plain(plain_losses(x, weight, targets), targets, reduction, factors) * scale, (x, weight))
+    plain = get_errors(reduce_plain(x, weight, targets, reduction, factors) * scale, (x, weight))
     fused = get_errors(reduce_fused(x, weight, targets, reduction, factors) * scale, (x, weight))
     rounding = torch.finfo(dtype).eps / 2
     assert all(ours <= 2 * theirs + rounding for ours, theirs in zip(fused, plain, strict=True)), (fused, plain)
@@ -91,16 +108,18 @@ def test_inputs_of_any_leading_shape():
     flat = linear_cross_entropy(x, weight, targets, V, reduction="none")
     shaped = linear_cross_entropy(x.view(3, 4, C), weight, targets.view(3, 4), V, reduction="none")
     assert torch.equal(shaped, flat.view(3, 4))
+    assert plain_cross_entropy(x.view(3, 4, C), weight, targets.view(3, 4), V, reduction="none").shape == (3, 4)
     by_sum = linear_cross_entropy(x.view(3, 4, C), weight, targets.view(3, 4), V, reduction="sum",
                                   weights=factors.view(3, 4))
     torch.testing.assert_close(by_sum, (flat * factors).sum())
 
 
-def test_unknown_reduction_and_misplaced_weights_are_refused():
+@pytest.mark.parametrize("loss", LOSSES)
+def test_unknown_reduction_and_misplaced_weights_are_refused(loss):
     x, weight, targets, factors = make_inputs(4)
     for reduction, weights in (("median", None), ("mean", factors), ("none", factors)):
         with pytest.raises(ValueError, match="reduction"):
-            linear_cross_entropy(x, weight, targets, V, reduction=reduction, weights=weights)
+            LOSSES[loss](x, weight, targets, V, reduction=reduction, weights=weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,23 +128,25 @@ def test_unknown_reduction_and_misplaced_weights_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_nothing_to_learn_is_zero_not_nan(reduction, dtype):
+@pytest.mark.parametrize("reduce", [reduce_fused, reduce_plain])
+def test_nothing_to_learn_is_zero_not_nan(reduce, reduction, dtype):
     x, weight, targets, factors = make_inputs(20, dtype)
-    loss = reduce_fused(x, weight, torch.full_like(targets, -1), reduction, factors)
+    loss = reduce(x, weight, torch.full_like(targets, -1), reduction, factors)
     dx, dw = torch.autograd.grad(loss, (x, weight))
     assert loss.item() == 0 and torch.equal(dx, torch.zeros_like(dx)) and torch.equal(dw, torch.zeros_like(dw))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_ignored_targets_and_padding_get_no_gradient(reduction):
+@pytest.mark.parametrize("reduce", [reduce_fused, reduce_plain])
+def test_ignored_targets_and_padding_get_no_gradient(reduce, reduction):
     x, weight, targets, factors = make_inputs()
-    dx, dw = torch.autograd.grad(reduce_fused(x, weight, targets, reduction, factors), (x, weight))
+    dx, dw = torch.autograd.grad(reduce(x, weight, targets, reduction, factors), (x, weight))
     assert not dx[targets < 0].any() and dx[targets >= 0].any(-1).all()
     assert not dw[V:].any() and dw[:V].any(-1).all()
     with torch.no_grad():
         weight[V:] = 1e4  # padding must not enter the sum either
-    changed = reduce_fused(x, weight, targets, reduction, factors)
-    assert changed == reduce_fused(*make_inputs()[:3], reduction, factors)
+    changed = reduce(x, weight, targets, reduction, factors)
+    assert changed == reduce(*make_inputs()[:3], reduction, factors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -136,7 +157,7 @@ def test_huge_logits_stay_finite(reduction, dtype):
     weight = weight.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     x = torch.full((6, C), 200 / C).to(dtype).requires_grad_()  # logits from -200 to 200
     targets = torch.tensor([0, 1, V // 2, V - 2, V - 1, -1])
-    expected = plain_losses(x.detach().double(), weight.detach().double(), targets)
+    expected = plain_cross_entropy(x.detach().double(), weight.detach().double(), targets, V, reduction="none")
     nll = linear_cross_entropy(x, weight, targets, V, reduction="none")
     tolerance = 0.05 if dtype in (torch.bfloat16, torch.float16) else 1e-4
     torch.testing.assert_close(nll.double(), expected, rtol=tolerance, atol=tolerance)
@@ -182,8 +203,8 @@ def test_logits_exist_a_chunk_at_a_time(dtype, reduction, monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", {"cpu": 40})
     x, weight, targets, factors = make_inputs(400, dtype)
     with RecordSizes() as plain:
-        plain_losses(x, weight, targets).sum().backward()
-    assert plain.largest() == 400 * PADDED_V  # the recorder sees what it should
+        plain_cross_entropy(x, weight, targets, V).backward()
+    assert plain.largest() == 400 * V  # the recorder sees what it should
     with RecordSizes() as fused:
         reduce_fused(x, weight, targets, reduction, factors).backward()
     assert 40 * V <= fused.largest() <= max(40 * V, 400 * C)
@@ -205,11 +226,34 @@ def test_compiled_kernels_equal_eager_ones(dtype, monkeypatch):
     x, weight, targets, factors = make_inputs(64, dtype)
 
     def run():
-        loss, nll = (reduce_fused(x, weight, targets, reduction, factors) for reduction in ("sum", "none"))
-        return loss, nll, *torch.autograd.grad(loss, (x, weight)), *torch.autograd.grad(nll, (x, weight))
+        losses = [reduce(x, weight, targets, reduction, factors)
+                  for reduce, reductions in ((reduce_fused, ("sum", "none")), (reduce_plain, ("sum",)))
+                  for reduction in reductions]
+        return *losses, *(grad for loss in losses for grad in torch.autograd.grad(loss, (x, weight)))
     eager = run()
     monkeypatch.setattr(compilation, "_compile_kernels", False)  # put back afterwards
     compilation.set_compile_kernels(True)
     for compiled, expected in zip(run(), eager, strict=True):
         error = (compiled.double() - expected.double()).norm() / expected.double().norm()
         assert error < (1e-6 if dtype == torch.float32 else 3e-3)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_compiled_losses_take_what_memory_predicts(loss, monkeypatch):
+    """On a CPU the compiler keeps exp in fp32 beside the logits: of a few tokens in the fused loss, else of all."""
+    reason = compilation.probe_compiler(torch.device("cpu"))
+    if reason:
+        pytest.skip(f"torch.compile doesn't work here: {reason}")
+    monkeypatch.setattr(compilation, "_compile_kernels", False)  # put back afterwards
+    compilation.set_compile_kernels(True)
+    N, V, C = 1024, 4096, 64
+    config = GPTConfig(vocab_size=V, n_layer=1, n_head=1, n_kv_head=1, n_embd=C)
+    x, weight = torch.randn(N, C).bfloat16().requires_grad_(), torch.randn(V, C, requires_grad=True)
+    targets, factors = torch.randint(0, V, (N,)), torch.ones(N)
+
+    def run():
+        LOSSES[loss](x, weight, targets, V, reduction="sum", weights=factors).backward()
+        x.grad = weight.grad = None
+    run()
+    machine = Machine("bfloat16", is_compiled=True, device_type="cpu", loss=loss)
+    assert count_loss_bytes(config, N, machine) == pytest.approx(measure_peak_bytes(run), rel=0.1)

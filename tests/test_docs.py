@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.gpt import count_params, estimate_flops
+from nanochat.config import count_params, estimate_flops
 from nanochat.scaling import count_scaling_params, make_config
 
 REPO_DIR = Path(__file__).resolve().parents[1]

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.common import UserError
+from nanochat.config import count_params
 from nanochat.engine import KVCache
-from nanochat.gpt import GPT, GPTConfig, count_params, norm
+from nanochat.gpt import GPT, GPTConfig, norm
 from nanochat.scaling import make_config
 
 TINY = dict(vocab_size=70, n_layer=4, n_head=4, n_kv_head=2, n_embd=48, window_pattern="SSL")

@@ -108,7 +108,7 @@ def test_a_resume_that_loses_momentum_fails(tmp_path, monkeypatch):
 
 def test_a_wrong_prediction_of_memory_fails(tmp_path, monkeypatch):
     right = memory.count_loss_bytes
-    monkeypatch.setattr(memory, "count_loss_bytes", lambda *args: 2 * right(*args))
+    monkeypatch.setattr(memory, "count_loss_bytes", lambda *args: 10 * right(*args))
     assert set(get_statuses(run_checks(tmp_path, "--only", "memory")).values()) == {"FAIL"}
 
 

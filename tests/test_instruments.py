@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from dev import bench_gqa, show_attention, show_loss_grid, show_memory
-from dev.bench_memory import measure_step
-from nanochat import flash_attention
+from dev.bench_memory import trace_step
 from nanochat.common import UserError
 from nanochat.config import GPTConfig
 from nanochat.flash_attention import flash_attn, plain_attention
 from nanochat.gpt import GPT
-from nanochat.memory import Compute, predict_memory
+from nanochat.memory import ACTIVATIONS, Machine, list_usage, predict_memory
 from nanochat.scaling import make_config
 
 
@@ -44,13 +43,12 @@ def make_memory_config(depth: int) -> GPTConfig:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_by_part(dtype, monkeypatch):
-    monkeypatch.setattr(flash_attention, "_override_impl", "sdpa")    # a test before this one may have chosen another
-    config, compute = make_memory_config(3), Compute(dtype, "sdpa", is_compiled=False, device_type="cpu")
-    measured = show_memory.record_step(config, 256, 2, getattr(torch, dtype))
+def test_memory_by_part(dtype):
+    config, machine = make_memory_config(3), Machine(dtype, "sdpa", is_compiled=False, device_type="cpu")
+    measured = show_memory.record_step(config, 256, 2, machine)
     total = max(sum(parts.values()) for _, parts in measured)
-    # the whole step, counted by the benchmark on train_step itself, whose weights of the loss are a few KiB more
-    assert total == pytest.approx(measure_step(config, 256, 2, 1, getattr(torch, dtype)), rel=1e-3)
+    # the benchmark runs the training step itself, whose weights of the loss are a few KiB more
+    assert total == pytest.approx(max(trace_step(config, 256, 2, machine).values()), rel=1e-3)
     model = GPT(config, getattr(torch, dtype))
     param_bytes = sum(param.nbytes for param in model.parameters())
     first, last = measured[0][1], measured[-1][1]
@@ -58,21 +56,13 @@ def test_memory_by_part(dtype, monkeypatch):
     assert max(parts["gradients"] for _, parts in measured) == param_bytes
     # what is alive before and after a step: parameters and state alone
     assert first["parameters"] + first["optimizer state"] == pytest.approx(sum(first.values()), rel=1e-2)
-    assert sum(last[kind] for kind in (*show_memory.KINDS, "logits and loss")) == 2 * 257 * 8 + 4    # tokens and loss
-    predicted = predict_memory(config, 256, 2, compute)
+    assert sum(last[kind] for kind in (*ACTIVATIONS, "logits and loss")) == 2 * 257 * 8 + 4    # tokens and loss
+    predicted = predict_memory(config, 256, 2, machine)
     kept = next(parts for phase, parts in reversed(measured) if phase == ("forward", "norm"))
     for kind in ("residual stream", "attention", "MLP", "weights in the compute dtype"):
         assert kept[kind] == pytest.approx(predicted.activations[kind], rel=0.01), kind
     phases = list(dict.fromkeys(phase for phase, _ in measured))
-    assert phases == [phase for phase, _ in show_memory.predict_phases(config, 256, 2, compute)]
-
-
-@pytest.mark.parametrize("rows", [1, 8])
-def test_predicted_phases_are_the_predicted_moments(rows):
-    config, compute = make_memory_config(4), Compute("bfloat16", "sdpa", is_compiled=False, device_type="cpu")
-    phases = show_memory.predict_phases(config, 256, rows, compute)
-    for name, num_bytes in predict_memory(config, 256, rows, compute).moments.items():
-        assert sum(show_memory.find_worst(phases, name).values()) == num_bytes, name
+    assert phases == [phase for phase, _ in list_usage(config, 256, 2, machine)]
 
 
 def test_memory_script(capsys):

@@ -1,4 +1,4 @@
-"""Predicted memory: equal to counted tensors over many shapes, never too many rows, the same constants as elsewhere."""
+"""Predicted memory: within 2% of the model's own step, traced on fake tensors; never too many rows; scripts.plan."""
 
 import argparse
 import json
@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import measure_peak_bytes
 
-from dev.bench_memory import TOLERANCE, compare_step
-from nanochat import cross_entropy, flash_attention, gpt, memory, optim
+from dev.bench_memory import fake_step, join_phases, trace_step
+from nanochat import compilation, cross_entropy, flash_attention, gpt, memory, optim
 from nanochat.common import UserError
 from nanochat.config import GPTConfig, count_params
 from nanochat.memory import (
     GIB,
-    Compute,
+    Machine,
+    describe_peak,
+    find_gpu,
     get_max_micro_tokens,
     get_usable_frac,
     largest_micro_rows,
@@ -27,15 +30,41 @@ from nanochat.memory import (
     rows_or_auto,
 )
 from nanochat.scaling import make_config
+from nanochat.train import Batch, train_step
 from scripts import plan
 
 REPO_DIR = Path(__file__).resolve().parents[1]
-NODE = Compute(world_size=8)    # of H100s
+NODE = Machine(world_size=8)    # of H100s
 
 
 def make(depth, vocab_size=1000, sequence_len=256, window_pattern="SSSL", **shape):
     return make_config(depth, vocab_size=vocab_size, sequence_len=sequence_len, window_pattern=window_pattern,
                        **{"head_dim": 64, **shape})
+
+
+def check_trace(config, T, rows, machine, num_micro, tolerance):
+    """The peaks of each phase of the model's own step."""
+    predicted = join_phases(predict_memory(config, T, rows, machine, num_micro))
+    for phase, num_bytes in trace_step(config, T, rows, machine, num_micro).items():
+        assert predicted[phase] == pytest.approx(num_bytes, rel=tolerance), phase
+
+
+@pytest.mark.parametrize(("depth", "rows", "num_micro", "dtype", "attention", "world_size", "loss"), [
+    (4,  8, 1, "bfloat16", "sdpa",   1, "fused"),
+    (4,  4, 2, "bfloat16", "blocks", 1, "fused"),
+    (4,  4, 1, "bfloat16", "sdpa",   1, "plain"),
+    (4,  4, 1, "float32",  "sdpa",   1, "plain"),
+    (4,  8, 1, "bfloat16", "sdpa",   8, "fused"),
+    (12, 4, 2, "bfloat16", "sdpa",   1, "fused"),
+    (12, 4, 1, "float32",  "blocks", 8, "fused"),
+    (12, 4, 2, "bfloat16", "sdpa",   8, "plain"),
+    (26, 4, 1, "bfloat16", "sdpa",   8, "fused"),
+])
+def test_prediction_meets_the_model_at_full_size(depth, rows, num_micro, dtype, attention, world_size, loss):
+    """Where this fails, the model and nanochat/memory.py have parted: mend the formula of the phase that is named."""
+    config = make_config(depth, vocab_size=32768, sequence_len=2048)
+    machine = Machine(dtype, attention, False, "cpu", world_size, loss)
+    check_trace(config, 2048, rows, machine, num_micro, tolerance=0.02)
 
 
 @pytest.mark.parametrize(("config", "T", "rows", "num_micro", "dtype", "attention"), [
@@ -52,9 +81,18 @@ def make(depth, vocab_size=1000, sequence_len=256, window_pattern="SSSL", **shap
     (GPTConfig(256, 1000, 3, n_head=6, n_kv_head=2, n_embd=192), 256, 4, 1, "float32",  "sdpa"),     # grouped queries
     (make(1, 300, 128),                                         128, 8, 1, "bfloat16", "sdpa"),
 ], ids=lambda value: f"d{value.n_layer}" if isinstance(value, GPTConfig) else str(value))
-def test_prediction_meets_counted_tensors(config, T, rows, num_micro, dtype, attention):
-    row = compare_step(config, T, rows, num_micro, dtype, attention)
-    assert abs(row["error %"]) < 100 * TOLERANCE, row
+def test_prediction_meets_the_model_of_odd_shapes(config, T, rows, num_micro, dtype, attention):
+    check_trace(config, T, rows, Machine(dtype, attention, False, "cpu"), num_micro, tolerance=0.1)
+
+
+@pytest.mark.parametrize("world_size", [1, 6, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_optimizer_state_is_the_optimizers(world_size, dtype):
+    config, machine = make(3), Machine(dtype, "sdpa", False, "cpu", world_size)
+    with fake_step(config, machine) as (_, optimizer):
+        optimizer.get_named_state()
+        state = [tensor for states in optimizer.state.values() for tensor in states.values()]
+    assert memory.count_optimizer_bytes(config, machine) == sum(tensor.nbytes for tensor in state)
 
 
 def count_saved_bytes(model, idx, block):
@@ -80,29 +118,53 @@ def test_compiled_blocks_keep_what_is_predicted(attention, dtype, monkeypatch):
     model = gpt.GPT(config, dtype)
     model.init_weights()
     model.compile_blocks()
-    compute = Compute(str(dtype).removeprefix("torch."), attention, True, "cpu")
+    machine = Machine(str(dtype).removeprefix("torch."), attention, True, "cpu")
     measured = count_saved_bytes(model, torch.randint(300, (8, 512)), block=1)
-    predicted = sum(memory.count_block_bytes(config, 1, 8, 512, compute).values())
-    assert predicted == pytest.approx(measured, rel=TOLERANCE)
+    predicted = sum(memory.count_block_bytes(config, 1, 8, 512, machine).values())
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["fused", "plain"])
+def test_compiled_step_takes_what_is_predicted(loss, monkeypatch):
+    """By the CPU's allocator, since inside compiled kernels no tensors are seen. The fused loss once kept an fp32 chunk
+    of logits there, 240 MiB in this step, which no formula knew."""
+    monkeypatch.setattr(flash_attention, "_override_impl", "blocks")
+    monkeypatch.setattr(compilation, "_compile_kernels", False)  # put back afterwards
+    config, rows = make_config(4, vocab_size=32768, sequence_len=512), 8
+    model = gpt.GPT(config, torch.bfloat16)
+    model.init_weights()
+    model.loss = loss
+    optimizer = model.setup_optimizer()
+    optimizer.get_named_state()
+    compilation.set_compile_kernels(True)
+    model.compile_blocks()
+    tokens = torch.randint(32768, (rows, 513))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], None)
+    train_step(model, optimizer, batch, rows)
+    measured = measure_peak_bytes(lambda: train_step(model, optimizer, batch, rows))
+    predicted = predict_memory(config, 512, rows, Machine("bfloat16", "blocks", True, "cpu", loss=loss))
+    assert predicted.peak - predicted.parameters - predicted.optimizer == pytest.approx(measured, rel=0.1)
 
 
 def test_constants_are_those_of_the_modules_that_allocate():
     assert memory.ROPE_LENGTHS == gpt.ROPE_LENGTHS and memory.SMALL_PARAM == optim.SMALL_PARAM
     assert memory.CHUNK_TOKENS == cross_entropy.CHUNK_TOKENS
+    assert memory.CPU_EXP_TOKENS == cross_entropy.CPU_EXP_TOKENS
     assert (memory.MIN_BLOCK_QUERIES, memory.MAX_BLOCKS) == (flash_attention.MIN_BLOCK_QUERIES,
                                                               flash_attention.MAX_BLOCKS)
 
 
 def test_sharding_divides_what_it_should():
     config = make_config(12, vocab_size=32768, sequence_len=2048)
-    one, eight = (predict_memory(config, 2048, 8, Compute(world_size=world)) for world in (1, 8))
+    one, eight = (predict_memory(config, 2048, 8, Machine(world_size=world)) for world in (1, 8))
     assert one.parameters == eight.parameters and one.activations == eight.activations
     assert one.optimizer / 8 <= eight.optimizer < one.optimizer / 6  # the gates' few matrices are padded
     # a vocabulary that doesn't split over the ranks stays whole on each: two moments in bf16, or fp32 for the head
-    assert predict_memory(config, 2048, 8, Compute(world_size=6)).optimizer > 2 * count_params(config)["wte"] * 4
+    assert predict_memory(config, 2048, 8, Machine(world_size=6)).optimizer > 2 * count_params(config)["wte"] * 4
 
 
-def test_parts_and_moments_add_up():
+def test_parts_and_phases_add_up():
     config = make_config(24, vocab_size=32768, sequence_len=2048)
     result = predict_memory(config, 2048, 16, NODE)
     counts = count_params(config)
@@ -110,33 +172,33 @@ def test_parts_and_moments_add_up():
     rope = 2 * 10 * 2048 * 64 * 2
     assert result.parameters == 4 * (counts["total"] - embeds) + 2 * embeds + rope
     assert result.gradients == result.parameters - rope
-    assert result.peak == max(result.moments.values()) and result.moments[result.worst_moment] == result.peak
+    assert result.peak == max(result.phases.values()) and result.phases[result.worst_phase] == result.peak
     kept = result.parameters + result.optimizer + sum(result.activations.values())
-    assert result.moments["loss"] == kept + result.loss
+    assert result.phases["loss"] == kept + result.loss
     accumulating = predict_memory(config, 2048, 16, NODE, num_micro=2)
-    assert accumulating.moments["loss"] == result.moments["loss"] + result.gradients
+    assert accumulating.phases["loss"] == result.phases["loss"] + result.gradients
 
 
 @pytest.mark.parametrize("rows_per_rank", [1, 12, 16, 64])
 @pytest.mark.parametrize("gib", [4, 24, 80])
 def test_largest_micro_rows_fits_and_the_next_divisor_does_not(rows_per_rank, gib):
     config = make_config(12, vocab_size=32768, sequence_len=2048)
-    compute = Compute()
-    rows = largest_micro_rows(config, 2048, compute, gib * GIB, rows_per_rank)
+    machine = Machine()
+    rows = largest_micro_rows(config, 2048, machine, gib * GIB, rows_per_rank)
     larger = [n for n in range(rows + 1, rows_per_rank + 1) if rows_per_rank % n == 0]
 
     def fits(n):
         return n * 2048 <= get_max_micro_tokens("cuda") and \
-            predict_memory(config, 2048, n, compute, rows_per_rank // n).peak <= 0.92 * gib * GIB
+            predict_memory(config, 2048, n, machine, rows_per_rank // n).peak <= 0.92 * gib * GIB
     assert rows == 0 or (rows_per_rank % rows == 0 and fits(rows))
     assert not any(fits(n) for n in larger)
 
 
 def test_checkpoint_of_a_cpu_takes_its_memory():
     config = make_config(4, vocab_size=4096, sequence_len=512)
-    on_cpu, on_gpu = (predict_memory(config, 512, 4, Compute(device_type=name)) for name in ("cpu", "cuda"))
+    on_cpu, on_gpu = (predict_memory(config, 512, 4, Machine(device_type=name)) for name in ("cpu", "cuda"))
     assert on_cpu.needed == on_cpu.peak + on_cpu.parameters + on_cpu.optimizer and on_gpu.needed == on_gpu.peak
-    cpu = Compute(device_type="cpu")
+    cpu = Machine(device_type="cpu")
     limit_bytes = on_cpu.needed / get_usable_frac(cpu)
     assert largest_micro_rows(config, 512, cpu, limit_bytes + 1, 4) == 4
     assert largest_micro_rows(config, 512, cpu, limit_bytes - 1, 4) < 4
@@ -146,6 +208,17 @@ def test_divisors_of_a_huge_number_take_no_time():
     """A mistyped --total-batch-size must not hang."""
     assert [list_divisors(n) for n in (1, 12, 49, 97)] == [[1], [1, 2, 3, 4, 6, 12], [1, 7, 49], [1, 97]]
     assert len(list_divisors(2**44)) == 45
+
+
+def test_peak_is_described_beside_its_prediction():
+    assert describe_peak(2 * GIB, GIB) == "peak memory of the first step: 2.00 GiB, 1.00 predicted (-50%)"
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100 pcie"), ("NVIDIA GeForce RTX 4090", "4090"),
+    ("NVIDIA GeForce RTX 4080 Laptop GPU", None), ("NVIDIA GeForce RTX 3080 Ti", "3080 ti"), ("Some Card 9", None)])
+def test_gpus_by_their_drivers_names(name, expected):
+    assert (find_gpu(name) or (None,))[0] == expected
 
 
 def test_rows_or_auto():
@@ -210,7 +283,7 @@ def test_free_memory_of_accelerators(monkeypatch):
 
 def test_unknown_dtype():
     with pytest.raises(UserError, match="--dtype int8 is not one of bfloat16, "):
-        Compute("int8")
+        Machine("int8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

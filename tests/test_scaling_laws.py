@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nanochat.common import Ranks, UserError
-from nanochat.gpt import count_params, estimate_flops
+from nanochat.config import count_params, estimate_flops
 from nanochat.scaling import make_config, make_plan
 from nanochat.scaling_laws import (
     ParametricLaw,

@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from nanochat import train
 from nanochat.common import Ranks, UserError, end_process
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.gpus import CPU_MFU, PUBLISHED_MFU
-from nanochat.memory import GIB, Compute, get_usable_frac, predict_memory
+from nanochat.memory import CPU_MFU, GIB, PUBLISHED_MFU, Compute, get_usable_frac, predict_memory
 from nanochat.scaling import make_config, make_plan
 from nanochat.stage import Machine, choose_micro_rows, count_rows, predict_run, take_minimum
 from nanochat.train import (

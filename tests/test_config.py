@@ -1,0 +1,62 @@
+"""Counts and FLOPs by formula, which need no torch, against the modules and torch's own counter of FLOPs."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanochat.common import UserError
+from nanochat.config import SMEAR_GATE_CHANNELS, GPTConfig, count_params, estimate_flops
+from nanochat.gpt import GPT
+
+SHAPES = [
+    GPTConfig(),
+    GPTConfig(vocab_size=64, sequence_len=256, n_layer=1, n_head=1, n_kv_head=1, n_embd=32),
+    GPTConfig(vocab_size=320, sequence_len=512, n_layer=5, n_head=6, n_kv_head=2, n_embd=96),  # grouped queries
+    GPTConfig(vocab_size=640, sequence_len=300, n_layer=4, n_head=8, n_kv_head=1, n_embd=256, window_pattern="SL"),
+]
+
+
+def name_shape(config: GPTConfig) -> str:
+    return f"d{config.n_layer}-{config.n_embd}-{config.n_head}-{config.n_kv_head}"
+
+
+@pytest.mark.parametrize("config", SHAPES, ids=name_shape)
+def test_counts_are_the_modules(config):
+    with torch.device("meta"):
+        model = GPT(config)
+    sizes = {name: param.numel() for name, param in model.named_parameters()}
+    counts = count_params(config)
+    for part, prefix in (("wte", "transformer.wte"), ("value_embeds", "value_embeds"), ("lm_head", "lm_head"),
+                         ("transformer_matrices", "transformer.h")):
+        assert counts[part] == sum(size for name, size in sizes.items() if name.startswith(prefix + ".")), part
+    assert counts["total"] == sum(sizes.values()) and counts == model.num_scaling_params()
+
+
+@pytest.mark.parametrize("loss", ["fused", "plain"])
+@pytest.mark.parametrize("config", SHAPES, ids=name_shape)
+def test_matrix_products_are_six_flops_a_parameter_and_token(config, loss):
+    """Attention's FLOPs are a formula, which counts the keys of a window, not those of an implementation."""
+    B, T = 2, config.sequence_len
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        model = GPT(config)
+        model.loss = loss
+        tokens = torch.zeros((B, T), dtype=torch.int64)
+        model(tokens, tokens).backward()
+    by_operation = counter.get_flop_counts()["Global"]
+    products = by_operation.pop(torch.ops.aten.mm)
+    assert all("scaled_dot_product" in str(name) for name in by_operation)
+    counts = count_params(config)
+    num_matmul_params = counts["transformer_matrices"] + counts["lm_head"] + SMEAR_GATE_CHANNELS
+    assert products == 6 * num_matmul_params * B * T
+    keys = sum(min(config.window(layer), T) for layer in range(config.n_layer))
+    assert estimate_flops(config) == 6 * num_matmul_params + 12 * config.n_embd * keys
+
+
+@pytest.mark.parametrize(("shape", "message"), [
+    ({"window_pattern": "SXL"}, "must be made of the letters S and L"), ({"window_pattern": ""}, "letters S and L"),
+    ({"n_head": 5, "n_kv_head": 5}, "don't split into 5 heads"), ({"n_kv_head": 4}, "in groups of 4"),
+    ({"n_embd": 12}, "smear gate alone reads 24")])
+def test_impossible_shapes_are_refused(shape, message):
+    with pytest.raises(UserError, match=message):
+        GPTConfig(**shape)
