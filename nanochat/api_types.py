@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from nanochat.prompts import Turn
-from nanochat.request import Event, Usage
+from nanochat.engine_request import Event, Usage
 
 MAX_MESSAGES = 500
 MAX_MESSAGE_CHARS = 8_000      # of all but the assistant's

@@ -16,7 +16,7 @@ from pathlib import Path
 from nanochat.common import UserError, write_atomic
 from nanochat.engine import Engine, Event, Request
 from nanochat.prompts import Turn, build_prompt
-from nanochat.request import ChatTokens
+from nanochat.engine_request import ChatTokens
 from nanochat.tokenizer import check_messages
 
 # What a model writes must not move a terminal's cursor, change its title or type for the person

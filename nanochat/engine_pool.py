@@ -32,7 +32,7 @@ from statistics import median, quantiles
 
 from nanochat.common import UserError
 from nanochat.engine_process import PULSE_SEC, decode_event, encode_request
-from nanochat.request import Event, Request
+from nanochat.engine_request import Event, Request
 
 START_TIMEOUT_SEC = 600       # for a model to be loaded
 STOP_TIMEOUT_SEC = 5          # for an engine to end its step, before it is killed

@@ -24,7 +24,7 @@ import torch
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, count_cpus, end_process, get_compute_dtype, init_compute
 from nanochat.engine import Engine
-from nanochat.request import Event, Logprobs, Request, Usage
+from nanochat.engine_request import Event, Logprobs, Request, Usage
 
 PULSE_SEC = 1.0     # between signs of life
 MAX_STEP_SEC = 300  # a step that takes longer is taken for one that never ends: assumption, 512 tokens of a prompt take

@@ -26,7 +26,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from nanochat import request as engine_request
+from nanochat import engine_request
 from nanochat.api_types import (
     ApiError,
     ChatFormat,
