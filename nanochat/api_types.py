@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from nanochat.prompts import Turn
+from nanochat.chat import Turn
 from nanochat.engine_request import Event, Usage
 
 MAX_MESSAGES = 500

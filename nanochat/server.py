@@ -41,9 +41,9 @@ from nanochat.api_types import (
     split_turns,
     sum_usage,
 )
+from nanochat.chat import NoRoom, build_prompt, check_context
 from nanochat.engine_pool import Answer, EngineError, EnginePool
 from nanochat.gate import CLIENT_GONE, Gate, convert_error, log_line, make_error_response
-from nanochat.prompts import NoRoom, build_prompt, check_context
 
 PAGE_PATH = Path(__file__).with_name("ui.html")
 DONE = "data: [DONE]\n\n"

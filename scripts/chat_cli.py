@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat.chat_session import ChatSession, format_answer
+from nanochat.chat import ChatSession, format_answer
 from nanochat.checkpoint_manager import STAGES, find_last_stage, load_model
 from nanochat.common import UserError, get_base_dir, get_compute_dtype, init_compute, run_script
 from nanochat.engine import Engine

@@ -16,7 +16,7 @@ import torch
 from helpers import REPO_DIR
 from torch import nn
 
-from nanochat.chat_session import ChatSession, format_answer
+from nanochat.chat import ChatSession, format_answer
 from nanochat.checkpoint_manager import find_last_stage, save_checkpoint
 from nanochat.common import UserError
 from nanochat.engine import Engine

@@ -27,10 +27,10 @@ from starlette.testclient import TestClient
 
 from nanochat import engine_pool, engine_process, server
 from nanochat.api_types import ApiError, Message, split_turns
+from nanochat.chat import build_prompt
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.engine_pool import EnginePool
-from nanochat.prompts import build_prompt
 from nanochat.server import make_app
 
 CHAT, TEXT, FAMILY = "/v1/chat/completions", "/v1/completions", "/chat/completions"
