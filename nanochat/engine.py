@@ -92,9 +92,12 @@ class Engine:
     # -----------------------------------------------------------------------------------------------------------------
     # Requests
 
-    def submit(self, request: Request) -> int:
-        """Queue a request; returns its id, which its events carry. UserError where it can't be answered."""
-        return self._submit(request).id
+    def submit(self, request: Request, request_id: int | None = None) -> int:
+        """Queue a request; returns its id, which its events carry. UserError where it can't be answered.
+
+        request_id: an id that no other request of this engine has; None: the next number
+        """
+        return self._submit(request, request_id).id
 
     def cancel(self, request_id: int) -> bool:
         """Drop a request, at once and without an event; False for an id that is unknown or finished."""
@@ -136,12 +139,13 @@ class Engine:
         if not all(request.stop):
             raise UserError("a stop string is empty; it would end every answer before its first character")
 
-    def _submit(self, request: Request, has_events: bool = True) -> Generation:
+    def _submit(self, request: Request, request_id: int | None = None, has_events: bool = True) -> Generation:
         """has_events: whether `step` returns the request's tokens; its generation has them anyway"""
         self.check(request)
         room = self.num_positions - len(request.tokens)
         max_length = len(request.tokens) + (room if request.max_tokens is None else min(request.max_tokens, room))
-        generation = Generation(next(self._ids), request, max_length, self.tokenizer, self.chat_tokens)
+        generation = Generation(next(self._ids) if request_id is None else request_id, request, max_length,
+                                self.tokenizer, self.chat_tokens)
         generation.has_events = has_events
         self._unfinished.add(generation.id)
         self.waiting.append(generation)

@@ -21,10 +21,8 @@ import uvicorn
 
 from nanochat.checkpoint_manager import STAGES, find_checkpoint, find_last_stage, load_run_tokenizer
 from nanochat.common import UserError, let_threads_spin, print0, run_script
-from nanochat.engine_pool import EnginePool
-from nanochat.engine_process import EngineSettings, start_process
-from nanochat.gate import log_line
-from nanochat.server import ServerSettings, make_app
+from nanochat.server import ServerSettings, log_line, make_app
+from nanochat.server_engines import EnginePool, EngineSettings, start_process
 
 HERE = ("localhost", "127.0.0.1", "[::1]")    # this machine, as URLs name it
 

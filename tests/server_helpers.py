@@ -18,10 +18,9 @@ from starlette.testclient import TestClient
 
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.engine import Engine
-from nanochat.engine_pool import EnginePool
-from nanochat.engine_process import run_engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.server import ServerSettings, make_app
+from nanochat.server_engines import EnginePool, run_engine
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
 REPO_DIR = Path(__file__).resolve().parents[1]

@@ -25,13 +25,13 @@ from server_helpers import (
 )
 from starlette.testclient import TestClient
 
-from nanochat import engine_pool, engine_process, server
-from nanochat.api_types import ApiError, Message, split_turns
+from nanochat import server, server_engines
 from nanochat.chat import build_prompt
 from nanochat.common import UserError
-from nanochat.engine import Engine
-from nanochat.engine_pool import EnginePool
+from nanochat.engine import Engine, Request
 from nanochat.server import make_app
+from nanochat.server_api import ApiError, Message, split_turns
+from nanochat.server_engines import EnginePool
 
 CHAT, TEXT, FAMILY = "/v1/chat/completions", "/v1/completions", "/chat/completions"
 JSON = {"Content-Type": "application/json"}
@@ -96,7 +96,7 @@ def test_stream_is_the_whole_answer(client, engine):
 
 def test_stream_sends_tokens_together(client, engine, monkeypatch):
     """The first at once, the last without delay, and what comes between them in pieces."""
-    monkeypatch.setattr(engine_pool, "HANDOVER_SEC", 30)
+    monkeypatch.setattr(server_engines, "HANDOVER_SEC", 30)
     engine.script = b"Hello there, all of you."
     start = time.perf_counter()
     for sample_count in (1, 2):
@@ -119,9 +119,13 @@ def test_tokens_are_those_of_the_engine():
     with serving(Engine(model, TOKENIZER, max_rows=4)) as client:
         asked = client.post(TEXT, json={"prompt": "abc", "n": 2, "logprobs": 1} | settings).json()
     prompt = TOKENIZER.encode("abc", prepend="<|bos|>")
-    rows, _ = Engine(model, TOKENIZER).generate_batch(prompt, 2, **settings)
-    assert [choice["text"] for choice in asked["choices"]] == [
-        TOKENIZER.decode([token for token in row[len(prompt):]]) for row in rows]
+    engine = Engine(model, TOKENIZER)
+    for sample, choice in enumerate(asked["choices"]):
+        engine.submit(Request(prompt, sample=sample, **settings))
+        text = ""
+        while engine.has_work():
+            text += "".join(event.text for event in engine.step())
+        assert choice["text"] == text
 
 
 def test_stop_and_length(client):
@@ -297,7 +301,7 @@ def test_full_queue_and_timeout(engine):
 def test_engine_that_cannot_load():
     def start(_):
         ours, theirs = multiprocessing.Pipe()
-        theirs.send_bytes(b'{"failure": "no such device"}')
+        theirs.send(("failure", "no such device"))
         theirs.close()
         return ours, SimpleNamespace(join=lambda _: None, kill=lambda: None)
     lines = []
@@ -309,9 +313,8 @@ def test_engine_that_cannot_load():
 
 def test_long_steps_are_no_hang_but_endless_ones_are(monkeypatch):
     """A step may take longer than an engine may be silent; one without end silences it."""
-    monkeypatch.setattr(engine_process, "PULSE_SEC", 0.02)
-    monkeypatch.setattr(engine_pool, "PULSE_SEC", 0.02)
-    monkeypatch.setattr(engine_pool, "MAX_SILENT_SEC", 0.5)
+    monkeypatch.setattr(server_engines, "PULSE_SEC", 0.02)
+    monkeypatch.setattr(server_engines, "MAX_SILENT_SEC", 0.5)
     killed, unblock = threading.Event(), threading.Event()
 
     def kill(thread):
@@ -324,7 +327,7 @@ def test_long_steps_are_no_hang_but_endless_ones_are(monkeypatch):
     body = {"messages": QUESTION, "max_tokens": 1}
     with serving(engine) as client:
         assert client.post(CHAT, json=body).status_code == 200 and not killed.is_set()
-        monkeypatch.setattr(engine_process, "MAX_STEP_SEC", 0.1)
+        monkeypatch.setattr(server_engines, "MAX_STEP_SEC", 0.1)
         engine.step = lambda: unblock.wait(30) and []
         response = client.post(CHAT, json=body)
         unblock.set()

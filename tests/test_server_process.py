@@ -29,13 +29,12 @@ from server_helpers import (
 from starlette.testclient import TestClient
 
 from dev import bench_server
-from nanochat import engine_pool
+from nanochat import server_engines
 from nanochat.common import UserError
 from nanochat.engine import Engine
-from nanochat.engine_pool import EnginePool
-from nanochat.engine_process import EngineSettings, start_process
 from nanochat.gpt import GPTConfig
 from nanochat.server import make_app
+from nanochat.server_engines import EnginePool, EngineSettings, start_process
 from scripts import chat_web
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
@@ -142,7 +141,7 @@ def test_dead_engine_is_replaced(server, client):
 def test_hung_engine_is_replaced(base_dir, monkeypatch):
     """Stopped in the middle of an answer: whoever waits for it is told, and nobody else waits."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
-    monkeypatch.setattr(engine_pool, "MAX_SILENT_SEC", 4)
+    monkeypatch.setattr(server_engines, "MAX_SILENT_SEC", 4)
     lines: list[dict] = []
     settings = EngineSettings("rl", "toy", 3, "float32", "cpu", max_rows=4, num_workers=1)
     pool = EnginePool(functools.partial(start_process, settings=settings), 1, 4, 4,

@@ -1,23 +1,30 @@
-"""What clients send and get: OpenAI's formats, the limits of each field, and errors.
+"""The HTTP API's formats: OpenAI's requests and answers, the limits of each field, errors, and the legacy endpoint.
 
-A field that would change the answer and isn't supported is refused; what is unknown beyond these is ignored.
-Extensions: `top_k`; the model's calls of its calculator, which are left out of the plain content:
+An unsupported field that would change the answer is refused; any other unknown field is ignored.
+Extensions: `top_k`, and the model's tool calls (of its calculator), which the plain content leaves out:
 
-    a stream's delta    {"tool": {"type": "call", "text": "34*27"}}, then {"tool": {"type": "output", "text": "918"}}
-    a whole message     "parts": [{"type": "text" | "python" | "python_output", "text": ...}], where there are calls
+    delta of a stream    {"tool": {"type": "call", "text": "34*27"}}, then {"tool": {"type": "output", "text": "918"}}
+    a whole message      "parts": [{"type": "text" | "python" | "python_output", "text": ...}], where there are calls
 
-An assistant message of a request may hold such parts as its content, so that the model sees its calls again. It may be
-longer than those of others: whatever a model has written can be sent back, up to the limit of the conversation.
+An assistant message of a request may have such parts as its content, so that the model sees its calls again. Only the
+limit of the conversation bounds its length, so that every answer can be sent back.
 """
 
+import json
 import math
+import secrets
 import time
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from starlette.exceptions import HTTPException
 
-from nanochat.chat import Turn
-from nanochat.engine_request import Event, Usage
+from nanochat.chat import Turn, extend_parts
+from nanochat.engine_request import ChatTokens, Event, Usage
+from nanochat.server_engines import Busy, EngineError, Refused, TimeOver
 
 MAX_MESSAGES = 500
 MAX_MESSAGE_CHARS = 8_000      # of all but the assistant's
@@ -28,8 +35,9 @@ MAX_CHOICES = 16
 MAX_STOPS, MAX_STOP_CHARS = 4, 256
 MAX_TOP_LOGPROBS = 20
 IMPOSSIBLE_LOGPROB = -9999.0   # OpenAI's stand-in for minus infinity, which JSON lacks
+CLIENT_GONE = 499              # status of an aborted request, for the log alone
 
-# What clients may ask for and doesn't exist here -> the values of it that ask for nothing (beside null)
+# Unsupported fields -> their values that change nothing, beside null
 UNSUPPORTED = {"tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
                "response_format": ({"type": "text"},), "logit_bias": ({},), "presence_penalty": (0,),
                "frequency_penalty": (0,), "modalities": (["text"],), "audio": (), "web_search_options": (),
@@ -37,7 +45,7 @@ UNSUPPORTED = {"tools": ([],), "functions": ([],), "tool_choice": ("none", "auto
 
 
 class ApiError(Exception):
-    """A request that gets no answer: the status, and why, in OpenAI's form."""
+    """The status and the reason of a failed request, in OpenAI's format."""
 
     def __init__(self, status: int, message: str, *, kind: str = "invalid_request_error", param: str | None = None,
                  code: str | None = None, headers: dict[str, str] | None = None):
@@ -45,9 +53,55 @@ class ApiError(Exception):
         self.status, self.headers = status, headers
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
+    def make_response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, headers=self.headers)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Requests
+
+def convert_error(error: Exception) -> ApiError:
+    """The API's error for an exception of any layer."""
+    match error:
+        case ApiError():
+            return error
+        case RequestValidationError():
+            return describe_validation(error.errors())
+        case Busy(retry_after_sec=seconds):
+            return ApiError(429, str(error), kind="rate_limit_error", code="queue_full",
+                            headers={"Retry-After": str(seconds)})
+        case TimeOver():
+            return ApiError(504, str(error), kind="timeout_error", code="timeout")
+        case Refused():
+            return ApiError(400, str(error))
+        case EngineError():
+            return ApiError(503, str(error), kind="server_error", code="engine_lost", headers={"Retry-After": "5"})
+        case HTTPException(status_code=404):
+            return ApiError(404, "there is no such route; see /openapi.json", code="unknown_url")
+        case HTTPException(status_code=405):
+            return ApiError(405, "this route has other methods; see /openapi.json", code="method_not_allowed",
+                            headers=error.headers)
+        case HTTPException():  # FastAPI's, for a body that isn't UTF-8 or is nested too deeply
+            return ApiError(error.status_code, "the body can't be read: it must be JSON in UTF-8, not nested deeply")
+    return ApiError(500, "the server has failed; its own output says how", kind="server_error")
+
+
+# Fields whose types are unions, where pydantic would name just one branch
+UNION_HINTS = {"content": "must be a string or a list of parts of type text; the assistant's may be python, too",
+               "prompt": "must be one string or one list of token ids; send each prompt in a request of its own"}
+
+
+def describe_validation(errors: list[dict]) -> ApiError:
+    """The first of pydantic's errors as a sentence, without the value."""
+    error = errors[0]
+    if error["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON ({error['ctx']['error']} at character {error['loc'][-1]})")
+    # loc also names the branch of a union, such as 'str' or 'list[Part]'
+    names = [name for name in error["loc"][1:] if isinstance(name, int) or name.isidentifier() and name != "str"]
+    if not names:
+        return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
+    param = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).lstrip(".")
+    reason = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_type":
+        reason = UNION_HINTS.get(names[-1], reason)
+    return ApiError(400, f"{param}: {reason[0].lower()}{reason[1:]}", param=param)
 
 
 class ErrorBody(BaseModel):
@@ -62,8 +116,12 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Requests
+
+
 class Part(BaseModel):
-    """A piece of a message; python and python_output are for the assistant's calls of its calculator."""
+    """A piece of a message; python and python_output are an assistant's tool call and its output."""
     model_config = ConfigDict(strict=True)
     type: Literal["text", "python", "python_output"]
     text: str
@@ -92,7 +150,7 @@ class Message(BaseModel):
         return [Part(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
     def get_text(self) -> str:
-        """All of its parts."""
+        """The text of all parts."""
         return "".join(part.text for part in self.get_parts())
 
 
@@ -108,9 +166,9 @@ Messages = Annotated[list[Message], AfterValidator(check_length), Field(
 
 
 def split_turns(messages: list[Message]) -> tuple[str, list[Turn]]:
-    """The system message, if any, and the turns: a question and its answer each, the last one without.
+    """(system message or "", turns of a question and its answer each, the last one without an answer).
 
-    Messages of one role in a row are one message; what else breaks the alternation is refused.
+    Consecutive messages of one role are joined; any other break of the alternation is refused.
     """
     first = next((i for i, message in enumerate(messages) if message.role not in ("system", "developer")), None)
     if first is None:
@@ -140,10 +198,10 @@ class StreamOptions(BaseModel):
 
 
 class SamplingFields(BaseModel):
-    """What all requests may say about sampling; null is the server's default."""
+    """The fields of all endpoints; null is the server's default."""
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_k:       Annotated[int, Field(ge=0, le=MAX_TOP_K)] | None = None  # an extension; 0 = all
+    top_k:       Annotated[int, Field(ge=0, le=MAX_TOP_K)] | None = None  # an extension; 0: all tokens
     max_tokens:  Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
 
     @model_validator(mode="after")
@@ -160,7 +218,7 @@ def to_list(value: object) -> object:
 
 
 class OpenAIFields(SamplingFields):
-    """What both of OpenAI's routes have."""
+    """The fields of both of OpenAI's endpoints."""
     model:          str | None = None
     top_p:          Annotated[float, Field(gt=0, le=1)] | None = None
     n:              Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -169,6 +227,9 @@ class OpenAIFields(SamplingFields):
                               Field(max_length=MAX_STOPS), BeforeValidator(to_list)] | None = None
     stream:         bool | None = None
     stream_options: StreamOptions | None = None
+
+    def get_max_tokens(self) -> int | None:
+        return self.max_tokens
 
 
 class ChatRequest(OpenAIFields):
@@ -197,37 +258,16 @@ class CompletionRequest(OpenAIFields):
         list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_CONVERSATION_CHARS)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
-    def get_max_tokens(self) -> int | None:
-        return self.max_tokens
-
     def get_num_logprobs(self) -> int | None:
         return self.logprobs
 
 
-class FamilyChatRequest(SamplingFields):
-    """POST /chat/completions, the plain stream of this family of projects"""
+class LegacyChatRequest(SamplingFields):
+    """POST /chat/completions, the legacy endpoint: that of the original nanochat."""
     messages: Messages
 
-
-# Where pydantic would name just one of the branches
-UNION_HINTS = {"content": "must be a string or a list of parts of type text; the assistant's may be python, too",
-               "prompt": "must be one string or one list of token ids; send each prompt in a request of its own"}
-
-
-def describe_validation(errors: list[dict]) -> ApiError:
-    """The first of pydantic's errors as a sentence; values aren't repeated."""
-    error = errors[0]
-    if error["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON ({error['ctx']['error']} at character {error['loc'][-1]})")
-    # loc also names the branch of a union, such as 'str' or 'list[Part]'
-    names = [name for name in error["loc"][1:] if isinstance(name, int) or name.isidentifier() and name != "str"]
-    if not names:
-        return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
-    param = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).lstrip(".")
-    reason = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "string_type":
-        reason = UNION_HINTS.get(names[-1], reason)
-    return ApiError(400, f"{param}: {reason[0].lower()}{reason[1:]}", param=param)
+    def to_chat_request(self) -> ChatRequest:
+        return ChatRequest.model_construct(**{name: getattr(self, name) for name in type(self).model_fields})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,47 +275,38 @@ def describe_validation(errors: list[dict]) -> ApiError:
 
 
 class Choice:
-    """One sample of an answer, put together from its events."""
+    """One sample of an answer, assembled from its events."""
 
     def __init__(self, index: int, tokenizer):
         self.index, self.tokenizer = index, tokenizer
-        specials = tokenizer.get_special_tokens()
-        self.special_tokens = frozenset(specials.values())
-        self.part_ends = {specials.get("<|python_end|>"), specials.get("<|output_end|>")}
+        self.special_tokens = frozenset(tokenizer.get_special_tokens().values())
+        self.chat_tokens = ChatTokens(tokenizer)
         self.parts: list[dict] = []       # as in a conversation
-        self.open_tool: dict | None = None  # the call or output that is being written
+        self.in_tool = False              # the last part is an unfinished tool call or output
         self.logprobs: list[dict] = []
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
 
     def add(self, event: Event) -> list[dict]:
-        """Take an event; returns the deltas that a stream sends for it."""
-        deltas = []
-        if self.open_tool and self.open_tool["type"] != event.part:
-            deltas.append(self._close_tool())
-        if event.part == "text":
-            if event.text:
-                deltas.append({"content": event.text})
-                self._add_text(event.text)
-        else:
-            self.open_tool = self.open_tool or {"type": event.part, "text": ""}
-            self.open_tool["text"] += event.text
-            if event.token in self.part_ends or event.finish_reason:
-                deltas.append(self._close_tool())
+        """Add an event; returns the deltas that a stream sends for it: text at once, a tool's part when complete."""
+        deltas, num_parts = [], len(self.parts)
+        extend_parts(self.parts, event, self.chat_tokens)
+        if self.in_tool and len(self.parts) > num_parts:
+            deltas.append(self._end_tool(self.parts[num_parts - 1]))
+        if event.part != "text":
+            self.in_tool = True
+            if event.token in (self.chat_tokens.python_end, self.chat_tokens.output_end) or event.finish_reason:
+                deltas.append(self._end_tool(self.parts[-1]))
+        elif event.text:
+            deltas.append({"content": event.text})
         if event.logprobs and event.part == "text" and event.token not in self.special_tokens:
             self.logprobs.append(self._describe_token(event))
         self.finish_reason, self.usage = event.finish_reason, event.usage
         return deltas
 
-    def _add_text(self, text: str) -> None:
-        if not self.parts or self.parts[-1]["type"] != "text":
-            self.parts.append({"type": "text", "text": ""})
-        self.parts[-1]["text"] += text
-
-    def _close_tool(self) -> dict:
-        tool, self.open_tool = self.open_tool, None
-        self.parts.append(tool)
-        return {"tool": {"type": "call" if tool["type"] == "python" else "output", "text": tool["text"]}}
+    def _end_tool(self, part: dict) -> dict:
+        self.in_tool = False
+        return {"tool": {"type": "call" if part["type"] == "python" else "output", "text": part["text"]}}
 
     def _describe_token(self, event: Event) -> dict:
         def describe(token: int, logprob: float) -> dict:
@@ -291,8 +322,8 @@ class Choice:
 
 
 class ChatFormat:
-    """Choices as POST /v1/chat/completions gives them."""
-    prefix, name, chunk_name = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    """Choices of POST /v1/chat/completions."""
+    id_prefix, name, chunk_name = "chatcmpl-", "chat.completion", "chat.completion.chunk"
     first_delta = {"role": "assistant", "content": ""}
 
     @staticmethod
@@ -304,14 +335,14 @@ class ChatFormat:
         return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
     @staticmethod
-    def delta(choice: Choice, delta: dict, logprobs: list[dict] | None, finish_reason: str | None = None) -> dict:
+    def delta(choice: Choice, delta: dict, logprobs: list[dict] | None, finish_reason: str | None) -> dict:
         return {"index": choice.index, "delta": delta, "finish_reason": finish_reason,
                 "logprobs": None if logprobs is None else {"content": logprobs, "refusal": None}}
 
 
 class TextFormat:
-    """Choices as POST /v1/completions gives them."""
-    prefix, name, chunk_name = "cmpl-", "text_completion", "text_completion"
+    """Choices of POST /v1/completions."""
+    id_prefix, name, chunk_name = "cmpl-", "text_completion", "text_completion"
     first_delta = None
 
     @staticmethod
@@ -320,7 +351,7 @@ class TextFormat:
                                 choice.finish_reason)
 
     @staticmethod
-    def delta(choice: Choice, delta: dict, logprobs: list[dict] | None, finish_reason: str | None = None) -> dict:
+    def delta(choice: Choice, delta: dict, logprobs: list[dict] | None, finish_reason: str | None) -> dict:
         columns = None if logprobs is None else {
             "tokens": [token["token"] for token in logprobs],
             "token_logprobs": [token["logprob"] for token in logprobs],
@@ -329,16 +360,66 @@ class TextFormat:
                 "finish_reason": finish_reason}
 
 
-def make_envelope(format_: type[ChatFormat | TextFormat], answer_id: str, model: str, num_dropped: int) -> dict:
-    """What surrounds the choices; `dropped_messages` is there where the context was too short for all of them."""
-    envelope = {"id": format_.prefix + answer_id, "object": format_.name, "created": int(time.time()), "model": model}
+def make_envelope(format_: type[ChatFormat | TextFormat], model: str, num_dropped: int) -> dict:
+    """The fields around the choices; `dropped_messages`, an extension, only where the context was too short."""
+    envelope = {"id": format_.id_prefix + secrets.token_hex(12), "object": format_.name, "created": int(time.time()),
+                "model": model}
     return envelope | ({"dropped_messages": num_dropped} if num_dropped else {})
 
 
-def sum_usage(choices: list[Choice]) -> dict:
-    """The prompt counts once, however many samples there are of it."""
+def sum_usage(choices: Iterable[Choice]) -> dict:
+    """Token counts of an answer; the prompt, which all samples share, counts once."""
     usages = [choice.usage for choice in choices]
     prompt_tokens, completion_tokens = usages[0].prompt_tokens, sum(usage.completion_tokens for usage in usages)
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": usages[0].cached_tokens}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams: a class per format, with the events at the start, for a delta of a choice, and at the end
+
+
+def to_sse(data: dict) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+class OpenAIStream:
+    """Chunks of OpenAI's format, closed by [DONE]."""
+
+    def __init__(self, format_: type[ChatFormat | TextFormat], envelope: dict, body: ChatRequest | CompletionRequest):
+        self.format, self.with_logprobs = format_, body.get_num_logprobs() is not None
+        self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self.envelope = envelope | {"object": format_.chunk_name} | ({"usage": None} if self.with_usage else {})
+        self.begin = json.dumps(self.envelope, ensure_ascii=False)[:-1] + ', "choices": ['  # serialised once
+
+    def start(self, choices: Iterable[Choice]) -> str:
+        delta = self.format.first_delta
+        return "".join(self.encode(choice, delta) for choice in choices) if delta else ""
+
+    def encode(self, choice: Choice, delta: dict) -> str:
+        """delta: {} at the end of the choice"""
+        logprobs, choice.logprobs = choice.logprobs if self.with_logprobs else None, []
+        fields = self.format.delta(choice, delta, logprobs, None if delta else choice.finish_reason)
+        return f"data: {self.begin}{json.dumps(fields, ensure_ascii=False)}]}}\n\n"
+
+    def end(self, choices: Iterable[Choice]) -> str:
+        usage = self.envelope | {"choices": [], "usage": sum_usage(choices)} if self.with_usage else None
+        return (to_sse(usage) if usage else "") + "data: [DONE]\n\n"
+
+
+class LegacyStream:
+    """The visible text of the legacy endpoint: {"token", "gpu"}, closed by {"done": true}."""
+
+    def __init__(self, worker_idx: int):
+        self.worker_idx = worker_idx
+
+    def start(self, choices: Iterable[Choice]) -> str:
+        return ""
+
+    def encode(self, choice: Choice, delta: dict) -> str:
+        return to_sse({"token": delta["content"], "gpu": self.worker_idx}) if "content" in delta else ""
+
+    def end(self, choices: Iterable[Choice]) -> str:
+        return to_sse({"done": True})
