@@ -31,26 +31,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat import engine_request
+from nanochat import server_api as api
 from nanochat.chat import NoRoom, build_prompt, check_context
 from nanochat.common import now
-from nanochat.server_api import (
-    CLIENT_GONE,
-    ApiError,
-    ChatFormat,
-    ChatRequest,
-    Choice,
-    CompletionRequest,
-    ErrorResponse,
-    LegacyChatRequest,
-    LegacyStream,
-    OpenAIStream,
-    TextFormat,
-    convert_error,
-    make_envelope,
-    split_turns,
-    sum_usage,
-    to_sse,
-)
 from nanochat.server_engines import Answer, EngineError, EnginePool
 
 PAGE_PATH = Path(__file__).with_name("ui.html")
@@ -88,18 +71,18 @@ class Service:
     def __init__(self, settings: ServerSettings, pool: EnginePool, tokenizer):
         self.settings, self.pool, self.tokenizer = settings, pool, tokenizer
 
-    def begin(self, http: Request, body: ChatRequest | CompletionRequest) -> tuple[Answer, int]:
+    def begin(self, http: Request, body: api.ChatRequest | api.CompletionRequest) -> tuple[Answer, int]:
         """Submit a request to an engine; returns its answer, and how many messages were dropped from the prompt."""
         settings = self.settings
         if body.model not in (None, "", settings.model_name):
-            raise ApiError(404, f"the model {ascii(body.model)[:100]} isn't here; this server has "
-                           f"{settings.model_name!r}", param="model", code="model_not_found")
+            raise api.ApiError(404, f"the model {ascii(body.model)[:100]} isn't here; this server has "
+                               f"{settings.model_name!r}", param="model", code="model_not_found")
         max_tokens = body.get_max_tokens() or settings.max_tokens
-        param = "messages" if isinstance(body, ChatRequest) else "prompt"
+        param = "messages" if isinstance(body, api.ChatRequest) else "prompt"
         try:
             tokens, num_turns = self._make_prompt(body, max_tokens)
         except NoRoom as error:
-            raise ApiError(400, f"{param}: {error}", param=param, code="context_length_exceeded") from None
+            raise api.ApiError(400, f"{param}: {error}", param=param, code="context_length_exceeded") from None
         if settings.log_contents:
             http.state.record |= body.model_dump(include={param})
         seed = secrets.randbits(63) if body.seed is None else body.seed
@@ -111,10 +94,11 @@ class Service:
         answer = http.state.record["answer"] = self.pool.submit(requests, settings.request_timeout_sec)
         return answer, 2 * num_turns
 
-    def _make_prompt(self, body: ChatRequest | CompletionRequest, max_tokens: int) -> tuple[list[int], int]:
+    def _make_prompt(self, body: api.ChatRequest | api.CompletionRequest, max_tokens: int) -> tuple[list[int], int]:
         """(tokens, dropped turns); NoRoom where they leave no room for an answer."""
-        if isinstance(body, ChatRequest):
-            return build_prompt(self.tokenizer, *split_turns(body.messages), self.settings.context_tokens, max_tokens,
+        if isinstance(body, api.ChatRequest):
+            system, turns = api.split_turns(body.messages)
+            return build_prompt(self.tokenizer, system, turns, self.settings.context_tokens, max_tokens,
                                 self.settings.stage == "base")
         tokens = body.prompt
         if isinstance(tokens, str):
@@ -122,13 +106,13 @@ class Service:
         check_context(tokens, self.settings.context_tokens)
         return tokens, 0
 
-    async def respond(self, http: Request, body: ChatRequest | CompletionRequest,
-                      format_: type[ChatFormat | TextFormat]) -> Response:
+    async def respond(self, http: Request, body: api.ChatRequest | api.CompletionRequest,
+                      format_: type[api.ChatFormat | api.TextFormat]) -> Response:
         """OpenAI's answer, whole or as a stream. An error before the first token has its own status."""
         answer, num_dropped = self.begin(http, body)
-        envelope = make_envelope(format_, self.settings.model_name, num_dropped)
+        envelope = api.make_envelope(format_, self.settings.model_name, num_dropped)
         if body.stream:
-            return await self.stream(http, answer, num_dropped, OpenAIStream(format_, envelope, body))
+            return await self.stream(http, answer, num_dropped, api.OpenAIStream(format_, envelope, body))
         choices = self._make_choices(answer)
 
         async def collect() -> None:
@@ -140,23 +124,24 @@ class Service:
         with_logprobs = body.get_num_logprobs() is not None
         return JSONResponse(envelope | {
             "choices": [format_.whole(choice, with_logprobs) for choice in choices.values()],
-            "usage": sum_usage(choices.values())}, headers=make_headers(num_dropped))
+            "usage": api.sum_usage(choices.values())}, headers=make_headers(num_dropped))
 
     async def stream(self, http: Request, answer: Answer, num_dropped: int,
-                     stream: OpenAIStream | LegacyStream) -> Response:
+                     stream: api.OpenAIStream | api.LegacyStream) -> Response:
         """The answer as server-sent events, once the first token is there."""
         await unless_gone(http, answer.wait())
         return StreamingResponse(self._encode_events(http, answer, stream), media_type="text/event-stream",
                                  headers=make_headers(num_dropped) | {"Cache-Control": "no-store"})
 
     async def _encode_events(self, http: Request, answer: Answer,
-                             stream: OpenAIStream | LegacyStream) -> AsyncIterator[str]:
+                             stream: api.OpenAIStream | api.LegacyStream) -> AsyncIterator[str]:
         """What arrives together is sent together, with the consecutive texts of a choice as one delta."""
         choices = self._make_choices(answer)
-        yield stream.start(choices.values())
+        if start := stream.start(choices.values()):
+            yield start
         try:
             while answer.has_more():
-                deltas: dict[Choice, list[dict]] = {choice: [] for choice in choices.values()}
+                deltas: dict[api.Choice, list[dict]] = {choice: [] for choice in choices.values()}
                 for event in await answer.next_events():
                     choice = choices[event.request_id]
                     deltas[choice] += choice.add(event) + ([{}] if event.finish_reason else [])  # {}: the end
@@ -166,12 +151,12 @@ class Service:
             self._log_answer(http, choices)
             yield stream.end(choices.values())
         except EngineError as error:  # the status has been sent already
-            yield to_sse(convert_error(error).body)
+            yield api.to_sse(api.convert_error(error).body)
 
-    def _make_choices(self, answer: Answer) -> dict[int, Choice]:
-        return {request_id: Choice(index, self.tokenizer) for request_id, index in answer.samples.items()}
+    def _make_choices(self, answer: Answer) -> dict[int, api.Choice]:
+        return {request_id: api.Choice(index, self.tokenizer) for request_id, index in answer.samples.items()}
 
-    def _log_answer(self, http: Request, choices: dict[int, Choice]) -> None:
+    def _log_answer(self, http: Request, choices: dict[int, api.Choice]) -> None:
         http.state.record["finish_reasons"] = [choice.finish_reason for choice in choices.values()]
         if self.settings.log_contents:
             http.state.record["answers"] = [choice.parts for choice in choices.values()]
@@ -199,7 +184,7 @@ async def unless_gone(http: Request, work: Awaitable[None]) -> None:
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
-            raise ApiError(CLIENT_GONE, "the client has gone")
+            raise api.ApiError(api.CLIENT_GONE, "the client has gone")
         tasks[0].result()
     finally:
         for task in tasks:
@@ -243,7 +228,7 @@ class Gate:
             if scope["path"] not in OPEN_PATHS:
                 self._check_key(headers)
             await self.app(scope, await read_body(receive), send_start)
-        except ApiError as error:
+        except api.ApiError as error:
             await error.make_response()(scope, receive, send_start)
         finally:
             fields = {"id": request_id, "route": f"{scope['method']} {scope['path']}", "status": status}
@@ -262,15 +247,15 @@ class Gate:
         """
         host = re.sub(r":[0-9]*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
         if self.hosts and host and host not in self.hosts:
-            raise ApiError(403, f"this server is for its own machine, as {' or '.join(self.hosts)}; under another name "
-                           "it needs an API key: start it with --api-key-file", code="foreign_host")
+            raise api.ApiError(403, f"this server is for its own machine, as {' or '.join(self.hosts)}; under another "
+                               "name it needs an API key: start it with --api-key-file", code="foreign_host")
 
     def _check_key(self, headers: dict[bytes, bytes]) -> None:
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
         if self.api_key is not None and (
                 kind.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.api_key.encode())):
-            raise ApiError(401, "this server needs its API key: send Authorization: Bearer <key>",
-                           code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+            raise api.ApiError(401, "this server needs its API key: send Authorization: Bearer <key>",
+                               code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 async def read_body(receive: Receive) -> Receive:
@@ -280,17 +265,17 @@ async def read_body(receive: Receive) -> Receive:
         while more and num_bytes <= MAX_DISCARDED_BYTES:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise ApiError(CLIENT_GONE, "the client has gone")
+                raise api.ApiError(api.CLIENT_GONE, "the client has gone")
             body += message.get("body", b"") if num_bytes <= MAX_BODY_BYTES else b""
             num_bytes += len(message.get("body", b""))
             more = message.get("more_body", False)
         if num_bytes > MAX_BODY_BYTES:
-            raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+            raise api.ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
         return bytes(body)
     try:
         body = await asyncio.wait_for(read(), BODY_TIMEOUT_SEC)
     except asyncio.TimeoutError:
-        raise ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_SEC} s") from None
+        raise api.ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_SEC} s") from None
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:
@@ -333,8 +318,8 @@ def make_app(settings: ServerSettings, pool: EnginePool, tokenizer, log: Callabl
                            expose_headers=["X-Request-Id", "X-Dropped-Messages", "Retry-After"])
 
     async def answer_error(_, error: Exception) -> JSONResponse:
-        return convert_error(error).make_response()
-    for kind in (ApiError, EngineError, RequestValidationError, HTTPException, Exception):
+        return api.convert_error(error).make_response()
+    for kind in (api.ApiError, EngineError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_error)
     add_answer_routes(app, Service(settings, pool, tokenizer))
     add_other_routes(app, settings, pool)
@@ -343,26 +328,26 @@ def make_app(settings: ServerSettings, pool: EnginePool, tokenizer, log: Callabl
 
 def add_answer_routes(app: FastAPI, service: Service) -> None:
     """The routes that generate."""
-    errors = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
+    errors = {"4XX": {"model": api.ErrorResponse}, "5XX": {"model": api.ErrorResponse}}
     stream, whole = {"text/event-stream": {}}, {"application/json": {}}
 
     @app.post("/v1/chat/completions", responses=errors | {200: {"content": whole | stream}})
-    async def chat_completions(body: ChatRequest, http: Request):
-        return await service.respond(http, body, ChatFormat)
+    async def chat_completions(body: api.ChatRequest, http: Request):
+        return await service.respond(http, body, api.ChatFormat)
 
     @app.post("/v1/completions", responses=errors | {200: {"content": whole | stream}})
-    async def completions(body: CompletionRequest, http: Request):
-        return await service.respond(http, body, TextFormat)
+    async def completions(body: api.CompletionRequest, http: Request):
+        return await service.respond(http, body, api.TextFormat)
 
     @app.post("/chat/completions", responses=errors | {200: {"content": stream}}, response_class=StreamingResponse)
-    async def legacy_chat_completions(body: LegacyChatRequest, http: Request):
+    async def legacy_chat_completions(body: api.LegacyChatRequest, http: Request):
         answer, num_dropped = service.begin(http, body.to_chat_request())
-        return await service.stream(http, answer, num_dropped, LegacyStream(answer.worker.worker_idx))
+        return await service.stream(http, answer, num_dropped, api.LegacyStream(answer.worker.worker_idx))
 
 
 def add_other_routes(app: FastAPI, settings: ServerSettings, pool: EnginePool) -> None:
     """The model's description, the server's state, and the page."""
-    errors, page = {"4XX": {"model": ErrorResponse}}, load_page()
+    errors, page = {"4XX": {"model": api.ErrorResponse}}, load_page()
 
     @app.get("/v1/models")
     async def models():
@@ -371,7 +356,8 @@ def add_other_routes(app: FastAPI, settings: ServerSettings, pool: EnginePool) -
     @app.get("/v1/models/{name:path}", responses=errors)
     async def model(name: str):
         if name != settings.model_name:
-            raise ApiError(404, f"this server has {settings.model_name!r} only", param="model", code="model_not_found")
+            raise api.ApiError(404, f"this server has {settings.model_name!r} only", param="model",
+                               code="model_not_found")
         return describe_model(settings)
 
     @app.get("/health", responses={503: {}})

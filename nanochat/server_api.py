@@ -104,16 +104,9 @@ def describe_validation(errors: list[dict]) -> ApiError:
     return ApiError(400, f"{param}: {reason[0].lower()}{reason[1:]}", param=param)
 
 
-class ErrorBody(BaseModel):
-    message: str
-    type:    str
-    param:   str | None
-    code:    str | None
-
-
 class ErrorResponse(BaseModel):
-    """Every answer with a status of 400 or more."""
-    error: ErrorBody
+    """Every answer with a status of 400 or more: message, type, param, code."""
+    error: dict[str, str | None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -279,7 +279,6 @@ class EngineWorker:
         self.description = ""                      # device and dtype
         self.failure: str | None = None            # reason why the last engine could not be loaded
         self.num_restarts = 0
-        self.silent_sec = 0.0                      # since the last heartbeat, or the start
         self.process: multiprocessing.Process | None = None
         self.started = threading.Event()           # the first engine is ready, or failed
         self.thread = threading.Thread(target=self._watch, name=f"engine-{worker_idx}", daemon=True)
@@ -290,16 +289,6 @@ class EngineWorker:
         connection = self.connection  # the thread may reset it meanwhile
         if connection is not None:
             self.outbox.submit(connection.send, message)  # the reader thread notices a failure
-
-    def check_pulse(self) -> None:
-        """Kill an engine that has been silent for too long; called every PULSE_SEC.
-
-        The silence is counted in calls, not by the clock: a suspended machine suspends the engine, too.
-        """
-        self.silent_sec += PULSE_SEC
-        if self.process is not None and self.silent_sec > (MAX_SILENT_SEC if self.connection else START_TIMEOUT_SEC):
-            self.failure = f"no sign of life for {self.silent_sec:g} s"
-            self.process.kill()
 
     def _watch(self) -> None:
         """The thread: start an engine, read its messages until it ends, and again."""
@@ -318,25 +307,35 @@ class EngineWorker:
             self.pool.closed.wait(pause_sec)
 
     def _run_engine(self) -> None:
-        """The thread: one engine, from its start to its end."""
-        self.silent_sec = 0.0
+        """The thread: one engine, from its start to its end; a silent engine is killed.
+
+        The silence is counted in waits, not by the clock: a suspended machine suspends the engine, too.
+        """
         try:
             connection, self.process = self.pool.start_engine(self.worker_idx)
         except OSError as error:
             self.failure = f"engine {self.worker_idx} can't be started ({error.strerror})"
             return
-        with connection, contextlib.suppress(EOFError, OSError):
+        silent_sec = 0.0
+        with connection, contextlib.suppress(EOFError, OSError):  # the engine has ended
             while True:
-                self._read(connection, connection.recv())
+                if connection.poll(PULSE_SEC):
+                    self._handle(connection, connection.recv())
+                    silent_sec = 0.0
+                    continue
+                silent_sec += PULSE_SEC
+                if silent_sec > (MAX_SILENT_SEC if self.connection else START_TIMEOUT_SEC):
+                    self.failure = f"no sign of life for {silent_sec:g} s"
+                    self.process.kill()
         self.connection = None
         self.pool.call_soon(self._fail_answers)
         self.process.join(STOP_TIMEOUT_SEC)
         self.process.kill()  # a process may outlive its end of the connection
         self.process.join(STOP_TIMEOUT_SEC)
 
-    def _read(self, connection: Connection, message: tuple) -> None:
+    def _handle(self, connection: Connection, message: tuple) -> None:
         """The thread: one message of the engine."""
-        self.failure, self.silent_sec = None, 0.0
+        self.failure = None
         match message:
             case "ready", description:
                 self.description, self.connection = description, connection
@@ -382,7 +381,6 @@ class EnginePool:
         """Start all engines and wait until they are ready; UserError where one fails."""
         for worker in self.workers:
             worker.thread.start()
-        threading.Thread(target=self._check_pulses, name="pulses", daemon=True).start()
         for worker in self.workers:
             if not worker.started.wait(START_TIMEOUT_SEC):
                 self.close()
@@ -405,12 +403,6 @@ class EnginePool:
                 worker.process.kill()
                 worker.thread.join()
             worker.outbox.shutdown()
-
-    def _check_pulses(self) -> None:
-        """The thread: check the heartbeats of all engines."""
-        while not self.closed.wait(PULSE_SEC):
-            for worker in self.workers:
-                worker.check_pulse()
 
     def call_soon(self, function: Callable, *args) -> None:
         """Call a function in the server's event loop, from a thread."""
