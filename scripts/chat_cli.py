@@ -1,12 +1,12 @@
-"""Talk to a model in the terminal. A base model continues what you type, a chat model answers it.
+"""Talk to a model in the terminal: a chat model answers, a base model continues the text.
 
-    python -m scripts.chat_cli                                      # the last stage that you trained
+    python -m scripts.chat_cli                                      # the last trained stage
     python -m scripts.chat_cli -i base -p "The capital of France is" --max-tokens 32
     cat questions.txt | python -m scripts.chat_cli > answers.txt    # each line is a message of one conversation
 
-A message of several lines stands between two lines of three double quotes. A line that begins with / and a word is a
-command, in a pipe too; /help lists them. Ctrl-C stops an answer; at the prompt, two of them or Ctrl-D leave. Where the
-model used its calculator, the answer has [34*27 = 918]. What you typed is kept in the base folder's chat_history.
+Messages of several lines stand between two lines of three double quotes. Lines that begin with / and a word are
+commands, in a pipe too; /help lists them. Ctrl-C stops an answer; at the prompt, two of them or Ctrl-D leave. Calls of
+the calculator are shown as [34*27 = 918]. The base folder's chat_history keeps the typed lines.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from nanochat.common import UserError, get_base_dir, get_compute_dtype, init_com
 from nanochat.engine import Engine
 
 HELP = '''/new                 forget the conversation
-/system TEXT         what the model is told before the conversation; without TEXT, nothing
-/temperature NUMBER  0 always takes the likeliest token
-/save FILE           write the conversation as a line of JSON, as training data have it
-/load FILE           go on with a saved conversation
+/system TEXT         set the system message; without TEXT, remove it
+/temperature NUMBER  0 = greedy
+/save FILE           write the conversation as one line of JSON, the format of training data
+/load FILE           continue a saved conversation
 /quit                leave, as Ctrl-D does
 """                  begins and ends a message of several lines; Ctrl-C stops an answer'''
 MAX_HISTORY_LINES = 1000
@@ -36,22 +36,22 @@ MAX_HISTORY_LINES = 1000
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("-i", "--source", choices=STAGES, help="stage of the model (default: the last one there is)")
+    add("-i", "--source", choices=STAGES, help="stage of the model (default: the last trained one)")
     add("-g", "--model-tag", help="folder of the run (default: the latest)")
     add("-s", "--step", type=int, help="optimizer step of the checkpoint (default: the latest)")
-    add("-t", "--temperature", type=float, default=0.6, help="0 always takes the likeliest token")
-    add("-k", "--top-k", type=int, default=50, help="sample among the k likeliest tokens; 0 = all")
+    add("-t", "--temperature", type=float, default=0.6, help="0 = greedy")
+    add("-k", "--top-k", type=int, default=50, help="sample among the k likeliest tokens; 0 = all tokens")
     add("-d", "--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
     add("-p", "--prompt", help="answer this and end")
     add("--max-tokens", type=int, default=256, help="length of an answer in tokens, at most")
-    add("--seed", type=int, default=42, help="of the first answer; the next ones count up")
-    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best there is)")
+    add("--seed", type=int, default=42, help="seed of the first answer; each further answer adds 1")
+    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best one available)")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    for stream in (sys.stdin, sys.stdout):  # a pipe may hold anything, a terminal may show little
+    for stream in (sys.stdin, sys.stdout):  # a pipe may hold invalid text, a terminal may lack characters
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     device, _ = init_compute(args.device_type)
@@ -85,9 +85,9 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 class CtrlC(contextlib.AbstractContextManager):
-    """What Ctrl-C does while a person talks: KeyboardInterrupt where they type, else only a note that it was pressed.
+    """Handler of Ctrl-C in a terminal: KeyboardInterrupt at the prompt, `was_pressed` anywhere else.
 
-    So it never falls between two steps of the engine, and never ends the program by bad timing.
+    So it never interrupts a step of the engine, and never ends the program by bad timing.
     """
 
     def __init__(self, interactive: bool):
@@ -109,9 +109,9 @@ class CtrlC(contextlib.AbstractContextManager):
 
 
 def read_messages(ctrl_c: CtrlC) -> Iterator[tuple[str, bool]]:
-    """The messages that a person types or a pipe holds, and whether each may be a command: not so between quotes."""
+    """(message, whether it may be a command) from the terminal or a pipe; lines between quotes are one message."""
     lines = type_lines(ctrl_c) if ctrl_c.interactive else (line.rstrip("\n") for line in sys.stdin)
-    block = None  # lines between quotes
+    block = None  # lines since the opening quotes
     for line in lines:
         if line is None:  # Ctrl-C
             block = None
@@ -128,13 +128,13 @@ def read_messages(ctrl_c: CtrlC) -> Iterator[tuple[str, bool]]:
 
 
 def type_lines(ctrl_c: CtrlC) -> Iterator[str | None]:
-    """The lines that a person types, None for a Ctrl-C; ends at Ctrl-D or a second Ctrl-C."""
+    """Typed lines, None for Ctrl-C; ends at Ctrl-D or a second Ctrl-C."""
     with open_history():
         num_interrupts = 0
         while num_interrupts < 2:
             try:
                 ctrl_c.is_typing = True
-                if not sys.stdout.isatty():  # or input() writes the prompt among the answers
+                if not sys.stdout.isatty():  # input() would write its prompt between the answers
                     print("> ", end="", file=sys.stderr, flush=True)
                 line = input("> " if sys.stdout.isatty() else "")
                 num_interrupts = 0
@@ -151,7 +151,7 @@ def type_lines(ctrl_c: CtrlC) -> Iterator[str | None]:
 
 @contextlib.contextmanager
 def open_history() -> Iterator[None]:
-    """Line editing, and the lines of earlier conversations, where this Python has readline."""
+    """Line editing with a history of all sessions, where this Python has readline."""
     try:
         import readline
     except ImportError:
@@ -169,7 +169,7 @@ def open_history() -> Iterator[None]:
 
 
 def show_answer(session: ChatSession, chat: dict, text: str, ctrl_c: CtrlC) -> None:
-    """Print an answer as it comes, up to its end or, for a person, to Ctrl-C."""
+    """Print an answer as it is generated, up to its end or to Ctrl-C."""
     ctrl_c.was_pressed = False
     num_dropped = session.num_dropped
     with contextlib.closing(session.ask(text, **chat)) as events:
@@ -190,7 +190,7 @@ def until(events: Iterator, ctrl_c: CtrlC) -> Iterator:
 
 
 def run_command(session: ChatSession, chat: dict, name: str, value: str) -> str:
-    """Do what a command says; returns what to tell the person."""
+    """Run a command; returns the message for the person."""
     if session.is_base and name in ("system", "save", "load"):
         raise UserError(f"/{name} is for chat models; a base model holds no conversation")
     if name in ("help", "new") and value:
@@ -220,7 +220,7 @@ def run_command(session: ChatSession, chat: dict, name: str, value: str) -> str:
 
 
 def say(message: str) -> None:
-    """Tell the person something that is no part of an answer."""
+    """A message to the person, beside the answers on stdout."""
     print(message, file=sys.stderr, flush=True)
 
 
