@@ -25,6 +25,7 @@ from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 CONFIG = GPTConfig(sequence_len=256, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
+CHAT, TEXT, LEGACY = "/v1/chat/completions", "/v1/completions", "/chat/completions"
 QUESTION = [{"role": "user", "content": "Hi"}]
 
 
@@ -32,6 +33,9 @@ def make_byte_tokenizer() -> RustBPETokenizer:
     """One token per byte, then the special tokens."""
     return RustBPETokenizer(SPLIT_PATTERN, {bytes([byte]): byte for byte in range(256)},
                             {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
+
+
+TOKENIZER = make_byte_tokenizer()
 
 
 def make_tiny_model(config: GPTConfig = CONFIG) -> GPT:
@@ -159,3 +163,11 @@ class ServerProcess:
             return self.process.wait(30)
         finally:
             self.process.kill()
+
+
+def read_stream(response) -> list[dict]:
+    """The data of server-sent events; the closing [DONE] must be there."""
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
+    events = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert events.pop() == "[DONE]"
+    return list(map(json.loads, events))

@@ -1,4 +1,4 @@
-"""The engine against GPT.generate, which computes everything anew; its rows, its tool loop, and the terminal script."""
+"""The engine against GPT.generate, which recomputes the whole sequence for each token; its rows and its tool loop."""
 
 import functools
 import subprocess
@@ -12,7 +12,7 @@ from torch import nn
 
 from nanochat import decoding, decoding_step
 from nanochat.common import UserError
-from nanochat.engine import HEADROOM_TOKENS, Engine, KVCache, Request, count_common, stream_text
+from nanochat.engine import HEADROOM_TOKENS, Engine, KVCache, Request, count_common
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
@@ -712,16 +712,3 @@ def test_logprobs(tokenizer):
         assert event.logprobs.chosen == pytest.approx(float(expected[event.token]), abs=1e-9)
         assert [token for token, _ in event.logprobs.likeliest] == tokens.tolist()
         assert [value for _, value in event.logprobs.likeliest] == pytest.approx(values.tolist(), abs=1e-9)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-
-
-def test_only_whole_characters_are_streamed(tokenizer):
-    text = "naïve 한국어 😀 ok"
-    pieces = list(stream_text(tokenizer, tokenizer.encode(text)))
-    assert pieces == list(text)
-    assert list(stream_text(tokenizer, [*b"a\xf0\x9f"])) == ["a", "\ufffd"]        # cut within a character
-    assert "".join(stream_text(tokenizer, [*b"\xff\xc3a\x80"])) == "\ufffd\ufffda\ufffd"  # not UTF-8
-    assert list(stream_text(tokenizer, [])) == []
