@@ -21,7 +21,7 @@ from pathlib import Path
 from nanochat.chat import ChatSession, format_answer
 from nanochat.checkpoint_manager import STAGES, find_last_stage, load_model
 from nanochat.common import UserError, get_base_dir, get_compute_dtype, init_compute, run_script
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Event
 
 HELP = '''/new                 forget the conversation
 /system TEXT         set the system message; without TEXT, remove it
@@ -65,52 +65,53 @@ def main(argv: list[str] | None = None) -> dict:
     if interactive:
         say("/help lists the commands; anything else goes to the model")
 
+    ctrl_c = CtrlC(interactive)
+    lines = type_lines(ctrl_c) if interactive else (line.rstrip("\n") for line in sys.stdin)
     num_answers = num_tokens = 0
-    with CtrlC(interactive) as ctrl_c:
-        for text, may_command in [(args.prompt, False)] if args.prompt is not None else read_messages(ctrl_c):
-            if may_command and text.strip() == "/quit":
-                break
-            try:
-                if may_command and (command := re.fullmatch(r"/(\w+)(?:\s+(.*))?", text.strip())):
-                    say(run_command(session, chat, command[1], command[2] or ""))
-                elif not may_command or text.strip():
-                    show_answer(session, chat, text, ctrl_c)
-                    num_answers, num_tokens = num_answers + 1, num_tokens + len(session.turns[-1].tokens)
-                    chat["seed"] += 1
-            except UserError as error:
-                if not interactive:
-                    raise
-                say(f"error: {error}")
+    for text, may_command in [(args.prompt, False)] if args.prompt is not None else read_messages(lines, interactive):
+        if may_command and text.strip() == "/quit":
+            break
+        try:
+            if may_command and (command := re.fullmatch(r"/(\w+)(?:\s+(.*))?", text.strip())):
+                say(run_command(session, chat, command[1], command[2] or ""))
+            elif not may_command or text.strip():
+                show_answer(session, chat, text, ctrl_c)
+                num_answers, num_tokens = num_answers + 1, num_tokens + len(session.turns[-1].tokens)
+                chat["seed"] += 1
+        except UserError as error:
+            if not interactive:
+                raise
+            say(f"error: {error}")
     return {"source": stage, "step": meta["step"], "num_answers": num_answers, "num_tokens": num_tokens}
 
 
-class CtrlC(contextlib.AbstractContextManager):
+class CtrlC:
     """Handler of Ctrl-C in a terminal: KeyboardInterrupt at the prompt, `was_pressed` anywhere else.
 
     So it never interrupts a step of the engine, and never ends the program by bad timing.
     """
 
     def __init__(self, interactive: bool):
-        self.interactive, self.is_typing, self.was_pressed = interactive, False, False
+        self.is_typing = self.was_pressed = False
+        if interactive:
+            signal.signal(signal.SIGINT, self._press)
 
-    def __enter__(self):
-        if self.interactive:
-            self.previous = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, *error):
-        if self.interactive:
-            signal.signal(signal.SIGINT, self.previous)
-
-    def _press(self, *_):
+    def _press(self, *_) -> None:
         if self.is_typing:
             raise KeyboardInterrupt
         self.was_pressed = True
 
+    def cut(self, events: Iterator[Event]) -> Iterator[Event]:
+        """The events up to Ctrl-C."""
+        self.was_pressed = False
+        for event in events:
+            yield event
+            if self.was_pressed:
+                return
 
-def read_messages(ctrl_c: CtrlC) -> Iterator[tuple[str, bool]]:
-    """(message, whether it may be a command) from the terminal or a pipe; lines between quotes are one message."""
-    lines = type_lines(ctrl_c) if ctrl_c.interactive else (line.rstrip("\n") for line in sys.stdin)
+
+def read_messages(lines: Iterator[str | None], interactive: bool) -> Iterator[tuple[str, bool]]:
+    """(message, whether it may be a command) per line; lines between quotes are one message, None discards it."""
     block = None  # lines since the opening quotes
     for line in lines:
         if line is None:  # Ctrl-C
@@ -123,7 +124,7 @@ def read_messages(ctrl_c: CtrlC) -> Iterator[tuple[str, bool]]:
             yield line, True
         else:
             block.append(line)
-    if block is not None and not ctrl_c.interactive:
+    if block is not None and not interactive:
         raise UserError('the input ends within a message of several lines; end it with a line of """')
 
 
@@ -170,23 +171,14 @@ def open_history() -> Iterator[None]:
 
 def show_answer(session: ChatSession, chat: dict, text: str, ctrl_c: CtrlC) -> None:
     """Print an answer as it is generated, up to its end or to Ctrl-C."""
-    ctrl_c.was_pressed = False
     num_dropped = session.num_dropped
     with contextlib.closing(session.ask(text, **chat)) as events:
-        for piece in format_answer(until(events, ctrl_c), session.engine.chat_tokens, sys.stdout.isatty()):
+        for piece in format_answer(ctrl_c.cut(events), session.engine.chat_tokens, sys.stdout.isatty()):
             print(piece, end="", flush=True)
     print(flush=True)
     if session.num_dropped > num_dropped:
         turns = "turn" if session.num_dropped == 1 else f"{session.num_dropped} turns"
         say(f"the conversation is longer than the model can read: it no longer sees the oldest {turns}")
-
-
-def until(events: Iterator, ctrl_c: CtrlC) -> Iterator:
-    """The events up to Ctrl-C."""
-    for event in events:
-        yield event
-        if ctrl_c.was_pressed:
-            return
 
 
 def run_command(session: ChatSession, chat: dict, name: str, value: str) -> str:
