@@ -193,6 +193,7 @@ class StreamOptions(BaseModel):
 class SamplingFields(BaseModel):
     """The fields of all endpoints; null is the server's default."""
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model:       str | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_k:       Annotated[int, Field(ge=0, le=MAX_TOP_K)] | None = None  # an extension; 0: all tokens
     max_tokens:  Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
@@ -212,7 +213,6 @@ def to_list(value: object) -> object:
 
 class OpenAIFields(SamplingFields):
     """The fields of both of OpenAI's endpoints."""
-    model:          str | None = None
     top_p:          Annotated[float, Field(gt=0, le=1)] | None = None
     n:              Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed:           Annotated[int, Field(ge=-2**63, lt=2**64)] | None = None
