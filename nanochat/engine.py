@@ -7,15 +7,16 @@
             print(event.text, end="")       # event.finish_reason: None, 'stop' or 'length'
     engine.cancel(request_id)               # at any time; its row is free at once
 
-The engine has no thread and no lock: each call of `step` advances all requests. A step first prefills a bounded number
-of prompt tokens, so that a long prompt doesn't stall the others, then decodes one token for every prefilled row:
+The engine has no thread and no lock: each call of `step` advances all requests (continuous batching: Orca, Yu et al.
+2022). A step first prefills a bounded number of prompt tokens, so that a long prompt doesn't stall the others (chunked
+prefill: Sarathi-Serve, Agrawal et al. 2024), then decodes one token for every prefilled row:
 
     waiting --free row--> chunked prefill, all but the prompt's last token --> decoding --> row free, tokens kept
                  ^ starts after the prefix that a row already holds
 
 Prefix sharing: the keys and values of a finished request stay in its row until the row is needed. A prompt that begins
-with the tokens of any row copies that prefix: the next turn of a conversation prefills only its new tokens, and the
-samples of one prompt prefill it once.
+with the tokens of any row copies that prefix (as SGLang does, Zheng et al. 2023, whose tree is a scan of few rows
+here): the next turn of a conversation prefills only its new tokens, and the samples of one prompt prefill it once.
 
 `generate`, `generate_batch` and `generate_many` run the same engine until their own requests are finished.
 

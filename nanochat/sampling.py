@@ -1,7 +1,8 @@
-"""Sampling: from logits to tokens, with temperature, top-k and top-p per row.
+"""Sampling: from logits to tokens, with temperature, top-k (Fan et al. 2018) and top-p (Holtzman et al. 2019) per row.
 
-The random numbers are counter-based: each token takes one, a hash of (seed, sample, index of the token). There is no
-generator whose state other rows could change, so a row is the same text alone, in any batch, and on any device.
+The random numbers are counter-based (Salmon et al. 2011): each token takes one, a hash of (seed, sample, index of the
+token). There is no generator whose state other rows could change, so a row is the same text alone, in any batch, and on
+any device.
 
 Inverse transform sampling: the token is the one at which the cumulative probability passes the random number. The
 cumulative sums are in fp64 and in the vocabulary's order, in which ties have a defined place.

@@ -80,11 +80,11 @@ def convert_error(error: Exception) -> ApiError:
                             headers=error.headers)
         case HTTPException():  # FastAPI's, for a body that isn't UTF-8 or is nested too deeply
             return ApiError(error.status_code, "the body can't be read: it must be JSON in UTF-8, not nested deeply")
-    return ApiError(500, "the server has failed; its own output says how", kind="server_error")
+    return ApiError(500, "internal error; the server's output has the traceback", kind="server_error")
 
 
 # Fields whose types are unions, where pydantic would name just one branch
-UNION_HINTS = {"content": "must be a string or a list of parts of type text; the assistant's may be python, too",
+UNION_HINTS = {"content": "must be a string or a list of text parts; an assistant message may have python parts, too",
                "prompt": "must be one string or one list of token ids; send each prompt in a request of its own"}
 
 
@@ -124,19 +124,19 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True)
     role:    Literal["system", "developer", "user", "assistant"]
     content: Annotated[str | list[Part], Field(description=(
-        f"At most {MAX_MESSAGE_CHARS} characters; an assistant's only counts toward the {MAX_CONVERSATION_CHARS} of "
-        "the conversation."))]
+        f"At most {MAX_MESSAGE_CHARS} characters; an assistant's message only counts toward the "
+        f"{MAX_CONVERSATION_CHARS} of the conversation."))]
 
     @model_validator(mode="after")
     def check_content(self):
         text = self.get_text()
         if len(text) > MAX_MESSAGE_CHARS and self.role != "assistant":
-            raise ValueError(f"has {len(text)} characters, {MAX_MESSAGE_CHARS} are the most in a message that isn't "
-                             "the assistant's")
+            raise ValueError(f"has {len(text)} characters, {MAX_MESSAGE_CHARS} are the most, except in an assistant "
+                             "message")
         if self.role == "user" and not text:
             raise ValueError("is empty")
         if self.role != "assistant" and any(part.type != "text" for part in self.get_parts()):
-            raise ValueError("has a part of the assistant's: only it calls python")
+            raise ValueError("has a python part; only an assistant message may have one")
         return self
 
     def get_parts(self) -> list[Part]:
@@ -165,12 +165,12 @@ def split_turns(messages: list[Message]) -> tuple[str, list[Turn]]:
     """
     first = next((i for i, message in enumerate(messages) if message.role not in ("system", "developer")), None)
     if first is None:
-        raise ApiError(400, "messages has no message of the user", param="messages")
+        raise ApiError(400, "messages has no user message", param="messages")
     system = "\n\n".join(text for message in messages[:first] if (text := message.get_text()))
     merged: list[tuple[str, list[dict]]] = []
     for i, message in enumerate(messages[first:], start=first):
         if message.role in ("system", "developer"):
-            raise ApiError(400, f"messages[{i}]: a {message.role} message must stand before all others",
+            raise ApiError(400, f"messages[{i}]: a {message.role} message must come before all others",
                            param=f"messages[{i}].role")
         parts = [part.model_dump() for part in message.get_parts()]
         if merged and merged[-1][0] == message.role:
@@ -179,7 +179,8 @@ def split_turns(messages: list[Message]) -> tuple[str, list[Turn]]:
             merged.append((message.role, parts))
     for i, place in ((0, "first"), (-1, "last")):
         if merged[i][0] != "user":
-            raise ApiError(400, f"messages: the {place} message, system aside, must be the user's", param="messages")
+            raise ApiError(400, f"messages: the {place} message, system messages aside, must be a user message",
+                           param="messages")
     questions = ["".join(part["text"] for part in parts) for _, parts in merged[::2]]
     answers = [parts for _, parts in merged[1::2]]
     return system, [Turn(*turn) for turn in zip(questions, [*answers, []], strict=True)]
@@ -310,7 +311,7 @@ class Choice:
 
     @property
     def content(self) -> str:
-        """The text that a person reads."""
+        """The visible text, without tool calls."""
         return "".join(part["text"] for part in self.parts if part["type"] == "text")
 
 
