@@ -30,6 +30,7 @@ MAX_MESSAGES = 500
 MAX_MESSAGE_CHARS = 8_000      # of all but the assistant's
 MAX_CONVERSATION_CHARS = 32_000
 MAX_TOKENS = 4_096
+MAX_TEMPERATURE = 2
 MAX_TOP_K = 200
 MAX_CHOICES = 16
 MAX_STOPS, MAX_STOP_CHARS = 4, 256
@@ -195,7 +196,7 @@ class SamplingFields(BaseModel):
     """The fields of all endpoints; null is the server's default."""
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     model:       str | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
     top_k:       Annotated[int, Field(ge=0, le=MAX_TOP_K)] | None = None  # an extension; 0: all tokens
     max_tokens:  Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
 

@@ -22,6 +22,7 @@ import uvicorn
 from nanochat.checkpoint_manager import STAGES, find_checkpoint, find_last_stage, load_run_tokenizer
 from nanochat.common import UserError, let_threads_spin, print0, run_script
 from nanochat.server import ServerSettings, log_line, make_app
+from nanochat.server_api import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K
 from nanochat.server_engines import EnginePool, EngineSettings, start_process
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")    # names of this machine in URLs
@@ -56,8 +57,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    if not 0 <= args.temperature <= 2 or not 0 <= args.top_k <= 200 or not 1 <= args.max_tokens <= 4096:
-        raise UserError("--temperature must be from 0 to 2, --top-k from 0 to 200, --max-tokens from 1 to 4096")
+    if not (0 <= args.temperature <= MAX_TEMPERATURE and 0 <= args.top_k <= MAX_TOP_K
+            and 1 <= args.max_tokens <= MAX_TOKENS):
+        raise UserError(f"--temperature must be from 0 to {MAX_TEMPERATURE}, --top-k from 0 to {MAX_TOP_K}, "
+                        f"--max-tokens from 1 to {MAX_TOKENS}")
     if min(args.workers, args.max_rows) < 1 or args.queue < 0:
         raise UserError("--workers and --max-rows must be 1 or more, --queue 0 or more")
     if not 0 < args.request_timeout < float("inf") or args.drain_seconds < 0:
