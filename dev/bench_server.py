@@ -27,9 +27,9 @@ import torch
 from dev.timing import print_table
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError, run_script
-from nanochat.engine_pool import compute_percentiles
 from nanochat.gpt import GPT
 from nanochat.scaling import make_config
+from nanochat.server_engines import compute_percentiles
 from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
 ROUNDS = 3      # of each load

@@ -1,10 +1,10 @@
-"""The arithmetic that a model may ask for, computed by walking its syntax tree: nothing is ever executed.
+"""The calculator, the model's tool: evaluates arithmetic by walking its syntax tree, without executing anything.
 
     1,234 * (2 + 0.5)           numbers, + - * / // %, parentheses, commas between thousands
     'strawberry'.count('r')     how often one string occurs in another
 
-The text comes from a model, so it is untrusted: whatever isn't listed here is refused, and length, depth and size are
-bounded, so that an answer takes microseconds. There is no power operator: it makes huge numbers out of short texts.
+The expression is untrusted text from a model. Everything else is refused, and length, depth and magnitude are bounded,
+so that a result takes microseconds. There is no power operator: it makes huge numbers from short expressions.
 """
 
 import ast
@@ -12,10 +12,10 @@ import operator
 import re
 import warnings
 
-MAX_CHARS = 256         # of an expression, so also of its strings
-MAX_DEPTH = 128         # of its syntax tree; a sum of n numbers is n - 1 deep
-MAX_MAGNITUDE = 10**18  # of every number in it, results on the way included; bounds the result's length, too
-FLOAT_DIGITS = 12       # significant digits shown: enough to be exact, too few to show 0.1 + 0.2 as 0.30000000000000004
+MAX_CHARS = 256         # of the expression
+MAX_DEPTH = 128         # of the syntax tree; a sum of n numbers is n - 1 deep
+MAX_MAGNITUDE = 10**18  # of every number, intermediate results included; bounds the result's length, too
+FLOAT_DIGITS = 12       # significant digits of a result: too few to show 0.1 + 0.2 as 0.30000000000000004
 
 OPERATORS = {
     ast.UAdd: operator.pos,     ast.USub:     operator.neg,
@@ -27,7 +27,7 @@ THOUSANDS_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
 
 def calculate(expression: str) -> str | None:
-    """The value of an expression as text, or None where it is refused or has none (a division by zero)."""
+    """The value of an expression as text; None where it is refused or undefined (division by zero)."""
     # Python's grammar has more numbers than arithmetic (0x10, 1_000) and strings with escapes
     if len(expression) > MAX_CHARS or "\\" in expression or ODD_NUMBER.search(expression):
         return None
@@ -35,15 +35,15 @@ def calculate(expression: str) -> str | None:
         expression = THOUSANDS_COMMA.sub("", expression)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about text that it doesn't like, such as 1or 2
+            warnings.simplefilter("ignore")  # the parser's, about text such as 1or 2
             tree = ast.parse(expression.strip(), mode="eval")
         return _format(_evaluate(tree.body, depth=0))
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
-        return None  # the last two are the parser's answers to deep nesting
+        return None  # the last two: the parser, for deep nesting
 
 
 def _evaluate(node: ast.expr, depth: int) -> int | float:
-    """The value of a syntax tree; ValueError where it holds anything that isn't arithmetic, or is too deep or large."""
+    """The value of a syntax tree; ValueError for anything but arithmetic, and beyond the bounds."""
     if depth > MAX_DEPTH:
         raise ValueError("nested too deeply")
     match node:
@@ -63,7 +63,7 @@ def _evaluate(node: ast.expr, depth: int) -> int | float:
 
 
 def _format(value: int | float) -> str:
-    """Whole numbers without a decimal point, others with as few digits as say it."""
-    if isinstance(value, int) or (value.is_integer() and abs(value) < 10**15):  # above, floats skip whole numbers
+    """Whole numbers without a decimal point, others with as few digits as possible."""
+    if isinstance(value, int) or (value.is_integer() and abs(value) < 10**15):  # larger floats skip whole numbers
         return str(int(value))
     return f"{value:.{FLOAT_DIGITS}g}"

@@ -1,26 +1,30 @@
-"""Generation: many requests at once, which join and leave between steps, with the calculator as the model's tool.
+"""Generation with continuous batching: requests join and leave between steps, and the calculator is the model's tool.
 
     engine = Engine(model, tokenizer)
     request_id = engine.submit(Request(tokens, max_tokens=256, temperature=0.6, seed=1, stop=("\n\n",)))
     while engine.has_work():
-        for event in engine.step():         # an event for each new token of each request
+        for event in engine.step():         # one event per new token of each request
             print(event.text, end="")       # event.finish_reason: None, 'stop' or 'length'
     engine.cancel(request_id)               # at any time; its row is free at once
 
-There is no thread and no lock: whoever calls `step` drives all requests. A step first reads a bounded piece of the
-prompts, so that a long one doesn't stall the others, then gives each row whose prompt has been read its next token:
+The engine has no thread and no lock: each call of `step` advances all requests (continuous batching: Orca, Yu et al.
+2022). A step first prefills a bounded number of prompt tokens, so that a long prompt doesn't stall the others (chunked
+prefill: Sarathi-Serve, Agrawal et al. 2024), then decodes one token for every prefilled row:
 
-    waiting --a free row--> prompt in chunks --all but its last token--> sampled token by token --> row free, kept
-                 ^ continues where the prompt begins with what a row still holds
+    waiting --free row--> chunked prefill, all but the prompt's last token --> decoding --> row free, tokens kept
+                 ^ starts after the prefix that a row already holds
 
-A finished request's tokens stay in its row until another needs it, and a prompt that begins with the same tokens as any
-row holds isn't computed again: a conversation's next turn costs its new tokens only, samples of one prompt share it.
+Prefix sharing: the keys and values of a finished request stay in its row until the row is needed. A prompt that begins
+with the tokens of any row copies that prefix (as SGLang does, Zheng et al. 2023, whose tree is a scan of few rows
+here): the next turn of a conversation prefills only its new tokens, and the samples of one prompt prefill it once.
 
-`generate`, `generate_batch` and `generate_many` drive the same engine to the end of their own requests.
+`generate`, `generate_batch` and `generate_many` run the same engine until their own requests are finished.
 
-The tokens are those of `GPT.generate`, which computes the whole sequence anew for each, up to the rounding of sums (in
-bf16 two tokens may be equally likely); but <|assistant_end|> and <|bos|> end a row, and the calculator's answers are
-put into it. A sampled row depends on its own request alone, not on what else runs (see sampling.py).
+The tokens equal those of `GPT.generate`, which recomputes the whole sequence for each token, up to rounding (in bf16
+two tokens may be equally likely). Two things are added: <|assistant_end|> and <|bos|> end a row, and the calculator's
+output is inserted into it. A sampled row depends on its own request alone, not on the batch (see sampling.py).
+
+B rows, V vocabulary.
 """
 
 import itertools
@@ -33,43 +37,42 @@ from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.decoding import CompiledStep, copy_for_decoding, make_cache, make_step
+from nanochat.engine_request import ChatTokens, Event, Generation, Logprobs, Request, stream_text
 from nanochat.gpt import GPT, norm
 from nanochat.kv_cache import KVCache
-from nanochat.request import ChatTokens, Event, Generation, Logprobs, Request
 from nanochat.sampling import sample_rows
-from nanochat.text_stream import stream_text
 
 __all__ = ["Engine", "Event", "KVCache", "Request", "stream_text"]
 
-PREFILL_TOKENS = 512      # of prompts in one step; bounds its memory (this and the next: assumptions, not studied)
-SHARED_STEP_TOKENS = 128  # the same on a CPU where others wait for their next token; bounds the step's time
-HEADROOM_TOKENS = 256     # that a new cache has room for beyond the first prompt before it has to grow
-MIN_SHARED_TOKENS = 16    # of a prompt that must agree with a row before it is worth taking from there
-MAX_ROWS = 64             # sequences at once unless told otherwise; the others wait
-KEPT_ROWS = 4             # that there may be, unless told otherwise, for finished conversations to be kept
+PREFILL_TOKENS = 512      # prompt tokens per step; bounds its memory (assumption, not studied, as is the next one)
+SHARED_STEP_TOKENS = 128  # the same on a CPU while other rows decode; bounds the time between their tokens
+HEADROOM_TOKENS = 256     # room of a new cache beyond the first prompt, before the cache has to grow
+MIN_SHARED_TOKENS = 16    # shortest prefix that is worth copying from another row
+MAX_ROWS = 64             # default number of rows; further requests wait
+KEPT_ROWS = 4             # default number of rows that may be allocated only to keep finished conversations
 
 
 @dataclass
 class Row:
-    """A row of the cache: which tokens it holds, and for whom."""
-    tokens:     list[int] = field(default_factory=list)  # whose keys are there
-    generation: Generation | None = None                 # None: free, the tokens are kept for whoever begins with them
-    last_used:  int = -1                                 # step
+    """A row of the cache: the tokens whose keys and values it holds, and the request that it belongs to."""
+    tokens:     list[int] = field(default_factory=list)
+    generation: Generation | None = None  # None: the row is free, its tokens are a prefix that new prompts may share
+    last_used:  int = -1                  # step
 
     def count_pending(self) -> int:
-        """Tokens that the model has still to read."""
+        """Tokens of the request that the model hasn't read yet; 1: the row decodes."""
         return len(self.generation.tokens) - len(self.tokens) if self.generation else 0
 
 
 class Engine:
     def __init__(self, model: GPT, tokenizer, max_rows: int = MAX_ROWS, kept_rows: int = KEPT_ROWS,
                  compile: bool = False):
-        """Takes the weights as they are now: make a new engine after training on.
+        """The weights are copied as they are now: a model that is trained further needs a new engine.
 
-        max_rows:  sequences at once; the cache grows as they come, and those beyond wait
-        kept_rows: rows that there may be before the one that has been idle the longest is used again
-        compile:   the decoding step, on a CPU, for engines that live long; takes seconds to half a minute now, and
-                   keeps the blocks' matrices twice
+        max_rows:  sequences in the batch; the cache grows with the requests, further requests wait
+        kept_rows: rows that are allocated before the least recently used free row is overwritten
+        compile:   compile the decoding step, on a CPU; takes seconds to half a minute now, and holds the blocks'
+                   matrices twice
         """
         self.model = copy_for_decoding(model, keep_weights=compile)
         self.tokenizer = tokenizer
@@ -81,22 +84,26 @@ class Engine:
         self.rows: list[Row] = []
         self.cache: KVCache | None = None
         self._run_step = make_step(self.model, compile)
-        self._events: deque[Event] = deque()  # not yet returned by step
-        self._sinks: dict[int, deque[Event]] = {}  # request id -> where its events go
+        self._events: list[Event] = []        # not yet returned by step
+        self._unfinished: set[int] = set()    # request ids
         self._ids = itertools.count()
         self._num_steps = 0
 
     # -----------------------------------------------------------------------------------------------------------------
     # Requests
 
-    def submit(self, request: Request) -> int:
-        """Queue a request; returns its id, which its events carry. UserError where it can't be answered."""
-        return self._submit(request).id
+    def submit(self, request: Request, request_id: int | None = None) -> int:
+        """Queue a request; returns its id, which its events carry. UserError where it can't be answered.
+
+        request_id: an id that no other request of this engine has; None: the next number
+        """
+        return self._submit(request, request_id).id
 
     def cancel(self, request_id: int) -> bool:
-        """Drop a request, at once and without an event; False if there is none, as when it has finished."""
-        if self._sinks.pop(request_id, None) is None:
+        """Drop a request, at once and without an event; False for an id that is unknown or finished."""
+        if request_id not in self._unfinished:
             return False
+        self._unfinished.remove(request_id)
         for row in self.rows:
             if row.generation and row.generation.id == request_id:
                 row.generation = None
@@ -104,14 +111,13 @@ class Engine:
         return True
 
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
-        return bool(self._events or self._sinks)
+        """Whether there are requests to advance or events to return."""
+        return bool(self._events or self._unfinished)
 
     def step(self) -> list[Event]:
-        """Read a piece of the prompts that are new, give every other request its next token; returns the new tokens."""
+        """Prefill a piece of the new prompts, decode one token of every other request; returns the new tokens."""
         self._advance()
-        events = list(self._events)
-        self._events.clear()
+        events, self._events = self._events, []
         return events
 
     def check(self, request: Request) -> None:
@@ -133,20 +139,22 @@ class Engine:
         if not all(request.stop):
             raise UserError("a stop string is empty; it would end every answer before its first character")
 
-    def _submit(self, request: Request, sink: deque[Event] | None = None) -> Generation:
-        """sink: where its events go, instead of to whoever calls step"""
+    def _submit(self, request: Request, request_id: int | None = None, has_events: bool = True) -> Generation:
+        """has_events: whether `step` returns the request's tokens; its generation has them anyway"""
         self.check(request)
         room = self.num_positions - len(request.tokens)
         max_length = len(request.tokens) + (room if request.max_tokens is None else min(request.max_tokens, room))
-        generation = Generation(next(self._ids), request, max_length, self.tokenizer, self.chat_tokens)
-        self._sinks[generation.id] = self._events if sink is None else sink
+        generation = Generation(next(self._ids) if request_id is None else request_id, request, max_length,
+                                self.tokenizer, self.chat_tokens)
+        generation.has_events = has_events
+        self._unfinished.add(generation.id)
         self.waiting.append(generation)
         return generation
 
     # -----------------------------------------------------------------------------------------------------------------
     # A step
 
-    # A generator that is left between two steps must not leave its mode behind, so each step has its own
+    # Inference mode per step: a generator that is abandoned between two steps must not leave the mode behind
     @torch.inference_mode()
     def _advance(self) -> None:
         self._num_steps += 1
@@ -154,20 +162,20 @@ class Engine:
             self._admit()
             self._prefill()
             self._decode()
-        except BaseException:  # Ctrl-C, no memory: what the cache holds is uncertain, so it will all be read again
+        except BaseException:  # Ctrl-C, out of memory: the cache is in an unknown state, so every row is read again
             for i, row in enumerate(self.rows):
                 row.tokens = []
                 self.cache.start_row(i, 0, 0.0)
             raise
 
     def _admit(self) -> None:
-        """Give the waiting requests the free rows, in the order they came; one that fails to get its row waits on."""
+        """Give the free rows to the waiting requests, first come, first served; a failed one stays in the queue."""
         still_waiting = []
         try:
             while self.waiting and (len(self.rows) < self.max_rows or not all(row.generation for row in self.rows)):
                 generation = self.waiting[0]
                 source, num_shared, is_coming = self._find_prefix(generation.tokens)
-                if is_coming:  # another row is reading just that: copy it when it is there
+                if is_coming:  # another row is prefilling the same prefix: copy it when it is complete
                     still_waiting.append(generation)
                 else:
                     target = self._find_free_row(generation, source, num_shared)
@@ -177,8 +185,8 @@ class Engine:
             self.waiting.extendleft(reversed(still_waiting))
 
     def _find_prefix(self, prompt: list[int]) -> tuple[int | None, int, bool]:
-        """The row that holds most of a prompt's beginning, how many tokens, and whether another will soon hold more."""
-        prompt = prompt[:-1]  # the last token is read when decoding
+        """(row with the longest prefix of a prompt, its length, whether a row in prefill will hold a longer one)."""
+        prompt = prompt[:-1]  # the last token is read by the decoding step
         source, num_shared, num_coming = None, 0, 0
         for i, row in enumerate(self.rows):
             num = count_common(row.tokens, prompt)
@@ -189,7 +197,7 @@ class Engine:
         return source, num_shared, num_coming >= MIN_SHARED_TOKENS and num_coming > num_shared
 
     def _find_free_row(self, generation: Generation, source: int | None, num_shared: int) -> int:
-        """The row that a request gets: one that it continues to the end, else an empty or new one, else the oldest."""
+        """The row that is an exact prefix of the request, else an empty or a new one, else the least recently used."""
         if source is not None and not self.rows[source].generation and len(self.rows[source].tokens) == num_shared:
             return source
         free = [i for i, row in enumerate(self.rows) if not row.generation]
@@ -200,7 +208,7 @@ class Engine:
         return oldest
 
     def _add_rows(self, generation: Generation) -> None:
-        """Make the cache larger by as many rows as wait, but at least by half."""
+        """Grow the cache by the number of waiting requests, and by half at least."""
         num_new = min(max(len(self.waiting), len(self.rows) // 2), self.max_rows - len(self.rows))
         if self.cache is None:
             num_tokens = min(len(generation.tokens) + HEADROOM_TOKENS, generation.max_length)
@@ -223,9 +231,10 @@ class Engine:
         generation.num_reused = num_shared
 
     def _prefill(self) -> None:
-        """Read pending tokens, the oldest request's first, all but the last one: that one is read when decoding.
+        """Read pending tokens in chunks, the oldest request first, all but the last token of each prompt.
 
-        So each sample of a prompt gets its own first token, and the head is never computed for a whole prompt.
+        The decoding step reads that one, so the samples of a prompt that share its prefix differ from their first
+        token on, and the head is never computed for a whole prompt.
         """
         others_wait = self.device.type == "cpu" and any(row.count_pending() == 1 for row in self.rows)
         budget = SHARED_STEP_TOKENS if others_wait else PREFILL_TOKENS
@@ -236,26 +245,23 @@ class Engine:
             chunk = row.generation.tokens[start:min(start + budget, len(row.generation.tokens) - 1)]
             if not chunk:
                 break
-            self._reserve(start + len(chunk))
+            self.cache.num_tokens = 0
+            self.cache.reserve(start + len(chunk))
             self.model.forward_trunk(torch.tensor([chunk], device=self.device), self.cache.view_rows(i, i + 1, start))
             row.tokens.extend(chunk)
             row.last_used = self._num_steps
             budget -= len(chunk)
 
-    def _reserve(self, num_tokens: int) -> None:
-        """Make room for so many tokens in every row."""
-        self.cache.num_tokens = 0
-        self.cache.reserve(num_tokens)
-
     def _decode(self) -> None:
-        """One token for each row that has one pending."""
+        """Sample one token for each row that has read its whole prompt."""
         num_ready = self._gather_ready_rows()
         if not num_ready:
             return
         rows = self.rows[:num_ready]
         generations = [row.generation for row in rows]
         longest = max(len(row.tokens) for row in rows)
-        self._reserve(longest + 1)
+        self.cache.num_tokens = 0
+        self.cache.reserve(longest + 1)
         inputs = [generation.tokens[-1] for generation in generations]
         logits = self._run_step(torch.tensor(inputs, device=self.device)[:, None],  # (B, 1)
                                 self.cache.view_rows(0, num_ready, longest))        # (B, V)
@@ -267,13 +273,15 @@ class Engine:
             row.last_used = self._num_steps
             num_logprobs = generation.request.num_logprobs
             logprobs = None if num_logprobs is None else compute_logprobs(logits[i], token, num_logprobs)
-            self._sinks[generation.id].extend(generation.append(token, logprobs=logprobs))
+            events = generation.append(token, logprobs=logprobs)
+            if generation.has_events:
+                self._events += events
             if generation.finish_reason:
                 row.generation = None
-                del self._sinks[generation.id]
+                self._unfinished.remove(generation.id)
 
     def _gather_ready_rows(self) -> int:
-        """Move the rows that can decode to the front, where they are one slice of the cache; returns their number."""
+        """Move the decoding rows to the front, where they are one slice of the cache; returns their number."""
         ready = [i for i, row in enumerate(self.rows) if row.count_pending() == 1]
         gaps = [i for i in range(len(ready)) if self.rows[i].count_pending() != 1]
         for gap, i in zip(gaps, reversed(ready), strict=False):
@@ -282,7 +290,7 @@ class Engine:
         return len(ready)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # To the end of one's own requests
+    # Whole answers
 
     @property
     def end_tokens(self) -> frozenset[int | None]:
@@ -290,92 +298,78 @@ class Engine:
         return self.chat_tokens.end_tokens
 
     def generate(self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None,
-                 temperature: float = 1.0, top_k: int | None = None, seed: int = 42,
-                 top_p: float | None = None) -> Iterator[tuple[list[int], list[int]]]:
-        """Continue a prompt `num_samples` times; yields (the next token of each row, the mask of each row) per step.
+                 temperature: float = 1.0, top_k: int | None = None,
+                 seed: int = 42) -> Iterator[tuple[list[int], list[int]]]:
+        """Continue a prompt `num_samples` times; yields (next token of each row, mask of each row) per position.
 
-        A mask is 1 for a token that was sampled and 0 for one that wasn't: a tool's output, or the filling of a row
-        that has ended, which repeats its end token until all rows have.
+        A mask is 1 for a sampled token and 0 for any other: tool output, or the end token that pads a finished row
+        until all rows are finished.
 
         tokens:     the prompt, at least bos
-        max_tokens: per row, tool output included; None, and any number beyond it, ends where the model's positions end
-        seed:       row i of a seed is the same text, whatever num_samples is
+        max_tokens: per row, tool output included; None: until the model's positions are used up
+        seed:       row i of a seed is the same text for any num_samples
         """
-        return self._generate_columns(self._make_requests(tokens, num_samples, max_tokens, temperature, top_k, top_p,
-                                                          seed))
+        requests = self._make_requests(tokens, num_samples, max_tokens, temperature, top_k, seed)
+        return self._generate_columns(requests, len(tokens))
 
     def generate_batch(self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None,
-                       temperature: float = 1.0, top_k: int | None = None, seed: int = 42,
-                       top_p: float | None = None, keep_end: bool = False) -> tuple[list[list[int]], list[list[int]]]:
-        """As generate, all at once: the rows with their prompt, and their masks.
-
-        keep_end: with the end token, of rows that came to it
-        """
-        return self.generate_many([tokens], num_samples, max_tokens, temperature, top_k, seed, top_p, keep_end)[0]
+                       temperature: float = 1.0, top_k: int | None = None,
+                       seed: int = 42) -> tuple[list[list[int]], list[list[int]]]:
+        """As `generate`, but whole: (rows with their prompt, their masks), without end tokens."""
+        ((rows, masks),) = self.generate_many([tokens], num_samples, max_tokens, temperature, top_k, seed)
+        for row, mask in zip(rows, masks, strict=True):
+            if len(row) > len(tokens) and row[-1] in self.end_tokens:
+                del row[-1], mask[-1]
+        return rows, masks
 
     def generate_many(self, prompts: Sequence[list[int]], num_samples: int = 1, max_tokens: int | None = None,
-                      temperature: float = 1.0, top_k: int | None = None, seed: int = 42, top_p: float | None = None,
-                      keep_end: bool = False) -> list[tuple[list[list[int]], list[list[int]]]]:
-        """generate_batch of many prompts at once, in their order; as rows end, the next prompts take their place.
-
-        seed: prompt i has seed + i, so it gets what generate_batch gives it with that seed
-        """
-        requests = [self._make_requests(tokens, num_samples, max_tokens, temperature, top_k, top_p, seed + i)
+                      temperature: float = 1.0, top_k: int | None = None,
+                      seed: int = 42) -> list[tuple[list[list[int]], list[list[int]]]]:
+        """`generate_batch` of many prompts in one batch, with end tokens; prompt i has the seed `seed` + i."""
+        requests = [self._make_requests(tokens, num_samples, max_tokens, temperature, top_k, seed + i)
                     for i, tokens in enumerate(prompts)]
-        sink: deque[Event] = deque(maxlen=0)  # nobody looks at the events
-        groups = [[self._submit(request, sink) for request in group] for group in requests]
+        groups = [[self._submit(request, has_events=False) for request in group] for group in requests]
+        ids = {generation.id for group in groups for generation in group}
         try:
-            ids = {generation.id for group in groups for generation in group}
-            while not ids.isdisjoint(self._sinks):
+            while not ids.isdisjoint(self._unfinished):
                 self._advance()
         finally:
-            for group in groups:
-                for generation in group:
-                    self.cancel(generation.id)
-        results = []
-        for tokens, group in zip(prompts, groups, strict=True):
-            rows = [generation.tokens for generation in group] or [list(tokens) for _ in range(num_samples)]
-            rows = [row[:-1] if row[-1] in self.end_tokens and len(row) > len(tokens) and not keep_end else row
-                    for row in rows]
-            masks = [generation.masks for generation in group] or [[0] * len(tokens) for _ in range(num_samples)]
-            results.append((rows, [mask[:len(row)] for mask, row in zip(masks, rows, strict=True)]))
-        return results
+            for request_id in ids:
+                self.cancel(request_id)
+        return [([generation.tokens for generation in group] or [list(tokens) for _ in range(num_samples)],
+                 [generation.masks for generation in group] or [[0] * len(tokens) for _ in range(num_samples)])
+                for tokens, group in zip(prompts, groups, strict=True)]
 
     def _make_requests(self, tokens: list[int], num_samples: int, max_tokens: int | None, temperature: float,
-                       top_k: int | None, top_p: float | None, seed: int) -> list[Request]:
-        """A request for each sample; none where no token is wanted."""
+                       top_k: int | None, seed: int) -> list[Request]:
+        """One request per sample; none for max_tokens 0."""
         if num_samples < 1 or (max_tokens or 0) < 0:
             raise UserError(f"num_samples must be 1 or more and max_tokens 0 or more, not {num_samples} "
                             f"and {max_tokens}")
-        requests = [Request(tokens, max_tokens or None, temperature, top_k, top_p, seed, i)
+        requests = [Request(tokens, max_tokens or None, temperature, top_k, seed=seed, sample=i)
                     for i in range(num_samples)]
-        self.check(requests[0])  # now, not when the first token is asked for
+        self.check(requests[0])  # now, not at the first token
         return [] if max_tokens == 0 else requests
 
-    def _generate_columns(self, requests: list[Request]) -> Iterator[tuple[list[int], list[int]]]:
-        sinks: list[deque[Event]] = [deque() for _ in requests]
-        generations = [self._submit(request, sink) for request, sink in zip(requests, sinks, strict=True)]
-        last_tokens = [0] * len(requests)
+    def _generate_columns(self, requests: list[Request], num_prompt: int) -> Iterator[tuple[list[int], list[int]]]:
+        generations = [self._submit(request, has_events=False) for request in requests]
         try:
-            while True:
-                while any(not sink and generation.finish_reason is None
-                          for sink, generation in zip(sinks, generations, strict=True)):
+            for position in itertools.count(num_prompt):
+                while any(len(generation.tokens) <= position and not generation.finish_reason
+                          for generation in generations):
                     self._advance()
-                if not any(sinks):
+                if all(len(generation.tokens) <= position for generation in generations):
                     return
-                masks = [0] * len(requests)
-                for i, sink in enumerate(sinks):
-                    if sink:
-                        event = sink.popleft()
-                        last_tokens[i], masks[i] = event.token, event.mask
-                yield list(last_tokens), masks
+                yield ([generation.tokens[min(position, len(generation.tokens) - 1)] for generation in generations],
+                       [generation.masks[position] if position < len(generation.masks) else 0
+                        for generation in generations])
         finally:
             for generation in generations:
                 self.cancel(generation.id)
 
 
 def count_common(a: list[int], b: list[int]) -> int:
-    """With how many equal tokens two sequences begin."""
+    """Length of the common prefix of two sequences; slices are compared at C speed, so it bisects over them."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:
         return high

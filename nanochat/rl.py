@@ -110,7 +110,7 @@ def write_answers(engine: Engine, questions: Sequence[Question], num_samples: in
                   temperature: float, seed: int) -> list[list[Answer]]:
     """`num_samples` answers to each question; question i has the seed `seed` + i."""
     results = engine.generate_many([question.prompt for question in questions], num_samples, max_new_tokens,
-                                   temperature, seed=seed, keep_end=True)
+                                   temperature, seed=seed)
     groups = []
     for question, (rows, masks) in zip(questions, results, strict=True):
         groups.append([])

@@ -1,9 +1,13 @@
-"""From logits to tokens: temperature, top-k and top-p, each row with its own settings and its own random numbers.
+"""Sampling: from logits to tokens, with temperature, top-k (Fan et al. 2018) and top-p (Holtzman et al. 2019) per row.
 
-A token needs one random number, which is a hash of (seed, sample, index of the token): there is no generator whose
-state could depend on what else runs, so a row is the same text alone, in any batch, and on any device.
+The random numbers are counter-based (Salmon et al. 2011): each token takes one, a hash of (seed, sample, index of the
+token). There is no generator whose state other rows could change, so a row is the same text alone, in any batch, and on
+any device.
 
-B rows, V vocabulary.
+Inverse transform sampling: the token is the one at which the cumulative probability passes the random number. The
+cumulative sums are in fp64 and in the vocabulary's order, in which ties have a defined place.
+
+B rows, V vocabulary, N candidates.
 """
 
 import hashlib
@@ -16,20 +20,21 @@ from torch import Tensor
 
 from nanochat.common import UserError
 
-MIN_TEMPERATURE = 1e-30  # what is colder is as good as 0, and dividing by it might overflow
-BLOCK_TOKENS = 128       # of the vocabulary that are summed up, or searched, at once
-MIN_BLOCK_ROWS = 4       # for which a search by blocks is worth its more operations
-NUM_CANDIDATES = (64, 256, 1024)  # of the likeliest, in turn: sorting a whole vocabulary takes a millisecond or two
-MAX_TIES = 14            # with the last of top-k that are expected: bf16 has many equal logits
+MIN_TEMPERATURE = 1e-30  # dividing by a lower one might overflow, and it samples as 0 does
+BLOCK_TOKENS = 128       # width of the vocabulary's blocks in a two-level sum or search
+MIN_BLOCK_ROWS = 4       # fewer rows take argmax over the whole vocabulary
+NUM_CANDIDATES = (64, 256, 1024)  # topk sizes, tried in turn; sorting the whole vocabulary takes one to two ms
+MAX_TIES = 14            # expected ties with the last token of a top-k: bf16 has many equal logits
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a row chooses its tokens."""
-    temperature: float = 1.0          # 0 takes the likeliest
-    top_k:       int | None = None    # sample among the k likeliest, ties with the last included; None or 0 = all
-    top_p:       float | None = None  # sample among the likeliest that reach this probability together; None or 1 = all
+    """The sampling parameters of a row."""
+    temperature: float = 1.0          # 0: greedy
+    top_k:       int | None = None    # the k likeliest tokens, ties with the last included; None or 0: all
+    top_p:       float | None = None  # the likeliest tokens that reach this probability together; None or 1: all
     seed:        int = 42
-    sample:      int = 0              # which of a seed's samples this is; each has random numbers of its own
+    sample:      int = 0              # index of the sample; each sample of a seed has its own random numbers
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
@@ -40,24 +45,24 @@ class Sampling:
             raise UserError(f"top_p {self.top_p} must be above 0 and at most 1")
 
     def is_limited(self, vocab_size: int) -> bool:
-        """Whether it may leave a token out."""
+        """Whether top-k or top-p may exclude a token."""
         return 0 < (self.top_k or 0) < vocab_size or self.top_p is not None and self.top_p < 1
 
 
 def draw_uniform(sampling: Sampling, token_idx: int) -> float:
-    """The random number in [0, 1) of a sample's token; hashed, so that neighbouring seeds have nothing in common."""
+    """The random number in [0, 1) of a sample's token; a hash decorrelates neighbouring seeds."""
     digest = hashlib.blake2b(f"{sampling.seed}/{sampling.sample}/{token_idx}".encode(), digest_size=6).digest()
     return int.from_bytes(digest, "little") / 2**48
 
 
 def sample_rows(logits: Tensor, samplings: Sequence[Sampling], token_idxs: Sequence[int]) -> Tensor:
-    """One token for each row of (B, V) logits, by that row's settings -> (B,).
+    """One token for each row of (B, V) logits, by that row's sampling parameters -> (B,).
 
-    token_idxs: which token of its sample each row is about to get
+    token_idxs: index of each row's next token within its sample
     """
     if logits.device.type == "mps":  # has no fp64
         return sample_rows(logits.cpu(), samplings, token_idxs).to(logits.device)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp16 has no temperature below 1e-8
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a temperature below 1e-8 is 0 in fp16
     greedy, among_all, among_likeliest = [], [], []
     for i, sampling in enumerate(samplings):
         is_limited = sampling.is_limited(logits.size(1))
@@ -74,19 +79,19 @@ def sample_rows(logits: Tensor, samplings: Sequence[Sampling], token_idxs: Seque
 
 
 def make_column(values: Sequence[float], device: torch.device) -> Tensor:
-    """(B, 1) in fp64."""
+    """(B, 1), fp64."""
     return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
 
 def get_temperatures(samplings: Sequence[Sampling], like: Tensor) -> Tensor:
-    """(B, 1) of the device and dtype of `like`."""
+    """(B, 1), device and dtype of `like`."""
     return make_column([max(sampling.temperature, MIN_TEMPERATURE) for sampling in samplings], like.device).to(like)
 
 
 def find_likeliest(logits: Tensor) -> Tensor:
-    """The first of the largest of each row (B, V) -> (B,).
+    """Argmax of each row (B, V), the first one among ties -> (B,).
 
-    The largest of each block first: argmax over 32 rows takes a CPU 8 times as long, though less over a few.
+    In two levels, blocks first: torch's argmax over 32 rows takes a CPU 8 times as long, but less over a few rows.
     """
     if len(logits) < MIN_BLOCK_ROWS or logits.size(1) % BLOCK_TOKENS:
         return logits.argmax(dim=-1)
@@ -97,9 +102,9 @@ def find_likeliest(logits: Tensor) -> Tensor:
 
 
 def sample_among_all(logits: Tensor, samplings: Sequence[Sampling], draws: Tensor) -> Tensor:
-    """The token at which each row's summed probabilities pass its draw (B, 1) in [0, 1) -> (B,).
+    """Inverse transform sampling over the whole vocabulary, from draws (B, 1) in [0, 1) -> (B,).
 
-    Sums of blocks first, then within one block: summing up the whole vocabulary takes far longer.
+    In two levels: cumulative sums over blocks, then within one block; over the whole vocabulary they take far longer.
     """
     if any(sampling.temperature != 1 for sampling in samplings):
         logits = logits / get_temperatures(samplings, logits)
@@ -117,7 +122,7 @@ def sample_among_all(logits: Tensor, samplings: Sequence[Sampling], draws: Tenso
 
 
 def sample_among_likeliest(logits: Tensor, samplings: Sequence[Sampling], draws: Tensor) -> Tensor:
-    """The same where each row has a top-k or a top-p: looks at a row's likeliest first, at more where it must."""
+    """The same for rows with top-k or top-p: tries the fewest candidates first, more where those don't decide."""
     B, V = logits.shape
     tokens = logits.new_empty(B, dtype=torch.long)
     undecided = list(range(B))
@@ -133,7 +138,7 @@ def sample_among_likeliest(logits: Tensor, samplings: Sequence[Sampling], draws:
 
 def sample_among(num_candidates: int, logits: Tensor, samplings: Sequence[Sampling],
                  draws: Tensor) -> tuple[Tensor, Tensor]:
-    """A token of each row (B, V) -> (B,), and whether it is sure that top-k and top-p leave in no other candidates."""
+    """A token per row (B, V) -> (B,), and whether no token outside the candidates can pass top-k and top-p -> (B,)."""
     B, V = logits.shape
     if num_candidates == V:
         lowest, _ = find_lowest(logits, logits.sort(dim=-1, descending=True).values, samplings)
@@ -143,7 +148,7 @@ def sample_among(num_candidates: int, logits: Tensor, samplings: Sequence[Sampli
         values, tokens = logits.topk(num_candidates)  # (B, candidates), the likeliest first
         lowest, last_needed = find_lowest(logits, values, samplings)
         decided = (values[:, -1:] < last_needed).squeeze(1)
-        tokens, order = tokens.sort(dim=-1)  # the vocabulary's order: that of topk leaves ties open
+        tokens, order = tokens.sort(dim=-1)  # the vocabulary's order; topk's order of ties is undefined
         values = values.gather(1, order)
     weights = find_weights(values, logits, samplings) * (values >= lowest)
     ends = weights.cumsum(dim=-1, dtype=torch.float64)
@@ -151,10 +156,12 @@ def sample_among(num_candidates: int, logits: Tensor, samplings: Sequence[Sampli
 
 
 def find_lowest(logits: Tensor, values: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor, Tensor]:
-    """The least likely logit of each row that its top-k and top-p leave in, and the least that one must know to tell.
+    """Per row (B, 1): the lowest logit that passes top-k and top-p, and the lowest logit needed to find it.
 
-    logits: (B, V); values: (B, N), the largest N of them in order -> (B, 1) each; both hold where values go on below
-    the second
+    Both are right if the candidates reach below the second one.
+
+    logits: (B, V)
+    values: (B, N), the N largest logits in descending order
     """
     V = logits.size(1)
     top_ks = [min(sampling.top_k or V, V) for sampling in samplings]
@@ -171,15 +178,15 @@ def find_lowest(logits: Tensor, values: Tensor, samplings: Sequence[Sampling]) -
     wanted = mass * make_column(top_ps, logits.device)
     num_before = (weights.cumsum(dim=-1) < wanted).sum(dim=-1, keepdim=True)
     kept = torch.maximum(lowest, values.gather(1, num_before.clamp(max=values.size(1) - 1)))
-    return kept, torch.where(ranks < V - 1, lowest, kept)  # top-p after top-k counts all that top-k leaves in
+    return kept, torch.where(ranks < V - 1, lowest, kept)  # top-p's mass is that of all tokens that pass top-k
 
 
 def find_weights(values: Tensor, logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Probabilities of some of a row's logits, (B, N), in units of that of its likeliest."""
+    """Probabilities of some of a row's logits (B, N), relative to that of its likeliest token."""
     largest = logits.amax(dim=-1, keepdim=True)
     return ((values - largest) / get_temperatures(samplings, values)).exp()
 
 
 def find_passing(cumulative: Tensor, target: Tensor) -> Tensor:
-    """Where cumulative (B, N) passes target (B, 1) -> (B, 1); rounding doesn't lead past the last that adds to it."""
+    """Index where cumulative (B, N) passes target (B, 1) -> (B, 1); rounding never gives a token of probability 0."""
     return torch.searchsorted(cumulative, torch.minimum(target, cumulative[:, -1:] * (1 - 2**-50)), right=True)

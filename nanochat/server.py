@@ -1,21 +1,24 @@
-"""The HTTP server: OpenAI's API, this family's own stream, and the page.
+"""The HTTP server: OpenAI's API, the legacy endpoint, and the chat page.
 
     POST /v1/chat/completions   POST /v1/completions   GET /v1/models     as in OpenAI's reference, streaming or not
     POST /chat/completions      {"messages", "temperature", "top_k", "max_tokens"} -> data: {"token": "...", "gpu": 0}
-    GET  /health  /stats  /                                                the last one is the page
+    GET  /health  /stats  /                                               the last one is the page
 
-Every error is {"error": {"message", "type", "param", "code"}}. A request that a client leaves frees its row at once,
-one that takes too long ends with an error. Formats and limits: api_types.py; engines: engine_pool.py.
+Every error is {"error": {"message", "type", "param", "code"}}. A client that disconnects frees its rows at once; an
+answer that takes too long ends with an error. Formats and limits: server_api.py; engines: server_engines.py.
 """
 
 import asyncio
 import base64
 import contextlib
 import hashlib
+import hmac
 import itertools
 import json
 import re
 import secrets
+import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,44 +28,36 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanochat import request as engine_request
-from nanochat.api_types import (
-    ApiError,
-    ChatFormat,
-    ChatRequest,
-    Choice,
-    CompletionRequest,
-    ErrorResponse,
-    FamilyChatRequest,
-    SamplingFields,
-    TextFormat,
-    make_envelope,
-    split_turns,
-    sum_usage,
-)
-from nanochat.engine_pool import Answer, EngineError, EnginePool
-from nanochat.gate import CLIENT_GONE, Gate, convert_error, log_line, make_error_response
-from nanochat.prompts import NoRoom, build_prompt, check_context
+from nanochat import engine_request
+from nanochat import server_api as api
+from nanochat.chat import NoRoom, build_prompt, check_context
+from nanochat.common import now
+from nanochat.server_engines import Answer, EngineError, EnginePool
 
 PAGE_PATH = Path(__file__).with_name("ui.html")
-DONE = "data: [DONE]\n\n"
+MAX_BODY_BYTES = 2**20
+MAX_DISCARDED_BYTES = 2**25    # of a body that is too large: read, so that the client gets the error before the cut
+BODY_TIMEOUT_SEC = 30          # for a body to arrive
+OPEN_PATHS = {"/", "/health", "/openapi.json"}  # no key needed
+SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What is served, and within which limits."""
+    """The served model, the defaults and the limits."""
     model_name:          str
     stage:               str
     context_tokens:      int            # prompt and answer together
-    temperature:         float          # these three where a request says nothing
+    temperature:         float          # these three: defaults of a request
     top_k:               int
     max_tokens:          int
     request_timeout_sec: float
-    created:             int = 0        # of the checkpoint, seconds since 1970
+    created:             int = 0        # time of the checkpoint, seconds since 1970
     api_key:             str | None = None
     cors_origins:        tuple[str, ...] = ()
-    hosts:               tuple[str, ...] = ()    # what this server may be called in a request; () is anything
+    hosts:               tuple[str, ...] = ()    # accepted Host headers; (): any
     log_contents:        bool = False
 
 
@@ -71,130 +66,108 @@ class ServerSettings:
 
 
 class Service:
-    """From a parsed request to its answer."""
+    """The path from a parsed request to its answer."""
 
     def __init__(self, settings: ServerSettings, pool: EnginePool, tokenizer):
         self.settings, self.pool, self.tokenizer = settings, pool, tokenizer
 
-    def begin_chat(self, http: Request, body: ChatRequest | FamilyChatRequest) -> tuple[Answer, int]:
-        """Hand a conversation to an engine; returns how many messages were dropped, too."""
-        max_tokens = self._get_max_tokens(body)
-        with refuse_long_prompt("messages"):
-            tokens, num_turns = build_prompt(self.tokenizer, *split_turns(body.messages), self.settings.context_tokens,
-                                             max_tokens, self.settings.stage == "base")
-        if self.settings.log_contents:
-            http.state.record["messages"] = [message.model_dump() for message in body.messages]
-        return self._begin(http, body, tokens, max_tokens), 2 * num_turns
-
-    def begin_completion(self, http: Request, body: CompletionRequest) -> Answer:
-        """Hand a text, or tokens, to an engine."""
-        tokens = body.prompt
-        if isinstance(tokens, str):
-            tokens = self.tokenizer.encode(tokens, prepend=self.tokenizer.get_bos_token_id())
-        with refuse_long_prompt("prompt"):
-            check_context(tokens, self.settings.context_tokens)
-        if self.settings.log_contents:
-            http.state.record["prompt"] = body.prompt
-        return self._begin(http, body, tokens, self._get_max_tokens(body))
-
-    def _get_max_tokens(self, body: SamplingFields) -> int:
-        asked = body.max_tokens if isinstance(body, FamilyChatRequest) else body.get_max_tokens()
-        return asked or self.settings.max_tokens
-
-    def _begin(self, http: Request, body: SamplingFields, tokens: list[int], max_tokens: int) -> Answer:
-        settings, is_openai = self.settings, not isinstance(body, FamilyChatRequest)
-        model = getattr(body, "model", None)
-        if model not in (None, "", settings.model_name):
-            raise ApiError(404, f"the model {ascii(model)[:100]} isn't here; this server has {settings.model_name!r}",
-                           param="model", code="model_not_found")
-        seed = body.seed if is_openai and body.seed is not None else secrets.randbits(63)
+    def begin(self, http: Request, body: api.ChatRequest | api.CompletionRequest) -> tuple[Answer, int]:
+        """Submit a request to an engine; returns its answer, and how many messages were dropped from the prompt."""
+        settings = self.settings
+        if body.model not in (None, "", settings.model_name):
+            raise api.ApiError(404, f"the model {ascii(body.model)[:100]} isn't here; this server has "
+                               f"{settings.model_name!r}", param="model", code="model_not_found")
+        max_tokens = body.get_max_tokens() or settings.max_tokens
+        param = "messages" if isinstance(body, api.ChatRequest) else "prompt"
+        try:
+            tokens, num_turns = self._make_prompt(body, max_tokens)
+        except NoRoom as error:
+            raise api.ApiError(400, f"{param}: {error}", param=param, code="context_length_exceeded") from None
+        if settings.log_contents:
+            http.state.record |= body.model_dump(include={param})
+        seed = secrets.randbits(63) if body.seed is None else body.seed
         requests = [engine_request.Request(
             tokens, min(max_tokens, settings.context_tokens - len(tokens)),
             settings.temperature if body.temperature is None else body.temperature,
             settings.top_k if body.top_k is None else body.top_k,
-            body.top_p if is_openai else None, seed, sample, tuple(body.stop or ()) if is_openai else (),
-            body.get_num_logprobs() if is_openai else None) for sample in range(is_openai and body.n or 1)]
+            body.top_p, seed, sample, tuple(body.stop or ()), body.get_num_logprobs()) for sample in range(body.n or 1)]
         answer = http.state.record["answer"] = self.pool.submit(requests, settings.request_timeout_sec)
-        return answer
+        return answer, 2 * num_turns
 
-    async def respond(self, http: Request, body: ChatRequest | CompletionRequest, answer: Answer, num_dropped: int,
-                      format_: type[ChatFormat | TextFormat]) -> Response:
-        """OpenAI's answer, whole or as a stream. Before the first token an error has a status of its own."""
-        envelope = make_envelope(format_, secrets.token_hex(12), self.settings.model_name, num_dropped)
-        headers = {"X-Dropped-Messages": str(num_dropped)} if num_dropped else None
-        choices = {generation_id: Choice(index, self.tokenizer) for generation_id, index in answer.samples.items()}
+    def _make_prompt(self, body: api.ChatRequest | api.CompletionRequest, max_tokens: int) -> tuple[list[int], int]:
+        """(tokens, dropped turns); NoRoom where they leave no room for an answer."""
+        if isinstance(body, api.ChatRequest):
+            system, turns = api.split_turns(body.messages)
+            return build_prompt(self.tokenizer, system, turns, self.settings.context_tokens, max_tokens,
+                                self.settings.stage == "base")
+        tokens = body.prompt
+        if isinstance(tokens, str):
+            tokens = self.tokenizer.encode(tokens, prepend=self.tokenizer.get_bos_token_id())
+        check_context(tokens, self.settings.context_tokens)
+        return tokens, 0
+
+    async def respond(self, http: Request, body: api.ChatRequest | api.CompletionRequest,
+                      format_: type[api.ChatFormat | api.TextFormat]) -> Response:
+        """OpenAI's answer, whole or as a stream. An error before the first token has its own status."""
+        answer, num_dropped = self.begin(http, body)
+        envelope = api.make_envelope(format_, self.settings.model_name, num_dropped)
         if body.stream:
-            await unless_gone(http, answer.wait())
-            chunks = self._stream(http, body, answer, envelope, choices, format_)
-            return StreamingResponse(chunks, media_type="text/event-stream", headers=(headers or {}) | {
-                "Cache-Control": "no-store"})
-        await unless_gone(http, self._collect(answer, choices))
+            return await self.stream(http, answer, num_dropped, api.OpenAIStream(format_, envelope, body))
+        choices = self._make_choices(answer)
+
+        async def collect() -> None:
+            while answer.has_more():
+                for event in await answer.next_events():
+                    choices[event.request_id].add(event)
+        await unless_gone(http, collect())
         self._log_answer(http, choices)
         with_logprobs = body.get_num_logprobs() is not None
         return JSONResponse(envelope | {
             "choices": [format_.whole(choice, with_logprobs) for choice in choices.values()],
-            "usage": sum_usage(list(choices.values()))}, headers=headers)
+            "usage": api.sum_usage(choices.values())}, headers=make_headers(num_dropped))
 
-    async def _collect(self, answer: Answer, choices: dict[int, Choice]) -> None:
-        while answer.has_more():
-            for event in await answer.next_events():
-                choices[event.request_id].add(event)
+    async def stream(self, http: Request, answer: Answer, num_dropped: int,
+                     stream: api.OpenAIStream | api.LegacyStream) -> Response:
+        """The answer as server-sent events, once the first token is there."""
+        await unless_gone(http, answer.wait())
+        return StreamingResponse(self._encode_events(http, answer, stream), media_type="text/event-stream",
+                                 headers=make_headers(num_dropped) | {"Cache-Control": "no-store"})
 
-    async def _stream(self, http: Request, body: ChatRequest | CompletionRequest, answer: Answer, envelope: dict,
-                      choices: dict[int, Choice], format_: type[ChatFormat | TextFormat]) -> AsyncIterator[str]:
-        """Server-sent events; what is there at once goes out in one piece, a choice's text in one of them."""
-        with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        with_logprobs = body.get_num_logprobs() is not None
-        envelope = envelope | {"object": format_.chunk_name} | ({"usage": None} if with_usage else {})
-        begin, end = json.dumps(envelope, ensure_ascii=False)[:-1] + ', "choices": [', "]}\n\n"
-
-        def encode(choice: Choice, delta: dict) -> str:
-            logprobs, choice.logprobs = choice.logprobs if with_logprobs else None, []
-            finish_reason = None if delta else choice.finish_reason
-            return "data: " + begin + json.dumps(format_.delta(choice, delta, logprobs, finish_reason),
-                                                 ensure_ascii=False) + end
-        if format_.first_delta:
-            yield "".join(encode(choice, format_.first_delta) for choice in choices.values())
-        with say_error_in_stream() as last_words:
+    async def _encode_events(self, http: Request, answer: Answer,
+                             stream: api.OpenAIStream | api.LegacyStream) -> AsyncIterator[str]:
+        """What arrives together is sent together, with the consecutive texts of a choice as one delta."""
+        choices = self._make_choices(answer)
+        if start := stream.start(choices.values()):
+            yield start
+        try:
             while answer.has_more():
-                deltas: dict[Choice, list[dict]] = {choice: [] for choice in choices.values()}
+                deltas: dict[api.Choice, list[dict]] = {choice: [] for choice in choices.values()}
                 for event in await answer.next_events():
                     choice = choices[event.request_id]
                     deltas[choice] += choice.add(event) + ([{}] if event.finish_reason else [])  # {}: the end
-                lines = [encode(choice, delta) for choice in deltas for delta in join_texts(deltas[choice])]
-                if lines:
-                    yield "".join(lines)
+                if piece := "".join(stream.encode(choice, delta) for choice in deltas
+                                    for delta in join_texts(deltas[choice])):
+                    yield piece
             self._log_answer(http, choices)
-            if with_usage:
-                usage = envelope | {"choices": [], "usage": sum_usage(list(choices.values()))}
-                yield f"data: {json.dumps(usage, ensure_ascii=False)}\n\n"
-            yield DONE
-        for line in last_words:
-            yield line
+            yield stream.end(choices.values())
+        except EngineError as error:  # the status has been sent already
+            yield api.to_sse(api.convert_error(error).body)
 
-    async def stream_family(self, http: Request, answer: Answer) -> AsyncIterator[str]:
-        """The visible text, some tokens at a time, as {"token", "gpu"} lines, and {"done": true}."""
-        choice = Choice(0, self.tokenizer)
-        with say_error_in_stream() as last_words:
-            while answer.has_more():
-                texts = [delta["content"] for event in await answer.next_events() for delta in choice.add(event)
-                         if "content" in delta]
-                if texts:
-                    line = json.dumps({"token": "".join(texts), "gpu": answer.worker.worker_idx}, ensure_ascii=False)
-                    yield f"data: {line}\n\n"
-            self._log_answer(http, {0: choice})
-            yield 'data: {"done": true}\n\n'
-        for line in last_words:
-            yield line
+    def _make_choices(self, answer: Answer) -> dict[int, api.Choice]:
+        return {request_id: api.Choice(index, self.tokenizer) for request_id, index in answer.samples.items()}
 
-    def _log_answer(self, http: Request, choices: dict[int, Choice]) -> None:
+    def _log_answer(self, http: Request, choices: dict[int, api.Choice]) -> None:
         http.state.record["finish_reasons"] = [choice.finish_reason for choice in choices.values()]
         if self.settings.log_contents:
             http.state.record["answers"] = [choice.parts for choice in choices.values()]
 
 
+def make_headers(num_dropped: int) -> dict[str, str]:
+    return {"X-Dropped-Messages": str(num_dropped)} if num_dropped else {}
+
+
 def join_texts(deltas: list[dict]) -> Iterator[dict]:
-    """The same deltas, neighbouring texts as one."""
+    """The same deltas, consecutive texts joined."""
     for has_text, group in itertools.groupby(deltas, key=lambda delta: "content" in delta):
         if has_text:
             yield {"content": "".join(delta["content"] for delta in group)}
@@ -202,27 +175,8 @@ def join_texts(deltas: list[dict]) -> Iterator[dict]:
             yield from group
 
 
-@contextlib.contextmanager
-def refuse_long_prompt(param: str) -> Iterator[None]:
-    """Let a client know that its prompt leaves no room for an answer."""
-    try:
-        yield
-    except NoRoom as error:
-        raise ApiError(400, f"{param}: {error}", param=param, code="context_length_exceeded") from None
-
-
-@contextlib.contextmanager
-def say_error_in_stream():
-    """Gives a list of last lines, filled where the answer breaks off: the status has been sent before."""
-    lines: list[str] = []
-    try:
-        yield lines
-    except EngineError as error:
-        lines.append(f"data: {json.dumps(convert_error(error).body)}\n\n")
-
-
 async def unless_gone(http: Request, work: Awaitable[None]) -> None:
-    """Wait for `work`, but not when the client has gone."""
+    """Await `work`; ApiError if the client disconnects first."""
     async def wait_for_end() -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
@@ -230,7 +184,7 @@ async def unless_gone(http: Request, work: Awaitable[None]) -> None:
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
-            raise ApiError(CLIENT_GONE, "the client has gone")
+            raise api.ApiError(api.CLIENT_GONE, "the client has gone")
         tasks[0].result()
     finally:
         for task in tasks:
@@ -238,11 +192,103 @@ async def unless_gone(http: Request, work: Awaitable[None]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The gate: id, host, key, size of the body and log line of every HTTP request
+
+
+def log_line(**fields) -> None:
+    """One JSON object per line on stdout, in one write, since threads log, too; a closed stdout is ignored."""
+    with contextlib.suppress(OSError):
+        sys.stdout.write(json.dumps({"time": now(), **fields}) + "\n")
+        sys.stdout.flush()
+
+
+class Gate:
+    """Middleware around all routes: gives each request its id, checks host, key and body, logs it, closes its answer.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None, hosts: tuple[str, ...], log: Callable[..., None]):
+        self.app, self.api_key, self.hosts, self.log = app, api_key, hosts, log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, request_id, status = time.perf_counter(), f"req_{secrets.token_hex(8)}", 500
+        record = scope.setdefault("state", {})["record"] = {}
+
+        async def send_start(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
+            await send(message)
+        try:
+            headers = dict(scope["headers"])
+            self._check_host(headers)
+            if scope["path"] not in OPEN_PATHS:
+                self._check_key(headers)
+            await self.app(scope, await read_body(receive), send_start)
+        except api.ApiError as error:
+            await error.make_response()(scope, receive, send_start)
+        finally:
+            fields = {"id": request_id, "route": f"{scope['method']} {scope['path']}", "status": status}
+            if answer := record.pop("answer", None):
+                answer.close()
+                first_token_sec = answer.first_token_sec
+                fields |= {"prompt_tokens": answer.num_prompt_tokens, "tokens": answer.num_tokens,
+                           "first_token_ms": first_token_sec and round(first_token_sec * 1e3, 1),
+                           "worker": answer.worker.worker_idx}
+            self.log(**fields, ms=round((time.perf_counter() - start) * 1e3, 1), **record)
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        """Against DNS rebinding: a foreign page whose name resolves to this machine sends its own name as the host.
+
+        Every browser sends a Host header; a client without one is no browser.
+        """
+        host = re.sub(r":[0-9]*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
+        if self.hosts and host and host not in self.hosts:
+            raise api.ApiError(403, f"this server is for its own machine, as {' or '.join(self.hosts)}; under another "
+                               "name it needs an API key: start it with --api-key-file", code="foreign_host")
+
+    def _check_key(self, headers: dict[bytes, bytes]) -> None:
+        kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if self.api_key is not None and (
+                kind.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.api_key.encode())):
+            raise api.ApiError(401, "this server needs its API key: send Authorization: Bearer <key>",
+                               code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+async def read_body(receive: Receive) -> Receive:
+    """Read a body of limited size; returns a function that receives it again, whole."""
+    async def read() -> bytes:
+        body, num_bytes, more = bytearray(), 0, True
+        while more and num_bytes <= MAX_DISCARDED_BYTES:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise api.ApiError(api.CLIENT_GONE, "the client has gone")
+            body += message.get("body", b"") if num_bytes <= MAX_BODY_BYTES else b""
+            num_bytes += len(message.get("body", b""))
+            more = message.get("more_body", False)
+        if num_bytes > MAX_BODY_BYTES:
+            raise api.ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+        return bytes(body)
+    try:
+        body = await asyncio.wait_for(read(), BODY_TIMEOUT_SEC)
+    except asyncio.TimeoutError:
+        raise api.ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_SEC} s") from None
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return messages.pop() if messages else await receive()
+    return receive_again
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The application
 
 
 def load_page() -> Response:
-    """The page, under a policy that lets nothing run but its own script and nothing load from elsewhere."""
+    """The chat page, with a content security policy: only its own script runs, nothing loads from other servers."""
     if not PAGE_PATH.exists():
         return PlainTextResponse("this installation has no page; the API is at /v1", 404)
     html = PAGE_PATH.read_text(encoding="utf-8")
@@ -257,7 +303,7 @@ def load_page() -> Response:
 
 
 def make_app(settings: ServerSettings, pool: EnginePool, tokenizer, log: Callable[..., None] = log_line) -> FastAPI:
-    """The application on engines that run already."""
+    """The application, on a pool that has been started."""
     @contextlib.asynccontextmanager
     async def lifespan(_):
         pool.loop = asyncio.get_running_loop()
@@ -266,14 +312,14 @@ def make_app(settings: ServerSettings, pool: EnginePool, tokenizer, log: Callabl
 
     app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None)  # those load from elsewhere
     app.add_middleware(Gate, api_key=settings.api_key, hosts=settings.hosts, log=log)
-    if settings.cors_origins:  # around the gate, so that its errors can be read there, too
+    if settings.cors_origins:  # outside the gate, so that a page can read the gate's errors, too
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"],
                            allow_headers=["Authorization", "Content-Type"],
                            expose_headers=["X-Request-Id", "X-Dropped-Messages", "Retry-After"])
 
     async def answer_error(_, error: Exception) -> JSONResponse:
-        return make_error_response(convert_error(error))
-    for kind in (ApiError, EngineError, RequestValidationError, HTTPException, Exception):
+        return api.convert_error(error).make_response()
+    for kind in (api.ApiError, EngineError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_error)
     add_answer_routes(app, Service(settings, pool, tokenizer))
     add_other_routes(app, settings, pool)
@@ -281,30 +327,27 @@ def make_app(settings: ServerSettings, pool: EnginePool, tokenizer, log: Callabl
 
 
 def add_answer_routes(app: FastAPI, service: Service) -> None:
-    """What a model answers."""
-    errors = {"4XX": {"model": ErrorResponse}, "5XX": {"model": ErrorResponse}}
+    """The routes that generate."""
+    errors = {"4XX": {"model": api.ErrorResponse}, "5XX": {"model": api.ErrorResponse}}
     stream, whole = {"text/event-stream": {}}, {"application/json": {}}
 
     @app.post("/v1/chat/completions", responses=errors | {200: {"content": whole | stream}})
-    async def chat_completions(body: ChatRequest, http: Request):
-        answer, num_dropped = service.begin_chat(http, body)
-        return await service.respond(http, body, answer, num_dropped, ChatFormat)
+    async def chat_completions(body: api.ChatRequest, http: Request):
+        return await service.respond(http, body, api.ChatFormat)
 
     @app.post("/v1/completions", responses=errors | {200: {"content": whole | stream}})
-    async def completions(body: CompletionRequest, http: Request):
-        return await service.respond(http, body, service.begin_completion(http, body), 0, TextFormat)
+    async def completions(body: api.CompletionRequest, http: Request):
+        return await service.respond(http, body, api.TextFormat)
 
     @app.post("/chat/completions", responses=errors | {200: {"content": stream}}, response_class=StreamingResponse)
-    async def family_chat_completions(body: FamilyChatRequest, http: Request):
-        answer, num_dropped = service.begin_chat(http, body)
-        await unless_gone(http, answer.wait())
-        return StreamingResponse(service.stream_family(http, answer), media_type="text/event-stream",
-                                 headers={"Cache-Control": "no-store", "X-Dropped-Messages": str(num_dropped)})
+    async def legacy_chat_completions(body: api.LegacyChatRequest, http: Request):
+        answer, num_dropped = service.begin(http, body.to_chat_request())
+        return await service.stream(http, answer, num_dropped, api.LegacyStream(answer.worker.worker_idx))
 
 
 def add_other_routes(app: FastAPI, settings: ServerSettings, pool: EnginePool) -> None:
-    """Which model this is, how the server is doing, and the page."""
-    errors, page = {"4XX": {"model": ErrorResponse}}, load_page()
+    """The model's description, the server's state, and the page."""
+    errors, page = {"4XX": {"model": api.ErrorResponse}}, load_page()
 
     @app.get("/v1/models")
     async def models():
@@ -313,7 +356,8 @@ def add_other_routes(app: FastAPI, settings: ServerSettings, pool: EnginePool) -
     @app.get("/v1/models/{name:path}", responses=errors)
     async def model(name: str):
         if name != settings.model_name:
-            raise ApiError(404, f"this server has {settings.model_name!r} only", param="model", code="model_not_found")
+            raise api.ApiError(404, f"this server has {settings.model_name!r} only", param="model",
+                               code="model_not_found")
         return describe_model(settings)
 
     @app.get("/health", responses={503: {}})
@@ -334,6 +378,6 @@ def add_other_routes(app: FastAPI, settings: ServerSettings, pool: EnginePool) -
 
 
 def describe_model(settings: ServerSettings) -> dict:
-    """One entry of /v1/models; the last three are extensions."""
+    """An entry of /v1/models; the last three fields are extensions."""
     return {"id": settings.model_name, "object": "model", "created": settings.created, "owned_by": "nanochat",
             "stage": settings.stage, "context_tokens": settings.context_tokens, "max_tokens": settings.max_tokens}

@@ -1,12 +1,12 @@
-"""Talk to a model in the terminal. A base model continues what you type, a chat model answers it.
+"""Talk to a model in the terminal: a chat model answers, a base model continues the text.
 
-    python -m scripts.chat_cli                                      # the last stage that you trained
+    python -m scripts.chat_cli                                      # the last trained stage
     python -m scripts.chat_cli -i base -p "The capital of France is" --max-tokens 32
     cat questions.txt | python -m scripts.chat_cli > answers.txt    # each line is a message of one conversation
 
-A message of several lines stands between two lines of three double quotes. A line that begins with / and a word is a
-command, in a pipe too; /help lists them. Ctrl-C stops an answer; at the prompt, two of them or Ctrl-D leave. Where the
-model used its calculator, the answer has [34*27 = 918]. What you typed is kept in the base folder's chat_history.
+Messages of several lines stand between two lines of three double quotes. Lines that begin with / and a word are
+commands, in a pipe too; /help lists them. Ctrl-C stops an answer; at the prompt, two of them or Ctrl-D leave. Calls of
+the calculator are shown as [34*27 = 918]. The base folder's chat_history keeps the typed lines.
 """
 
 import argparse
@@ -18,16 +18,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat.chat_session import ChatSession, format_answer
+from nanochat.chat import ChatSession, format_answer
 from nanochat.checkpoint_manager import STAGES, find_last_stage, load_model
 from nanochat.common import UserError, get_base_dir, get_compute_dtype, init_compute, run_script
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Event
 
 HELP = '''/new                 forget the conversation
-/system TEXT         what the model is told before the conversation; without TEXT, nothing
-/temperature NUMBER  0 always takes the likeliest token
-/save FILE           write the conversation as a line of JSON, as training data have it
-/load FILE           go on with a saved conversation
+/system TEXT         set the system message; without TEXT, remove it
+/temperature NUMBER  0 = greedy
+/save FILE           write the conversation as one line of JSON, the format of training data
+/load FILE           continue a saved conversation
 /quit                leave, as Ctrl-D does
 """                  begins and ends a message of several lines; Ctrl-C stops an answer'''
 MAX_HISTORY_LINES = 1000
@@ -36,22 +36,22 @@ MAX_HISTORY_LINES = 1000
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("-i", "--source", choices=STAGES, help="stage of the model (default: the last one there is)")
+    add("-i", "--source", choices=STAGES, help="stage of the model (default: the last trained one)")
     add("-g", "--model-tag", help="folder of the run (default: the latest)")
     add("-s", "--step", type=int, help="optimizer step of the checkpoint (default: the latest)")
-    add("-t", "--temperature", type=float, default=0.6, help="0 always takes the likeliest token")
-    add("-k", "--top-k", type=int, default=50, help="sample among the k likeliest tokens; 0 = all")
+    add("-t", "--temperature", type=float, default=0.6, help="0 = greedy")
+    add("-k", "--top-k", type=int, default=50, help="sample among the k likeliest tokens; 0 = all tokens")
     add("-d", "--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
     add("-p", "--prompt", help="answer this and end")
     add("--max-tokens", type=int, default=256, help="length of an answer in tokens, at most")
-    add("--seed", type=int, default=42, help="of the first answer; the next ones count up")
-    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best there is)")
+    add("--seed", type=int, default=42, help="seed of the first answer; each further answer adds 1")
+    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best one available)")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    for stream in (sys.stdin, sys.stdout):  # a pipe may hold anything, a terminal may show little
+    for stream in (sys.stdin, sys.stdout):  # a pipe may hold invalid text, a terminal may lack characters
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     device, _ = init_compute(args.device_type)
@@ -65,53 +65,54 @@ def main(argv: list[str] | None = None) -> dict:
     if interactive:
         say("/help lists the commands; anything else goes to the model")
 
+    ctrl_c = CtrlC(interactive)
+    lines = type_lines(ctrl_c) if interactive else (line.rstrip("\n") for line in sys.stdin)
     num_answers = num_tokens = 0
-    with CtrlC(interactive) as ctrl_c:
-        for text, may_command in [(args.prompt, False)] if args.prompt is not None else read_messages(ctrl_c):
-            if may_command and text.strip() == "/quit":
-                break
-            try:
-                if may_command and (command := re.fullmatch(r"/(\w+)(?:\s+(.*))?", text.strip())):
-                    say(run_command(session, chat, command[1], command[2] or ""))
-                elif not may_command or text.strip():
-                    show_answer(session, chat, text, ctrl_c)
-                    num_answers, num_tokens = num_answers + 1, num_tokens + len(session.turns[-1].tokens)
-                    chat["seed"] += 1
-            except UserError as error:
-                if not interactive:
-                    raise
-                say(f"error: {error}")
+    for text, may_command in [(args.prompt, False)] if args.prompt is not None else read_messages(lines, interactive):
+        if may_command and text.strip() == "/quit":
+            break
+        try:
+            if may_command and (command := re.fullmatch(r"/(\w+)(?:\s+(.*))?", text.strip())):
+                say(run_command(session, chat, command[1], command[2] or ""))
+            elif not may_command or text.strip():
+                show_answer(session, chat, text, ctrl_c)
+                num_answers, num_tokens = num_answers + 1, num_tokens + len(session.turns[-1].tokens)
+                chat["seed"] += 1
+        except UserError as error:
+            if not interactive:
+                raise
+            say(f"error: {error}")
     return {"source": stage, "step": meta["step"], "num_answers": num_answers, "num_tokens": num_tokens}
 
 
-class CtrlC(contextlib.AbstractContextManager):
-    """What Ctrl-C does while a person talks: KeyboardInterrupt where they type, else only a note that it was pressed.
+class CtrlC:
+    """Handler of Ctrl-C in a terminal: KeyboardInterrupt at the prompt, `was_pressed` anywhere else.
 
-    So it never falls between two steps of the engine, and never ends the program by bad timing.
+    So it never interrupts a step of the engine, and never ends the program by bad timing.
     """
 
     def __init__(self, interactive: bool):
-        self.interactive, self.is_typing, self.was_pressed = interactive, False, False
+        self.is_typing = self.was_pressed = False
+        if interactive:
+            signal.signal(signal.SIGINT, self._press)
 
-    def __enter__(self):
-        if self.interactive:
-            self.previous = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, *error):
-        if self.interactive:
-            signal.signal(signal.SIGINT, self.previous)
-
-    def _press(self, *_):
+    def _press(self, *_) -> None:
         if self.is_typing:
             raise KeyboardInterrupt
         self.was_pressed = True
 
+    def cut(self, events: Iterator[Event]) -> Iterator[Event]:
+        """The events up to Ctrl-C."""
+        self.was_pressed = False
+        for event in events:
+            yield event
+            if self.was_pressed:
+                return
 
-def read_messages(ctrl_c: CtrlC) -> Iterator[tuple[str, bool]]:
-    """The messages that a person types or a pipe holds, and whether each may be a command: not so between quotes."""
-    lines = type_lines(ctrl_c) if ctrl_c.interactive else (line.rstrip("\n") for line in sys.stdin)
-    block = None  # lines between quotes
+
+def read_messages(lines: Iterator[str | None], interactive: bool) -> Iterator[tuple[str, bool]]:
+    """(message, whether it may be a command) per line; lines between quotes are one message, None discards it."""
+    block = None  # lines since the opening quotes
     for line in lines:
         if line is None:  # Ctrl-C
             block = None
@@ -123,18 +124,18 @@ def read_messages(ctrl_c: CtrlC) -> Iterator[tuple[str, bool]]:
             yield line, True
         else:
             block.append(line)
-    if block is not None and not ctrl_c.interactive:
+    if block is not None and not interactive:
         raise UserError('the input ends within a message of several lines; end it with a line of """')
 
 
 def type_lines(ctrl_c: CtrlC) -> Iterator[str | None]:
-    """The lines that a person types, None for a Ctrl-C; ends at Ctrl-D or a second Ctrl-C."""
+    """Typed lines, None for Ctrl-C; ends at Ctrl-D or a second Ctrl-C."""
     with open_history():
         num_interrupts = 0
         while num_interrupts < 2:
             try:
                 ctrl_c.is_typing = True
-                if not sys.stdout.isatty():  # or input() writes the prompt among the answers
+                if not sys.stdout.isatty():  # input() would write its prompt between the answers
                     print("> ", end="", file=sys.stderr, flush=True)
                 line = input("> " if sys.stdout.isatty() else "")
                 num_interrupts = 0
@@ -151,7 +152,7 @@ def type_lines(ctrl_c: CtrlC) -> Iterator[str | None]:
 
 @contextlib.contextmanager
 def open_history() -> Iterator[None]:
-    """Line editing, and the lines of earlier conversations, where this Python has readline."""
+    """Line editing with a history of all sessions, where this Python has readline."""
     try:
         import readline
     except ImportError:
@@ -169,11 +170,10 @@ def open_history() -> Iterator[None]:
 
 
 def show_answer(session: ChatSession, chat: dict, text: str, ctrl_c: CtrlC) -> None:
-    """Print an answer as it comes, up to its end or, for a person, to Ctrl-C."""
-    ctrl_c.was_pressed = False
+    """Print an answer as it is generated, up to its end or to Ctrl-C."""
     num_dropped = session.num_dropped
     with contextlib.closing(session.ask(text, **chat)) as events:
-        for piece in format_answer(until(events, ctrl_c), session.engine.chat_tokens, sys.stdout.isatty()):
+        for piece in format_answer(ctrl_c.cut(events), session.engine.chat_tokens, sys.stdout.isatty()):
             print(piece, end="", flush=True)
     print(flush=True)
     if session.num_dropped > num_dropped:
@@ -181,16 +181,8 @@ def show_answer(session: ChatSession, chat: dict, text: str, ctrl_c: CtrlC) -> N
         say(f"the conversation is longer than the model can read: it no longer sees the oldest {turns}")
 
 
-def until(events: Iterator, ctrl_c: CtrlC) -> Iterator:
-    """The events up to Ctrl-C."""
-    for event in events:
-        yield event
-        if ctrl_c.was_pressed:
-            return
-
-
 def run_command(session: ChatSession, chat: dict, name: str, value: str) -> str:
-    """Do what a command says; returns what to tell the person."""
+    """Run a command; returns the message for the person."""
     if session.is_base and name in ("system", "save", "load"):
         raise UserError(f"/{name} is for chat models; a base model holds no conversation")
     if name in ("help", "new") and value:
@@ -220,7 +212,7 @@ def run_command(session: ChatSession, chat: dict, name: str, value: str) -> str:
 
 
 def say(message: str) -> None:
-    """Tell the person something that is no part of an answer."""
+    """A message to the person, beside the answers on stdout."""
     print(message, file=sys.stderr, flush=True)
 
 

@@ -1,12 +1,12 @@
-"""Serve a model: OpenAI's API at /v1, a page to talk to it at /, this family's stream at /chat/completions.
+"""Serve a model: OpenAI's API at /v1, a chat page at /, the legacy endpoint at /chat/completions.
 
-    python -m scripts.chat_web                                  # the last stage that you trained, on this machine only
+    python -m scripts.chat_web                                  # the last trained stage, for this machine only
     python -m scripts.chat_web -i sft -g d12 -p 8080 --workers 8                            # one engine on each GPU
     python -m scripts.chat_web --host 0.0.0.0 --api-key-file key.txt                         # for others, with a key
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
 
-SIGTERM and Ctrl-C let running answers finish, up to --drain-seconds. The log has no contents unless --log-contents.
+SIGTERM and Ctrl-C let running answers finish, up to --drain-seconds. The log has no contents without --log-contents.
 """
 
 import argparse
@@ -21,45 +21,46 @@ import uvicorn
 
 from nanochat.checkpoint_manager import STAGES, find_checkpoint, find_last_stage, load_run_tokenizer
 from nanochat.common import UserError, let_threads_spin, print0, run_script
-from nanochat.engine_pool import EnginePool
-from nanochat.engine_process import EngineSettings, start_process
-from nanochat.gate import log_line
-from nanochat.server import ServerSettings, make_app
+from nanochat.server import ServerSettings, log_line, make_app
+from nanochat.server_api import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K
+from nanochat.server_engines import EnginePool, EngineSettings, start_process
 
-HERE = ("localhost", "127.0.0.1", "[::1]")    # this machine, as URLs name it
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")    # names of this machine in URLs
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("-i", "--source", choices=STAGES, help="stage of the model (default: the last one there is)")
+    add("-i", "--source", choices=STAGES, help="stage of the model (default: the last trained one)")
     add("-g", "--model-tag", help="folder of the run (default: the latest)")
     add("-s", "--step", type=int, help="optimizer step of the checkpoint (default: the latest)")
-    add("-t", "--temperature", type=float, default=0.6, help="where a request names none")
-    add("-k", "--top-k", type=int, default=50, help="where a request names none; 0 = all tokens")
-    add("-m", "--max-tokens", type=int, default=512, help="of an answer, where a request names none")
+    add("-t", "--temperature", type=float, default=0.6, help="default of requests; 0 = greedy")
+    add("-k", "--top-k", type=int, default=50, help="default of requests; 0 = all tokens")
+    add("-m", "--max-tokens", type=int, default=512, help="length of an answer in tokens, default of requests")
     add("-d", "--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
-    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best there is)")
-    add("--compile", action="store_true", help="decode faster on a CPU, but start some seconds to half a minute later")
-    add("-p", "--port", type=int, default=8000, help="0 = any that is free")
-    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in")
-    add("-n", "--workers", type=int, default=1, help="engine processes; they take turns on the GPUs")
-    add("--max-rows", type=int, default=32, help="answers that an engine writes at once")
-    add("--queue", type=int, default=64, help="answers that may wait beyond these; the next ones get 429")
-    add("--request-timeout", type=float, default=300, help="seconds that an answer may take")
-    add("--drain-seconds", type=int, default=30, help="that running answers get when the server is stopped")
+    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best one available)")
+    add("--compile", action="store_true", help="faster decoding on a CPU; the start takes up to half a minute longer")
+    add("-p", "--port", type=int, default=8000, help="0 = any free port")
+    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 admits other machines")
+    add("-n", "--workers", type=int, default=1, help="engine processes, distributed over the GPUs in turn")
+    add("--max-rows", type=int, default=32, help="rows of an engine's batch")
+    add("--queue", type=int, default=64, help="answers that may wait for a row; further ones get 429")
+    add("--request-timeout", type=float, default=300, help="seconds per answer, at most")
+    add("--drain-seconds", type=int, default=30, help="seconds for running answers when the server is stopped")
     add("--api-key", help="clients must send Authorization: Bearer <key>")
-    add("--api-key-file", help="the same, from a file, so that it isn't seen in the list of processes")
+    add("--api-key-file", help="the same from a file, which the list of processes doesn't show")
     add("--cors-origin", action="append", default=[], help="web site whose pages may use the API; may be repeated")
-    add("--log-contents", action="store_true", help="log what people ask and the model answers, too")
+    add("--log-contents", action="store_true", help="log questions and answers, too")
     args = parser.parse_args(argv)
     check_args(args)
     return args
 
 
 def check_args(args: argparse.Namespace) -> None:
-    if not 0 <= args.temperature <= 2 or not 0 <= args.top_k <= 200 or not 1 <= args.max_tokens <= 4096:
-        raise UserError("--temperature must be from 0 to 2, --top-k from 0 to 200, --max-tokens from 1 to 4096")
+    if not (0 <= args.temperature <= MAX_TEMPERATURE and 0 <= args.top_k <= MAX_TOP_K
+            and 1 <= args.max_tokens <= MAX_TOKENS):
+        raise UserError(f"--temperature must be from 0 to {MAX_TEMPERATURE}, --top-k from 0 to {MAX_TOP_K}, "
+                        f"--max-tokens from 1 to {MAX_TOKENS}")
     if min(args.workers, args.max_rows) < 1 or args.queue < 0:
         raise UserError("--workers and --max-rows must be 1 or more, --queue 0 or more")
     if not 0 < args.request_timeout < float("inf") or args.drain_seconds < 0:
@@ -76,21 +77,27 @@ def main(argv: list[str] | None = None) -> dict:
     stage = args.source or find_last_stage(args.model_tag)
     found = find_checkpoint(stage, args.model_tag, args.step)
     tag, step, tokenizer = found.run_dir.name, found.step, load_run_tokenizer(found.meta)
-    with open_socket(args.host, args.port) as listener:  # before the model is loaded: a taken port is found at once
+    with open_socket(args.host, args.port) as listener:  # before the model is loaded, which takes longer to fail
         engine = EngineSettings(stage, tag, step, args.dtype, args.device_type, args.max_rows, args.workers,
                                 args.compile)
-        let_threads_spin()  # the engines', which only decode
+        let_threads_spin()  # inherited by the engines, which only decode
         pool = EnginePool(functools.partial(start_process, settings=engine), args.workers, args.max_rows, args.queue,
                           log_line)
-        created = int((found.run_dir / "latest").stat().st_mtime)
+        url_host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6 in brackets
+        is_local = url_host in LOCAL_HOSTS
         settings = ServerSettings(
             f"{stage}/{tag}", stage, found.meta["model_config"]["sequence_len"], args.temperature, args.top_k,
-            args.max_tokens, args.request_timeout, created, api_key, tuple(args.cors_origin),
-            HERE if get_url_host(args.host) in HERE and api_key is None else (), args.log_contents)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # at any time the engines end, too
+            args.max_tokens, args.request_timeout, created=int((found.run_dir / "latest").stat().st_mtime),
+            api_key=api_key, cors_origins=tuple(args.cors_origin), log_contents=args.log_contents,
+            hosts=LOCAL_HOSTS if is_local and api_key is None else ())
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # ends the engines, too, even while they load
         try:
             pool.start()
-            announce(args, settings, step, listener, api_key)
+            if stage == "base":
+                print0("warning: a base model only completes text, it wasn't taught to answer; see -i")
+            if not is_local and api_key is None:
+                print0(f"warning: anyone who reaches {args.host} can use this server; --api-key-file sets a key")
+            print0(f"serving {settings.model_name}, step {step}, at http://{url_host}:{listener.getsockname()[1]}")
             serve(make_app(settings, pool, tokenizer), listener, args.drain_seconds)
         finally:
             pool.close()
@@ -113,7 +120,7 @@ def read_api_key(args: argparse.Namespace) -> str | None:
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """Listen at an address; UserError where that can't be."""
+    """A socket that listens at an address; UserError where it can't."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -123,24 +130,8 @@ def open_socket(host: str, port: int) -> socket.socket:
                         "machine only, 0.0.0.0 all of its addresses") from None
 
 
-def get_url_host(host: str) -> str:
-    """An address as it stands in a URL: IPv6 in brackets."""
-    return f"[{host}]" if ":" in host else host
-
-
-def announce(args: argparse.Namespace, settings: ServerSettings, step: int, listener: socket.socket,
-             api_key: str | None) -> None:
-    """Say what is served where, and what to mind."""
-    if settings.stage == "base":
-        print0("warning: a base model only completes text, it wasn't taught to answer; see -i")
-    host = get_url_host(args.host)
-    if host not in HERE and api_key is None:
-        print0(f"warning: whoever reaches {args.host} can use this server; --api-key-file asks them for a key")
-    print0(f"serving {settings.model_name}, step {step}, at http://{host}:{listener.getsockname()[1]}")
-
-
 def serve(app, listener: socket.socket, drain_sec: int) -> None:
-    """Serve until a signal, then let the answers that are under way finish."""
+    """Serve until a signal, then let running answers finish."""
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False,
                             timeout_graceful_shutdown=drain_sec)
     uvicorn.Server(config).run(sockets=[listener])

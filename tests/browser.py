@@ -4,8 +4,6 @@ The browser is driven by its DevTools protocol over two pipes, so no package is 
 a test wants, under the content security policy of the real server.
 """
 
-import base64
-import hashlib
 import json
 import os
 import re
@@ -14,9 +12,9 @@ import subprocess
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
-PAGE_PATH = Path(__file__).resolve().parents[1] / "nanochat" / "ui.html"
+from nanochat.server import load_page
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WAIT_SEC = 15
 KEYS = {"Enter": 13, "Escape": 27, "ArrowUp": 38, "Tab": 9, "/": 191, "?": 191, "o": 79}
@@ -56,9 +54,9 @@ class StandInHandler(BaseHTTPRequestHandler):
         if self.path == "/v1/models":
             self.reply_json({"object": "list", "data": [{"id": "d4 sft", "object": "model"}]})
         else:
-            page = PAGE_PATH.read_bytes()
-            headers = [("Content-Security-Policy", build_policy(page))] if self.server.has_policy else []
-            self.reply(page, "text/html; charset=utf-8", headers=headers)
+            page = load_page()
+            policy = ("Content-Security-Policy", page.headers["Content-Security-Policy"])
+            self.reply(page.body, "text/html; charset=utf-8", headers=[policy] if self.server.has_policy else [])
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -79,14 +77,6 @@ class StandInHandler(BaseHTTPRequestHandler):
                     self.wfile.write(b"data: " + data + b"\n\n")
         except OSError:
             self.server.hung_up.set()
-
-
-def build_policy(page: bytes) -> str:
-    def allow(tag):
-        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), page, re.DOTALL)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(block).digest()).decode()}'" for block in blocks)
-    return (f"default-src 'none'; script-src {allow('script')}; style-src {allow('style')}; connect-src 'self'; "
-            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
 def content(text, **more):
@@ -227,9 +217,6 @@ class Browser:
     def resize(self, width, height, is_phone=False):
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                   mobile=is_phone)
-
-    def photograph(self, path):
-        Path(path).write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def close(self):
         self.session = None

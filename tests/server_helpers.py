@@ -18,14 +18,14 @@ from starlette.testclient import TestClient
 
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.engine import Engine
-from nanochat.engine_pool import EnginePool
-from nanochat.engine_process import run_engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.server import ServerSettings, make_app
+from nanochat.server_engines import EnginePool, run_engine
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 CONFIG = GPTConfig(sequence_len=256, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
+CHAT, TEXT, LEGACY = "/v1/chat/completions", "/v1/completions", "/chat/completions"
 QUESTION = [{"role": "user", "content": "Hi"}]
 
 
@@ -33,6 +33,9 @@ def make_byte_tokenizer() -> RustBPETokenizer:
     """One token per byte, then the special tokens."""
     return RustBPETokenizer(SPLIT_PATTERN, {bytes([byte]): byte for byte in range(256)},
                             {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
+
+
+TOKENIZER = make_byte_tokenizer()
 
 
 def make_tiny_model(config: GPTConfig = CONFIG) -> GPT:
@@ -160,3 +163,11 @@ class ServerProcess:
             return self.process.wait(30)
         finally:
             self.process.kill()
+
+
+def read_stream(response) -> list[dict]:
+    """The data of server-sent events; the closing [DONE] must be there."""
+    assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
+    events = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert events.pop() == "[DONE]"
+    return list(map(json.loads, events))

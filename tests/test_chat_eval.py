@@ -153,7 +153,7 @@ def test_answers_that_are_cut_are_counted(hub, model, tokenizer):
     problems = load_problems(get_task("GSM8K", "test"), "GSM8K", tokenizer, 5)
     num_cut = {p.index: count for p, _, count in write_answers(model, tokenizer, problems, SHORT, 8)}
     for problem in problems:
-        rows, _ = Engine(model, tokenizer).generate_batch(list(problem.prompt), 1, 12, 0, keep_end=True)
+        ((rows, _),) = Engine(model, tokenizer).generate_many([list(problem.prompt)], 1, 12, 0)
         assert num_cut[problem.index] == (rows[0][-1] not in Engine(model, tokenizer).end_tokens)
 
 

@@ -1,4 +1,4 @@
-"""The engine against GPT.generate, which computes everything anew; its rows, its tool loop, and the terminal script."""
+"""The engine against GPT.generate, which recomputes the whole sequence for each token; its rows and its tool loop."""
 
 import functools
 import subprocess
@@ -12,7 +12,7 @@ from torch import nn
 
 from nanochat import decoding
 from nanochat.common import UserError
-from nanochat.engine import HEADROOM_TOKENS, Engine, KVCache, Request, count_common, stream_text
+from nanochat.engine import HEADROOM_TOKENS, Engine, KVCache, Request, count_common
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
@@ -158,6 +158,9 @@ def test_max_tokens(tokenizer):
         engine.submit(Request([1, 2], num_logprobs=-1))
     with pytest.raises(UserError, match="stop string is empty"):
         engine.submit(Request([1, 2], stop=("a", "")))
+    for top_p in (0, 1.1):
+        with pytest.raises(UserError, match="top_p"):
+            engine.submit(Request([1, 2], top_p=top_p))
     assert list(engine.generate([1, 2], max_tokens=0)) == []
     assert engine.generate_batch([1, 2], 2, max_tokens=0) == ([[1, 2], [1, 2]], [[0, 0], [0, 0]])
     rows, masks = engine.generate_batch([1, 2], 2, max_tokens=1, temperature=0)
@@ -175,8 +178,6 @@ def test_max_tokens(tokenizer):
     ({"tokens": [1], "top_k": -1}, "top_k"),
     ({"tokens": [1], "temperature": -0.1}, "temperature"),
     ({"tokens": [1], "temperature": float("nan")}, "temperature"),
-    ({"tokens": [1], "top_p": 0}, "top_p"),
-    ({"tokens": [1], "top_p": 1.1}, "top_p"),
 ])
 def test_bad_requests_are_refused_at_once(tokenizer, request_values, message):
     engine = Engine(make_model(), tokenizer)
@@ -324,7 +325,8 @@ def test_sampled_row_equals_naive(tokenizer, top_k, top_p):
     model, prompt = make_model(torch.float64), make_prompt(70)
     engine = Engine(model, tokenizer)
     engine.chat_tokens = NO_CHAT_TOKENS
-    (row,), _ = engine.generate_batch(prompt, 1, 40, 1.3, top_k, seed=5, top_p=top_p)
+    (events,) = run(engine, {0: [Request(prompt, 40, 1.3, top_k, top_p, seed=5)]})
+    row = prompt + get_tokens(events)
     if top_p is None:
         assert row == prompt + list(model.generate(prompt, 40, 1.3, top_k, seed=5))
     idxs = [model(torch.tensor([row[:n]]))[0, -1].sort(descending=True) for n in range(70, 110)]
@@ -430,19 +432,21 @@ def test_left_generator_cancels_its_rows(tokenizer):
 
 
 def test_many_prompts(tokenizer):
-    """More sequences than rows; each prompt's rows are those it gets alone, with or without its end token."""
+    """More sequences than rows; each prompt's rows are those it gets alone, and keep their end token."""
     engine = Engine(make_model(torch.float64), tokenizer, max_rows=5)
     prompts = [make_prompt(size, seed=size) for size in (3, 40, 1, 17)] + [make_prompt(40, seed=40)]
     many = engine.generate_many(prompts, 3, max_tokens=30, seed=7)
     for i, (prompt, (rows, masks)) in enumerate(zip(prompts, many, strict=True)):
         alone = Engine(make_model(torch.float64), tokenizer).generate_batch(prompt, 3, max_tokens=30, seed=7 + i)
-        assert (rows, masks) == alone and [len(mask) for mask in masks] == [len(row) for row in rows]
+        ends = [row[-1] in engine.end_tokens for row in rows]
+        assert ([row[:len(row) - end] for row, end in zip(rows, ends, strict=True)],
+                [mask[:len(mask) - end] for mask, end in zip(masks, ends, strict=True)]) == alone
     assert many[1] != many[4]  # the same prompt, another seed
     assert engine.generate_many([], 3) == []
     end = tokenizer.encode_special("<|assistant_end|>")
     script = PromptedModel([7, end])
     assert Engine(script, tokenizer).generate_batch([256, 0]) == ([[256, 0, 7]], [[0, 0, 1]])
-    assert Engine(script, tokenizer).generate_batch([256, 0], keep_end=True) == ([[256, 0, 7, end]], [[0, 0, 1, 1]])
+    assert Engine(script, tokenizer).generate_many([[256, 0]]) == [([[256, 0, 7, end]], [[0, 0, 1, 1]])]
 
 
 def test_bad_prompt_among_many_leaves_nothing_behind(tokenizer):
@@ -632,11 +636,12 @@ def test_tool_loop_row_by_row(tokenizer):
             "<|assistant_end|>"]
     engine = Engine(PromptedModel(*(script_tokens(tokenizer, text) for text in says)), tokenizer)
     results = engine.generate_many([[256, i] for i in range(4)], max_tokens=30)
-    sees = ["<|python_start|>2+3<|python_end|><|output_start|>5<|output_end|>?", "<|python_start|>2**9<|python_end|>?",
-            "no tool<|python_end|>5+5", ""]
+    sees = ["<|python_start|>2+3<|python_end|><|output_start|>5<|output_end|>?<|assistant_end|>",
+            "<|python_start|>2**9<|python_end|>?<|bos|>", "no tool<|python_end|>5+5<|assistant_end|>",
+            "<|assistant_end|>"]
     rows, masks = ([result[kind][0] for result in results] for kind in (0, 1))
     assert rows == [[256, i, *script_tokens(tokenizer, text)] for i, text in enumerate(sees)]
-    assert masks[0] == [0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 1]
+    assert masks[0] == [0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 1, 1]
     assert all(mask == [0, 0] + [1] * (len(row) - 2) for mask, row in zip(masks[1:], rows[1:], strict=True))
 
 
@@ -708,16 +713,3 @@ def test_logprobs(tokenizer):
         assert event.logprobs.chosen == pytest.approx(float(expected[event.token]), abs=1e-9)
         assert [token for token, _ in event.logprobs.likeliest] == tokens.tolist()
         assert [value for _, value in event.logprobs.likeliest] == pytest.approx(values.tolist(), abs=1e-9)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-
-
-def test_only_whole_characters_are_streamed(tokenizer):
-    text = "naïve 한국어 😀 ok"
-    pieces = list(stream_text(tokenizer, tokenizer.encode(text)))
-    assert pieces == list(text)
-    assert list(stream_text(tokenizer, [*b"a\xf0\x9f"])) == ["a", "\ufffd"]        # cut within a character
-    assert "".join(stream_text(tokenizer, [*b"\xff\xc3a\x80"])) == "\ufffd\ufffda\ufffd"  # not UTF-8
-    assert list(stream_text(tokenizer, [])) == []

@@ -5,7 +5,10 @@ import re
 import threading
 
 import pytest
-from browser import BROWSER, PAGE_PATH, WAIT_SEC, Browser, StandIn, content, endless, finish, split_words, tool
+from browser import BROWSER, WAIT_SEC, Browser, StandIn, content, endless, finish, split_words, tool
+from server_helpers import ServerProcess, save_toy
+
+from nanochat.server import PAGE_PATH
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not BROWSER, reason="there is no Chromium on this machine")]
 
@@ -546,9 +549,8 @@ def test_asks_nobody_else(page):
 
 def test_real_server(browser, tmp_path):
     """Words of a model that knows nothing, but through the real policy, limits, errors and stream."""
-    helpers = pytest.importorskip("server_helpers", reason="this checkout has no server")
-    helpers.save_toy(tmp_path)
-    server = helpers.ServerProcess(tmp_path, "--api-key", "secret")
+    save_toy(tmp_path)
+    server = ServerProcess(tmp_path, "--api-key", "secret")
     try:
         browser.open(server.url)
         browser.run("localStorage.clear()")

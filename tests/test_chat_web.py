@@ -1,7 +1,6 @@
 """scripts.chat_web as people run it: a process with engines of its own, asked over the network of this machine."""
 
 import concurrent.futures
-import functools
 import json
 import os
 import random
@@ -17,25 +16,13 @@ import urllib.request
 import openai
 import pytest
 import requests
-from server_helpers import (
-    CONFIG,
-    QUESTION,
-    ServerProcess,
-    make_byte_tokenizer,
-    make_settings,
-    make_tiny_model,
-    save_toy,
-)
-from starlette.testclient import TestClient
+from server_helpers import CONFIG, QUESTION, TOKENIZER, ServerProcess, make_tiny_model, save_toy
 
 from dev import bench_server
-from nanochat import engine_pool
 from nanochat.common import UserError
 from nanochat.engine import Engine
-from nanochat.engine_pool import EnginePool
-from nanochat.engine_process import EngineSettings, start_process
 from nanochat.gpt import GPTConfig
-from nanochat.server import make_app
+from nanochat.server_engines import EngineSettings
 from scripts import chat_web
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
@@ -81,9 +68,9 @@ def test_official_client(client):
     answer = client.chat.completions.create(model=model.id, messages=QUESTION, max_tokens=5, temperature=0, seed=1,
                                             logprobs=True, top_logprobs=2, stop=["never"], top_p=0.9)
     assert answer.usage.completion_tokens == 5 and answer.choices[0].finish_reason == "length"
-    expected, _ = Engine(make_tiny_model(), make_byte_tokenizer()).generate_batch(
-        make_byte_tokenizer().render_for_completion({"messages": QUESTION}), max_tokens=5, temperature=0)
-    text = make_byte_tokenizer().decode(expected[0][-5:])
+    expected, _ = Engine(make_tiny_model(), TOKENIZER).generate_batch(
+        TOKENIZER.render_for_completion({"messages": QUESTION}), max_tokens=5, temperature=0)
+    text = TOKENIZER.decode(expected[0][-5:])
     assert answer.choices[0].message.content == text and len(answer.choices[0].logprobs.content) == 5
     stream = client.chat.completions.create(model=model.id, messages=QUESTION, max_tokens=5, temperature=0, n=2,
                                             stream=True, stream_options={"include_usage": True})
@@ -137,37 +124,6 @@ def test_dead_engine_is_replaced(server, client):
     stats = server.wait_for(lambda stats: all(worker["ready"] for worker in stats["workers"]), timeout_sec=60)
     assert sorted(worker["restarts"] for worker in stats["workers"]) == [0, 1]
     assert any(json.loads(line)["exit_code"] == -9 for line in server.lines if "engine_lost" in line)
-
-
-def test_hung_engine_is_replaced(base_dir, monkeypatch):
-    """Stopped in the middle of an answer: whoever waits for it is told, and nobody else waits."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
-    monkeypatch.setattr(engine_pool, "MAX_SILENT_SEC", 4)
-    lines: list[dict] = []
-    settings = EngineSettings("rl", "toy", 3, "float32", "cpu", max_rows=4, num_workers=1)
-    pool = EnginePool(functools.partial(start_process, settings=settings), 1, 4, 4,
-                      lambda **fields: lines.append(fields))
-    pool.start()
-    app_settings = make_settings(context_tokens=4096, max_tokens=3000)
-    with TestClient(make_app(app_settings, pool, make_byte_tokenizer(), lambda **_: None)) as client:
-        with concurrent.futures.ThreadPoolExecutor(2) as threads:
-            stream = threads.submit(client.post, "/v1/chat/completions", json={"messages": QUESTION, "stream": True})
-            while not pool.get_stats()["tokens_per_sec"]:
-                time.sleep(0.01)
-            os.kill(pool.workers[0].process.pid, signal.SIGSTOP)
-            long_prompt = {"prompt": [1] * 4000, "n": 3}  # more than fits into the connection that nobody reads
-            waiting = threads.submit(client.post, "/v1/completions", json=long_prompt)
-            time.sleep(1)
-            assert client.get("/health").status_code == 200 and not lines[1:]  # the hang isn't even noticed yet
-        assert stream.result().status_code == 200 and '"code": "engine_lost"' in stream.result().text
-        assert (waiting.result().status_code, waiting.result().headers["retry-after"]) == (503, "5")
-        deadline = time.monotonic() + 60
-        while client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code != 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-    pool.close()
-    assert [line for line in lines if line["event"] == "engine_lost"] == [
-        {"event": "engine_lost", "worker": 0, "failure": "no sign of life for 5 s", "exit_code": -signal.SIGKILL}]
 
 
 def test_mistakes_end_with_one_sentence(base_dir, monkeypatch, tmp_path):

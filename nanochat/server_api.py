@@ -1,0 +1,420 @@
+"""The HTTP API's formats: OpenAI's requests and answers, the limits of each field, errors, and the legacy endpoint.
+
+An unsupported field that would change the answer is refused; any other unknown field is ignored.
+Extensions: `top_k`, and the model's tool calls (of its calculator), which the plain content leaves out:
+
+    delta of a stream    {"tool": {"type": "call", "text": "34*27"}}, then {"tool": {"type": "output", "text": "918"}}
+    a whole message      "parts": [{"type": "text" | "python" | "python_output", "text": ...}], where there are calls
+
+An assistant message of a request may have such parts as its content, so that the model sees its calls again. Only the
+limit of the conversation bounds its length, so that every answer can be sent back.
+"""
+
+import json
+import math
+import secrets
+import time
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from starlette.exceptions import HTTPException
+
+from nanochat.chat import Turn, extend_parts
+from nanochat.engine_request import ChatTokens, Event, Usage
+from nanochat.server_engines import Busy, EngineError, Refused, TimeOver
+
+MAX_MESSAGES = 500
+MAX_MESSAGE_CHARS = 8_000      # of all but the assistant's
+MAX_CONVERSATION_CHARS = 32_000
+MAX_TOKENS = 4_096
+MAX_TEMPERATURE = 2
+MAX_TOP_K = 200
+MAX_CHOICES = 16
+MAX_STOPS, MAX_STOP_CHARS = 4, 256
+MAX_TOP_LOGPROBS = 20
+IMPOSSIBLE_LOGPROB = -9999.0   # OpenAI's stand-in for minus infinity, which JSON lacks
+CLIENT_GONE = 499              # status of an aborted request, for the log alone
+
+# Unsupported fields -> their values that change nothing, beside null
+UNSUPPORTED = {"tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
+               "response_format": ({"type": "text"},), "logit_bias": ({},), "presence_penalty": (0,),
+               "frequency_penalty": (0,), "modalities": (["text"],), "audio": (), "web_search_options": (),
+               "prediction": (), "echo": (False,), "suffix": ("",), "best_of": (1,)}
+
+
+class ApiError(Exception):
+    """The status and the reason of a failed request, in OpenAI's format."""
+
+    def __init__(self, status: int, message: str, *, kind: str = "invalid_request_error", param: str | None = None,
+                 code: str | None = None, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.headers = status, headers
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def make_response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, headers=self.headers)
+
+
+def convert_error(error: Exception) -> ApiError:
+    """The API's error for an exception of any layer."""
+    match error:
+        case ApiError():
+            return error
+        case RequestValidationError():
+            return describe_validation(error.errors())
+        case Busy(retry_after_sec=seconds):
+            return ApiError(429, str(error), kind="rate_limit_error", code="queue_full",
+                            headers={"Retry-After": str(seconds)})
+        case TimeOver():
+            return ApiError(504, str(error), kind="timeout_error", code="timeout")
+        case Refused():
+            return ApiError(400, str(error))
+        case EngineError():
+            return ApiError(503, str(error), kind="server_error", code="engine_lost", headers={"Retry-After": "5"})
+        case HTTPException(status_code=404):
+            return ApiError(404, "there is no such route; see /openapi.json", code="unknown_url")
+        case HTTPException(status_code=405):
+            return ApiError(405, "this route has other methods; see /openapi.json", code="method_not_allowed",
+                            headers=error.headers)
+        case HTTPException():  # FastAPI's, for a body that isn't UTF-8 or is nested too deeply
+            return ApiError(error.status_code, "the body can't be read: it must be JSON in UTF-8, not nested deeply")
+    return ApiError(500, "internal error; the server's output has the traceback", kind="server_error")
+
+
+# Fields whose types are unions, where pydantic would name just one branch
+UNION_HINTS = {"content": "must be a string or a list of text parts; an assistant message may have python parts, too",
+               "prompt": "must be one string or one list of token ids; send each prompt in a request of its own"}
+
+
+def describe_validation(errors: list[dict]) -> ApiError:
+    """The first of pydantic's errors as a sentence, without the value."""
+    error = errors[0]
+    if error["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON ({error['ctx']['error']} at character {error['loc'][-1]})")
+    # loc also names the branch of a union, such as 'str' or 'list[Part]'
+    names = [name for name in error["loc"][1:] if isinstance(name, int) or name.isidentifier() and name != "str"]
+    if not names:
+        return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
+    param = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).lstrip(".")
+    reason = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "string_type":
+        reason = UNION_HINTS.get(names[-1], reason)
+    return ApiError(400, f"{param}: {reason[0].lower()}{reason[1:]}", param=param)
+
+
+class ErrorResponse(BaseModel):
+    """Every answer with a status of 400 or more: message, type, param, code."""
+    error: dict[str, str | None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Requests
+
+
+class Part(BaseModel):
+    """A piece of a message; python and python_output are an assistant's tool call and its output."""
+    model_config = ConfigDict(strict=True)
+    type: Literal["text", "python", "python_output"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(strict=True)
+    role:    Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str | list[Part], Field(description=(
+        f"At most {MAX_MESSAGE_CHARS} characters; an assistant's message only counts toward the "
+        f"{MAX_CONVERSATION_CHARS} of the conversation."))]
+
+    @model_validator(mode="after")
+    def check_content(self):
+        text = self.get_text()
+        if len(text) > MAX_MESSAGE_CHARS and self.role != "assistant":
+            raise ValueError(f"has {len(text)} characters, {MAX_MESSAGE_CHARS} are the most, except in an assistant "
+                             "message")
+        if self.role == "user" and not text:
+            raise ValueError("is empty")
+        if self.role != "assistant" and any(part.type != "text" for part in self.get_parts()):
+            raise ValueError("has a python part; only an assistant message may have one")
+        return self
+
+    def get_parts(self) -> list[Part]:
+        return [Part(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+
+    def get_text(self) -> str:
+        """The text of all parts."""
+        return "".join(part.text for part in self.get_parts())
+
+
+def check_length(messages: list[Message]) -> list[Message]:
+    num_chars = sum(len(message.get_text()) for message in messages)
+    if num_chars > MAX_CONVERSATION_CHARS:
+        raise ValueError(f"has {num_chars} characters, {MAX_CONVERSATION_CHARS} are the most; leave out the oldest")
+    return messages
+
+
+Messages = Annotated[list[Message], AfterValidator(check_length), Field(
+    min_length=1, max_length=MAX_MESSAGES, description=f"At most {MAX_CONVERSATION_CHARS} characters, all together.")]
+
+
+def split_turns(messages: list[Message]) -> tuple[str, list[Turn]]:
+    """(system message or "", turns of a question and its answer each, the last one without an answer).
+
+    Consecutive messages of one role are joined; any other break of the alternation is refused.
+    """
+    first = next((i for i, message in enumerate(messages) if message.role not in ("system", "developer")), None)
+    if first is None:
+        raise ApiError(400, "messages has no user message", param="messages")
+    system = "\n\n".join(text for message in messages[:first] if (text := message.get_text()))
+    merged: list[tuple[str, list[dict]]] = []
+    for i, message in enumerate(messages[first:], start=first):
+        if message.role in ("system", "developer"):
+            raise ApiError(400, f"messages[{i}]: a {message.role} message must come before all others",
+                           param=f"messages[{i}].role")
+        parts = [part.model_dump() for part in message.get_parts()]
+        if merged and merged[-1][0] == message.role:
+            merged[-1][1].extend([{"type": "text", "text": "\n\n"}, *parts])
+        else:
+            merged.append((message.role, parts))
+    for i, place in ((0, "first"), (-1, "last")):
+        if merged[i][0] != "user":
+            raise ApiError(400, f"messages: the {place} message, system messages aside, must be a user message",
+                           param="messages")
+    questions = ["".join(part["text"] for part in parts) for _, parts in merged[::2]]
+    answers = [parts for _, parts in merged[1::2]]
+    return system, [Turn(*turn) for turn in zip(questions, [*answers, []], strict=True)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+    include_usage: bool | None = False
+
+
+class SamplingFields(BaseModel):
+    """The fields of all endpoints; null is the server's default."""
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model:       str | None = None
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
+    top_k:       Annotated[int, Field(ge=0, le=MAX_TOP_K)] | None = None  # an extension; 0: all tokens
+    max_tokens:  Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+
+    @model_validator(mode="after")
+    def refuse_unsupported(self):
+        for name, value in (self.model_extra or {}).items():
+            if name in UNSUPPORTED and value is not None and value not in UNSUPPORTED[name]:
+                raise ApiError(400, f"{name} isn't supported by this server; leave it out", param=name,
+                               code="unsupported_parameter")
+        return self
+
+
+def to_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+class OpenAIFields(SamplingFields):
+    """The fields of both of OpenAI's endpoints."""
+    top_p:          Annotated[float, Field(gt=0, le=1)] | None = None
+    n:              Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    seed:           Annotated[int, Field(ge=-2**63, lt=2**64)] | None = None
+    stop:           Annotated[list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+                              Field(max_length=MAX_STOPS), BeforeValidator(to_list)] | None = None
+    stream:         bool | None = None
+    stream_options: StreamOptions | None = None
+
+    def get_max_tokens(self) -> int | None:
+        return self.max_tokens
+
+
+class ChatRequest(OpenAIFields):
+    """POST /v1/chat/completions"""
+    messages:              Messages
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    logprobs:              bool | None = None
+    top_logprobs:          Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def check_top_logprobs(self):
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+        return self
+
+    def get_max_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    def get_num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(OpenAIFields):
+    """POST /v1/completions"""
+    prompt:   Annotated[str, Field(max_length=MAX_CONVERSATION_CHARS)] | Annotated[
+        list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_CONVERSATION_CHARS)]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    def get_num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+class LegacyChatRequest(SamplingFields):
+    """POST /chat/completions, the legacy endpoint: that of the original nanochat."""
+    messages: Messages
+
+    def to_chat_request(self) -> ChatRequest:
+        return ChatRequest.model_construct(**{name: getattr(self, name) for name in type(self).model_fields})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+class Choice:
+    """One sample of an answer, assembled from its events."""
+
+    def __init__(self, index: int, tokenizer):
+        self.index, self.tokenizer = index, tokenizer
+        self.special_tokens = frozenset(tokenizer.get_special_tokens().values())
+        self.chat_tokens = ChatTokens(tokenizer)
+        self.parts: list[dict] = []       # as in a conversation
+        self.in_tool = False              # the last part is an unfinished tool call or output
+        self.logprobs: list[dict] = []
+        self.finish_reason: str | None = None
+        self.usage: Usage | None = None
+
+    def add(self, event: Event) -> list[dict]:
+        """Add an event; returns the deltas that a stream sends for it: text at once, a tool's part when complete."""
+        deltas, num_parts = [], len(self.parts)
+        extend_parts(self.parts, event, self.chat_tokens)
+        if self.in_tool and len(self.parts) > num_parts:
+            deltas.append(self._end_tool(self.parts[num_parts - 1]))
+        if event.part != "text":
+            self.in_tool = True
+            if event.token in (self.chat_tokens.python_end, self.chat_tokens.output_end) or event.finish_reason:
+                deltas.append(self._end_tool(self.parts[-1]))
+        elif event.text:
+            deltas.append({"content": event.text})
+        if event.logprobs and event.part == "text" and event.token not in self.special_tokens:
+            self.logprobs.append(self._describe_token(event))
+        self.finish_reason, self.usage = event.finish_reason, event.usage
+        return deltas
+
+    def _end_tool(self, part: dict) -> dict:
+        self.in_tool = False
+        return {"tool": {"type": "call" if part["type"] == "python" else "output", "text": part["text"]}}
+
+    def _describe_token(self, event: Event) -> dict:
+        def describe(token: int, logprob: float) -> dict:
+            return {"token": self.tokenizer.decode([token]), "bytes": list(self.tokenizer.decode_bytes([token])),
+                    "logprob": logprob if math.isfinite(logprob) else IMPOSSIBLE_LOGPROB}
+        return describe(event.token, event.logprobs.chosen) | {
+            "top_logprobs": [describe(*pair) for pair in event.logprobs.likeliest]}
+
+    @property
+    def content(self) -> str:
+        """The visible text, without tool calls."""
+        return "".join(part["text"] for part in self.parts if part["type"] == "text")
+
+
+class ChatFormat:
+    """Choices of POST /v1/chat/completions."""
+    id_prefix, name, chunk_name = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    first_delta = {"role": "assistant", "content": ""}
+
+    @staticmethod
+    def whole(choice: Choice, with_logprobs: bool) -> dict:
+        message = {"role": "assistant", "content": choice.content, "refusal": None}
+        if any(part["type"] != "text" for part in choice.parts):
+            message["parts"] = choice.parts
+        logprobs = {"content": choice.logprobs, "refusal": None} if with_logprobs else None
+        return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+
+    @staticmethod
+    def delta(choice: Choice, delta: dict, logprobs: list[dict] | None, finish_reason: str | None) -> dict:
+        return {"index": choice.index, "delta": delta, "finish_reason": finish_reason,
+                "logprobs": None if logprobs is None else {"content": logprobs, "refusal": None}}
+
+
+class TextFormat:
+    """Choices of POST /v1/completions."""
+    id_prefix, name, chunk_name = "cmpl-", "text_completion", "text_completion"
+    first_delta = None
+
+    @staticmethod
+    def whole(choice: Choice, with_logprobs: bool) -> dict:
+        return TextFormat.delta(choice, {"content": choice.content}, choice.logprobs if with_logprobs else None,
+                                choice.finish_reason)
+
+    @staticmethod
+    def delta(choice: Choice, delta: dict, logprobs: list[dict] | None, finish_reason: str | None) -> dict:
+        columns = None if logprobs is None else {
+            "tokens": [token["token"] for token in logprobs],
+            "token_logprobs": [token["logprob"] for token in logprobs],
+            "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]} for token in logprobs]}
+        return {"index": choice.index, "text": delta.get("content", ""), "logprobs": columns,
+                "finish_reason": finish_reason}
+
+
+def make_envelope(format_: type[ChatFormat | TextFormat], model: str, num_dropped: int) -> dict:
+    """The fields around the choices; `dropped_messages`, an extension, only where the context was too short."""
+    envelope = {"id": format_.id_prefix + secrets.token_hex(12), "object": format_.name, "created": int(time.time()),
+                "model": model}
+    return envelope | ({"dropped_messages": num_dropped} if num_dropped else {})
+
+
+def sum_usage(choices: Iterable[Choice]) -> dict:
+    """Token counts of an answer; the prompt, which all samples share, counts once."""
+    usages = [choice.usage for choice in choices]
+    prompt_tokens, completion_tokens = usages[0].prompt_tokens, sum(usage.completion_tokens for usage in usages)
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usages[0].cached_tokens}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streams: a class per format, with the events at the start, for a delta of a choice, and at the end
+
+
+def to_sse(data: dict) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+class OpenAIStream:
+    """Chunks of OpenAI's format, closed by [DONE]."""
+
+    def __init__(self, format_: type[ChatFormat | TextFormat], envelope: dict, body: ChatRequest | CompletionRequest):
+        self.format, self.with_logprobs = format_, body.get_num_logprobs() is not None
+        self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self.envelope = envelope | {"object": format_.chunk_name} | ({"usage": None} if self.with_usage else {})
+        self.begin = json.dumps(self.envelope, ensure_ascii=False)[:-1] + ', "choices": ['  # serialised once
+
+    def start(self, choices: Iterable[Choice]) -> str:
+        delta = self.format.first_delta
+        return "".join(self.encode(choice, delta) for choice in choices) if delta else ""
+
+    def encode(self, choice: Choice, delta: dict) -> str:
+        """delta: {} at the end of the choice"""
+        logprobs, choice.logprobs = choice.logprobs if self.with_logprobs else None, []
+        fields = self.format.delta(choice, delta, logprobs, None if delta else choice.finish_reason)
+        return f"data: {self.begin}{json.dumps(fields, ensure_ascii=False)}]}}\n\n"
+
+    def end(self, choices: Iterable[Choice]) -> str:
+        usage = self.envelope | {"choices": [], "usage": sum_usage(choices)} if self.with_usage else None
+        return (to_sse(usage) if usage else "") + "data: [DONE]\n\n"
+
+
+class LegacyStream:
+    """The visible text of the legacy endpoint: {"token", "gpu"}, closed by {"done": true}."""
+
+    def __init__(self, worker_idx: int):
+        self.worker_idx = worker_idx
+
+    def start(self, choices: Iterable[Choice]) -> str:
+        return ""
+
+    def encode(self, choice: Choice, delta: dict) -> str:
+        return to_sse({"token": delta["content"], "gpu": self.worker_idx}) if "content" in delta else ""
+
+    def end(self, choices: Iterable[Choice]) -> str:
+        return to_sse({"done": True})

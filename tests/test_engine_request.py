@@ -1,0 +1,68 @@
+"""A request's generation without a model: text, tool calls and the end, from tokens that a test appends."""
+
+import pytest
+from server_helpers import TOKENIZER
+
+from nanochat.engine_request import ChatTokens, Generation, Request, TextStream, stream_text
+
+PROMPT = [256, 1, 2]
+
+
+def generate(text, max_length=100, stop=()):
+    """The generation and the events of sampled tokens up to the end."""
+    generation = Generation(7, Request(PROMPT, stop=stop), max_length, TOKENIZER, ChatTokens(TOKENIZER))
+    events = []
+    for token in TOKENIZER.encoding.encode(text, allowed_special="all"):
+        if not generation.finish_reason:
+            events += generation.append(token)
+    return generation, events
+
+
+def test_tool_call_is_answered_by_the_calculator():
+    generation, events = generate("It is <|python_start|>34*27<|python_end|>!<|assistant_end|>")
+    assert TOKENIZER.decode(generation.tokens[3:]) == (
+        "It is <|python_start|>34*27<|python_end|><|output_start|>918<|output_end|>!<|assistant_end|>")
+    parts = [(part, "".join(event.text for event in events if event.part == part))
+             for part in ("text", "python", "python_output")]
+    assert parts == [("text", "It is !"), ("python", "34*27"), ("python_output", "918")]
+    assert [event.token for event in events if event.mask == 0] == generation.tokens[-7:-2]
+    assert generation.masks == [0] * 3 + [event.mask for event in events]
+    assert {event.request_id for event in events} == {7}
+    usage = events[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (3, len(events), 0)
+    assert all(event.usage is event.finish_reason is None for event in events[:-1])
+
+
+@pytest.mark.parametrize("call", ["<|python_start|>1/0<|python_end|>", "5+5<|python_end|>",
+                                  "<|python_start|><|output_start|>2+3<|output_end|>"])
+def test_what_is_no_call_gets_no_output(call):
+    generation, events = generate(call)
+    assert TOKENIZER.decode(generation.tokens[3:]) == call and all(event.mask for event in events)
+
+
+@pytest.mark.parametrize("text,max_length,stop,shown,reason", [
+    ("Hi<|assistant_end|>", 100, (), "Hi", "stop"), ("Hi<|bos|>", 100, (), "Hi", "stop"),
+    ("Hello", 7, (), "Hell", "length"), ("one two", 100, ("wo", " t"), "one", "stop"),
+    ("naïve", 6, (), "na\ufffd", "length"),
+    ("<|python_start|>99*99<|python_end|>", 12, (), "99*999", "length")])  # the output, too, ends at the limit
+def test_end(text, max_length, stop, shown, reason):
+    generation, events = generate(text, max_length, stop)
+    assert "".join(event.text for event in events) == shown
+    assert events[-1].finish_reason == generation.finish_reason == reason and len(generation.tokens) <= max_length
+
+
+def test_stop_strings_are_held_back_however_they_are_cut():
+    stream = TextStream(TOKENIZER, ("END", "ENOUGH"))
+    assert [stream.feed(token) for token in b"aENEO"] == ["a", "", "", "EN", "EO"]
+    assert [stream.feed(token) for token in b"ENOUGH!"] == [""] * 7 and stream.stopped and stream.flush() == ""
+    stream = TextStream(TOKENIZER, ("END",))
+    assert [stream.feed(token) for token in b"EN"] == ["", ""] and stream.flush() == "EN"
+
+
+def test_only_whole_characters_are_streamed():
+    text = "naïve 한국어 😀 ok"
+    pieces = list(stream_text(TOKENIZER, TOKENIZER.encode(text)))
+    assert pieces == list(text)
+    assert list(stream_text(TOKENIZER, [*b"a\xf0\x9f"])) == ["a", "\ufffd"]        # cut within a character
+    assert "".join(stream_text(TOKENIZER, [*b"\xff\xc3a\x80"])) == "\ufffd\ufffda\ufffd"  # not UTF-8
+    assert list(stream_text(TOKENIZER, [])) == []

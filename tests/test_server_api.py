@@ -1,0 +1,234 @@
+"""The HTTP API's formats, as clients see them: requests, answers, streams, limits and errors."""
+
+import json
+
+import pytest
+from server_helpers import (
+    CHAT,
+    LEGACY,
+    QUESTION,
+    TEXT,
+    TOKENIZER,
+    ScriptedEngine,
+    make_tiny_model,
+    read_stream,
+    serving,
+)
+
+from nanochat.chat import build_prompt
+from nanochat.engine import Engine, Request
+from nanochat.server_api import ApiError, Message, split_turns
+
+PYTHON_START, PYTHON_END = (TOKENIZER.encode_special(f"<|python_{end}|>") for end in ("start", "end"))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return ScriptedEngine(make_tiny_model(), TOKENIZER, max_rows=4)
+
+
+@pytest.fixture
+def client(engine):
+    """Serves an engine that writes `script` to any question."""
+    engine.script, engine.pause_sec = b"Hello there.", 0.0
+    with serving(engine) as client:
+        yield client
+    assert not engine.has_work()
+
+
+def join_content(chunks: list[dict], index: int = 0) -> str:
+    return "".join(choice["delta"].get("content", "") for chunk in chunks for choice in chunk["choices"]
+                   if choice["index"] == index)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def test_whole_answer(client):
+    answer = client.post(CHAT, json={"messages": QUESTION}).json()
+    assert answer["object"] == "chat.completion" and answer["model"] == "sft/toy"
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "Hello there.", "refusal": None}
+    assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "stop", None)
+    prompt = TOKENIZER.render_for_completion({"messages": QUESTION})
+    assert answer["usage"]["prompt_tokens"] == len(prompt) and answer["usage"]["completion_tokens"] == 13
+    assert answer["usage"]["total_tokens"] == len(prompt) + 13
+
+
+def test_stream_is_the_whole_answer(client, engine):
+    engine.script = "naïve 🙂 日本".encode()
+    body = {"messages": QUESTION, "stream": True, "n": 2, "max_tokens": 50, "stream_options": {"include_usage": True}}
+    chunks = read_stream(client.post(CHAT, json=body))
+    assert [join_content(chunks, index) for index in range(2)] == ["naïve 🙂 日本"] * 2
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    reasons = [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"] if choice["finish_reason"]]
+    assert reasons == ["stop", "stop"]
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == 2 * (len(engine.script) + 1)
+    assert len({chunk["id"] for chunk in chunks}) == 1 and {chunk["object"] for chunk in chunks} == {
+        "chat.completion.chunk"}
+
+
+def test_tokens_are_those_of_the_engine():
+    """Sampling settings arrive: the same seed gives what the engine gives alone."""
+    model = make_tiny_model()
+    settings = {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "seed": 7, "max_tokens": 12}
+    with serving(Engine(model, TOKENIZER, max_rows=4)) as client:
+        asked = client.post(TEXT, json={"prompt": "abc", "n": 2, "logprobs": 1} | settings).json()
+    prompt = TOKENIZER.encode("abc", prepend="<|bos|>")
+    engine = Engine(model, TOKENIZER)
+    for sample, choice in enumerate(asked["choices"]):
+        engine.submit(Request(prompt, sample=sample, **settings))
+        text = ""
+        while engine.has_work():
+            text += "".join(event.text for event in engine.step())
+        assert choice["text"] == text
+
+
+def test_stop_and_length(client):
+    choice = client.post(CHAT, json={"messages": QUESTION, "stop": "there"}).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Hello ", "stop")
+    choice = client.post(CHAT, json={"messages": QUESTION, "max_completion_tokens": 4}).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Hell", "length")
+
+
+def test_logprobs(client):
+    body = {"messages": QUESTION, "logprobs": True, "top_logprobs": 2}
+    choice = client.post(CHAT, json=body).json()["choices"][0]
+    tokens = choice["logprobs"]["content"]
+    assert "".join(token["token"] for token in tokens) == "Hello there."  # the end token isn't shown
+    assert all(token["top_logprobs"][0]["token"] == token["token"] and token["logprob"] == pytest.approx(0, abs=1e-3)
+               and len(token["top_logprobs"]) == 2 and token["bytes"] == list(token["token"].encode())
+               for token in tokens)
+    chunks = read_stream(client.post(CHAT, json=body | {"stream": True}))
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert [token for choice in choices for token in choice["logprobs"]["content"]] == tokens
+    text = client.post(TEXT, json={"prompt": "x", "logprobs": 1}).json()["choices"][0]
+    assert "".join(text["logprobs"]["tokens"]) == text["text"] == "Hello there."
+
+
+def test_tool_calls_are_shown_apart(client, engine):
+    engine.script = [*b"It is ", PYTHON_START, *b"34*27", PYTHON_END, *b"918!"]
+    body = {"messages": QUESTION, "max_tokens": 40}
+    message = client.post(CHAT, json=body).json()["choices"][0]["message"]
+    parts = [{"type": "text", "text": "It is "}, {"type": "python", "text": "34*27"},
+             {"type": "python_output", "text": "918"}, {"type": "text", "text": "918!"}]
+    assert message["content"] == "It is 918!" and message["parts"] == parts
+    chunks = read_stream(client.post(CHAT, json=body | {"stream": True}))
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    assert [delta["tool"] for delta in deltas if "tool" in delta] == [{"type": "call", "text": "34*27"},
+                                                                      {"type": "output", "text": "918"}]
+    assert join_content(chunks) == "It is 918!"
+    # sent back, the model sees its call again
+    history = [*QUESTION, {"role": "assistant", "content": parts}, {"role": "user", "content": "Sure?"}]
+    asked = client.post(CHAT, json={"messages": history}).json()
+    assert asked["usage"]["prompt_tokens"] == len(TOKENIZER.render_for_completion({"messages": history}))
+
+
+def test_legacy_stream(client):
+    lines = client.post(LEGACY, json={"messages": QUESTION, "temperature": 0.5, "top_k": 3, "max_tokens": 5}).text
+    events = [json.loads(line.removeprefix("data: ")) for line in lines.split("\n\n") if line]
+    assert events[-1] == {"done": True} and "".join(event["token"] for event in events[:-1]) == "Hello"
+    assert all(event["gpu"] == 0 for event in events[:-1])
+
+
+def test_oldest_turns_are_dropped(client):
+    history = [message for i in range(20) for message in ({"role": "user", "content": f"question {i}"},
+                                                          {"role": "assistant", "content": f"answer {i}"})]
+    body = {"messages": [{"role": "system", "content": "Be brief."}, *history, *QUESTION], "max_tokens": 30}
+    response = client.post(CHAT, json=body)
+    num_dropped = response.json()["dropped_messages"]
+    assert response.headers["x-dropped-messages"] == str(num_dropped) and num_dropped % 2 == 0
+    kept = [body["messages"][0], *body["messages"][1 + num_dropped:]]
+    assert response.json()["usage"]["prompt_tokens"] == len(TOKENIZER.render_for_completion({"messages": kept})) <= 226
+    more = [body["messages"][0], *body["messages"][num_dropped - 1:]]  # one turn less would not have fitted
+    assert len(TOKENIZER.render_for_completion({"messages": more})) > 226
+    assert read_stream(client.post(CHAT, json=body | {"stream": True}))[0]["dropped_messages"] == num_dropped
+    assert "dropped_messages" not in client.post(CHAT, json={"messages": QUESTION}).json()
+
+
+def test_messages_become_turns():
+    def render(*turns, is_base=False):
+        messages = [Message(role=role, content=content) for role, content in turns]
+        tokens, num_dropped = build_prompt(TOKENIZER, *split_turns(messages), 256, 16, is_base)
+        assert num_dropped == 0
+        return TOKENIZER.decode(tokens)
+    assert render(("developer", "A"), ("system", "B"), ("user", "c"), ("user", "d")) == (
+        "<|bos|><|user_start|>A\n\nB\n\nc\n\nd<|user_end|><|assistant_start|>")
+    assert render(("user", "a"), ("assistant", "b"), ("user", "c"), is_base=True) == "<|bos|>a\n\nb\n\nc"
+    assert render(("system", "A"), ("user", "b"), is_base=True) == "<|bos|>A\n\nb"
+    for turns in ([("system", "A")], [("assistant", "b"), ("user", "c")], [("user", "a"), ("assistant", "b")],
+                  [("user", "a"), ("system", "B"), ("user", "c")]):
+        with pytest.raises(ApiError):
+            render(*turns)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+BAD_FIELDS = [
+    ("messages", []), ("messages", None), ("messages", "Hi"), ("messages", [{"role": "user"}]),
+    ("messages[0].role", [{"role": "tool", "content": "x"}]), ("messages[0].content", [{"role": "user", "content": 5}]),
+    ("messages[0].content", [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
+    ("messages[0]", [{"role": "user", "content": ""}]), ("messages[0]", [{"role": "user", "content": "x" * 8001}]),
+    ("messages", [{"role": "user", "content": "x" * 8000}] * 5), ("messages", QUESTION * 501),
+    ("temperature", -0.1), ("temperature", 2.1), ("temperature", "1"), ("temperature", True), ("top_k", -1),
+    ("top_k", 201), ("top_p", 0), ("top_p", 1.5), ("max_tokens", 0), ("max_tokens", 4097), ("max_tokens", 10**40),
+    ("max_tokens", 1.5), ("n", 0), ("n", 17), ("seed", 2**70), ("stop", ""), ("stop", ["a"] * 5), ("stop", 5),
+    ("stream", "yes"), ("logprobs", 1), ("top_logprobs", 3), ("tools", [{"type": "function"}]),
+    ("response_format", {"type": "json_object"}), ("presence_penalty", 0.5), ("logit_bias", {"5": 1}),
+]
+
+
+@pytest.mark.parametrize("param,value", BAD_FIELDS)
+def test_bad_field_is_named(client, param, value):
+    field = param.split("[")[0]
+    error = client.post(CHAT, json={"messages": QUESTION} | {field: value})
+    assert error.status_code == 400
+    body = error.json()["error"]
+    assert body["param"].startswith(param) and body["param"].split("[")[0] in body["message"]
+    assert set(body) == {"message", "type", "param", "code"} and body["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("body,status", [
+    (b'{"messages": [', 400), (b"\xff\xfe", 400), (b'"text"', 400), (b"[]", 400), (b"", 400), (b"[" * 10**5, 400),
+    (b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}', 400), (b" " * (2**20 + 1), 413),
+    (b'{"a": "' + b"x" * 2**20 + b'"}', 413), (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 200)])
+@pytest.mark.parametrize("path", [CHAT, LEGACY])
+def test_bad_body(client, path, body, status):
+    response = client.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == status and (status == 200 or response.json()["error"]["message"])
+
+
+def test_whatever_a_model_wrote_can_be_sent_back(client):
+    history = [*QUESTION, {"role": "assistant", "content": "x" * 20_000}, *QUESTION]
+    assert client.post(CHAT, json={"messages": history}).json()["dropped_messages"] == 2
+    error = client.post(CHAT, json={"messages": [*history[:2], *history]}).json()["error"]
+    assert error["param"] == "messages" and "32000 are the most" in error["message"]
+    schemas = client.get("/openapi.json").json()["components"]["schemas"]
+    assert "At most 8000 characters; an assistant's" in schemas["Message"]["properties"]["content"]["description"]
+    assert "At most 32000" in schemas["ChatRequest"]["properties"]["messages"]["description"]
+
+
+def test_harmless_fields_are_ignored(client):
+    body = {"messages": QUESTION, "user": "me", "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": None,
+            "tools": [], "store": False, "metadata": {}, "response_format": {"type": "text"}, "temperature": None,
+            "max_tokens": None, "n": None, "stop": None, "stream": None, "seed": None, "top_p": None, "unheard_of": 1}
+    assert client.post(CHAT, json=body).status_code == 200
+
+
+def test_other_mistakes(client):
+    for path, method, status, code in (("/nope", "GET", 404, "unknown_url"), (CHAT, "GET", 405, "method_not_allowed"),
+                                       ("/v1/models/gpt-4", "GET", 404, "model_not_found")):
+        response = client.request(method, path)
+        assert response.status_code == status and response.json()["error"]["code"] == code
+    error = client.post(CHAT, json={"messages": QUESTION, "model": "gpt-4"})
+    assert error.status_code == 404 and error.json()["error"]["code"] == "model_not_found"
+    for path, body in ((CHAT, {"messages": [{"role": "user", "content": "x" * 300}]}), (TEXT, {"prompt": "x" * 300}),
+                       (TEXT, {"prompt": [1] * 300})):
+        error = client.post(path, json=body)
+        assert error.status_code == 400 and error.json()["error"]["code"] == "context_length_exceeded"
+    error = client.post(TEXT, json={"prompt": [10**6]})  # the engine's own refusal
+    assert error.status_code == 400 and "vocabulary" in error.json()["error"]["message"]
+    plain = client.post(CHAT, content=json.dumps({"messages": QUESTION}), headers={"Content-Type": "text/plain"})
+    assert plain.status_code == 400 and "Content-Type: application/json" in plain.json()["error"]["message"]
