@@ -17,9 +17,9 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from dev.figures import COLORS, FAINT, add_out, make_panels, save_figure, styled
 from dev.timing import print_table, time_in_turn
 from nanochat.common import UserError, get_compute_dtype, init_compute, print0, run_script
-from nanochat.figures import COLORS, FAINT, add_out, make_panels, save_figure, styled
 from nanochat.flash_attention import choose_backend, flash_attn
 
 READ_BYTES = {"cpu": 2**28}    # of the tensor that is read to measure the rate; 2**30 on an accelerator

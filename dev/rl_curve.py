@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from dev.figures import COLORS, make_panels, save_png, styled
 from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import UserError, print0, run_script
-from nanochat.figures import COLORS, make_panels, save_png, styled
 from nanochat.train import read_metrics
 
 SMOOTH_STEPS = 10  # that a point of the curves is the mean of

@@ -19,10 +19,10 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dev.figures import FAINT, add_out, make_panels, save_figure, styled
 from dev.timing import print_table
 from nanochat.checkpoint_manager import STAGES, find_last_stage, load_model
 from nanochat.common import UserError, print0, run_script
-from nanochat.figures import FAINT, add_out, make_panels, save_figure, styled
 from nanochat.flash_attention import _expand_heads, _window_mask, flash_attn
 
 MAX_ERROR = 1e-5          # of weights @ values, relative to the attention's output; fp32 rounding is under 1e-6

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from dev.bench_memory import LiveBytes
+from dev.figures import FAINT, INK, add_out, make_panels, save_figure, styled
 from dev.timing import print_table
 from nanochat import flash_attention, memory
 from nanochat.common import COMPUTE_DTYPES, UserError, print0, run_script
 from nanochat.config import GPTConfig
 from nanochat.cross_entropy import linear_cross_entropy
-from nanochat.figures import FAINT, INK, add_out, make_panels, save_figure, styled
 from nanochat.gpt import GPT
 from nanochat.memory import Compute
 from nanochat.optim import MuonAdamW

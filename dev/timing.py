@@ -56,10 +56,15 @@ def time_in_turn(variants: dict[str, Callable[[], object]], device: torch.device
 
 
 def print_table(columns: list[str], rows: list[list[object]]) -> None:
-    """An aligned table; numbers to the right."""
-    cells = [[f"{v:,.2f}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
-    print("  ".join(column.ljust(width) for column, width in zip(columns, widths, strict=True)))
-    for row, values in zip(cells, rows, strict=True):
+    """An aligned table, numbers on the right; without columns, a table that has no head."""
+    lines = [list(columns), *rows] if columns else rows
+    cells = [[f"{v:,.2f}" if isinstance(v, float) else str(v) for v in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line, values in zip(cells, lines, strict=True):
         print("  ".join(cell.ljust(width) if isinstance(value, str) else cell.rjust(width)
-                        for cell, width, value in zip(row, widths, values, strict=True)))
+                        for cell, width, value in zip(line, widths, values, strict=True)).rstrip())
+
+
+def print_rows(rows: list[dict]) -> None:
+    """A table of rows that have the same keys."""
+    print_table(list(rows[0]), [list(row.values()) for row in rows])

@@ -62,8 +62,8 @@ def test_declared_if_and_only_if_imported():
     declared = parse_names(project["dependencies"])
     users = declared.union(*(packages for name, packages in extras.items() if name != "dev"))
     exempt = to_distributions(INSIDE_OTHERS | USER_BUILT)
-    assert find_imports("nanochat", "scripts", "tasks") - exempt == users
-    assert find_imports("tests", "dev") - users - exempt - TOOLS == extras["dev"] - TOOLS
+    assert find_imports("nanochat", "scripts", "tasks", "dev") - exempt == users
+    assert find_imports("tests") - users - exempt - TOOLS == extras["dev"] - TOOLS
     assert declared == to_distributions(set(doctor.PACKAGES))
 
 
@@ -83,7 +83,7 @@ def test_lock_is_a_plain_list_that_pins_all_that_is_declared(lock):
 
 
 def test_nothing_newer_than_python_310_is_used():
-    found = {path.name: match[0] for folder in ("nanochat", "scripts", "tasks")
+    found = {path.name: match[0] for folder in ("nanochat", "scripts", "tasks", "dev")
              for path in (REPO_DIR / folder).rglob("*.py")
              if (match := NEWER_THAN_PYTHON_310.search(path.read_text()))}
     assert not found

@@ -12,14 +12,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from nanochat.card import format_count
+from dev.laws import IsoFlop, Law, ParametricLaw
 from nanochat.common import UserError, get_base_dir, print0, write_atomic
-from nanochat.scaling_laws import IsoFlop, ParametricLaw, PowerLaw
+from nanochat.report_render import format_count
 
 # Of series: Okabe and Ito's colors (jfly.uni-koeln.de/color), which the color-blind can tell apart, and markers beside
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b6470", "#000000")
 MARKERS = "osD^vPX*"
-INK, FAINT, GRID = "#1d2129", "#687080", "#e4e2dc"    # as in card.py
+INK, FAINT, GRID = "#1d2129", "#687080", "#e4e2dc"    # as in nanochat/report_render.py
 STYLE = {
     "font.size": 10, "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.edgecolor": GRID, "axes.labelcolor": FAINT, "axes.titlecolor": INK, "text.color": INK,
@@ -132,26 +132,23 @@ def draw_isoflops(curves_by_name: dict[str, list[IsoFlop]], loss_name: str) -> F
 
 
 @styled
-def draw_laws(laws: dict[str, tuple], loss_name: str) -> Figure:
-    """What is optimal against compute, one color a way of counting: {name: (budgets, optima, {quantity: PowerLaw})}.
+def draw_laws(laws: dict[str, Law], loss_name: str) -> Figure:
+    """The optima against compute, a color for each count of parameters.
 
-    A line through two optima is dashed: it meets both, whatever they are.
+    A line through two optima is dashed: any two points are on a line.
     """
     figure, axes = make_panels(2, 2, width=5, height=4.4)
     quantities = (("params", "optimal parameters", "N"), ("tokens", "optimal tokens", "D"),
                   ("ratio", "optimal tokens per parameter", "D / N"), ("loss", f"lowest loss ({loss_name})", "L"))
     for ax, (key, title, symbol) in zip(axes.flat, quantities, strict=True):
         ax.set(xscale="log", yscale="log", title=title, xlabel="training FLOPs")
-        for i, (name, (budgets, optima, fits)) in enumerate(laws.items()):
-            values = {"params": optima.params, "tokens": optima.tokens, "ratio": optima.tokens / optima.params,
-                      "loss": optima.losses}[key]
-            law: PowerLaw | None = fits[key]
-            label = f"{name}: one optimum, no line"
-            if law:
-                label = f"{name}: {symbol} ~ C^{law.exponent:.3f}" + ", two optima" * (len(budgets) == 2)
-                x = span_log(budgets, 1.6)
-                ax.plot(x, law.predict(x), color=COLORS[i], linewidth=1.3, linestyle="-" if len(budgets) > 2 else "--")
-            ax.plot(budgets, values, MARKERS[i], color=COLORS[i], markersize=6, label=label)
+        for i, (name, law) in enumerate(laws.items()):
+            label, num_optima = f"{name}: one optimum, no line", len(law.budgets)
+            if fit := law.fits[key]:
+                label = f"{name}: {symbol} ~ C^{fit.exponent:.3f}" + ", two optima" * (num_optima == 2)
+                x = span_log(law.budgets, 1.6)
+                ax.plot(x, fit.predict(x), color=COLORS[i], linewidth=1.3, linestyle="-" if num_optima > 2 else "--")
+            ax.plot(law.budgets, getattr(law.optima, key), MARKERS[i], color=COLORS[i], markersize=6, label=label)
         label_counts(ax.xaxis, format_flops)
         if key in ("params", "tokens"):
             label_counts(ax.yaxis)
