@@ -20,18 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.common import UserError, get_base_dir, get_ranks, print0, run_script, write_atomic, write_json
-from nanochat.report_render import (
-    Card,
-    Curve,
-    Section,
-    Table,
-    format_count,
-    format_value,
-    render_html,
-    render_markdown,
-    smooth,
-)
+from nanochat.common import UserError, get_base_dir, get_ranks, print0, run_script, write_json
+from nanochat.report_render import Card, Curve, Section, Table, format_count, format_value, smooth, thin, write_card
 from nanochat.train import read_metrics
 
 STAGES = {"base": "BASE", "mid": "MID", "sft": "SFT", "rl": "RL"}  # in the order in which a model passes through them
@@ -281,9 +271,8 @@ def tabulate_evals(run: RunFiles) -> list[Table]:
     """The evaluations of a run: every key that was logged, at most MAX_EVAL_ROWS steps, spread evenly."""
     evals = [rows[-1] for rows in run.metrics.get("eval", {}).values()]
     columns = list(dict.fromkeys(key for row in evals for key in row if key != "kind"))
-    count = min(len(evals), MAX_EVAL_ROWS)
-    chosen = [evals[round(i * (len(evals) - 1) / max(1, count - 1))] for i in range(count)]
-    return [Table("Evaluations", columns, [[row.get(key) for key in columns] for row in chosen])] if evals else []
+    rows = [[row.get(key) for key in columns] for row in thin(evals, MAX_EVAL_ROWS)]
+    return [Table("Evaluations", columns, rows)] if evals else []
 
 
 def describe_model(run: RunFiles) -> dict:
@@ -397,16 +386,9 @@ def main(argv: list[str] | None = None) -> dict:
     if args.price_per_hour is not None and not 0 <= args.price_per_hour < math.inf:
         raise UserError(f"--price-per-hour {args.price_per_hour} must be 0 or more US dollars")
     card = build_card(base_dir, args.price_per_hour)
-    out = args.out or base_dir / "report"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "report.md", render_markdown(card))
-        write_atomic(out / "report.html", render_html(card))
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"the report can't be written to {out} ({error.strerror}); "
-                        "choose a folder with --out") from None
-    print0(f"report: {out / 'report.md'}\nreport: {out / 'report.html'}")
-    return {"markdown": str(out / "report.md"), "html": str(out / "report.html"), "sections": len(card.sections)}
+    markdown, page = write_card(card, args.out or base_dir / "report")
+    print0(f"report: {markdown}\nreport: {page}")
+    return {"markdown": str(markdown), "html": str(page), "sections": len(card.sections)}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ import html
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanochat.common import UserError, write_atomic
 
 MAX_SAMPLE_CHARS, MAX_CELL_CHARS, MAX_CURVE_POINTS = 4000, 300, 400
 BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
@@ -104,6 +107,19 @@ def cut(text: str, max_chars: int) -> str:
     text = text if len(text) <= max_chars else text[:max_chars] + " …"
     text = text.encode("utf-8", "replace").decode().replace("\r\n", "\n")
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", text)
+
+
+def write_card(card: Card, out: Path) -> tuple[Path, Path]:
+    """Write the card to the folder `out` as report.md and report.html."""
+    paths = out / "report.md", out / "report.html"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path, text in zip(paths, (render_markdown(card), render_html(card)), strict=True):
+            write_atomic(path, text)
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"the report can't be written to {out} ({error.strerror}); "
+                        "choose a folder with --out") from None
+    return paths
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,8 +358,8 @@ def smooth(points: list[tuple[int, float]], decay: float = 0.9) -> list[tuple[in
     return smoothed
 
 
-def thin(points: list) -> list:
-    """At most MAX_CURVE_POINTS of the points, evenly spaced, the first and the last included."""
-    if len(points) <= MAX_CURVE_POINTS:
-        return points
-    return [points[round(i * (len(points) - 1) / (MAX_CURVE_POINTS - 1))] for i in range(MAX_CURVE_POINTS)]
+def thin(items: list, max_items: int = MAX_CURVE_POINTS) -> list:
+    """At most that many of the items, evenly spaced, the first and the last included."""
+    if len(items) <= max_items:
+        return items
+    return [items[round(i * (len(items) - 1) / (max_items - 1))] for i in range(max_items)]

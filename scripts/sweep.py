@@ -33,7 +33,7 @@ from nanochat.scaling import make_config, make_plan
 from nanochat.train import StopSignal
 
 SWEEP_KEYS = ("grid", "flags", "created", "failed", "points")  # of sweep.json
-OWN_FLAGS = {"model-tag", "resume"}    # of base_train, set by the sweep itself
+OWN_FLAGS = {"model_tag", "resume"}    # of base_train, set by the sweep itself
 # Flags of base_train that don't change what a run learns: a sweep continues with others. To be replaced by stage.py's.
 FREE_FLAGS = {"run", "eval_every", "eval_tokens", "core_metric_every", "core_metric_max_per_task", "sample_every",
               "save_every", "save_every_minutes", "keep_last", "keep_every", "resume", "stop_at", "allow_mismatch"}
@@ -107,12 +107,32 @@ def parse_grid(words: list[str], flags: list[str]) -> dict[str, list[str]]:
         if name in grid or len(set(values)) < len(values):
             raise UserError(f"--grid names {word if name not in grid else name} twice")
         grid[name] = values
-    fixed = {flag.partition("=")[0].lstrip("-").replace("_", "-") for flag in flags if flag.startswith("--")}
-    if taken := {own for own in OWN_FLAGS for name in fixed | set(grid) if name and own.startswith(name)}:
-        raise UserError(f"--{min(taken)} is set by the sweep itself; leave it out")
-    if both := (fixed & set(grid)):
-        raise UserError(f"--{min(both)} is in the grid and behind --; leave it out of one of them")
+    in_grid, fixed = {name.replace("-", "_") for name in grid}, parse_flags(flags).keys()
+    # a prefix counts too: base_train's argparse takes --resum for --resume
+    if taken := {own for own in OWN_FLAGS for name in fixed | in_grid if name and own.startswith(name)}:
+        raise UserError(f"--{min(taken).replace('_', '-')} is set by the sweep itself; leave it out")
+    if both := fixed & in_grid:
+        raise UserError(f"--{min(both).replace('_', '-')} is in the grid and behind --; leave it out of one of them")
     return grid
+
+
+def parse_flags(words: list[str]) -> dict[str, list[str]]:
+    """{flag: its values} of a command line: --a-b=1 and --a-b 1 are {"a_b": ["1"]}."""
+    flags: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name, *values = word[2:].split("=", 1)
+            name = name.replace("-", "_")
+            flags[name] = values
+        else:
+            flags.setdefault(name, []).append(word)
+    return flags
+
+
+def get_identity(words: list[str]) -> dict[str, list[str]]:
+    """The flags of a command line that change what is learned."""
+    return {name: values for name, values in parse_flags(words).items() if name not in FREE_FLAGS}
 
 
 def make_points(name: str, grid: dict[str, list[str]], flags: list[str]) -> list[Point]:
@@ -129,32 +149,20 @@ def make_points(name: str, grid: dict[str, list[str]], flags: list[str]) -> list
     return sorted(points, key=lambda point: point.flops)
 
 
-def estimate_run_flops(flags: list[str]) -> float:
+def estimate_run_flops(words: list[str]) -> float:
     """Model FLOPs of a run, for the order of the runs and the time left; 1 where the flags don't tell."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    shape, horizon = ("aspect_ratio", "head_dim"), ("num_iterations", "target_flops", "target_param_data_ratio")
-    for name in ("depth", "max_seq_len", "total_batch_size", *shape, *horizon):
-        parser.add_argument(f"--{name.replace('_', '-')}")
-    given, _ = parser.parse_known_args(flags)
+    flags = parse_flags(words)
+
+    def read(*names: str) -> dict[str, float]:
+        return {name: float(flags[name][0]) for name in names if name in flags}
     try:
-        values = {name: float(value) for name, value in vars(given).items()}
-        config = make_config(int(values["depth"]), vocab_size=GPTConfig.vocab_size,
-                             sequence_len=int(values.get("max_seq_len", GPTConfig.sequence_len)),
-                             **{name: int(values[name]) for name in shape if name in values})
-        return make_plan(config, estimate_flops(config), batch_tokens=values.get("total_batch_size"),
-                         **{name: values[name] for name in horizon if name in values}).total_flops
-    except (KeyError, ValueError, UserError):  # no depth, or a value that base_train will refuse
+        config = make_config(int(flags["depth"][0]), vocab_size=GPTConfig.vocab_size,
+                             sequence_len=int(read("max_seq_len").get("max_seq_len", GPTConfig.sequence_len)),
+                             **{name: int(value) for name, value in read("aspect_ratio", "head_dim").items()})
+        return make_plan(config, estimate_flops(config), batch_tokens=read("total_batch_size").get("total_batch_size"),
+                         **read("num_iterations", "target_flops", "target_param_data_ratio")).total_flops
+    except (LookupError, ValueError, UserError):  # no depth, or a value that base_train will refuse
         return 1.0
-
-
-def drop_free_flags(flags: list[str]) -> list[str]:
-    """A command line without the flags in FREE_FLAGS and their values."""
-    kept, is_free = [], False
-    for word in flags:
-        if word.startswith("--"):
-            is_free = word[2:].partition("=")[0].replace("-", "_") in FREE_FLAGS
-        kept += [] if is_free else [word]
-    return kept
 
 
 def format_grid(info: dict) -> str:
@@ -189,8 +197,7 @@ class Sweep:
         if not (self.folder / "sweep.json").is_file():
             return
         saved = read_json(self.folder / "sweep.json", SWEEP_KEYS)
-        grids = [(info["grid"], drop_free_flags(info["flags"])) for info in (saved, self.info)]
-        if grids[0] == grids[1]:
+        if saved["grid"] == self.info["grid"] and get_identity(saved["flags"]) == get_identity(self.info["flags"]):
             self.info |= {"created": saved["created"], "failed": saved["failed"]}
         elif any((get_run_dir("base", point["tag"]) / "run.json").exists() for point in saved["points"]):
             raise UserError(f"the sweep {self.args.name} has the grid {format_grid(saved)}, and this command says "
@@ -287,7 +294,7 @@ class Sweep:
         """waiting, running, stopped, failed or finished, from run.json."""
         info = self.read_run(point).info
         made_by = [word for word in info.get("argv", [])[1:] if word != "--"]
-        if info.get("status") == "finished" and drop_free_flags(made_by) != drop_free_flags(point.flags):
+        if info.get("status") == "finished" and get_identity(made_by) != get_identity(point.flags):
             raise UserError(f"the run {point.tag} was made by another command ({' '.join(made_by)}); delete "
                             f"{get_run_dir('base', point.tag)}, or choose another --name")
         return info.get("status", "waiting")
