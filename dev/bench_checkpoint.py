@@ -19,17 +19,9 @@ from statistics import median
 
 import torch
 
-from dev.timing import (
-    add_device_args,
-    choose_device,
-    make_random_batch,
-    make_random_model,
-    print_rows,
-    read_cpu_seconds,
-)
+from dev.timing import add_step_args, choose_device, make_training, print_rows, read_cpu_seconds
 from nanochat.checkpoint_manager import Checkpointer, build_model, restore
 from nanochat.common import get_base_dir, run_script, synchronize
-from nanochat.compilation import set_compile_kernels
 from nanochat.gpt import GPTConfig
 from nanochat.scaling import make_config
 from nanochat.train import train_step
@@ -39,19 +31,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, nargs="+", default=[4, 6, 12])
     parser.add_argument("--vocab-size", type=int, default=32768)
-    parser.add_argument("--max-seq-len", type=int, default=512, help="context in tokens")
-    parser.add_argument("--rows", type=int, default=8, help="rows of a step")
     parser.add_argument("--steps", type=int, default=4, help="ordinary steps that are timed; their median counts")
-    parser.add_argument("--compile", choices=("on", "off"), default="on")
-    parser.add_argument("--json", type=Path, help="file for the table, too")
-    add_device_args(parser)
+    add_step_args(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     device, dtype, _ = choose_device(args)
-    set_compile_kernels(args.compile == "on")
     rows = []
     for depth in args.depth:
         run_dir = Path(tempfile.mkdtemp(prefix="bench_checkpoint-", dir=get_base_dir()))
@@ -71,11 +58,7 @@ def measure_depth(args: argparse.Namespace, depth: int, run_dir: Path, device: t
                   dtype: torch.dtype) -> list[dict]:
     """The table's rows of one depth: the first save and a later one."""
     config = make_config(depth, vocab_size=args.vocab_size, sequence_len=args.max_seq_len)
-    model = make_random_model(config, dtype, device)
-    optimizer = model.setup_optimizer()
-    if args.compile == "on":
-        model.compile_blocks()
-    batch = make_random_batch(config, args.rows, device)
+    model, optimizer, batch = make_training(config, args, device, dtype)
 
     def time_step() -> float:
         start = time.perf_counter()

@@ -9,13 +9,11 @@ Model FLOP/s are compared with a large matrix product in the same dtype, timed i
 import argparse
 import itertools
 import time
-from pathlib import Path
 
 import torch
 
-from dev.timing import add_device_args, choose_device, make_random_batch, make_random_model, print_rows, time_in_turn
+from dev.timing import add_step_args, choose_device, make_training, print_rows, time_in_turn
 from nanochat.common import get_peak_memory_bytes, run_script, synchronize
-from nanochat.compilation import set_compile_kernels
 from nanochat.scaling import make_config
 from nanochat.train import train_step
 
@@ -26,19 +24,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, nargs="+", default=[4, 6])
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[4096, 32768])
-    parser.add_argument("--max-seq-len", type=int, default=512, help="context in tokens")
-    parser.add_argument("--rows", type=int, default=8, help="rows of a step")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--compile", choices=("on", "off"), default="on")
-    parser.add_argument("--json", type=Path, help="file for the table, too")
-    add_device_args(parser)
+    add_step_args(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     device, dtype, _ = choose_device(args)
-    set_compile_kernels(args.compile == "on")
     rows = [measure_step(args, depth, vocab_size, device, dtype)
             for depth, vocab_size in itertools.product(args.depth, args.vocab_size)]
     print_rows(rows, args.json)
@@ -49,11 +42,7 @@ def measure_step(args: argparse.Namespace, depth: int, vocab_size: int, device: 
                  dtype: torch.dtype) -> dict:
     """One row of the table."""
     config = make_config(depth, vocab_size=vocab_size, sequence_len=args.max_seq_len)
-    model = make_random_model(config, dtype, device)
-    optimizer = model.setup_optimizer()
-    if args.compile == "on":
-        model.compile_blocks()
-    batch = make_random_batch(config, args.rows, device)
+    model, optimizer, batch = make_training(config, args, device, dtype)
     size = MATMUL_SIZE.get(device.type, 8192)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 

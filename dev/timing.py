@@ -10,8 +10,10 @@ from statistics import median
 import torch
 
 from nanochat.common import get_compute_dtype, init_compute, synchronize, write_json
+from nanochat.compilation import set_compile_kernels
 from nanochat.flash_attention import choose_backend
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW
 from nanochat.train import Batch
 
 BUSY_CORES = 0.15  # cores that other processes may use during a measurement; one busy neighbour doubles medians
@@ -24,6 +26,15 @@ def add_device_args(parser: argparse.ArgumentParser) -> None:
     """The flags that choose_device reads."""
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
     parser.add_argument("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best there is)")
+
+
+def add_step_args(parser: argparse.ArgumentParser) -> None:
+    """The flags that make_training and choose_device read, of the benchmarks of whole steps."""
+    parser.add_argument("--max-seq-len", type=int, default=512, help="context in tokens")
+    parser.add_argument("--rows", type=int, default=8, help="rows of a step")
+    parser.add_argument("--compile", choices=("on", "off"), default="on")
+    parser.add_argument("--json", type=Path, help="file for the table, too")
+    add_device_args(parser)
 
 
 def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, str]:
@@ -51,6 +62,17 @@ def make_random_batch(config: GPTConfig, num_rows: int, device: torch.device) ->
     """Rows of random tokens."""
     tokens = torch.randint(config.vocab_size, (num_rows, config.sequence_len + 1), device=device)
     return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
+
+
+def make_training(config: GPTConfig, args: argparse.Namespace, device: torch.device,
+                  dtype: torch.dtype) -> tuple[GPT, MuonAdamW, Batch]:
+    """A random model, its optimizer, and a step's batch; compiled as --compile says."""
+    set_compile_kernels(args.compile == "on")
+    model = make_random_model(config, dtype, device)
+    optimizer = model.setup_optimizer()
+    if args.compile == "on":
+        model.compile_blocks()
+    return model, optimizer, make_random_batch(config, args.rows, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

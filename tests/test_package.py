@@ -52,6 +52,24 @@ def find_imports(*folders: str) -> set[str]:
     return to_distributions(names - set(sys.stdlib_module_names) - ours)
 
 
+def find_our_imports(folder: str) -> set[str]:
+    """The folders of ours that the files of a folder import from."""
+    found = set()
+    for path in (REPO_DIR / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                found |= {name.split(".")[0] for name in names}
+    return found & set(OUR_FOLDERS)
+
+
+def test_imports_point_downwards():
+    """The library knows no script, a script no other script, and nothing but the tests knows the laboratory."""
+    assert not find_our_imports("nanochat") & {"scripts", "dev", "tests"}
+    assert not find_our_imports("tasks") & {"scripts", "dev", "tests"}
+    assert not find_our_imports("scripts") & {"scripts", "dev", "tests"}
+
+
 def to_distributions(modules: set[str]) -> set[str]:
     return {normalize(DISTRIBUTIONS.get(module, module)) for module in modules}
 
