@@ -1,10 +1,10 @@
-"""Scaling laws of a sweep over model sizes and FLOP budgets: which model, trained for how long, is best for a budget?
+"""Scaling laws of a sweep over model sizes and FLOP budgets: the best model and its tokens for each budget.
 
     python -m dev.scaling_laws RESULTS          # a folder with a run.json and metrics.jsonl in each run's folder
     python -m dev.scaling_laws results.csv      # or a table, one row a run
 
-RESULTS's runs must have a validation loss at their last step. A table needs columns for the FLOP budget (flops_budget),
-the tokens (tokens_trained), the loss (val_bpb) and parameters: params_total, and params_transformer and params_lm_head.
+The runs must have a validation loss at their last step. A table needs columns for the FLOP budget (flops_budget), the
+tokens (tokens_trained), the loss (val_bpb) and parameters: params_total, and params_transformer and params_lm_head.
 Writes laws.html (a page with everything), laws.json and PNG figures, by default to RESULTS/laws.
 """
 
@@ -20,7 +20,16 @@ from dev.laws import INTERVAL_PCT, MIN_PARAMETRIC_RUNS, Law, ParametricLaw, fit_
 from dev.results import CONVENTIONS, MAIN_CONVENTION, group_budgets, load_results
 from dev.timing import print_table
 from nanochat.common import now, print0, run_script, write_atomic, write_json
-from nanochat.report_render import Section, Table, format_count, format_rows, html_page, html_section, html_values
+from nanochat.report_render import (
+    Section,
+    Table,
+    format_count,
+    format_pairs,
+    format_rows,
+    html_page,
+    html_section,
+    html_values,
+)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -69,10 +78,10 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def describe_straightest(laws: dict[str, Law]) -> list[str]:
-    """Which way of counting puts the optimal parameters best on a line; nothing with fewer than three optima each."""
+    """The counts of parameters by the r2 of their power law, where there are three optima each."""
     r2 = {name: law.fits["params"].r2 for name, law in laws.items() if len(law.budgets) > 2}
     ranking = ", ".join(f"{name} (r2 {r2[name]:.4f})" for name in sorted(r2, key=r2.get, reverse=True))
-    return [f"The lines of optimal parameters, straightest first: {ranking}."] if len(r2) > 1 else []
+    return [f"The power laws of optimal parameters, best r2 first: {ranking}."] if len(r2) > 1 else []
 
 
 def describe_gaps(law: Law, parametric: ParametricLaw | None, num_runs: int) -> list[str]:
@@ -96,7 +105,7 @@ def describe_gaps(law: Law, parametric: ParametricLaw | None, num_runs: int) -> 
 
 
 def describe_laws(laws: dict[str, Law], loss_name: str) -> list[Section]:
-    """The optima of each way of counting, and the ways side by side."""
+    """The power laws of all counts of parameters, then the optima of each count."""
     sections, rows = [], []
     for name, law in laws.items():
         for key, symbol in (("params", "N"), ("tokens", "D"), ("ratio", "D / N"), ("loss", "L")):
@@ -126,7 +135,7 @@ def describe_laws(laws: dict[str, Law], loss_name: str) -> list[Section]:
 
 
 def describe_parametric(law: ParametricLaw | None, name: str, iso: Law, flops_per_param_token: float) -> list[Section]:
-    """The constants of L(N, D), and the optima that follow from them."""
+    """The constants of L(N, D), and its optima."""
     if not law:
         return []
     a, b = law.get_exponents()
@@ -150,15 +159,16 @@ def format_interval(interval: tuple[float, float] | None) -> str | None:
 def print_section(section: Section) -> None:
     """A section as text in columns."""
     print0(f"\n{section.title}")
-    tables = [Table("", [], list(section.values.items()))] if section.values else []
-    for table in tables + section.tables:
+    if section.values:
+        print_table([], format_pairs(section.values.items()))
+    for table in section.tables:
         print_table(table.columns, format_rows(table))
     for note in section.notes:
         print0(note)
 
 
 def make_tiles(law: Law, name: str) -> dict[str, str]:
-    """The figures that head the page."""
+    """The figures at the head of the page."""
     tiles = {}
     for key, title in (("params", "parameters"), ("tokens", "tokens")):
         if fit := law.fits[key]:

@@ -276,7 +276,7 @@ def tabulate_evals(run: RunFiles) -> list[Table]:
 
 
 def describe_model(run: RunFiles) -> dict:
-    """The figures that head the card."""
+    """The figures at the head of the card."""
     tokens = run.get_last("train", "tokens")
     facts = {"validation bpb": run.get_last("eval", "val_bpb"),
              "layers": (run.info.get("model_config") or {}).get("n_layer"),

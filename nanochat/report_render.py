@@ -6,6 +6,7 @@ Samples are text that a model wrote, labels may be anything: both renderings esc
 import html
 import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,9 +98,14 @@ def choose_unit(value: float, units: tuple[tuple[float, str], ...]) -> tuple[flo
 def format_rows(table: Table) -> list[list[str]]:
     """A table's cells as text; a table without columns is a list of (label, value)."""
     if not table.columns:
-        return [[format_label(label), format_value(str(label), value)] for label, value in table.rows]
+        return format_pairs(table.rows)
     return [[format_value(str(column), cell) for column, cell in zip(table.columns, row, strict=False)]
             for row in table.rows]
+
+
+def format_pairs(pairs: Iterable[Sequence]) -> list[list[str]]:
+    """(label, value) pairs as text."""
+    return [[format_label(label), format_value(str(label), value)] for label, value in pairs]
 
 
 def cut(text: str, max_chars: int) -> str:
@@ -129,11 +135,11 @@ def write_card(card: Card, out: Path) -> tuple[Path, Path]:
 def render_markdown(card: Card) -> str:
     """The card as GitHub-flavoured markdown."""
     lines = ["# nanochat report card", "", escape_markdown(card.subtitle), ""]
-    lines += markdown_table(["", ""], [[format_label(k), format_value(k, v)] for k, v in card.tiles.items()])
+    lines += markdown_table(["", ""], format_pairs(card.tiles.items()))
     for section in card.sections:
         lines += [f"## {escape_markdown(section.title)}", ""]
         if section.values:
-            lines += markdown_table(["", ""], format_rows(Table("", [], list(section.values.items()))))
+            lines += markdown_table(["", ""], format_pairs(section.values.items()))
         for table in section.tables:
             lines += [f"### {escape_markdown(table.title)}", ""] if table.title else []
             lines += markdown_table([format_label(c) for c in table.columns] or ["", ""], format_rows(table))
@@ -258,9 +264,9 @@ def html_section(section: Section) -> str:
 
 def html_values(values: dict, css_class: str) -> str:
     """A list of labels and values."""
-    items = (f"<div><dt>{escape_html(label)}</dt><dd>{escape_html(value)}</dd></div>"
-             for label, value in format_rows(Table("", [], list(values.items()))))
-    return f'<dl class="{css_class}">{"".join(items)}</dl>'
+    items = "".join(f"<div><dt>{escape_html(label)}</dt><dd>{escape_html(value)}</dd></div>"
+                    for label, value in format_pairs(values.items()))
+    return f'<dl class="{css_class}">{items}</dl>'
 
 
 def html_table(table: Table) -> str:

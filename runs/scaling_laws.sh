@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Which model size is best for a FLOP budget? A grid of depths and budgets, then power laws, figures and one page.
+# The best model size for a FLOP budget: a grid of depths and budgets, then power laws, figures and one page.
 #
 # Hardware  8 H100 (80 GB), all of them on each run; fewer take proportionally longer: set NPROC. Or PARALLEL runs at a
 #           time, with NPROC GPUs each
@@ -7,7 +7,7 @@
 # Cost      about $90 at $24 an hour for the node, likewise
 # Expect    10.5 to 12 training tokens per parameter of transformer and head, published
 #
-# Run it again to go on: finished runs are skipped, an unfinished one continues. To change it, set any of these:
+# Run it again to continue: finished runs are skipped, an unfinished one goes on. To change it, set any of these:
 NPROC=${NPROC:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}    # GPUs of a run
 PARALLEL=${PARALLEL:-1}                  # runs at a time
 DEPTHS=${DEPTHS:-10,12,14,16,18,20}
