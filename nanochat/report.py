@@ -9,7 +9,6 @@ files alone. This module gathers what is shown; report_render.py turns it into t
 """
 
 import argparse
-import contextlib
 import json
 import math
 import re
@@ -28,7 +27,6 @@ STAGES = {"base": "BASE", "mid": "MID", "sft": "SFT", "rl": "RL"}  # in the orde
 SECTION_ORDER = ("tok_train", "tok_eval", "base_train", "base_loss", "base_eval", "mid", "chat_sft", "sft", "chat_rl",
                  "rl", "chat_eval")
 MAX_EVAL_ROWS = 12    # in the table of a run's evaluations
-LEFTOVER_SEC = 3600   # a temporary file this old belongs to a process that was killed while it wrote
 # Rent of one GPU, US dollars per hour: assumptions, rounded from list prices of 2026. CPUs and GPUs not listed here
 # have no price unless --price-per-hour gives one.
 GPU_PRICES = (("b300", 6.0), ("b200", 5.0), ("h200", 3.5), ("h100", 3.0), ("a100", 1.8), ("l40s", 1.0), ("4090", 0.5),
@@ -52,16 +50,7 @@ def write_section(name: str, section: dict) -> None:
     if get_ranks().rank == 0:
         folder = get_base_dir() / "report"
         folder.mkdir(exist_ok=True)
-        remove_leftovers(folder)
         write_json(folder / f"{name}.json", {"created": time.strftime("%Y-%m-%d %H:%M:%S")} | section)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files (see write_atomic) of processes that were killed."""
-    for path in folder.glob("*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > LEFTOVER_SEC:
-                path.unlink()
 
 
 def read_json(path: Path, keys: Sequence[str] = ()) -> dict:
@@ -175,16 +164,13 @@ def choose_chain(saved: dict[str, dict], runs: dict[str, dict]) -> list[tuple[di
 
     chain = [(record.get("order", rank(name)), record, record.get("run") or "") for name, record in saved.items()]
     told_stages = {run_path.split("/")[1] for _, _, run_path in chain if run_path.count("/") == 2}
-    newest = {}
-    for run_path in sorted(runs, key=lambda path: str(runs[path].get("created"))):
-        newest[run_path.split("/")[1]] = run_path
-    for stage, run_path in newest.items():
-        if stage not in told_stages:
-            tag, status = runs[run_path].get("tag", ""), runs[run_path].get("status", "unknown")
-            chain.append((rank(f"{stage}_train"), {"title": f"{STAGES.get(stage, stage)} {tag} ({status})"}, run_path))
-    stages = list(STAGES)
-    chain.sort(key=lambda item: (item[0], stages.index(item[1]["stage"]) if item[1].get("stage") in stages else -1,
-                                 str(item[1].get("created"))))
+    newest = {path.split("/")[1]: path for path in sorted(runs, key=lambda path: str(runs[path].get("created")))}
+    for stage in [stage for stage in newest if stage not in told_stages]:
+        info = runs[newest[stage]]
+        title = f"{STAGES.get(stage, stage)} {info.get('tag', '')} ({info.get('status', 'unknown')})"
+        chain.append((rank(f"{stage}_train"), {"title": title}, newest[stage]))
+    places = {stage: place for place, stage in enumerate(STAGES, 1)}    # a section without a stage comes first
+    chain.sort(key=lambda item: (item[0], places.get(item[1].get("stage"), 0), str(item[1].get("created"))))
     seen: set[str] = set()  # a run belongs to the first section that names it
     return [(record, "" if run_path in seen else seen.add(run_path) or run_path) for _, record, run_path in chain]
 
@@ -376,9 +362,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     base_dir = get_base_dir()
-    remove_leftovers(base_dir / "report")
     if args.command == "reset":
-        sections = sorted((base_dir / "report").glob("*.json"))
+        sections = list((base_dir / "report").glob("*.json*"))    # and temporary files of killed processes
         for path in sections:
             path.unlink()
         print0(f"report: {len(sections)} sections deleted")
