@@ -71,6 +71,7 @@ def examine(device_type: str, quick: bool) -> Iterator[Finding]:
     if packages.state == "FAIL":
         return
     from nanochat.common import UserError, get_compute_dtype, get_device, get_ranks
+    from nanochat.execution import check_isolation
     try:
         device = get_device(device_type, get_ranks())
     except UserError as error:
@@ -82,19 +83,20 @@ def examine(device_type: str, quick: bool) -> Iterator[Finding]:
     yield guard("memory", lambda: check_memory(device))
     yield guard("attention", lambda: check_attention(device, dtype))
     yield guard("compile", lambda: check_compile(device, quick))
-    yield guard("sandbox", check_sandbox)
+    # the isolation of model-written code, which only HumanEval needs
+    yield guard("sandbox", lambda: Finding("sandbox", "ok", check_isolation()), broken="note")
     yield guard("network", check_network)
     if disk.state != "FAIL":
         yield guard("data", check_data)
         yield guard("tokenizer", check_tokenizer)
 
 
-def guard(name: str, check: Callable[[], Finding]) -> Finding:
-    """A check's finding; an exception in the check is a finding too."""
+def guard(name: str, check: Callable[[], Finding], broken: str = "FAIL") -> Finding:
+    """A check's finding; an exception in the check is a finding too, in the state `broken`."""
     try:
         return check()
     except Exception as error:
-        return Finding(name, "FAIL", describe_error(error))
+        return Finding(name, broken, describe_error(error))
 
 
 def describe_error(error: Exception) -> str:
@@ -155,8 +157,8 @@ def check_attention(device, dtype) -> Finding:
     others = "; ".join(f"{name}: {reason}" for name, works, reason in probes if not works)
     if not working:
         return Finding("attention", "FAIL", f"no backend works: {others}", SET_UP)
-    return Finding("attention", "ok", f"uses {working[0]}; works: {', '.join(working)}"
-                   + (f"; not: {others}" if others else ""))
+    not_working = f"; not: {others}" if others else ""
+    return Finding("attention", "ok", f"uses {working[0]}; works: {', '.join(working)}{not_working}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,16 +236,6 @@ def check_disk() -> Finding:
         return Finding("disk", "FAIL" if free_bytes < NO_DISK_BYTES else "note", f"{what}, which is little",
                        "free some space, or set NANOCHAT_BASE_DIR to a larger disk")
     return Finding("disk", "ok", what)
-
-
-def check_sandbox() -> Finding:
-    """The isolation of model-written code; only HumanEval needs it."""
-    from nanochat.common import UserError
-    from nanochat.execution import check_isolation
-    try:
-        return Finding("sandbox", "ok", check_isolation())
-    except UserError as error:
-        return Finding("sandbox", "note", str(error))
 
 
 def check_network() -> Finding:
