@@ -356,11 +356,11 @@ class Sweep:
         failed = self.info["failed"]
         for tag, reason in failed.items():
             print0(f"{tag} failed: {reason}")
+        if failed:
+            print0("failed runs were left out; --retry-failed runs them once more")
         if len(failed) == len(self.points):
             raise UserError(f"all {len(self.points)} runs of the sweep {self.args.name} failed; {self.folder / 'logs'} "
                             "has what they printed")
-        if failed:
-            print0("failed runs were left out; --retry-failed runs them once more")
         print0(f"sweep: {self.folder}")
         return {"folder": str(self.folder), "failed": failed,
                 "runs": [self.read_progress(point) for point in self.points]}
