@@ -1,16 +1,14 @@
-"""What a checkpoint costs the training: how long a save stops it, slows the steps after it, and how long a load takes.
+"""The cost of a checkpoint to the training: the pause for a save, the slower steps beside it, and the time of a load.
 
     python -m dev.bench_checkpoint                          depths 4, 6 and 12, compiled; some GB and minutes
     python -m dev.bench_checkpoint --depth 4 --compile off --json table.json
 
-Everything is measured in one process beside its own ordinary steps, twice: the first save allocates its copy in host
-memory, later ones use it again. Loads come from the page cache, as they do right after a save; the checksums are read
-and compared all the same.
+Saves are measured twice, beside ordinary steps of the same process: the first save allocates its copy in host memory,
+later ones use it again. Loads come from the page cache, as they do right after a save, checksums included.
 """
 
 import argparse
 import gc
-import json
 import shutil
 import tempfile
 import threading
@@ -21,38 +19,26 @@ from statistics import median
 
 import torch
 
-from dev.timing import print_table, read_cpu_seconds
+from dev.timing import add_step_args, choose_device, make_training, print_rows, read_cpu_seconds
 from nanochat.checkpoint_manager import Checkpointer, build_model, restore
-from nanochat.common import get_base_dir, get_compute_dtype, init_compute, run_script, synchronize
-from nanochat.compilation import set_compile_kernels
-from nanochat.flash_attention import choose_backend
+from nanochat.common import get_base_dir, run_script, synchronize
 from nanochat.gpt import GPTConfig
 from nanochat.scaling import make_config
-from nanochat.train import Batch, train_step
+from nanochat.train import train_step
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, nargs="+", default=[4, 6, 12])
     parser.add_argument("--vocab-size", type=int, default=32768)
-    parser.add_argument("--max-seq-len", type=int, default=512, help="context in tokens")
-    parser.add_argument("--rows", type=int, default=8, help="rows of a step")
     parser.add_argument("--steps", type=int, default=4, help="ordinary steps that are timed; their median counts")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--compile", choices=("on", "off"), default="on")
-    parser.add_argument("--device-type", default="")
-    parser.add_argument("--json", help="write the table here, too")
+    add_step_args(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    device, _ = init_compute(args.device_type)
-    dtype, why = get_compute_dtype(args.dtype, device)
-    backend, _ = choose_backend(device, dtype)
-    print(f"{device.type}, {dtype} ({why}), attention {backend}, compile {args.compile}, {args.rows} rows of "
-          f"{args.max_seq_len} tokens a step", flush=True)
-    set_compile_kernels(args.compile == "on")
+    device, dtype, _ = choose_device(args)
     rows = []
     for depth in args.depth:
         run_dir = Path(tempfile.mkdtemp(prefix="bench_checkpoint-", dir=get_base_dir()))
@@ -61,11 +47,10 @@ def main(argv: list[str] | None = None) -> dict:
         finally:
             shutil.rmtree(run_dir)
             gc.collect()
-    print_table(list(rows[0]), [list(row.values()) for row in rows])
-    print("saving step: the save's stop and the step after it; x step: that in ordinary steps; whole cost: all that "
-          "the save added until it was on disk, in ordinary steps; others: cores that other processes used meanwhile")
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+    print_rows(rows, args.json)
+    print("stop: the pause for the save; saving step: the pause and the step after it; x step: that in ordinary steps; "
+          "whole cost: all added time until the save was on disk, in ordinary steps; others: cores in use by other "
+          "processes")
     return {"rows": rows}
 
 
@@ -73,14 +58,7 @@ def measure_depth(args: argparse.Namespace, depth: int, run_dir: Path, device: t
                   dtype: torch.dtype) -> list[dict]:
     """The table's rows of one depth: the first save and a later one."""
     config = make_config(depth, vocab_size=args.vocab_size, sequence_len=args.max_seq_len)
-    torch.manual_seed(0)
-    model = build_model(config, dtype, device)
-    model.init_weights()
-    optimizer = model.setup_optimizer()
-    if args.compile == "on":
-        model.compile_blocks()
-    tokens = torch.randint(config.vocab_size, (args.rows, config.sequence_len + 1), device=device)
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
+    model, optimizer, batch = make_training(config, args, device, dtype)
 
     def time_step() -> float:
         start = time.perf_counter()
@@ -106,7 +84,7 @@ def measure_depth(args: argparse.Namespace, depth: int, run_dir: Path, device: t
 
 def time_save(saver: Checkpointer, step: int, model, optimizer, time_step: Callable[[], float],
               step_sec: float) -> dict[str, float]:
-    """Save while the training goes on: what the save costs it, and when it is done."""
+    """The cost of a save beside the training, and its duration."""
     ends = []
     start = time.perf_counter()
     saver.save(step, model, optimizer, {"optimizer_steps": optimizer.num_steps})
@@ -126,7 +104,7 @@ def time_save(saver: Checkpointer, step: int, model, optimizer, time_step: Calla
 
 
 def time_load(config: GPTConfig, run_dir: Path, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds from nothing to a model and optimizer that can go on."""
+    """Seconds until a new model and optimizer are restored."""
     start = time.perf_counter()
     model = build_model(config, dtype, device)
     restore(run_dir, 2, model, model.setup_optimizer())

@@ -1,13 +1,12 @@
-"""Grouped-query attention: what fewer key/value heads save, in time and in cache, and what bytes alone would predict.
+"""Grouped-query attention: the time and the cache that fewer key/value heads save, against a prediction from bytes.
 
     python -m dev.bench_gqa                                          64 query heads, 1 to 64 groups
     python -m dev.bench_gqa --query-heads 16 --cache-tokens 32768 --rows 1
 
 One layer's attention call, without the projections around it. Decode: a new token of each row on its cache. Prefill: a
 whole prompt. The prediction is the bytes that each must read and write, at the rate at which this machine reads a large
-tensor, measured in the same rounds: where the time stays above it, something else is the limit. On a CPU the eager
-engine keeps its cache in fp32, so --dtype float32 is its case. Writes gqa.png, by default to
-$NANOCHAT_BASE_DIR/figures.
+tensor, measured in the same rounds; where the time is longer, memory isn't the limit. On a CPU the eager engine keeps
+its cache in fp32: measure with --dtype float32. Writes gqa.png, by default to $NANOCHAT_BASE_DIR/figures.
 """
 
 import argparse
@@ -17,10 +16,10 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from dev.timing import print_table, time_in_turn
-from nanochat.common import UserError, get_compute_dtype, init_compute, print0, run_script
-from nanochat.figures import COLORS, FAINT, add_out, make_panels, save_figure, styled
-from nanochat.flash_attention import choose_backend, flash_attn
+from dev.figures import COLORS, FAINT, add_out, make_panels, save_figure, styled
+from dev.timing import add_device_args, choose_device, print_rows, time_in_turn
+from nanochat.common import UserError, print0, run_script
+from nanochat.flash_attention import flash_attn
 
 READ_BYTES = {"cpu": 2**28}    # of the tensor that is read to measure the rate; 2**30 on an accelerator
 
@@ -35,8 +34,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--cache-tokens", type=int, default=2048, help="tokens in each row's cache, the new one included")
     add("--prompt-tokens", type=int, default=512, help="tokens of the prompt that is prefilled, one row")
     add("--rounds", type=int, default=15)
-    add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
-    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best there is)")
+    add_device_args(parser)
     add_out(parser)
     return parser.parse_args(argv)
 
@@ -50,9 +48,7 @@ def main(argv: list[str] | None = None) -> dict:
     groups = sorted(set(args.groups or [*(2**i for i in range(H.bit_length()) if H % 2**i == 0), H]))
     if wrong := [num for num in groups if num < 1 or H % num]:
         raise UserError(f"--groups {wrong[0]} doesn't divide the {H} query heads")
-    device, _ = init_compute(args.device_type)
-    dtype, _ = get_compute_dtype(args.dtype, device)
-    backend, _ = choose_backend(device, dtype)
+    device, dtype, backend = choose_device(args)
     calls: dict[str, Callable] = {}
     for num in groups:
         calls |= make_calls(args, num, device, dtype)
@@ -64,7 +60,7 @@ def main(argv: list[str] | None = None) -> dict:
     title = f"{H} query heads of {args.head_dim}, {device.type}, {str(dtype).removeprefix('torch.')}, attention " \
             f"{backend}; reading at {bytes_per_ms / 1e6:.1f} GB/s"
     print0(title)
-    print_table(list(rows[0]), [list(row.values()) for row in rows])
+    print_rows(rows)
     figure = draw_groups(rows, title, args)
     return {"rows": rows, "bytes_per_ms": bytes_per_ms, "figure": str(save_figure(figure, "gqa", args.out))}
 

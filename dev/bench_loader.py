@@ -1,10 +1,10 @@
-"""How fast text becomes batches, and what packing throws away.
+"""The speed of the data: from text to batches, and the tokens that packing drops.
 
     python -m dev.bench_loader --data python-docs
     python -m dev.bench_loader --data path/to/folder --tables-dir path/to/tables
 
-Rates are of tokens that come in, on one core (best of --repeats); the plain packer they are compared with is timed in
-the same run, since machines differ and are noisy. Nothing else should be running.
+Rates count input tokens, on one core (best of --repeats); the plain packer of the comparison is timed in the same run,
+since machines differ. Nothing else should be running.
 """
 
 import argparse
@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
+from dev.timing import print_rows
 from nanochat.common import Ranks, UserError, count_cpus, run_script
 from nanochat.dataloader import TextGroups, TrainLoader, list_groups
 from nanochat.packing import PackStats, cut_documents, pack_documents, place_best_fit
 from nanochat.shards import ShardList, load_shards, read_group
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
-MIN_LOADER_TOKENS = 24e6   # more than the first groups of all lanes, so that part had to be prepared after the start
+MIN_LOADER_TOKENS = 24e6   # more than the first groups of all lanes, which are prepared before the first step
 
 
 def find_shards(name_or_folder: str) -> ShardList:
@@ -51,7 +52,7 @@ def pack_plainly(docs: list[list[int]], row_tokens: int) -> np.ndarray:
 
 
 def best_seconds(work: Callable[[], object], repeats: int) -> float:
-    """The shortest of several timings: the one least disturbed."""
+    """The shortest of several timings, as the least disturbed one."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -80,7 +81,7 @@ def measure_packing(groups: list[list[list[int]]], T: int, repeats: int) -> dict
 
 
 def measure_loader(shards: ShardList, tokenizer, T: int, num_threads: int, step_ms: float) -> dict:
-    """End to end: rows as fast as they come, then how long a step waits when training takes `step_ms` of each."""
+    """The loader end to end: its rate, then the wait for each step beside a training of `step_ms` a step."""
     rows_per_step, num_steps = 32, 100
     start = time.perf_counter()
     with TrainLoader(TextGroups(shards, tokenizer, T), rows_per_step, 0, Ranks(), num_threads=num_threads) as loader:
@@ -116,31 +117,27 @@ def main(argv: list[str] | None = None) -> dict:
     shards = find_shards(args.data)
     tokenizer = RustBPETokenizer.from_pretrained("cl100k_base", args.tables_dir) if args.tables_dir else get_tokenizer()
     texts = [read_group(path, idx) for path, idx in list_groups(shards.train)[:args.num_groups]]
-    groups = []
-    bos_id = tokenizer.get_bos_token_id()
-    start = time.perf_counter()
-    for docs in texts:
-        groups.append(tokenizer.encode(docs, prepend=bos_id, num_threads=1))
+    bos_id, start = tokenizer.get_bos_token_id(), time.perf_counter()
+    groups = [tokenizer.encode(docs, prepend=bos_id, num_threads=1) for docs in texts]
     seconds = time.perf_counter() - start
     num_tokens, num_chars = (sum(len(doc) for docs in part for doc in docs) for part in (groups, texts))
     print(f"{shards.name}: {len(groups)} row groups, {num_tokens:,} tokens, {num_chars:,} characters; "
           f"{count_cpus()} cores")
     print(f"tokenizing, one thread: {num_tokens / seconds / 1e6:.1f} M tokens/s, {num_chars / seconds / 1e6:.1f} M "
           "characters/s")
-    print("\npacking, one core, from Python lists  (M tokens/s; x plain = times the rate of a plain scanning packer)\n"
-          "    T | best-fit | x plain | placing only | stream |  crop % (first, last tenth) | tail % | piece % | pad %")
+    print("\npacking, one core, from Python lists; M tokens/s; x plain: times the rate of a plain scanning packer")
     packing = [measure_packing(groups, T, args.repeats) for T in (512, 1024, 2048)]
-    for row in packing:
-        print(f"{row['T']:5} | {row['pack_tokens_per_sec'] / 1e6:8.0f} | {row['times_plain']:7.0f} | "
-              f"{row['placing_tokens_per_sec'] / 1e6:12.0f} | {row['stream_tokens_per_sec'] / 1e6:6.0f} | "
-              f"{100 * row['crop_frac']:6.2f} ({100 * row['crop_first_tenth_frac']:8.2f}, "
-              f"{100 * row['crop_last_tenth_frac']:8.2f}) | {100 * row['tail_frac']:6.2f} | "
-              f"{100 * row['piece_frac']:7.2f} | {100 * row['pad_frac']:5.2f}")
-    print(f"\nloader end to end, {args.num_threads} threads, 32 rows a step\n"
-          f"    T | M tokens/s | first step ms | wait beside {args.step_ms:.0f} ms steps: median ms | max ms")
+    print_rows([{"T": row["T"], "best-fit": row["pack_tokens_per_sec"] / 1e6, "x plain": row["times_plain"],
+                 "placing only": row["placing_tokens_per_sec"] / 1e6, "stream": row["stream_tokens_per_sec"] / 1e6,
+                 "crop %": 100 * row["crop_frac"], "first tenth": 100 * row["crop_first_tenth_frac"],
+                 "last tenth": 100 * row["crop_last_tenth_frac"], "tail %": 100 * row["tail_frac"],
+                 "piece %": 100 * row["piece_frac"], "pad %": 100 * row["pad_frac"]} for row in packing])
+    print(f"\nloader end to end, {args.num_threads} threads, 32 rows a step; the wait is beside steps of "
+          f"{args.step_ms:.0f} ms")
     loading = measure_loader(shards, tokenizer, 1024, args.num_threads, args.step_ms)
-    print(f"{loading['T']:5} | {loading['loader_tokens_per_sec'] / 1e6:10.1f} | {loading['first_step_ms']:13.0f} | "
-          f"{loading['wait_median_ms']:37.2f} | {loading['wait_max_ms']:6.1f}")
+    print_rows([{"T": loading["T"], "M tokens/s": loading["loader_tokens_per_sec"] / 1e6,
+                 "first step ms": loading["first_step_ms"], "median wait ms": loading["wait_median_ms"],
+                 "longest wait ms": loading["wait_max_ms"]}])
     return {"tokenize_tokens_per_sec": num_tokens / seconds, "packing": packing, "loading": loading}
 
 

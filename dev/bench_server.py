@@ -1,12 +1,12 @@
-"""How a server holds up: one client at a time against many at once, each reading its stream, in one run.
+"""The server under load: one client at a time against many at once, each reading its stream, in one run.
 
     python -m dev.bench_server                              # depth 12, random weights, 16 clients
     python -m dev.bench_server --depth 4 --compile          # a small model, of which overhead is the larger part
     python -m dev.bench_server --clients 64 --depth 24 --device-type cuda --dtype bfloat16
 
-Starts scripts.chat_web on this machine with a model of random weights and asks it over the network of this machine.
-The clients begin one after the other, within the time that an answer takes, and each asks its next question when it has
-its answer. Tokens per second are those of the time when all of them were at work.
+Starts scripts.chat_web on this machine with a model of random weights, and sends requests through the loopback network.
+The clients begin one after the other, within the time of one answer, and each sends its next question when it has its
+answer. Tokens per second count the time in which all clients were active.
 """
 
 import argparse
@@ -24,10 +24,9 @@ from statistics import mean
 
 import torch
 
-from dev.timing import print_table
+from dev.timing import add_device_args, make_random_model, print_rows
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError, run_script
-from nanochat.gpt import GPT
 from nanochat.scaling import make_config
 from nanochat.server_engines import compute_percentiles
 from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
@@ -47,8 +46,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max-tokens", type=int, default=128, help="length of an answer")
     add("--workers", type=int, default=1, help="engine processes")
     add("--compile", action="store_true", help="as chat_web --compile")
-    add("--dtype", default="auto")
-    add("--device-type", default="")
+    add_device_args(parser)
     args = parser.parse_args(argv)
     if args.clients < 2:
         raise UserError("--clients must be 2 or more: one alone is measured anyway")
@@ -85,32 +83,27 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def save_random_model(args: argparse.Namespace, base_dir: Path) -> None:
-    """A checkpoint whose tokens are bytes and pairs of bytes: none ends an answer, each letter of a question is one."""
+    """A checkpoint with tokens of one and two bytes: each letter of a question is a token, and none ends an answer."""
     pairs = [bytes((i // 128, 128 + i % 128)) for i in range(args.vocab_size - NUM_BYTES - len(SPECIAL_TOKENS))]
     ranks = {token: rank for rank, token in enumerate([bytes([byte]) for byte in range(NUM_BYTES)] + pairs)}
     tokenizer = RustBPETokenizer(SPLIT_PATTERN, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
     tokenizer.save(base_dir / "tokenizer" / "default")
     config = make_config(args.depth, vocab_size=args.vocab_size, sequence_len=args.max_seq_len)
-    torch.manual_seed(0)
-    model = GPT(config, torch.float32)
-    model.init_weights()
-    for param in model.transformer.h.parameters():  # the zero projections would make most products trivial
-        if not param.any():
-            torch.nn.init.normal_(param, std=0.02)
+    model = make_random_model(config, torch.float32, torch.device("cpu"))
     meta = {"model_config": vars(config), "tokenizer": {"name": "default", "hash": tokenizer.hash}}
     save_checkpoint(base_dir / "runs" / "sft" / "bench", 0, model, model.setup_optimizer(), meta)
 
 
 def read_port(server: subprocess.Popen) -> int:
-    """Where the server says that it serves, once it does."""
+    """The port that the server prints when it is ready."""
     for line in server.stdout:
         if line.startswith("serving "):
             return int(line.rsplit(":", maxsplit=1)[1])
-    raise UserError("the server ended before it served; what it said stands above")
+    raise UserError("the server ended before it was ready; its messages are above")
 
 
 async def measure(args: argparse.Namespace, port: int) -> dict:
-    """Both loads in turn, and the ratios between them."""
+    """Both loads in turn, and their ratios."""
     rng = random.Random(0)
 
     def make_questions(number: int) -> list[str]:
@@ -125,13 +118,13 @@ async def measure(args: argparse.Namespace, port: int) -> dict:
                                       for i in range(num_clients)))
     ((_, timing),) = await load(1, 2, 0)
     ramp_sec = timing.end - timing.start
-    await load(args.clients, 1, ramp_sec)  # the cache takes the size that it keeps
+    await load(args.clients, 1, ramp_sec)  # the cache grows to its final size
     results: dict[int, list[list[list[Timing]]]] = {1: [], args.clients: []}
-    for _ in range(ROUNDS):  # in turn, so that other work on this machine meets both
+    for _ in range(ROUNDS):  # in turn, so that other work on this machine slows both
         results[1].append(await load(1, args.requests, 0))
         results[args.clients].append(await load(args.clients, args.requests, ramp_sec))
     rows = [describe(num_clients, rounds) for num_clients, rounds in results.items()]
-    print_table(list(rows[0]), [list(row.values()) for row in rows])
+    print_rows(rows)
     alone, together = rows
     ratios = {"tokens_per_sec_ratio": together["tokens/s"] / alone["tokens/s"],
               "first_token_p95_ratio": together["first p95 ms"] / alone["first p95 ms"]}
@@ -162,10 +155,10 @@ async def ask(port: int, question: str, max_tokens: int) -> Timing:
 
 
 def count_together(clients: list[list[Timing]]) -> tuple[float, float]:
-    """Tokens while all clients were at work, and seconds of that; a request counts by its part of its time inside."""
+    """Tokens and seconds of the time in which all clients were active; a request counts by its part inside."""
     start, end = max(client[0].start for client in clients), min(client[-1].end for client in clients)
     if start >= end:
-        raise UserError("the clients were never at work all at once; give a larger --requests or --max-tokens")
+        raise UserError("the clients were never active all at once; give a larger --requests or --max-tokens")
     return sum(timing.num_tokens * max(0.0, min(timing.end, end) - max(timing.start, start))
                / (timing.end - timing.start) for client in clients for timing in client), end - start
 

@@ -1,4 +1,4 @@
-"""The whole training step against the machine's own matmul rate, and where its time goes.
+"""The whole training step against the machine's own matmul rate, and its time by phase.
 
     python -m dev.bench_step                         depths 4 and 6, vocabularies 4,096 and 32,768, compiled
     python -m dev.bench_step --depth 4 --vocab-size 8192 --compile off
@@ -8,68 +8,41 @@ Model FLOP/s are compared with a large matrix product in the same dtype, timed i
 
 import argparse
 import itertools
-import json
 import time
 
 import torch
 
-from dev.timing import print_table, time_in_turn
-from nanochat.checkpoint_manager import build_model
-from nanochat.common import get_compute_dtype, get_peak_memory_bytes, init_compute, run_script, synchronize
-from nanochat.compilation import set_compile_kernels
-from nanochat.flash_attention import choose_backend
+from dev.timing import add_step_args, choose_device, make_training, print_rows, time_in_turn
+from nanochat.common import get_peak_memory_bytes, run_script, synchronize
 from nanochat.scaling import make_config
-from nanochat.train import Batch, train_step
+from nanochat.train import train_step
 
-MATMUL_SIZE = {"cpu": 2048}  # of the product that stands for the machine's rate; 8192 on an accelerator
+MATMUL_SIZE = {"cpu": 2048}  # of the matrices whose product measures the machine's rate; 8192 on an accelerator
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, nargs="+", default=[4, 6])
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[4096, 32768])
-    parser.add_argument("--max-seq-len", type=int, default=512, help="context in tokens")
-    parser.add_argument("--rows", type=int, default=8, help="rows of a step")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--compile", choices=("on", "off"), default="on")
-    parser.add_argument("--device-type", default="")
-    parser.add_argument("--json", help="write the table here, too")
+    add_step_args(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    device, _ = init_compute(args.device_type)
-    dtype, why = get_compute_dtype(args.dtype, device)
-    backend, _ = choose_backend(device, dtype)
-    print(f"{device.type}, {dtype} ({why}), attention {backend}, compile {args.compile}")
-    set_compile_kernels(args.compile == "on")
+    device, dtype, _ = choose_device(args)
     rows = [measure_step(args, depth, vocab_size, device, dtype)
             for depth, vocab_size in itertools.product(args.depth, args.vocab_size)]
-    print_table(list(rows[0]), [list(row.values()) for row in rows])
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(rows, file, indent=2)
+    print_rows(rows, args.json)
     return {"rows": rows}
 
 
 def measure_step(args: argparse.Namespace, depth: int, vocab_size: int, device: torch.device,
                  dtype: torch.dtype) -> dict:
     """One row of the table."""
-    T = args.max_seq_len
-    config = make_config(depth, vocab_size=vocab_size, sequence_len=T)
-    torch.manual_seed(0)
-    model = build_model(config, dtype, device)
-    model.init_weights()
-    for param in model.transformer.h.parameters():  # the zero projections would make most products trivial
-        if not param.any():
-            torch.nn.init.normal_(param, std=0.02)
-    optimizer = model.setup_optimizer()
-    if args.compile == "on":
-        model.compile_blocks()
-    tokens = torch.randint(vocab_size, (args.rows, T + 1), device=device)
-    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
+    config = make_config(depth, vocab_size=vocab_size, sequence_len=args.max_seq_len)
+    model, optimizer, batch = make_training(config, args, device, dtype)
     size = MATMUL_SIZE.get(device.type, 8192)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 

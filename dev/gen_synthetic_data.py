@@ -5,8 +5,8 @@ python -m dev.gen_synthetic_data --out me.jsonl --templates mine.json --set city
 python -m dev.gen_synthetic_data --out me.jsonl --about me.md --endpoint http://localhost:8000/v1 --model NAME
 
 mine.json is [{"questions": ["Where is {{name}} from?", ...], "answers": ["From {{city}}.", ...]}, ...]. An endpoint is
-any server that speaks OpenAI's chat completions; it invents conversations after the text of --about. What it has
-written stands in me.jsonl.part, and the same command continues there.
+any server with OpenAI's chat completions; it invents conversations about the text of --about. Finished ones are kept
+in me.jsonl.part, and the same command continues there.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from tasks.embedded import DEFAULT_FIELDS, IDENTITY, Template, make_conversation
 
 TIMEOUT_SECONDS = (10, 300)     # to connect, and for an answer
 BACKOFF_SECONDS = 1.0           # doubles with each failure in a row
-MAX_WAIT_SECONDS = 60.0         # between two attempts, whatever the server asks for
-MAX_ATTEMPTS    = 6             # per conversation: failures and answers that are no conversation together
-MAX_FAILURES    = 3             # conversations in a row that failed so: then the endpoint is down
-MAX_REPEATS     = 100           # draws that repeat an earlier conversation, in a row, before templates count as used up
+MAX_WAIT_SECONDS = 60.0         # between two attempts, even where the server asks for more
+MAX_ATTEMPTS    = 6             # per conversation; malformed answers count, too
+MAX_FAILURES    = 3             # failed conversations in a row: then the endpoint is down
+MAX_REPEATS     = 100           # repeated conversations in a row: then the templates are used up
 
-# What varies from one request to the next: models that are asked the same thing write the same conversation.
+# Requests vary: a model that gets the same request again writes the same conversation
 PERSONAS = ("a curious child", "a busy engineer", "a sceptical journalist", "a friendly neighbour", "a student",
             "someone who writes in short fragments", "someone who makes typing mistakes", "a patient teacher",
             "someone new to computers", "an expert who tests the assistant", "a person in a hurry", "a chatty visitor")
@@ -50,7 +50,7 @@ short, true to the text above, and don't invent facts. Reply with JSON only:
 
 
 class BadAnswer(Exception):
-    """An attempt that failed but may be repeated; `wait_seconds` is what the server asked for, if it did."""
+    """A failed attempt that may be repeated, after `wait_seconds` if the server asked for them."""
 
     def __init__(self, reason: str, wait_seconds: float | None = None) -> None:
         super().__init__(reason)
@@ -62,7 +62,7 @@ class BadAnswer(Exception):
 
 
 def read_templates(path: Path, fields: dict[str, str]) -> list[Template]:
-    """The templates of a person's file; UserError where it isn't as above, or names a field that has no value."""
+    """The templates of a file; UserError where its form isn't as above, or a field has no value."""
     try:
         templates = [(entry["questions"], entry["answers"]) for entry in json.loads(path.read_text(encoding="utf-8"))]
         texts = [text for template in templates for side in template for text in side]
@@ -106,7 +106,7 @@ class Endpoint:
 
 
 def request_conversation(endpoint: Endpoint, prompt: str) -> dict:
-    """Ask once; BadAnswer where it is worth asking again, UserError where it isn't."""
+    """One request; BadAnswer where another may succeed, UserError where none will."""
     url = endpoint.url
     body = {"model": endpoint.model, "messages": [{"role": "user", "content": prompt}], "temperature": 1.0}
     try:
@@ -127,7 +127,7 @@ def request_conversation(endpoint: Endpoint, prompt: str) -> dict:
 
 
 def read_conversation(text: str) -> dict:
-    """The conversation in a model's answer, which may stand in a fence or between sentences."""
+    """The conversation in a model's answer, which may be fenced or between sentences."""
     conversation = parse_conversation(json.loads(text[text.index("{"):text.rindex("}") + 1]))
     if conversation["messages"][-1]["role"] != "assistant":
         raise ValueError("it doesn't end with the assistant")
@@ -151,13 +151,13 @@ def ask(endpoint: Endpoint, about: str, seed: int, index: int) -> dict | None:
             if attempt + 1 < MAX_ATTEMPTS:
                 endpoint.stop.wait(wait_seconds)
         except UserError:
-            endpoint.stop.set()     # the others would meet the same
+            endpoint.stop.set()     # the other requests would fail in the same way
             raise
     return None
 
 
 def read_part(part: Path, settings: dict) -> dict[int, dict]:
-    """What an earlier run with the same settings has written, by index; a last line that was cut is left out."""
+    """The conversations of an earlier run with the same settings, by index; a half-written last line is dropped."""
     lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []
     try:
         rows = [json.loads(line) for line in lines]
@@ -171,7 +171,7 @@ def read_part(part: Path, settings: dict) -> dict[int, dict]:
 
 
 def generate(args: argparse.Namespace, about: str) -> list[dict]:
-    """Ask the endpoint for what is still missing, several at a time; each answer is kept as soon as it is there."""
+    """Request the missing conversations, several at a time; each answer is written as soon as it arrives."""
     part = args.out.with_name(args.out.name + ".part")
     done = read_part(part, {"model": args.model, "seed": args.seed, "about": hash_file(args.about)})
     key = read_text("--api-key-file", args.api_key_file).strip() if args.api_key_file else None
@@ -185,7 +185,7 @@ def generate(args: argparse.Namespace, about: str) -> list[dict]:
                 try:
                     conversation = future.result()
                 except CancelledError:
-                    continue    # the one that failed for all is among those to come
+                    continue    # the future that raised the UserError is still to come
                 failures = 0 if conversation else failures + 1
                 if failures == MAX_FAILURES:
                     break
@@ -207,7 +207,7 @@ def generate(args: argparse.Namespace, about: str) -> list[dict]:
 
 
 def read_text(flag: str, path: Path) -> str:
-    """A person's text file."""
+    """The content of a text file named by a flag."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

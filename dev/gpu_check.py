@@ -1,31 +1,31 @@
-"""Does this code do on this GPU what it does on a CPU, and how fast? Sections, each guarded, then one table.
+"""Checks and timings of this code on this GPU, against float64 and the CPU: guarded sections, then one table.
 
     bash dev/gpu_check.sh                                  all sections, on one GPU, offline, under 8 minutes
     python -m dev.gpu_check --only step resume             some of them
     python -m dev.gpu_check --tiny --device-type cpu       the same code at toy size, eager unless --compile on
 
-A section that fails is a line of the table and the rest goes on; but after an error that poisons CUDA in this process
-("illegal memory access") the rest fails too: run that with --only. Exit code 0 only if every check passed.
+A section that fails is a line of the table, and the others still run; but after an error that poisons CUDA in this
+process ("illegal memory access") they fail too: repeat them with --only. Exit code 0 only if every check passed.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from dev.bench_memory import check_memory
 from dev.gpu_kernels import check_attention, check_cross_entropy, check_optimizer
-from dev.gpu_setup import FULL, TINY, Check, Setup, Sizes, free_memory, make_synthetic_rows, with_vocab
+from dev.gpu_setup import FULL, TINY, Check, Setup, Sizes, free_memory, make_synthetic_rows
 from dev.gpu_steps import check_backends, check_resume, check_saves, check_steps
 from dev.timing import print_table
 from nanochat.common import Ranks, exit_with, get_compute_dtype, get_environment, init_compute, run_script, write_json
 from nanochat.compilation import choose_compile, set_compile_kernels
 from nanochat.flash_attention import choose_backend
 
-# In the order of what one would miss most, should time run out
+# The most important first, should time run out
 SECTIONS: dict[str, Callable[[Setup], Iterator[Check]]] = {
     "attention": check_attention,
     "loss":      check_cross_entropy,
@@ -36,7 +36,7 @@ SECTIONS: dict[str, Callable[[Setup], Iterator[Check]]] = {
     "backends":  check_backends,
     "memory":    check_memory,
 }
-DATA_ROWS = 512   # rows of tokens that the steps go through again and again
+DATA_ROWS = 512   # rows of tokens, repeated as often as the steps need
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def make_setup(args: argparse.Namespace, device: torch.device) -> tuple[Setup, dict[str, str]]:
-    """What the checks need to know, and the decisions in it with their reasons."""
+    """The setup of the checks, and its decisions with their reasons."""
     sizes = TINY if args.tiny else FULL
     dtype, dtype_reason = get_compute_dtype(args.dtype, device)
     backend, backend_reason = choose_backend(device, dtype)
@@ -97,7 +97,7 @@ def make_setup(args: argparse.Namespace, device: torch.device) -> tuple[Setup, d
 
 def read_rows(args: argparse.Namespace, sizes: Sizes) -> tuple[Sizes, torch.Tensor]:
     """Rows of real text, and the sizes with its tokenizer's vocabulary."""
-    # these need the tokenizer's packages, unlike synthetic tokens
+    # imported here: only real text needs the tokenizer's packages
     from nanochat.dataloader import TextGroups, TrainLoader
     from nanochat.shards import load_shards
     from nanochat.tokenizer import get_tokenizer
@@ -106,11 +106,11 @@ def read_rows(args: argparse.Namespace, sizes: Sizes) -> tuple[Sizes, torch.Tens
         batch = loader.next_step()
     # a target of -1 is padding after the end of the text, which these checks train on as if it were token 0
     rows = torch.cat((batch.inputs, batch.targets[:, -1:]), dim=1).clamp(min=0)
-    return with_vocab(sizes, tokenizer.get_vocab_size()), rows.long()
+    return replace(sizes, vocab_size=tokenizer.get_vocab_size()), rows.long()
 
 
 def run_section(name: str, setup: Setup, deadline: float) -> list[tuple[str, Check, float]]:
-    """(section, check, its seconds) for each check of a section; whatever goes wrong in it becomes a failed check."""
+    """(section, check, its seconds) for each check of a section; an exception becomes a failed check."""
     print(f"\n{name}", flush=True)
     lines = []
     checks = SECTIONS[name](setup)
@@ -121,7 +121,7 @@ def run_section(name: str, setup: Setup, deadline: float) -> list[tuple[str, Che
         else:
             try:
                 check = next(checks, None)
-            except Exception as error:  # the purpose is to find out what goes wrong on this machine, whatever it is
+            except Exception as error:  # of any kind: what goes wrong on this machine is the result
                 message = (str(error).strip().splitlines() or ["no message"])[0][:200]
                 check = Check("the rest", "FAIL", f"{type(error).__name__}: {message}")
         if check is None:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dev.gpu_setup import Check, Setup, judge, measure_ms, measure_peak_bytes, relative_error
+from dev.gpu_setup import Check, Setup, judge, measure_peak_bytes, relative_error
+from dev.timing import time_in_turn
 from nanochat import flash_attention
 from nanochat.compilation import set_compile_kernels
 from nanochat.cross_entropy import LOGIT_SOFTCAP, linear_cross_entropy
@@ -17,7 +18,7 @@ from nanochat.optim import adamw_update, as_scalars, muon_update
 # Relative errors against float64. bf16 keeps 8 bits: one rounding is 2e-3 on average, a wrong mask or layout over 0.3
 ATTENTION_TOLERANCE = {torch.bfloat16: 0.02, torch.float16: 0.005, torch.float32: 2e-3}
 ADAMW_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.01}
-# Orthogonalisation in tf32 and bf16 wanders: it only has to bring singular values near 1
+# Orthogonalisation in tf32 and bf16 is inexact by design: singular values only have to come near 1
 MUON_TOLERANCE = {torch.float32: 0.02, torch.bfloat16: 0.06}
 HYPERS = {"adamw": (0.02, 0.8, 0.95, 1e-10, 0.1, 3), "muon": (0.02, 0.95, 0.9, 0.1)}
 
@@ -90,8 +91,9 @@ def _check_whole_sequences(setup: Setup, name: str) -> Check:
 def _time_training(setup: Setup) -> list[float]:
     """Milliseconds of forward and backward with the whole past and with the model's short window."""
     tensors = _make_qkv(setup, 4, setup.sizes.T, 6, 6)
-    return [measure_ms(lambda w=window: _run_attention(lambda q, k, v: flash_attn.flash_attn_func(
-        q, k, v, window_size=(w, 0)), *tensors), setup.device, rounds=5) for window in (-1, setup.sizes.T // 4)]
+    calls = {str(window): lambda w=window: _run_attention(lambda q, k, v: flash_attn.flash_attn_func(
+        q, k, v, window_size=(w, 0)), *tensors) for window in (-1, setup.sizes.T // 4)}
+    return list(time_in_turn(calls, setup.device, rounds=5).values())
 
 
 @torch.inference_mode()
@@ -166,7 +168,8 @@ def check_cross_entropy(setup: Setup) -> Iterator[Check]:
         for label, error, plain_error in zip(labels, errors, plain_errors, strict=True)),
         {f"{label}_error": error for label, error in zip(labels, errors, strict=True)})
 
-    fused_ms, plain_ms = (measure_ms(lambda f=function: run(f), device, rounds=5) for function in (fused, plain))
+    fused_ms, plain_ms = time_in_turn({"fused": lambda: run(fused), "plain": lambda: run(plain)}, device,
+                                      rounds=5).values()
     figures = {"tokens": N, "fused_ms": fused_ms, "plain_ms": plain_ms}
     detail = f"{N} tokens, vocabulary {V}: {fused_ms:.1f} ms, plain {plain_ms:.1f} ms"
     passed = True

@@ -1,16 +1,14 @@
-"""What the GPU checks share: the sizes they run at, the line that a check reports, models, and measuring."""
+"""Shared by the GPU checks: their sizes, the line that a check reports, models, and measurements."""
 
 import gc
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor
 
-from nanochat.common import get_peak_memory_bytes, synchronize
+from nanochat.common import get_peak_memory_bytes
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.scaling import make_config
 from nanochat.train import Batch
@@ -20,14 +18,14 @@ from nanochat.train import Batch
 class Check:
     """One line of the table."""
     name:    str
-    status:  str                # ok, FAIL, absent (not there on this machine), skipped (no time left)
-    detail:  str                # what was measured, or what went wrong
-    figures: dict = field(default_factory=dict)  # the same for programs, units in the keys
+    status:  str                # ok, FAIL, absent (not available on this machine), skipped (no time left)
+    detail:  str                # the measurement, or the error
+    figures: dict = field(default_factory=dict)  # the same as values, units in the keys
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the checks run at."""
+    """The sizes of the checks."""
     T:             int
     vocab_size:    int
     head_dim:      int
@@ -35,7 +33,7 @@ class Sizes:
     depths:        tuple[int, ...]   # of the steps and saves; the first also compares attention backends
     resume_depth:  int
     steps:         int               # of a timed run
-    max_rows:      int               # of a device batch, the search goes down from there
+    max_rows:      int               # of a device batch; the search goes down from it
     loss_tokens:   int
     attention_T:   tuple[int, int]   # one a multiple of the kernels' tiles, one not
     matrices:      tuple[tuple[int, int, int], ...]   # (K, rows, cols) for Muon
@@ -50,7 +48,7 @@ TINY = Sizes(T=256, vocab_size=320, head_dim=16, aspect_ratio=16, depths=(2, 4),
 
 @dataclass(frozen=True)
 class Setup:
-    """Where and how the checks run."""
+    """The device of the checks, and how they use it."""
     sizes:       Sizes
     device:      torch.device
     dtype:       torch.dtype                # of the activations
@@ -75,7 +73,7 @@ class Setup:
         return model, model.setup_optimizer()
 
     def make_batch(self, num_rows: int, step: int = 0) -> Batch:
-        """The rows of a step, on the CPU as a loader gives them; they begin again when they are used up."""
+        """The rows of a step, on the CPU as a loader gives them; after the last row the first follows."""
         index = (torch.arange(num_rows) + step * num_rows) % len(self.rows)
         rows = self.rows[index]
         if self.device.type == "cuda":
@@ -90,13 +88,8 @@ def make_synthetic_rows(sizes: Sizes, num_rows: int) -> Tensor:
     return ((sizes.vocab_size + 1) ** exponents).long() - 1  # log-uniform over the vocabulary
 
 
-def with_vocab(sizes: Sizes, vocab_size: int) -> Sizes:
-    """The same sizes for another tokenizer."""
-    return replace(sizes, vocab_size=vocab_size)
-
-
 def free_memory(device: torch.device) -> None:
-    """Give back what earlier checks left: tensors, compiled programs, and the statistics of peak memory."""
+    """Drop the tensors, compiled programs and peak-memory statistics of earlier checks."""
     gc.collect()
     torch.compiler.reset()
     if device.type == "cuda":
@@ -104,21 +97,9 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def measure_ms(run: Callable[[], object], device: torch.device, rounds: int = 10) -> float:
-    """Median wall-clock milliseconds of a call, after two that don't count."""
-    samples = []
-    for _ in range(rounds + 2):
-        synchronize(device)
-        start = time.perf_counter()
-        run()
-        synchronize(device)
-        samples.append((time.perf_counter() - start) * 1e3)
-    return median(samples[2:])
-
-
 def measure_peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Device memory that a call needs at most, beyond what was there before it."""
-    run()  # compiles, and allocates what stays
+    """Peak device memory of a call, beyond the memory in use before it."""
+    run()  # compiles, and allocates the buffers that stay
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     run()

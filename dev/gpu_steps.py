@@ -1,4 +1,4 @@
-"""Whole training steps on this device: speed, memory, where the time goes, exact resume, and what a save costs."""
+"""Whole training steps on this device: speed, memory, time by phase and kernel, exact resume, cost of a save."""
 
 import math
 import shutil
@@ -14,19 +14,19 @@ from dev.gpu_setup import Check, Setup, free_memory, judge
 from nanochat import flash_attention
 from nanochat.common import get_free_disk_bytes, get_peak_flops, get_peak_memory_bytes, synchronize
 from nanochat.compilation import set_compile_kernels
+from nanochat.config import estimate_flops
 from nanochat.cross_entropy import linear_cross_entropy
 from nanochat.flash_attention import probe_report
-from nanochat.gpt import estimate_flops
 from nanochat.train import train_step
 
-WARMUP_STEPS = 3        # that don't count: compilation, allocation, and the clock's rise
+WARMUP_STEPS = 3        # not counted: compilation, allocation, rising clocks
 PROFILE_STEPS = 3
 TOP_KERNELS = 8
 RESUME_STEPS = 6        # half of them before the stop
-# Bytes of activations per token, layer and channel of a compiled bf16 step: a guess to start the search from
+# Bytes of activations per token, layer and channel of a compiled bf16 step: an assumption, where the search starts
 GUESSED_BYTES = 48
-FULL_FRAC = 0.96        # of the device's memory: what comes nearer fits today and not tomorrow, since memory fragments
-# Two correct backends round differently; after so few steps at full learning rates the losses are still this close
+FULL_FRAC = 0.96        # of the device's memory: a batch that uses more may fail later, since memory fragments
+# Relative difference of the losses of two correct backends, which round differently, after this few steps
 LOSS_TOLERANCE = 0.02
 
 
@@ -75,7 +75,7 @@ def try_rows(setup: Setup, depth: int, num_rows: int) -> tuple[float, float]:
     except torch.OutOfMemoryError:
         return math.inf, math.inf
     if setup.device.type != "cuda":
-        return first_sec, 0.5  # whatever fits there is small
+        return first_sec, 0.5  # the sizes there are small
     total_bytes = torch.cuda.get_device_properties(setup.device).total_memory
     return first_sec, torch.cuda.max_memory_reserved(setup.device) / total_bytes
 
@@ -91,10 +91,10 @@ def guess_rows(setup: Setup, depth: int) -> int:
 
 
 class TimedRun:
-    """A model of one depth in training, to be measured in several ways."""
+    """A model of one depth in training, measured in several ways."""
 
     def __init__(self, setup: Setup, depth: int, num_rows: int):
-        free_memory(setup.device)  # programs too: compiling again now reads this process's cache on disk
+        free_memory(setup.device)  # compiled programs too: compiling again now reads inductor's cache on disk
         self.setup, self.depth, self.num_rows, self.step = setup, depth, num_rows, 0
         start = time.perf_counter()
         self.model, self.optimizer = setup.make_model(depth)
@@ -152,7 +152,7 @@ class TimedRun:
                 for name, ms in watch.read_ms().items():
                     samples.setdefault(name, []).append(ms)
         phases = {name: median(values) for name, values in samples.items()}
-        # waiting for the host: copies of the batch, launches after each place where the host reads a value back
+        # the host's part: copies of the batch, and launches after each value that the host reads back
         phases["rest"] = self.step_ms - sum(phases.values())
         return Check(f"d{self.depth} phases", "ok", ", ".join(
             f"{name} {ms:.0f} ms ({100 * ms / self.step_ms:.0f}%)" for name, ms in phases.items()),
@@ -181,7 +181,7 @@ class TimedRun:
 
 
 class PhaseWatch:
-    """Times phases one after another: by events in the device's own queue, on a CPU by the clock."""
+    """Times of successive phases: by events in the device's queue, on a CPU by the clock."""
 
     def __init__(self, device: torch.device):
         self.on_gpu, self.marks = device.type == "cuda", []
@@ -189,14 +189,14 @@ class PhaseWatch:
 
     def mark(self, name: str) -> None:
         if self.on_gpu:
-            moment = torch.cuda.Event(enable_timing=True)
-            moment.record()
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
         else:
-            moment = time.perf_counter()
-        self.marks.append((name, moment))
+            mark = time.perf_counter()
+        self.marks.append((name, mark))
 
     def run(self, name: str, phase):
-        """What `phase` returns; its time is kept under `name`. What was between two phases doesn't count."""
+        """Run a phase and keep its time under `name`; time between two phases isn't counted."""
         self.mark("")
         result = phase()
         self.mark(name)
@@ -248,8 +248,8 @@ def forced_backend(name: str) -> Iterator[None]:
 
 
 def check_resume(setup: Setup) -> Iterator[Check]:
-    """Steps, a save, a load into a new model and more steps must give the very bits of a run that went on."""
-    from nanochat import checkpoint_manager as checkpoints  # needs the tokenizer's packages, unlike the other checks
+    """Steps, a save, a load into a new model and more steps must give the bits of an uninterrupted run."""
+    from nanochat import checkpoint_manager as checkpoints  # here, since it needs the tokenizer's packages
     num_rows, depth = min(4, setup.sizes.max_rows), setup.sizes.resume_depth
 
     def train(model, optimizer, steps: range) -> list[float]:
@@ -291,7 +291,7 @@ def clone_state(model, optimizer) -> dict[str, torch.Tensor]:
 
 
 def describe_difference(run: tuple[list[float], dict], other: tuple[list[float], dict]) -> str:
-    """'' if two runs' losses and states are equal bit for bit, else where they part."""
+    """'' if two runs' losses and states are equal bit for bit, else the differences."""
     differing = [name for name in run[1] if not torch.equal(run[1][name], other[1][name])]
     steps = [step for step, (a, b) in enumerate(zip(run[0], other[0], strict=True)) if a != b]
     if not differing and not steps:
@@ -302,7 +302,7 @@ def describe_difference(run: tuple[list[float], dict], other: tuple[list[float],
 
 
 def check_saves(setup: Setup) -> Iterator[Check]:
-    """How long training stands still for a checkpoint, and how long a load takes."""
+    """The pause of the training for a checkpoint, and the time of a load."""
     for depth in setup.sizes.depths:
         free_memory(setup.device)
         set_compile_kernels(False)  # for one step, to have state to save
@@ -315,13 +315,13 @@ def check_saves(setup: Setup) -> Iterator[Check]:
             continue
         figures = {"num_bytes": num_bytes, **time_checkpoint(setup, model, optimizer)}
         model = optimizer = None
-        yield Check(f"d{depth}", "ok", f"{num_bytes / 1e9:.2f} GB: training stands still for "
-                    f"{figures['first_stop_ms']:.0f} ms the first time, {figures['stop_ms']:.0f} ms after that; on "
+        yield Check(f"d{depth}", "ok", f"{num_bytes / 1e9:.2f} GB: training pauses for "
+                    f"{figures['first_stop_ms']:.0f} ms the first time, {figures['stop_ms']:.0f} ms later; on "
                     f"disk in {figures['save_sec']:.1f} s, loaded in {figures['load_sec']:.1f} s", figures)
 
 
 def time_checkpoint(setup: Setup, model, optimizer) -> dict[str, float]:
-    """How long two saves stop the training (the first allocates host memory), how long the second takes, and a load."""
+    """The pauses for two saves (the first allocates host memory), the whole time of the second, and of a load."""
     from nanochat import checkpoint_manager as checkpoints
     run_dir = setup.out_dir / "gpu_check_save"
     shutil.rmtree(run_dir, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Draw how the reward of RL runs rises: of the answers learned from, step by step, and of held-out questions.
+"""A picture of the rewards of RL runs: of the sampled answers, step by step, and of held-out questions.
 
     python -m dev.rl_curve few-1 few-2 few-3 --out dev/rl_curve.png
 
@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from dev.figures import COLORS, make_panels, save_png, styled
 from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import UserError, print0, run_script
-from nanochat.figures import COLORS, make_panels, save_png, styled
 from nanochat.train import read_metrics
 
-SMOOTH_STEPS = 10  # that a point of the curves is the mean of
+SMOOTH_STEPS = 10  # each point of a curve is a mean over as many steps
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -1,11 +1,10 @@
-"""Where each head of a trained model looks: its attention weights on a prompt as pictures, and as a table of figures.
+"""The attention weights of each head of a trained model on a prompt, as pictures and as a table of figures.
 
     python -m dev.show_attention --prompt "The planets of the solar system are Mercury, Venus and Mars."
     python -m dev.show_attention -i sft -g d12 --layers 0 11 --prompt "$(cat page.txt)"
 
-The weights are computed from the queries and keys that the model itself hands to its attention, in fp32 on the CPU, and
-multiplied with its values they must give what its attention returned. Writes attention.png, by default to
-$NANOCHAT_BASE_DIR/figures.
+The weights are computed in fp32 on the CPU, from the queries and keys of the model's own attention calls; weights @
+values must equal the calls' outputs. Writes attention.png, by default to $NANOCHAT_BASE_DIR/figures.
 """
 
 import argparse
@@ -19,10 +18,10 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dev.timing import print_table
+from dev.figures import FAINT, add_out, make_panels, save_figure, styled
+from dev.timing import print_rows
 from nanochat.checkpoint_manager import STAGES, find_last_stage, load_model
 from nanochat.common import UserError, print0, run_script
-from nanochat.figures import FAINT, add_out, make_panels, save_figure, styled
 from nanochat.flash_attention import _expand_heads, _window_mask, flash_attn
 
 MAX_ERROR = 1e-5          # of weights @ values, relative to the attention's output; fp32 rounding is under 1e-6
@@ -32,7 +31,7 @@ MAX_PANELS = 80           # pictures that fit on one sheet
 
 @dataclass(frozen=True)
 class LayerAttention:
-    """What one layer did with a prompt of T tokens."""
+    """One layer's attention on a prompt of T tokens."""
     layer:   int
     window:  int       # tokens before itself that a token may see
     weights: Tensor    # (H, T, T) each query's weights on all keys, fp32
@@ -45,7 +44,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("-i", "--source", choices=STAGES, help="stage of the model (default: the last one there is)")
     add("-g", "--model-tag", help="folder of the run (default: the latest)")
     add("-s", "--step", type=int, help="optimizer step of the checkpoint (default: the latest)")
-    add("-p", "--prompt", required=True, help="the text to look at; the model sees it behind its bos token")
+    add("-p", "--prompt", required=True, help="the text; bos is put before it")
     add("--layers", type=int, nargs="+", help="layers to draw (default: all)")
     add_out(parser)
     return parser.parse_args(argv)
@@ -68,11 +67,10 @@ def main(argv: list[str] | None = None) -> dict:
                         f"{max(1, MAX_PANELS // config.n_head)} with --layers")
     attentions = record_attention(model, torch.tensor([ids]))
     rows = describe_heads(attentions)
-    print_table(list(rows[0]), [list(row.values()) for row in rows])
+    print_rows(rows)
     error = max(attention.error for attention in attentions)
     print0(f"weights @ values differs from the model's own attention by {error:.1e} of its largest value, at most")
-    title = f"Attention of {stage} {Path(meta['run_dir']).name}, step {meta['step']}: rows are the tokens " \
-            "that look, columns what they look at"
+    title = f"Attention of {stage} {Path(meta['run_dir']).name}, step {meta['step']}: queries down, keys across"
     texts = [spell_token(tokenizer, token_id) for token_id in ids]
     figure = draw_attention([attentions[layer] for layer in layers], texts, rows, title)
     return {"heads": rows, "error": error, "figure": str(save_figure(figure, "attention", args.out))}
@@ -114,18 +112,19 @@ def compute_weights(q: Tensor, k: Tensor, window: int) -> Tensor:
 
 
 def describe_heads(attentions: list[LayerAttention]) -> list[dict]:
-    """One row a head, and a last one for a head that looks at everything alike; means over all tokens but the first,
-    which sees only itself."""
+    """One row a head, and a last row for uniform weights; means over all tokens but the first, which has one key."""
     rows = [{"layer": a.layer, "head": head, "window": a.window, **measure_head(weights, a.window)}
             for a in attentions for head, weights in enumerate(a.weights)]
     T = attentions[0].weights.size(-1)
     uniform = compute_weights(torch.zeros(1, T, 1, 2), torch.zeros(1, T, 1, 2), T)[0]
-    return [*rows, {"layer": "alike", "head": "", "window": T, **measure_head(uniform, T)}]
+    return [*rows, {"layer": "uniform", "head": "", "window": T, **measure_head(uniform, T)}]
 
 
 def measure_head(weights: Tensor, window: int) -> dict[str, float]:
-    """Figures of one head's weights, (T, T): how far back it looks, on how many tokens, and on which; on bos: of the
-    tokens that see it."""
+    """Figures of one head's weights, (T, T): mean distance, entropy, and the weight on three kinds of tokens.
+
+    The weight on bos is a mean over the tokens whose window includes it.
+    """
     w = weights[1:].double()
     T = weights.size(-1)
     distance = (torch.arange(1, T)[:, None] - torch.arange(T)).clamp_min(0)    # (T - 1, T)
@@ -140,16 +139,16 @@ def measure_head(weights: Tensor, window: int) -> dict[str, float]:
 
 
 def spell_token(tokenizer, token_id: int) -> str:
-    """A token as a label: blanks and line ends made visible, what isn't whole characters as it is."""
+    """A token as a label, with visible blanks and line ends."""
     text = tokenizer.decode([token_id])
-    for char, sign in ((" ", "\u00b7"), ("\n", "\\n"), ("\t", "\\t"), ("$", r"\$")):    # $ would begin a formula
+    for char, sign in ((" ", "\u00b7"), ("\n", "\\n"), ("\t", "\\t"), ("$", r"\$")):    # a bare $ begins a formula
         text = text.replace(char, sign)
     return text if len(text) <= 14 else text[:13] + "\u2026"
 
 
 @styled
 def draw_attention(attentions: list[LayerAttention], texts: list[str], rows: list[dict], title: str) -> Figure:
-    """A column of panels for each layer, a panel a head; grey is what a token can't see, ahead or out of its window."""
+    """A column of panels for each layer, a panel a head; masked keys, ahead or out of the window, are grey."""
     T, num_heads, num_layers = len(texts), len(attentions[0].weights), len(attentions)
     is_labeled = T <= MAX_LABELS
     size = min(max(2.6, 0.11 * T) if is_labeled else 3.4, 40 / num_layers)
@@ -159,7 +158,7 @@ def draw_attention(attentions: list[LayerAttention], texts: list[str], rows: lis
     for column, attention in zip(axes.T, attentions, strict=True):
         unseen = ~_window_mask(T, T, attention.window, attention.weights.device)
         for head, (ax, weights) in enumerate(zip(column, attention.weights, strict=True)):
-            # the root of the weight: most are near zero, and only few would be seen
+            # colors by the root of the weight: most weights are near zero, and few would be visible
             image = ax.imshow(np.ma.array(weights, mask=unseen), cmap=colors, norm=PowerNorm(0.5, 0, 1),
                               interpolation="nearest")
             row = figures[attention.layer, head]

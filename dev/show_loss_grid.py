@@ -1,12 +1,12 @@
-"""Loss against parameters and against training tokens over a grid of runs, and the slope of each in log-log.
+"""The slopes of loss against parameters and against training tokens, in log-log, over a grid of runs.
 
     python -m scripts.sweep --name grid --grid depth=2,4,6,8 num-iterations=250,500,1000 -- --total-batch-size 16384
     python -m dev.show_loss_grid ~/.cache/nanochat/sweeps/grid
 
-RESULTS is what scripts.scaling_laws reads: a sweep's folder, a folder of runs, or a CSV file. Both slopes come from one
-fit through all runs, ln L = c + a ln N + b ln D, so that where larger models see fewer tokens, as in a grid of equal
-FLOPs, the one isn't taken for the other. A power law has no floor, and loss has one: the slopes hold within the grid,
-not beyond it. Writes loss_grid.png, by default to $NANOCHAT_BASE_DIR/figures.
+RESULTS is what dev.scaling_laws reads: a sweep's folder, a folder of runs, or a CSV file. Both slopes come from one fit
+to all runs, ln L = c + a ln N + b ln D: in a grid of equal FLOPs larger models see fewer tokens, and a fit to one of
+them alone would mix both effects. A power law has no floor, and loss has one: the slopes hold within the grid, not
+beyond it. Writes loss_grid.png, by default to $NANOCHAT_BASE_DIR/figures.
 """
 
 import argparse
@@ -17,10 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from dev.timing import print_table
-from nanochat.card import format_count
-from nanochat.common import UserError, print0, run_script
-from nanochat.figures import (
+from dev.figures import (
     FAINT,
     INK,
     add_out,
@@ -33,24 +30,25 @@ from nanochat.figures import (
     span_log,
     styled,
 )
-from nanochat.results import BUDGET_TOLERANCE, CONVENTIONS, Run, find_source, make_runs, read_csv, read_run_folders
-from nanochat.scaling_laws import INTERVAL_PCT, PowerLaw, fit_parametric, fit_power_law
+from dev.laws import INTERVAL_PCT, PowerLaw, draw_noise, fit_parametric, fit_power_law
+from dev.results import CONVENTIONS, MAIN_CONVENTION, Results, group_near, load_results
+from dev.timing import print_table
+from nanochat.common import UserError, print0, run_script
+from nanochat.report_render import format_count
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="folder of a sweep or of runs, or a CSV file")
-    parser.add_argument("--counting", choices=CONVENTIONS, default="transformer + head", help="which parameters count")
+    parser.add_argument("--counting", choices=CONVENTIONS, default=MAIN_CONVENTION, help="which parameters count")
     add_out(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    notes: list[str] = []
-    source = find_source(args.results)
-    rows, loss_name = (read_run_folders(source, notes), "val_bpb") if source.is_dir() else read_csv(source, notes)
-    runs = make_runs(rows, source, notes)
+    found = load_results(args.results)
+    source, runs, notes = found.source, found.runs, found.notes
     if args.counting not in runs[0].params:
         raise UserError(f"{source} doesn't say its parameters {args.counting}; choose --counting "
                         + " or ".join(runs[0].params))
@@ -59,7 +57,7 @@ def main(argv: list[str] | None = None) -> dict:
     if laws is None:
         raise UserError(f"{len(runs)} runs of {len(np.unique(params))} sizes and {len(np.unique(tokens))} horizons "
                         "can't tell two slopes; train at least 4, of two sizes and two horizons each")
-    results = {"num_runs": len(runs), "loss": loss_name, "counting": args.counting, "notes": notes,
+    results = {"num_runs": len(runs), "loss": found.loss_name, "counting": args.counting, "notes": notes,
                "slopes": {name: vars(law) for name, law in laws.items()}}
     print_table(["loss against", "slope", f"{INTERVAL_PCT}% interval", "twice as many give"],
                 [[name, f"{law.exponent:.4f}", "{:.4f} to {:.4f}".format(*law.interval),
@@ -72,7 +70,7 @@ def main(argv: list[str] | None = None) -> dict:
     for note in notes:
         print0(f"note: {note}")
     title = f"{len(runs)} runs of {source.name}, counting {args.counting}"
-    figure = draw_grid(runs, params, laws, title, loss_name)
+    figure = draw_grid(found, params, laws, title)
     return results | {"figure": str(save_figure(figure, "loss_grid", args.out))}
 
 
@@ -80,8 +78,7 @@ def fit_slopes(params: NDArray, tokens: NDArray, losses: NDArray, num_resamples:
                seed: int = 0) -> dict[str, PowerLaw] | None:
     """Loss against parameters at the mean tokens, and against tokens at the mean parameters (geometric means).
 
-    (runs,) each. None where the runs don't tell the two apart. The intervals are a parametric bootstrap's: losses drawn
-    again around the fit, with a deviation that is drawn too, as few runs leave it uncertain.
+    (runs,) each. None where the runs don't tell the two apart. The intervals are a parametric bootstrap's.
     """
     logs = np.log([params, tokens])                                                     # (2, runs)
     powers = np.vstack([np.ones(len(losses)), logs - logs.mean(1, keepdims=True)]).T    # (runs, 3)
@@ -91,12 +88,10 @@ def fit_slopes(params: NDArray, tokens: NDArray, losses: NDArray, num_resamples:
     solve = np.linalg.pinv(powers).T                                                    # (runs, 3)
     log_losses = np.log(losses)
     fitted = powers @ (log_losses @ solve)
-    rng = np.random.default_rng(seed)
-    deviations = np.sqrt(((log_losses - fitted) ** 2).sum() / rng.chisquare(freedom, (num_resamples, 1)))
-    draws = fitted + deviations * rng.standard_normal((num_resamples, len(losses)))     # (R, runs)
+    draws = fitted + draw_noise([log_losses - fitted], freedom, num_resamples, seed)[0]    # (R, runs)
     laws = {}
     for name, x, other in (("parameters", params, 2), ("training tokens", tokens, 1)):
-        # what the other quantity does is taken out, by each draw's own slope
+        # the effect of the other quantity is subtracted, by each draw's own slope
         actual, drawn = (np.exp(values - (values @ solve)[..., other, None] * powers[:, other])
                          for values in (log_losses, draws))
         laws[name] = fit_power_law(x, actual, drawn)
@@ -111,39 +106,27 @@ def measure_misfit_pct(laws: dict[str, PowerLaw], params: NDArray, tokens: NDArr
 
 def predict_loss(laws: dict[str, PowerLaw], x_params: NDArray | float, x_tokens: NDArray | float, params: NDArray,
                  tokens: NDArray) -> NDArray:
-    """The fit at any point; `params` and `tokens` are the runs', whose means the laws hold at."""
+    """The fit at any point; `params` and `tokens` are those of the runs, at whose means the laws hold."""
     mean_tokens = math.exp(np.log(tokens).mean())
     return laws["parameters"].predict(x_params) * (x_tokens / mean_tokens) ** laws["training tokens"].exponent
 
 
-def group_near(values: NDArray) -> dict[float, NDArray]:
-    """{the smallest of a group: which values are in it}, ascending; what is within BUDGET_TOLERANCE of it is in."""
-    groups: dict[float, NDArray] = {}
-    for value in np.unique(values):
-        if not groups or value > max(groups) * (1 + BUDGET_TOLERANCE):
-            groups[float(value)] = (values >= value) & (values <= value * (1 + BUDGET_TOLERANCE))
-    return groups
-
-
 @styled
-def draw_grid(runs: list[Run], params: NDArray, laws: dict[str, PowerLaw], title: str, loss_name: str) -> Figure:
-    """Above, losses as they are, joined where the other quantity is alike; below, moved along the fit to one value of
-    it, around the line whose slope is in the title."""
-    tokens, losses, budgets = np.array([(run.tokens, run.loss, run.budget) for run in runs]).T
-    horizons, joined_by = group_near(tokens), "tokens"
+def draw_grid(found: Results, params: NDArray, laws: dict[str, PowerLaw], title: str) -> Figure:
+    """Above, the measured losses, joined where the other quantity is alike; below, the losses moved along the fit to
+    one value of the other quantity, around the line whose slope is in the title."""
+    tokens, losses, budgets = np.array([(run.tokens, run.loss, run.budget) for run in found.runs]).T
+    horizons = {f"{format_count(tokens[near].min())} tokens": near for near in group_near(tokens)}
     if len(group_near(budgets)) < len(horizons):    # a grid of budgets: no two sizes have seen as many tokens
-        horizons, joined_by = group_near(budgets), "FLOPs"
+        horizons = {f"{format_flops(budgets[near].min())} FLOPs": near for near in group_near(budgets)}
+    sizes = {f"{format_count(params[near].min())} parameters": near for near in group_near(params)}
+    expected = predict_loss(laws, params, tokens, params, tokens)
     figure, axes = make_panels(2, 2, width=6.0, height=3.6, sharex="col", sharey="row")
-    for column, (name, law) in zip(axes.T, laws.items(), strict=True):
-        if name == "parameters":
-            x, other, groups = params, tokens, {f"{format_quantity(v, joined_by)} {joined_by}": near
-                                                for v, near in horizons.items()}
-        else:
-            x, other, groups = tokens, params, {f"{format_count(v)} parameters": near
-                                                for v, near in group_near(params).items()}
-        expected = predict_loss(laws, params, tokens, params, tokens)
+    for column, (name, law), x, groups, other, what in zip(
+            axes.T, laws.items(), (params, tokens), (horizons, sizes), (tokens, params), ("tokens", "parameters"),
+            strict=True):
         for i, (label, near) in enumerate(groups.items()):
-            near = np.flatnonzero(near)[np.argsort(x[near])]
+            near = near[np.argsort(x[near])]
             style = {"color": pick_shade(i, len(groups)), "marker": "o", "markersize": 5, "linewidth": 1.2}
             column[0].plot(x[near], losses[near], label=label, **style)
             column[1].plot(x[near], law.predict(x[near]) * losses[near] / expected[near], **style | {"linewidth": 0})
@@ -152,19 +135,14 @@ def draw_grid(runs: list[Run], params: NDArray, laws: dict[str, PowerLaw], title
         column[0].set(title=f"loss against {name}")
         column[0].legend(loc="upper left", bbox_to_anchor=(1, 1))
         mean = format_count(math.exp(np.log(other).mean()))
-        what = "tokens" if name == "parameters" else "parameters"
         column[1].set(xscale="log", xlabel=name, title=f"at {mean} {what}: slope {law.exponent:.3f} "
                       f"({law.interval[0]:.3f} to {law.interval[1]:.3f})")
         label_counts(column[1].xaxis)
     for ax in axes[:, 0]:
-        ax.set(yscale="log", ylabel=loss_name)
+        ax.set(yscale="log", ylabel=found.loss_name)
         label_values(ax.yaxis)
     figure.suptitle(title, fontsize=10, color=FAINT, x=0.01, ha="left")
     return figure
-
-
-def format_quantity(value: float, unit: str) -> str:
-    return format_flops(value) if unit == "FLOPs" else format_count(value)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Timing for the benchmarks here: variants take turns in one process, and rounds beside other load are thrown away."""
+"""Shared by the benchmarks: variants timed in turn, tables, flags of the device, and models of random weights."""
 
+import argparse
 import os
 import time
 from collections.abc import Callable
@@ -8,13 +9,78 @@ from statistics import median
 
 import torch
 
-from nanochat.common import synchronize
+from nanochat.common import get_compute_dtype, init_compute, synchronize, write_json
+from nanochat.compilation import set_compile_kernels
+from nanochat.flash_attention import choose_backend
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW
+from nanochat.train import Batch
 
 BUSY_CORES = 0.15  # cores that other processes may use during a measurement; one busy neighbour doubles medians
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The device and the model
+
+
+def add_device_args(parser: argparse.ArgumentParser) -> None:
+    """The flags that choose_device reads."""
+    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    parser.add_argument("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best there is)")
+
+
+def add_step_args(parser: argparse.ArgumentParser) -> None:
+    """The flags that make_training and choose_device read, of the benchmarks of whole steps."""
+    parser.add_argument("--max-seq-len", type=int, default=512, help="context in tokens")
+    parser.add_argument("--rows", type=int, default=8, help="rows of a step")
+    parser.add_argument("--compile", choices=("on", "off"), default="on")
+    parser.add_argument("--json", type=Path, help="file for the table, too")
+    add_device_args(parser)
+
+
+def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, str]:
+    """Device, dtype and attention backend, as a training run would choose them."""
+    device, _ = init_compute(args.device_type)
+    dtype, why = get_compute_dtype(args.dtype, device)
+    backend, _ = choose_backend(device, dtype)
+    print(f"{device.type}, {dtype} ({why}), attention {backend}", flush=True)
+    return device, dtype, backend
+
+
+def make_random_model(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> GPT:
+    """A seeded model; its projections aren't zero as in training's first step, where most products would be trivial."""
+    torch.manual_seed(0)
+    with device:
+        model = GPT(config, dtype)
+    model.init_weights()
+    for param in model.transformer.h.parameters():
+        if not param.any():
+            torch.nn.init.normal_(param, std=0.02)
+    return model
+
+
+def make_random_batch(config: GPTConfig, num_rows: int, device: torch.device) -> Batch:
+    """Rows of random tokens."""
+    tokens = torch.randint(config.vocab_size, (num_rows, config.sequence_len + 1), device=device)
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), None)
+
+
+def make_training(config: GPTConfig, args: argparse.Namespace, device: torch.device,
+                  dtype: torch.dtype) -> tuple[GPT, MuonAdamW, Batch]:
+    """A random model, its optimizer, and a step's batch; compiled as --compile says."""
+    set_compile_kernels(args.compile == "on")
+    model = make_random_model(config, dtype, device)
+    optimizer = model.setup_optimizer()
+    if args.compile == "on":
+        model.compile_blocks()
+    return model, optimizer, make_random_batch(config, args.rows, device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time
+
 
 def read_cpu_seconds() -> tuple[float, float] | None:
-    """CPU seconds of the whole machine and of this process so far; None where the system doesn't say."""
+    """CPU seconds of the whole machine and of this process so far; None where the system has no /proc/stat."""
     if not Path("/proc/stat").exists():
         return None
     fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
@@ -25,9 +91,9 @@ def read_cpu_seconds() -> tuple[float, float] | None:
 
 def time_in_turn(variants: dict[str, Callable[[], object]], device: torch.device, *, rounds: int = 15,
                  warmup: int = 2) -> dict[str, float]:
-    """Median milliseconds of each variant; all take one turn a round, and a round beside other load doesn't count.
+    """Median milliseconds of each variant; in each round all take one turn.
 
-    At most half of the rounds are thrown away; then it says so, and the rest count as they are.
+    Rounds in which other processes used the cores are thrown away, at most half of them; beyond that, a warning.
     """
     samples: dict[str, list[float]] = {name: [] for name in variants}
     num_thrown = 0
@@ -55,11 +121,22 @@ def time_in_turn(variants: dict[str, Callable[[], object]], device: torch.device
     return {name: median(values) for name, values in samples.items()}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
 def print_table(columns: list[str], rows: list[list[object]]) -> None:
-    """An aligned table; numbers to the right."""
-    cells = [[f"{v:,.2f}" if isinstance(v, float) else str(v) for v in row] for row in rows]
-    widths = [max(len(column), *(len(row[i]) for row in cells)) for i, column in enumerate(columns)]
-    print("  ".join(column.ljust(width) for column, width in zip(columns, widths, strict=True)))
-    for row, values in zip(cells, rows, strict=True):
+    """An aligned table, numbers on the right; without columns, a table that has no head."""
+    lines = [list(columns), *rows] if columns else rows
+    cells = [[f"{v:,.2f}" if isinstance(v, float) else str(v) for v in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line, values in zip(cells, lines, strict=True):
         print("  ".join(cell.ljust(width) if isinstance(value, str) else cell.rjust(width)
-                        for cell, width, value in zip(row, widths, values, strict=True)))
+                        for cell, width, value in zip(line, widths, values, strict=True)).rstrip())
+
+
+def print_rows(rows: list[dict], json_path: Path | None = None) -> None:
+    """A table of rows that have the same keys, also as a JSON file."""
+    print_table(list(rows[0]), [list(row.values()) for row in rows])
+    if json_path:
+        write_json(json_path, rows)

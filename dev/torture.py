@@ -1,19 +1,17 @@
-"""Kill training with SIGKILL at random moments, continue it with the same command, and compare it with a run that
-nobody disturbed.
+"""Kill training with SIGKILL at random times, continue it by the same command, and compare it with a run left alone.
 
     python dev/torture.py --kills 50                           both series, 50 kills each
     python -m dev.torture --kills 5 --series elastic --seed 7
 
-The bitwise series always continues on as many ranks, and must end with the very bits: parameters, optimizer state,
-loader state, metrics but for times. The elastic one continues on 1, 2 or 4 ranks by chance, and must end within
-float64's rounding. Both train in float64 at depth 2 on text that is made here. After each kill the newest checkpoint
-must be whole and no older than before; when one rank is killed, the others must end by themselves. A series is as many
-runs as the kills last for: one that reaches its end is compared, and the next begins.
+The bitwise series always continues on the same number of ranks, and must end bit for bit as the undisturbed run:
+parameters, optimizer state, loader state, metrics but for times. The elastic series continues on 1, 2 or 4 ranks, drawn
+each time, and must end within float64's rounding. Both train in float64 at depth 2 on generated text. After each kill
+the newest checkpoint must be whole and no older than before; after the kill of one rank the others must end by
+themselves. A series has as many runs as its kills need: a run that reaches its end is compared, and the next begins.
 
-Half of the kills come at any time from the start of the processes on, half aim at a save in flight. Ranks are forks of
-this process, which has imported everything: the import is most of what torchrun's start costs, and nothing of it is
-tested here. SIGKILL leaves what was written to the system: a power failure, against which the files are synced to the
-disk, is not played here.
+Half of the kills come at any time after the start of the processes, half during a save. Ranks are forks of this
+process, which has imported everything: imports are most of torchrun's start-up time, and aren't tested here. Writes
+survive SIGKILL in the system's cache: a power failure, for which the files are synced to disk, is not simulated.
 """
 
 import argparse
@@ -60,18 +58,18 @@ TRAIN_ARGS = ("--data", "toy", "--depth", "2", "--aspect-ratio", "32", "--head-d
               "--eval-every", "8", "--eval-tokens", "1024", "--sample-every", "-1",
               "--device-type", "cpu", "--dtype", "float64", "--compile", "off")
 NUM_DOCS = 60                       # so few that the lanes come to a second epoch
-TIMEOUT_SEC = 20                    # what a rank waits for one that died before it joined
-MAX_LIFE_SEC = 600                  # processes that take longer hang
-SAVE_DELAYS_LOG10_SEC = (-4, -0.8)  # from the beginning of a save to the kill: all scales, each as likely
+TIMEOUT_SEC = 20                    # of collective operations, for a rank that died before it joined
+MAX_LIFE_SEC = 600                  # of processes; longer ones count as hung
+SAVE_DELAYS_LOG10_SEC = (-4, -0.8)  # from the beginning of a save to the kill, log-uniform
 MAX_LOSS_GAP, MAX_PARAM_GAP = 1e-9, 1e-6
-# What differs between two runs of the same steps, and what is logged of the lanes that rank 0 reads
+# Metrics that differ between two runs of the same steps, and those of rank 0's lanes alone
 PER_PROCESS_KEYS = {"step_ms", "tokens_per_sec", "mfu_pct", "elapsed_sec", "eval_sec", "peak_memory_bytes"}
 PER_LANE_KEYS = {"crop_frac", "tail_frac", "piece_frac", "pad_frac", "epoch", "repeated_groups"}
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One life of a run, from the start of its processes to their violent end."""
+    """The end of one start of a run: its processes were killed."""
     series:      str
     run:         int         # of the series
     world_size:  int
@@ -83,7 +81,7 @@ class Kill:
 
 
 class Fault(Exception):
-    """What must never happen."""
+    """A run hung, lost a checkpoint, or differs from the undisturbed one."""
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -92,7 +90,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--series", nargs="+", choices=SERIES, default=SERIES)
     parser.add_argument("--ranks", type=int, default=2, choices=WORLD_SIZES,
                         help="of the undisturbed run and the bitwise series")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of moments and ranks")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of times and ranks")
     args = parser.parse_args(argv)
     if args.kills < 1:
         raise UserError(f"--kills {args.kills} must be at least 1")
@@ -103,7 +101,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them
+    torch.set_num_threads(1)  # a fork has no thread of its parent's pool, and would wait for it
     start = time.monotonic()
     base_dir = Path(tempfile.mkdtemp(prefix="torture-", dir=get_base_dir()))
     Life(base_dir, "data", make_data, 1).end_well()
@@ -130,7 +128,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def summarize(args: argparse.Namespace, kills: list[Kill], faults: list[str], seconds: float) -> dict:
-    """The verdict in figures."""
+    """The verdict and the counts."""
     return {"verdict": "failed" if faults else "passed", "faults": faults, "seed": args.seed, "ranks": args.ranks,
             "kills": dict(Counter(kill.series for kill in kills)),
             "runs": dict(Counter(series for series, _ in {(kill.series, kill.run) for kill in kills})),
@@ -151,7 +149,7 @@ def print_kill(number: int, num_kills: int, kill: Kill) -> None:
 
 
 class Life:
-    """The processes of one start of a run, a rank each, and what they write."""
+    """The processes of one start of a run, a rank each, and their folder."""
 
     def __init__(self, base_dir: Path, tag: str, work: Callable[[str], object], world_size: int):
         self.base_dir, self.run_dir, self.log_path = base_dir, base_dir / "runs" / "base" / tag, base_dir / f"{tag}.log"
@@ -174,7 +172,7 @@ class Life:
         return all(process.is_alive() for process in self.processes)
 
     def is_saving(self) -> bool:
-        """Whether files of a checkpoint that these processes began aren't a checkpoint yet, or not the latest one."""
+        """Whether these processes have begun a checkpoint that isn't complete, or isn't `latest` yet."""
         newer = [path for path in self.run_dir.glob("step_*") if was_changed(path, self.start_ns)]
         latest = read_latest(self.run_dir) or 0
         return any(path.suffix == ".tmp" or int(path.name.removeprefix("step_")) > latest for path in newer)
@@ -193,7 +191,7 @@ class Life:
                 raise Fault(f"rank {rank} of {len(self.processes)} hung; see {self.log_path}")
 
     def end_well(self) -> None:
-        """Wait for the end of a life that nobody disturbs; Fault if it doesn't end well."""
+        """Wait for the end of undisturbed processes; Fault if one fails."""
         self.wait(MAX_LIFE_SEC)
         codes = [process.exitcode for process in self.processes]
         if any(codes):
@@ -201,7 +199,7 @@ class Life:
 
 
 def was_changed(path: Path, since_ns: int) -> bool:
-    """Whether a folder exists and has got or lost an entry, or its name, since then."""
+    """Whether a folder exists and it, or its list of entries, has changed since then."""
     try:
         return path.stat().st_ctime_ns > since_ns
     except FileNotFoundError:
@@ -209,7 +207,7 @@ def was_changed(path: Path, since_ns: int) -> bool:
 
 
 def run_rank(work: Callable[[str], object], tag: str, env: dict[str, str], log_path: Path) -> None:
-    """What a process does: become a rank, and end as a script does."""
+    """The main of a forked process: become a rank, and end as a script does."""
     os.environ.update(env)
     with open(log_path, "a") as log:
         for stream in (sys.stdout, sys.stderr):
@@ -240,7 +238,7 @@ def make_data(tag: str) -> None:
 
 def torture(undisturbed: Life, series: str, args: argparse.Namespace, rng: random.Random,
             life_sec: float) -> Iterator[Kill]:
-    """Yield kills until there are enough of them; each run goes on to its end and is compared, Fault if it differs."""
+    """Yield args.kills kills; each run is continued to its end and compared, Fault if it differs."""
     num_killed, run = 0, 0
     while num_killed < args.kills:
         run += 1
@@ -249,7 +247,7 @@ def torture(undisturbed: Life, series: str, args: argparse.Namespace, rng: rando
             world_size = args.ranks if series == "bitwise" else rng.choice(WORLD_SIZES)
             life = Life(undisturbed.base_dir, f"{series}-{run}", train_rank, world_size)
             latest_step = read_latest(life.run_dir) or 0
-            is_finished = num_killed == args.kills or not wait_for_moment(life, latest_step, rng, life_sec)
+            is_finished = num_killed == args.kills or not wait_for_kill(life, latest_step, rng, life_sec)
             if is_finished:
                 life.end_well()
             else:
@@ -263,8 +261,8 @@ def torture(undisturbed: Life, series: str, args: argparse.Namespace, rng: rando
         shutil.rmtree(life.run_dir)
 
 
-def wait_for_moment(life: Life, latest_step: int, rng: random.Random, life_sec: float) -> bool:
-    """Wait for a random moment; False if the processes have ended before it."""
+def wait_for_kill(life: Life, latest_step: int, rng: random.Random, life_sec: float) -> bool:
+    """Wait for a random time; False if the processes have ended before it."""
     delay_sec = rng.uniform(0, life_sec)
     if rng.random() < 0.5:
         delay_sec = 10 ** rng.uniform(*SAVE_DELAYS_LOG10_SEC)
@@ -280,7 +278,7 @@ def wait_for_moment(life: Life, latest_step: int, rng: random.Random, life_sec: 
 
 
 def kill_ranks(life: Life, series: str, run: int, latest_step: int, rng: random.Random) -> Kill:
-    """Kill all ranks or one, and look at what they left."""
+    """Kill all ranks or one, and check the newest checkpoint."""
     ranks = list(range(len(life.processes)))
     victim = rng.choice(ranks) if len(ranks) > 1 and rng.random() < 1 / 3 else None
     rng.shuffle(ranks)
@@ -300,15 +298,13 @@ def kill_ranks(life: Life, series: str, run: int, latest_step: int, rng: random.
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same run?
+# The comparison
 
 
 def compare_runs(run_dir: Path, expected_dir: Path, is_exact: bool) -> list[str]:
-    """What is not the same of two runs' last checkpoints and logs, a sentence each."""
-    differences = []
-    for kind, compare in (("checkpoint", compare_checkpoints), ("metrics", compare_metrics)):
-        differences += [f"{kind}: {text}" for text in compare(run_dir, expected_dir, is_exact)]
-    return differences
+    """The differences between two runs' last checkpoints and logs, a sentence each."""
+    return [f"{kind}: {text}" for kind, compare in (("checkpoint", compare_checkpoints), ("metrics", compare_metrics))
+            for text in compare(run_dir, expected_dir, is_exact)]
 
 
 def compare_checkpoints(run_dir: Path, expected_dir: Path, is_exact: bool) -> list[str]:
@@ -332,7 +328,7 @@ def compare_checkpoints(run_dir: Path, expected_dir: Path, is_exact: bool) -> li
 
 
 def load_whole_state(folder: Path, meta: dict) -> dict[str, torch.Tensor]:
-    """Parameters and optimizer state, from the files of however many ranks."""
+    """Parameters and optimizer state, from the files of any number of ranks."""
     state = SavedState(folder, [name for name in meta["files"] if name != MODEL_NAME])
     whole = {name: state.read(name, 0, num_rows, num_rows) for name, num_rows in state.num_rows.items()}
     return whole | load_tensors(folder / MODEL_NAME, torch.device("cpu"))
@@ -351,7 +347,7 @@ def compare_metrics(run_dir: Path, expected_dir: Path, is_exact: bool) -> list[s
 
 
 def is_same(value: object, expected: object, is_exact: bool) -> bool:
-    """Whether two figures are the same, or the same but for rounding."""
+    """Whether two values are equal, or (not is_exact) equal but for rounding."""
     if is_exact or not isinstance(value, float):
         return value == expected
     return abs(value - expected) < MAX_LOSS_GAP

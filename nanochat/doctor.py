@@ -1,12 +1,13 @@
-"""Is this machine ready to train? One line per check: what was found, and what to do about it.
+"""Is this machine ready to train? One line per check: the finding, and the remedy.
 
     python -m nanochat.doctor [--quick] [--json] [--device-type cpu]
 
-Exit code 0 if training can start, else 2. Works where packages are missing or broken, for it says so; hence torch, and
-whatever imports it, is imported inside the checks only.
+Exit code 0 if training can start, else 2. Missing and broken packages are findings too: therefore torch, and every
+module that needs it, is imported inside the checks.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import platform
@@ -23,18 +24,18 @@ PACKAGES = ("torch", "numpy", "tiktoken", "rustbpe", "pyarrow", "datasets", "saf
             "yaml", "matplotlib", "fastapi", "starlette", "pydantic", "uvicorn")
 OLDEST_PYTHON, OLDEST_TORCH = (3, 10), (2, 9)
 SET_UP = "bash runs/setup.sh"
-# Assumptions, not studied: a depth-4 run on a CPU fits below the first; climbmix and checkpoints fill the second fast
+# Assumptions, not studied: the first is enough for depth 4 on a CPU, the second for a part of climbmix and checkpoints
 LOW_MEMORY_BYTES, LOW_DISK_BYTES, NO_DISK_BYTES = 4 * 2**30, 10 * 2**30, 2**30
 NETWORK_TIMEOUT_SEC = 2.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found. 'note' costs speed or comfort, 'FAIL' keeps training from starting."""
+    """The result of one check."""
     name:   str
-    state:  str         # "ok" | "note" | "FAIL"
+    state:  str         # "ok" | "note": costs speed or comfort | "FAIL": training can't start
     what:   str
-    advice: str = ""    # what to do about it
+    advice: str = ""    # the remedy
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> dict:
     for finding in examine(args.device_type, args.quick):
         findings.append(finding)
         if not args.json:
-            advice = f"  -> {finding.advice}" if finding.advice else ""
+            advice = finding.advice and f"  -> {finding.advice}"
             print(f"{finding.state:<4}  {finding.name:<9}  {finding.what}{advice}", flush=True)
     num_fails = sum(finding.state == "FAIL" for finding in findings)
     result = {"ready": num_fails == 0, "checks": [asdict(finding) for finding in findings]}
@@ -63,15 +64,14 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def examine(device_type: str, quick: bool) -> Iterator[Finding]:
-    """All checks in order, each as soon as it is known; those that need what failed before are left out."""
+    """All checks in order, each finding as soon as it is known; checks that need a failed one are left out."""
     yield check_python(sys.version_info[:2])
-    packages = check_packages()
-    yield packages
-    disk = guard("disk", check_disk)
-    yield disk
+    yield (packages := check_packages())
+    yield (disk := guard("disk", check_disk))
     if packages.state == "FAIL":
         return
     from nanochat.common import UserError, get_compute_dtype, get_device, get_ranks
+    from nanochat.execution import check_isolation
     try:
         device = get_device(device_type, get_ranks())
     except UserError as error:
@@ -83,29 +83,30 @@ def examine(device_type: str, quick: bool) -> Iterator[Finding]:
     yield guard("memory", lambda: check_memory(device))
     yield guard("attention", lambda: check_attention(device, dtype))
     yield guard("compile", lambda: check_compile(device, quick))
-    yield guard("sandbox", check_sandbox)
+    # the isolation of model-written code, which only HumanEval needs
+    yield guard("sandbox", lambda: Finding("sandbox", "ok", check_isolation()), broken="note")
     yield guard("network", check_network)
     if disk.state != "FAIL":
         yield guard("data", check_data)
         yield guard("tokenizer", check_tokenizer)
 
 
-def guard(name: str, check: Callable[[], Finding]) -> Finding:
-    """A check that breaks is itself a finding: finding out what goes wrong, whatever it is, is its purpose."""
+def guard(name: str, check: Callable[[], Finding], broken: str = "FAIL") -> Finding:
+    """A check's finding; an exception in the check is a finding too, in the state `broken`."""
     try:
         return check()
     except Exception as error:
-        return Finding(name, "FAIL", describe_error(error))
+        return Finding(name, broken, describe_error(error))
 
 
 def describe_error(error: Exception) -> str:
-    """The first line of an error; for other than a person's mistake with its type."""
+    """The first line of an error, with its type unless it is a UserError."""
     message = (str(error).strip().splitlines() or ["no message"])[0][:300]
     return message if type(error).__name__ == "UserError" else f"{type(error).__name__}: {message}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is installed
+# The installation
 
 
 def check_python(version: tuple[int, int]) -> Finding:
@@ -115,12 +116,12 @@ def check_python(version: tuple[int, int]) -> Finding:
 
 
 def check_packages() -> Finding:
-    """Imports them all: what is installed can still be broken."""
+    """Import every package: an installed one can still be broken."""
     broken = []
     for name in PACKAGES:
         try:
             importlib.import_module(name)
-        except Exception as error:  # an ImportError, or whatever a half-installed package raises
+        except Exception as error:  # a half-installed package may raise any error
             broken.append(name if isinstance(error, ModuleNotFoundError) else f"{name} ({describe_error(error)})")
     if broken:
         return Finding("packages", "FAIL", f"missing or broken: {', '.join(broken)}", SET_UP)
@@ -131,7 +132,7 @@ def check_packages() -> Finding:
 
 
 def check_compile(device, quick: bool) -> Finding:
-    """A C++ compiler, and a tiny function through torch.compile: training without it is slower, but works."""
+    """A C++ compiler, and a tiny function through torch.compile: training works without, but slower."""
     compilers = [name for name in ("g++", "clang++", "c++", "cl") if shutil.which(name)]
     if not compilers:
         return Finding("compile", "note", "no C++ compiler, so training runs eager and slower",
@@ -156,12 +157,12 @@ def check_attention(device, dtype) -> Finding:
     others = "; ".join(f"{name}: {reason}" for name, works, reason in probes if not works)
     if not working:
         return Finding("attention", "FAIL", f"no backend works: {others}", SET_UP)
-    return Finding("attention", "ok", f"uses {working[0]}; works: {', '.join(working)}"
-                   + (f"; not: {others}" if others else ""))
+    not_working = f"; not: {others}" if others else ""
+    return Finding("attention", "ok", f"uses {working[0]}; works: {', '.join(working)}{not_working}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the machine has
+# The machine
 
 
 def check_device(device) -> Finding:
@@ -179,7 +180,7 @@ def check_device(device) -> Finding:
 
 
 def check_matmul(device, dtype, why: str) -> Finding:
-    """The dtype that training would choose, and the rate of a large matrix product in it."""
+    """The dtype that training would choose, and the rate of a large matrix product with it."""
     import torch
 
     from nanochat.common import get_peak_flops, synchronize
@@ -217,7 +218,7 @@ def check_memory(device) -> Finding:
 
 
 def check_disk() -> Finding:
-    """The base folder can be written, and its disk has room."""
+    """Whether the base folder can be written, and its disk has room."""
     try:
         from nanochat.common import get_base_dir
     except ImportError:
@@ -237,18 +238,8 @@ def check_disk() -> Finding:
     return Finding("disk", "ok", what)
 
 
-def check_sandbox() -> Finding:
-    """Walls around model-written code; training and chat do without."""
-    from nanochat.common import UserError
-    from nanochat.execution import check_isolation
-    try:
-        return Finding("sandbox", "ok", check_isolation())
-    except UserError as error:
-        return Finding("sandbox", "note", str(error))
-
-
 def check_network() -> Finding:
-    """Whether the hub answers. Nothing but downloads needs it."""
+    """Whether the hub answers; only downloads need it."""
     from nanochat.common import get_hub_endpoint, get_mirror_dir
     if get_mirror_dir():
         return Finding("network", "ok", f"not needed: the hub's files come from {get_mirror_dir()}")
@@ -257,53 +248,47 @@ def check_network() -> Finding:
 
     def connect() -> None:
         import requests
-        try:
+        with contextlib.suppress(requests.RequestException, ValueError):
             requests.head(endpoint, timeout=NETWORK_TIMEOUT_SEC)
-        except (requests.RequestException, ValueError):
-            return
-        answers.set()
-    # In a thread, for the timeout doesn't cover the look-up of the name
+            answers.set()
+    # in a thread: the timeout of requests doesn't cover the look-up of the name
     threading.Thread(target=connect, daemon=True).start()
     host = urllib.parse.urlsplit(endpoint).netloc or endpoint
     if answers.wait(NETWORK_TIMEOUT_SEC):
         return Finding("network", "ok", f"{host} answers")
     return Finding("network", "note", f"{host} doesn't answer within {NETWORK_TIMEOUT_SEC:.0f} s",
-                   "no matter for --source python-docs and your own files; for downloads see HF_ENDPOINT")
+                   "not needed for --source python-docs and your own files; for downloads see HF_ENDPOINT")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What training starts from
+# The data and the tokenizers
 
 
 def check_data() -> Finding:
-    from nanochat.common import UserError, get_base_dir
     from nanochat.shards import load_shards
-    found, damaged = [], []
-    for manifest in sorted((get_base_dir() / "data").glob("*/manifest.json")):
-        name = manifest.parent.name
-        try:
-            found.append(f"{name} ({len(load_shards(name).train)} shards + validation)")
-        except UserError as error:
-            damaged.append(f"{name}: {error}")
-    if not found:
-        return Finding("data", "FAIL", "; ".join(damaged) or "none yet",
+    return check_saved("data", "*/manifest.json", lambda name: f"{len(load_shards(name).train)} shards + validation",
                        "python -m nanochat.dataset --source python-docs")
-    return Finding("data", "note" if damaged else "ok", "; ".join(found + damaged))
 
 
 def check_tokenizer() -> Finding:
-    from nanochat.common import UserError, get_base_dir
     from nanochat.tokenizer import get_tokenizer
+    return check_saved("tokenizer", "*/tokenizer.json", lambda name: f"{get_tokenizer(name).get_vocab_size():,} tokens",
+                       "python -m scripts.tok_train")
+
+
+def check_saved(kind: str, pattern: str, describe: Callable[[str], str], advice: str) -> Finding:
+    """Everything of a kind in the base folder: described by its name, or damaged."""
+    from nanochat.common import UserError, get_base_dir
     found, damaged = [], []
-    for path in sorted((get_base_dir() / "tokenizer").glob("*/tokenizer.json")):
+    for path in sorted((get_base_dir() / kind).glob(pattern)):
         name = path.parent.name
         try:
-            found.append(f"{name} ({get_tokenizer(name).get_vocab_size():,} tokens)")
+            found.append(f"{name} ({describe(name)})")
         except UserError as error:
             damaged.append(f"{name}: {error}")
     if not found:
-        return Finding("tokenizer", "FAIL", "; ".join(damaged) or "none yet", "python -m scripts.tok_train")
-    return Finding("tokenizer", "note" if damaged else "ok", "; ".join(found + damaged))
+        return Finding(kind, "FAIL", "; ".join(damaged) or "none yet", advice)
+    return Finding(kind, "note" if damaged else "ok", "; ".join(found + damaged))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One recipe at several depths, each trained compute-optimally: does a change help at every size?
+# One recipe at several depths, each trained compute-optimally, to see whether a change helps at every size.
 #
 # Hardware  8 H100 (80 GB), all of them on each run; fewer take proportionally longer: set NPROC. Or PARALLEL runs at a
 #           time, with NPROC GPUs each
@@ -8,6 +8,6 @@
 # Expect    validation bits per byte that fall with depth along a smooth curve; no figures are published for this data
 #
 # NPROC, PARALLEL, DEPTHS, RATIO, SEQ_LEN, VOCAB_SIZE, DATA, NUM_SHARDS, TOK_CHARS, NAME and EXTRA are those of
-# runs/scaling_laws.sh, which is this without FLOP budgets. Run it again to go on.
+# runs/scaling_laws.sh, run here without FLOP budgets. Run it again to continue.
 export NAME=${NAME:-miniseries} BUDGETS=
 exec bash "$(dirname "${BASH_SOURCE[0]}")/scaling_laws.sh"

@@ -13,8 +13,8 @@
 # Hardware  2 CPU cores with bf16 units, 6 GB of memory
 # Time      35 min, measured beside other work, for all but the base model; that takes 21 at 2.5 s a step
 # Cost      none
-# Expect    on 77 MB of prose (dev/LOG.md, 2026-11-21) 1.567 bits per byte; of 200 held-out problems each SpellingBee
-#           90%, SimpleSpelling 71%, GSM8K 2%, and MMLU, ARC-Easy and CORE no better than guessing
+# Expect    on 77 MB of prose (dev/LOG.md, "The chain on real files") 1.567 bits per byte; of 200 held-out problems each
+#           SpellingBee 90%, SimpleSpelling 71%, GSM8K 2%, and MMLU, ARC-Easy and CORE no better than guessing
 #
 # Run it again to continue where it stopped; what is done is skipped. To change it, set any of these:
 DATA_DIR=${DATA_DIR:-}

@@ -5,7 +5,7 @@
 # Time      about 75 minutes for the base model (24.6 M tokens at the 5,500 tokens/s of dev/bench_step.py) and 20 for the
 #           chat stages, by estimate; three times that without bf16
 # Cost      nothing
-# Expect    not measured yet; a third of the steps with this model on prose is in dev/LOG.md, 2026-11-21
+# Expect    not measured yet; a third of the steps with this model is in dev/LOG.md, "Depth 6 on prose, 500 steps"
 #
 # DEPTH, SEQ_LEN, VOCAB_SIZE, BATCH_TOKENS, NUM_ITERATIONS, DATA, NAME and EXTRA are those of runs/quickstart.sh.
 export DEPTH=${DEPTH:-6} NUM_ITERATIONS=${NUM_ITERATIONS:-1500} NAME=${NAME:-runcpu}

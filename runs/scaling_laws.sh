@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Which model size is best for a FLOP budget? A grid of depths and budgets, then power laws, figures and one page.
+# The best model size for a FLOP budget: a grid of depths and budgets, then power laws, figures and one page.
 #
 # Hardware  8 H100 (80 GB), all of them on each run; fewer take proportionally longer: set NPROC. Or PARALLEL runs at a
 #           time, with NPROC GPUs each
@@ -7,7 +7,7 @@
 # Cost      about $90 at $24 an hour for the node, likewise
 # Expect    10.5 to 12 training tokens per parameter of transformer and head, published
 #
-# Run it again to go on: finished runs are skipped, an unfinished one continues. To change it, set any of these:
+# Run it again to continue: finished runs are skipped, an unfinished one goes on. To change it, set any of these:
 NPROC=${NPROC:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}    # GPUs of a run
 PARALLEL=${PARALLEL:-1}                  # runs at a time
 DEPTHS=${DEPTHS:-10,12,14,16,18,20}
@@ -41,5 +41,5 @@ python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-char
 python -m scripts.sweep --name "$NAME" --grid $grid --parallel "$PARALLEL" --nproc "$(( NPROC > 1 ? NPROC : 1 ))" -- \
     --data "$DATA" --tokenizer "$NAME" --max-seq-len "$SEQ_LEN" $flags --sample-every -1 --keep-last 1 $EXTRA
 if [[ $BUDGETS ]]; then
-    python -m scripts.scaling_laws "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/sweeps/$NAME"
+    python -m dev.scaling_laws "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/sweeps/$NAME"
 fi

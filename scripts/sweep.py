@@ -1,13 +1,13 @@
-"""Many pretraining runs, one command: every combination of a grid, resumable at any point.
+"""Many pretraining runs from one command: every combination of a grid, resumable at any point.
 
     python -m scripts.sweep --name laws --grid depth=4,6,8 target-flops=1e14,3e14 -- --max-seq-len 512
     python -m scripts.sweep --name mini --grid depth=10,12,14 --nproc 8         # each run on 8 GPUs
     python -m scripts.sweep --name lr --grid matrix-lr=.01,.02,.04 --parallel 8 -- --depth 12    # 8 runs, a GPU each
 
-What stands behind -- goes to scripts.base_train in every run. The same command again goes on: finished runs are
-skipped, an unfinished one continues from its checkpoint, one that failed is left alone unless --retry-failed is given.
-Each run is an ordinary one, runs/base/<name>-<point>; $NANOCHAT_BASE_DIR/sweeps/<name>/ holds sweep.json (the grid) and
-what each run printed. `python -m scripts.scaling_laws` reads that folder.
+The flags after -- go to scripts.base_train in every run. The same command again continues the sweep: finished runs are
+skipped, unfinished ones continue from their checkpoints, failed ones are skipped unless --retry-failed is given. Each
+run is an ordinary one, runs/base/<name>-<point>; $NANOCHAT_BASE_DIR/sweeps/<name>/ holds sweep.json (the grid) and each
+run's output. `python -m dev.scaling_laws` reads that folder.
 """
 
 import argparse
@@ -28,12 +28,15 @@ import torch
 from nanochat.checkpoint_manager import get_run_dir, locked_run
 from nanochat.common import UserError, file_lock, get_base_dir, get_worker_env, now, print0, run_script, write_json
 from nanochat.config import GPTConfig, estimate_flops
-from nanochat.report import get_series, group_metrics, read_json
-from nanochat.results import SWEEP_KEYS
+from nanochat.report import RunFiles, read_json, read_run
 from nanochat.scaling import make_config, make_plan
 from nanochat.train import StopSignal
 
-OWN_FLAGS = {"model-tag", "resume"}    # of base_train, which the sweep sets itself
+SWEEP_KEYS = ("grid", "flags", "created", "failed", "points")  # of sweep.json
+OWN_FLAGS = {"model_tag", "resume"}    # of base_train, set by the sweep itself
+# Flags of base_train that don't change what a run learns: a sweep continues with others. To be replaced by stage.py's.
+FREE_FLAGS = {"run", "eval_every", "eval_tokens", "core_metric_every", "core_metric_max_per_task", "sample_every",
+              "save_every", "save_every_minutes", "keep_last", "keep_every", "resume", "stop_at", "allow_mismatch"}
 POLL_SEC, DRAW_SEC = 0.2, 2.0
 
 
@@ -42,14 +45,15 @@ class Point:
     """One combination of the grid."""
     tag:   str
     flags: list[str]    # of scripts.base_train
+    flops: float        # of the whole run; 1 where the flags don't tell
 
 
 @dataclass
 class Worker:
-    """A process that trains."""
+    """A training process."""
     point:   Point
     process: subprocess.Popen
-    before:  dict    # the run's run.json when the process was started
+    before:  dict    # run.json at the process's start
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -61,7 +65,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--grid", nargs="+", required=True, metavar="FLAG=VALUE,VALUE", help="flags of scripts.base_train to combine")
     add("--parallel", type=int, default=1, help="runs at a time, each on GPUs of its own")
     add("--nproc", type=int, default=1, help="processes of a run, a GPU each, started by torchrun")
-    add("--retry-failed", action="store_true", help="run what failed once more")
+    add("--retry-failed", action="store_true", help="repeat the runs that failed")
     args = parser.parse_args(argv[:split])
     args.flags = argv[split + 1:]
     for flag, value in (("--parallel", args.parallel), ("--nproc", args.nproc)):
@@ -77,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict:
     if 0 < num_gpus < args.parallel * args.nproc:
         raise UserError(f"--parallel {args.parallel} --nproc {args.nproc} needs {args.parallel * args.nproc} GPUs, and "
                         f"there are {num_gpus}")
-    get_run_dir("base", args.name)  # whether a folder can have this name
+    get_run_dir("base", args.name)  # refuses names that can't be a folder
     folder = get_base_dir() / "sweeps" / args.name
     try:
         with file_lock(folder).acquire(blocking=False):
@@ -86,6 +90,10 @@ def main(argv: list[str] | None = None) -> dict:
             return sweep.summarize()
     except filelock.Timeout:
         raise UserError(f"another process runs the sweep {args.name}; wait for it, or choose another --name") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The grid
 
 
 def parse_grid(words: list[str], flags: list[str]) -> dict[str, list[str]]:
@@ -99,12 +107,32 @@ def parse_grid(words: list[str], flags: list[str]) -> dict[str, list[str]]:
         if name in grid or len(set(values)) < len(values):
             raise UserError(f"--grid names {word if name not in grid else name} twice")
         grid[name] = values
-    fixed = {flag.partition("=")[0].lstrip("-").replace("_", "-") for flag in flags if flag.startswith("--")}
-    if taken := {own for own in OWN_FLAGS for name in fixed | set(grid) if name and own.startswith(name)}:
-        raise UserError(f"--{min(taken)} is set by the sweep itself; leave it out")
-    if both := (fixed & set(grid)):
-        raise UserError(f"--{min(both)} is in the grid and behind --; leave it out of one of them")
+    in_grid, fixed = {name.replace("-", "_") for name in grid}, parse_flags(flags).keys()
+    # a prefix counts too: base_train's argparse takes --resum for --resume
+    if taken := {own for own in OWN_FLAGS for name in fixed | in_grid if name and own.startswith(name)}:
+        raise UserError(f"--{min(taken).replace('_', '-')} is set by the sweep itself; leave it out")
+    if both := fixed & in_grid:
+        raise UserError(f"--{min(both).replace('_', '-')} is in the grid and behind --; leave it out of one of them")
     return grid
+
+
+def parse_flags(words: list[str]) -> dict[str, list[str]]:
+    """{flag: its values} of a command line: --a-b=1 and --a-b 1 are {"a_b": ["1"]}."""
+    flags: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name, *values = word[2:].split("=", 1)
+            name = name.replace("-", "_")
+            flags[name] = values
+        else:
+            flags.setdefault(name, []).append(word)
+    return flags
+
+
+def get_identity(words: list[str]) -> dict[str, list[str]]:
+    """The flags of a command line that change what is learned."""
+    return {name: values for name, values in parse_flags(words).items() if name not in FREE_FLAGS}
 
 
 def make_points(name: str, grid: dict[str, list[str]], flags: list[str]) -> list[Point]:
@@ -114,31 +142,33 @@ def make_points(name: str, grid: dict[str, list[str]], flags: list[str]) -> list
         words = [f"{key}{re.sub(r'[^A-Za-z0-9.+]', '_', value)}" for key, value in zip(grid, values, strict=True)]
         tag = "-".join([name, *words])
         own = [f"--{key}={value}" for key, value in zip(grid, values, strict=True)]
-        points.append(Point(tag, ["--model-tag", tag, *own, *flags]))
+        flags_of_run = ["--model-tag", tag, *own, *flags]
+        points.append(Point(tag, flags_of_run, estimate_run_flops(flags_of_run)))
     if len({point.tag for point in points}) < len(points):
         raise UserError("two points of the grid would have the same name; write their values differently")
-    return sorted(points, key=lambda point: estimate_work(point.flags))
+    return sorted(points, key=lambda point: point.flops)
 
 
-def estimate_work(flags: list[str]) -> float:
-    """Model FLOPs of a run, to order the runs and to say how long the rest takes; 1 where the flags don't tell."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    shape, horizon = ("aspect-ratio", "head-dim"), ("num-iterations", "target-flops", "target-param-data-ratio")
-    for name in ("depth", "max-seq-len", "total-batch-size", *shape, *horizon):
-        parser.add_argument(f"--{name}", dest=name)
-    given, _ = parser.parse_known_args(flags)
+def estimate_run_flops(words: list[str]) -> float:
+    """Model FLOPs of a run, for the order of the runs and the time left; 1 where the flags don't tell."""
+    flags = parse_flags(words)
+
+    def read(*names: str) -> dict[str, float]:
+        return {name: float(flags[name][0]) for name in names if name in flags}
     try:
-        values = {name: float(value) for name, value in vars(given).items()}
-
-        def pick(names: tuple[str, ...]) -> dict:
-            return {name.replace("-", "_"): values[name] for name in names if name in values}
-        config = make_config(int(values["depth"]), vocab_size=GPTConfig.vocab_size,
-                             sequence_len=int(values.get("max-seq-len", GPTConfig.sequence_len)),
-                             **{name: int(value) for name, value in pick(shape).items()})
-        return make_plan(config, estimate_flops(config), batch_tokens=values.get("total-batch-size"),
-                         **pick(horizon)).total_flops
-    except (KeyError, ValueError, UserError):  # no depth; or what base_train will refuse in its own words
+        config = make_config(int(flags["depth"][0]), vocab_size=GPTConfig.vocab_size,
+                             sequence_len=int(read("max_seq_len").get("max_seq_len", GPTConfig.sequence_len)),
+                             **{name: int(value) for name, value in read("aspect_ratio", "head_dim").items()})
+        return make_plan(config, estimate_flops(config), batch_tokens=read("total_batch_size").get("total_batch_size"),
+                         **read("num_iterations", "target_flops", "target_param_data_ratio")).total_flops
+    except (LookupError, ValueError, UserError):  # no depth, or a value that base_train will refuse
         return 1.0
+
+
+def format_grid(info: dict) -> str:
+    """A grid and its flags as a command line."""
+    words = [f"{key}={','.join(values)}" for key, values in info["grid"].items()]
+    return " ".join([*words, *(["--", *info["flags"]] if info["flags"] else [])])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,7 +176,7 @@ def estimate_work(flags: list[str]) -> float:
 
 
 class Sweep:
-    """The points of a grid, what became of each, and the processes that train some of them."""
+    """The points of a grid, their states, and the processes that train some of them."""
 
     def __init__(self, folder: Path, points: list[Point], grid: dict[str, list[str]], args: argparse.Namespace):
         self.folder, self.points, self.args = folder, points, args
@@ -158,28 +188,26 @@ class Sweep:
         self.pending = [point for point in points
                         if point.tag not in self.info["failed"] and self.read_status(point) != "finished"]
         self.workers: list[Worker | None] = [None] * args.parallel
-        self.num_lines = 0    # of the table on the screen, to be drawn over
+        self.num_lines = 0    # of the table on the screen, which the next one overwrites
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         self.save()
 
     def load(self) -> None:
-        """Take over what sweep.json says, unless it is of another grid."""
-        path = self.folder / "sweep.json"
-        if not path.is_file():
+        """Continue sweep.json; UserError where it has runs of another grid."""
+        if not (self.folder / "sweep.json").is_file():
             return
-        saved = read_json(path, SWEEP_KEYS)
-        if any(saved.get(key) != self.info[key] for key in ("grid", "flags")):
-            if any((get_run_dir("base", point["tag"]) / "run.json").exists() for point in saved["points"]):
-                raise UserError(f"the sweep {self.args.name} has the grid {format_grid(saved)}, and this command says "
-                                f"{format_grid(self.info)}; go back to that grid, or choose another --name")
-            return  # nothing came of it, perhaps a mistyped flag
-        self.info |= {"created": saved["created"], "failed": saved["failed"]}
+        saved = read_json(self.folder / "sweep.json", SWEEP_KEYS)
+        if saved["grid"] == self.info["grid"] and get_identity(saved["flags"]) == get_identity(self.info["flags"]):
+            self.info |= {"created": saved["created"], "failed": saved["failed"]}
+        elif any((get_run_dir("base", point["tag"]) / "run.json").exists() for point in saved["points"]):
+            raise UserError(f"the sweep {self.args.name} has the grid {format_grid(saved)}, and this command says "
+                            f"{format_grid(self.info)}; go back to that grid, or choose another --name")
 
     def save(self) -> None:
         write_json(self.folder / "sweep.json", self.info)
 
     def run(self) -> None:
-        """Train what is pending, as many at a time as there are workers; a signal ends the runs in order, then this."""
+        """Train the pending points, args.parallel at a time; a signal stops the runs, which save, then this process."""
         try:
             with StopSignal() as stop:
                 told, drawn = False, 0.0
@@ -201,13 +229,12 @@ class Sweep:
                     print0(f"stopped; the same command goes on with the {len(self.pending)} runs that are left")
                     stop.end()
         finally:
-            self.signal_workers(signal.SIGKILL)  # none is left but after a bug, or Ctrl-C once more
+            self.signal_workers(signal.SIGKILL)  # some are left only after a bug, or Ctrl-C once more
 
     def start_next(self, slot: int) -> None:
         """Start the first pending run that no other process trains, such as one that outlived a killed sweep."""
         for point in self.pending:
-            run_dir = get_run_dir("base", point.tag)
-            with contextlib.suppress(UserError), locked_run(run_dir):
+            with contextlib.suppress(UserError), locked_run(get_run_dir("base", point.tag)):
                 break
         else:
             return
@@ -219,17 +246,17 @@ class Sweep:
         if self.args.nproc > 1:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                        f"--nproc-per-node={self.args.nproc}", "-m", module, "--", *point.flags]
-        before = self.read_info(point)
+        before = self.read_run(point).info
         with open(self.folder / "logs" / f"{point.tag}.log", "ab") as log:
-            # a session of its own: Ctrl-C reaches this process alone, which then ends the runs in order
+            # a session of its own: Ctrl-C reaches this process alone, which then stops the runs
             process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         self.workers[slot] = Worker(point, process, before)
         self.report(point, "started")
 
     def settle(self, worker: Worker, told: bool) -> None:
-        """Record how a run ended."""
-        point, code = worker.point, worker.process.returncode
-        if code == 0:
+        """Record the end of a run; told: it was asked to stop."""
+        point = worker.point
+        if worker.process.returncode == 0:
             self.report(point, self.read_status(point))
         elif told:
             self.pending.append(point)
@@ -239,17 +266,17 @@ class Sweep:
             self.report(point, f"failed: {self.info['failed'][point.tag]}")
 
     def find_reason(self, worker: Worker) -> str:
-        """Why a run failed: what it recorded this time, else how its process ended and its last words."""
-        point, code, info = worker.point, worker.process.returncode, self.read_info(worker.point)
+        """The reason of a failure: the one that the run recorded this time, else its exit code and last line."""
+        tag, code, info = worker.point.tag, worker.process.returncode, self.read_run(worker.point).info
         if info.get("status") == "failed" and info != worker.before:
             return info["reason"]
-        lines = (self.folder / "logs" / f"{point.tag}.log").read_text(errors="replace").split("\n")
+        lines = (self.folder / "logs" / f"{tag}.log").read_text(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return f"{how} ({last[:300]})"
 
     def signal_workers(self, signum: int) -> None:
-        """Send a signal to each run, for SIGKILL with all of its processes."""
+        """Send a signal to each run; SIGKILL to all of its processes."""
         for worker in filter(None, self.workers):
             if worker.process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -258,58 +285,51 @@ class Sweep:
                     else:
                         worker.process.send_signal(signum)
 
-    # ----- what the runs' own files say
+    # ----- the runs' own files
 
-    def read_info(self, point: Point) -> dict:
-        """A run's run.json, {} where there is none."""
-        path = get_run_dir("base", point.tag) / "run.json"
-        return read_json(path) if path.is_file() else {}
+    def read_run(self, point: Point) -> RunFiles:
+        return read_run(get_run_dir("base", point.tag))
 
     def read_status(self, point: Point) -> str:
-        """waiting, running, stopped, failed or finished; as its run.json says."""
-        info = self.read_info(point)
+        """waiting, running, stopped, failed or finished, from run.json."""
+        info = self.read_run(point).info
         made_by = [word for word in info.get("argv", [])[1:] if word != "--"]
-        if info.get("status") == "finished" and made_by != point.flags:
+        if info.get("status") == "finished" and get_identity(made_by) != get_identity(point.flags):
             raise UserError(f"the run {point.tag} was made by another command ({' '.join(made_by)}); delete "
                             f"{get_run_dir('base', point.tag)}, or choose another --name")
         return info.get("status", "waiting")
 
     def read_progress(self, point: Point) -> dict:
-        """Where a run is; None where nothing is known yet."""
-        info = self.read_info(point)
-        metrics = group_metrics(get_run_dir("base", point.tag) / "metrics.jsonl")
-
-        def last(kind: str, key: str) -> float | None:
-            series = get_series(metrics, kind, key)
-            return series[-1][1] if series else None
-        status = "failed" if point.tag in self.info["failed"] else info.get("status", "waiting")
+        """The state of a run; None for each value that isn't known yet."""
+        run = self.read_run(point)
+        status = "failed" if point.tag in self.info["failed"] else run.info.get("status", "waiting")
         if status == "running" and point not in [worker.point for worker in self.workers if worker]:
             status = "unfinished"
-        return {"tag": point.tag, "status": status, "step": max(metrics.get("train", {}), default=0),
-                "num_iterations": info.get("plan", {}).get("num_iterations"), "val_bpb": last("eval", "val_bpb"),
-                "train_loss": last("train", "loss_smooth"), "train_sec": last("train", "elapsed_sec")}
+        return {"tag": point.tag, "status": status, "step": max(run.metrics.get("train", {}), default=0),
+                "num_iterations": run.info.get("plan", {}).get("num_iterations"),
+                "val_bpb": run.get_last("eval", "val_bpb"), "train_loss": run.get_last("train", "loss_smooth"),
+                "train_sec": run.get_last("train", "elapsed_sec")}
 
     # ----- showing
 
     def report(self, point: Point, event: str) -> None:
-        """One line an event, where the table can't be drawn over."""
+        """One line an event, where there is no terminal with a table."""
         if not sys.stdout.isatty():
-            print0(f"{point.tag}: {event} ({self.describe_rest()})")
+            print0(f"{point.tag}: {event} ({self.describe_rest([self.read_progress(p) for p in self.points])})")
 
-    def describe_rest(self) -> str:
-        """How many runs are done, and how long the rest takes at the speed measured so far."""
-        rows = [self.read_progress(point) for point in self.points]
-        num_done = sum(row["status"] == "finished" for row in rows)
-        text = f"{num_done} of {len(rows)} finished" + (f", {len(self.info['failed'])} failed"
-                                                        if self.info["failed"] else "")
-        seconds = sum(row["train_sec"] or 0 for row in rows)
-        done_work = sum(estimate_work(point.flags) * min(1, row["step"] / (row["num_iterations"] or 1))
-                        for point, row in zip(self.points, rows, strict=True))
-        left = sum(estimate_work(point.flags) * (1 - min(1, row["step"] / (row["num_iterations"] or 1)))
-                   for point, row in zip(self.points, rows, strict=True) if row["status"] not in ("finished", "failed"))
-        if not done_work or not left:
+    def describe_rest(self, rows: list[dict]) -> str:
+        """How many runs are finished, and the minutes left at the speed measured so far."""
+        text = f"{sum(row['status'] == 'finished' for row in rows)} of {len(rows)} finished"
+        text += f", {len(self.info['failed'])} failed" if self.info["failed"] else ""
+        done_flops = left_flops = 0.0
+        for point, row in zip(self.points, rows, strict=True):
+            done_frac = min(1, row["step"] / (row["num_iterations"] or 1))
+            done_flops += point.flops * done_frac
+            left_flops += point.flops * (1 - done_frac) * (row["status"] not in ("finished", "failed"))
+        if not done_flops or not left_flops:
             return text
-        minutes = left * seconds / done_work / min(self.args.parallel, len(self.pending) + 1) / 60
+        seconds = left_flops / done_flops * sum(row["train_sec"] or 0 for row in rows)
+        minutes = seconds / min(self.args.parallel, len(self.pending) + 1) / 60
         return f"{text}, about {minutes:.1f} min of training left"
 
     def draw(self, final: bool = False) -> None:
@@ -325,30 +345,25 @@ class Sweep:
             bpb, loss = (f"{row[key]:.4f}" if row[key] else "-" for key in ("val_bpb", "train_loss"))
             minutes = f"{row['train_sec'] / 60:.1f}" if row["train_sec"] else "-"
             lines.append(f"{row['tag']:{width}}  {row['status']:10}  {steps:>13}  {bpb:>8}  {loss:>10}  {minutes:>8}")
-        lines.append(self.describe_rest())
+        lines.append(self.describe_rest(rows))
         erase = f"\033[{self.num_lines}A\033[J" if on_screen and self.num_lines else ""
         self.num_lines = len(lines)
         print0(erase + "\n".join(lines))
 
     def summarize(self) -> dict:
-        """The end: the table, what failed and why, and where to go on."""
+        """The final table and the failures; UserError where all runs failed."""
         self.draw(final=True)
-        for tag, reason in self.info["failed"].items():
+        failed = self.info["failed"]
+        for tag, reason in failed.items():
             print0(f"{tag} failed: {reason}")
-        if self.info["failed"]:
+        if failed:
             print0("failed runs were left out; --retry-failed runs them once more")
-        if len(self.info["failed"]) == len(self.points):
+        if len(failed) == len(self.points):
             raise UserError(f"all {len(self.points)} runs of the sweep {self.args.name} failed; {self.folder / 'logs'} "
                             "has what they printed")
         print0(f"sweep: {self.folder}")
-        return {"folder": str(self.folder), "failed": self.info["failed"],
+        return {"folder": str(self.folder), "failed": failed,
                 "runs": [self.read_progress(point) for point in self.points]}
-
-
-def format_grid(info: dict) -> str:
-    """A grid and its flags as one types them."""
-    words = [f"{key}={','.join(values)}" for key, values in info["grid"].items()]
-    return " ".join([*words, *(["--", *info["flags"]] if info["flags"] else [])])
 
 
 if __name__ == "__main__":

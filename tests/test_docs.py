@@ -50,12 +50,17 @@ def test_settings_of_recipes_exist():
 
 
 def test_log_has_what_is_cited():
-    """Each `dev/LOG.md, <date>` of the code is a day of the log."""
-    days = set(re.findall(r"^## (\d{4}-\d\d-\d\d)$", (REPO_DIR / "dev" / "LOG.md").read_text(), re.MULTILINE))
-    files = [path for folder in ("nanochat", "scripts", "runs", "dev", "tests")
-             for path in (REPO_DIR / folder).iterdir() if path.suffix in (".py", ".sh")]
-    cited = {day for path in files for day in re.findall(r"LOG\.md,?\s+#?\s*(\d{4}-\d\d-\d\d)", path.read_text())}
-    assert cited and cited <= days
+    """Each `dev/LOG.md, "heading"` of README and code is an entry of the log, and no reference is without a heading."""
+    headings = set(re.findall(r"^### (.+)$", (REPO_DIR / "dev" / "LOG.md").read_text(), re.MULTILINE))
+    files = [path for folder in ("nanochat", "scripts", "tasks", "runs", "dev", "tests")
+             for path in (REPO_DIR / folder).rglob("*.[ps][yh]") if path != Path(__file__)]
+    wrong = {}
+    for path in (REPO_DIR / "README.md", *files):
+        text = re.sub(r"\s*\n\s*#?\s*", " ", path.read_text())    # a heading may go on in the next line of a comment
+        for cited in re.findall(r"LOG\.md(?! \(dated)`?(?:, \"([^\"]+)\")?", text):
+            if cited not in headings:
+                wrong[path.name] = cited or "no heading"
+    assert not wrong
 
 
 def test_no_figure_is_left_to_fill_in():

@@ -52,6 +52,24 @@ def find_imports(*folders: str) -> set[str]:
     return to_distributions(names - set(sys.stdlib_module_names) - ours)
 
 
+def find_our_imports(folder: str) -> set[str]:
+    """The folders of ours that the files of a folder import from."""
+    found = set()
+    for path in (REPO_DIR / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                found |= {name.split(".")[0] for name in names}
+    return found & set(OUR_FOLDERS)
+
+
+def test_imports_point_downwards():
+    """The library knows no script, a script no other script, and nothing but the tests knows the laboratory."""
+    assert not find_our_imports("nanochat") & {"scripts", "dev", "tests"}
+    assert not find_our_imports("tasks") & {"scripts", "dev", "tests"}
+    assert not find_our_imports("scripts") & {"scripts", "dev", "tests"}
+
+
 def to_distributions(modules: set[str]) -> set[str]:
     return {normalize(DISTRIBUTIONS.get(module, module)) for module in modules}
 
@@ -62,8 +80,8 @@ def test_declared_if_and_only_if_imported():
     declared = parse_names(project["dependencies"])
     users = declared.union(*(packages for name, packages in extras.items() if name != "dev"))
     exempt = to_distributions(INSIDE_OTHERS | USER_BUILT)
-    assert find_imports("nanochat", "scripts", "tasks") - exempt == users
-    assert find_imports("tests", "dev") - users - exempt - TOOLS == extras["dev"] - TOOLS
+    assert find_imports("nanochat", "scripts", "tasks", "dev") - exempt == users
+    assert find_imports("tests") - users - exempt - TOOLS == extras["dev"] - TOOLS
     assert declared == to_distributions(set(doctor.PACKAGES))
 
 
@@ -83,7 +101,7 @@ def test_lock_is_a_plain_list_that_pins_all_that_is_declared(lock):
 
 
 def test_nothing_newer_than_python_310_is_used():
-    found = {path.name: match[0] for folder in ("nanochat", "scripts", "tasks")
+    found = {path.name: match[0] for folder in ("nanochat", "scripts", "tasks", "dev")
              for path in (REPO_DIR / folder).rglob("*.py")
              if (match := NEWER_THAN_PYTHON_310.search(path.read_text()))}
     assert not found

@@ -2,17 +2,13 @@
 
 import json
 import math
-import os
 import re
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from nanochat import card as card_module
-from nanochat import report
-from nanochat.card import Curve, draw_curve, escape_markdown, fence, format_label, format_value, make_ticks, smooth
+from nanochat import report, report_render
 from nanochat.common import UserError
 
 MARKUP = "</pre><script>alert(1)</script><img src=http://x.y/z>\n```\n# not a heading | ![a](http://x.y/z)\x1b[2J"
@@ -199,20 +195,6 @@ def test_cost_of_several_machines_is_not_guessed(base_dir):
         report.main(["generate", "--price-per-hour", "-1"])
 
 
-def test_what_a_killed_process_left_is_cleared(base_dir):
-    report.write_section("tok_train", {"title": "T"})
-    folder, dead = base_dir / "report", subprocess.Popen(["true"])
-    dead.wait()
-    names = {"old dead": f"a.json.{dead.pid}.tmp", "new dead": f"b.json.{dead.pid}.tmp",
-             "old alive": f"c.json.{os.getpid()}.tmp", "no process": "d.x.tmp"}
-    for what, name in names.items():
-        (folder / name).touch()
-        if "new" not in what:
-            os.utime(folder / name, (0, 0))
-    report.write_section("tok_eval", {"title": "E"})
-    assert not (folder / names.pop("old dead")).exists() and all((folder / name).exists() for name in names.values())
-
-
 def test_size_of_the_code(base_dir):
     write_run(base_dir)
     text, _ = generate(base_dir)
@@ -238,11 +220,6 @@ def test_untrusted_text(base_dir):
     assert "# not a heading" not in outside.replace("\\# not", "")
 
 
-def test_fence_and_escape():
-    assert fence("a ```` b") == ["`````text", "a ```` b", "`````"]
-    assert escape_markdown("a|b\nc_d") == "a\\|b c\\_d"
-
-
 def test_metrics_torn_and_resumed(tmp_path):
     lines = [{"kind": "train", "step": step, "loss": 5.0} for step in range(10)]
     lines.insert(8, {"kind": "eval", "step": 8, "val_bpb": 1.0})
@@ -250,49 +227,13 @@ def test_metrics_torn_and_resumed(tmp_path):
               {"kind": "train", "step": 5, "loss": 4.0}, {"kind": "sample", "step": 5, "prompt": "p", "text": "t"},
               {"kind": "sample", "step": 5, "prompt": "p", "text": "u"}, {"kind": "train", "step": 6, "loss": math.nan},
               {"kind": "new", "step": 6, "x": 1}, {"kind": "train", "step": 7, "loss": 3.0}]
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes("\n".join(map(json.dumps, lines)).encode() + b'\n[1]\n\xff\xfe\n{"kind": "train", "step": 8, "lo')
-    metrics = report.group_metrics(path)
-    assert report.get_series(metrics, "train", "loss") == [(0, 5), (1, 5), (2, 5), (3, 5), (4, 5), (5, 4), (7, 3)]
-    assert report.get_series(metrics, "eval", "val_bpb") == [(5, 2.0)]  # step 8 belonged to what was done again
-    assert [row["text"] for row in metrics["sample"][5]] == ["t", "u"]
-
-
-@pytest.mark.parametrize(("label", "value", "shown"), [
-    ("peak_bytes", 3 * 2**29, "1.5 GiB"), ("x_bytes", 0, "0 B"), ("wall_sec", 3725.0, "1 h 2 m"),
-    ("wall_sec", 59.9, "1 m 0 s"), ("wall_sec", 3599.9, "1 h 0 m"), ("wall_sec", 1.234, "1.23 s"),
-    ("tokens_per_sec", 12345.6, "12,346"), ("mfu_pct", 21.34, "21.34%"), ("crop_frac", 0.0213, "2.13%"),
-    ("step_ms", 5, "5 ms"), ("n", 1234567, "1,234,567"), ("lr", 0.00123, "0.00123"),
-    ("bpb", 1.23456, "1.2346"), ("flag", True, "yes"),
-    ("x", None, "–"), ("x", math.nan, "nan"), ("x", {"a": 1, "b_ms": 2}, "a 1, b_ms 2")])
-def test_format_value(label, value, shown):
-    assert format_value(label, value) == shown
-
-
-def test_format_label():
-    assert [format_label(name) for name in ("tokens_per_sec", "peak_memory_bytes", "loss")] == \
-        ["tokens per sec", "peak memory", "loss"]
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (1.2, 9.7), (0.8, 0.8), (0, 0), (-3, 1e6), (2.0, 2.0001)])
-def test_ticks_span_the_values(low, high):
-    ticks = make_ticks(low, high, 5)
-    assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 8
-    assert ticks == sorted(set(ticks))
-
-
-def test_smooth_is_unbiased_from_the_start():
-    assert [value for _, value in smooth([(0, 2.0), (1, 2.0), (5, 2.0)])] == pytest.approx([2.0] * 3)
-
-
-def test_curve_stays_in_its_frame():
-    train = [(step, 10 - step / 1000 + (100 if step == 5000 else 0)) for step in range(9000)]  # with one spike
-    drawing = draw_curve(Curve(train, [(0, 3.0), (8999, 1.0)]))
-    points = [tuple(map(float, point)) for point in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)(?=[L\"])", drawing)]
-    assert len(points) > 2 * card_module.MAX_CURVE_POINTS
-    assert all(card_module.LEFT <= x <= card_module.RIGHT for x, _ in points)
-    assert all(card_module.TOP <= y <= card_module.BOTTOM for _, y in points)
-    assert "step 8,999: 1.0000" in drawing
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(map(json.dumps, lines)).encode() +
+                                             b'\n\xff\xfe\n{"kind": "train", "step": 8, "lo')
+    run = report.read_run(tmp_path)
+    assert run.get_series("train", "loss") == [(0, 5), (1, 5), (2, 5), (3, 5), (4, 5), (5, 4), (7, 3)]
+    assert run.get_series("eval", "val_bpb") == [(5, 2.0)]  # step 8 belonged to what was done again
+    assert [row["text"] for row in run.metrics["sample"][5]] == ["t", "u"]
 
 
 def test_rl_shows_reward(base_dir):
@@ -301,7 +242,7 @@ def test_rl_shows_reward(base_dir):
     lines += [{"kind": "eval", "step": step, "A_reward": 0.2, "A_problems": 30, "B_reward": reward, "B_problems": 10,
                "B_pass_at_4": 1.0} for step, reward in ((0, 0.6), (60, 1.0))]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert report.get_held_out_reward(report.group_metrics(run / "metrics.jsonl")) == \
+    assert report.get_held_out_reward(report.read_run(run)) == \
         [(0, pytest.approx(0.3)), (60, pytest.approx(0.4))]    # over the questions, not over the tasks
     text, page = generate(base_dir)
     assert "train loss" not in text + page and "held-out reward</text>" in page
@@ -309,9 +250,9 @@ def test_rl_shows_reward(base_dir):
     # one scale: the train line's end and the evaluation of about that value are about as high
     heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', page)]
     line = re.search(r'<path class="train" d="M[^"]*L[\d.]+ ([\d.]+)"', page)
-    smoothed = card_module.smooth([(row["step"], row["reward"]) for row in lines[:60]])[-1][1]
+    smoothed = report_render.smooth([(row["step"], row["reward"]) for row in lines[:60]])[-1][1]
     assert smoothed == pytest.approx(0.51, abs=0.01)
-    top, bottom = card_module.TOP, card_module.BOTTOM
+    top, bottom = report_render.TOP, report_render.BOTTOM
     per_reward = (heights[0] - heights[1]) / 0.1
     assert float(line[1]) == pytest.approx(heights[1] - (smoothed - 0.4) * per_reward, abs=0.5)
     assert top <= float(line[1]) <= bottom
@@ -320,8 +261,9 @@ def test_rl_shows_reward(base_dir):
 def test_reset_keeps_runs(base_dir):
     run = write_run(base_dir)
     report.write_section("base_train", {"title": "B", "run": run})
-    assert report.main(["reset"]) == {"removed": 1}
-    assert (base_dir / run / "metrics.jsonl").is_file() and not list((base_dir / "report").glob("*.json"))
+    (base_dir / "report" / "mid.json.1234.tmp").touch()    # of a process that was killed while it wrote
+    assert report.main(["reset"]) == {"removed": 2}
+    assert (base_dir / run / "metrics.jsonl").is_file() and not list((base_dir / "report").iterdir())
 
 
 def test_mistakes(base_dir):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from nanochat.common import UserError
-from nanochat.gpt import GPTConfig, estimate_flops
+from nanochat.config import GPTConfig, estimate_flops
 from nanochat.scaling import (
     count_scaling_params,
     get_chat_momentum,

@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanochat.common import Ranks, UserError
-from nanochat.config import count_params, estimate_flops
-from nanochat.scaling import make_config, make_plan
-from nanochat.scaling_laws import (
+from dev import scaling_laws
+from dev.laws import (
     ParametricLaw,
     collect_optima,
     fit_isoflop,
@@ -19,8 +17,10 @@ from nanochat.scaling_laws import (
     fit_power_law,
     resample_optima,
 )
+from nanochat.common import Ranks, UserError
+from nanochat.config import count_params, estimate_flops
+from nanochat.scaling import make_config, make_plan
 from nanochat.train import RunLog
-from scripts import scaling_laws
 
 # The constants of arXiv 2404.10102, and those of approach 3 in arXiv 2203.15556
 REPLICATED = ParametricLaw(1.8172, 482.01, 2085.43, 0.3478, 0.3658, 0)

@@ -9,11 +9,12 @@ import time
 import pytest
 from helpers import make_base, start_script
 
+from dev import scaling_laws
+from dev.results import load_results
 from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import UserError, get_worker_env
-from nanochat.results import find_source, read_run_folders
 from nanochat.train import read_metrics
-from scripts import scaling_laws, sweep
+from scripts import sweep
 
 TOY = ["--data", "toy", "--aspect-ratio", "32", "--head-dim", "32", "--max-seq-len", "32", "--total-batch-size", "128",
        "--eval-tokens", "512", "--dtype", "float32", "--device-type", "cpu", "--sample-every", "-1",
@@ -77,10 +78,14 @@ def test_killed_sweep_goes_on(base_dir, capfd):
     assert sweep.main(["--name", "toy", *GRID, "--", *TOY])["runs"] == results["runs"]
     with pytest.raises(UserError, match="has the grid depth=1,2 num-iterations=3,4 -- .* says depth=1,3 -- "):
         sweep.main(["--name", "toy", "--grid", "depth=1,3", "--", *TOY])
-    notes = []
-    rows = read_run_folders(find_source(base_dir / "sweeps" / "toy"), notes)
-    assert sorted(name for name, _ in rows) == sorted(tags) and not any("left out" in note for note in notes)
-    assert {row["tokens_trained"] for _, row in rows} == {3 * 128, 4 * 128}
+    found = load_results(base_dir / "sweeps" / "toy")
+    assert sorted(run.name for run in found.runs) == sorted(tags) and not any("left out" in n for n in found.notes)
+    assert {run.tokens for run in found.runs} == {3 * 128, 4 * 128}
+
+    # flags that don't change what is learned may be others; those that do may not
+    assert sweep.main(["--name", "toy", *GRID, "--", *TOY, "--save-every", "2"])["runs"] == results["runs"]
+    with pytest.raises(UserError, match="has the grid"):
+        sweep.main(["--name", "toy", *GRID, "--", *TOY, "--seed", "2"])
 
 
 def test_sigterm_ends_the_runs_in_order():
@@ -127,9 +132,8 @@ def test_failed_runs_are_recorded_skipped_and_retried(base_dir, capsys, monkeypa
     assert len(commands) == 3 and "bad-depth0" in commands[2]
     sweep.main(["--name", "wide", "--grid", "depth=1", "--nproc", "2", "--", *TOY])
     assert "torch.distributed.run" in commands[3] and "--nproc-per-node=2" in commands[3]
-    notes = []
-    read_run_folders(base_dir / "sweeps" / "bad", notes)
-    assert notes[0] == "bad-depth0 is left out: exit code 2 (error: no model has --depth 0)."
+    with pytest.raises(UserError, match=r"bad-depth0 is left out: exit code 2 \(error: no model has --depth 0\)\."):
+        load_results(base_dir / "sweeps" / "bad")
 
 
 def test_a_retry_that_fails_early_does_not_repeat_the_reason_before(monkeypatch):
@@ -193,9 +197,9 @@ def test_workers_have_gpus_of_their_own(monkeypatch):
 
 
 def test_work_orders_the_runs_and_survives_flags_that_base_train_will_refuse():
-    flops = [sweep.estimate_work(["--depth", str(depth)]) for depth in (4, 8, 12)]
+    flops = [sweep.estimate_run_flops(["--depth", str(depth)]) for depth in (4, 8, 12)]
     assert flops == sorted(flops) and flops[2] == pytest.approx(1.0e18, rel=0.1)
-    assert sweep.estimate_work(["--depth=8", "--target-flops=1e15", "--total-batch-size=16384"]) == \
+    assert sweep.estimate_run_flops(["--depth=8", "--target-flops=1e15", "--total-batch-size=16384"]) == \
         pytest.approx(1e15, rel=0.01)
     for flags in (["--depth", "x"], ["--depth", "0"], [], ["--depth", "2", "--num-iterations", "0"]):
-        assert sweep.estimate_work(flags) == 1.0
+        assert sweep.estimate_run_flops(flags) == 1.0

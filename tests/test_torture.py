@@ -1,4 +1,4 @@
-"""The torture of dev/torture.py: it passes, and it would notice if it shouldn't."""
+"""The torture of dev/torture.py: it passes, and it fails where a resume is wrong."""
 
 import json
 import shutil
@@ -9,10 +9,12 @@ import pytest
 import torch
 from helpers import REPO_DIR
 from safetensors.torch import load_file, save_file
-from test_checkpoint_manager import make_meta, make_trained
 
+from dev.timing import make_random_batch, make_random_model
 from dev.torture import compare_runs
 from nanochat.checkpoint_manager import save_checkpoint
+from nanochat.gpt import GPTConfig
+from nanochat.train import train_step
 
 
 def run_python(tmp_path, monkeypatch, *argv, timeout=300):
@@ -32,15 +34,7 @@ def test_one_kill(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_fault_is_found(tmp_path, monkeypatch):
-    """A resume that forgets the moments: the ranks are forks, so what is broken here is broken there."""
-    program = """
-from dev import torture
-from nanochat.common import run_script
-from nanochat.optim import MuonAdamW
-MuonAdamW.load_named_state = lambda self, read, num_steps: setattr(self, "num_steps", num_steps)
-run_script(lambda argv: torture.main(["--kills", "3", "--series", "bitwise", "--seed", "1"]))
-"""
-    code, text, summary = run_python(tmp_path, monkeypatch, "-c", program)
+    code, text, summary = run_python(tmp_path, monkeypatch, "-m", "tests.programs.forgetful_resume")
     assert code == 1 and summary["verdict"] == "failed", text
     assert "is not the undisturbed run" in summary["faults"][0] and "model.safetensors" in summary["faults"][0]
     assert "all files are in" in text and len(list(tmp_path.iterdir())) == 1
@@ -61,8 +55,13 @@ def test_fifty_kills(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "run"
-    model, optimizer = make_trained(torch.float64)
-    save_checkpoint(run_dir, 2, model, optimizer, make_meta(optimizer, loader={"lanes": [[0, 1, 2]]}, scaler=None))
+    config = GPTConfig(sequence_len=16, vocab_size=80, n_layer=2, n_head=2, n_kv_head=2, n_embd=32)
+    model = make_random_model(config, torch.float64, torch.device("cpu"))
+    optimizer = model.setup_optimizer()
+    for _ in range(2):
+        train_step(model, optimizer, make_random_batch(config, 4, torch.device("cpu")), 4)
+    save_checkpoint(run_dir, 2, model, optimizer, {"optimizer_steps": 2, "loader": {"lanes": [[0, 1, 2]]},
+                                                   "scaler": None})
     lines = [{"kind": "train", "step": step, "loss": 5.0, "epoch": 0, "step_ms": 7.0} for step in (1, 2)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run_dir

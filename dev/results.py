@@ -1,4 +1,4 @@
-"""The results of a sweep, as Runs: from a folder of finished runs, or from a table that this family's scripts write."""
+"""The results of a sweep: from a folder of finished runs, or from a CSV table as this family's scripts write it."""
 
 import csv
 import math
@@ -8,20 +8,21 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.common import UserError
-from nanochat.report import get_series, group_metrics, read_json
+from nanochat.report import read_json, read_run
+from scripts.sweep import SWEEP_KEYS
 
-# What a column may be called, in this project and in others of its family; the first that is there counts
-SWEEP_KEYS = ("grid", "flags", "created", "failed", "points")  # of a sweep.json
+# Names of a column, in this project and in others of its family; the first name that the table has is used
 BUDGET_COLUMNS = ("flops_budget", "total_flops", "flops")
 TOKENS_COLUMNS = ("tokens_trained", "tokens")
 LOSS_COLUMNS = ("val_bpb", "val_loss", "loss")
-# Ways of counting parameters, each as the columns to add up: the first set that is there counts
+# Parameter counts, each as the columns to add up; the first set that the table has is used
 CONVENTIONS = {
     "all": (("params_total",), ("num_params",), ("params",)),
     "transformer + head": (("params_transformer", "params_lm_head"), ("num_scaling_params",)),
-    # as Kaplan et al., arXiv 2001.08361, count: neither embeddings nor head
+    # Kaplan et al., arXiv 2001.08361, count neither embeddings nor head
     "without embeddings": (("params_transformer", "params_scalars"), ("params_transformer",)),
 }
+MAIN_CONVENTION = "transformer + head"    # the count of --target-param-data-ratio
 BUDGET_TOLERANCE = 0.1    # budgets closer than this are one: whole steps never meet a budget exactly
 
 
@@ -29,10 +30,27 @@ BUDGET_TOLERANCE = 0.1    # budgets closer than this are one: whole steps never 
 class Run:
     """One trained model of a sweep."""
     name:   str
-    budget: float
+    budget: float               # FLOPs
     params: dict[str, float]    # by convention
     tokens: float
     loss:   float
+
+
+@dataclass(frozen=True)
+class Results:
+    """The usable runs of a folder or table."""
+    source:    Path
+    runs:      list[Run]
+    loss_name: str          # column or metric
+    notes:     list[str]    # what was left out, and why; what else is odd
+
+
+def load_results(path: Path) -> Results:
+    """The runs of a sweep's folder, a folder of runs, or a CSV file; UserError where there is none."""
+    notes: list[str] = []
+    source = find_source(path)
+    rows, loss_name = (read_run_folders(source, notes), "val_bpb") if source.is_dir() else read_csv(source, notes)
+    return Results(source, make_runs(rows, source, notes), loss_name, notes)
 
 
 def find_source(path: Path) -> Path:
@@ -45,49 +63,48 @@ def find_source(path: Path) -> Path:
         return path
     if (path / "results.csv").is_file():
         return path / "results.csv"
-    raise UserError(f"{path} has neither runs (run.json in a folder of each run's own) nor a results.csv")
+    raise UserError(f"{path} has neither runs (a run.json in each run's folder) nor a results.csv")
 
 
 def list_runs(folder: Path, notes: list[str]) -> list[tuple[str, Path]]:
-    """(name, run.json) of each run in a folder, or of those that scripts.sweep lists in its sweep.json."""
+    """(name, folder) of each run below a folder, or of those that scripts.sweep lists in its sweep.json."""
     if not (folder / "sweep.json").is_file():
-        return [(path.parent.relative_to(folder).as_posix(), path) for path in sorted(folder.rglob("run.json"))]
+        return [(path.parent.relative_to(folder).as_posix(), path.parent) for path in sorted(folder.rglob("run.json"))]
     sweep, runs = read_json(folder / "sweep.json", SWEEP_KEYS), []
     for point in sweep["points"]:
-        path = folder.parents[1] / "runs" / "base" / point["tag"] / "run.json"  # ordinary runs of the same base folder
-        if path.is_file():
-            runs.append((point["tag"], path))
+        run_dir = folder.parents[1] / "runs" / "base" / point["tag"]  # ordinary runs of the same base folder
+        if (run_dir / "run.json").is_file():
+            runs.append((point["tag"], run_dir))
         else:
             notes.append(f"{point['tag']} is left out: " + sweep["failed"].get(point["tag"], "it has not begun") + ".")
     return runs
 
 
 def read_run_folders(folder: Path, notes: list[str]) -> list[tuple[str, dict]]:
-    """(name, row in the columns of a CSV) of each finished run; a note for each other one."""
+    """(name, row in the columns of a CSV) of each finished run; a note for each other run."""
     rows, kinds = [], {}
-    for name, path in list_runs(folder.resolve(), notes):
-        info = read_json(path)
+    for name, run_dir in list_runs(folder.resolve(), notes):
+        run = read_run(run_dir)
+        info, val = run.info, run.get_series("eval", "val_bpb")
         if info.get("stage") != "base":
             notes.append(f"{name} is left out: it isn't a pretraining run.")
-            continue
-        if missing := sorted({"args", "plan", "params"} - info.keys()):
+        elif missing := sorted({"args", "plan", "params"} - info.keys()):
             notes.append(f"{name} is left out: its run.json has no {' and no '.join(missing)}.")
-            continue
-        plan, last_step = info["plan"], info["plan"]["num_iterations"]
-        val = get_series(group_metrics(path.parent / "metrics.jsonl"), "eval", "val_bpb")
-        if info.get("status") != "finished" or not val or val[-1][0] != last_step:
-            state = "has no validation loss at its last step" if info.get("status") == "finished" else \
-                f"is {info.get('status', 'unknown')}, not finished"
-            notes.append(f"{name} is left out: it {state}.")
-            continue
-        counts = {"transformer" if key == "transformer_matrices" else key: n for key, n in info["params"].items()}
-        budget = info["args"]["target_flops"] if plan["horizon"] == "flops" else plan["total_flops"]
-        if abs(plan["total_flops"] / budget - 1) > 0.05:
-            notes.append(f"{name} spent {plan['total_flops']:.3g} FLOPs of a budget of {budget:.3g}: its steps are few "
-                         "and large; a smaller --total-batch-size comes closer.")
-        kinds.setdefault(((info.get("data") or {}).get("hash"), (info.get("results") or {}).get("val_rule")), name)
-        rows.append((name, {"flops_budget": budget, "tokens_trained": plan["total_tokens"], "val_bpb": val[-1][1],
-                            **{f"params_{key}": n for key, n in counts.items()}}))
+        elif info.get("status") != "finished":
+            notes.append(f"{name} is left out: it is {info.get('status', 'unknown')}, not finished.")
+        elif not val or val[-1][0] != info["plan"]["num_iterations"]:
+            notes.append(f"{name} is left out: it has no validation loss at its last step.")
+        else:
+            plan = info["plan"]
+            budget = info["args"]["target_flops"] if plan["horizon"] == "flops" else plan["total_flops"]
+            if abs(plan["total_flops"] / budget - 1) > 0.05:
+                notes.append(f"{name} spent {plan['total_flops']:.3g} FLOPs of a budget of {budget:.3g}: its steps are "
+                             "few and large; a smaller --total-batch-size comes closer.")
+            kinds.setdefault(((info.get("data") or {}).get("hash"), (info.get("results") or {}).get("val_rule")), name)
+            params = {"params_transformer" if key == "transformer_matrices" else f"params_{key}": count
+                      for key, count in info["params"].items()}
+            rows.append((name, {"flops_budget": budget, "tokens_trained": plan["total_tokens"], "val_bpb": val[-1][1],
+                                **params}))
     if len(kinds) > 1:
         names = list(kinds.values())
         notes.append(f"The losses aren't comparable: {names[0]} and {names[1]} differ in data or validation rows.")
@@ -129,7 +146,7 @@ def read_csv(path: Path, notes: list[str]) -> tuple[list[tuple[str, dict]], str]
 
 
 def make_runs(rows: list[tuple[str, dict]], source: Path, notes: list[str]) -> list[Run]:
-    """Runs with usable numbers, each once."""
+    """Runs whose numbers are positive and finite, without duplicates."""
     runs, seen = [], {}
     for name, row in rows:
         budget, tokens, loss = (next(row[c] for c in names if c in row)
@@ -153,12 +170,17 @@ def make_runs(rows: list[tuple[str, dict]], source: Path, notes: list[str]) -> l
     return runs
 
 
+def group_near(values: list[float] | np.ndarray) -> list[np.ndarray]:
+    """The indices of each group of values within BUDGET_TOLERANCE of the group's smallest, ascending."""
+    values = np.asarray(values, dtype=float)
+    groups: list[np.ndarray] = []
+    for value in np.unique(values):
+        if not groups or value > values[groups[-1]].min() * (1 + BUDGET_TOLERANCE):
+            groups.append(np.flatnonzero((values >= value) & (values <= value * (1 + BUDGET_TOLERANCE))))
+    return groups
+
+
 def group_budgets(runs: list[Run]) -> dict[float, list[Run]]:
-    """{budget: its runs}, ascending; budgets within BUDGET_TOLERANCE of the smallest of a group are one."""
-    groups: list[list[Run]] = []
-    for run in sorted(runs, key=lambda run: run.budget):
-        if groups and run.budget <= groups[-1][0].budget * (1 + BUDGET_TOLERANCE):
-            groups[-1].append(run)
-        else:
-            groups.append([run])
+    """{median budget: its runs}, ascending."""
+    groups = ([runs[i] for i in indices] for indices in group_near([run.budget for run in runs]))
     return {float(np.median([run.budget for run in group])): group for group in groups}

@@ -1,12 +1,16 @@
-"""A report card as data, and as text: markdown, and one HTML page that needs no other file, script or network.
+"""A report card as values, and its two renderings: markdown, and one HTML page without other files or scripts.
 
-Samples and labels are text of unknown origin: everything is escaped, in both.
+Samples are text that a model wrote, labels may be anything: both renderings escape everything.
 """
 
 import html
 import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanochat.common import UserError, write_atomic
 
 MAX_SAMPLE_CHARS, MAX_CELL_CHARS, MAX_CURVE_POINTS = 4000, 300, 400
 BYTE_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
@@ -18,7 +22,7 @@ class Table:
     title:   str
     columns: list[str]
     rows:    list[list]
-    folded:  bool = False    # detail: closed in the page until it is clicked
+    folded:  bool = False    # closed in the page until it is clicked
 
 
 @dataclass
@@ -26,7 +30,7 @@ class Curve:
     train:  list[tuple[int, float]]    # (step, value) of each step
     val:    list[tuple[int, float]]    # (step, value) of each evaluation
     labels: tuple[str, str] = ("train loss (nats per token)", "validation bits per byte")
-    has_one_scale: bool = False        # both are of one unit, to be read off one scale
+    has_one_scale: bool = False        # both have the same unit
 
 
 @dataclass
@@ -34,7 +38,7 @@ class Section:
     title:   str
     values:  dict = field(default_factory=dict)
     tables:  list[Table] = field(default_factory=list)
-    samples: list[dict] = field(default_factory=list)    # {"prompt", "text"}: whatever a model came up with, untrusted
+    samples: list[dict] = field(default_factory=list)    # {"prompt", "text"}: model-written, untrusted
     notes:   list[str] = field(default_factory=list)
     curve:   Curve | None = None
 
@@ -52,7 +56,7 @@ class Card:
 
 
 def format_value(label: str, value: object) -> str:
-    """A value as a person reads it, by the unit that ends its label (STYLE: the unit is in the name)."""
+    """A value with the unit that ends its label, such as _bytes or _pct."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, dict):
@@ -76,7 +80,7 @@ def format_value(label: str, value: object) -> str:
 
 
 def format_label(label: object) -> str:
-    """A label without the unit, which format_value puts behind the value."""
+    """A label without its unit, which format_value writes after the value."""
     return re.sub(r"(?<!_per)_(bytes|sec|ms|pct|frac)$", "", str(label)).replace("_", " ")
 
 
@@ -94,16 +98,34 @@ def choose_unit(value: float, units: tuple[tuple[float, str], ...]) -> tuple[flo
 def format_rows(table: Table) -> list[list[str]]:
     """A table's cells as text; a table without columns is a list of (label, value)."""
     if not table.columns:
-        return [[format_label(label), format_value(str(label), value)] for label, value in table.rows]
+        return format_pairs(table.rows)
     return [[format_value(str(column), cell) for column, cell in zip(table.columns, row, strict=False)]
             for row in table.rows]
 
 
+def format_pairs(pairs: Iterable[Sequence]) -> list[list[str]]:
+    """(label, value) pairs as text."""
+    return [[format_label(label), format_value(str(label), value)] for label, value in pairs]
+
+
 def cut(text: str, max_chars: int) -> str:
-    """Text of bounded length without control characters and halves of characters, which terminals or files refuse."""
+    """Text of bounded length, without control characters and lone surrogates, which terminals or files refuse."""
     text = text if len(text) <= max_chars else text[:max_chars] + " …"
     text = text.encode("utf-8", "replace").decode().replace("\r\n", "\n")
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", text)
+
+
+def write_card(card: Card, out: Path) -> tuple[Path, Path]:
+    """Write the card to the folder `out` as report.md and report.html."""
+    paths = out / "report.md", out / "report.html"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for path, text in zip(paths, (render_markdown(card), render_html(card)), strict=True):
+            write_atomic(path, text)
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"the report can't be written to {out} ({error.strerror}); "
+                        "choose a folder with --out") from None
+    return paths
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,11 +135,11 @@ def cut(text: str, max_chars: int) -> str:
 def render_markdown(card: Card) -> str:
     """The card as GitHub-flavoured markdown."""
     lines = ["# nanochat report card", "", escape_markdown(card.subtitle), ""]
-    lines += markdown_table(["", ""], [[format_label(k), format_value(k, v)] for k, v in card.tiles.items()])
+    lines += markdown_table(["", ""], format_pairs(card.tiles.items()))
     for section in card.sections:
         lines += [f"## {escape_markdown(section.title)}", ""]
         if section.values:
-            lines += markdown_table(["", ""], format_rows(Table("", [], list(section.values.items()))))
+            lines += markdown_table(["", ""], format_pairs(section.values.items()))
         for table in section.tables:
             lines += [f"### {escape_markdown(table.title)}", ""] if table.title else []
             lines += markdown_table([format_label(c) for c in table.columns] or ["", ""], format_rows(table))
@@ -131,7 +153,7 @@ def render_markdown(card: Card) -> str:
 
 
 def markdown_table(columns: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a table, an empty one behind."""
+    """The lines of a table and an empty line."""
     def line(cells: list[str]) -> str:
         return f"| {' | '.join(map(escape_markdown, cells))} |"
     return [line(columns), "|" + " --- |" * len(columns), *map(line, rows), ""]
@@ -149,7 +171,7 @@ def fence(text: str) -> list[str]:
 
 
 def split_sample(sample: dict) -> tuple[str, str]:
-    """(prompt, what the model went on to write), whether or not the text repeats the prompt."""
+    """(prompt, continuation); a prompt repeated at the start of the text is removed from it."""
     prompt, text = (cut(str(sample.get(key) or ""), MAX_SAMPLE_CHARS) for key in ("prompt", "text"))
     return prompt, text.removeprefix(prompt)
 
@@ -184,7 +206,8 @@ summary { cursor: pointer; margin-top: .9rem; color: var(--faint); font-size: .9
 summary:hover { color: var(--ink) }
 pre { margin: .8rem 0 0; padding: .8rem 1rem; background: var(--tint); border-radius: 10px; white-space: pre-wrap;
   overflow-wrap: anywhere; font: .84rem/1.55 ui-monospace, "SF Mono", Menlo, Consolas, monospace }
-pre b { color: var(--train) }
+pre b { color: var(--train) } img { display: block; width: 100%; border-radius: 8px }
+body:has(img) { max-width: 72rem }
 svg text { fill: var(--faint); font-size: 12px } svg path { fill: none; stroke-width: 2.2; stroke-linejoin: round }
 svg .grid { stroke: var(--line); stroke-width: 1 } svg .raw { opacity: .4; stroke-width: 1 }
 svg .train { stroke: var(--train) } svg .val { stroke: var(--val) } svg circle { fill: var(--val) }
@@ -194,29 +217,33 @@ svg .trainText { fill: var(--train) } svg .valText { fill: var(--val) }
 
 
 def render_html(card: Card) -> str:
-    """The card as one page; the policy in its head forbids it to load or run anything."""
-    body = "".join(map(html_section, card.sections))
+    """The card as one page."""
+    body = html_values(card.tiles, "tiles") + "".join(map(html_section, card.sections))
     if card.commands:
         body += f"<section><h2>Commands</h2><pre>{escape_html(chr(10).join(card.commands))}</pre></section>\n"
+    return html_page("nanochat report card", card.subtitle, body)
+
+
+def html_page(title: str, subtitle: str, body: str) -> str:
+    """A page that needs no other file; the policy in its head forbids the browser to load or run anything."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>nanochat report card</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{title}</title>
 <style>{STYLE}</style>
 </head>
 <body>
-<header><h1>nanochat report card</h1><p>{escape_html(card.subtitle)}</p></header>
-{html_values(card.tiles, "tiles")}
+<header><h1>{title}</h1><p>{escape_html(subtitle)}</p></header>
 {body}</body>
 </html>
 """
 
 
 def html_section(section: Section) -> str:
-    """One heading with all that stands below it."""
+    """A heading and everything below it."""
     parts = [f"<h2>{escape_html(section.title)}</h2>"]
     if section.values:
         parts.append(html_values(section.values, "values"))
@@ -236,14 +263,14 @@ def html_section(section: Section) -> str:
 
 
 def html_values(values: dict, css_class: str) -> str:
-    """Labels with their values."""
-    items = (f"<div><dt>{escape_html(label)}</dt><dd>{escape_html(value)}</dd></div>"
-             for label, value in format_rows(Table("", [], list(values.items()))))
-    return f'<dl class="{css_class}">{"".join(items)}</dl>'
+    """A list of labels and values."""
+    items = "".join(f"<div><dt>{escape_html(label)}</dt><dd>{escape_html(value)}</dd></div>"
+                    for label, value in format_pairs(values.items()))
+    return f'<dl class="{css_class}">{items}</dl>'
 
 
 def html_table(table: Table) -> str:
-    """A table that scrolls by itself where the screen is narrow; columns of numbers are set flush right."""
+    """A table that scrolls by itself on a narrow screen; columns of numbers are aligned right."""
     texts = format_rows(table)
     numeric = [all(isinstance(row[i], int | float) or row[i] is None for row in table.rows if i < len(row))
                for i in range(len(table.columns))]
@@ -268,7 +295,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 820, 340, 52, 768, 40, 292    # of the
 
 
 def draw_curve(curve: Curve) -> str:
-    """An SVG of the train values (scale on the left) and the validation values (on the right) against steps."""
+    """An SVG of the train values (left scale) and the validation values (right scale) against steps."""
     last_step = max(1, *(step for step, _ in curve.train + curve.val))
     parts = []
     for tick in make_ticks(0, last_step, 6):
@@ -286,9 +313,9 @@ def draw_curve(curve: Curve) -> str:
 
 
 def draw_series(name: str, label: str, points: list, line: list, last_step: int, ticks: list[float]) -> list[str]:
-    """One series with its scale and legend: train as a line over its faint measured values, val as a line with dots.
+    """One series, its scale and its legend: train as a line over its faint raw values, val as a line with dots.
 
-    The scale fits `line`; measured values beyond it, the spikes, are drawn at the frame.
+    The scale spans `line`; raw values beyond it, the spikes, are drawn at the frame.
     """
     def locate(step: int, value: float) -> tuple[float, float]:
         return place(step, 0, last_step, LEFT, RIGHT), place(value, ticks[0], ticks[-1], BOTTOM, TOP)
@@ -315,7 +342,7 @@ def draw_series(name: str, label: str, points: list, line: list, last_step: int,
 
 
 def place(value: float, low: float, high: float, start: float, end: float) -> float:
-    """Where `value` of [low, high] lies between the pixels `start` and `end`; values outside lie on the edge."""
+    """The pixel between `start` and `end` of a value in [low, high]; values outside are clamped."""
     return round(start + (end - start) * (min(max(value, low), high) - low) / (high - low), 1)
 
 
@@ -329,7 +356,7 @@ def make_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def smooth(points: list[tuple[int, float]], decay: float = 0.9) -> list[tuple[int, float]]:
-    """An exponential moving average, corrected for its start at zero."""
+    """An exponential moving average, debiased as Adam's moments are."""
     smoothed, average, weight = [], 0.0, 0.0
     for step, value in points:
         average, weight = decay * average + (1 - decay) * value, decay * weight + (1 - decay)
@@ -337,8 +364,8 @@ def smooth(points: list[tuple[int, float]], decay: float = 0.9) -> list[tuple[in
     return smoothed
 
 
-def thin(points: list) -> list:
-    """At most MAX_CURVE_POINTS of them, evenly, first and last included."""
-    if len(points) <= MAX_CURVE_POINTS:
-        return points
-    return [points[round(i * (len(points) - 1) / (MAX_CURVE_POINTS - 1))] for i in range(MAX_CURVE_POINTS)]
+def thin(items: list, max_items: int = MAX_CURVE_POINTS) -> list:
+    """At most that many of the items, evenly spaced, the first and the last included."""
+    if len(items) <= max_items:
+        return items
+    return [items[round(i * (len(items) - 1) / (max_items - 1))] for i in range(max_items)]

@@ -1,4 +1,4 @@
-"""Figures as PNG files, in one style, drawn without a display (matplotlib's objects alone, never pyplot)."""
+"""The laboratory's figures: PNG files in one style, drawn without a display (matplotlib's objects, never pyplot)."""
 
 import argparse
 import io
@@ -12,14 +12,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from nanochat.card import format_count
+from dev.laws import IsoFlop, Law, ParametricLaw
 from nanochat.common import UserError, get_base_dir, print0, write_atomic
-from nanochat.scaling_laws import IsoFlop, ParametricLaw, PowerLaw
+from nanochat.report_render import format_count
 
-# Of series: Okabe and Ito's colors (jfly.uni-koeln.de/color), which the color-blind can tell apart, and markers beside
+# Of series: Okabe and Ito's colors (jfly.uni-koeln.de/color), which the color-blind can tell apart, and markers
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b6470", "#000000")
 MARKERS = "osD^vPX*"
-INK, FAINT, GRID = "#1d2129", "#687080", "#e4e2dc"    # as in card.py
+INK, FAINT, GRID = "#1d2129", "#687080", "#e4e2dc"    # as in nanochat/report_render.py
 STYLE = {
     "font.size": 10, "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.edgecolor": GRID, "axes.labelcolor": FAINT, "axes.titlecolor": INK, "text.color": INK,
@@ -39,7 +39,7 @@ def make_panels(rows: int, columns: int, width: float = 4.6, height: float = 3.7
 
 
 def make_folder(out: Path) -> Path:
-    """The folder that pictures and what belongs to them go to, made where it is missing."""
+    """The folder of the output, made where it is missing."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -48,12 +48,12 @@ def make_folder(out: Path) -> Path:
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
-    """--out, of the scripts that draw one picture (see save_figure)."""
+    """The flag --out of the programs that draw one picture (see save_figure)."""
     parser.add_argument("--out", type=Path, help="folder for the picture (default: figures, in the base folder)")
 
 
 def save_figure(figure: Figure, name: str, out: Path | None) -> Path:
-    """Write <out>/<name>.png, by default in the base folder's figures, and say where it is."""
+    """Write <out>/<name>.png, by default to the base folder's figures, and print its path."""
     path = make_folder(out or get_base_dir() / "figures") / f"{name}.png"
     save_png(figure, path)
     print0(f"figure: {path}")
@@ -62,7 +62,7 @@ def save_figure(figure: Figure, name: str, out: Path | None) -> Path:
 
 @styled
 def save_png(figure: Figure, path: Path) -> bytes:
-    """Write a figure, whole or not at all; returns the file's bytes."""
+    """Write a figure atomically; returns the file's bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_atomic(path, buffer.getvalue())
@@ -70,12 +70,12 @@ def save_png(figure: Figure, path: Path) -> bytes:
 
 
 def format_flops(flops: float) -> str:
-    """4e12, as a person types it."""
+    """4e12, the form of --target-flops."""
     return f"{flops:.3g}".replace("e+", "e")
 
 
 def label_counts(axis: object, format_tick: Callable[[float], str] = format_count) -> None:
-    """Ticks such as 20 M on a logarithmic axis, as many as its span leaves room for."""
+    """Ticks such as 20 M on a logarithmic axis, the fewer the larger its span."""
     low, high = axis.get_view_interval()
     subs = (1, 2, 5) if high / low < 100 else (1, 3) if high / low < 2000 else (1,)
     axis.set_major_locator(LogLocator(subs=subs))
@@ -84,7 +84,7 @@ def label_counts(axis: object, format_tick: Callable[[float], str] = format_coun
 
 
 def label_values(axis: object) -> None:
-    """Plain numbers on a logarithmic axis: round ones evenly where it spans little, which has few powers in it."""
+    """Plain numbers on a logarithmic axis; evenly spaced where its span has too few powers."""
     low, high = axis.get_view_interval()
     axis.set_major_locator(MaxNLocator(6) if high / low < 4 else LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -97,7 +97,7 @@ def pick_shade(index: int, count: int) -> tuple:
 
 
 def span_log(values: Sequence[float] | NDArray, margin: float = 1.15) -> NDArray:
-    """Points from end to end of `values`, evenly in the logarithm, for a smooth curve."""
+    """Log-spaced points from end to end of `values`, for a smooth curve."""
     return np.geomspace(min(values) / margin, max(values) * margin, 200)
 
 
@@ -107,7 +107,7 @@ def span_log(values: Sequence[float] | NDArray, margin: float = 1.15) -> NDArray
 
 @styled
 def draw_isoflops(curves_by_name: dict[str, list[IsoFlop]], loss_name: str) -> Figure:
-    """Loss against parameters, one curve a FLOP budget, one panel a way of counting parameters."""
+    """Loss against parameters: a curve for each FLOP budget, a panel for each count of parameters."""
     figure, axes = make_panels(1, len(curves_by_name), sharey=True)
     for ax, (name, curves) in zip(axes[0], curves_by_name.items(), strict=True):
         ax.set_xscale("log")
@@ -132,26 +132,23 @@ def draw_isoflops(curves_by_name: dict[str, list[IsoFlop]], loss_name: str) -> F
 
 
 @styled
-def draw_laws(laws: dict[str, tuple], loss_name: str) -> Figure:
-    """What is optimal against compute, one color a way of counting: {name: (budgets, optima, {quantity: PowerLaw})}.
+def draw_laws(laws: dict[str, Law], loss_name: str) -> Figure:
+    """The optima against compute, a color for each count of parameters.
 
-    A line through two optima is dashed: it meets both, whatever they are.
+    A line through two optima is dashed: any two points are on a line.
     """
     figure, axes = make_panels(2, 2, width=5, height=4.4)
     quantities = (("params", "optimal parameters", "N"), ("tokens", "optimal tokens", "D"),
                   ("ratio", "optimal tokens per parameter", "D / N"), ("loss", f"lowest loss ({loss_name})", "L"))
     for ax, (key, title, symbol) in zip(axes.flat, quantities, strict=True):
         ax.set(xscale="log", yscale="log", title=title, xlabel="training FLOPs")
-        for i, (name, (budgets, optima, fits)) in enumerate(laws.items()):
-            values = {"params": optima.params, "tokens": optima.tokens, "ratio": optima.tokens / optima.params,
-                      "loss": optima.losses}[key]
-            law: PowerLaw | None = fits[key]
-            label = f"{name}: one optimum, no line"
-            if law:
-                label = f"{name}: {symbol} ~ C^{law.exponent:.3f}" + ", two optima" * (len(budgets) == 2)
-                x = span_log(budgets, 1.6)
-                ax.plot(x, law.predict(x), color=COLORS[i], linewidth=1.3, linestyle="-" if len(budgets) > 2 else "--")
-            ax.plot(budgets, values, MARKERS[i], color=COLORS[i], markersize=6, label=label)
+        for i, (name, law) in enumerate(laws.items()):
+            label, num_optima = f"{name}: one optimum, no line", len(law.budgets)
+            if fit := law.fits[key]:
+                label = f"{name}: {symbol} ~ C^{fit.exponent:.3f}" + ", two optima" * (num_optima == 2)
+                x = span_log(law.budgets, 1.6)
+                ax.plot(x, fit.predict(x), color=COLORS[i], linewidth=1.3, linestyle="-" if num_optima > 2 else "--")
+            ax.plot(law.budgets, getattr(law.optima, key), MARKERS[i], color=COLORS[i], markersize=6, label=label)
         label_counts(ax.xaxis, format_flops)
         if key in ("params", "tokens"):
             label_counts(ax.yaxis)
@@ -164,12 +161,12 @@ def draw_laws(laws: dict[str, tuple], loss_name: str) -> Figure:
 @styled
 def draw_parametric(law: ParametricLaw, params: NDArray, tokens: NDArray, losses: NDArray, flops_per_param_token: float,
                     loss_name: str) -> Figure:
-    """L(N, D) as a landscape with the runs and the path of optima; and by how much each run misses it."""
+    """L(N, D) as a landscape with the runs and the path of optima; and the residual of each run."""
     figure, axes = make_panels(1, 2, width=5.6, height=4.4)
     left, right = axes[0]
     x, y = np.meshgrid(span_log(tokens, 1.5), span_log(params, 1.5))
     landscape = left.contourf(x, y, law.predict(y, x), levels=24, cmap="viridis")
-    # a run that the law hits has the color of the ground that it stands on
+    # a run without residual has the color of the landscape at its place
     left.scatter(tokens, params, c=losses, cmap="viridis", norm=landscape.norm, s=44, zorder=3, edgecolors="white",
                  linewidths=1.2)
     figure.colorbar(landscape, ax=left, label=loss_name).outline.set_visible(False)
@@ -183,7 +180,7 @@ def draw_parametric(law: ParametricLaw, params: NDArray, tokens: NDArray, losses
     right.axhline(0, color=INK, linewidth=0.8)
     right.scatter(tokens / params, 100 * np.log(losses / law.predict(params, tokens)), c=losses, cmap="viridis", s=44,
                   norm=landscape.norm, edgecolors=INK, linewidths=0.5, zorder=3)
-    right.set(xscale="log", xlabel="tokens per parameter", ylabel="loss above the law, %", title="what the law misses")
+    right.set(xscale="log", xlabel="tokens per parameter", ylabel="loss above the law, %", title="residuals")
     label_counts(right.xaxis)
     return figure
 
@@ -194,13 +191,14 @@ def draw_parametric(law: ParametricLaw, params: NDArray, tokens: NDArray, losses
 
 @styled
 def draw_comparison(groups: dict[str, list[dict[str, NDArray]]], label: str, target: float) -> Figure:
-    """One metric against steps, tokens, FLOPs and seconds: a color a group, a line a seed, the target dashed.
+    """One metric against steps, tokens, FLOPs and seconds: a color for each group, a line for each seed.
 
     groups: {name: [{"steps", "tokens", "flops", "seconds", "values": (points,)} of each run]}
+    target: the first group's final metric, drawn dashed
     """
     figure, axes = make_panels(2, 2, width=5.2, height=3.6, sharey=True)
     finals = [run["values"][-1] for runs in groups.values() for run in runs]
-    # the first tenth of training would leave a sliver for all that follows
+    # without the first tenth of training, whose high losses would flatten the rest
     tops = [run["values"][np.searchsorted(run["steps"], 0.1 * run["steps"][-1])] for runs in groups.values()
             for run in runs]
     low, high = min(finals), max(tops)

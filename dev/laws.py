@@ -1,8 +1,9 @@
-"""Scaling laws from the runs of a sweep: isoFLOP optima, power laws with intervals, and L(N, D). Pure functions.
+"""Fits to the runs of a sweep: isoFLOP optima, power laws with intervals, and L(N, D). Pure functions.
 
 C training FLOPs, N parameters, D training tokens, L loss (bits per byte, or nats per token). K curves, R resamples.
-The methods are approaches 2 and 3 of Hoffmann et al., arXiv 2203.15556. As a replication found (Besiroglu et al., arXiv
-2404.10102), approach 3 is easily stopped before it has converged: its loss is a sum here, in units that aren't tiny.
+The methods are approaches 2 and 3 of Hoffmann et al., arXiv 2203.15556. A replication (Besiroglu et al., arXiv
+2404.10102) found that approach 3's optimizer had stopped before it converged, as its loss was an average of tiny
+numbers; here the loss is a sum, in units of HUBER_DELTA.
 """
 
 import math
@@ -12,9 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dev.results import Run
+
 INTERVAL_PCT = 95          # of every interval here
 HUBER_DELTA = 1e-3         # log residuals beyond it count linearly: approach 3's choice
-MIN_PARAMETRIC_RUNS = 8    # five constants are fitted; fewer runs would fit anything
+MIN_PARAMETRIC_RUNS = 8    # L(N, D) has five constants: with fewer runs it would fit anything
+QUANTITIES = ("params", "tokens", "ratio", "loss")    # of an optimum
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -23,7 +27,7 @@ MIN_PARAMETRIC_RUNS = 8    # five constants are fitted; fewer runs would fit any
 
 @dataclass(frozen=True)
 class IsoFlop:
-    """The runs of one FLOP budget, and the bottom of the parabola in ln N through their losses."""
+    """The runs of one FLOP budget, and the minimum of the parabola in ln N through their losses."""
     budget:       float
     params:       NDArray          # (runs,) ascending
     tokens:       NDArray          # (runs,)
@@ -40,9 +44,9 @@ class IsoFlop:
 
 
 def fit_isoflop(budget: float, params: NDArray, tokens: NDArray, losses: NDArray) -> IsoFlop:
-    """Fit one budget's parabola. An optimum outside the sizes that were trained is not extrapolated: the note says so.
+    """One budget's parabola. An optimum beyond the trained sizes isn't extrapolated: then the note gives the reason.
 
-    params, tokens, losses: (runs,) in any order; several runs of one size, as from several seeds, are welcome
+    params, tokens, losses: (runs,) in any order; several runs of one size, such as several seeds, are welcome
     """
     order = np.argsort(params, kind="stable")
     params, tokens, losses = (np.asarray(values, dtype=float)[order] for values in (params, tokens, losses))
@@ -61,7 +65,7 @@ def fit_isoflop(budget: float, params: NDArray, tokens: NDArray, losses: NDArray
         note = f"the optimum lies below the smallest model ({params[0]:.3g} parameters); add smaller ones"
     if note:
         return IsoFlop(budget, params, tokens, losses, coefficients, note=note)
-    # FLOPs per token are no fixed multiple of N, so D is read off the runs, by the same kind of curve, not from C / 6N
+    # FLOPs per token aren't a fixed multiple of N, so D isn't C / 6N: it follows the runs, by the same kind of curve
     log_tokens = np.polyval(np.polyfit(log_params, np.log(tokens), 2), best)
     return IsoFlop(budget, params, tokens, losses, coefficients, math.exp(best), math.exp(log_tokens),
                    float(np.polyval(coefficients, best)))
@@ -69,40 +73,52 @@ def fit_isoflop(budget: float, params: NDArray, tokens: NDArray, losses: NDArray
 
 @dataclass(frozen=True)
 class Optima:
-    """The best model of each of K budgets; a leading R means as many resamples of the same."""
+    """The best model of each of K budgets; a leading R means as many resamples."""
     params: NDArray    # (K,) or (R, K)
     tokens: NDArray
-    losses: NDArray
+    loss:   NDArray
+
+    @property
+    def ratio(self) -> NDArray:
+        """Tokens per parameter."""
+        return self.tokens / self.params
 
 
 def collect_optima(curves: list[IsoFlop]) -> Optima:
-    """What was fitted, without the curves that have no optimum."""
+    """The optima of the curves that have one."""
     best = [(c.best_params, c.best_tokens, c.best_loss) for c in curves if c.has_optimum]
     return Optima(*np.array(best).reshape(-1, 3).T)
 
 
-def resample_optima(curves: list[IsoFlop], num_resamples: int = 2000, seed: int = 0) -> Optima | None:
-    """The optima that other draws of the noise would have given, (R, K); None when nothing tells how large it is.
+def draw_noise(residuals: list[NDArray], freedom: int, num_resamples: int, seed: int) -> list[NDArray]:
+    """(R, runs) of noise for each fit's residuals: a parametric bootstrap.
 
-    A parametric bootstrap: losses are drawn again around each parabola. The noise's deviation is estimated from the
-    residuals of all curves together, and is drawn again too, because few runs leave it uncertain. A curve through three
-    sizes has no residuals, and learns from the others.
+    The noise's deviation is estimated from all residuals together, and drawn too, since few runs leave it uncertain.
+    """
+    rng = np.random.default_rng(seed)
+    squares = sum(float((values**2).sum()) for values in residuals)
+    deviations = np.sqrt(squares / rng.chisquare(freedom, (num_resamples, 1)))
+    return [deviations * rng.standard_normal((num_resamples, len(values))) for values in residuals]
+
+
+def resample_optima(curves: list[IsoFlop], num_resamples: int = 2000, seed: int = 0) -> Optima | None:
+    """The optima under other draws of the noise, (R, K); None where no curve has residuals that tell its size.
+
+    A curve through three sizes has no residuals: its noise is that of the others.
     """
     curves = [curve for curve in curves if curve.has_optimum]
     fitted = [np.polyval(curve.coefficients, np.log(curve.params)) for curve in curves]
     freedom = sum(len(curve.params) - 3 for curve in curves)
     if freedom < 1:
         return None
-    squares = sum(float(((curve.losses - fit) ** 2).sum()) for curve, fit in zip(curves, fitted, strict=True))
-    rng = np.random.default_rng(seed)
-    deviations = np.sqrt(squares / rng.chisquare(freedom, (num_resamples, 1)))
+    noise = draw_noise([curve.losses - fit for curve, fit in zip(curves, fitted, strict=True)], freedom, num_resamples,
+                       seed)
     best = []
-    for curve, fit in zip(curves, fitted, strict=True):
+    for curve, fit, errors in zip(curves, fitted, noise, strict=True):
         center = np.log(curve.params).mean()
         powers = np.vander(np.log(curve.params) - center, 3)                   # (runs, 3)
         solve = np.linalg.pinv(powers).T                                       # (runs, 3): values @ solve = a parabola
-        losses = fit + deviations * rng.standard_normal((num_resamples, len(fit)))
-        a, b, c = (losses @ solve).T                                           # (R,) each
+        a, b, c = ((fit + errors) @ solve).T                                   # (R,) each
         a = np.where(a > 0, a, np.nan)        # a draw without a minimum has no optimum, and leaves the percentiles
         x = np.clip(-b / (2 * a), -10, 10)    # a nearly flat one has it anywhere; e^10 is far enough
         log_tokens = np.polyval(np.log(curve.tokens) @ solve, x)
@@ -120,16 +136,16 @@ class PowerLaw:
     exponent:    float
     coefficient: float
     r2:          float                       # of the line in log-log; nan through two points, which any line fits
-    interval:    tuple[float, float] | None  # of the exponent
+    interval:    tuple[float, float] | None  # of the exponent; None where nothing tells the noise
 
     def predict(self, x: NDArray | float) -> NDArray | float:
         return self.coefficient * np.power(x, self.exponent)
 
 
 def fit_power_law(x: NDArray, y: NDArray, resampled: NDArray | None = None) -> PowerLaw | None:
-    """A straight line in log-log through (K,) points, by least squares; None through fewer than two different x.
+    """A least-squares line in log-log through (K,) points; None for fewer than two different x.
 
-    resampled: (R, K) other draws of y, from which the exponent's interval is taken
+    resampled: (R, K) other draws of y, for the exponent's interval
     """
     if len(np.unique(x)) < 2:
         return None
@@ -147,10 +163,30 @@ def fit_power_law(x: NDArray, y: NDArray, resampled: NDArray | None = None) -> P
 
 
 def get_interval(values: NDArray) -> tuple[float, float] | None:
-    """The middle INTERVAL_PCT of the draws; None when most of them gave no value."""
+    """The middle INTERVAL_PCT of the draws; None where most draws gave no value."""
     values = values[np.isfinite(values)] if np.isfinite(values).mean() > 0.5 else values[:0]
     tail = (100 - INTERVAL_PCT) / 2
     return tuple(float(v) for v in np.percentile(values, (tail, 100 - tail))) if len(values) else None
+
+
+@dataclass(frozen=True)
+class Law:
+    """The optima of a sweep and the power laws through them, with parameters counted in one way."""
+    curves:  list[IsoFlop]
+    budgets: NDArray                       # (K,) those with an optimum
+    optima:  Optima
+    ratios:  list[tuple | None]            # (K,) intervals of the tokens per parameter
+    fits:    dict[str, PowerLaw | None]    # of each of QUANTITIES against FLOPs
+
+
+def fit_law(budgets: dict[float, list[Run]], convention: str) -> Law:
+    """The curves of all budgets with parameters counted by `convention`, and the power laws through their optima."""
+    curves = [fit_isoflop(budget, *np.array([(r.params[convention], r.tokens, r.loss) for r in runs]).T)
+              for budget, runs in budgets.items()]
+    optima, draws = collect_optima(curves), resample_optima(curves)
+    flops = np.array([curve.budget for curve in curves if curve.has_optimum])
+    fits = {key: fit_power_law(flops, getattr(optima, key), draws and getattr(draws, key)) for key in QUANTITIES}
+    return Law(curves, flops, optima, [draws and get_interval(draws.ratio[:, k]) for k in range(len(flops))], fits)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,10 +220,10 @@ class ParametricLaw:
 
 
 def fit_parametric(params: NDArray, tokens: NDArray, losses: NDArray) -> ParametricLaw | None:
-    """Approach 3: Huber loss on log residuals, L-BFGS from a grid of starts; None with too few or too similar runs."""
+    """Approach 3: Huber loss on log residuals, L-BFGS from a grid of starts; None for too few or too similar runs."""
     if len(losses) < MIN_PARAMETRIC_RUNS or len(np.unique(params)) < 3 or len(np.unique(tokens)) < 3:
         return None
-    # the constants of centered logarithms hardly depend on the exponents, which the plain ones follow at every step
+    # with centered logarithms the constants A and B hardly depend on the exponents, which eases the descent
     centers = np.log(params).mean(), np.log(tokens).mean()
     data = [torch.as_tensor(np.log(params) - centers[0]), torch.as_tensor(np.log(tokens) - centers[1]),
             torch.as_tensor(np.log(losses))]
@@ -202,12 +238,12 @@ def fit_parametric(params: NDArray, tokens: NDArray, losses: NDArray) -> Paramet
 
 
 def make_start(data: list[torch.Tensor], alpha: float, beta: float) -> torch.Tensor:
-    """(5,) log E, log A, log B, alpha, beta: for given exponents the rest is linear, and least squares gives it."""
+    """(5,) log E, log A, log B, alpha, beta: least squares gives the constants for these exponents."""
     log_params, log_tokens, log_losses = data
     columns = torch.stack([torch.ones_like(log_params), (-alpha * log_params).exp(), (-beta * log_tokens).exp()], 1)
     losses = log_losses.exp()
     constants = torch.linalg.lstsq(columns, losses[:, None]).solution[:, 0]
-    floor = 1e-2 * float(losses.min())    # all three are positive, whatever the runs say of wrong exponents
+    floor = 1e-2 * float(losses.min())    # wrong exponents may fit negative constants, which have no logarithm
     return torch.cat([constants.clamp_min(floor).log(), torch.tensor([alpha, beta], dtype=losses.dtype)])
 
 
@@ -220,13 +256,13 @@ def predict_log_loss(theta: torch.Tensor, data: list[torch.Tensor]) -> torch.Ten
 
 
 def measure_misfit(theta: torch.Tensor, data: list[torch.Tensor]) -> torch.Tensor:
-    """Huber loss of the log residuals in units of delta, so that the optimizer's tolerances mean something."""
+    """Huber loss of the log residuals in units of HUBER_DELTA, to match the optimizer's tolerances."""
     residuals = (predict_log_loss(theta, data) - data[2]) / HUBER_DELTA
     return torch.nn.functional.huber_loss(residuals, torch.zeros_like(residuals), reduction="sum")
 
 
 def minimize(start: torch.Tensor, data: list[torch.Tensor]) -> torch.Tensor:
-    """The theta near `start` that fits best."""
+    """The best theta near `start`."""
     theta = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([theta], max_iter=400, max_eval=800, tolerance_grad=1e-9, tolerance_change=1e-12,
                                   history_size=20, line_search_fn="strong_wolfe")

@@ -1,52 +1,35 @@
-"""Scaling laws of a sweep over model sizes and FLOP budgets: which model, trained for how long, is best for a budget?
+"""Scaling laws of a sweep over model sizes and FLOP budgets: the best model and its tokens for each budget.
 
-    python -m scripts.scaling_laws RESULTS          # a folder with a run.json and metrics.jsonl in each run's folder
-    python -m scripts.scaling_laws results.csv      # or a table, one row a run
+    python -m dev.scaling_laws RESULTS          # a folder with a run.json and metrics.jsonl in each run's folder
+    python -m dev.scaling_laws results.csv      # or a table, one row a run
 
-RESULTS's runs must have a validation loss at their last step. A table needs columns for the FLOP budget (flops_budget),
-the tokens (tokens_trained), the loss (val_bpb) and parameters: params_total, and params_transformer and params_lm_head.
+The runs must have a validation loss at their last step. A table needs columns for the FLOP budget (flops_budget), the
+tokens (tokens_trained), the loss (val_bpb) and parameters: params_total, and params_transformer and params_lm_head.
 Writes laws.html (a page with everything), laws.json and PNG figures, by default to RESULTS/laws.
 """
 
 import argparse
 import base64
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from nanochat.card import STYLE as PAGE_STYLE
-from nanochat.card import Section, Table, escape_html, format_count, format_rows, html_section, html_values
+from dev.figures import draw_isoflops, draw_laws, draw_parametric, format_flops, make_folder, save_png
+from dev.laws import INTERVAL_PCT, MIN_PARAMETRIC_RUNS, Law, ParametricLaw, fit_law, fit_parametric
+from dev.results import CONVENTIONS, MAIN_CONVENTION, group_budgets, load_results
+from dev.timing import print_table
 from nanochat.common import now, print0, run_script, write_atomic, write_json
-from nanochat.figures import draw_isoflops, draw_laws, draw_parametric, format_flops, make_folder, save_png
-from nanochat.results import CONVENTIONS, Run, find_source, group_budgets, make_runs, read_csv, read_run_folders
-from nanochat.scaling_laws import (
-    INTERVAL_PCT,
-    MIN_PARAMETRIC_RUNS,
-    IsoFlop,
-    Optima,
-    ParametricLaw,
-    PowerLaw,
-    collect_optima,
-    fit_isoflop,
-    fit_parametric,
-    fit_power_law,
-    get_interval,
-    resample_optima,
+from nanochat.report_render import (
+    Section,
+    Table,
+    format_count,
+    format_pairs,
+    format_rows,
+    html_page,
+    html_section,
+    html_values,
 )
-
-MAIN_CONVENTION = "transformer + head"    # what --target-param-data-ratio counts
-
-
-@dataclass(frozen=True)
-class Law:
-    """What the optima of a sweep say, with parameters counted in one way."""
-    curves:  list[IsoFlop]
-    budgets: np.ndarray                    # (K,) with an optimum
-    optima:  Optima
-    ratios:  list[tuple | None]            # (K,) intervals of the tokens per parameter
-    fits:    dict[str, PowerLaw | None]    # params, tokens, ratio and loss against FLOPs
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -58,27 +41,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    notes: list[str] = []
-    source = find_source(args.results)
-    if source.is_dir():
-        rows, loss_name = read_run_folders(source, notes), "val_bpb"
-    else:
-        rows, loss_name = read_csv(source, notes)
-    runs = make_runs(rows, source, notes)
+    results = load_results(args.results)
+    source, runs, loss_name, notes = results.source, results.runs, results.loss_name, results.notes
     budgets = group_budgets(runs)
     laws = {name: fit_law(budgets, name) for name in CONVENTIONS if name in runs[0].params}
     main_name = MAIN_CONVENTION if MAIN_CONVENTION in laws else next(iter(laws))
-    params, tokens, losses = (np.array(v) for v in zip(*((r.params[main_name], r.tokens, r.loss) for r in runs),
-                                                       strict=True))
+    params, tokens, losses = np.array([(run.params[main_name], run.tokens, run.loss) for run in runs]).T
     parametric = fit_parametric(params, tokens, losses)
     flops_per_param_token = float(np.exp(np.mean([math.log(r.budget / r.params[main_name] / r.tokens) for r in runs])))
-    notes += describe_gaps(laws, parametric, len(runs), main_name)
+    notes += describe_gaps(laws[main_name], parametric, len(runs))
 
     out = make_folder(args.out or (source if source.is_dir() else source.parent) / "laws")
     figures = {"isoflops": draw_isoflops({name: law.curves for name, law in laws.items()}, loss_name)}
     if any(len(law.budgets) for law in laws.values()):
-        figures["laws"] = draw_laws({name: (law.budgets, law.optima, law.fits) for name, law in laws.items()
-                                     if len(law.budgets)}, loss_name)
+        figures["laws"] = draw_laws({name: law for name, law in laws.items() if len(law.budgets)}, loss_name)
     if parametric:
         figures["parametric"] = draw_parametric(parametric, params, tokens, losses, flops_per_param_token, loss_name)
     images = {name: save_png(figure, out / f"{name}.png") for name, figure in figures.items()}
@@ -88,53 +64,39 @@ def main(argv: list[str] | None = None) -> dict:
     for section in sections:
         print_section(section)
     subtitle = f"{len(runs)} runs, {len(budgets)} FLOP budgets, from {source.name}; {now()}"
-    write_atomic(out / "laws.html", render_page(subtitle, make_tiles(laws[main_name], main_name), sections, images))
-    results = {"source": str(source), "num_runs": len(runs), "loss": loss_name, "notes": notes,
+    figures_html = "".join(f'<section><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+                           "</section>\n" for name, png in images.items())
+    body = html_values(make_tiles(laws[main_name], main_name), "tiles") + figures_html
+    write_atomic(out / "laws.html", html_page("nanochat scaling laws", subtitle,
+                                              body + "".join(map(html_section, sections))))
+    summary = {"source": str(source), "num_runs": len(runs), "loss": loss_name, "notes": notes,
                "laws": {name: summarize(law) for name, law in laws.items()},
                "parametric": parametric and {"counting": main_name, **vars(parametric)}}
-    write_json(out / "laws.json", results)
+    write_json(out / "laws.json", summary)
     print0(f"laws: {out / 'laws.html'}")
-    return results
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fitting
-
-
-def fit_law(budgets: dict[float, list[Run]], convention: str) -> Law:
-    """The curves of all budgets with parameters counted by `convention`, and the power laws through their optima."""
-    curves = [fit_isoflop(budget, *np.array([(r.params[convention], r.tokens, r.loss) for r in runs]).T)
-              for budget, runs in budgets.items()]
-    optima, draws = collect_optima(curves), resample_optima(curves)
-    flops = np.array([curve.budget for curve in curves if curve.has_optimum])
-    quantities = {"params": lambda o: o.params, "tokens": lambda o: o.tokens, "ratio": lambda o: o.tokens / o.params,
-                  "loss": lambda o: o.losses}
-    fits = {key: fit_power_law(flops, get(optima), draws and get(draws)) for key, get in quantities.items()}
-    ratios = [draws and get_interval(draws.tokens[:, k] / draws.params[:, k]) for k in range(len(flops))]
-    return Law(curves, flops, optima, ratios, fits)
+    return summary
 
 
 def describe_straightest(laws: dict[str, Law]) -> list[str]:
-    """Which way of counting puts the optimal parameters best on a line; nothing with fewer than three optima each."""
+    """The counts of parameters by the r2 of their power law, where there are three optima each."""
     r2 = {name: law.fits["params"].r2 for name, law in laws.items() if len(law.budgets) > 2}
     ranking = ", ".join(f"{name} (r2 {r2[name]:.4f})" for name in sorted(r2, key=r2.get, reverse=True))
-    return [f"The lines of optimal parameters, straightest first: {ranking}."] if len(r2) > 1 else []
+    return [f"The power laws of optimal parameters, best r2 first: {ranking}."] if len(r2) > 1 else []
 
 
-def describe_gaps(laws: dict[str, Law], parametric: ParametricLaw | None, num_runs: int, main_name: str) -> list[str]:
-    """What could not be fitted, and why."""
+def describe_gaps(law: Law, parametric: ParametricLaw | None, num_runs: int) -> list[str]:
+    """Which fits are missing or weak, and why."""
     notes = []
-    for curve in laws[main_name].curves:
+    for curve in law.curves:
         if curve.note:
             notes.append(f"Budget {format_flops(curve.budget)} has no optimum: {curve.note}.")
         elif curve.params[curve.losses.argmin()] in (curve.params[0], curve.params[-1]):
             notes.append(f"Budget {format_flops(curve.budget)}: its best run is at the edge of the grid, so its "
-                         "optimum hangs on the shape of the parabola.")
-    num_optima = len(laws[main_name].budgets)
-    if num_optima < 3:
-        notes.append(f"{num_optima} of {len(laws[main_name].curves)} budgets have an optimum: a power law needs two, "
+                         "optimum depends on the shape of the parabola.")
+    if len(law.budgets) < 3:
+        notes.append(f"{len(law.budgets)} of {len(law.curves)} budgets have an optimum: a power law needs two, "
                      "and three to show whether it is one.")
-    elif all(fit.interval is None for fit in laws[main_name].fits.values()):
+    elif all(fit.interval is None for fit in law.fits.values()):
         notes.append("No intervals: with three sizes a budget nothing tells how large the noise is.")
     if not parametric:
         notes.append(f"L(N, D) was not fitted: {num_runs} runs are too few (it takes {MIN_PARAMETRIC_RUNS}), or their "
@@ -142,12 +104,8 @@ def describe_gaps(laws: dict[str, Law], parametric: ParametricLaw | None, num_ru
     return notes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Showing
-
-
 def describe_laws(laws: dict[str, Law], loss_name: str) -> list[Section]:
-    """The optima of each way of counting, and the ways side by side."""
+    """The power laws of all counts of parameters, then the optima of each count."""
     sections, rows = [], []
     for name, law in laws.items():
         for key, symbol in (("params", "N"), ("tokens", "D"), ("ratio", "D / N"), ("loss", "L")):
@@ -177,7 +135,7 @@ def describe_laws(laws: dict[str, Law], loss_name: str) -> list[Section]:
 
 
 def describe_parametric(law: ParametricLaw | None, name: str, iso: Law, flops_per_param_token: float) -> list[Section]:
-    """The constants of L(N, D), and the optima that follow from them."""
+    """The constants of L(N, D), and its optima."""
     if not law:
         return []
     a, b = law.get_exponents()
@@ -201,18 +159,16 @@ def format_interval(interval: tuple[float, float] | None) -> str | None:
 def print_section(section: Section) -> None:
     """A section as text in columns."""
     print0(f"\n{section.title}")
-    tables = [Table("", [], [[k, v] for k, v in section.values.items()])] if section.values else []
-    for table in tables + section.tables:
-        lines = ([table.columns] if table.columns else []) + format_rows(table)
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        for line in lines:
-            print0("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    if section.values:
+        print_table([], format_pairs(section.values.items()))
+    for table in section.tables:
+        print_table(table.columns, format_rows(table))
     for note in section.notes:
-        print0(f"  {note}")
+        print0(note)
 
 
 def make_tiles(law: Law, name: str) -> dict[str, str]:
-    """The figures that head the page."""
+    """The figures at the head of the page."""
     tiles = {}
     for key, title in (("params", "parameters"), ("tokens", "tokens")):
         if fit := law.fits[key]:
@@ -222,27 +178,6 @@ def make_tiles(law: Law, name: str) -> dict[str, str]:
         tiles[f"optimal tokens per parameter at {format_flops(law.budgets[-1])} FLOPs"] = \
             f"{law.optima.tokens[-1] / law.optima.params[-1]:.3g}"
     return tiles
-
-
-def render_page(subtitle: str, tiles: dict[str, str], sections: list[Section], images: dict[str, bytes]) -> str:
-    """One page that needs no other file; the policy in its head forbids it to load or run anything."""
-    figures = "".join(f'<section><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-                      "</section>\n" for name, png in images.items())
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>nanochat scaling laws</title>
-<style>{PAGE_STYLE}img {{ display: block; width: 100%; border-radius: 8px }} body {{ max-width: 72rem }}</style>
-</head>
-<body>
-<header><h1>nanochat scaling laws</h1><p>{escape_html(subtitle)}</p></header>
-{html_values(tiles, "tiles")}
-{figures}{"".join(map(html_section, sections))}</body>
-</html>
-"""
 
 
 def summarize(law: Law) -> dict:

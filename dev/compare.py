@@ -1,12 +1,12 @@
-"""Does it help? Two or more ways of training side by side, and how much compute one saves over another.
+"""The compute multiplier: two or more ways of training side by side, and the compute that one saves over another.
 
-    python -m scripts.compare d12 d12-wide             # tags of runs, or their folders; all are compared to the first
-    python -m scripts.compare a-1 a-2 wide-1 wide-2    # runs that differ only in their seed stand together
+    python -m dev.compare d12 d12-wide             # tags of runs, or their folders; all are compared to the first
+    python -m dev.compare a-1 a-2 wide-1 wide-2    # runs that differ only in their seed are one group
 
 The compute multiplier of B over A is the FLOPs of A over the FLOPs that B needs to reach A's final metric: 1.2 means
-that A would need 20% more compute than B for the same result. The same for seconds, which depend on the machine, too.
-With several seeds it is the median over all pairs, with the lowest and the highest. B is credited at its own learning
-rate of that moment; a run that was planned to end there would have been better: the multiplier is a lower bound.
+that A would need 20% more compute than B for the same result. The same is measured in seconds, which depend on the
+machine. With several seeds it is the median over all pairs, with the lowest and the highest. B is measured in the midst
+of its schedule, at a high learning rate; a run planned to end there would be better: the multiplier is a lower bound.
 Writes compare.png and compare.json, by default to $NANOCHAT_BASE_DIR/compare/<tags>.
 """
 
@@ -20,30 +20,29 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.card import Table, format_rows
+from dev.figures import draw_comparison, make_folder, save_png
+from dev.timing import print_table
 from nanochat.common import UserError, get_base_dir, print0, run_script, write_json
-from nanochat.figures import draw_comparison, make_folder, save_png
-from nanochat.report import get_series, group_metrics, read_json
+from nanochat.report import read_run
+from nanochat.report_render import Table, format_rows
+from scripts.sweep import FREE_FLAGS
 
-# The line of metrics.jsonl and its key; the loss is the running mean, a single step's is noise
+# The kind and key of a line of metrics.jsonl; the loss is the running mean, as a single step's is noise
 METRICS = {"val_bpb": ("eval", "val_bpb"), "train_loss": ("train", "loss_smooth")}
 LABELS = {"val_bpb": "validation bits per byte", "train_loss": "train loss, nats per token"}
-# Arguments that two runs of one kind may differ in: names, what is looked at and saved, and what continues a run
-IGNORED_ARGS = {"run", "model_tag", "seed", "eval_every", "eval_tokens", "core_metric_every",
-                "core_metric_max_per_task", "sample_every", "save_every", "save_every_minutes", "keep_last",
-                "keep_every", "resume", "stop_at"}
+NAMES = {"model_tag", "seed"}    # of a run: runs of one kind differ in them
 
 
 @dataclass(frozen=True)
 class Run:
     """One run's metric along all four axes."""
-    name:  str
-    seed:  object
-    kind:  dict                     # what it was trained with, but for the seed: {setting: value}
-    rules: tuple                    # what its metric was measured on
-    machine: object                 # what its seconds were measured on
-    axes:  dict[str, np.ndarray]    # steps, tokens, flops, seconds and values: (points,)
-    ended: bool                     # its horizon was reached
+    name:    str
+    seed:    object
+    kind:    dict                     # its settings but for FREE_FLAGS and NAMES: {setting: value}
+    rules:   tuple                    # the text that its metric was measured on
+    machine: object                   # the hardware that its seconds were measured on
+    axes:    dict[str, np.ndarray]    # steps, tokens, flops, seconds and values: (points,)
+    ended:   bool                     # it reached its horizon
 
     @property
     def final(self) -> float:
@@ -52,7 +51,7 @@ class Run:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="tag or folder of a run; the first is compared to")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="tag or folder of a run; the first is the base")
     parser.add_argument("--metric", choices=METRICS, default="val_bpb")
     parser.add_argument("--out", type=Path, help="folder to write to")
     return parser.parse_args(argv)
@@ -61,8 +60,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     folders = [find_run(run) for run in args.runs]
-    repeated = [folder for i, folder in enumerate(folders) if folder in folders[:i]]
-    if repeated:
+    if repeated := [folder for i, folder in enumerate(folders) if folder in folders[:i]]:
         raise UserError(f"{repeated[0]} is given twice")
     runs = [load_run(folder, args.metric) for folder in folders]
     groups = group_seeds(runs)
@@ -88,7 +86,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def find_run(name: str) -> Path:
-    """The folder of a run, given as such or by its tag."""
+    """The folder of a run, from its path or its tag."""
     if (Path(name) / "run.json").is_file():
         return Path(name).resolve()
     runs_dir = get_base_dir() / "runs"
@@ -105,37 +103,40 @@ def find_run(name: str) -> Path:
 
 def load_run(folder: Path, metric: str) -> Run:
     """A run's curve, from its files alone."""
-    info, metrics = read_json(folder / "run.json"), group_metrics(folder / "metrics.jsonl")
-    if not {"batch_tokens", "flops_per_token"} <= (info.get("plan") or {}).keys():
+    run = read_run(folder)
+    info, plan = run.info, run.info.get("plan") or {}
+    if not {"batch_tokens", "flops_per_token"} <= plan.keys():
         raise UserError(f"{folder} doesn't say its tokens and FLOPs (no plan in run.json), so it can't be compared")
-    series, clock = ([point for point in get_series(metrics, *line) if point[0] > 0]    # step 0 has cost nothing
-                     for line in (METRICS[metric], ("train", "elapsed_sec")))
+    series = [point for point in run.get_series(*METRICS[metric]) if point[0] > 0]    # step 0 has cost nothing
+    clock = run.get_series("train", "elapsed_sec")
     if not series or not clock:
         raise UserError(f"{folder} has logged no {metric}; " + ("train it with --eval-every, or compare --metric "
                         "train_loss" if clock else "let it train first"))
     steps, values = np.array(series, dtype=float).T
-    tokens = steps * info["plan"]["batch_tokens"]
-    # the clock starts with the run: nothing is logged before its first step
-    seconds = np.interp(steps, *np.array([(0, 0.0), *clock], dtype=float).T)
-    spent = get_series(metrics, "train", "flops")    # pretraining logs it, since its rows may grow
-    flops = np.interp(steps, *np.array([(0, 0.0), *spent], dtype=float).T) if spent else \
-        tokens * info["plan"]["flops_per_token"]
-    args = info.get("args") or {}
-    kind = {**{key: value for key, value in args.items() if key not in IGNORED_ARGS},
-            **info["plan"], **(info.get("model_config") or {}),
-            "data": (info.get("data") or {}).get("hash"), "tokenizer": (info.get("tokenizer") or {}).get("hash"),
-            "revision": (info.get("environment") or {}).get("git_revision")}
-    rules = tuple(metrics["eval"][steps[-1]][-1].get(key) for key in ("val_rule", "val_bytes")) \
-        if metric == "val_bpb" else (kind["tokenizer"],)
-    machine = (info.get("environment") or {}).get("hardware")
-    return Run(folder.name, args.get("seed"), kind, (kind["data"], *rules), machine,
-               {"steps": steps, "tokens": tokens, "flops": flops, "seconds": seconds, "values": values},
+
+    def at_steps(points: list[tuple[int, float]]) -> np.ndarray:
+        """A running total at the steps of the series."""
+        return np.interp(steps, *np.array([(0, 0.0), *points], dtype=float).T)
+    tokens, spent = steps * plan["batch_tokens"], run.get_series("train", "flops")
+    # pretraining logs its FLOPs, since short rows cost less; the other stages' rows have one length
+    flops = at_steps(spent) if spent else tokens * plan["flops_per_token"]
+    axes = {"steps": steps, "tokens": tokens, "flops": flops, "seconds": at_steps(clock), "values": values}
+    args, environment = info.get("args") or {}, info.get("environment") or {}
+    data, tokenizer = ((info.get(key) or {}).get("hash") for key in ("data", "tokenizer"))
+    kind = {**{key: value for key, value in args.items() if key not in FREE_FLAGS | NAMES},
+            **plan, **(info.get("model_config") or {}), "data": data, "tokenizer": tokenizer,
+            "revision": environment.get("git_revision")}
+    last_eval = run.metrics["eval"][steps[-1]][-1] if metric == "val_bpb" else {}
+    rules = (data, last_eval.get("val_rule"), last_eval.get("val_bytes")) if last_eval else (data, tokenizer)
+    return Run(folder.name, args.get("seed"), kind, rules, environment.get("hardware"), axes,
                info.get("status") == "finished")
 
 
 def group_seeds(runs: list[Run]) -> dict[str, list[Run]]:
-    """{name: the runs of one kind}, in the order given. A seed that a group has already opens a new group:
-    something differs that the runs don't record, such as uncommitted changes."""
+    """{name: the runs of one kind}, in the order given.
+
+    A repeated seed opens a new group: the runs differ in something that they don't record, such as uncommitted changes.
+    """
     groups: list[list[Run]] = []
     for run in runs:
         group = next((g for g in groups if g[0].kind == run.kind and run.seed not in {r.seed for r in g}), None)
@@ -158,7 +159,7 @@ def group_seeds(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def find_cost(run: Run, target: float, axis: str) -> float | None:
-    """Where on `axis` the run's metric first comes down to `target`, between two points by a straight line."""
+    """The point of `axis` at which the metric first falls to `target`, interpolated linearly; None if it never does."""
     values, costs = run.axes["values"], run.axes[axis]
     reached = np.flatnonzero(values <= target)
     if not len(reached):
@@ -171,13 +172,13 @@ def find_cost(run: Run, target: float, axis: str) -> float | None:
 
 
 def measure_multiplier(group: list[Run], base: list[Run], axis: str) -> dict:
-    """What it costs `group` to reach the final metric of `base`, over all pairs of their runs.
+    """The cost for `group` to reach the final metric of `base`, over all pairs of their runs.
 
-    needed: in the unit of the axis; multiplier: the base's cost over it; both the median pair's, None: not reached
+    needed: in the unit of the axis; multiplier: the base's cost over it; both of the median pair, None: not reached
     """
     pairs = [(find_cost(run, other.final, axis), float(other.axes[axis][-1])) for run in group for other in base]
     multipliers = sorted(base_cost / cost if cost else 0.0 for cost, base_cost in pairs)
-    middle = statistics.median_low(multipliers)    # a real pair's, even where the other half doesn't get there
+    middle = statistics.median_low(multipliers)    # of a real pair, where the other half never reaches the target
     needed = statistics.median_high([cost or math.inf for cost, _ in pairs])
     return {"needed": needed if middle else None, "multiplier": middle or None, "lowest": multipliers[0] or None,
             "highest": multipliers[-1] or None, "num_pairs": len(pairs), "num_reached": sum(map(bool, multipliers))}
@@ -193,13 +194,13 @@ def summarize(group: list[Run], base: list[Run]) -> dict:
                   for axis in ("tokens", "flops", "seconds")}}
     if group is not base:
         summary |= {f"{axis}_to_reach": measure_multiplier(group, base, axis) for axis in ("flops", "seconds")}
-        # the other way round it says by how much something hurts
+        # the base's cost of reaching the group: the damage, where the group is worse
         summary["base_flops_to_reach"] = measure_multiplier(base, group, "flops")
     return summary
 
 
 def list_differences(groups: dict[str, list[Run]]) -> dict[str, dict]:
-    """{setting: {group: value}} of what the groups were trained with and don't share."""
+    """{setting: {group: value}} of the settings that differ between the groups."""
     kinds = {name: group[0].kind for name, group in groups.items()}
     settings = dict.fromkeys(key for kind in kinds.values() for key in kind)
     found = {key: {name: kind.get(key) for name, kind in kinds.items()} for key in settings}
@@ -207,7 +208,7 @@ def list_differences(groups: dict[str, list[Run]]) -> dict[str, dict]:
 
 
 def describe_caveats(runs: list[Run], groups: dict[str, list[Run]]) -> list[str]:
-    """Why the figures may mislead."""
+    """The reasons why the figures may mislead."""
     notes = [f"{run.name} has not reached its horizon; its last point stands for its result." for run in runs
              if not run.ended]
     notes += [f"{run.name} was measured {len(run.axes['values'])} times only; where it reaches a value is read off a "
@@ -238,7 +239,7 @@ def print_results(results: dict) -> None:
             row += [f"{needed:.3g}" if needed else "not reached",
                     *(format_multiplier(group[f"{axis}_to_reach"]) for axis in ("flops", "seconds"))]
         rows.append(row + [None] * (len(columns) - len(row)))
-    print_columns([columns, *format_rows(Table("", columns, rows))])
+    print_table(columns, format_rows(Table("", columns, rows)))
     for name, group in results["groups"].items():
         inverse = group.get("base_flops_to_reach")
         if inverse and not group["flops_to_reach"]["multiplier"] and inverse["multiplier"]:
@@ -251,22 +252,15 @@ def print_results(results: dict) -> None:
 
 
 def format_multiplier(measured: dict) -> str:
-    """1.21 (1.1 to 1.3), and how many pairs of runs reached it where not all did."""
+    """1.21 (1.1 to 1.3), or the number of pairs that don't reach the base."""
+    num_pairs, num_missed = measured["num_pairs"], measured["num_pairs"] - measured["num_reached"]
+    missed = f"not reached in {num_missed} of {num_pairs}" if num_missed < num_pairs else "not reached"
     if not measured["multiplier"]:
-        return "not reached" + (f" in {measured['num_pairs'] - measured['num_reached']} of {measured['num_pairs']}"
-                                if measured["num_reached"] else "")
+        return missed
     text = f"{measured['multiplier']:.3f}"
-    if measured["num_reached"] < measured["num_pairs"]:
-        text += f" (not reached in {measured['num_pairs'] - measured['num_reached']} of {measured['num_pairs']})"
-    elif measured["num_pairs"] > 1:
-        text += f" ({measured['lowest']:.3f} to {measured['highest']:.3f})"
-    return text
-
-
-def print_columns(lines: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print0("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    if num_missed:
+        return f"{text} ({missed})"
+    return text + (f" ({measured['lowest']:.3f} to {measured['highest']:.3f})" if num_pairs > 1 else "")
 
 
 if __name__ == "__main__":
