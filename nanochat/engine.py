@@ -38,7 +38,7 @@ from torch import Tensor
 from nanochat.common import UserError
 from nanochat.decoding import CompiledStep, copy_for_decoding, make_cache, make_step
 from nanochat.engine_request import ChatTokens, Event, Generation, Logprobs, Request, stream_text
-from nanochat.gpt import GPT, norm
+from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.sampling import sample_rows
 
@@ -225,7 +225,7 @@ class Engine:
             last_embed = 0.0
             if num_shared:
                 token = torch.tensor(generation.tokens[num_shared - 1], device=self.device)
-                last_embed = norm(self.model.transformer.wte(token).to(self.model.compute_dtype))
+                last_embed = self.model.embed_tokens(token)
             self.cache.start_row(target, num_shared, last_embed)
         row.tokens, row.generation = generation.tokens[:num_shared], generation
         generation.num_reused = num_shared

@@ -278,13 +278,17 @@ class GPT(nn.Module):
         bf16 = self.compute_dtype == torch.bfloat16
         return MuonAdamW(groups, names, matmul_dtype=torch.bfloat16 if bf16 else None)
 
+    def embed_tokens(self, idx: Tensor) -> Tensor:
+        """(...) token ids -> (..., C), normed: without it the first layers would have to undo the table's scale."""
+        return norm(self.transformer.wte(idx).to(self.compute_dtype))
+
     def embed(self, idx: Tensor, kv_cache=None) -> Tensor:
         """The blocks' input: normed embeddings, each smeared with the one before it. (B, T) -> (B, T, C)
 
         Smear (modded-nanogpt): a gated part of the previous token, so that pairs of tokens are there from the first
         layer on, without a head that looks one back; with backout, shorter windows and ratio 8: 1.80 -> 1.65 hours.
         """
-        x = norm(self.transformer.wte(idx).to(self.compute_dtype))
+        x = self.embed_tokens(idx)
         if kv_cache is None:
             previous = F.pad(x[:, :-1], (0, 0, 1, 0))  # the first token has none: zero adds nothing
         else:

@@ -13,13 +13,39 @@ import pytest
 import torch
 
 from nanochat import dataset
+from nanochat.config import GPTConfig
 from nanochat.gpt import GPT
+from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 from nanochat.train import read_metrics
 from scripts import tok_train
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 # What differs between two runs of the same steps
 PER_PROCESS_KEYS = {"step_ms", "tokens_per_sec", "mfu_pct", "elapsed_sec", "eval_sec", "peak_memory_bytes"}
+
+
+# One token per byte, then the special tokens
+BYTE_TOKENIZER = RustBPETokenizer(SPLIT_PATTERN, {bytes([byte]): byte for byte in range(256)},
+                                  {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
+# For BYTE_TOKENIZER. L layers see 64 tokens, S layers 128 (the least there is)
+CONFIG = GPTConfig(sequence_len=64, vocab_size=265, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SSL")
+
+
+def make_model(config=CONFIG, dtype=torch.float32, seed=0, model_class=GPT):
+    """Random everywhere: as initialised, attention, smear and backout would hardly matter."""
+    torch.manual_seed(seed)
+    model = model_class(config, dtype)
+    model.init_weights()
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if name not in ("resid_lambdas", "x0_lambdas"):
+                param.normal_(std=0.8 if param.dim() < 2 or "embed" in name or "wte" in name else 0.15)
+    return model.eval()
+
+
+def make_prompt(num_tokens, seed=0):
+    """Bytes at random."""
+    return torch.randint(0, 256, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def write_texts(folder, seed, num_docs=400):

@@ -1,108 +1,26 @@
 """The engine against GPT.generate, which recomputes the whole sequence for each token; its rows and its tool loop."""
 
-import functools
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import REPO_DIR
+from helpers import BYTE_TOKENIZER, make_model, make_prompt
 from torch import nn
 
-from nanochat import decoding
 from nanochat.common import UserError
 from nanochat.engine import HEADROOM_TOKENS, Engine, KVCache, Request, count_common
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
+from nanochat.tokenizer import SPLIT_PATTERN, RustBPETokenizer
 
 CPU = torch.device("cpu")
-# L layers see 64 tokens, S layers 128 (the least there is): both are shorter than the sequences below
-CONFIG = GPTConfig(sequence_len=64, vocab_size=265, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SSL")
 NUM_POSITIONS = 640
 # The naive way neither ends rows nor calls tools
 NO_CHAT_TOKENS = SimpleNamespace(python_start=None, python_end=None, output_start=None, output_end=None,
                                  end_tokens=frozenset())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokenizer():
-    """One token per byte, then the special tokens."""
-    return RustBPETokenizer(SPLIT_PATTERN, {bytes([byte]): byte for byte in range(256)},
-                            {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
-
-
-def make_model(dtype=torch.float32, seed=0):
-    """Random everywhere: as initialised, attention, smear and backout would hardly matter."""
-    torch.manual_seed(seed)
-    model = GPT(CONFIG, dtype)
-    model.init_weights()
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            if name not in ("resid_lambdas", "x0_lambdas"):
-                param.normal_(std=0.8 if param.dim() < 2 or "embed" in name or "wte" in name else 0.15)
-    return model.eval()
-
-
-def make_prompt(num_tokens, seed=0):
-    return torch.randint(0, 256, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def make_cache(batch_size, seq_len, dtype):
-    return KVCache(batch_size, CONFIG.n_kv_head, seq_len, CONFIG.head_dim, CONFIG.n_layer, CPU, dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache
-
-
-@pytest.mark.parametrize("seq_len", [200, 3])  # room from the start, and growing several times
-@pytest.mark.parametrize("chunks", [(200,), (1,) * 200, (7, 1, 130, 61, 1)])
-@torch.inference_mode()
-def test_cached_logits_equal_uncached(seq_len, chunks):
-    model, idx = make_model(torch.float64), torch.tensor([make_prompt(200), make_prompt(200, seed=1)])
-    cache = make_cache(2, seq_len, torch.float64)
-    logits = torch.cat([model(part, kv_cache=cache) for part in idx.split(chunks, dim=1)], dim=1)
-    torch.testing.assert_close(logits, model(idx), rtol=0, atol=1e-10)
-    assert cache.get_pos() == 200 and cache.k_cache.size(2) >= 200
-
-
-@torch.inference_mode()
-def test_rows_of_different_lengths():
-    model, prompts = make_model(torch.float64), [make_prompt(150), make_prompt(9, seed=1), make_prompt(70, seed=2)]
-    cache = make_cache(3, 160, torch.float64)
-    cache.last_embed = torch.zeros(3, 1, CONFIG.n_embd, dtype=torch.float64)
-    for row, prompt in enumerate(prompts):
-        alone = make_cache(1, len(prompt), torch.float64)
-        model(torch.tensor([prompt]), kv_cache=alone)
-        cache.k_cache[:, row, :len(prompt)] = alone.k_cache[:, 0]
-        cache.v_cache[:, row, :len(prompt)] = alone.v_cache[:, 0]
-        cache.cache_seqlens[row], cache.last_embed[row] = len(prompt), alone.last_embed[0]
-    cache.num_tokens = 150
-    new = torch.tensor([[5], [6], [7]])
-    logits = model(new, kv_cache=cache)[:, -1]
-    for row, prompt in enumerate(prompts):
-        expected = model(torch.tensor([[*prompt, int(new[row])]]))[0, -1]
-        torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-10)
-
-
-@torch.inference_mode()
-def test_prefill_copies_to_rows_and_reset_forgets():
-    model, idx = make_model(torch.float64), torch.tensor([make_prompt(20)])
-    one, three = make_cache(1, 20, torch.float64), make_cache(3, 4, torch.float64)
-    model(idx, kv_cache=one)
-    three.prefill(one)
-    new = torch.tensor([[1], [2], [3]])
-    expected = model(torch.cat((idx.expand(3, -1), new), dim=1))[:, -1]
-    torch.testing.assert_close(model(new, kv_cache=three)[:, -1], expected, rtol=0, atol=1e-10)
-    assert one.get_pos() == 20 and three.get_pos() == 21  # the copy is a copy
-    with pytest.raises(ValueError, match="already holds 21 tokens"):
-        three.prefill(one)
-    three.reset()
-    torch.testing.assert_close(model(new, kv_cache=three), model(new), rtol=0, atol=1e-10)
-    one.reset()
-    with pytest.raises(ValueError, match="rows be 1 or equal"):
-        one.prefill(make_cache(2, 4, torch.float64))
+    return BYTE_TOKENIZER
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,7 +31,7 @@ def test_prefill_copies_to_rows_and_reset_forgets():
 @pytest.mark.parametrize("num_prompt_tokens", [1, 2, 50, 63, 140])
 def test_greedy_equals_naive(tokenizer, dtype, num_prompt_tokens):
     """Prompts and outputs shorter and longer than the windows and than the context the model was trained with."""
-    model, prompt, num_tokens = make_model(dtype), make_prompt(num_prompt_tokens), 100
+    model, prompt, num_tokens = make_model(dtype=dtype), make_prompt(num_prompt_tokens), 100
     expected = list(model.generate(prompt, num_tokens, temperature=0))
     engine = Engine(model, tokenizer)
     assert len(set(expected)) > 5  # or the comparison says little
@@ -185,117 +103,6 @@ def test_bad_requests_are_refused_at_once(tokenizer, request_values, message):
         engine.generate(**request_values)  # not only when the first token is asked for
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The engine's copy of the model
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_decoding_copy_computes_the_same_and_shares_the_rest(tokenizer, dtype):
-    model = make_model(dtype)
-    model.compile_blocks()
-    copy = Engine(model, tokenizer).model
-    assert {p.dtype for p in model.transformer.h.parameters()} == {torch.promote_types(dtype, torch.float32)}
-    assert {p.dtype for p in copy.parameters() if p.dim() > 1} == {dtype}
-    assert copy.transformer.wte.weight is model.transformer.wte.weight
-    assert copy.value_embeds["1"].weight is model.value_embeds["1"].weight and copy.cos is model.cos
-    assert all(block._compiled_call_impl is not None for block in model.transformer.h)
-    assert all(block._compiled_call_impl is None for block in copy.transformer.h)  # shapes change with every call
-    prompts = torch.tensor([make_prompt(100), make_prompt(100, seed=1)])
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.3, torch.float64: 1e-11}[dtype]  # of logits within +-15
-    with torch.no_grad():
-        cache = decoding.make_cache(model, 2, 4)
-        logits = torch.cat([copy(part, kv_cache=cache) for part in prompts.split((90, 1, 9), dim=1)], dim=1)
-        torch.testing.assert_close(logits, make_model(dtype)(prompts), rtol=0, atol=tolerance)
-
-
-def test_the_first_token_does_not_wait_for_the_compiler_to_be_loaded():
-    """Which takes a second or two of every start, and which nothing here uses."""
-    code = ("import sys, torch; from nanochat import checkpoint_manager, engine; from scripts import infer_bench;"
-            "config = infer_bench.GPTConfig(64, 128, 2, 1, 1, 64);"
-            "model = checkpoint_manager.build_model(config, torch.bfloat16, torch.device('cpu')); model.init_weights();"
-            "engine.Engine(model, infer_bench.NoTokenizer()).generate_batch([1, 2, 3], max_tokens=2);"
-            "print(sorted({'sympy', 'torch._dynamo', 'torch._inductor'} & set(sys.modules)))")
-    result = subprocess.run([sys.executable, "-c", code], cwd=REPO_DIR, capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "[]"
-
-
-def test_matrices_that_cannot_be_packed_are_said_so_once(monkeypatch, capsys):
-    monkeypatch.setattr(decoding, "multiply", lambda x, packed: x.new_zeros(len(x), 96))
-    decoding.can_pack.cache_clear()
-    results = [decoding.can_pack(torch.float32) for _ in range(2)]
-    decoding.can_pack.cache_clear()
-    assert results == [False, False]
-    assert capsys.readouterr().out.count("packed torch.float32 weights don't work here (its results are wrong)") == 1
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="graphs can be captured here")
-def test_graph_that_cannot_be_captured_runs_eagerly_and_says_so_once(tokenizer, capsys):
-    model, prompt = make_model(), make_prompt(20)
-    engine = Engine(model, tokenizer)
-    engine.chat_tokens = NO_CHAT_TOKENS
-    engine._run_step = decoding.GraphedStep(engine.model)  # there is no CUDA where this runs
-    rows, _ = engine.generate_batch(prompt, 2, max_tokens=10, temperature=0)
-    assert rows == [prompt + list(model.generate(prompt, 10, temperature=0))] * 2
-    assert capsys.readouterr().out.count("decoding eagerly: a CUDA graph can't be captured") == 1
-
-
-def check_compiled(engine, model):
-    """Rows that come one by one and together, from prompts of one token on, while the cache grows: as GPT.generate."""
-    engine.chat_tokens = NO_CHAT_TOKENS
-    for num_tokens, num_rows in ((1, 1), (5, 1), (7, 2), (130, 3), (30, 9)):
-        prompts = [make_prompt(num_tokens + 3 * i, seed=i + num_tokens) for i in range(num_rows)]
-        answers = engine.generate_many(prompts, max_tokens=20, temperature=0)
-        assert [rows[0] for rows, _ in answers] == [
-            prompt + list(model.generate(prompt, 20, temperature=0)) for prompt in prompts]
-
-
-@pytest.mark.parametrize("packs", [True, False])
-def test_compiled_step_equals_naive_and_is_compiled_but_twice(tokenizer, monkeypatch, packs):
-    """The graphs that inductor would get, run by torch itself: the same tokens, and none is made after the start."""
-    graphs = []
-
-    def run_as_it_is(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=run_as_it_is))
-    monkeypatch.setattr(decoding, "choose_compile", lambda *args: (True, ""))
-    if not packs:
-        monkeypatch.setattr(decoding, "can_pack", lambda dtype: False)
-    models = [make_model(seed=seed) for seed in range(2)]  # neither of two engines may take the other's graphs
-    engines = [Engine(model, tokenizer, compile=True) for model in models]
-    assert all(isinstance(engine._run_step, decoding.CompiledStep) for engine in engines) and len(graphs) == 4
-    for engine, model in zip(engines, models, strict=True):
-        check_compiled(engine, model)
-    assert all(engine._run_step.works for engine in engines) and len(graphs) == 4
-
-
-@pytest.mark.slow
-def test_compiled_step_equals_naive(tokenizer):
-    model = make_model()
-    engine = Engine(model, tokenizer, compile=True)
-    check_compiled(engine, model)
-    assert engine._run_step.works
-
-
-@pytest.mark.parametrize("fails", ["torch.compile", "nanochat.compilation.probe_compiler"])
-def test_step_that_cannot_be_compiled_runs_eagerly_and_says_so_once(tokenizer, monkeypatch, capsys, fails):
-    def refuse(*args):
-        raise RuntimeError("no compiler")
-    monkeypatch.setattr("nanochat.compilation.remove_broken_kernels", lambda: 0)
-    monkeypatch.setattr("nanochat.compilation.probe_compiler", lambda device: "")
-    monkeypatch.setattr(fails, (lambda *args, **kwargs: refuse) if fails == "torch.compile" else lambda device: "none")
-    model = make_model()
-    check_compiled(Engine(model, tokenizer, compile=True), model)
-    assert capsys.readouterr().out.count("decoding eagerly: ") == 1
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")
-def test_cpu_weights_are_packed(tokenizer):
-    packed = [module for module in Engine(make_model(), tokenizer).model.modules()
-              if isinstance(module, decoding.DecodingLinear) and module.packed is not None]
-    assert len(packed) == 4 * 4 + 1  # each layer's, queries, keys and values being one, and the head
-
-
 def test_modes_do_not_leak_between_steps(tokenizer):
     steps = Engine(make_model(), tokenizer).generate([1], max_tokens=3)
     next(steps)
@@ -307,7 +114,7 @@ def test_modes_do_not_leak_between_steps(tokenizer):
 
 
 def test_rows_differ_and_are_reproducible(tokenizer):
-    engine, prompt = Engine(make_model(torch.float64), tokenizer), make_prompt(10)
+    engine, prompt = Engine(make_model(dtype=torch.float64), tokenizer), make_prompt(10)
 
     def sample(num_samples, seed):
         return engine.generate_batch(prompt, num_samples, max_tokens=12, top_k=50, seed=seed)[0]
@@ -322,7 +129,7 @@ def test_rows_differ_and_are_reproducible(tokenizer):
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (7, None), (None, 0.6), (20, 0.9)])
 def test_sampled_row_equals_naive(tokenizer, top_k, top_p):
     """The same random numbers, so the engine writes the very text that GPT.generate samples."""
-    model, prompt = make_model(torch.float64), make_prompt(70)
+    model, prompt = make_model(dtype=torch.float64), make_prompt(70)
     engine = Engine(model, tokenizer)
     engine.chat_tokens = NO_CHAT_TOKENS
     (events,) = run(engine, {0: [Request(prompt, 40, 1.3, top_k, top_p, seed=5)]})
@@ -365,7 +172,7 @@ def test_any_batch_gives_the_tokens_of_each_alone(tokenizer, monkeypatch, max_ro
     """Requests of all lengths that arrive, prefill in pieces, decode, end and are cancelled beside each other."""
     monkeypatch.setattr("nanochat.engine.PREFILL_TOKENS", 40)
     monkeypatch.setattr("nanochat.engine.SHARED_STEP_TOKENS", 13)
-    model = make_model(torch.float64)
+    model = make_model(dtype=torch.float64)
     sizes = [(1, 30), (100, 9), (3, 45), (17, 1), (64, 20), (140, 25), (30, 30), (2, 60)]
     requests = [Request(make_prompt(size, seed=i), num, temperature, 30, seed=i, sample=i)
                 for i, (size, num) in enumerate(sizes)]
@@ -410,7 +217,7 @@ def test_cancelled_request_frees_its_row_at_once(tokenizer):
 
 def test_generators_share_an_engine(tokenizer):
     """Two calls of generate and a request run side by side, and each gets its own tokens."""
-    model = make_model(torch.float64)
+    model = make_model(dtype=torch.float64)
     engine = Engine(model, tokenizer)
     engine.chat_tokens = NO_CHAT_TOKENS
     prompts = [make_prompt(9), make_prompt(30, seed=1), make_prompt(5, seed=2)]
@@ -433,11 +240,11 @@ def test_left_generator_cancels_its_rows(tokenizer):
 
 def test_many_prompts(tokenizer):
     """More sequences than rows; each prompt's rows are those it gets alone, and keep their end token."""
-    engine = Engine(make_model(torch.float64), tokenizer, max_rows=5)
+    engine = Engine(make_model(dtype=torch.float64), tokenizer, max_rows=5)
     prompts = [make_prompt(size, seed=size) for size in (3, 40, 1, 17)] + [make_prompt(40, seed=40)]
     many = engine.generate_many(prompts, 3, max_tokens=30, seed=7)
     for i, (prompt, (rows, masks)) in enumerate(zip(prompts, many, strict=True)):
-        alone = Engine(make_model(torch.float64), tokenizer).generate_batch(prompt, 3, max_tokens=30, seed=7 + i)
+        alone = Engine(make_model(dtype=torch.float64), tokenizer).generate_batch(prompt, 3, max_tokens=30, seed=7 + i)
         ends = [row[-1] in engine.end_tokens for row in rows]
         assert ([row[:len(row) - end] for row, end in zip(rows, ends, strict=True)],
                 [mask[:len(mask) - end] for mask, end in zip(masks, ends, strict=True)]) == alone
@@ -457,7 +264,7 @@ def test_bad_prompt_among_many_leaves_nothing_behind(tokenizer):
 
 
 def test_interrupted_step_reads_everything_again(tokenizer, monkeypatch):
-    model, prompt = make_model(torch.float64), make_prompt(80)
+    model, prompt = make_model(dtype=torch.float64), make_prompt(80)
     engine = Engine(model, tokenizer)
     engine.chat_tokens = NO_CHAT_TOKENS
     request_id = engine.submit(Request(prompt, 20, 0))
@@ -482,7 +289,7 @@ def test_requests_wait_on_where_there_is_no_memory_for_a_row(tokenizer, monkeypa
     def refuse(*args):
         raise MemoryError
     monkeypatch.setattr("nanochat.engine.PREFILL_TOKENS", 20)
-    model, shared = make_model(torch.float64), make_prompt(40)
+    model, shared = make_model(dtype=torch.float64), make_prompt(40)
     prompts = [[*shared, 1], [*shared, 2], make_prompt(9, seed=1)]
     engine = Engine(model, tokenizer)
     engine.chat_tokens = NO_CHAT_TOKENS
@@ -518,7 +325,7 @@ def count_read_tokens(engine, monkeypatch):
 
 
 def test_next_turn_reads_only_what_is_new(tokenizer, monkeypatch):
-    model = make_model(torch.float64)
+    model = make_model(dtype=torch.float64)
     engine = Engine(model, tokenizer, max_rows=1)
     engine.chat_tokens = NO_CHAT_TOKENS
     history, held = make_prompt(50), 0
@@ -547,7 +354,7 @@ def test_samples_of_a_prompt_read_it_once(tokenizer, monkeypatch):
 
 def test_conversations_are_kept_beside_each_other(tokenizer):
     """Turns of several conversations in turn, with a common beginning, in more rows and in fewer than there are."""
-    model = make_model(torch.float64)
+    model = make_model(dtype=torch.float64)
     system = make_prompt(30)
     for kept_rows, expected in ((4, [0, 30, 30, 59, 59, 59]), (1, [0, 30, 30, 30, 30, 30])):
         engine = Engine(model, tokenizer, kept_rows=kept_rows)
@@ -705,7 +512,7 @@ def test_finish_reasons_and_stop_strings(tokenizer):
 
 @torch.no_grad()
 def test_logprobs(tokenizer):
-    model, prompt = make_model(torch.float64), make_prompt(20)
+    model, prompt = make_model(dtype=torch.float64), make_prompt(20)
     (events,) = run(Engine(model, tokenizer), {0: [Request(prompt, 5, 0.7, num_logprobs=3)]})
     for i, event in enumerate(events):
         expected = model(torch.tensor([[*prompt, *get_tokens(events[:i])]]))[0, -1].log_softmax(-1)

@@ -1,0 +1,75 @@
+"""The cache of keys and values: a forward pass in pieces computes what one over the whole sequence does."""
+
+import pytest
+import torch
+from helpers import CONFIG, make_model, make_prompt
+
+from nanochat.kv_cache import KVCache
+
+
+def make_cache(batch_size, seq_len, dtype):
+    return KVCache(batch_size, CONFIG.n_kv_head, seq_len, CONFIG.head_dim, CONFIG.n_layer, torch.device("cpu"), dtype)
+
+
+@pytest.mark.parametrize("seq_len", [200, 3])  # room from the start, and growing several times
+@pytest.mark.parametrize("chunks", [(200,), (1,) * 200, (7, 1, 130, 61, 1)])
+@torch.inference_mode()
+def test_cached_logits_equal_uncached(seq_len, chunks):
+    model, idx = make_model(dtype=torch.float64), torch.tensor([make_prompt(200), make_prompt(200, seed=1)])
+    cache = make_cache(2, seq_len, torch.float64)
+    logits = torch.cat([model(part, kv_cache=cache) for part in idx.split(chunks, dim=1)], dim=1)
+    torch.testing.assert_close(logits, model(idx), rtol=0, atol=1e-10)
+    assert cache.get_pos() == 200 and cache.k_cache.size(2) >= 200
+
+
+@torch.inference_mode()
+def test_rows_of_different_lengths():
+    model = make_model(dtype=torch.float64)
+    prompts = [make_prompt(150), make_prompt(9, seed=1), make_prompt(70, seed=2)]
+    cache = make_cache(3, 160, torch.float64)
+    cache.last_embed = torch.zeros(3, 1, CONFIG.n_embd, dtype=torch.float64)
+    for row, prompt in enumerate(prompts):
+        alone = make_cache(1, len(prompt), torch.float64)
+        model(torch.tensor([prompt]), kv_cache=alone)
+        cache.k_cache[:, row, :len(prompt)] = alone.k_cache[:, 0]
+        cache.v_cache[:, row, :len(prompt)] = alone.v_cache[:, 0]
+        cache.cache_seqlens[row], cache.last_embed[row] = len(prompt), alone.last_embed[0]
+    cache.num_tokens = 150
+    new = torch.tensor([[5], [6], [7]])
+    logits = model(new, kv_cache=cache)[:, -1]
+    for row, prompt in enumerate(prompts):
+        expected = model(torch.tensor([[*prompt, int(new[row])]]))[0, -1]
+        torch.testing.assert_close(logits[row], expected, rtol=0, atol=1e-10)
+
+
+@torch.inference_mode()
+def test_prefill_copies_to_rows_and_reset_forgets():
+    model, idx = make_model(dtype=torch.float64), torch.tensor([make_prompt(20)])
+    one, three = make_cache(1, 20, torch.float64), make_cache(3, 4, torch.float64)
+    model(idx, kv_cache=one)
+    three.prefill(one)
+    new = torch.tensor([[1], [2], [3]])
+    expected = model(torch.cat((idx.expand(3, -1), new), dim=1))[:, -1]
+    torch.testing.assert_close(model(new, kv_cache=three)[:, -1], expected, rtol=0, atol=1e-10)
+    assert one.get_pos() == 20 and three.get_pos() == 21  # the copy is a copy
+    with pytest.raises(ValueError, match="already holds 21 tokens"):
+        three.prefill(one)
+    three.reset()
+    torch.testing.assert_close(model(new, kv_cache=three), model(new), rtol=0, atol=1e-10)
+    one.reset()
+    with pytest.raises(ValueError, match="rows be 1 or equal"):
+        one.prefill(make_cache(2, 4, torch.float64))
+
+
+@torch.inference_mode()
+def test_growth_keeps_what_is_there_and_rows_can_be_added():
+    model, idx = make_model(dtype=torch.float64), torch.tensor([make_prompt(30), make_prompt(30, seed=1)])
+    cache = make_cache(2, 30, torch.float64)
+    model(idx, kv_cache=cache)
+    assert cache.k_cache.shape[1:3] == (2, 30)  # a full cache isn't grown before it has to be
+    before = cache.k_cache.clone()
+    cache.add_rows(1)
+    cache.reserve(1)
+    assert cache.k_cache.shape[1:3] == (3, 60)
+    assert cache.k_cache[:, :2, :30].equal(before) and not cache.k_cache[:, 2].any()
+    assert not cache.k_cache[:, :, 30:].any()
