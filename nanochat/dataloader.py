@@ -25,6 +25,7 @@ from nanochat.packing import PAD, PackStats, hide, pack_documents
 from nanochat.shards import ShardList, count_groups, read_group
 from nanochat.train import Batch
 
+MAX_LANES = 8   # a power of two
 PACKINGS = {"best-fit": ("split", "crop"), "stream": ("split",)}   # each with the long_docs that it can do
 
 
@@ -97,12 +98,12 @@ def make_batch(rows: np.ndarray, bos_id: int, pin_memory: bool) -> Batch:
 # Training: an endless list of groups, handed out a whole optimizer step at a time
 
 
-def choose_num_lanes(rows_per_step: int, world_size: int) -> int:
-    """The largest power of two that divides the rows of a step and is at most max(8, world_size)."""
-    num_lanes = 1
-    while num_lanes * 2 <= max(8, world_size) and rows_per_step % (num_lanes * 2) == 0:
-        num_lanes *= 2
-    return num_lanes
+def choose_num_lanes(rows_per_step: int) -> int:
+    """The largest power of two up to MAX_LANES that divides the rows of a step: a rule without the ranks in it.
+
+    Above MAX_LANES ranks, several read the same lane, and each tokenizes and packs all of its groups.
+    """
+    return math.gcd(rows_per_step, MAX_LANES)
 
 
 @lru_cache(maxsize=4)
@@ -145,7 +146,7 @@ class TrainLoader:
                  num_epochs: int | None = None, state: dict | None = None, allow_mismatch: bool = False,
                  num_threads: int | None = None, pin_memory: bool = False):
         if num_lanes is None:
-            num_lanes = state["num_lanes"] if state else choose_num_lanes(rows_per_step, ranks.world_size)
+            num_lanes = state["num_lanes"] if state else choose_num_lanes(rows_per_step)
         for count, what in ((ranks.world_size, "ranks"), (num_lanes, "lanes of the run")):
             if rows_per_step % count:
                 raise UserError(f"{rows_per_step} rows a step don't divide evenly over the {count} {what}; "

@@ -86,8 +86,30 @@ def merge_states(states: list[dict]) -> dict:
 
 
 def test_num_lanes():
-    assert [choose_num_lanes(*case) for case in ((24, 3), (8, 1), (6, 1), (7, 1), (32, 16), (48, 16), (12, 12))] == \
-        [8, 8, 2, 1, 16, 16, 4]
+    assert [choose_num_lanes(rows) for rows in (1, 6, 7, 8, 12, 24, 32, 48)] == [1, 2, 1, 8, 4, 8, 8, 8]
+
+
+@pytest.mark.parametrize("rows_per_step", [16, 48, 20])
+def test_sixteen_ranks_see_the_rows_of_one(shards, rows_per_step):
+    world_size = 16 if rows_per_step % 16 == 0 else 20
+    alone = make_loader(shards, rows_per_step=rows_per_step)
+    loaders = [make_loader(shards, Ranks(rank, rank, world_size), rows_per_step=rows_per_step)
+               for rank in range(world_size)]
+    for _ in range(12):
+        parts = [step_rows(loader) for loader in loaders]
+        assert [parts[row % world_size][row // world_size] for row in range(rows_per_step)] == step_rows(alone)
+    states = [loader.state_dict() for loader in loaders]
+    assert merge_states(states)["lanes"] == alone.state_dict()["lanes"]
+
+
+def test_a_run_keeps_the_lanes_that_it_began_with(shards):
+    """Before the rule was one of the rows alone, 16 ranks chose 16 lanes."""
+    begun = make_loader(shards, rows_per_step=16, num_lanes=16)
+    rows = [step_rows(begun)]
+    state = json.loads(json.dumps(begun.state_dict()))
+    rows += [step_rows(begun), step_rows(begun)]
+    resumed = make_loader(shards, rows_per_step=16, state=state)
+    assert resumed.num_lanes == 16 and [step_rows(resumed), step_rows(resumed)] == rows[1:]
 
 
 def test_batch_is_inputs_and_next_tokens(shards):
