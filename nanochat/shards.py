@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -238,11 +239,19 @@ def read_group(path: Path, group_idx: int) -> list[str]:
         raise corrupt_error(path, error) from None
 
 
-def iter_documents(paths: Sequence[Path]) -> Iterator[str]:
-    """All documents of the shards in order, one row group in memory at a time."""
+def iter_documents(paths: Sequence[Path], max_chars: float = math.inf) -> Iterator[str]:
+    """The documents of the shards in order, up to the one that reaches `max_chars` characters in all.
+
+    One row group is in memory at a time.
+    """
+    num_chars = 0
     for path in paths:
         for group_idx in range(count_groups(path)):
-            yield from read_group(path, group_idx)
+            for text in read_group(path, group_idx):
+                yield text
+                num_chars += len(text)
+                if num_chars >= max_chars:
+                    return
 
 
 # ---------------------------------------------------------------------------------------------------------------------

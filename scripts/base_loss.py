@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> dict:
     if ranks.rank == 0:
         all_rows = validation_batches(shards, tokenizer, T, num_rows, batch_rows=batch_rows, ranks=Ranks())
         with timed("byte models: fitting and evaluating"):
-            results |= compute_byte_bpb(take_documents(shards, FIT_CHARS), iter_texts(all_rows, tokenizer))
+            results |= compute_byte_bpb(iter_documents(shards.train, FIT_CHARS), iter_texts(all_rows, tokenizer))
         results["samples"] = draw_samples(Engine(model, tokenizer), tokenizer)
         results |= {"run_dir": str(run_dir), "step": step, "dtype": str(dtype).removeprefix("torch."),
                     "val_rule": batches["val"].rule, "train_rule": batches["train"].rule}
@@ -96,16 +96,6 @@ def find_training_data(asked: str | None, trained_on: dict) -> ShardList:
         raise UserError(f"the model was trained on data {trained_on['name']} {trained_on['hash']}, but {shards.name} "
                         f"in {shards.val.parent} is {shards.hash}; name the folder of the old data with --data")
     return shards
-
-
-def take_documents(shards: ShardList, max_chars: int) -> Iterator[str]:
-    """The first training documents, until they have `max_chars` characters."""
-    num_chars = 0
-    for text in iter_documents(shards.train):
-        yield text
-        num_chars += len(text)
-        if num_chars >= max_chars:
-            return
 
 
 def iter_texts(batches: ValidationBatches, tokenizer) -> Iterator[str]:

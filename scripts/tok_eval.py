@@ -149,13 +149,8 @@ def read_data(name_or_folder: str | None, max_chars: int) -> dict[str, list[str]
 
 def take_documents(paths: list[Path], max_chars: int) -> list[str]:
     """Documents up to `max_chars` characters in all; the last one is cut."""
-    documents = []
-    for document in iter_documents(paths):
-        documents.append(document[:max_chars])
-        max_chars -= len(documents[-1])
-        if max_chars <= 0:
-            break
-    return documents
+    *documents, last = iter_documents(paths, max_chars)
+    return [*documents, last[:max_chars - sum(map(len, documents))]]
 
 
 def measure(documents: list[str], tokenizers: dict[str, RustBPETokenizer]) -> dict:

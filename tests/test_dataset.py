@@ -76,6 +76,13 @@ def test_write_and_read(tmp_path):
     assert dataset.inspect_shard(paths[2]) == (904, 1, shards[2].chars)
 
 
+def test_first_documents(tmp_path):
+    shards = write_shards(tmp_path, iter(["abc", "de", "f", "g"]))
+    paths = [tmp_path / shard.file for shard in shards]
+    assert list(iter_documents(paths, 5)) == ["abc", "de"]
+    assert list(iter_documents(paths, 100)) == list(iter_documents(paths)) == ["abc", "de", "f", "g"]
+
+
 def test_read_group_from_many_threads(tmp_path):
     docs = [f"document {idx}" for idx in range(8 * 1024)]
     write_shards(tmp_path, docs)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from test_download import Server
 
+from nanochat import download
 from nanochat.calculator import calculate
 from nanochat.common import UserError
 from nanochat.dataset import main as make_dataset
@@ -24,7 +25,7 @@ from tasks.catalog import get_task
 from tasks.common import get_reference, is_test, make_rng
 from tasks.embedded import IDENTITY, Identity, PythonDocs, find_sentence, iter_docstrings, make_conversation
 from tasks.spellingbee import SimpleSpelling, SpellingBee
-from tasks.words import collect_words, load_words, read_list, take_chars
+from tasks.words import collect_words, load_words, read_list
 
 REPO_DIR = Path(__file__).parents[1]
 REAL_LIST = REPO_DIR.parent / "shared" / "data" / "tasks" / "words_alpha.txt.gz"
@@ -188,19 +189,26 @@ def test_published_list(base_dir, capsys):
     assert read_list(base_dir / "words_alpha.txt.gz") == words
 
 
-def test_list_is_downloaded_once(base_dir, monkeypatch):
+def test_list_is_downloaded_by_command_alone(base_dir, monkeypatch, capsys):
     listed = [first + second + third + fourth for first in "abcdefghij" for second in "aeiou" for third in "klmno"
               for fourth in "stuvwxyz"]
     monkeypatch.setattr(words_module, "MIN_LIST_WORDS", 1000)
+    monkeypatch.setattr(download, "MAX_FAILURES", 1)
     with Server() as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         monkeypatch.setattr(words_module, "LIST_URL", server.url)
         server.content, server.script = b"a page that asks to log in\n", ["500"]
         for _ in range(2):  # an error, then a page: neither is kept
-            assert words_module.download_list() is None and not (base_dir / "words_alpha.txt").exists()
+            with pytest.raises(UserError, match="the list of words can't be had: .*connect to the network"):
+                words_module.main([])
+            assert not (base_dir / "words_alpha.txt").exists()
         server.content = "\r\n".join(listed).encode() + b"\r\n"
-        assert load_words() == load_words() == sorted(listed)
-        assert len(server.requests) == 3
+        num_requests = len(server.requests)
+        collected = load_words()
+        assert collected != sorted(listed) and len(server.requests) == num_requests    # nothing is fetched by itself
+        words_module.main([])
+        words_module.main([])
+        assert load_words() == sorted(listed) and len(server.requests) == num_requests + 1
         server.shutdown()
 
 
@@ -208,12 +216,12 @@ def test_words_of_docstrings_then_of_the_corpus(base_dir, tmp_path, capsys):
     words = load_words()
     lines = capsys.readouterr().out.splitlines()
     assert len(words) > 800 and {"return", "string", "value", "number"} <= set(words)
-    assert len(lines) == 2 and "can't be fetched" in lines[0] and "Python's docstrings" in lines[1]
+    assert len(lines) == 1 and "Python's docstrings" in lines[0] and "python -m tasks.words" in lines[0]
     rows = [{"text": f"{idx} The harbour, the quay and the Harbour. " * 5} for idx in range(30)]
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"text": "once xyz."}]))
     make_dataset(["--source", "files", "--path", str(tmp_path / "texts.jsonl"), "--name", "mine"])
     capsys.readouterr()
-    assert load_words() == words and not capsys.readouterr().out    # the same, and the network isn't asked again
+    assert load_words() == words and not capsys.readouterr().out    # those that were kept
     (base_dir / words_module.KEPT_NAME).unlink()
     found = load_words()
     assert {"harbour", "quay", "the"} <= set(found) and "once" not in found
@@ -226,11 +234,6 @@ def test_words_of_docstrings_then_of_the_corpus(base_dir, tmp_path, capsys):
 def test_collect_words_keeps_words_only():
     text = "Apples and pears, os.path.join(x) snake_case naïve HTTP Server's x1 it bcdfg. " * 3
     assert collect_words([text]) == ["and", "apples", "pears", "server"]
-
-
-def test_take_chars():
-    assert list(take_chars(["abc", "de", "f", "g"], 5)) == ["abc", "de"]
-    assert list(take_chars(["abc", "de"], 100)) == ["abc", "de"]
 
 
 def test_damaged_list(base_dir):
