@@ -10,6 +10,7 @@ R rows, T tokens, C channels.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -20,20 +21,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanochat.common import UserError, count_cpus, print0, write_atomic
+from nanochat.common import UserError, get_ranks, write_atomic
 from nanochat.core_eval import pad_rows
 from nanochat.engine import Engine, Request
-from nanochat.execution import execute_code, execute_many
 from nanochat.gpt import GPT
-from tasks.catalog import TASKS, get_task
+from nanochat.tokenizer import RustBPETokenizer
+from tasks.catalog import GRADED_TASKS, get_task
 from tasks.common import Task
-from tasks.humaneval import MAX_MEMORY_BYTES, TIMEOUT_SECONDS, HumanEval, build_program
 
 CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 CHOICE_BASELINE = 0.25      # accuracy of guessing one of four letters; that of writing an answer by chance is 0
 ORDER_SEED = 1337           # of the problems: their first n are a fair sample, and part of any larger one
 NORMAL_95 = 1.959964        # 95% of a normal distribution lie within so many standard deviations
-PROGRAM_PROBLEMS = 16       # whose programs are run at a time, side by side
 BATCH_TOKENS, DEFAULT_BATCH_TOKENS = {"cpu": 8192}, 2**16  # of a batch of choices, padding included; by device
 # What may befall one task: its data, the disk, the memory. It costs this task, not the training that asked for it
 FAILURES = (UserError, OSError, RuntimeError, MemoryError)
@@ -59,6 +58,16 @@ class ChatSettings:
 
 
 @dataclass(frozen=True)
+class Solver:
+    """A chat model that answers problems."""
+    model:        GPT
+    tokenizer:    RustBPETokenizer
+    settings:     ChatSettings = ChatSettings()
+    batch_rows:   int  = 64        # sequences at once, on each rank
+    allow_unsafe: bool = False     # run programs that the model wrote even where this machine can't isolate them
+
+
+@dataclass(frozen=True)
 class Problem:
     """One conversation of a task, its last message the reference answer."""
     index:        int     # in the task
@@ -72,10 +81,9 @@ class Problem:
 
 def check_task_names(names: Sequence[str]) -> None:
     """Refuse names that no task has, and tasks that have no grade, before any work is done."""
-    gradable = [name for name in TASKS if name != "SmolTalk"]   # it is there to learn from
     for name in names:
-        if name not in gradable:
-            raise UserError(f"there is no task {name!r} to evaluate; choose from {', '.join(gradable)}")
+        if name not in GRADED_TASKS:
+            raise UserError(f"there is no task {name!r} to evaluate; choose from {', '.join(GRADED_TASKS)}")
     if len(set(names)) < len(names) or not names:
         raise UserError(f"name each task once, not {', '.join(names) or 'none'}")
 
@@ -107,14 +115,14 @@ def crop_prompt(prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def choose_letters(model: GPT, tokenizer, problems: list[Problem], batch_rows: int) -> Iterator[tuple[Problem, str]]:
+def choose_letters(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Problem, str]]:
     """Each problem with the likeliest of its letters, batch by batch, those of similar length together."""
-    device = model.get_device()
+    model, device = solver.model, solver.model.get_device()
     batch_tokens = BATCH_TOKENS.get(device.type, DEFAULT_BATCH_TOKENS)
     prompts = [crop_prompt(problem.prompt, model.config.sequence_len) for problem in problems]
     waiting = sorted(range(len(problems)), key=lambda i: len(prompts[i]))   # the longest are taken first, from the end
     while waiting:
-        num_rows = max(1, min(batch_rows, batch_tokens // len(prompts[waiting[-1]])))
+        num_rows = max(1, min(solver.batch_rows, batch_tokens // len(prompts[waiting[-1]])))
         batch, waiting = waiting[-num_rows:], waiting[:-num_rows]
         idx = pad_rows([prompts[i] for i in batch], 0, device)                               # (R, T)
         ends = torch.tensor([len(prompts[i]) - 1 for i in batch], device=device)
@@ -122,7 +130,7 @@ def choose_letters(model: GPT, tokenizer, problems: list[Problem], batch_rows: i
         with torch.compiler.set_stance("force_eager"):
             x = model.forward_trunk(idx)[torch.arange(len(batch), device=device), ends]             # (R, C)
         letters = sorted({letter for i in batch for letter in problems[i].conversation["letters"]})
-        tokens = torch.tensor([tokenizer.encode(letter)[0] for letter in letters], device=device)
+        tokens = torch.tensor([solver.tokenizer.encode(letter)[0] for letter in letters], device=device)
         # In fp32, where two letters are hardly ever equal; the softcap keeps their order, so it is left out
         logits = (x.float() @ model.lm_head.weight[tokens].float().T).tolist()                      # (R, letters)
         for i, row in zip(batch, logits, strict=True):
@@ -130,15 +138,14 @@ def choose_letters(model: GPT, tokenizer, problems: list[Problem], batch_rows: i
             yield problems[i], max(problems[i].conversation["letters"], key=values.__getitem__)
 
 
-def write_answers(model: GPT, tokenizer, problems: list[Problem], settings: ChatSettings,
-                  batch_rows: int) -> Iterator[tuple[Problem, list[str], int]]:
+def write_answers(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Problem, list[str], int]]:
     """Each problem with the text of its samples and how many were cut short, in the order in which they finish.
 
     A sample depends on the problem's index and the settings alone, not on which problems are solved beside it.
     """
-    context_tokens = model.config.sequence_len
+    settings, context_tokens = solver.settings, solver.model.config.sequence_len
     room_tokens = max(context_tokens - settings.max_new_tokens, context_tokens // 2, 2)  # the answer needs the rest
-    engine = Engine(model, tokenizer, max_rows=batch_rows)
+    engine = Engine(solver.model, solver.tokenizer, max_rows=solver.batch_rows)
     owners, samples = {}, {}    # request -> (problem, sample);  (problem, sample) -> tokens of the answer
     open_samples = [settings.num_samples] * len(problems)
     num_cut = [0] * len(problems)
@@ -159,49 +166,23 @@ def write_answers(model: GPT, tokenizer, problems: list[Problem], settings: Chat
                 open_samples[i] -= 1
                 num_cut[i] += event.finish_reason == "length"
                 if not open_samples[i]:
-                    texts = [tokenizer.decode(samples.pop((i, s))) for s in range(settings.num_samples)]
+                    texts = [solver.tokenizer.decode(samples.pop((i, s))) for s in range(settings.num_samples)]
                     yield problems[i], texts, num_cut[i]
 
 
-def grade(task: Task, conversations: list[dict], answers: list[str], allow_unsafe: bool) -> list[float]:
-    """A score from 0 to 1 for each answer; programs are run in the sandbox, several at once."""
-    if isinstance(task, HumanEval):
-        programs = [build_program(conversation["messages"][0]["content"], answer, conversation["test"],
-                                  conversation["entry_point"])
-                    for conversation, answer in zip(conversations, answers, strict=True)]
-        # each has so many seconds by the clock, so the ranks share the cores
-        num_workers = max(1, count_cpus() // (dist.get_world_size() if dist.is_initialized() else 1))
-        return [float(result.success) for result in
-                execute_many(programs, TIMEOUT_SECONDS, MAX_MEMORY_BYTES, allow_unsafe, num_workers)]
-    return [float(task.evaluate(conversation, answer))
-            for conversation, answer in zip(conversations, answers, strict=True)]
-
-
-def solve(model: GPT, tokenizer, task: Task, problems: list[Problem], settings: ChatSettings, batch_rows: int,
-          allow_unsafe: bool) -> Iterator[dict]:
+def solve(solver: Solver, task: Task, problems: list[Problem]) -> Iterator[dict]:
     """A record of each problem: {index, id, answers, scores, num_cut}, lists over the samples."""
-    def record(group: list[tuple[Problem, list[str], int]]) -> Iterator[dict]:
+    task.check_grading(solver.allow_unsafe)
+    if task.eval_type == "categorical":
+        answers = ((problem, [letter], 0) for problem, letter in choose_letters(solver, problems))
+    else:
+        answers = write_answers(solver, problems)
+    while group := list(itertools.islice(answers, task.grade_batch)):
         pairs = [(problem.conversation, text) for problem, texts, _ in group for text in texts]
-        scores = iter(grade(task, [pair[0] for pair in pairs], [pair[1] for pair in pairs], allow_unsafe))
+        scores = iter(task.grade(*zip(*pairs, strict=True), solver.allow_unsafe))
         for problem, texts, num_cut in group:
             yield {"index": problem.index, "id": problem.id, "answers": texts,
                    "scores": [next(scores) for _ in texts], "num_cut": num_cut}
-
-    group_problems = 1
-    if isinstance(task, HumanEval):
-        group_problems = PROGRAM_PROBLEMS
-        execute_code("", allow_unsafe=allow_unsafe)  # a machine that can't run the answers says so before they are made
-    if task.eval_type == "categorical":
-        answers = ((problem, [letter], 0) for problem, letter in choose_letters(model, tokenizer, problems, batch_rows))
-    else:
-        answers = write_answers(model, tokenizer, problems, settings, batch_rows)
-    group: list[tuple[Problem, list[str], int]] = []
-    for answer in answers:
-        group.append(answer)
-        if len(group) == group_problems:
-            yield from record(group)
-            group = []
-    yield from record(group)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,8 +236,7 @@ def failing_together() -> Iterator[None]:
 # A task, and all of them
 
 
-def evaluate_task(model: GPT, tokenizer, name: str, *, max_problems: int = -1, settings: ChatSettings | None = None,
-                  batch_rows: int = 64, allow_unsafe: bool = False, records_dir: Path | None = None) -> dict:
+def evaluate_task(solver: Solver, name: str, max_problems: int = -1, records_dir: Path | None = None) -> dict:
     """{accuracy, low, high, centered, num_problems, num_cut, pass_any} of one task. Collective: all ranks call it.
 
     low, high:   of the 95% interval of the accuracy
@@ -265,34 +245,33 @@ def evaluate_task(model: GPT, tokenizer, name: str, *, max_problems: int = -1, s
     records_dir: of this checkpoint and these settings alone: what it holds isn't evaluated again
     Raises UserError, on all ranks alike, where the task can't be evaluated: no data, no sandbox, no memory ...
     """
-    settings = settings or ChatSettings()
-    if max_problems != -1 and max_problems < 1 or batch_rows < 1:
-        raise UserError(f"{max_problems} problems in batches of {batch_rows} leave nothing to evaluate; give at least "
-                        "1 of each, or -1 for all problems")
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if max_problems != -1 and max_problems < 1 or solver.batch_rows < 1:
+        raise UserError(f"{max_problems} problems in batches of {solver.batch_rows} leave nothing to evaluate; give at "
+                        "least 1 of each, or -1 for all problems")
+    ranks = get_ranks()
     with failing_together():
         task = get_task(name, "test")
-        problems = load_problems(task, name, tokenizer, max_problems)
+        problems = load_problems(task, name, solver.tokenizer, max_problems)
         records = {}
-        if records_dir and rank == 0:
+        if records_dir and ranks.rank == 0:
             records_dir.mkdir(parents=True, exist_ok=True)
             records = read_records(records_dir, name)
             if records:
                 write_records(records_dir, name, list(records.values()))
     records, *_ = gather(records)
-    mine = [problem for problem in problems if problem.get_key() not in records][rank::world_size]
-    solved, was_training = [], model.training
-    model.eval()
+    mine = [problem for problem in problems if problem.get_key() not in records][ranks.rank::ranks.world_size]
+    solved, was_training = [], solver.model.training
+    solver.model.eval()
     with failing_together(), contextlib.ExitStack() as stack:
-        stack.callback(model.train, was_training)
-        part = records_dir and stack.enter_context(open(records_dir / f"{name}.part{rank}.jsonl", "w"))
-        for record in solve(model, tokenizer, task, mine, settings, batch_rows, allow_unsafe) if mine else ():
+        stack.callback(solver.model.train, was_training)
+        part = records_dir and stack.enter_context(open(records_dir / f"{name}.part{ranks.rank}.jsonl", "w"))
+        for record in solve(solver, task, mine) if mine else ():
             solved.append(record)
             if part:
                 print(json.dumps(record), file=part, flush=True)
     for others in gather(solved):
         records |= {(record["index"], record["id"]): record for record in others}
-    if records_dir and rank == 0:
+    if records_dir and ranks.rank == 0:
         with contextlib.suppress(OSError):  # the parts are there still
             write_records(records_dir, name, list(records.values()))
     return summarize([records[problem.get_key()] for problem in problems], task,
@@ -326,7 +305,7 @@ def wilson_interval(mean: float, count: int, z: float = NORMAL_95) -> tuple[floa
     return max(0.0, min(middle - half, mean)), min(1.0, max(middle + half, mean))  # rounding must not exclude the mean
 
 
-def combine_tasks(results: dict[str, dict], missing: dict[str, str]) -> dict:
+def compute_chatcore(results: dict[str, dict], missing: dict[str, str]) -> dict:
     """{chatcore, is_partial, num_tasks, tasks, missing}: ChatCORE is the mean centered accuracy of CHATCORE_TASKS.
 
     chatcore:   None where none of its tasks was evaluated
@@ -335,23 +314,3 @@ def combine_tasks(results: dict[str, dict], missing: dict[str, str]) -> dict:
     centered = [results[name]["centered"] for name in CHATCORE_TASKS if name in results]
     return {"chatcore": sum(centered) / len(centered) if centered else None, "num_tasks": len(centered),
             "is_partial": len(centered) < len(CHATCORE_TASKS), "tasks": results, "missing": missing}
-
-
-def evaluate_chat(model: GPT, tokenizer, task_names: Sequence[str] = CHATCORE_TASKS, *, max_problems: int = -1,
-                  settings: ChatSettings | None = None, batch_rows: int = 64, allow_unsafe: bool = False,
-                  records_dir: Path | None = None) -> dict:
-    """Evaluate tasks by name, for use while training: see evaluate_task and combine_tasks. Collective.
-
-    What a task meets, as missing data, is said and kept under "missing"; the others go on. Only a name that no task has
-    is a UserError: ask check_task_names before the training begins.
-    """
-    check_task_names(task_names)
-    results, missing = {}, {}
-    for name in task_names:
-        try:
-            results[name] = evaluate_task(model, tokenizer, name, max_problems=max_problems, settings=settings,
-                                          batch_rows=batch_rows, allow_unsafe=allow_unsafe, records_dir=records_dir)
-        except UserError as error:
-            missing[name] = str(error)
-            print0(f"{name} was not evaluated: {error}")
-    return combine_tasks(results, missing)

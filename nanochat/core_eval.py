@@ -26,11 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 
-from nanochat.common import UserError, file_lock, get_base_dir, print0
+from nanochat.common import UserError, file_lock, get_base_dir, get_ranks, print0
 from nanochat.engine import KVCache
 from nanochat.gpt import GPT, norm
 from nanochat.train import sum_over_ranks
@@ -365,9 +364,9 @@ def evaluate_task(model, tokenizer, task: CoreTask, max_per_task: int = -1) -> d
     """{accuracy, centered, num_items} of one task. Collective: all ranks call it, each answers its share of items."""
     if max_per_task != -1 and max_per_task < 1:
         raise UserError(f"max-per-task {max_per_task} must be -1 (all items) or at least 1")
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    ranks = get_ranks()
     device, rows = model.get_device(), task.choose_rows(max_per_task)
-    mine = list(range(rank, len(rows), world_size))
+    mine = list(range(ranks.rank, len(rows), ranks.world_size))
     tail_tokens = TAIL_TOKENS.get(device.type, DEFAULT_TAIL_TOKENS)
     batch_tokens = BATCH_TOKENS.get(device.type, DEFAULT_BATCH_TOKENS) if isinstance(model, GPT) else tail_tokens
     num_correct, was_training = 0, model.training
@@ -384,7 +383,7 @@ def evaluate_task(model, tokenizer, task: CoreTask, max_per_task: int = -1) -> d
     return {"accuracy": accuracy, "centered": (accuracy - baseline) / (1 - baseline), "num_items": len(rows)}
 
 
-def combine_tasks(results: dict[str, dict]) -> dict:
+def compute_core(results: dict[str, dict]) -> dict:
     """{core_metric, num_tasks, tasks} from the results by task: CORE is the mean of the centered accuracies."""
     return {"core_metric": sum(result["centered"] for result in results.values()) / len(results),
             "num_tasks": len(results), "tasks": results}
@@ -396,5 +395,5 @@ def evaluate_core(model, tokenizer, *, max_per_task: int = -1, bundle_dir: Path 
     max_per_task: items of each task at most, also as shots; -1 = all
     bundle_dir:   default $NANOCHAT_BASE_DIR/eval_bundle
     """
-    return combine_tasks({task.label: evaluate_task(model, tokenizer, task, max_per_task)
+    return compute_core({task.label: evaluate_task(model, tokenizer, task, max_per_task)
                           for task in load_tasks(bundle_dir)})

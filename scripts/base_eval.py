@@ -36,7 +36,7 @@ from nanochat.core_eval import (
     BUNDLE_URL,
     NUM_CORE_TASKS,
     CoreTask,
-    combine_tasks,
+    compute_core,
     evaluate_task,
     find_bundle,
     load_tasks,
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict:
         values = results[task.label]
         print0(f"{task.label:32s} {values['accuracy']:8.4f} {values['centered']:8.4f} {values['num_items']:6d} {took}")
 
-    core = combine_tasks({task.label: results[task.label] for task in tasks})
+    core = compute_core({task.label: results[task.label] for task in tasks})
     what = f"mean over {core['num_tasks']} tasks" + ("" if args.max_per_task == -1 else
                                                      f" of at most {args.max_per_task} items")
     print0(f"{'CORE':32s} {'':8s} {core['core_metric']:8.4f}   ({what})")

@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from nanochat.chat_eval import CHATCORE_TASKS, ChatSettings, check_task_names, combine_tasks, evaluate_task
+from nanochat.chat_eval import CHATCORE_TASKS, ChatSettings, Solver, check_task_names, compute_chatcore, evaluate_task
 from nanochat.checkpoint_manager import MODEL_NAME, STAGES, load_model
 from nanochat.common import UserError, get_base_dir, get_compute_dtype, init_compute, print0, run_script, write_json
 from nanochat.flash_attention import choose_backend
@@ -40,7 +40,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("-n", "--num-samples", type=int, default=ChatSettings.num_samples, help="answers to each problem")
     add("-m", "--max-new-tokens", type=int, default=ChatSettings.max_new_tokens, help="of an answer, in tokens")
     add("-b", "--batch-size", type=int, default=64, help="sequences at once, on each rank")
-    add("--allow-unsafe", action="store_true", help="run HumanEval's programs where the machine can't shut them in")
+    add("--allow-unsafe", action="store_true", help="run programs that the model wrote (HumanEval) even where this "
+        "machine can't isolate them")
     add("--fresh", action="store_true", help="evaluate again what has been evaluated before")
     add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best that is there)")
     add("-d", "--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
@@ -68,15 +69,14 @@ def main(argv: list[str] | None = None) -> dict:
             shutil.rmtree(records_dir, ignore_errors=True)
         records_dir.mkdir(parents=True, exist_ok=True)
         write_json(records_dir / "settings.json", made_with)
+    solver = Solver(model, tokenizer, settings, args.batch_size, args.allow_unsafe)
     results, missing = {}, {}
     print0(f"{'task':16s} {'accuracy':>8s} {'95% interval':>16s} {'centered':>8s} {'problems':>8s} {'cut':>5s} "
            f"{'seconds':>8s}")
     for name in args.task_name:
         task_start = time.perf_counter()
         try:
-            results[name] = evaluate_task(model, tokenizer, name, max_problems=args.max_problems, settings=settings,
-                                          batch_rows=args.batch_size, allow_unsafe=args.allow_unsafe,
-                                          records_dir=records_dir)
+            results[name] = evaluate_task(solver, name, args.max_problems, records_dir)
         except UserError as error:
             missing[name] = str(error)
             print0(f"{name:16s} was not evaluated: {error}")
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> dict:
     earlier = read_earlier(records_dir / "results.json", args.task_name, args.max_problems)
     for name, result in earlier.items():
         print0(format_result(name, result) + f" {'before':>8s}")
-    chat = combine_tasks(earlier | results, missing)
+    chat = compute_chatcore(earlier | results, missing)
     what = describe_metric(chat)
     if chat["chatcore"] is not None:
         print0(f"{what:34s} {chat['chatcore']:16.4f}")

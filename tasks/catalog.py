@@ -24,6 +24,7 @@ TASKS = {
     "Identity":       Identity,
     "PythonDocs":     PythonDocs,
 }
+GRADED_TASKS = tuple(name for name in TASKS if name != "SmolTalk")   # whose answers can be graded
 
 
 def get_task(name: str, split: str, **kwargs) -> Task:

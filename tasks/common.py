@@ -23,6 +23,7 @@ class Task:
     """A list of conversations, of which [start:stop:step] is used. A subclass says which, and grades answers."""
 
     eval_type = "generative"    # or "categorical": the answer is one of the conversation's "letters"
+    grade_batch = 1             # problems to grade at a time; more where a task grades several side by side
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
         if start < 0 or step < 1 or (stop is not None and stop < start):
@@ -41,6 +42,17 @@ class Task:
         """Whether `answer` is right, or a score from 0 to 1."""
         raise NotImplementedError(f"{type(self).__name__} has no grade for an answer; it is there to learn from")
 
+    def grade(self, conversations: Sequence[dict], answers: Sequence[str], allow_unsafe: bool = False) -> list[float]:
+        """A score from 0 to 1 for each answer.
+
+        allow_unsafe: run programs that a model wrote without isolation where this machine has none
+        """
+        return [float(self.evaluate(conversation, answer))
+                for conversation, answer in zip(conversations, answers, strict=True)]
+
+    def check_grading(self, allow_unsafe: bool) -> None:
+        """Raise UserError where this machine can't grade answers, before any is written."""
+
     def _used(self) -> range:
         num_examples = self.num_examples()
         stop = num_examples if self.stop is None else min(self.stop, num_examples)
@@ -51,22 +63,6 @@ class Task:
 
     def __getitem__(self, index: int) -> dict:
         return self.get_example(self._used()[index])
-
-
-class TaskSequence(Task):
-    """Tasks one after the other."""
-
-    def __init__(self, tasks: Sequence[Task], **kwargs) -> None:
-        super().__init__(**kwargs)
-        self.tasks = tuple(tasks)
-        self.ends = np.cumsum([len(task) for task in self.tasks], dtype=np.int64)
-
-    def num_examples(self) -> int:
-        return int(self.ends[-1]) if self.tasks else 0
-
-    def get_example(self, index: int) -> dict:
-        task_idx = int(np.searchsorted(self.ends, index, side="right"))
-        return self.tasks[task_idx][index - int(self.ends[task_idx])]     # counted from the task's end
 
 
 class TaskMixture(Task):

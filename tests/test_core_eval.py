@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import subprocess
 import sys
 import time
 import zipfile
@@ -30,60 +29,25 @@ from nanochat.core_eval import (
     render_prompts,
 )
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
+from nanochat.tokenizer import RustBPETokenizer
 from scripts import base_eval
+from tests.eval_helpers import (
+    BOS,
+    CORE_CONFIG,
+    LM_ROWS,
+    MC_ROWS,
+    SCHEMA_ROWS,
+    TASKS,
+    make_random_model,
+    make_tokenizer,
+    run_ranks,
+    write_bundle,
+)
 
-REPO_DIR = Path(__file__).resolve().parents[1]
-MINI_BUNDLE = REPO_DIR.parent / "shared" / "data" / "core" / "mini" / "eval_bundle"
-BOS = 259
-CONFIG = GPTConfig(sequence_len=96, vocab_size=268, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL")
-
-MC_ROWS = [{"query": f"Is {n} odd?", "choices": ["no", "yes, it is", "yes"], "gold": 2 * (n % 2)} for n in range(14)]
-SCHEMA_ROWS = [{"context_options": [f"{n} men saw the dog; the men", f"{n} men saw the dog; the dog"],
-                "continuation": "barked.", "gold": n % 2} for n in range(9)]
-LM_ROWS = [{"context": f" count on: {n}, {n + 1}, ", "continuation": f"{n + 2}", "category": "x"} for n in range(12)]
-# kind, few-shot examples, delimiter (None: the default), baseline in percent, rows
-TASKS = {
-    "odd":   ("multiple_choice", 3, "\nAnswer: ", 40, MC_ROWS),
-    "dogs":  ("schema", 0, None, 50, SCHEMA_ROWS),
-    "count": ("language_modeling", 2, None, 0, LM_ROWS),
-}
-
-
-def write_bundle(folder: Path, tasks: dict = TASKS) -> Path:
-    """A bundle in the published layout."""
-    lines, table = ["icl_tasks:"], ["Eval Task,Task Category,Random baseline,Description"]
-    for label, (kind, num_shots, delimiter, baseline_pct, rows) in tasks.items():
-        lines += ["-", f"  label: {label}", f"  dataset_uri: group/{label}.jsonl", f"  num_fewshot: [{num_shots}]",
-                  f"  icl_task_type: {kind}"]
-        if delimiter is not None:
-            lines.append(f"  continuation_delimiter: {json.dumps(delimiter)}")
-        table.append(f'{label},a category,{baseline_pct},"words, with a comma"')
-        path = folder / "eval_data" / "group" / f"{label}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "core.yaml").write_text("\n".join(lines) + "\n")
-    (folder / "eval_meta_data.csv").write_text("\n".join(table) + "\n")
-    return folder
-
-
+MINI_BUNDLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "core" / "mini" / "eval_bundle"
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token per byte, three merges (' t', 'th' and ' 1'), then the special tokens."""
-    ranks = {bytes([byte]): byte for byte in range(256)} | {b" t": 256, b"th": 257, b" 1": 258}
-    return RustBPETokenizer(SPLIT_PATTERN, ranks, {name: BOS + i for i, name in enumerate(SPECIAL_TOKENS)})
-
-
-def make_model(config: GPTConfig = CONFIG, seed: int = 0) -> GPT:
-    """Random everywhere: as initialised, attention, smear and backout would hardly matter."""
-    torch.manual_seed(seed)
-    model = GPT(config, torch.float64)
-    model.init_weights()
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            if name not in ("resid_lambdas", "x0_lambdas"):
-                param.normal_(std=0.8 if param.dim() < 2 or "embed" in name or "wte" in name else 0.15)
-    return model
+    return make_tokenizer()
 
 
 class RuleModel(torch.nn.Module):
@@ -191,7 +155,7 @@ def check_against_slow(model, tokenizer, tasks: list[CoreTask], max_per_task: in
 @pytest.mark.parametrize("sequence_len", [96, 400])
 def test_batched_equals_one_at_a_time(tokenizer, tmp_path, monkeypatch, sequence_len):
     """With 96 tokens the prompts with shots are cropped, with 400 none is."""
-    model = make_model(GPTConfig(**{**vars(CONFIG), "sequence_len": sequence_len}))
+    model = make_random_model(GPTConfig(**{**vars(CORE_CONFIG), "sequence_len": sequence_len}))
     tasks = load_tasks(write_bundle(tmp_path))
     lengths = [len(tokenizer.encode(text)) for task in tasks for text in
                render_prompts(task, task.rows[0], choose_shots(task, task.rows, 0))]
@@ -207,16 +171,16 @@ def test_batched_equals_one_at_a_time_on_real_tasks(monkeypatch):
     tokenizer = RustBPETokenizer.train_from_iterator(
         (path.read_text() for path in sorted(MINI_BUNDLE.rglob("*.jsonl"))), 600)
     monkeypatch.setattr(sys.modules[__name__], "BOS", tokenizer.get_bos_token_id())
-    model = make_model(GPTConfig(sequence_len=256, vocab_size=600, n_layer=2, n_head=2, n_kv_head=2, n_embd=64,
+    model = make_random_model(GPTConfig(sequence_len=256, vocab_size=600, n_layer=2, n_head=2, n_kv_head=2, n_embd=64,
                                  window_pattern="SL"))
     check_against_slow(model, tokenizer, tasks, 4, monkeypatch)
 
 
 def test_a_model_without_a_cache_scores_the_same(tokenizer, tmp_path):
     """Called with tokens for logits, as any other model would be."""
-    model, tasks = make_model(), load_tasks(write_bundle(tmp_path))
+    model, tasks = make_random_model(), load_tasks(write_bundle(tmp_path))
     items = [item for task in tasks for item in
-             core_eval.make_items(task, tokenizer, task.rows, list(range(4)), CONFIG.sequence_len)]
+             core_eval.make_items(task, tokenizer, task.rows, list(range(4)), CORE_CONFIG.sequence_len)]
     options = list(dict.fromkeys(option for item in items for option in item.options))
     other = RuleModel(rule=None)
     other.forward = lambda idx: model(idx)
@@ -227,7 +191,8 @@ def test_a_model_without_a_cache_scores_the_same(tokenizer, tmp_path):
 
 
 def test_a_shared_prefix_is_computed_once(tokenizer, tmp_path, monkeypatch):
-    model, task = make_model(GPTConfig(**{**vars(CONFIG), "sequence_len": 400})), load_tasks(write_bundle(tmp_path))[0]
+    model = make_random_model(GPTConfig(**{**vars(CORE_CONFIG), "sequence_len": 400}))
+    task = load_tasks(write_bundle(tmp_path))[0]
     num_tokens, real = 0, model.forward_trunk
 
     def count(idx, kv_cache=None):
@@ -388,7 +353,7 @@ def test_the_mean_decides_not_the_sum(tokenizer):
 
 
 def test_ties_go_to_the_first(tokenizer):
-    for model in (RuleModel(lambda tokens: {}), make_model()):
+    for model in (RuleModel(lambda tokens: {}), make_random_model()):
         for gold in (0, 1, 2):
             row = {"query": "q", "choices": ["same", "same", "same"], "gold": gold}
             assert is_right(tokenizer, model, "multiple_choice", row) == (gold == 0)
@@ -424,39 +389,23 @@ def test_core_is_the_mean_of_centered_accuracies(tokenizer, tmp_path):
 
 
 def test_fewer_items_than_shots(tokenizer, tmp_path):
-    core = evaluate_core(make_model(), tokenizer, max_per_task=1, bundle_dir=write_bundle(tmp_path))
+    core = evaluate_core(make_random_model(), tokenizer, max_per_task=1, bundle_dir=write_bundle(tmp_path))
     assert [task["num_items"] for task in core["tasks"].values()] == [1, 1, 1]
     with pytest.raises(UserError, match="max-per-task 0 must be"):
-        evaluate_core(make_model(), tokenizer, max_per_task=0, bundle_dir=tmp_path)
+        evaluate_core(make_random_model(), tokenizer, max_per_task=0, bundle_dir=tmp_path)
 
 
 def test_the_model_stays_in_its_mode(tokenizer):
-    model = make_model().train()
+    model = make_random_model().train()
     evaluate_task(model, tokenizer, make_task("language_modeling", LM_ROWS), 2)
     assert model.training and all(param.grad is None for param in model.parameters())
 
 
-RANK_CODE = """
-import json, sys
-import torch.distributed as dist
-from nanochat.common import end_process
-from tests.test_core_eval import *
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-tokenizer = RustBPETokenizer.from_directory(folder)
-core = evaluate_core(make_model(), tokenizer, max_per_task=9, bundle_dir=Path(folder) / "bundle")
-Path(folder, f"core_{rank}.json").write_text(json.dumps(core))
-dist.destroy_process_group()
-end_process()
-"""
-
-
 def test_two_ranks_equal_one(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    expected = evaluate_core(make_model(), tokenizer, max_per_task=9, bundle_dir=write_bundle(tmp_path / "bundle"))
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK_CODE, str(tmp_path), str(rank)], cwd=REPO_DIR)
-             for rank in range(2)]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    bundle_dir = write_bundle(tmp_path / "bundle")
+    expected = evaluate_core(make_random_model(), tokenizer, max_per_task=9, bundle_dir=bundle_dir)
+    run_ranks("core_eval_rank", tmp_path)
     for rank in range(2):
         assert json.loads((tmp_path / f"core_{rank}.json").read_text()) == expected
 
@@ -557,8 +506,8 @@ def run(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     tokenizer.save(tmp_path / "tokenizer" / "default")
     write_bundle(tmp_path / "eval_bundle")
-    model = make_model()
-    meta = {"model_config": vars(CONFIG), "tokenizer": {"name": "default", "hash": tokenizer.hash}}
+    model = make_random_model()
+    meta = {"model_config": vars(CORE_CONFIG), "tokenizer": {"name": "default", "hash": tokenizer.hash}}
     save_checkpoint(tmp_path / "runs" / "base" / "d3", 20, model, model.setup_optimizer(), meta)
     evaluated = []
 
@@ -583,7 +532,7 @@ def test_base_eval_goes_on_where_it_was_stopped(run, tokenizer, tmp_path, capsys
     assert list(json.loads(run.path.read_text())["tasks"]) == ["odd", "dogs"]
     run.fail_at = None
     result, evaluated = run("--max-per-task", "5")
-    expected = evaluate_core(make_model(), tokenizer, max_per_task=5, bundle_dir=tmp_path / "eval_bundle")
+    expected = evaluate_core(make_random_model(), tokenizer, max_per_task=5, bundle_dir=tmp_path / "eval_bundle")
     assert evaluated == ["count"] and {key: result[key] for key in expected} == expected
     assert json.loads(run.path.read_text())["core_metric"] == expected["core_metric"]
     assert run("--max-per-task", "5", "-g", "d3", "-s", "20") == (result, [])

@@ -12,7 +12,7 @@ from nanochat.common import UserError
 from nanochat.core_eval import evaluate_core
 from nanochat.hf_model import HFModel, HFTokenizer, load_hf_model, make_slug
 from scripts import base_eval
-from tests.test_core_eval import CONFIG, make_model, write_bundle
+from tests.eval_helpers import CORE_CONFIG, make_random_model, write_bundle
 
 CPU = torch.device("cpu")
 
@@ -36,10 +36,10 @@ def stand_in(monkeypatch):
         assert use_safetensors  # never a pickle
         if "nowhere" in path:
             raise OSError(f"{path} is not a local folder.\nMore advice.")
-        ours = make_model()
+        ours = make_random_model()
         model = torch.nn.Module()
         model.ours, model.device = ours, CPU
-        model.config = types.SimpleNamespace(n_positions=CONFIG.sequence_len, _commit_hash="abc")
+        model.config = types.SimpleNamespace(n_positions=CORE_CONFIG.sequence_len, _commit_hash="abc")
         model.forward = lambda input_ids, use_cache: types.SimpleNamespace(logits=ours(input_ids))
         return model
     monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(
@@ -68,7 +68,7 @@ def test_same_answers_as_our_own_model(stand_in, base_dir):
 
         def encode(self, texts: list[str], prepend: int) -> list[list[int]]:
             return [[prepend, *text.encode()] for text in texts]
-    expected = evaluate_core(make_model(), OurTokenizer(), max_per_task=6)
+    expected = evaluate_core(make_random_model(), OurTokenizer(), max_per_task=6)
     result = run("--hf-path", "someone/some.model", "--max-per-task", "6")
     assert {key: result[key] for key in expected} == expected
     section = json.loads((base_dir / "report" / "base_eval_hf_someone_some-model.json").read_text())

@@ -18,7 +18,7 @@ from nanochat.common import UserError
 from nanochat.tokenizer import check_messages
 from tasks.arc import ARC
 from tasks.catalog import get_task
-from tasks.common import Task, TaskMixture, TaskSequence, extract_answer, get_reference, render_mc
+from tasks.common import Task, TaskMixture, extract_answer, get_reference, render_mc
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, split_calls
 from tasks.humaneval import build_program
@@ -105,13 +105,6 @@ def test_slice_that_is_none(slice_):
         Numbers(10, **slice_)
 
 
-def test_sequence():
-    tasks = TaskSequence([Numbers(2, "a"), Numbers(0, "b"), Numbers(5, "c", start=3)])
-    assert list(tasks) == ["a0", "a1", "c3", "c4"]
-    assert list(TaskSequence(tasks.tasks, start=1, step=2)) == ["a1", "c4"]
-    assert list(TaskSequence([])) == []
-
-
 def test_mixture_has_each_example_as_often_as_weighted():
     tasks = [Numbers(100, "a"), Numbers(10, "b"), Numbers(40, "c"), Numbers(7, "d", start=2)]
     counts = Counter(TaskMixture(tasks, weights=[1, 3, 0.5, 1.6]))
@@ -119,7 +112,7 @@ def test_mixture_has_each_example_as_often_as_weighted():
     assert [counts[f"c{i}"] for i in range(40)] == [1, 0] * 20  # every other one, not the first half
     assert sum(counts[f"d{i}"] for i in range(7)) == 8 and {counts[f"d{i}"] for i in range(2, 7)} == {1, 2}
     assert counts.total() == 100 + 30 + 20 + 8
-    assert Counter(TaskMixture(tasks)) == Counter(TaskSequence(tasks))
+    assert Counter(TaskMixture(tasks)) == Counter(example for task in tasks for example in task)
 
 
 def test_mixture_is_shuffled_by_its_seed_alone():
@@ -342,7 +335,8 @@ def run_program(code, timeout, maximum_memory_bytes):
 
 
 def test_humaneval(real_hub, monkeypatch):
-    monkeypatch.setitem(sys.modules, "nanochat.execution", types.SimpleNamespace(execute_code=run_program))
+    monkeypatch.setattr("tasks.humaneval.execute_many", lambda programs, timeout, memory, *_: [
+        run_program(program, timeout, memory) for program in programs])
     task = get_task("HumanEval", "test")
     assert len(task) == 131
     for index in range(0, 131, 7):
