@@ -1,68 +1,75 @@
-"""Groups of packed rows -> Batch: lanes that make the order of the rows exact, threads that tokenize and pack ahead.
+"""Text and conversations -> packed rows -> Batch: lanes fix the order of the rows, threads tokenize and pack ahead.
 
-The order of the data is a pure function: rows = f(seed, epoch, group), where a group (of text: a parquet row group) is
-tokenized and packed on its own. Groups, permuted anew in every epoch, form one endless list whose n-th group goes to
-lane n % L; row j of a step is the next row of lane j % L, and rank r takes the rows j with j % world == r. So every
-topology sees the same rows at every step, and a place in the data is three integers per lane.
+The order of the data is a pure function: rows = f(seed, epoch, group), where a group (of text: a parquet row group; of
+conversations: 1,024 of them) is tokenized and packed on its own. Groups, permuted anew in every epoch, form one endless
+list whose n-th group goes to lane n % L; row j of a step is the next row of lane j % L, and rank r takes the rows j
+with j % world == r. So every topology sees the same rows at every step, and a place in the data is three integers per
+lane.
 
 B rows, T tokens a row feeds to the model (a packed row holds T+1), R rows of a group, L lanes.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanochat.common import Ranks, UserError, count_cpus, print0
-from nanochat.packing import PAD, PackStats, hide, pack_documents
+from nanochat.common import Ranks, UserError, count_cpus, print0, timed
+from nanochat.packing import PAD, PackStats, hide, pack_documents, pack_whole
 from nanochat.shards import ShardList, count_groups, read_group
-from nanochat.train import Batch
+from nanochat.train import Batch, sum_over_ranks
 
-MAX_LANES = 8   # a power of two
-PACKINGS = {"best-fit": ("split", "crop"), "stream": ("split",)}   # each with the long_docs that it can do
+MAX_LANES  = 8      # a power of two
+PACKINGS   = {"best-fit": ("split", "crop"), "stream": ("split",)}   # each with the long_docs that it can do
+GROUP_SIZE = 1024   # conversations of a group
+MAX_HASHED = 1024   # conversations, evenly spread, that identify a list; hashing all of it would take minutes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where rows come from
 
 
-class Groups(Protocol):
-    """A list of groups of texts or conversations, each packed into rows on its own."""
-    name:     str    # of the data, for what is printed
-    T:        int
-    bos_id:   int
-    identity: dict   # all that the rows follow from, as JSON can store it
-    empty:    str    # what is wrong, and what to do, where no group has a row
+class Groups:
+    """A list of groups of texts or conversations. Each group is packed into rows on its own.
 
-    def __len__(self) -> int: ...
+    identity: all that the rows follow from, as JSON can store it
+    empty:    the error where no group has a row: what is wrong and what to do
+    """
+
+    def __init__(self, name: str, tokenizer, T: int, identity: dict, empty: str):
+        self.name, self.tokenizer, self.T, self.identity, self.empty = name, tokenizer, T, identity, empty
+        self.bos_id = tokenizer.get_bos_token_id()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def load_rows(self, group: int) -> tuple[np.ndarray, PackStats]:
         """The rows (R, T+1) of a group, always the same. Called in threads."""
+        raise NotImplementedError
 
 
-class TextGroups:
-    """The parquet row groups of some of a dataset's files."""
+class TextGroups(Groups):
+    """The parquet row groups of a dataset's training or validation files."""
 
     def __init__(self, shards: ShardList, tokenizer, T: int, *, split: str = "train", packing: str = "best-fit",
-                 long_docs: str = "split", keep_tail: bool = False, num_threads: int = 1):
-        """num_threads: that tokenize one group"""
+                 long_docs: str = "split", keep_tail: bool = False):
         if long_docs not in PACKINGS.get(packing, ()):
             raise UserError(f"--packing {packing} doesn't go with --long-docs {long_docs}; choose best-fit with split "
                             "or crop, or stream with split")
-        self.name, self.T, self.tokenizer, self.num_threads = shards.name, T, tokenizer, num_threads
-        self.bos_id = tokenizer.get_bos_token_id()
+        super().__init__(shards.name, tokenizer, T,
+                         {"data": shards.hash, "T": T, "packing": packing, "long_docs": long_docs},
+                         f"the {split} split of {shards.name} has no text; make it again with "
+                         "python -m nanochat.dataset")
         self.options = {"packing": packing, "long_docs": long_docs, "keep_tail": keep_tail}
-        self.identity = {"data": shards.hash, "T": T, "packing": packing, "long_docs": long_docs}
-        self.empty = (f"the {split} split of {shards.name} has no text; make it again with "
-                      "python -m nanochat.dataset")
-        self.places = list_groups({"val": (shards.val,), "train": shards.train}[split])
+        paths = (shards.val,) if split == "val" else shards.train
+        self.places = [(path, idx) for path in paths for idx in range(count_groups(path))]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -70,8 +77,7 @@ class TextGroups:
     def load_rows(self, group: int) -> tuple[np.ndarray, PackStats]:
         path, group_idx = self.places[group]
         try:
-            docs = self.tokenizer.encode(read_group(path, group_idx), prepend=self.bos_id,
-                                         num_threads=self.num_threads)
+            docs = self.tokenizer.encode(read_group(path, group_idx), prepend=self.bos_id, num_threads=1)
             return pack_documents(docs, self.T + 1, **self.options)
         except UserError:
             raise
@@ -79,12 +85,57 @@ class TextGroups:
             raise RuntimeError(f"row group {group_idx} of {path} can't be made into rows: {error}") from error
 
 
-def list_groups(paths: Sequence[Path]) -> list[tuple[Path, int]]:
-    """All row groups of the shards, in file order, as (shard, number within it)."""
-    return [(path, idx) for path in paths for idx in range(count_groups(path))]
+class ConversationGroups(Groups):
+    """Groups of a list of conversations, such as a task or a mixture of tasks. What the assistant writes is learned.
+
+    keep_whole: no conversation is cropped: one longer than T+1 tokens is truncated, rows are filled with padding.
+                Otherwise as text with long_docs 'crop': rows are filled up, and some conversations lose their end
+    """
+
+    def __init__(self, name: str, conversations: Sequence[dict], tokenizer, T: int, *, keep_whole: bool):
+        # "supervise" was an option; the key stays, so that runs of before continue or are refused
+        super().__init__(name, tokenizer, T, {"data": hash_conversations(conversations), "T": T,
+                                              "supervise": "assistant", "keep_whole": keep_whole},
+                         f"there is nothing to learn in {name}: no conversation has an answer within {T} tokens")
+        self.conversations, self.keep_whole = conversations, keep_whole
+
+    def __len__(self) -> int:
+        return -(-len(self.conversations) // GROUP_SIZE)
+
+    def load_rows(self, group: int) -> tuple[np.ndarray, PackStats]:
+        indices = range(group * GROUP_SIZE, min((group + 1) * GROUP_SIZE, len(self.conversations)))
+        docs = [self._render(idx) for idx in indices]
+        # Tokens beyond a row are cut off, so an answer that begins there can't be learned
+        useful = [doc for doc in docs if max(doc[1:self.T + 1], default=-1) >= 0]
+        if self.keep_whole:
+            rows, stats = pack_whole(useful, self.T + 1)
+        else:
+            rows, stats = pack_documents(useful, self.T + 1, long_docs="crop")
+        num_docs, num_tokens = len(docs) - len(useful), sum(map(len, docs)) - sum(map(len, useful))
+        return rows, stats + PackStats(in_tokens=num_tokens, piece_tokens=num_tokens, num_docs=num_docs,
+                                       skipped_docs=num_docs)
+
+    def _render(self, idx: int) -> list[int]:
+        """All tokens of a conversation, those not to be learned hidden."""
+        conversation = self.conversations[idx]
+        try:
+            ids, mask = self.tokenizer.render_conversation(conversation, max_tokens=None)
+        except (ValueError, TypeError, KeyError) as error:
+            text = json.dumps(conversation, ensure_ascii=False, default=str)[:100]
+            raise UserError(f"a conversation of {self.name} can't be learned from: {error}; it begins {text}") from None
+        return [token if learned else hide(token) for token, learned in zip(ids, mask, strict=True)]
 
 
-def make_batch(rows: np.ndarray, bos_id: int, pin_memory: bool) -> Batch:
+def hash_conversations(conversations: Sequence[dict]) -> str:
+    """16 hex digits that tell one list from another by its length and MAX_HASHED of its conversations."""
+    digest, num = hashlib.sha256(str(len(conversations)).encode()), len(conversations)
+    for i in range(min(num, MAX_HASHED)):
+        conversation = conversations[i * num // min(num, MAX_HASHED)]
+        digest.update(json.dumps(conversation, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def make_batch(rows: np.ndarray, bos_id: int, pin_memory: bool = False) -> Batch:
     """Rows (B, T+1) to inputs and next-token targets (B, T); padding reads bos, hidden tokens are no targets."""
     tokens = np.where(rows < PAD, hide(rows), np.where(rows == PAD, bos_id, rows))
     inputs = torch.from_numpy(tokens[:, :-1].astype(np.int64))
@@ -297,6 +348,48 @@ def differs_from_saved(state: dict, identity: dict, allow_mismatch: bool) -> boo
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# An epoch of conversations, counted before a run
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The rows of one pass over all groups, and what packing did to the conversations."""
+    num_rows: int
+    stats:    PackStats
+
+    def to_json(self) -> dict:
+        return {"num_rows": self.num_rows, "stats": astuple(self.stats)}
+
+    @staticmethod
+    def from_json(value: dict) -> "Epoch":
+        return Epoch(value["num_rows"], PackStats(*value["stats"]))
+
+    def describe(self) -> dict[str, float]:
+        """For the metrics: counts, and the losses as fractions."""
+        return {"num_conversations": self.stats.num_docs, "num_rows": self.num_rows,
+                "num_shortened": self.stats.cropped_docs, "num_skipped_conversations": self.stats.skipped_docs,
+                **self.stats.fractions()}
+
+
+def count_epoch(groups: ConversationGroups, ranks: Ranks, device: torch.device) -> Epoch:
+    """Pack all groups once: counts the rows and checks every conversation. Collective: all ranks call it."""
+    num_threads = max(1, count_cpus() // ranks.world_size)
+    with timed(f"packing {len(groups.conversations):,} conversations"), ThreadPoolExecutor(num_threads) as pool:
+        packed = pool.map(groups.load_rows, range(ranks.rank, len(groups), ranks.world_size))
+        sums = sum((np.array([len(rows), *astuple(stats)]) for rows, stats in packed),
+                   np.zeros(1 + len(astuple(PackStats())), np.int64))
+    num_rows, *stats = sum_over_ranks(torch.from_numpy(sums).to(device)).tolist()
+    if not num_rows:
+        raise UserError(groups.empty)
+    epoch = Epoch(num_rows, PackStats(*stats))
+    fractions = epoch.stats.fractions()
+    print0(f"conversations: {epoch.stats.num_docs:,} an epoch, in {num_rows:,} rows of {groups.T} tokens; "
+           f"{epoch.stats.cropped_docs:,} shortened ({fractions['crop_frac']:.2%} of the tokens), "
+           f"{epoch.stats.skipped_docs:,} with nothing to learn, padding {fractions['pad_frac']:.2%}")
+    return epoch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Validation: a fixed set of rows
 
 
@@ -312,7 +405,6 @@ class ValidationBatches:
     num_rows:   int          # real rows, all ranks together
     rule:       str          # how the rows were made: part of what a bpb means
     bos_id:     int
-    pin_memory: bool
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_rows)
@@ -322,7 +414,7 @@ class ValidationBatches:
             rows = np.full((self.batch_rows, self.rows.shape[1]), PAD, np.int32)
             part = self.rows[start:start + self.batch_rows]
             rows[:len(part)] = part
-            yield make_batch(rows, self.bos_id, self.pin_memory)
+            yield make_batch(rows, self.bos_id)
 
     def cut(self, batch_rows: int) -> "ValidationBatches":
         """The same rows in batches of so many, or of all where they are fewer."""
@@ -330,22 +422,36 @@ class ValidationBatches:
 
 
 def validation_batches(shards: ShardList, tokenizer, T: int, num_rows: int | None = None, *, batch_rows: int,
-                       ranks: Ranks, split: str = "val", num_threads: int = 1,
-                       pin_memory: bool = False) -> ValidationBatches:
-    """The first `num_rows` rows (None: all) of the 'val' or 'train' split, the same however they are divided.
+                       ranks: Ranks, split: str = "val") -> ValidationBatches:
+    """The first `num_rows` rows (None: all) of the 'val' or 'train' split, the same for any batch and ranks.
 
-    One rule, whatever the training uses (it alone moves bpb by 0.03-0.05): best-fit, long documents split, the last
-    row of each group padded.
+    One rule, whatever the training uses (the rule alone moves bpb by 0.03-0.05): best-fit, long documents split, the
+    last row of each group padded.
     """
-    groups = TextGroups(shards, tokenizer, T, split=split, keep_tail=True, num_threads=num_threads)
-    return take_first_rows(groups, num_rows, f"{split} split, best-fit, long documents split, last rows padded",
-                           batch_rows=batch_rows, ranks=ranks, pin_memory=pin_memory)
+    groups = TextGroups(shards, tokenizer, T, split=split, keep_tail=True)
+    rule = f"{split} split, best-fit, long documents split, last rows padded"
+    return take_first_rows(groups, num_rows, rule, batch_rows, ranks)
 
 
-def take_first_rows(groups: Groups, num_rows: int | None, rule: str, *, batch_rows: int, ranks: Ranks,
-                    pin_memory: bool = False) -> ValidationBatches:
-    """The first `num_rows` rows (None: all) of the groups in their order, those of each shuffled in one fixed way
-    (else a part of a group would be its longest documents). Row i of the set goes to rank i % world."""
+def validation_conversations(name: str, conversations: Sequence[dict], tokenizer, T: int, num_rows: int, *,
+                             batch_rows: int, ranks: Ranks) -> ValidationBatches | None:
+    """A fixed set of held-out conversations, by one rule for all stages; None where none are held out.
+
+    The rule: whole conversations, truncated to T+1 tokens, rows padded, only what the assistant writes counts.
+    """
+    if not len(conversations):
+        return None
+    groups = ConversationGroups(name, conversations, tokenizer, T, keep_whole=True)
+    rule = f"held-out conversations of {name}; what the assistant writes; whole, truncated to the context, padded"
+    return take_first_rows(groups, num_rows, rule, batch_rows, ranks)
+
+
+def take_first_rows(groups: Groups, num_rows: int | None, rule: str, batch_rows: int,
+                    ranks: Ranks) -> ValidationBatches:
+    """The first `num_rows` rows (None: all) of the groups in their order. Row i of the set goes to rank i % world.
+
+    The rows of each group are shuffled in one fixed way: else a part of a group would be its longest documents.
+    """
     parts, total = [], 0
     for group in range(len(groups)):
         if num_rows is None or total < num_rows:
@@ -358,5 +464,5 @@ def take_first_rows(groups: Groups, num_rows: int | None, rule: str, *, batch_ro
     padded = np.full((-(-len(rows) // ranks.world_size), groups.T + 1), PAD, np.int32)
     mine = rows[ranks.rank::ranks.world_size]
     padded[:len(mine)] = mine
-    return ValidationBatches(padded, batch_rows, len(rows), f"{rule}, T {groups.T}, {len(rows)} rows", groups.bos_id,
-                             pin_memory).cut(batch_rows)
+    return ValidationBatches(padded, batch_rows, len(rows), f"{rule}, T {groups.T}, {len(rows)} rows",
+                             groups.bos_id).cut(batch_rows)

@@ -30,7 +30,7 @@ from nanochat.common import (
     print0,
     run_script,
 )
-from nanochat.conversations import hash_conversations
+from nanochat.dataloader import hash_conversations
 from nanochat.gpt import GPT, GPTConfig, estimate_flops
 from nanochat.identity import check_ranks, compare_with_saved
 from nanochat.optim import MuonAdamW

@@ -1,10 +1,10 @@
 """What each stage learns from by default, or as a person asks: tasks, how many conversations of each, how often."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.common import UserError, hash_file
-from nanochat.conversations import Mixture
 from tasks.catalog import TASKS, get_task
 from tasks.common import Task, TaskMixture
 from tasks.customjson import CustomJSON
@@ -23,6 +23,18 @@ MADE_HERE = ("SpellingBee", "SimpleSpelling", "Arithmetic", "Identity")   # in a
 VAL_SPLITS = {"MMLU": "validation", "ARC-Easy": "validation", "ARC-Challenge": "validation"}   # of others: test
 MAX_VAL_MADE = 1000         # held-out conversations of a task that is made here
 CUSTOM_VAL_ONE_IN = 20      # of a person's own conversations are held out, the last ones of the file
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Conversations to train on, and held-out ones of the same kinds to validate on."""
+    train: Task
+    val:   Task
+    parts: dict[str, str]   # task or file -> what is used of it, for people and for comparing runs
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.parts)
 
 
 def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = ()) -> Mixture:
