@@ -266,7 +266,7 @@ def solve_rightly(monkeypatch) -> None:
 
 def test_programs_are_run(hub, model, tokenizer, monkeypatch):
     if find_method()[0] == "none":
-        pytest.skip("this machine has no way to shut programs in")
+        pytest.skip("this machine has no isolation")
     solve_rightly(monkeypatch)
     result = evaluate_task(Solver(model, tokenizer), "HumanEval")
     assert result["accuracy"] == pytest.approx(2 / 3) and result["num_problems"] == 3
