@@ -14,10 +14,15 @@ $NANOCHAT_BASE_DIR; --fetch takes $NANOCHAT_MIRROR_DIR/eval_bundle.zip where tha
 import argparse
 import hashlib
 import json
+import re
 import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
 
 from nanochat.checkpoint_manager import MODEL_NAME, load_model
 from nanochat.common import (
@@ -27,6 +32,7 @@ from nanochat.common import (
     get_base_dir,
     get_compute_dtype,
     get_mirror_dir,
+    hash_file,
     init_compute,
     print0,
     run_script,
@@ -43,8 +49,9 @@ from nanochat.core_eval import (
 )
 from nanochat.download import CorruptFile, Job, download_all
 from nanochat.flash_attention import choose_backend
-from nanochat.hf_model import load_hf_model, make_slug
 from nanochat.report import write_section
+
+DEFAULT_CONTEXT = 2048   # of a Hugging Face model whose configuration names none
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -112,7 +119,7 @@ def main(argv: list[str] | None = None) -> dict:
         else:
             section |= {"title": "Base model: CORE", "order": 50, "stage": "base",
                         "run": folder.relative_to(get_base_dir()).as_posix(), "metrics": {"CORE": core["core_metric"]}}
-        write_report(f"base_eval_hf_{name}" if args.hf_path else "base_eval", section, core, what, step)
+        report_core(f"base_eval_hf_{name}" if args.hf_path else "base_eval", section, core, what, step)
     return {"run_dir": str(folder), "step": step, **core}
 
 
@@ -170,7 +177,7 @@ def load_results(path: Path, settings: dict, fresh: bool, ranks: Ranks) -> dict[
     return {}
 
 
-def write_report(name: str, section: dict, core: dict, what: str, step: int | None) -> None:
+def report_core(name: str, section: dict, core: dict, what: str, step: int | None) -> None:
     """The section of the report card."""
     rows = [[label, result["accuracy"], result["centered"], result["num_items"]]
             for label, result in core["tasks"].items()]
@@ -181,6 +188,67 @@ def write_report(name: str, section: dict, core: dict, what: str, step: int | No
     write_section(name, section | {
         "notes": notes, "values": {key: value for key, value in values.items() if value is not None},
         "tables": [{"title": "Tasks", "columns": ["task", "accuracy", "centered", "items"], "rows": rows}]})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face models, to compare with: they need the package transformers; weights come from safetensors files only
+
+
+class HFModel(nn.Module):
+    """A causal language model of transformers: (R, T) token ids to (R, T, V) logits, all that CORE asks of a model."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        names = ("max_position_embeddings", "n_positions", "n_ctx")
+        self.config = SimpleNamespace(sequence_len=next(
+            (getattr(model.config, name) for name in names if getattr(model.config, name, None)), DEFAULT_CONTEXT))
+
+    def get_device(self) -> torch.device:
+        return self.model.device
+
+    def forward(self, idx: Tensor) -> Tensor:
+        # Rows are padded on the right, which a causal model's earlier positions don't see, so no mask is needed
+        return self.model(input_ids=idx, use_cache=False).logits.float()
+
+
+class HFTokenizer:
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def get_bos_token_id(self) -> int:
+        """What a document begins with; models without such a token have one that ends documents."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is None and eos is None:
+            raise UserError("this tokenizer has no token that begins or ends a document; choose another model")
+        return eos if bos is None else bos
+
+    def encode(self, texts: list[str], prepend: int) -> list[list[int]]:
+        return [[prepend, *ids] for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def load_hf_model(path: str, device: torch.device, dtype: torch.dtype) -> tuple[HFModel, HFTokenizer, str]:
+    """The model at `path`, a folder or a name on the hub, in eval mode, its tokenizer, and what names its weights."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("--hf-path needs the package transformers, which isn't installed: "
+                        "pip install transformers") from None
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, use_safetensors=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:   # what transformers raises where it finds nothing usable
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+        raise UserError(f"--hf-path {path} can't be loaded ({reason}); give a folder that has a model with "
+                        "safetensors files, or a name on the hub") from None
+    hashes = [hash_file(file) for file in sorted(Path(path).glob("*.safetensors"))]
+    weights = "+".join(hashes) or str(getattr(model.config, "_commit_hash", None) or path)
+    return HFModel(model.to(device=device, dtype=dtype)).eval(), HFTokenizer(tokenizer), weights
+
+
+def make_slug(path: str) -> str:
+    """The name of a model as part of a file's name: lower-case letters, digits, - and _."""
+    return re.sub(r"[^a-z0-9_-]+", "-", "_".join(Path(path).parts[-2:]).lower()).strip("-")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> dict:
         results |= {"run_dir": str(run_dir), "step": step, "dtype": str(dtype).removeprefix("torch."),
                     "val_rule": batches["val"].rule, "train_rule": batches["train"].rule}
         write_json(run_dir / f"loss_{step:06d}.json", results)
-        write_report(results, run_dir, sys.argv if argv is None else argv, time.perf_counter() - start_time)
+        report_loss(results, run_dir, sys.argv if argv is None else argv, time.perf_counter() - start_time)
     return results
 
 
@@ -119,7 +119,7 @@ def draw_samples(engine: Engine, tokenizer) -> list[dict]:
     return samples
 
 
-def write_report(results: dict, run_dir: Path, command: list[str], wall_sec: float) -> None:
+def report_loss(results: dict, run_dir: Path, command: list[str], wall_sec: float) -> None:
     """Print the table and leave it as a section of the report card."""
     rows = [["this model", "validation", results["val_bpb"]], ["this model", "training", results["train_bpb"]],
             ["bigram byte model", "validation", results["bigram_byte_bpb"]],

@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> dict:
         print0(f"{what:34s} {chat['chatcore']:16.4f}")
     if ranks.rank == 0:
         write_json(records_dir / "results.json", chat | {"max_problems": args.max_problems})
-        write_report(chat, args.source, run_dir, step, made_with, sys.argv if argv is None else argv,
+        report_answers(chat, args.source, run_dir, step, made_with, sys.argv if argv is None else argv,
                      time.perf_counter() - start_time)
     return {"run_dir": str(run_dir), "step": step, "records_dir": str(records_dir), **chat}
 
@@ -123,7 +123,7 @@ def describe_metric(chat: dict) -> str:
     return "ChatCORE" + (f", only {chat['num_tasks']} of {len(CHATCORE_TASKS)} tasks" if chat["is_partial"] else "")
 
 
-def write_report(chat: dict, stage: str, run_dir: Path, step: int, made_with: dict, argv: list[str],
+def report_answers(chat: dict, stage: str, run_dir: Path, step: int, made_with: dict, argv: list[str],
                  wall_sec: float) -> None:
     """The section of the report card; each stage has its own."""
     what = describe_metric(chat)

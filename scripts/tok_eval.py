@@ -115,12 +115,12 @@ def main(argv: list[str] | None = None) -> dict:
               "vocab_sizes": {label: tokenizer.get_vocab_size() for label, tokenizer in tokenizers.items()},
               "domains": results}
     write_json(directory / "tok_eval.json", result)
-    write_report(results, list(tokenizers), sys.argv if argv is None else argv, time.perf_counter() - start_time)
+    report_compression(results, list(tokenizers), sys.argv if argv is None else argv, time.perf_counter() - start_time)
     print0(f"written to {directory / 'tok_eval.json'}")
     return result
 
 
-def write_report(results: dict, labels: list[str], argv: list[str], wall_sec: float) -> None:
+def report_compression(results: dict, labels: list[str], argv: list[str], wall_sec: float) -> None:
     """The section of the report card."""
     rows = [[domain, result["num_bytes"], *(round(result["tokenizers"][label]["bytes_per_token"], 2)
                                             for label in labels)] for domain, result in results.items()]

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> dict:
     with sole_writer(directory):
         if directory.exists() and not args.force:
             training = keep_existing(directory, made_from)
-            write_report(training, args.name, sys.argv if argv is None else argv)
+            report_tokenizer(training, args.name, sys.argv if argv is None else argv)
             return training
         start = time.perf_counter()
         counter = TextCounter()
@@ -86,12 +86,12 @@ def main(argv: list[str] | None = None) -> dict:
         with rebuilt_folder(directory) as new:
             tokenizer.save(new)
             write_json(new / "training.json", training)
-    write_report(training, args.name, sys.argv if argv is None else argv)
+    report_tokenizer(training, args.name, sys.argv if argv is None else argv)
     print0(f"tokenizer {args.name!r} ({tokenizer.hash}) after {training['train_seconds']:.1f} s is in {directory}")
     return training
 
 
-def write_report(training: dict, name: str, argv: list[str]) -> None:
+def report_tokenizer(training: dict, name: str, argv: list[str]) -> None:
     """The section of the report card."""
     write_section("tok_train", {
         "title": "Tokenizer: training", "created": now(), "argv": argv, "wall_sec": training["train_seconds"],

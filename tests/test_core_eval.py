@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import sys
 import time
 import zipfile
@@ -14,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import core_eval
-from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError
 from nanochat.core_eval import (
     CoreTask,
@@ -30,14 +28,12 @@ from nanochat.core_eval import (
 )
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
-from scripts import base_eval
 from tests.eval_helpers import (
     BOS,
     CORE_CONFIG,
     LM_ROWS,
     MC_ROWS,
     SCHEMA_ROWS,
-    TASKS,
     make_random_model,
     make_tokenizer,
     run_ranks,
@@ -494,96 +490,3 @@ def test_the_zip_is_unpacked(tmp_path, monkeypatch):
     assert load_tasks() == load_tasks(source)
     archive.unlink()
     assert len(load_tasks()) == 3  # from the folder from now on
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The script
-
-
-@pytest.fixture
-def run(tokenizer, tmp_path, monkeypatch):
-    """A base folder with a tokenizer, a model and a bundle; returns a call of the script that counts its tasks."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    tokenizer.save(tmp_path / "tokenizer" / "default")
-    write_bundle(tmp_path / "eval_bundle")
-    model = make_random_model()
-    meta = {"model_config": vars(CORE_CONFIG), "tokenizer": {"name": "default", "hash": tokenizer.hash}}
-    save_checkpoint(tmp_path / "runs" / "base" / "d3", 20, model, model.setup_optimizer(), meta)
-    evaluated = []
-
-    def count(model, tokenizer, task, max_per_task):
-        if task.label == run.fail_at:
-            raise KeyboardInterrupt
-        evaluated.append(task.label)
-        return evaluate_task(model, tokenizer, task, max_per_task)
-
-    def run(*flags: str) -> tuple[dict, list[str]]:
-        evaluated.clear()
-        return base_eval.main(["--device-type", "cpu", "--dtype", "float64", *flags]), evaluated.copy()
-    run.fail_at, run.path = None, tmp_path / "runs" / "base" / "d3" / "core_000020.json"
-    monkeypatch.setattr(base_eval, "evaluate_task", count)
-    return run
-
-
-def test_base_eval_goes_on_where_it_was_stopped(run, tokenizer, tmp_path, capsys):
-    run.fail_at = "count"
-    with pytest.raises(KeyboardInterrupt):
-        run("--max-per-task", "5")
-    assert list(json.loads(run.path.read_text())["tasks"]) == ["odd", "dogs"]
-    run.fail_at = None
-    result, evaluated = run("--max-per-task", "5")
-    expected = evaluate_core(make_random_model(), tokenizer, max_per_task=5, bundle_dir=tmp_path / "eval_bundle")
-    assert evaluated == ["count"] and {key: result[key] for key in expected} == expected
-    assert json.loads(run.path.read_text())["core_metric"] == expected["core_metric"]
-    assert run("--max-per-task", "5", "-g", "d3", "-s", "20") == (result, [])
-    assert run("--max-per-task", "5", "--fresh") == (result, ["odd", "dogs", "count"])
-    assert "not the published metric" in capsys.readouterr().out
-    section = json.loads((tmp_path / "report" / "base_eval.json").read_text())
-    assert section["metrics"] == {"CORE": expected["core_metric"]} and section["run"] == "runs/base/d3"
-    assert [row[0] for row in section["tables"][0]["rows"]] == ["odd", "dogs", "count"]
-
-
-def test_base_eval_does_not_mix_results_of_other_settings(run, tmp_path, capsys):
-    few, _ = run("--max-per-task", "2")
-    _, evaluated = run("--max-per-task", "3")
-    assert evaluated == ["odd", "dogs", "count"]
-    assert "earlier results with another max_per_task were kept as core_000020~1.json" in capsys.readouterr().out
-    assert json.loads(run.path.with_name("core_000020~1.json").read_text())["core_metric"] == few["core_metric"]
-    rows = TASKS["count"][4][:-1]  # the same names, other data
-    other = write_bundle(tmp_path / "other", TASKS | {"count": (*TASKS["count"][:4], rows)})
-    assert run("--max-per-task", "3", "--bundle", str(other))[1] == ["odd", "dogs", "count"]
-    run.path.write_text("{")
-    assert run("--max-per-task", "3")[1] == ["odd", "dogs", "count"] and "damaged" in capsys.readouterr().out
-
-
-def test_base_eval_says_what_is_missing(run, tmp_path):
-    with pytest.raises(UserError, match="max-per-task -2 must be"):
-        run("--max-per-task", "-2")
-    with pytest.raises(UserError, match="no checkpoint of step 7"):
-        run("-s", "7")
-    with pytest.raises(UserError, match="base_eval --fetch, or unpack https://"):
-        run("--bundle", str(tmp_path / "nowhere"))
-
-
-def test_base_eval_fetches_the_bundle(tmp_path, monkeypatch):
-    """From a folder that stands in for the network: whole or not at all, and only where there is none."""
-    base_dir, mirror_dir = tmp_path / "base", tmp_path / "mirror"
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
-    monkeypatch.setenv("NANOCHAT_MIRROR_DIR", str(mirror_dir))
-    with pytest.raises(UserError, match="can't be had: .*eval_bundle.zip isn't there; connect to the network, or put"):
-        base_eval.main(["--fetch"])
-    bundle_dir = write_bundle(tmp_path / "source" / "eval_bundle")
-    archive = Path(shutil.make_archive(mirror_dir / "eval_bundle", "zip", bundle_dir.parent))
-    whole = archive.read_bytes()
-    with zipfile.ZipFile(archive) as file:
-        data_start = file.getinfo("eval_bundle/core.yaml").header_offset + 40
-    for damaged in (whole[:-9], whole[:data_start] + b"#" * 9 + whole[data_start + 9:]):
-        archive.write_bytes(damaged)
-        with pytest.raises(UserError, match="eval_bundle.zip is corrupt"):
-            base_eval.main(["--fetch"])
-        assert not (base_dir / "eval_bundle").exists() and not (base_dir / "eval_bundle.zip").exists()
-    archive.write_bytes(whole)
-    assert base_eval.main(["--fetch"]) == {"bundle_dir": str(base_dir / "eval_bundle")}
-    assert load_tasks() == load_tasks(bundle_dir)
-    archive.unlink()
-    base_eval.main(["--fetch"])
