@@ -138,7 +138,7 @@ def choose_letters(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Pr
             yield problems[i], max(problems[i].conversation["letters"], key=values.__getitem__)
 
 
-def write_answers(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Problem, list[str], int]]:
+def sample_answers(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Problem, list[str], int]]:
     """Each problem with the text of its samples and how many were cut short, in the order in which they finish.
 
     A sample depends on the problem's index and the settings alone, not on which problems are solved beside it.
@@ -176,7 +176,7 @@ def solve(solver: Solver, task: Task, problems: list[Problem]) -> Iterator[dict]
     if task.eval_type == "categorical":
         answers = ((problem, [letter], 0) for problem, letter in choose_letters(solver, problems))
     else:
-        answers = write_answers(solver, problems)
+        answers = sample_answers(solver, problems)
     while group := list(itertools.islice(answers, task.grade_batch)):
         pairs = [(problem.conversation, text) for problem, texts, _ in group for text in texts]
         scores = iter(task.grade(*zip(*pairs, strict=True), solver.allow_unsafe))
@@ -274,11 +274,11 @@ def evaluate_task(solver: Solver, name: str, max_problems: int = -1, records_dir
     if records_dir and ranks.rank == 0:
         with contextlib.suppress(OSError):  # the parts are there still
             write_records(records_dir, name, list(records.values()))
-    return summarize([records[problem.get_key()] for problem in problems], task,
+    return summarize_records([records[problem.get_key()] for problem in problems], task,
                      num_different=len({problem.prompt for problem in problems}))
 
 
-def summarize(records: list[dict], task: Task, num_different: int) -> dict:
+def summarize_records(records: list[dict], task: Task, num_different: int) -> dict:
     """The figures of one task from the records of its problems.
 
     num_different: of them, which is what the interval rests on: a task that is made here may ask a question again

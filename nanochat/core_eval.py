@@ -96,7 +96,7 @@ def load_tasks(bundle_dir: Path | None = None) -> list[CoreTask]:
     path = bundle_dir / "core.yaml"
     baselines = load_baselines(bundle_dir)
     tasks = []
-    with reading(path, bundle_dir):
+    with reading_bundle(path, bundle_dir):
         for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]:
             label, kind = str(entry["label"]), entry["icl_task_type"]
             if kind not in ROW_FIELDS:
@@ -106,7 +106,7 @@ def load_tasks(bundle_dir: Path | None = None) -> list[CoreTask]:
             tasks.append(CoreTask(
                 label, kind, num_shots=int(entry["num_fewshot"][0]),  # a list in the format; CORE has one number in it
                 delimiter=str(entry.get("continuation_delimiter", " ")), baseline_pct=baselines[label],
-                rows=load_rows(bundle_dir, label, kind, entry["dataset_uri"])))
+                rows=load_task_rows(bundle_dir, label, kind, entry["dataset_uri"])))
         if not tasks:
             raise ValueError("it names no task")
     return tasks
@@ -147,16 +147,16 @@ def unpack_bundle(archive: Path, bundle_dir: Path) -> None:
 def load_baselines(bundle_dir: Path) -> dict[str, float]:
     """Accuracy of guessing by task label, in percent: as published, oddities included, or CORE isn't comparable."""
     path = bundle_dir / "eval_meta_data.csv"
-    with reading(path, bundle_dir), open(path, encoding="utf-8", newline="") as file:
+    with reading_bundle(path, bundle_dir), open(path, encoding="utf-8", newline="") as file:
         pairs = [(row["Eval Task"], row["Random baseline"]) for row in csv.DictReader(file)]
         baselines = {label: float(percent) for label, percent in pairs if percent}
         return {label: percent for label, percent in baselines.items() if 0 <= percent < 100}
 
 
-def load_rows(bundle_dir: Path, label: str, kind: str, uri: str) -> list[dict]:
+def load_task_rows(bundle_dir: Path, label: str, kind: str, uri: str) -> list[dict]:
     """The rows of one task, each with what its kind needs."""
     path = bundle_dir / "eval_data" / uri
-    with reading(f"the data of the CORE task {label}, {path},", bundle_dir):
+    with reading_bundle(f"the data of the CORE task {label}, {path},", bundle_dir):
         lines = path.read_bytes().splitlines()
         if not any(lines):
             raise ValueError("it is empty")
@@ -164,7 +164,7 @@ def load_rows(bundle_dir: Path, label: str, kind: str, uri: str) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        with reading(f"the data of the CORE task {label}, line {number} of {path},", bundle_dir):
+        with reading_bundle(f"the data of the CORE task {label}, line {number} of {path},", bundle_dir):
             rows.append(check_row(json.loads(line), kind))
     return rows
 
@@ -193,7 +193,7 @@ def check_row(row: dict, kind: str) -> dict:
 
 
 @contextlib.contextmanager
-def reading(what: object, bundle_dir: Path) -> Iterator[None]:
+def reading_bundle(what: object, bundle_dir: Path) -> Iterator[None]:
     """Say in one sentence which part of the bundle can't be read."""
     try:
         yield
@@ -236,16 +236,6 @@ def render_prompts(task: CoreTask, row: dict, shots: list[dict]) -> list[str]:
     return [head + task.delimiter.join(render(row, option)) for option in range(len(row[OPTIONS_FIELD[task.kind]]))]
 
 
-def count_common(sequences: list[list[int]], from_end: bool = False) -> int:
-    """Tokens that all sequences begin with, or end with."""
-    count = 0
-    for column in zip(*(reversed(s) if from_end else s for s in sequences), strict=False):
-        if any(token != column[0] for token in column):
-            break
-        count += 1
-    return count
-
-
 def make_item(kind: str, prompts: list[list[int]], gold: int | None, context_tokens: int) -> Item:
     """Find what is scored in the tokens of an item's prompts, and crop what is too long for the model.
 
@@ -254,11 +244,11 @@ def make_item(kind: str, prompts: list[list[int]], gold: int | None, context_tok
     tokens, bos included, as in the published evaluations, but all choices as many: they follow the same text.
     """
     if kind == "language_modeling":
-        starts, prompts = [count_common(prompts)], prompts[1:]
+        starts, prompts = [len(os.path.commonprefix(prompts))], prompts[1:]
     elif kind == "multiple_choice":
-        starts = [min(count_common(prompts), min(map(len, prompts)) - 1)] * len(prompts)
+        starts = [min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)] * len(prompts)
     else:
-        num_common = count_common(prompts, from_end=True)
+        num_common = len(os.path.commonprefix([prompt[::-1] for prompt in prompts]))
         starts = [len(prompt) - num_common for prompt in prompts]
     options, excess_tokens = [], max(map(len, prompts)) - context_tokens
     for prompt, start in zip(prompts, starts, strict=True):

@@ -12,11 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import tiktoken
 import torch
-from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS
 
 from nanochat.common import UserError, get_base_dir, write_atomic, write_json
 
@@ -100,23 +98,28 @@ class RustBPETokenizer:
                             f"make it again with {remedy} and --force") from None
 
     @classmethod
-    def from_pretrained(cls, name: str, tables_dir: str | Path | None = None) -> "RustBPETokenizer":
-        """A published vocabulary from files in `tables_dir` or, without that, by tiktoken's cache or the network."""
-        if tables_dir is not None:
-            return cls(*read_published_table(name, Path(tables_dir)))
-        if name not in ENCODING_CONSTRUCTORS:
-            raise UserError(f"{name!r} is no published vocabulary; choose one of {', '.join(ENCODING_CONSTRUCTORS)}")
+    def from_pretrained(cls, name: str, tables_dir: str | Path) -> "RustBPETokenizer":
+        """A published vocabulary from its file in `tables_dir`, under its own name or that of tiktoken's cache."""
+        if name not in PUBLISHED_TABLES:
+            raise UserError(f"{name!r} is no published vocabulary; choose one of {', '.join(PUBLISHED_TABLES)}")
+        file_name, cache_name, pattern, special_tokens = PUBLISHED_TABLES[name]
+        tables_dir = Path(tables_dir)
+        path = tables_dir / file_name if (tables_dir / file_name).exists() else tables_dir / cache_name
         try:
-            table = ENCODING_CONSTRUCTORS[name]()
-        except (OSError, ValueError) as error:
-            raise UserError(f"the vocabulary {name} isn't in tiktoken's cache and can't be downloaded "
-                            f"({type(error).__name__}); connect to the network or name a folder of tables") from None
-        # The same splits: this repeat need not be possessive, and Hugging Face's regex engine reads it as a nested one
-        pattern = table["pat_str"].replace("{1,3}+", "{1,3}")
-        return cls(pattern, table["mergeable_ranks"], table["special_tokens"])
+            if file_name.endswith(".json"):
+                vocab = json.loads(path.read_text(encoding="utf-8"))
+                ranks = {unspell_bytes(token): rank for token, rank in vocab.items() if token not in special_tokens}
+            else:
+                lines = map(bytes.split, path.read_bytes().splitlines())
+                ranks = {b64decode(token): int(rank) for token, rank in lines}
+            return cls(pattern, ranks, special_tokens)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"there is no {file_name} in {tables_dir}; name a folder that holds it") from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}); fetch it again") from None
 
     def save(self, directory: str | Path) -> None:
-        """Write `tokenizer.json` and `token_bytes.safetensors` into `directory`."""
+        """Write `tokenizer.json` and, for other tools, `token_bytes.safetensors` into `directory`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "tokenizer.json", build_tokenizer_json(self.pattern, self.ranks, self.special_tokens))
@@ -187,10 +190,6 @@ class RustBPETokenizer:
         """The raw bytes of `ids`, which may end within a character."""
         return self.encoding.decode_bytes(ids)
 
-    def id_to_token(self, token_id: int) -> str:
-        """The text of one token; a part of a character shows as U+FFFD."""
-        return self.decode([token_id])
-
     def render_conversation(self, conversation: dict, max_tokens: int | None = 2048) -> tuple[list[int], list[int]]:
         """One conversation as (ids, mask), cut to `max_tokens`; mask is 1 on what the assistant must learn to write.
 
@@ -229,11 +228,6 @@ class RustBPETokenizer:
         ids, _ = self.render_conversation({"messages": messages}, max_tokens=None)
         return [*ids, self.encode_special("<|assistant_start|>")]
 
-    def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int]) -> str:
-        """The tokens between bars for a terminal: green where supervised, red where not."""
-        return "|".join(f"\x1b[{92 if supervised else 91}m{self.id_to_token(token_id)}\x1b[0m"
-                        for token_id, supervised in zip(ids, mask, strict=True))
-
 
 def get_tokenizer_dir(name: str = "default") -> Path:
     """The folder of the tokenizer `name`, which need not be there yet."""
@@ -250,18 +244,7 @@ def get_tokenizer(name: str = "default") -> RustBPETokenizer:
 
 def get_token_bytes(name: str = "default", device: str | torch.device = "cpu") -> torch.Tensor:
     """(V,) int32: UTF-8 bytes of each token of the tokenizer `name`, 0 for specials."""
-    path = get_tokenizer_dir(name) / "token_bytes.safetensors"
-    tokenizer_hash = get_tokenizer(name).hash
-    try:
-        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
-            if (file.metadata() or {}).get("tokenizer_hash") == tokenizer_hash:
-                return file.get_tensor("token_bytes")
-        reason = "belongs to another tokenizer than its tokenizer.json"
-    except (FileNotFoundError, safetensors.SafetensorError) as error:
-        reason = f"can't be read ({error})"
-    if get_tokenizer(name).hash != tokenizer_hash:  # another process replaced both files meanwhile
-        return get_token_bytes(name, device)
-    raise UserError(f"{path} {reason}; make both again with `python -m scripts.tok_train --name {name} --force`")
+    return get_tokenizer(name).count_token_bytes().to(device)
 
 
 def cut_blanks(text: str) -> Iterator[str]:
@@ -380,23 +363,3 @@ def parse_tokenizer_json(content: dict) -> tuple[str, dict[bytes, int], dict[str
         if content[key] != same_settings[key]:
             raise ValueError(f"its {key} is not one that nanochat runs")
     return split["pattern"]["Regex"], ranks, special_tokens
-
-
-def read_published_table(name: str, tables_dir: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
-    """Pattern, ranks and specials of a published vocabulary; files by their names here or in tiktoken's cache."""
-    if name not in PUBLISHED_TABLES:
-        raise UserError(f"no table of {name!r} can be read from a folder; choose one of {', '.join(PUBLISHED_TABLES)}")
-    file_name, cache_name, pattern, special_tokens = PUBLISHED_TABLES[name]
-    path = tables_dir / file_name if (tables_dir / file_name).exists() else tables_dir / cache_name
-    try:
-        if file_name.endswith(".json"):
-            vocab = json.loads(path.read_text(encoding="utf-8"))
-            ranks = {unspell_bytes(token): rank for token, rank in vocab.items() if token not in special_tokens}
-        else:
-            ranks = {b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
-        check_vocabulary(ranks, special_tokens)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"there is no {file_name} in {tables_dir}; name a folder that holds it") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); fetch it again") from None
-    return pattern, ranks, special_tokens

@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> dict:
         except UserError as error:
             print0(f"not compared with {label}: {error}")
     texts = {domain: [text.strip()] for domain, text in TEXTS.items()} | \
-        read_data(args.data or find_training_data(directory), args.max_chars)
+        read_data(args.data or find_data_folder(directory), args.max_chars)
     results = {domain: measure(documents, tokenizers) for domain, documents in texts.items()}
     print0(format_table(results, tokenizers))
     result = {"tokenizer_hash": tokenizers["ours"].hash,
@@ -129,7 +129,7 @@ def report_compression(results: dict, labels: list[str], argv: list[str], wall_s
         "tables": [{"title": "Bytes per token", "columns": ["text", "bytes", *labels], "rows": rows}]})
 
 
-def find_training_data(directory: Path) -> str | None:
+def find_data_folder(directory: Path) -> str | None:
     """The folder of the text that the tokenizer was trained on, by its training.json; None if it isn't there now."""
     try:
         folder = json.loads((directory / "training.json").read_text(encoding="utf-8"))["data_folder"]

@@ -22,8 +22,8 @@ from nanochat.chat_eval import (
     crop_prompt,
     evaluate_task,
     load_problems,
+    sample_answers,
     wilson_interval,
-    write_answers,
 )
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError
@@ -142,14 +142,14 @@ def test_answers_equal_one_at_a_time(hub, model, tokenizer):
         expected[problem.index] = [tokenizer.decode(row[len(problem.prompt):]) for row in rows]
     for batch_rows, some in ((64, problems), (2, problems[::-1]), (5, problems[4:])):
         answers = {problem.index: texts for problem, texts, _ in
-                   write_answers(Solver(model, tokenizer, settings, batch_rows), some)}
+                   sample_answers(Solver(model, tokenizer, settings, batch_rows), some)}
         assert answers == {problem.index: expected[problem.index] for problem in some}
     assert len({text for texts in expected.values() for text in texts}) > 20
 
 
 def test_answers_that_are_cut_are_counted(hub, model, tokenizer):
     problems = load_problems(get_task("GSM8K", "test"), "GSM8K", tokenizer, 5)
-    num_cut = {p.index: count for p, _, count in write_answers(Solver(model, tokenizer, SHORT, 8), problems)}
+    num_cut = {p.index: count for p, _, count in sample_answers(Solver(model, tokenizer, SHORT, 8), problems)}
     for problem in problems:
         rows, _ = Engine(model, tokenizer).generate_batch(list(problem.prompt), 1, 12, 0, keep_end=True)
         assert num_cut[problem.index] == (rows[0][-1] not in Engine(model, tokenizer).end_tokens)
@@ -179,7 +179,7 @@ def test_the_calculator_is_in_the_loop(hub, model, tokenizer, monkeypatch):
         return torch.tensor([next(script_tokens)])
     monkeypatch.setattr("nanochat.engine.sample_rows", sample)
     problems = load_problems(Arithmetic("test", size=1), "Arithmetic", tokenizer, -1)
-    [(_, [text], num_cut)] = write_answers(Solver(model, tokenizer, SHORT, 1), problems)
+    [(_, [text], num_cut)] = sample_answers(Solver(model, tokenizer, SHORT, 1), problems)
     assert text == "<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>" and num_cut == 0
 
 
@@ -225,7 +225,7 @@ def test_a_question_asked_twice_is_evidence_once(hub, model, tokenizer):
 
 def test_samples_are_averaged(hub, model, tokenizer, monkeypatch):
     """Of four samples one is right for each problem: pass@1 is a quarter, and always any is right."""
-    monkeypatch.setattr(chat_eval, "write_answers", lambda solver, problems: (
+    monkeypatch.setattr(chat_eval, "sample_answers", lambda solver, problems: (
         (p, ["x", f"#### {p.index + 1}", "#### -1", "####"], 1) for p in problems))
     result = evaluate_task(Solver(model, tokenizer, ChatSettings(num_samples=4, temperature=1.0)), "GSM8K")
     assert (result["accuracy"], result["pass_any"], result["centered"], result["num_cut"]) == (0.25, 1.0, 0.25, 9)
@@ -248,7 +248,7 @@ def test_fewer_problems_are_part_of_more(hub, tokenizer):
 
 
 def test_words_in_common_are_a_score_not_a_verdict(hub, model, tokenizer, monkeypatch):
-    monkeypatch.setattr(chat_eval, "write_answers", lambda solver, problems: (
+    monkeypatch.setattr(chat_eval, "sample_answers", lambda solver, problems: (
         (p, [p.conversation["messages"][-1]["content"] + " really"], 0) for p in problems))
     result = evaluate_task(Solver(model, tokenizer), "PythonDocs", max_problems=4)
     assert 0.8 < result["accuracy"] < 1
@@ -259,7 +259,7 @@ def test_words_in_common_are_a_score_not_a_verdict(hub, model, tokenizer, monkey
 
 
 def solve_rightly(monkeypatch) -> None:
-    monkeypatch.setattr(chat_eval, "write_answers", lambda solver, problems: (
+    monkeypatch.setattr(chat_eval, "sample_answers", lambda solver, problems: (
         (p, [p.conversation["messages"][-1]["content"] if p.index else "    return 'wrong'"], 0) for p in problems)
         if "test" in problems[0].conversation else ((p, [""], 0) for p in problems))
 
