@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from eval_helpers import CORE_CONFIG, TASKS, make_random_model, make_tokenizer, write_bundle
 
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError
 from nanochat.core_eval import evaluate_core, evaluate_task, load_tasks
 from scripts import base_eval
 from scripts.base_eval import HFModel, HFTokenizer, load_hf_model, make_slug
-from tests.eval_helpers import CORE_CONFIG, TASKS, make_random_model, make_tokenizer, write_bundle
 
 CPU = torch.device("cpu")
 

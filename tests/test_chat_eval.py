@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from eval_helpers import make_random_model, make_tokenizer, run_ranks
 
 from nanochat import chat_eval
 from nanochat.chat_eval import (
@@ -34,7 +35,6 @@ from scripts import chat_eval as script
 from tasks.arithmetic import Arithmetic
 from tasks.catalog import get_task
 from tasks.common import Task
-from tests.eval_helpers import make_random_model, make_tokenizer, run_ranks
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 REAL_TASKS = REPO_DIR.parent / "shared" / "data" / "tasks"

@@ -11,6 +11,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from eval_helpers import (
+    BOS,
+    CORE_CONFIG,
+    LM_ROWS,
+    MC_ROWS,
+    SCHEMA_ROWS,
+    make_random_model,
+    make_tokenizer,
+    run_ranks,
+    write_bundle,
+)
 
 from nanochat import core_eval
 from nanochat.common import UserError
@@ -28,17 +39,6 @@ from nanochat.core_eval import (
 )
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
-from tests.eval_helpers import (
-    BOS,
-    CORE_CONFIG,
-    LM_ROWS,
-    MC_ROWS,
-    SCHEMA_ROWS,
-    make_random_model,
-    make_tokenizer,
-    run_ranks,
-    write_bundle,
-)
 
 MINI_BUNDLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "core" / "mini" / "eval_bundle"
 @pytest.fixture(scope="module")

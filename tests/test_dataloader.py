@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from loader_helpers import ALONE, BOS, ByteTokenizer, make_loader
 
 from nanochat import dataloader
 from nanochat.common import Ranks, UserError
 from nanochat.dataloader import TextGroups, TrainLoader, choose_num_lanes, validation_batches
 from nanochat.packing import PAD, pack_documents
 from nanochat.shards import ShardList
-from tests.loader_helpers import ALONE, BOS, ByteTokenizer, make_loader
 
 REPO = Path(__file__).resolve().parent.parent
 REAL_DATA = REPO.parent / "shared" / "data" / "pretrain_tiny"

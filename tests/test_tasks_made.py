@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_download import Server
+from data_helpers import Server
 
 from nanochat import download
 from nanochat.calculator import calculate
