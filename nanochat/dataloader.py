@@ -164,33 +164,32 @@ def order_groups(seed: int, epoch: int, num_groups: int) -> np.ndarray:
 
 
 def make_generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
-    """Random numbers that depend on these three alone; stream 0 orders an epoch's groups, 1 + g the rows of group g."""
+    """A generator seeded by these three alone; stream 0 orders an epoch's groups, 1 + g the rows of group g."""
     return np.random.default_rng(np.random.SeedSequence([seed, epoch, stream]))
 
 
 @dataclass
 class Lane:
     """One of the L sequences of groups that a step draws from."""
-    serial: int                                            # place of the lane's group in the endless list of groups
+    serial: int                                            # index of the open group in the endless list of groups
     row:    int                                            # rows of that group handed out so far
-    rows:   np.ndarray | None = None                       # (R, T+1) of that group; None until it is needed
-    ahead:  Callable[[], tuple[np.ndarray, PackStats]] | None = None   # waits for the group that is opened next
-    pack_stats: PackStats = PackStats()                    # of the groups that it opened
-    is_counted: bool = False                               # whether pack_stats has this group, by a saved state
+    rows:   np.ndarray | None = None                       # (R, T+1) of that group; None until the first is needed
+    ahead:  Callable[[], tuple[np.ndarray, PackStats]] | None = None   # the result of the group to open next
+    pack_stats: PackStats = PackStats()                    # of all groups opened so far
+    is_counted: bool = False                               # a saved state's pack_stats include the open group
 
 
 class TrainLoader:
     """Endless training rows, one whole optimizer step at a time; the next group of each lane is prepared in threads.
 
     rows_per_step: of all ranks together
-    num_lanes:     as a run's record says; None chooses. A `state` brings its own. One lane takes the groups one after
-                   the other, so that an epoch's rows are all given before the next epoch's
-    num_epochs:    after so many, all that comes is padding; needs one lane
-    state:         what `state_dict` returned, from any number of ranks; the rows go on exactly where it was taken
-    allow_mismatch: begin the data anew where the state belongs to another order of rows, instead of refusing it
-    num_threads:   that read, tokenize and pack ahead; 0 does it in the caller, when a row is needed
+    num_lanes:     None: the state's, else chosen. With one lane all rows of an epoch come before those of the next
+    num_epochs:    after so many epochs all rows are padding; needs one lane
+    state:         from `state_dict`, of any number of ranks; the rows continue exactly there
+    allow_mismatch: a state of another order of rows starts the data anew instead of raising UserError
+    num_threads:   read, tokenize and pack ahead; 0: the caller does it, when a row is needed
 
-    Use it as a context manager or `close` it, so that no group is still being prepared when the process ends.
+    Use it as a context manager or `close` it, so that no thread prepares a group when the process ends.
     """
 
     def __init__(self, groups: Groups, rows_per_step: int, seed: int, ranks: Ranks, *, num_lanes: int | None = None,
@@ -234,20 +233,20 @@ class TrainLoader:
         L, world, rank = self.num_lanes, self.ranks.world_size, self.ranks.rank
         rows = np.empty((self.rows_per_step // world, self.T + 1), np.int32)
         for idx, lane in self.lanes.items():
-            step_rows = np.arange(idx, self.rows_per_step, L)              # which rows of the step this lane gives
+            step_rows = np.arange(idx, self.rows_per_step, L)              # the lane's rows of the step
             mine = step_rows % world == rank
             rows[step_rows[mine] // world] = self._take_rows(lane, len(step_rows))[mine]
         self.places_before, self.places = self.places, self._get_places()
         return make_batch(rows, self.groups.bos_id, self.pin_memory)
 
     def give_back(self) -> None:
-        """Nothing was learned from the last step handed out: a run that goes on from the state is to begin with it."""
+        """Undo `next_step` in the state: nothing was learned from that step, so a resumed run begins with it."""
         self.places = self.places_before
 
     def state_dict(self) -> dict:
-        """The place after the last step handed out, as JSON can store it: per lane [epoch, group of epoch, row].
+        """The position after the last step, as JSON can store it: [epoch, group of the epoch, row] of each lane.
 
-        Collective: all ranks call it, since a rank knows only the lanes that its own rows come from.
+        Collective: all ranks call it, since a rank knows only the lanes of its own rows.
         """
         places = torch.tensor(self.places)
         if self.ranks.world_size > 1 and dist.is_initialized():
@@ -259,14 +258,14 @@ class TrainLoader:
 
     @property
     def stats(self) -> dict[str, float | int]:
-        """For the metrics: what was lost of the groups that this rank opened; how far the data repeats."""
+        """For the metrics: losses in packing of the groups that this rank opened, the epoch, repeated groups."""
         beyond = [min(lane.serial, self.end - 1) - len(self.groups) for lane in self.lanes.values()]
         repeated_groups = sum(count // self.num_lanes + 1 for count in beyond if count >= 0)
         pack_stats = sum((lane.pack_stats for lane in self.lanes.values()), PackStats())
         return pack_stats.fractions() | {"epoch": self.epoch, "repeated_groups": repeated_groups}
 
     def close(self) -> None:
-        """Stop preparing groups: those that wait are dropped, threads end after the one they are at."""
+        """Stop preparing groups: drop those that wait; each thread ends after its current one."""
         if self.pool:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
@@ -277,7 +276,7 @@ class TrainLoader:
         self.close()
 
     def _get_epoch(self, lane: Lane) -> int:
-        """Which epoch the lane's group belongs to; padding after the last one belongs to it."""
+        """The epoch of the lane's group; padding after the last epoch belongs to that one."""
         return min(lane.serial, self.end - 1) // len(self.groups)
 
     def _get_places(self) -> np.ndarray:
@@ -288,7 +287,7 @@ class TrainLoader:
         return places
 
     def _take_rows(self, lane: Lane, num_rows: int) -> np.ndarray:
-        """The lane's next rows, (num_rows, T+1), from as many groups as it takes."""
+        """The lane's next rows, (num_rows, T+1), from one or more groups."""
         parts = []
         while num_rows:
             if lane.rows is None:
@@ -302,7 +301,7 @@ class TrainLoader:
         return np.concatenate(parts)
 
     def _open_group(self, lane: Lane) -> None:
-        """Wait for the lane's group, have the one after it prepared, and account for what it brings."""
+        """Wait for the lane's group, start preparing the one after it, and count its statistics."""
         lane.rows, pack_stats = lane.ahead()
         lane.ahead = self._prepare(lane.serial + self.num_lanes)
         if not lane.is_counted:
@@ -322,7 +321,7 @@ class TrainLoader:
         return self.pool.submit(self._load_group, serial).result if self.pool else partial(self._load_group, serial)
 
     def _find_group(self, serial: int) -> tuple[int, int]:
-        """Epoch and group at a place of the endless list."""
+        """Epoch and group at an index of the endless list."""
         epoch, ordinal = divmod(serial, len(self.groups))
         return epoch, int(order_groups(self.seed, epoch, len(self.groups))[ordinal])
 
@@ -336,7 +335,7 @@ class TrainLoader:
 
 
 def differs_from_saved(state: dict, identity: dict, allow_mismatch: bool) -> bool:
-    """Whether a saved position belongs to another order of rows; refused unless allowed, and always said."""
+    """Whether a saved position belongs to another order of rows: UserError unless allowed, then a warning."""
     for key, ours in identity.items():
         if state.get(key) != ours:
             sides = f"the saved position in the data belongs to {key} {state.get(key)}, but this run has {key} {ours}"
@@ -395,15 +394,15 @@ def count_epoch(groups: ConversationGroups, ranks: Ranks, device: torch.device) 
 
 @dataclass(frozen=True)
 class ValidationBatches:
-    """A fixed set of rows to evaluate, this rank's part; iterate it as often as needed, each pass gives Batches.
+    """This rank's part of a fixed set of rows to evaluate. Each iteration gives all Batches again.
 
-    Every rank gives the same number of batches of the same shape, so that collective work on them can't hang; where
-    rows run out, rows with nothing but ignored targets stand in.
+    Every rank gives equally many batches of the same shape, so that collectives on them can't deadlock; missing rows
+    are filled up with padding, whose targets are ignored.
     """
     rows:       np.ndarray   # (rows, T+1) int32, as many on each rank
     batch_rows: int
     num_rows:   int          # real rows, all ranks together
-    rule:       str          # how the rows were made: part of what a bpb means
+    rule:       str          # how the rows were made; a bpb is comparable under the same rule only
     bos_id:     int
 
     def __len__(self) -> int:
@@ -417,7 +416,7 @@ class ValidationBatches:
             yield make_batch(rows, self.bos_id)
 
     def cut(self, batch_rows: int) -> "ValidationBatches":
-        """The same rows in batches of so many, or of all where they are fewer."""
+        """The same rows in batches of `batch_rows`, or fewer where there are fewer rows."""
         return replace(self, batch_rows=min(batch_rows, len(self.rows)))
 
 
