@@ -1,9 +1,9 @@
-"""ChatCORE: how well a chat model answers the questions of six tasks, 0 = by guessing.
+"""ChatCORE: accuracy of a chat model on six tasks, centered so that guessing gives 0.
 
-    categorical   multiple choice     the likeliest of the choices' letters as the first token of the answer
-    generative    all other tasks     the Engine writes an answer, with the calculator at hand; the task grades it
+    categorical   multiple choice     the answer is the likeliest of the choices' letters as its first token
+    generative    all other tasks     the Engine writes an answer and may call the calculator
 
-A record is kept of each problem. Written to disk, the records let a killed evaluation go on from where it was.
+The task grades the answers. Each problem leaves a record; records on disk let a killed evaluation continue.
 
 R rows, T tokens, C channels.
 """
@@ -31,16 +31,16 @@ from tasks.common import Task
 
 CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 CHOICE_BASELINE = 0.25      # accuracy of guessing one of four letters; that of writing an answer by chance is 0
-ORDER_SEED = 1337           # of the problems: their first n are a fair sample, and part of any larger one
+ORDER_SEED = 1337           # shuffles the problems: the first n are a fair sample, and part of any larger one
 NORMAL_95 = 1.959964        # 95% of a normal distribution lie within so many standard deviations
 BATCH_TOKENS, DEFAULT_BATCH_TOKENS = {"cpu": 8192}, 2**16  # of a batch of choices, padding included; by device
-# What may befall one task: its data, the disk, the memory. It costs this task, not the training that asked for it
+# Failures of one task (data, disk, memory), after which the other tasks are still evaluated
 FAILURES = (UserError, OSError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """What an answer depends on, besides the model and the problem."""
+    """All that an answer depends on besides the model and the problem."""
     num_samples:    int   = 1
     temperature:    float = 0.0     # 0 takes the likeliest token
     top_k:          int   = 0       # sample among the k likeliest; 0 = all
@@ -71,7 +71,7 @@ class Solver:
 class Problem:
     """One conversation of a task, its last message the reference answer."""
     index:        int     # in the task
-    id:           str     # of its content: the same question has the same in any evaluation
+    id:           str     # a hash of its content
     conversation: dict
     prompt:       tuple[int, ...]   # all tokens up to the answer
 
@@ -80,7 +80,7 @@ class Problem:
 
 
 def check_task_names(names: Sequence[str]) -> None:
-    """Refuse names that no task has, and tasks that have no grade, before any work is done."""
+    """UserError for unknown tasks, for tasks without a grade and for repeats, before any work is done."""
     for name in names:
         if name not in GRADED_TASKS:
             raise UserError(f"there is no task {name!r} to evaluate; choose from {', '.join(GRADED_TASKS)}")
@@ -89,7 +89,7 @@ def check_task_names(names: Sequence[str]) -> None:
 
 
 def load_problems(task: Task, name: str, tokenizer, max_problems: int) -> list[Problem]:
-    """The problems to solve, in a shuffled order that is always the same; UserError where one is damaged."""
+    """The problems to solve, shuffled with ORDER_SEED; UserError where one is damaged."""
     order = list(range(len(task)))
     random.Random(ORDER_SEED).shuffle(order)
     problems = []
@@ -110,28 +110,28 @@ def load_problems(task: Task, name: str, tokenizer, max_problems: int) -> list[P
 
 
 def crop_prompt(prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
-    """Of a prompt over `max_tokens` the first token, bos, and the last ones."""
+    """A prompt over `max_tokens` cropped to its first token, bos, and its last ones."""
     return prompt if len(prompt) <= max_tokens else prompt[:1] + prompt[len(prompt) - max_tokens + 1:]
 
 
 @torch.no_grad()
 def choose_letters(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Problem, str]]:
-    """Each problem with the likeliest of its letters, batch by batch, those of similar length together."""
+    """Each problem with the likeliest of its letters. Problems of similar length share a batch."""
     model, device = solver.model, solver.model.get_device()
     batch_tokens = BATCH_TOKENS.get(device.type, DEFAULT_BATCH_TOKENS)
     prompts = [crop_prompt(problem.prompt, model.config.sequence_len) for problem in problems]
-    waiting = sorted(range(len(problems)), key=lambda i: len(prompts[i]))   # the longest are taken first, from the end
+    waiting = sorted(range(len(problems)), key=lambda i: len(prompts[i]))   # the longest come first, from the end
     while waiting:
         num_rows = max(1, min(solver.batch_rows, batch_tokens // len(prompts[waiting[-1]])))
         batch, waiting = waiting[-num_rows:], waiting[:-num_rows]
         idx = pad_rows([prompts[i] for i in batch], 0, device)                               # (R, T)
         ends = torch.tensor([len(prompts[i]) - 1 for i in batch], device=device)
-        # Hardly two batches have the same shape: compiling for each would take longer than the evaluation
+        # Nearly every batch has a shape of its own: compiling for each would take longer than the evaluation
         with torch.compiler.set_stance("force_eager"):
             x = model.forward_trunk(idx)[torch.arange(len(batch), device=device), ends]             # (R, C)
         letters = sorted({letter for i in batch for letter in problems[i].conversation["letters"]})
         tokens = torch.tensor([solver.tokenizer.encode(letter)[0] for letter in letters], device=device)
-        # In fp32, where two letters are hardly ever equal; the softcap keeps their order, so it is left out
+        # In fp32, so that two letters are hardly ever equal. The softcap is monotonic, so it is left out
         logits = (x.float() @ model.lm_head.weight[tokens].float().T).tolist()                      # (R, letters)
         for i, row in zip(batch, logits, strict=True):
             values = dict(zip(letters, row, strict=True))
@@ -139,19 +139,19 @@ def choose_letters(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Pr
 
 
 def sample_answers(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Problem, list[str], int]]:
-    """Each problem with the text of its samples and how many were cut short, in the order in which they finish.
+    """Each problem with its samples' texts and the number of samples that were cut short, as they finish.
 
-    A sample depends on the problem's index and the settings alone, not on which problems are solved beside it.
+    A sample depends on the problem's index and the settings alone, not on the other problems of the batch.
     """
     settings, context_tokens = solver.settings, solver.model.config.sequence_len
-    room_tokens = max(context_tokens - settings.max_new_tokens, context_tokens // 2, 2)  # the answer needs the rest
+    room_tokens = max(context_tokens - settings.max_new_tokens, context_tokens // 2, 2)  # the rest is for the answer
     engine = Engine(solver.model, solver.tokenizer, max_rows=solver.batch_rows)
     owners, samples = {}, {}    # request -> (problem, sample);  (problem, sample) -> tokens of the answer
     open_samples = [settings.num_samples] * len(problems)
     num_cut = [0] * len(problems)
     for i, problem in enumerate(problems):
         prompt = crop_prompt(problem.prompt, room_tokens)
-        max_tokens = min(settings.max_new_tokens, context_tokens + 1 - len(prompt))  # beyond, it was never trained
+        max_tokens = min(settings.max_new_tokens, context_tokens + 1 - len(prompt))  # untrained positions follow
         for sample in range(settings.num_samples):
             request = Request(prompt, max_tokens, settings.temperature, settings.top_k,
                               seed=settings.seed + problem.index, sample=sample)
@@ -190,11 +190,11 @@ def solve(solver: Solver, task: Task, problems: list[Problem]) -> Iterator[dict]
 
 
 def read_records(records_dir: Path, name: str) -> dict[tuple[int, str], dict]:
-    """The records of a task by problem, from its file and the parts that a killed evaluation left."""
+    """The records of a task by problem, from its file and from the parts of a killed evaluation."""
     records = {}
     for path in (records_dir / f"{name}.jsonl", *sorted(records_dir.glob(f"{name}.part*.jsonl"))):
         for line in path.read_bytes().splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError, LookupError, TypeError):  # a line that the kill cut in two
+            with contextlib.suppress(ValueError, LookupError, TypeError):  # the kill cut this line in two
                 record = json.loads(line)
                 if record.keys() >= {"answers", "scores", "num_cut"}:
                     records[record["index"], record["id"]] = record
@@ -202,7 +202,7 @@ def read_records(records_dir: Path, name: str) -> dict[tuple[int, str], dict]:
 
 
 def write_records(records_dir: Path, name: str, records: list[dict]) -> None:
-    """All records of a task in one file, in the order of the task, instead of the parts."""
+    """Write all records of a task to one file, in the order of the task, and delete the parts."""
     lines = [json.dumps(record) + "\n" for record in sorted(records, key=lambda record: record["index"])]
     write_atomic(records_dir / f"{name}.jsonl", "".join(lines))
     for path in records_dir.glob(f"{name}.part*.jsonl"):
@@ -220,7 +220,7 @@ def gather(value: object) -> list:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """Raise on all ranks what one of them meets inside, as a UserError: none is left waiting. Collective at its end."""
+    """A failure on one rank raises UserError on all, so that none waits forever. Collective at its end."""
     reason = None
     try:
         yield
@@ -240,10 +240,10 @@ def evaluate_task(solver: Solver, name: str, max_problems: int = -1, records_dir
     """{accuracy, low, high, centered, num_problems, num_cut, pass_any} of one task. Collective: all ranks call it.
 
     low, high:   of the 95% interval of the accuracy
-    num_cut:     answers that came to max_new_tokens, or to the end of the context, before their own
-    pass_any:    share of the problems of which any sample is right; with several samples only
-    records_dir: of this checkpoint and these settings alone: what it holds isn't evaluated again
-    Raises UserError, on all ranks alike, where the task can't be evaluated: no data, no sandbox, no memory ...
+    num_cut:     answers that reached max_new_tokens or the end of the context before their end token
+    pass_any:    share of the problems with a right sample; with several samples only
+    records_dir: a folder for this checkpoint and these settings alone; problems with a record there are skipped
+    Raises UserError, on all ranks, where the task can't be evaluated: no data, no sandbox, no memory ...
     """
     if max_problems != -1 and max_problems < 1 or solver.batch_rows < 1:
         raise UserError(f"{max_problems} problems in batches of {solver.batch_rows} leave nothing to evaluate; give at "
@@ -272,7 +272,7 @@ def evaluate_task(solver: Solver, name: str, max_problems: int = -1, records_dir
     for others in gather(solved):
         records |= {(record["index"], record["id"]): record for record in others}
     if records_dir and ranks.rank == 0:
-        with contextlib.suppress(OSError):  # the parts are there still
+        with contextlib.suppress(OSError):  # the parts still exist
             write_records(records_dir, name, list(records.values()))
     return summarize_records([records[problem.get_key()] for problem in problems], task,
                      num_different=len({problem.prompt for problem in problems}))
@@ -281,7 +281,7 @@ def evaluate_task(solver: Solver, name: str, max_problems: int = -1, records_dir
 def summarize_records(records: list[dict], task: Task, num_different: int) -> dict:
     """The figures of one task from the records of its problems.
 
-    num_different: of them, which is what the interval rests on: a task that is made here may ask a question again
+    num_different: different questions, on which the interval rests: a generated task may repeat a question
     """
     means = [sum(record["scores"]) / len(record["scores"]) for record in records]
     accuracy = sum(means) / len(means)
@@ -295,10 +295,10 @@ def summarize_records(records: list[dict], task: Task, num_different: int) -> di
 
 
 def wilson_interval(mean: float, count: int, z: float = NORMAL_95) -> tuple[float, float]:
-    """The 95% interval of a share that was measured on `count` problems (E. B. Wilson, JASA 1927).
+    """The 95% confidence interval of a share measured on `count` problems (E. B. Wilson, JASA 1927).
 
-    Unlike mean +- 2 sigma it stays within 0 and 1 and has a width at both. Scores in between vary less than right and
-    wrong with the same mean, so for them, and for means of several samples, it is wider than it need be.
+    Unlike mean +- 2 sigma it stays within 0 and 1 and has a width at both. For scores between 0 and 1, and for means of
+    several samples, it is wider than necessary: those vary less than right and wrong answers of the same mean.
     """
     middle = (mean + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
@@ -309,7 +309,7 @@ def compute_chatcore(results: dict[str, dict], missing: dict[str, str]) -> dict:
     """{chatcore, is_partial, num_tasks, tasks, missing}: ChatCORE is the mean centered accuracy of CHATCORE_TASKS.
 
     chatcore:   None where none of its tasks was evaluated
-    is_partial: some were not, so it isn't ChatCORE
+    is_partial: some were not, so the mean isn't ChatCORE
     """
     centered = [results[name]["centered"] for name in CHATCORE_TASKS if name in results]
     return {"chatcore": sum(centered) / len(centered) if centered else None, "num_tasks": len(centered),
