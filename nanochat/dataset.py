@@ -235,7 +235,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text-column", help="files: field of .jsonl and column of .parquet (default text)")
     parser.add_argument("--seed", type=int, help=f"python-docs, files: of the shuffle (default {DEFAULT_SEED})")
     parser.add_argument("--verify", action="store_true", help="check every sha256, make damaged shards again")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.source:
+        args.source = default_source()
+        print0(f"source: {args.source} (a CUDA device is {'' if args.source == 'climbmix' else 'not '}there; see "
+               "--source)")
+    used = {"files": ("path", "text_column", "seed"), "python-docs": ("seed",)}
+    used = used.get(args.source, ("num_shards", "num_workers"))
+    for name in ("num_shards", "num_workers", "path", "text_column", "seed"):
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if value is not None and name not in used:
+            raise UserError(f"{flag} means nothing for --source {args.source}; leave it out")
+        if isinstance(value, int) and not (0 if name == "seed" else 1) <= value < 2**63:
+            raise UserError(f"{flag} {value} is out of range; give a positive number")
+    if args.source == "files" and args.path is None:
+        raise UserError("--source files needs --path FOLDER, the folder with your texts")
+    if args.name is not None and (args.name in ("", ".", "..") or Path(args.name).name != args.name):
+        raise UserError(f"--name {args.name!r} must be a plain folder name; it is made under {get_base_dir() / 'data'}")
+    if args.name and args.name.endswith((".new", ".old", ".lock")):
+        raise UserError(f"--name {args.name} is what a folder is called while it is made; choose one that doesn't end "
+                        "in .new, .old or .lock")
+    return args
 
 
 def default_source() -> str:
@@ -243,34 +263,11 @@ def default_source() -> str:
     return "climbmix" if torch.cuda.is_available() else "python-docs"
 
 
-def require_flags_fit(args: argparse.Namespace, source: str) -> None:
-    """UserError for flags that don't belong to this source, and for values out of range."""
-    used = {"files": ("path", "text_column", "seed"), "python-docs": ("seed",)}
-    used = used.get(source, ("num_shards", "num_workers"))
-    for flag in ("num_shards", "num_workers", "path", "text_column", "seed"):
-        value = getattr(args, flag)
-        if value is not None and flag not in used:
-            raise UserError(f"--{flag.replace('_', '-')} means nothing for --source {source}; leave it out")
-        if isinstance(value, int) and not (0 if flag == "seed" else 1) <= value < 2**63:
-            raise UserError(f"--{flag.replace('_', '-')} {value} is out of range; give a positive number")
-    if source == "files" and args.path is None:
-        raise UserError("--source files needs --path FOLDER, the folder with your texts")
-    if args.name is not None and (args.name in ("", ".", "..") or Path(args.name).name != args.name):
-        raise UserError(f"--name {args.name!r} must be a plain folder name; it is made under {get_base_dir() / 'data'}")
-    if args.name is not None and args.name.endswith((".new", ".old", ".lock")):
-        raise UserError(f"--name {args.name} is what a folder is called while it is made; choose one that doesn't end "
-                        "in .new, .old or .lock")
-
-
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    source = args.source or default_source()
-    require_flags_fit(args, source)
-    folder = get_base_dir() / "data" / (args.name or source)
+    source, folder = args.source, get_base_dir() / "data" / (args.name or args.source)
     command = f"python -m nanochat.dataset --source {source}" + (f" --name {args.name}" if args.name else "")
     seed = DEFAULT_SEED if args.seed is None else args.seed
-    if not args.source:
-        print0(f"source: {source} (a CUDA device is {'' if source == 'climbmix' else 'not '}there; see --source)")
     with sole_writer(folder):
         if (folder / "manifest.json").is_file() and (made_from := read_manifest(folder).source) != source:
             raise UserError(f"{folder} holds data from {made_from}; choose another --name for {source}")
