@@ -23,9 +23,6 @@ class HumanEval(Task):
         self.rows = load_rows("openai/openai_humaneval", "openai_humaneval", split,
                               columns=("prompt", "canonical_solution", "test", "entry_point"))
 
-    def num_examples(self) -> int:
-        return len(self.rows)
-
     def get_example(self, index: int) -> dict:
         row = self.rows[index]
         return {"messages": [{"role": "user", "content": row["prompt"]},

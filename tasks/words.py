@@ -43,7 +43,7 @@ def load_words() -> list[str]:
 
 
 def collect_words_here() -> tuple[str, list[str]]:
-    """What there is to read on this machine, and its words."""
+    """The source of text on this machine, and its words."""
     for manifest in sorted(get_base_dir().glob("data/*/manifest.json")):
         try:
             documents = iter_documents(load_shards(str(manifest.parent)).train, MAX_TEXT_CHARS)
