@@ -1,7 +1,6 @@
-"""tasks/: the interface, mixtures, rows from files at hand, and the hub's datasets on their real files."""
+"""tasks/: the interface, mixtures, rows from local files, and the hub's datasets on their real files."""
 
 import gzip
-import json
 import re
 import shutil
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from task_helpers import write_lines
 
 from nanochat.calculator import calculate
 from nanochat.common import UserError
@@ -19,7 +19,6 @@ from nanochat.tokenizer import check_messages
 from tasks.arc import ARC
 from tasks.catalog import get_task
 from tasks.common import Task, TaskMixture, extract_answer, get_reference, render_mc
-from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K, split_calls
 from tasks.humaneval import build_program
 from tasks.mmlu import MMLU
@@ -57,7 +56,7 @@ class Numbers(Task):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The folder for files at hand, under an empty base folder; the network's library fails at once."""
+    """The folder for local files, under an empty base folder; the network's library fails at once."""
     monkeypatch.delenv("NANOCHAT_MIRROR_DIR", raising=False)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
 
@@ -76,12 +75,6 @@ def real_hub(hub):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REAL_TASKS / f"{name}.jsonl.gz", path)
     return hub
-
-
-def write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,48 +348,3 @@ def test_humaneval_program():
     program = build_program('import math\n\ndef f(x):\n    """Root."""\n', "    return math.sqrt(x)",
                             "def check(c):\n    assert c(4) == 2", "f")
     assert run_program(program, 1, 2**30).success and program.endswith("check(f)\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A person's own conversations
-
-TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-
-
-def test_custom_json(tmp_path):
-    parts = [{"type": "text", "text": "It is "}, {"type": "python", "text": "1+1"},
-             {"type": "python_output", "text": "2"}]
-    rows = [TALK, {"messages": [{"role": "system", "content": "Be kind."}, *TALK], "source": "me"}, TALK[:1],
-            [TALK[0], {"role": "assistant", "content": parts}]]
-    path = tmp_path / "mine.jsonl"
-    path.write_text("\ufeff" + "\n".join(json.dumps(row) for row in rows) + "\n\n")
-    task = CustomJSON(path)
-    assert [conversation["messages"] for conversation in task] == [rows[0], rows[1]["messages"], rows[2], rows[3]]
-    assert list(CustomJSON(path, stop=1)) == [{"messages": TALK}]
-
-
-@pytest.mark.parametrize(("row", "message"), [
-    ([TALK[1]], "has role 'assistant' where 'user' is due"),
-    ([*TALK, TALK[1]], "message 2, system aside, has role 'assistant' where 'user' is due"),
-    ([{"role": "robot", "content": "x"}], "has role 'robot'"),
-    ([TALK[0], {"role": "assistant", "content": " \n"}], r"message 1 \(assistant\) is empty"),
-    ([{"role": "user", "content": ""}, TALK[1]], r"message 0 \(user\) is empty"),
-    ([TALK[0], {"role": "assistant", "content": []}], r"message 1 \(assistant\) is empty"),
-    ([TALK[0], {"role": "assistant", "content": [{"type": "python", "text": ""}]}], "is empty"),
-    ([TALK[0], {"role": "assistant", "content": [{"type": "image", "text": "x"}]}], "none of the types"),
-    ([{"role": "user"}], "message 0 is not"),
-    ([{"role": "user", "content": 5}], "is not text"),
-    ([{"role": "user", "content": "\ud800"}], "surrogates"),
-    ({"text": "x"}, "a conversation is"), ({"messages": []}, "at least one"), ([], "at least one"), (5, "at least one"),
-])
-def test_custom_json_names_line_and_reason(tmp_path, row, message):
-    path = write_lines(tmp_path / "mine.jsonl", [TALK, row, TALK])
-    with pytest.raises(UserError, match=message) as error:
-        CustomJSON(path)
-    assert str(error.value).startswith(f"{path}:2: ")
-
-
-def test_custom_json_that_is_no_file(tmp_path):
-    for path in (tmp_path, tmp_path / "none.jsonl"):
-        with pytest.raises(UserError, match=f"{path} can't be read"):
-            CustomJSON(path)
