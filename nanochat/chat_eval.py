@@ -22,18 +22,16 @@ import torch
 import torch.distributed as dist
 
 from nanochat.common import UserError, get_ranks, write_atomic
-from nanochat.core_eval import pad_rows
+from nanochat.core_eval import BATCH_TOKENS, DEFAULT_BATCH_TOKENS, pad_rows
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
 from nanochat.tokenizer import RustBPETokenizer
-from tasks.catalog import GRADED_TASKS, get_task
+from tasks.catalog import CHATCORE_TASKS, GRADED_TASKS, get_task
 from tasks.common import Task
 
-CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 CHOICE_BASELINE = 0.25      # accuracy of guessing one of four letters; that of writing an answer by chance is 0
 ORDER_SEED = 1337           # shuffles the problems: the first n are a fair sample, and part of any larger one
 NORMAL_95 = 1.959964        # 95% of a normal distribution lie within so many standard deviations
-BATCH_TOKENS, DEFAULT_BATCH_TOKENS = {"cpu": 8192}, 2**16  # of a batch of choices, padding included; by device
 # Failures of one task (data, disk, memory), after which the other tasks are still evaluated
 FAILURES = (UserError, OSError, RuntimeError, MemoryError)
 

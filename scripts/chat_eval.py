@@ -19,11 +19,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from nanochat.chat_eval import CHATCORE_TASKS, ChatSettings, Solver, check_task_names, compute_chatcore, evaluate_task
+from nanochat.chat_eval import ChatSettings, Solver, check_task_names, compute_chatcore, evaluate_task
 from nanochat.checkpoint_manager import MODEL_NAME, STAGES, load_model
 from nanochat.common import UserError, get_base_dir, get_compute_dtype, init_compute, print0, run_script, write_json
 from nanochat.flash_attention import choose_backend
 from nanochat.report import write_section
+from tasks.catalog import CHATCORE_TASKS
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -24,6 +24,7 @@ TASKS = {
     "Identity":       Identity,
     "PythonDocs":     PythonDocs,
 }
+CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")   # ChatCORE's
 GRADED_TASKS = tuple(name for name in TASKS if name != "SmolTalk")   # whose answers can be graded
 
 

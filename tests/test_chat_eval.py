@@ -14,7 +14,6 @@ from eval_helpers import make_random_model, make_tokenizer, run_ranks
 
 from nanochat import chat_eval
 from nanochat.chat_eval import (
-    CHATCORE_TASKS,
     ChatSettings,
     Solver,
     check_task_names,
@@ -33,7 +32,7 @@ from nanochat.execution import find_method
 from nanochat.gpt import GPT, GPTConfig
 from scripts import chat_eval as script
 from tasks.arithmetic import Arithmetic
-from tasks.catalog import get_task
+from tasks.catalog import CHATCORE_TASKS, get_task
 from tasks.common import Task
 
 REPO_DIR = Path(__file__).resolve().parents[1]
