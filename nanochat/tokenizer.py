@@ -1,4 +1,4 @@
-"""Text to token ids and back, and how a conversation becomes one sequence of tokens.
+"""Text to token ids and back; conversations to one sequence of tokens.
 
 Byte-level BPE: trained by rustbpe, run by tiktoken, kept in the file format of Hugging Face's tokenizers library.
 """
@@ -29,13 +29,13 @@ SPLIT_PATTERN = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}|
                  r"""|\s*[\r\n]|\s+(?!\S)|\s+""")
 
 NUM_BYTES = 256
-# How files spell bytes, since GPT-2: visible characters of Latin-1 are themselves, the other bytes U+0100 onward.
+# The spelling of bytes in files since GPT-2: visible characters of Latin-1 as they are, the other bytes from U+0100 on.
 VISIBLE_BYTES = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 BYTE_ALPHABET = "".join(chr(byte) if byte in VISIBLE_BYTES else chr(0x100 + byte - len(VISIBLE_BYTES & {*range(byte)}))
                         for byte in range(NUM_BYTES))
 BYTES_BY_CHARACTER = {character: byte for byte, character in enumerate(BYTE_ALPHABET)}
-MIN_VOCAB_SIZE = NUM_BYTES + len(SPECIAL_TOKENS) + 1     # with fewer there is not even one merge to learn
-TRAIN_BUFFER_DOCUMENTS = 1024                            # texts that rustbpe holds at a time, which bounds its memory
+MIN_VOCAB_SIZE = NUM_BYTES + len(SPECIAL_TOKENS) + 1     # one merge to learn
+TRAIN_BUFFER_DOCUMENTS = 1024                            # texts that rustbpe holds at a time: bounds its memory
 
 # A run of about a million blanks overflows the backtracking stack of both regex engines, which then panic.
 MAX_BLANKS = 100_000
@@ -68,8 +68,8 @@ class RustBPETokenizer:
 
     @classmethod
     def train_from_iterator(cls, text_iterator: Iterable[str], vocab_size: int) -> "RustBPETokenizer":
-        """Learn a vocabulary of `vocab_size` tokens, specials included; the same texts give the same vocabulary."""
-        import rustbpe  # here, so that a machine that only runs models can do without it
+        """Learn a vocabulary of `vocab_size` tokens, specials included. Deterministic: a function of the texts."""
+        import rustbpe  # here, so that a machine that only runs models needs no rustbpe
         if vocab_size < MIN_VOCAB_SIZE:
             raise UserError(f"a vocabulary of {vocab_size} tokens is too small: {NUM_BYTES} bytes and "
                             f"{len(SPECIAL_TOKENS)} special tokens are always in it; ask for {MIN_VOCAB_SIZE} or more")
@@ -85,7 +85,7 @@ class RustBPETokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "RustBPETokenizer":
-        """Read `tokenizer.json` in `directory`; UserError when it is absent, damaged, or of a kind we can't run."""
+        """Read `tokenizer.json` in `directory`; UserError if it is absent, damaged, or not byte-level BPE."""
         path = Path(directory) / "tokenizer.json"
         remedy = f"`python -m scripts.tok_train --name {path.parent.name}`"
         try:
@@ -128,7 +128,7 @@ class RustBPETokenizer:
 
     @cached_property
     def hash(self) -> str:
-        """16 hex digits that name the content: split pattern, tokens in order, specials; not how a file spells it."""
+        """16 hex digits of the content: split pattern, tokens in order, specials; independent of the file format."""
         tokens = sorted((token_id, token.hex()) for token, token_id in self.ranks.items())
         specials = sorted((token_id, name) for name, token_id in self.special_tokens.items())
         return hashlib.sha256(json.dumps([self.pattern, tokens, specials]).encode()).hexdigest()[:16]
@@ -152,14 +152,14 @@ class RustBPETokenizer:
         return self.special_tokens[name]
 
     def count_token_bytes(self) -> torch.Tensor:
-        """(V,) int32: UTF-8 bytes that each token stands for; 0 for specials and ids without a token."""
+        """(V,) int32: UTF-8 bytes of each token; 0 for specials and ids without a token."""
         counts = torch.zeros(self.get_vocab_size(), dtype=torch.int32)
         counts[list(self.ranks.values())] = torch.tensor([len(token) for token in self.ranks], dtype=torch.int32)
         return counts
 
     def encode(self, text: str | Sequence[str], prepend: int | str | None = None, append: int | str | None = None,
                num_threads: int = 8) -> list[int] | list[list[int]]:
-        """Ids of one text, or a list of them for a list of texts; special tokens in a text are just text.
+        """Ids of one text, or a list of them for a list of texts; names of special tokens in a text are plain text.
 
         prepend, append: a special token (id or name) put before and after each text; bos for documents
         """
@@ -221,7 +221,7 @@ class RustBPETokenizer:
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: dict) -> list[int]:
-        """The whole prompt for the next answer, ending in assistant_start; a last answer that is there is left out."""
+        """The whole prompt for the next answer, ending in assistant_start, without the conversation's last answer."""
         messages = check_messages(conversation)
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
@@ -230,7 +230,7 @@ class RustBPETokenizer:
 
 
 def get_tokenizer_dir(name: str = "default") -> Path:
-    """The folder of the tokenizer `name`, which need not be there yet."""
+    """The folder of the tokenizer `name`, existing or not."""
     if not re.fullmatch(r"\w[\w.-]*", name) or name.endswith((".old", ".new", ".lock")):  # see shards.rebuilt_folder
         raise UserError(f"{name!r} can't name a tokenizer: use letters, digits, '.', '_' and '-', no folder, and no "
                         ".old, .new or .lock at its end")
@@ -258,7 +258,7 @@ def cut_blanks(text: str) -> Iterator[str]:
 
 
 def check_messages(conversation: dict) -> list[dict]:
-    """The messages, user and assistant in turn; a system message is joined to the user's first one by a blank line."""
+    """The checked messages, user and assistant in turn; a system message is put before the user's first one."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError('a conversation is {"messages": [...]} with at least one message')
@@ -292,7 +292,7 @@ def check_content(message: dict, message_idx: int) -> None:
 
 
 def check_vocabulary(ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
-    """Raise ValueError unless every text can be encoded and every id means one token."""
+    """Raise ValueError unless every text can be encoded and every id is one token."""
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError("the ids of the vocabulary are not 0, 1, 2, ...")
     if any(bytes([byte]) not in ranks for byte in range(NUM_BYTES)):
@@ -305,19 +305,19 @@ def check_vocabulary(ranks: dict[bytes, int], special_tokens: dict[str, int]) ->
 
 
 def spell_bytes(token: bytes) -> str:
-    """A token as files hold it: each byte as the visible character of BYTE_ALPHABET at its place."""
+    """A token's spelling in files: each byte as its visible character of BYTE_ALPHABET."""
     return "".join(map(BYTE_ALPHABET.__getitem__, token))
 
 
 def unspell_bytes(spelling: str) -> bytes:
-    """The bytes of a token as files hold it."""
+    """The bytes of a token by its spelling in files."""
     if not BYTES_BY_CHARACTER.keys() >= set(spelling):
         raise ValueError(f"the token {spelling!r} is not spelled in the byte-level alphabet")
     return bytes(map(BYTES_BY_CHARACTER.__getitem__, spelling))
 
 
 def find_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens that `token` is merged from: what BPE leaves of its bytes when only earlier merges are known."""
+    """The two tokens that merge into `token`: BPE of its bytes with the earlier merges alone leaves these two."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         _, i = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))

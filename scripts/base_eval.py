@@ -1,13 +1,13 @@
-"""The CORE metric of a base model: how well it solves 22 tasks from examples in its context, 0 = by guessing.
+"""The CORE metric of a base model: centered accuracy on 22 tasks with examples in the context, 0 = guessing.
 
     python -m scripts.base_eval --fetch                             # once: download the tasks
     python -m scripts.base_eval                                     # the latest base model, all items
     python -m scripts.base_eval -g d12 -s 2000 --max-per-task 100
     torchrun --standalone --nproc-per-node 8 -m scripts.base_eval
-    python -m scripts.base_eval --hf-path openai-community/gpt2     # a model of others, to compare with
+    python -m scripts.base_eval --hf-path openai-community/gpt2     # a Hugging Face model, to compare with
 
-Each task that is done is kept in $NANOCHAT_BASE_DIR/runs/base/<tag>/core_<step>.json, for a model of others in
-core_hf/<name>.json: the same command goes on from there. The tasks: eval_bundle/ or eval_bundle.zip in
+Finished tasks are kept in $NANOCHAT_BASE_DIR/runs/base/<tag>/core_<step>.json, those of a Hugging Face model in
+core_hf/<name>.json: the same command continues from there. The tasks are in eval_bundle/ or eval_bundle.zip in
 $NANOCHAT_BASE_DIR; --fetch takes $NANOCHAT_MIRROR_DIR/eval_bundle.zip where that folder is set.
 """
 
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def fetch_bundle() -> Path:
-    """The folder of the tasks, brought to the base folder if they aren't there; UserError where they can't be had."""
+    """The folder of the tasks in the base folder, after a download if they are missing; UserError where that fails."""
     bundle_dir, mirror_dir = get_base_dir() / "eval_bundle", get_mirror_dir()
     archive = bundle_dir.with_name("eval_bundle.zip")
     with file_lock(bundle_dir):
@@ -139,7 +139,7 @@ def fetch_bundle() -> Path:
 
 
 def check_archive(path: Path) -> None:
-    """Refuse what is no whole zip file."""
+    """Raise CorruptFile unless the file is a whole zip."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -155,9 +155,9 @@ def hash_tasks(tasks: list[CoreTask]) -> str:
 
 
 def load_results(path: Path, settings: dict, fresh: bool, ranks: Ranks) -> dict[str, dict]:
-    """The tasks that were evaluated before with the same settings; results of other settings are put aside.
+    """Earlier results with the same settings; those of other settings are renamed and kept.
 
-    All ranks read the file themselves: it next changes when all have finished a task together.
+    Every rank reads the file: it changes only after all ranks have finished a task together.
     """
     try:
         saved = json.loads(path.read_text())
@@ -178,7 +178,7 @@ def load_results(path: Path, settings: dict, fresh: bool, ranks: Ranks) -> dict[
 
 
 def report_core(name: str, section: dict, core: dict, what: str, step: int | None) -> None:
-    """The section of the report card."""
+    """Write the section of the report card."""
     rows = [[label, result["accuracy"], result["centered"], result["num_items"]]
             for label, result in core["tasks"].items()]
     notes = [f"CORE is the {what} of centered accuracy: 0 is guessing, 1 is all right."]
@@ -217,7 +217,7 @@ class HFTokenizer:
         self.tokenizer = tokenizer
 
     def get_bos_token_id(self) -> int:
-        """What a document begins with; models without such a token have one that ends documents."""
+        """The first token of a document: bos, or eos for models without bos."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if bos is None and eos is None:
             raise UserError("this tokenizer has no token that begins or ends a document; choose another model")
@@ -228,7 +228,7 @@ class HFTokenizer:
 
 
 def load_hf_model(path: str, device: torch.device, dtype: torch.dtype) -> tuple[HFModel, HFTokenizer, str]:
-    """The model at `path`, a folder or a name on the hub, in eval mode, its tokenizer, and what names its weights."""
+    """The model at `path`, a folder or a name on the hub, in eval mode, its tokenizer and its weights' hash."""
     try:
         import transformers
     except ImportError:
@@ -237,7 +237,7 @@ def load_hf_model(path: str, device: torch.device, dtype: torch.dtype) -> tuple[
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, use_safetensors=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:   # what transformers raises where it finds nothing usable
+    except (OSError, ValueError, ImportError) as error:   # transformers' errors for an unusable model
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
         raise UserError(f"--hf-path {path} can't be loaded ({reason}); give a folder that has a model with "
                         "safetensors files, or a name on the hub") from None

@@ -1,4 +1,4 @@
-"""How well a chat model answers the questions of tasks; ChatCORE is the mean over six of them, 0 = by guessing.
+"""Accuracy of a chat model on tasks; ChatCORE is the mean centered accuracy of six of them, 0 = guessing.
 
     python -m scripts.chat_eval -i sft                              # the six tasks of ChatCORE, all problems
     python -m scripts.chat_eval -i rl -a GSM8K SpellingBee -x 200   # two tasks, the same 200 problems each time
@@ -6,8 +6,8 @@
     torchrun --standalone --nproc-per-node 8 -m scripts.chat_eval -i sft
 
 A record of each problem (answers, scores) is kept in $NANOCHAT_BASE_DIR/runs/<stage>/<tag>/chat_eval/<step>_<settings>:
-the same command goes on from there, and other tasks join those that are done. A task that can't be evaluated is
-reported, and the others go on.
+the same command continues from there, and other tasks join the finished ones. A task that can't be evaluated is
+reported, and the evaluation goes on with the others.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def read_earlier(path: Path, task_names: list[str], max_problems: int) -> dict[str, dict]:
-    """What other tasks gave before, on as many problems: tasks that are evaluated one by one are one evaluation."""
+    """Earlier results of other tasks with as many problems: tasks evaluated one by one are one evaluation."""
     try:
         saved = json.loads(path.read_text())
         return {name: result for name, result in saved["tasks"].items()
@@ -112,7 +112,7 @@ def read_earlier(path: Path, task_names: list[str], max_problems: int) -> dict[s
 
 
 def format_result(name: str, result: dict) -> str:
-    """A line of the table; of several samples also how often any was right."""
+    """A line of the table; with several samples also the share of problems with a right one."""
     interval = f"{result['low']:.4f} - {result['high']:.4f}"
     line = (f"{name:16s} {result['accuracy']:8.4f} {interval:>16s} {result['centered']:8.4f} "
             f"{result['num_problems']:8d} {result['num_cut']:5d}")
@@ -120,13 +120,13 @@ def format_result(name: str, result: dict) -> str:
 
 
 def describe_metric(chat: dict) -> str:
-    """What the mean may be called: over fewer tasks than the metric has, it is another one."""
+    """The name of the mean: over fewer tasks it isn't ChatCORE."""
     return "ChatCORE" + (f", only {chat['num_tasks']} of {len(CHATCORE_TASKS)} tasks" if chat["is_partial"] else "")
 
 
 def report_answers(chat: dict, stage: str, run_dir: Path, step: int, made_with: dict, argv: list[str],
                  wall_sec: float) -> None:
-    """The section of the report card; each stage has its own."""
+    """Write the section of the report card; each stage has its own."""
     what = describe_metric(chat)
     metrics = {what: chat["chatcore"]} | {name: result["accuracy"] for name, result in chat["tasks"].items()}
     rows = [[name, result["accuracy"], result["low"], result["high"], result["centered"], result["num_problems"],

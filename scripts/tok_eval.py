@@ -1,4 +1,4 @@
-"""How well the tokenizer compresses text, per domain, against the vocabularies of GPT-2 and GPT-4.
+"""Compression by the tokenizer, per domain, against the vocabularies of GPT-2 and GPT-4.
 
 python -m scripts.tok_eval
 python -m scripts.tok_eval --name default --tables FOLDER     FOLDER holds gpt2_encoder.json, cl100k_base.tiktoken
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def report_compression(results: dict, labels: list[str], argv: list[str], wall_sec: float) -> None:
-    """The section of the report card."""
+    """Write the section of the report card."""
     rows = [[domain, result["num_bytes"], *(round(result["tokenizers"][label]["bytes_per_token"], 2)
                                             for label in labels)] for domain, result in results.items()]
     write_section("tok_eval", {
@@ -130,7 +130,7 @@ def report_compression(results: dict, labels: list[str], argv: list[str], wall_s
 
 
 def find_data_folder(directory: Path) -> str | None:
-    """The folder of the text that the tokenizer was trained on, by its training.json; None if it isn't there now."""
+    """The folder of the tokenizer's training text by its training.json; None if it doesn't exist now."""
     try:
         folder = json.loads((directory / "training.json").read_text(encoding="utf-8"))["data_folder"]
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
@@ -139,7 +139,7 @@ def find_data_folder(directory: Path) -> str | None:
 
 
 def read_data(name_or_folder: str | None, max_chars: int) -> dict[str, list[str]]:
-    """The first documents of the training and the validation text; nothing but a printed line if there is no data."""
+    """The first documents of the training and the validation text; without data {} and a printed line."""
     if name_or_folder is None:
         print0("train and val are not measured: the text that it was trained on isn't there; name another with --data")
         return {}
@@ -148,7 +148,7 @@ def read_data(name_or_folder: str | None, max_chars: int) -> dict[str, list[str]
 
 
 def take_documents(paths: list[Path], max_chars: int) -> list[str]:
-    """Documents up to `max_chars` characters in all; the last one is cut."""
+    """The first documents, `max_chars` characters in all; the last one is cut."""
     *documents, last = iter_documents(paths, max_chars)
     return [*documents, last[:max_chars - sum(map(len, documents))]]
 

@@ -432,7 +432,7 @@ def test_tok_train_never_takes_a_changed_tokenizer_for_its_own(data_dir, tokeniz
     tok_train.main(flags)
     folder = data_dir.parents[1] / "tokenizer" / "default"
     tokenizer.save(folder)
-    with pytest.raises(UserError, match="isn't the one its training.json tells of"):
+    with pytest.raises(UserError, match="isn't the one of its training.json"):
         tok_train.main(flags)
     (folder / "training.json").unlink()
     with pytest.raises(UserError, match="no readable training.json"):
