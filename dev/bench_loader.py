@@ -16,7 +16,7 @@ import numpy as np
 
 from dev.timing import print_rows
 from nanochat.common import Ranks, UserError, count_cpus, run_script
-from nanochat.dataloader import TextGroups, TrainLoader, list_groups
+from nanochat.dataloader import TextGroups, TrainLoader
 from nanochat.packing import PackStats, cut_documents, pack_documents, place_best_fit
 from nanochat.shards import ShardList, load_shards, read_group
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     shards = find_shards(args.data)
     tokenizer = RustBPETokenizer.from_pretrained("cl100k_base", args.tables_dir) if args.tables_dir else get_tokenizer()
-    texts = [read_group(path, idx) for path, idx in list_groups(shards.train)[:args.num_groups]]
+    texts = [read_group(path, idx) for path, idx in TextGroups(shards, tokenizer, 1).places[:args.num_groups]]
     bos_id, start = tokenizer.get_bos_token_id(), time.perf_counter()
     groups = [tokenizer.encode(docs, prepend=bos_id, num_threads=1) for docs in texts]
     seconds = time.perf_counter() - start

@@ -1,15 +1,16 @@
-"""ChatCORE: how well a chat model answers the questions of six tasks, 0 = by guessing.
+"""ChatCORE: accuracy of a chat model on six tasks, centered so that guessing gives 0.
 
-    categorical   multiple choice     the likeliest of the choices' letters as the first token of the answer
-    generative    all other tasks     the Engine writes an answer, with the calculator at hand; the task grades it
+    categorical   multiple choice     the answer is the likeliest of the choices' letters as its first token
+    generative    all other tasks     the Engine writes an answer and may call the calculator
 
-A record is kept of each problem. Written to disk, the records let a killed evaluation go on from where it was.
+The task grades the answers. Each problem leaves a record; records on disk let a killed evaluation continue.
 
 R rows, T tokens, C channels.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -20,28 +21,24 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanochat.common import UserError, count_cpus, print0, write_atomic
-from nanochat.core_eval import pad_rows
+from nanochat.common import UserError, get_ranks, write_atomic
+from nanochat.core_eval import BATCH_TOKENS, DEFAULT_BATCH_TOKENS, pad_rows
 from nanochat.engine import Engine, Request
-from nanochat.execution import execute_code, execute_many
 from nanochat.gpt import GPT
-from tasks.catalog import TASKS, get_task
+from nanochat.tokenizer import RustBPETokenizer
+from tasks.catalog import CHATCORE_TASKS, GRADED_TASKS, get_task
 from tasks.common import Task
-from tasks.humaneval import MAX_MEMORY_BYTES, TIMEOUT_SECONDS, HumanEval, build_program
 
-CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 CHOICE_BASELINE = 0.25      # accuracy of guessing one of four letters; that of writing an answer by chance is 0
-ORDER_SEED = 1337           # of the problems: their first n are a fair sample, and part of any larger one
+ORDER_SEED = 1337           # shuffles the problems: the first n are a fair sample, and part of any larger one
 NORMAL_95 = 1.959964        # 95% of a normal distribution lie within so many standard deviations
-PROGRAM_PROBLEMS = 16       # whose programs are run at a time, side by side
-BATCH_TOKENS, DEFAULT_BATCH_TOKENS = {"cpu": 8192}, 2**16  # of a batch of choices, padding included; by device
-# What may befall one task: its data, the disk, the memory. It costs this task, not the training that asked for it
+# Failures of one task (data, disk, memory), after which the other tasks are still evaluated
 FAILURES = (UserError, OSError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """What an answer depends on, besides the model and the problem."""
+    """All that an answer depends on besides the model and the problem."""
     num_samples:    int   = 1
     temperature:    float = 0.0     # 0 takes the likeliest token
     top_k:          int   = 0       # sample among the k likeliest; 0 = all
@@ -59,10 +56,20 @@ class ChatSettings:
 
 
 @dataclass(frozen=True)
+class Solver:
+    """A chat model that answers problems."""
+    model:        GPT
+    tokenizer:    RustBPETokenizer
+    settings:     ChatSettings = ChatSettings()
+    batch_rows:   int  = 64        # sequences at once, on each rank
+    allow_unsafe: bool = False     # run programs that the model wrote even where this machine can't isolate them
+
+
+@dataclass(frozen=True)
 class Problem:
     """One conversation of a task, its last message the reference answer."""
     index:        int     # in the task
-    id:           str     # of its content: the same question has the same in any evaluation
+    id:           str     # a hash of its content
     conversation: dict
     prompt:       tuple[int, ...]   # all tokens up to the answer
 
@@ -71,17 +78,16 @@ class Problem:
 
 
 def check_task_names(names: Sequence[str]) -> None:
-    """Refuse names that no task has, and tasks that have no grade, before any work is done."""
-    gradable = [name for name in TASKS if name != "SmolTalk"]   # it is there to learn from
+    """UserError for unknown tasks, for tasks without a grade and for repeats, before any work is done."""
     for name in names:
-        if name not in gradable:
-            raise UserError(f"there is no task {name!r} to evaluate; choose from {', '.join(gradable)}")
+        if name not in GRADED_TASKS:
+            raise UserError(f"there is no task {name!r} to evaluate; choose from {', '.join(GRADED_TASKS)}")
     if len(set(names)) < len(names) or not names:
         raise UserError(f"name each task once, not {', '.join(names) or 'none'}")
 
 
 def load_problems(task: Task, name: str, tokenizer, max_problems: int) -> list[Problem]:
-    """The problems to solve, in a shuffled order that is always the same; UserError where one is damaged."""
+    """The problems to solve, shuffled with ORDER_SEED; UserError where one is damaged."""
     order = list(range(len(task)))
     random.Random(ORDER_SEED).shuffle(order)
     problems = []
@@ -102,49 +108,48 @@ def load_problems(task: Task, name: str, tokenizer, max_problems: int) -> list[P
 
 
 def crop_prompt(prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
-    """Of a prompt over `max_tokens` the first token, bos, and the last ones."""
+    """A prompt over `max_tokens` cropped to its first token, bos, and its last ones."""
     return prompt if len(prompt) <= max_tokens else prompt[:1] + prompt[len(prompt) - max_tokens + 1:]
 
 
 @torch.no_grad()
-def choose_letters(model: GPT, tokenizer, problems: list[Problem], batch_rows: int) -> Iterator[tuple[Problem, str]]:
-    """Each problem with the likeliest of its letters, batch by batch, those of similar length together."""
-    device = model.get_device()
+def choose_letters(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Problem, str]]:
+    """Each problem with the likeliest of its letters. Problems of similar length share a batch."""
+    model, device = solver.model, solver.model.get_device()
     batch_tokens = BATCH_TOKENS.get(device.type, DEFAULT_BATCH_TOKENS)
     prompts = [crop_prompt(problem.prompt, model.config.sequence_len) for problem in problems]
-    waiting = sorted(range(len(problems)), key=lambda i: len(prompts[i]))   # the longest are taken first, from the end
+    waiting = sorted(range(len(problems)), key=lambda i: len(prompts[i]))   # the longest come first, from the end
     while waiting:
-        num_rows = max(1, min(batch_rows, batch_tokens // len(prompts[waiting[-1]])))
+        num_rows = max(1, min(solver.batch_rows, batch_tokens // len(prompts[waiting[-1]])))
         batch, waiting = waiting[-num_rows:], waiting[:-num_rows]
         idx = pad_rows([prompts[i] for i in batch], 0, device)                               # (R, T)
         ends = torch.tensor([len(prompts[i]) - 1 for i in batch], device=device)
-        # Hardly two batches have the same shape: compiling for each would take longer than the evaluation
+        # Nearly every batch has a shape of its own: compiling for each would take longer than the evaluation
         with torch.compiler.set_stance("force_eager"):
             x = model.forward_trunk(idx)[torch.arange(len(batch), device=device), ends]             # (R, C)
         letters = sorted({letter for i in batch for letter in problems[i].conversation["letters"]})
-        tokens = torch.tensor([tokenizer.encode(letter)[0] for letter in letters], device=device)
-        # In fp32, where two letters are hardly ever equal; the softcap keeps their order, so it is left out
+        tokens = torch.tensor([solver.tokenizer.encode(letter)[0] for letter in letters], device=device)
+        # In fp32, so that two letters are hardly ever equal. The softcap is monotonic, so it is left out
         logits = (x.float() @ model.lm_head.weight[tokens].float().T).tolist()                      # (R, letters)
         for i, row in zip(batch, logits, strict=True):
             values = dict(zip(letters, row, strict=True))
             yield problems[i], max(problems[i].conversation["letters"], key=values.__getitem__)
 
 
-def write_answers(model: GPT, tokenizer, problems: list[Problem], settings: ChatSettings,
-                  batch_rows: int) -> Iterator[tuple[Problem, list[str], int]]:
-    """Each problem with the text of its samples and how many were cut short, in the order in which they finish.
+def sample_answers(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Problem, list[str], int]]:
+    """Each problem with its samples' texts and the number of samples that were cut short, as they finish.
 
-    A sample depends on the problem's index and the settings alone, not on which problems are solved beside it.
+    A sample depends on the problem's index and the settings alone, not on the other problems of the batch.
     """
-    context_tokens = model.config.sequence_len
-    room_tokens = max(context_tokens - settings.max_new_tokens, context_tokens // 2, 2)  # the answer needs the rest
-    engine = Engine(model, tokenizer, max_rows=batch_rows)
+    settings, context_tokens = solver.settings, solver.model.config.sequence_len
+    room_tokens = max(context_tokens - settings.max_new_tokens, context_tokens // 2, 2)  # the rest is for the answer
+    engine = Engine(solver.model, solver.tokenizer, max_rows=solver.batch_rows)
     owners, samples = {}, {}    # request -> (problem, sample);  (problem, sample) -> tokens of the answer
     open_samples = [settings.num_samples] * len(problems)
     num_cut = [0] * len(problems)
     for i, problem in enumerate(problems):
         prompt = crop_prompt(problem.prompt, room_tokens)
-        max_tokens = min(settings.max_new_tokens, context_tokens + 1 - len(prompt))  # beyond, it was never trained
+        max_tokens = min(settings.max_new_tokens, context_tokens + 1 - len(prompt))  # untrained positions follow
         for sample in range(settings.num_samples):
             request = Request(prompt, max_tokens, settings.temperature, settings.top_k,
                               seed=settings.seed + problem.index, sample=sample)
@@ -159,49 +164,23 @@ def write_answers(model: GPT, tokenizer, problems: list[Problem], settings: Chat
                 open_samples[i] -= 1
                 num_cut[i] += event.finish_reason == "length"
                 if not open_samples[i]:
-                    texts = [tokenizer.decode(samples.pop((i, s))) for s in range(settings.num_samples)]
+                    texts = [solver.tokenizer.decode(samples.pop((i, s))) for s in range(settings.num_samples)]
                     yield problems[i], texts, num_cut[i]
 
 
-def grade(task: Task, conversations: list[dict], answers: list[str], allow_unsafe: bool) -> list[float]:
-    """A score from 0 to 1 for each answer; programs are run in the sandbox, several at once."""
-    if isinstance(task, HumanEval):
-        programs = [build_program(conversation["messages"][0]["content"], answer, conversation["test"],
-                                  conversation["entry_point"])
-                    for conversation, answer in zip(conversations, answers, strict=True)]
-        # each has so many seconds by the clock, so the ranks share the cores
-        num_workers = max(1, count_cpus() // (dist.get_world_size() if dist.is_initialized() else 1))
-        return [float(result.success) for result in
-                execute_many(programs, TIMEOUT_SECONDS, MAX_MEMORY_BYTES, allow_unsafe, num_workers)]
-    return [float(task.evaluate(conversation, answer))
-            for conversation, answer in zip(conversations, answers, strict=True)]
-
-
-def solve(model: GPT, tokenizer, task: Task, problems: list[Problem], settings: ChatSettings, batch_rows: int,
-          allow_unsafe: bool) -> Iterator[dict]:
+def solve(solver: Solver, task: Task, problems: list[Problem]) -> Iterator[dict]:
     """A record of each problem: {index, id, answers, scores, num_cut}, lists over the samples."""
-    def record(group: list[tuple[Problem, list[str], int]]) -> Iterator[dict]:
+    task.check_grading(solver.allow_unsafe)
+    if task.eval_type == "categorical":
+        answers = ((problem, [letter], 0) for problem, letter in choose_letters(solver, problems))
+    else:
+        answers = sample_answers(solver, problems)
+    while group := list(itertools.islice(answers, task.grade_batch)):
         pairs = [(problem.conversation, text) for problem, texts, _ in group for text in texts]
-        scores = iter(grade(task, [pair[0] for pair in pairs], [pair[1] for pair in pairs], allow_unsafe))
+        scores = iter(task.grade(*zip(*pairs, strict=True), solver.allow_unsafe))
         for problem, texts, num_cut in group:
             yield {"index": problem.index, "id": problem.id, "answers": texts,
                    "scores": [next(scores) for _ in texts], "num_cut": num_cut}
-
-    group_problems = 1
-    if isinstance(task, HumanEval):
-        group_problems = PROGRAM_PROBLEMS
-        execute_code("", allow_unsafe=allow_unsafe)  # a machine that can't run the answers says so before they are made
-    if task.eval_type == "categorical":
-        answers = ((problem, [letter], 0) for problem, letter in choose_letters(model, tokenizer, problems, batch_rows))
-    else:
-        answers = write_answers(model, tokenizer, problems, settings, batch_rows)
-    group: list[tuple[Problem, list[str], int]] = []
-    for answer in answers:
-        group.append(answer)
-        if len(group) == group_problems:
-            yield from record(group)
-            group = []
-    yield from record(group)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,11 +188,11 @@ def solve(model: GPT, tokenizer, task: Task, problems: list[Problem], settings: 
 
 
 def read_records(records_dir: Path, name: str) -> dict[tuple[int, str], dict]:
-    """The records of a task by problem, from its file and the parts that a killed evaluation left."""
+    """The records of a task by problem, from its file and from the parts of a killed evaluation."""
     records = {}
     for path in (records_dir / f"{name}.jsonl", *sorted(records_dir.glob(f"{name}.part*.jsonl"))):
         for line in path.read_bytes().splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError, LookupError, TypeError):  # a line that the kill cut in two
+            with contextlib.suppress(ValueError, LookupError, TypeError):  # the kill cut this line in two
                 record = json.loads(line)
                 if record.keys() >= {"answers", "scores", "num_cut"}:
                     records[record["index"], record["id"]] = record
@@ -221,7 +200,7 @@ def read_records(records_dir: Path, name: str) -> dict[tuple[int, str], dict]:
 
 
 def write_records(records_dir: Path, name: str, records: list[dict]) -> None:
-    """All records of a task in one file, in the order of the task, instead of the parts."""
+    """Write all records of a task to one file, in the order of the task, and delete the parts."""
     lines = [json.dumps(record) + "\n" for record in sorted(records, key=lambda record: record["index"])]
     write_atomic(records_dir / f"{name}.jsonl", "".join(lines))
     for path in records_dir.glob(f"{name}.part*.jsonl"):
@@ -239,7 +218,7 @@ def gather(value: object) -> list:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """Raise on all ranks what one of them meets inside, as a UserError: none is left waiting. Collective at its end."""
+    """A failure on one rank raises UserError on all, so that none waits forever. Collective at its end."""
     reason = None
     try:
         yield
@@ -255,54 +234,52 @@ def failing_together() -> Iterator[None]:
 # A task, and all of them
 
 
-def evaluate_task(model: GPT, tokenizer, name: str, *, max_problems: int = -1, settings: ChatSettings | None = None,
-                  batch_rows: int = 64, allow_unsafe: bool = False, records_dir: Path | None = None) -> dict:
+def evaluate_task(solver: Solver, name: str, max_problems: int = -1, records_dir: Path | None = None) -> dict:
     """{accuracy, low, high, centered, num_problems, num_cut, pass_any} of one task. Collective: all ranks call it.
 
     low, high:   of the 95% interval of the accuracy
-    num_cut:     answers that came to max_new_tokens, or to the end of the context, before their own
-    pass_any:    share of the problems of which any sample is right; with several samples only
-    records_dir: of this checkpoint and these settings alone: what it holds isn't evaluated again
-    Raises UserError, on all ranks alike, where the task can't be evaluated: no data, no sandbox, no memory ...
+    num_cut:     answers that reached max_new_tokens or the end of the context before their end token
+    pass_any:    share of the problems with a right sample; with several samples only
+    records_dir: a folder for this checkpoint and these settings alone; problems with a record there are skipped
+    Raises UserError, on all ranks, where the task can't be evaluated: no data, no sandbox, no memory ...
     """
-    settings = settings or ChatSettings()
-    if max_problems != -1 and max_problems < 1 or batch_rows < 1:
-        raise UserError(f"{max_problems} problems in batches of {batch_rows} leave nothing to evaluate; give at least "
-                        "1 of each, or -1 for all problems")
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if max_problems != -1 and max_problems < 1 or solver.batch_rows < 1:
+        raise UserError(f"{max_problems} problems in batches of {solver.batch_rows} leave nothing to evaluate; give at "
+                        "least 1 of each, or -1 for all problems")
+    ranks = get_ranks()
     with failing_together():
         task = get_task(name, "test")
-        problems = load_problems(task, name, tokenizer, max_problems)
+        problems = load_problems(task, name, solver.tokenizer, max_problems)
         records = {}
-        if records_dir and rank == 0:
+        if records_dir and ranks.rank == 0:
             records_dir.mkdir(parents=True, exist_ok=True)
             records = read_records(records_dir, name)
             if records:
                 write_records(records_dir, name, list(records.values()))
     records, *_ = gather(records)
-    mine = [problem for problem in problems if problem.get_key() not in records][rank::world_size]
-    solved, was_training = [], model.training
-    model.eval()
+    mine = [problem for problem in problems if problem.get_key() not in records][ranks.rank::ranks.world_size]
+    solved, was_training = [], solver.model.training
+    solver.model.eval()
     with failing_together(), contextlib.ExitStack() as stack:
-        stack.callback(model.train, was_training)
-        part = records_dir and stack.enter_context(open(records_dir / f"{name}.part{rank}.jsonl", "w"))
-        for record in solve(model, tokenizer, task, mine, settings, batch_rows, allow_unsafe) if mine else ():
+        stack.callback(solver.model.train, was_training)
+        part = records_dir and stack.enter_context(open(records_dir / f"{name}.part{ranks.rank}.jsonl", "w"))
+        for record in solve(solver, task, mine) if mine else ():
             solved.append(record)
             if part:
                 print(json.dumps(record), file=part, flush=True)
     for others in gather(solved):
         records |= {(record["index"], record["id"]): record for record in others}
-    if records_dir and rank == 0:
-        with contextlib.suppress(OSError):  # the parts are there still
+    if records_dir and ranks.rank == 0:
+        with contextlib.suppress(OSError):  # the parts still exist
             write_records(records_dir, name, list(records.values()))
-    return summarize([records[problem.get_key()] for problem in problems], task,
+    return summarize_records([records[problem.get_key()] for problem in problems], task,
                      num_different=len({problem.prompt for problem in problems}))
 
 
-def summarize(records: list[dict], task: Task, num_different: int) -> dict:
+def summarize_records(records: list[dict], task: Task, num_different: int) -> dict:
     """The figures of one task from the records of its problems.
 
-    num_different: of them, which is what the interval rests on: a task that is made here may ask a question again
+    num_different: different questions, on which the interval rests: a generated task may repeat a question
     """
     means = [sum(record["scores"]) / len(record["scores"]) for record in records]
     accuracy = sum(means) / len(means)
@@ -316,42 +293,22 @@ def summarize(records: list[dict], task: Task, num_different: int) -> dict:
 
 
 def wilson_interval(mean: float, count: int, z: float = NORMAL_95) -> tuple[float, float]:
-    """The 95% interval of a share that was measured on `count` problems (E. B. Wilson, JASA 1927).
+    """The 95% confidence interval of a share measured on `count` problems (E. B. Wilson, JASA 1927).
 
-    Unlike mean +- 2 sigma it stays within 0 and 1 and has a width at both. Scores in between vary less than right and
-    wrong with the same mean, so for them, and for means of several samples, it is wider than it need be.
+    Unlike mean +- 2 sigma it stays within 0 and 1 and has a width at both. For scores between 0 and 1, and for means of
+    several samples, it is wider than necessary: those vary less than right and wrong answers of the same mean.
     """
     middle = (mean + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
     return max(0.0, min(middle - half, mean)), min(1.0, max(middle + half, mean))  # rounding must not exclude the mean
 
 
-def combine_tasks(results: dict[str, dict], missing: dict[str, str]) -> dict:
+def compute_chatcore(results: dict[str, dict], missing: dict[str, str]) -> dict:
     """{chatcore, is_partial, num_tasks, tasks, missing}: ChatCORE is the mean centered accuracy of CHATCORE_TASKS.
 
     chatcore:   None where none of its tasks was evaluated
-    is_partial: some were not, so it isn't ChatCORE
+    is_partial: some were not, so the mean isn't ChatCORE
     """
     centered = [results[name]["centered"] for name in CHATCORE_TASKS if name in results]
     return {"chatcore": sum(centered) / len(centered) if centered else None, "num_tasks": len(centered),
             "is_partial": len(centered) < len(CHATCORE_TASKS), "tasks": results, "missing": missing}
-
-
-def evaluate_chat(model: GPT, tokenizer, task_names: Sequence[str] = CHATCORE_TASKS, *, max_problems: int = -1,
-                  settings: ChatSettings | None = None, batch_rows: int = 64, allow_unsafe: bool = False,
-                  records_dir: Path | None = None) -> dict:
-    """Evaluate tasks by name, for use while training: see evaluate_task and combine_tasks. Collective.
-
-    What a task meets, as missing data, is said and kept under "missing"; the others go on. Only a name that no task has
-    is a UserError: ask check_task_names before the training begins.
-    """
-    check_task_names(task_names)
-    results, missing = {}, {}
-    for name in task_names:
-        try:
-            results[name] = evaluate_task(model, tokenizer, name, max_problems=max_problems, settings=settings,
-                                          batch_rows=batch_rows, allow_unsafe=allow_unsafe, records_dir=records_dir)
-        except UserError as error:
-            missing[name] = str(error)
-            print0(f"{name} was not evaluated: {error}")
-    return combine_tasks(results, missing)

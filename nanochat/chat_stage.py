@@ -15,8 +15,14 @@ import torch
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.checkpoint_manager import Checkpoint, Checkpointer
 from nanochat.common import Ranks, UserError, get_environment, print0
-from nanochat.conversations import ConversationGroups, Epoch, Mixture, count_epoch, validation_conversations
-from nanochat.dataloader import TrainLoader, ValidationBatches
+from nanochat.dataloader import (
+    ConversationGroups,
+    Epoch,
+    TrainLoader,
+    ValidationBatches,
+    count_epoch,
+    validation_conversations,
+)
 from nanochat.gpt import GPT, GPTConfig, estimate_flops
 from nanochat.identity import check_ranks, compare_with_saved
 from nanochat.optim import MuonAdamW
@@ -36,6 +42,7 @@ from nanochat.stage import (
 )
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import LossScaler, Progress, RunLog
+from tasks.mixtures import Mixture
 
 LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")   # taken over from the stage before
 IDENTITY_ARGS = ("seed", "deterministic", "init_lr_frac", "warmdown_ratio")   # must be the same when a run is continued
@@ -83,8 +90,7 @@ class ChatStart:
 
 
 def plan_chat_run(stage: str, args: argparse.Namespace, source: Checkpoint, run_dir: Path, mixture: Mixture,
-                  device: torch.device, ranks: Ranks, *, supervise: str, keep_whole: bool,
-                  scales_lr: bool) -> ChatStart:
+                  device: torch.device, ranks: Ranks, *, keep_whole: bool, scales_lr: bool) -> ChatStart:
     """Choose the rows and the horizon, and compare them with those of the run that is continued, if any. Collective."""
     start_time = time.perf_counter()
     if not 0 < args.init_lr_frac < math.inf or not 0 <= args.warmdown_ratio <= 1:
@@ -94,8 +100,7 @@ def plan_chat_run(stage: str, args: argparse.Namespace, source: Checkpoint, run_
     saved = {} if step is None else checkpoints.load_meta(run_dir, step)
     tokenizer = checkpoints.load_run_tokenizer(source.meta)
     config = GPTConfig(**source.meta["model_config"])
-    groups = ConversationGroups(mixture.name, mixture.train, tokenizer, config.sequence_len, supervise=supervise,
-                                keep_whole=keep_whole)
+    groups = ConversationGroups(mixture.name, mixture.train, tokenizer, config.sequence_len, keep_whole=keep_whole)
     is_counted = saved and saved["identity"]["conversations"] == groups.identity
     epoch = Epoch.from_json(saved["epoch"]) if is_counted else count_epoch(groups, ranks, device)
     before = source.meta["identity"]

@@ -6,8 +6,8 @@ CORE is the metric of DCLM (arXiv 2406.11794). A task is one of three kinds, by 
     schema              several contexts, one ending     the context under which that ending has the lowest mean loss
     language_modeling   one context, one ending          each token of the ending must be the likeliest one
 
-A prompt becomes an option: a prefix, and a tail in which each token but the first is scored. Options that share their
-prefix (the shots and the question of a choice) compute it once; each tail then continues a copy of its cache.
+A prompt becomes an option: a prefix, and a tail whose tokens but the first are scored. Options with the same prefix
+(the shots and the question of a choice) compute it once; each tail then continues a copy of its cache.
 
 R rows, T tokens, P tokens of a prefix, S tokens of a tail, V vocabulary.
 """
@@ -26,27 +26,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 
-from nanochat.common import UserError, file_lock, get_base_dir, print0
+from nanochat.common import UserError, file_lock, get_base_dir, get_ranks, print0
 from nanochat.engine import KVCache
 from nanochat.gpt import GPT, norm
 from nanochat.train import sum_over_ranks
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-NUM_CORE_TASKS = 22         # of the published bundle; the mean over fewer is another metric
+NUM_CORE_TASKS = 22         # in the published bundle; the mean over fewer is another metric
 ROW_FIELDS = {              # what a row of each kind must have
     "multiple_choice":   ("query", "choices", "gold"),
     "schema":            ("context_options", "continuation", "gold"),
     "language_modeling": ("context", "continuation"),
 }
 OPTIONS_FIELD = {"multiple_choice": "choices", "schema": "context_options"}
-DATA_SEED, SHOT_SEED = 1337, 1234   # of the published metric: other seeds give other items and other shots
+DATA_SEED, SHOT_SEED = 1337, 1234   # the published metric's: other seeds give other items and other shots
 
 WINDOW_ITEMS = 256          # items that are tokenized at a time, then sorted by length (assumption, not studied)
-PREFILL_TOKENS = 256        # of the prefixes in one pass: short passes skip more of the keys that are masked anyway
+PREFILL_TOKENS = 256        # tokens of a prefix in one pass: short passes skip more of the masked keys
 # Tokens of one batch, prefixes and tails of all its rows, and of its tails alone, whose logits are V wide; by device
 BATCH_TOKENS, DEFAULT_BATCH_TOKENS = {"cpu": 8192}, 2**16
 TAIL_TOKENS, DEFAULT_TAIL_TOKENS = {"cpu": 1024}, 8192
@@ -92,12 +91,12 @@ class Item:
 
 
 def load_tasks(bundle_dir: Path | None = None) -> list[CoreTask]:
-    """All tasks of a bundle in its own order, every row checked, so that no mistake shows after an hour of work."""
+    """All tasks of a bundle in its own order. Every row is checked now, not after an hour of evaluation."""
     bundle_dir = find_bundle(bundle_dir)
     path = bundle_dir / "core.yaml"
     baselines = load_baselines(bundle_dir)
     tasks = []
-    with reading(path, bundle_dir):
+    with reading_bundle(path, bundle_dir):
         for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]:
             label, kind = str(entry["label"]), entry["icl_task_type"]
             if kind not in ROW_FIELDS:
@@ -107,14 +106,14 @@ def load_tasks(bundle_dir: Path | None = None) -> list[CoreTask]:
             tasks.append(CoreTask(
                 label, kind, num_shots=int(entry["num_fewshot"][0]),  # a list in the format; CORE has one number in it
                 delimiter=str(entry.get("continuation_delimiter", " ")), baseline_pct=baselines[label],
-                rows=load_rows(bundle_dir, label, kind, entry["dataset_uri"])))
+                rows=load_task_rows(bundle_dir, label, kind, entry["dataset_uri"])))
         if not tasks:
             raise ValueError("it names no task")
     return tasks
 
 
 def find_bundle(bundle_dir: Path | None) -> Path:
-    """The folder of the bundle, by default in the base folder; unpacked here if only its zip is there."""
+    """The folder of the bundle, by default in the base folder; unpacks the zip where only that exists."""
     bundle_dir = bundle_dir or get_base_dir() / "eval_bundle"
     archive = bundle_dir.with_name("eval_bundle.zip")
     if archive.is_file() and not bundle_dir.exists():
@@ -128,7 +127,7 @@ def find_bundle(bundle_dir: Path | None) -> Path:
 
 
 def unpack_bundle(archive: Path, bundle_dir: Path) -> None:
-    """Unpack the zip; `bundle_dir` appears whole or not at all."""
+    """Unpack the zip atomically: `bundle_dir` appears whole or not at all."""
     print0(f"unpacking {archive}")
     temporary = bundle_dir.with_name(bundle_dir.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -146,18 +145,18 @@ def unpack_bundle(archive: Path, bundle_dir: Path) -> None:
 
 
 def load_baselines(bundle_dir: Path) -> dict[str, float]:
-    """Accuracy of guessing by task label, in percent: as published, oddities included, or CORE isn't comparable."""
+    """Accuracy of guessing by task label, in percent; as published, mistakes included, to keep CORE comparable."""
     path = bundle_dir / "eval_meta_data.csv"
-    with reading(path, bundle_dir), open(path, encoding="utf-8", newline="") as file:
+    with reading_bundle(path, bundle_dir), open(path, encoding="utf-8", newline="") as file:
         pairs = [(row["Eval Task"], row["Random baseline"]) for row in csv.DictReader(file)]
         baselines = {label: float(percent) for label, percent in pairs if percent}
         return {label: percent for label, percent in baselines.items() if 0 <= percent < 100}
 
 
-def load_rows(bundle_dir: Path, label: str, kind: str, uri: str) -> list[dict]:
-    """The rows of one task, each with what its kind needs."""
+def load_task_rows(bundle_dir: Path, label: str, kind: str, uri: str) -> list[dict]:
+    """The checked rows of one task."""
     path = bundle_dir / "eval_data" / uri
-    with reading(f"the data of the CORE task {label}, {path},", bundle_dir):
+    with reading_bundle(f"the data of the CORE task {label}, {path},", bundle_dir):
         lines = path.read_bytes().splitlines()
         if not any(lines):
             raise ValueError("it is empty")
@@ -165,13 +164,13 @@ def load_rows(bundle_dir: Path, label: str, kind: str, uri: str) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        with reading(f"the data of the CORE task {label}, line {number} of {path},", bundle_dir):
+        with reading_bundle(f"the data of the CORE task {label}, line {number} of {path},", bundle_dir):
             rows.append(check_row(json.loads(line), kind))
     return rows
 
 
 def check_row(row: dict, kind: str) -> dict:
-    """What a task of this kind needs of a row, its texts as such; raises where something isn't there."""
+    """The fields of ROW_FIELDS, texts as str; raises where one is missing or malformed."""
     def to_text(value: object) -> str:
         if not isinstance(value, str | int | float):
             raise ValueError(f"{value!r:.60} is no text")
@@ -194,8 +193,8 @@ def check_row(row: dict, kind: str) -> dict:
 
 
 @contextlib.contextmanager
-def reading(what: object, bundle_dir: Path) -> Iterator[None]:
-    """Say in one sentence which part of the bundle can't be read."""
+def reading_bundle(what: object, bundle_dir: Path) -> Iterator[None]:
+    """Turn errors of reading into a UserError that names the damaged part of the bundle."""
     try:
         yield
     except OSError as error:
@@ -214,7 +213,7 @@ def reading(what: object, bundle_dir: Path) -> Iterator[None]:
 
 
 def choose_shots(task: CoreTask, rows: list[dict], index: int) -> list[dict]:
-    """Solved examples for the row at `index`, never that row itself; fewer where there are too few rows."""
+    """Solved examples for the row at `index`, drawn from the other rows; fewer than num_shots if those are fewer."""
     others = [i for i in range(len(rows)) if i != index]
     chosen = random.Random(SHOT_SEED + index).sample(others, min(task.num_shots, len(others)))
     return [rows[i] for i in chosen]
@@ -232,40 +231,30 @@ def render_prompts(task: CoreTask, row: dict, shots: list[dict]) -> list[str]:
     head = "".join(task.delimiter.join(render(shot, shot.get("gold", 0))) + "\n\n" for shot in shots)
     if task.kind == "language_modeling":
         context, ending = render(row, 0)
-        # Stripped, since a blank at the end would belong to the first token of the ending
+        # Stripped: tokenized, a blank at the end would belong to the first token of the ending
         return [(head + context + task.delimiter).strip(), head + context + task.delimiter + ending]
     return [head + task.delimiter.join(render(row, option)) for option in range(len(row[OPTIONS_FIELD[task.kind]]))]
 
 
-def count_common(sequences: list[list[int]], from_end: bool = False) -> int:
-    """Tokens that all sequences begin with, or end with."""
-    count = 0
-    for column in zip(*(reversed(s) if from_end else s for s in sequences), strict=False):
-        if any(token != column[0] for token in column):
-            break
-        count += 1
-    return count
-
-
 def make_item(kind: str, prompts: list[list[int]], gold: int | None, context_tokens: int) -> Item:
-    """Find what is scored in the tokens of an item's prompts, and crop what is too long for the model.
+    """Find the scored tokens of an item's prompts, and crop prompts to the model's context.
 
-    The common part is that of the whole prompts' tokens: where those of a text end depends on what follows. Each option
-    keeps a token to predict, even if it begins another or equals it. A prompt over `context_tokens` loses its first
-    tokens, bos included, as in the published evaluations, but all choices as many: they follow the same text.
+    The common part is found on tokens of whole prompts, since token boundaries depend on the text that follows. Each
+    option keeps a token to predict, even if it is a prefix of another or equals it. A prompt over `context_tokens`
+    loses its first tokens, bos included, as in the published evaluations; all choices lose equally many.
     """
     if kind == "language_modeling":
-        starts, prompts = [count_common(prompts)], prompts[1:]
+        starts, prompts = [len(os.path.commonprefix(prompts))], prompts[1:]
     elif kind == "multiple_choice":
-        starts = [min(count_common(prompts), min(map(len, prompts)) - 1)] * len(prompts)
+        starts = [min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)] * len(prompts)
     else:
-        num_common = count_common(prompts, from_end=True)
+        num_common = len(os.path.commonprefix([prompt[::-1] for prompt in prompts]))
         starts = [len(prompt) - num_common for prompt in prompts]
     options, excess_tokens = [], max(map(len, prompts)) - context_tokens
     for prompt, start in zip(prompts, starts, strict=True):
         num_shared = min(excess_tokens, start - 1) if kind == "multiple_choice" else 0
         num_cropped = max(0, len(prompt) - context_tokens, num_shared)
-        start = max(min(start, len(prompt) - 1) - num_cropped, 1)  # the first token has nothing that predicts it
+        start = max(min(start, len(prompt) - 1) - num_cropped, 1)  # nothing predicts the first token
         tokens = tuple(prompt[num_cropped:])
         options.append(Option(tokens[:start - 1], tokens[start - 1:]))
     return Item(options, gold)
@@ -280,9 +269,9 @@ def make_items(task: CoreTask, tokenizer, rows: list[dict], indices: list[int], 
 
 
 def make_batches(items: list[Item], batch_tokens: int, tail_tokens: int) -> Iterator[list[Item]]:
-    """Group items of similar length, within the limits for all rows of a batch, padding included."""
+    """Group items of similar length, within the token limits of a batch, padding included."""
     batch, num_rows, longest_prefix, longest_tail = [], 0, 0, 0
-    for item in sorted(items, key=Item.get_lengths, reverse=True):  # the longest first: if memory fails, it fails early
+    for item in sorted(items, key=Item.get_lengths, reverse=True):  # the longest first: out of memory shows early
         prefix, tail = item.get_lengths()
         rows = num_rows + len(item.options)
         prefix, tail = max(prefix, longest_prefix), max(tail, longest_tail)
@@ -315,8 +304,8 @@ def cache_prefixes(model: GPT, prefixes: list[tuple[int, ...]], row_of: list[int
                     model.compute_dtype)
     for start in range(0, P, PREFILL_TOKENS):
         model.forward_trunk(idx[:, start:start + PREFILL_TOKENS], cache)
-    # All rows are P long now. Going back to its own length uncovers each row's padding, which the tail overwrites, and
-    # the embedding before the tail must then be that of the prefix's own end; an empty prefix has none
+    # All rows are P long now. Each goes back to its own length, and its tail overwrites the padding. The smear of the
+    # tail's first token then needs the embedding of the prefix's own last token; an empty prefix has none
     ends = idx.gather(1, (lengths[:, None] - 1).clamp(min=0).long()) if P else idx.new_zeros(len(prefixes), 1)
     last_embed = norm(model.transformer.wte(ends).to(model.compute_dtype)) * (lengths > 0)[:, None, None]
     rows = torch.tensor(row_of, device=device)
@@ -350,8 +339,8 @@ def score_options(model, options: list[Option]) -> list[tuple[float, bool]]:
 
 
 def count_correct(model, items: list[Item]) -> int:
-    """How many items of one batch the model gets right; of equally good options the first is its answer."""
-    options = list(dict.fromkeys(option for item in items for option in item.options))  # equal ones must tie exactly
+    """The number of items of one batch that the model gets right; of equally good options the first is its answer."""
+    options = list(dict.fromkeys(option for item in items for option in item.options))  # equal options must tie exactly
     scores = dict(zip(options, score_options(model, options), strict=True))
     num_correct = 0
     for item in items:
@@ -365,14 +354,14 @@ def evaluate_task(model, tokenizer, task: CoreTask, max_per_task: int = -1) -> d
     """{accuracy, centered, num_items} of one task. Collective: all ranks call it, each answers its share of items."""
     if max_per_task != -1 and max_per_task < 1:
         raise UserError(f"max-per-task {max_per_task} must be -1 (all items) or at least 1")
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    ranks = get_ranks()
     device, rows = model.get_device(), task.choose_rows(max_per_task)
-    mine = list(range(rank, len(rows), world_size))
+    mine = list(range(ranks.rank, len(rows), ranks.world_size))
     tail_tokens = TAIL_TOKENS.get(device.type, DEFAULT_TAIL_TOKENS)
     batch_tokens = BATCH_TOKENS.get(device.type, DEFAULT_BATCH_TOKENS) if isinstance(model, GPT) else tail_tokens
     num_correct, was_training = 0, model.training
     model.eval()
-    # Hardly two batches have the same shape: compiling for each would take longer than the evaluation
+    # Nearly every batch has a shape of its own: compiling for each would take longer than the evaluation
     with torch.compiler.set_stance("force_eager"):
         for start in range(0, len(mine), WINDOW_ITEMS):
             indices = mine[start:start + WINDOW_ITEMS]
@@ -384,7 +373,7 @@ def evaluate_task(model, tokenizer, task: CoreTask, max_per_task: int = -1) -> d
     return {"accuracy": accuracy, "centered": (accuracy - baseline) / (1 - baseline), "num_items": len(rows)}
 
 
-def combine_tasks(results: dict[str, dict]) -> dict:
+def compute_core(results: dict[str, dict]) -> dict:
     """{core_metric, num_tasks, tasks} from the results by task: CORE is the mean of the centered accuracies."""
     return {"core_metric": sum(result["centered"] for result in results.values()) / len(results),
             "num_tasks": len(results), "tasks": results}
@@ -396,5 +385,5 @@ def evaluate_core(model, tokenizer, *, max_per_task: int = -1, bundle_dir: Path 
     max_per_task: items of each task at most, also as shots; -1 = all
     bundle_dir:   default $NANOCHAT_BASE_DIR/eval_bundle
     """
-    return combine_tasks({task.label: evaluate_task(model, tokenizer, task, max_per_task)
+    return compute_core({task.label: evaluate_task(model, tokenizer, task, max_per_task)
                           for task in load_tasks(bundle_dir)})

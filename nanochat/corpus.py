@@ -1,9 +1,9 @@
-"""Documents from what is already on this machine: Python's own documentation and sources, or a person's folder.
+"""Documents from files on this machine: Python's own documentation and sources, or a person's folder.
 
-python-docs: the standard library and the packages that nanochat itself needs. The long docstrings of a module become a
-document of English prose; its code keeps their first paragraph, so that (nearly) no text stands twice.
+python-docs: the standard library and the packages that nanochat needs. The long docstrings of a module become a
+             document of English prose; its code keeps their first paragraph, so that (nearly) no text is there twice.
 files:       .txt .md .jsonl .jsonl.gz .parquet, in any language.
-Both give documents of at most MAX_DOC_CHARS in an order that depends on the texts' names and contents only.
+Documents have at most MAX_DOC_CHARS; their order depends on the texts' names and contents alone.
 """
 
 import ast
@@ -29,19 +29,19 @@ import pyarrow.parquet as pq
 
 from nanochat.common import UserError
 
-MAX_DOC_CHARS = 50_000  # longer texts are cut; keeps most modules whole and a row group of 1,024 documents small
+MAX_DOC_CHARS = 50_000  # longer texts are cut; most modules stay whole and a row group of 1,024 documents small
 
 # ---------------------------------------------------------------------------------------------------------------------
 # python-docs: which files
 
-# nanochat's own dependencies; what these depend on comes with them. Other installed packages don't matter, so that
-# the corpus is the same with and without development tools.
+# nanochat's own dependencies, and through them theirs. Other installed packages are ignored, so that the corpus is the
+# same with and without development tools.
 PACKAGES          = ("torch", "numpy", "tiktoken", "rustbpe", "pyarrow", "safetensors", "requests", "filelock")
-MAX_PACKAGE_CHARS = 16_000_000  # so that torch isn't the whole corpus; files are drawn by the hash of their path
+MAX_PACKAGE_CHARS = 16_000_000  # else torch would be most of the corpus; files are drawn by the hash of their path
 VAL_FRAC          = 0.015
-MAX_VAL_FILE_FRAC = 0.05  # of the validation text from one file: else it would test that file alone
+MAX_VAL_FILE_FRAC = 0.05  # of the validation text may come from one file
 TEXT_SUFFIXES     = (".py", ".md", ".rst", ".txt")
-# Tests and their fixtures, vendored copies of other packages, and what is made for this very machine
+# Tests and fixtures, vendored copies of other packages, files generated for this machine
 SKIPPED_FOLDERS   = {"test", "tests", "testing", "idle_test", "_vendor", "_vendored", "third_party", "__pycache__",
                      "site-packages", "dist-packages", "_bundled", "Icons", "licenses", "node_modules"}
 SKIPPED_FILES     = re.compile(r"test_.*|.*_test\.py|conftest\.py|_sysconfigdata.*|_sysconfig_vars.*|__config__\.py|"
@@ -50,7 +50,7 @@ SKIPPED_FILES     = re.compile(r"test_.*|.*_test\.py|conftest\.py|_sysconfigdata
 
 @dataclass(frozen=True)
 class Package:
-    """A set of files of one version of something; `paths` are relative to `root`."""
+    """The files of one version of a package; `paths` are relative to `root`."""
     name:    str
     version: str
     root:    Path
@@ -77,7 +77,7 @@ def find_packages() -> list[Package]:
 
 
 def choose_paths(paths: Iterable[str]) -> tuple[str, ...]:
-    """The paths that may hold something worth reading, sorted."""
+    """The paths of documentation and sources, sorted."""
     return tuple(sorted(path.replace("\\", "/") for path in paths if is_wanted(path.replace("\\", "/"))))
 
 
@@ -91,7 +91,7 @@ def is_wanted(path: str) -> bool:
 
 
 def list_files(root: Path, skipped_folders: Iterable[str] = ()) -> list[str]:
-    """All files below `root` as sorted relative paths, but for hidden ones and `skipped_folders`."""
+    """All files below `root` as sorted relative paths, without hidden ones and `skipped_folders`."""
     paths = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in skipped_folders and not name.startswith(".")]
@@ -104,9 +104,9 @@ def list_files(root: Path, skipped_folders: Iterable[str] = ()) -> list[str]:
 
 FULL_DOC_CHARS  = 8_000 # a source's documents are filled up to this: a row of 2,048 tokens, and enough row groups
 MIN_DOC_CHARS   = 200
-PROSE_CHARS     = 300   # a docstring from here on moves to the module's prose document
-REPEAT_CHARS    = 80    # a paragraph from here on, and a definition of twice this, may stand once in the corpus
-MAX_COMPRESSION = 8.0   # zlib makes sources 3 to 5 times smaller; beyond this they are tables
+PROSE_CHARS     = 300   # longer docstrings move to the module's prose document
+REPEAT_CHARS    = 80    # longer paragraphs, and definitions of twice this, are kept once in the corpus
+MAX_COMPRESSION = 8.0   # zlib compresses sources 3 to 5 times; tables more
 MAX_DIGIT_FRAC  = 0.12  # of the characters that aren't blanks
 MAX_LINE_CHARS  = 1_000 # minified or embedded data
 GENERATED       = re.compile(r"(?i)(auto(matically)?[- ]?generated|generated (by|from|automatically)|do not edit)")
@@ -114,7 +114,7 @@ LICENCE         = re.compile(r"(?i)copyright|licen[cs]e|all rights reserved|spdx
 
 
 class Repeats:
-    """Remembers passages by their letters only, so that a new date, number or indentation is still the same passage."""
+    """The passages seen so far, by their letters alone: another date, number or indentation is still a repeat."""
 
     def __init__(self):
         self.seen: set[bytes] = set()
@@ -132,8 +132,8 @@ class Repeats:
 
 
 def build_python_docs(packages: list[Package]) -> tuple[list[str], list[str]]:
-    """Training and validation documents. All documents of one source file are on the same side, and passages that
-    repeat are kept once, so that no validation text was trained on."""
+    """Training and validation documents. All documents of a source file are on one side, and repeated passages are kept
+    once, so that no validation text is in training."""
     documents: dict[str, list[str]] = {}  # source file -> its documents
     repeats = Repeats()
     for package in packages:
@@ -167,18 +167,18 @@ def hash_path(*names: str) -> bytes:
 
 
 def read_clean(path: Path) -> str | None:
-    """A file's text without blanks at line ends; None for what isn't UTF-8 text or has lines no person would write."""
+    """A file's text without blanks at line ends; None if it isn't UTF-8 text or has lines over MAX_LINE_CHARS."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
-    text = re.sub(r"\A#!.*\n", "", text)  # a script's path to its Python is this machine's
+    text = re.sub(r"\A#!.*\n", "", text)  # a script's shebang is this machine's
     text = re.sub(r"[ \t\f]+\n", "\n", text.replace("\0", ""))
     return text if max(map(len, text.split("\n"))) <= MAX_LINE_CHARS else None
 
 
 def is_table(text: str) -> bool:
-    """Whether this is data rather than writing: mostly digits, or far more regular than any source."""
+    """Whether a text is data: many digits, or far more regular than sources."""
     solid = re.sub(r"\s", "", text)
     num_digits = sum(map(solid.count, "0123456789"))
     data = text.encode()
@@ -186,7 +186,7 @@ def is_table(text: str) -> bool:
 
 
 def make_text_documents(path: str, text: str, repeats: Repeats) -> list[str]:
-    """A README or manual without the paragraphs that were seen before; a package's METADATA without its header."""
+    """A README or manual without repeated paragraphs; a package's METADATA without its header."""
     if path.endswith("METADATA"):
         text = text.partition("\n\n")[2]
     paragraphs = [paragraph for paragraph in re.split(r"\n{2,}", text)
@@ -198,9 +198,9 @@ def make_module_documents(path: str, text: str, repeats: Repeats) -> list[str]:
     """A module's code, and its long docstrings as prose."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's sources
+            warnings.simplefilter("ignore")  # of invalid escapes
             tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # templates and samples of wrong code
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # templates and samples of broken code
         return []
     module = re.sub(r"(/__init__)?\.py$", "", path).replace("/", ".")
     lines = text.split("\n")
@@ -217,7 +217,7 @@ def make_module_documents(path: str, text: str, repeats: Repeats) -> list[str]:
 
 
 def find_long_literals(tree: ast.Module) -> list[str]:
-    """String literals of several paragraphs that aren't docstrings, in the order of the source."""
+    """String literals of several paragraphs, without docstrings, in the order of the source."""
     docstrings, nodes = set(), []
     for node in ast.walk(tree):  # parents come before their children
         if isinstance(node, ast.Expr):
@@ -230,7 +230,7 @@ def find_long_literals(tree: ast.Module) -> list[str]:
 
 
 def move_docstrings(tree: ast.Module, module: str, lines: list[str]) -> list[str]:
-    """The docstrings of several paragraphs, each under its name; in `lines` only their first paragraph is left."""
+    """The docstrings of several paragraphs, each under its name; `lines` keeps only their first paragraphs."""
     passages = []
 
     def visit(node: ast.AST, name: str) -> None:
@@ -250,7 +250,7 @@ def move_docstrings(tree: ast.Module, module: str, lines: list[str]) -> list[str
 
 
 def shorten_docstring(node: ast.Expr, lines: list[str]) -> bool:
-    """Cut a docstring after its first paragraph, in place: its other lines become None. False if it has but one."""
+    """Cut a docstring after its first paragraph, in place: other lines become None. False if it has one paragraph."""
     first, last = node.lineno - 1, node.end_lineno - 1
     quote = re.match(r"""\s*[rRuU]?(\"\"\"|''')""", lines[first])
     blank = next((idx for idx in range(first + 1, last) if not lines[idx].strip()), None)
@@ -263,7 +263,7 @@ def shorten_docstring(node: ast.Expr, lines: list[str]) -> bool:
 
 def clean_doc(doc: str) -> str:
     """A docstring without its indentation, and with one blank line between paragraphs."""
-    doc = doc.encode(errors="ignore").decode()  # an escaped lone surrogate is no text
+    doc = doc.encode(errors="ignore").decode()  # drops lone surrogates
     doc = "\n".join(line.rstrip() for line in doc.expandtabs().split("\n"))
     indents = [len(line) - len(line.lstrip()) for line in doc.split("\n")[1:] if line]
     margin = min(indents, default=0)
@@ -272,7 +272,7 @@ def clean_doc(doc: str) -> str:
 
 
 def split_definitions(tree: ast.Module, lines: list[str]) -> list[str]:
-    """The source as passages that end with a top-level class or function; licence comments at its head are dropped."""
+    """The source as passages that end with a top-level class or function, without a licence comment at its head."""
     ends = [node.end_lineno for node in tree.body
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
     head = next((idx for idx, line in enumerate(lines) if line is None or not line.startswith("#")), len(lines))
@@ -285,7 +285,7 @@ def split_definitions(tree: ast.Module, lines: list[str]) -> list[str]:
 
 
 def join_passages(passages: Iterable[str], separator: str) -> list[str]:
-    """Documents of about FULL_DOC_CHARS, cut between passages; tiny ones are dropped."""
+    """Documents of about FULL_DOC_CHARS, cut between passages, without those under MIN_DOC_CHARS."""
     documents, current, num_chars = [], [], 0
     for passage in itertools.chain.from_iterable(map(cut_text, passages)):
         if current and num_chars + len(passage) > FULL_DOC_CHARS:
@@ -298,7 +298,7 @@ def join_passages(passages: Iterable[str], separator: str) -> list[str]:
 
 
 def cut_text(text: str) -> Iterator[str]:
-    """Pieces of at most MAX_DOC_CHARS that together are the text: cut at an empty line, else a line end, a blank."""
+    """The text in pieces of at most MAX_DOC_CHARS, cut at an empty line, else at a line end, else at a blank."""
     start = 0
     while len(text) - start > MAX_DOC_CHARS:
         stop = start + MAX_DOC_CHARS
@@ -317,7 +317,7 @@ BLOCK_CHARS   = 2**24  # of a text file in memory at once
 
 
 def find_text_files(folder: Path) -> list[Path]:
-    """All files of FILE_SUFFIXES below `folder` (or that one file), sorted by relative path."""
+    """All files of FILE_SUFFIXES below `folder`, or that one file, sorted by relative path."""
     if not folder.exists():
         raise UserError(f"--path {folder} isn't there; give the folder that holds your {' '.join(FILE_SUFFIXES)} files")
     paths = [folder / path for path in list_files(folder)] if folder.is_dir() else [folder]
@@ -328,7 +328,7 @@ def find_text_files(folder: Path) -> list[Path]:
 
 
 def read_documents(path: Path, text_column: str) -> Iterator[str]:
-    """The documents of one file, in bounded memory; a text file of any length is cut, a row is a document."""
+    """The documents of one file, in bounded memory: pieces of a text file, or rows."""
     name = path.name.lower()
     read = read_rows if name.endswith(".parquet") else read_lines if ".jsonl" in name[-9:] else None
     with reading(path):
@@ -338,7 +338,7 @@ def read_documents(path: Path, text_column: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Say in one sentence which of a person's files can't be read."""
+    """Turn permission and path errors into a UserError that names the file."""
     try:
         yield
     except OSError as error:
@@ -349,7 +349,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """A text file in blocks that end where a document of it ends."""
+    """A text file in pieces of at most MAX_DOC_CHARS."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             rest = ""
@@ -363,11 +363,17 @@ def read_text(path: Path) -> Iterator[str]:
 
 def read_lines(path: Path, text_column: str) -> Iterator[str]:
     """The texts of a .jsonl file, plain or gzipped: one JSON object per line."""
+    for number, line in iter_lines(path):
+        yield read_line(line, text_column, f"{path}:{number}")
+
+
+def iter_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, plain or gzipped, with their numbers; blank ones are left out."""
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield read_line(line, text_column, f"{path}:{number}")
+                    yield number, line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not a whole gzip file ({error}); make it again") from None
 
@@ -382,7 +388,7 @@ def read_line(line: bytes, text_column: str, where: str) -> str:
         if not isinstance(row[text_column], str):
             raise UserError(f"{where}: field {text_column!r} holds {type(row[text_column]).__name__}, not text; "
                             f"choose another with --text-column")
-        row[text_column].encode()  # a lone surrogate can stand in JSON but in no UTF-8 file
+        row[text_column].encode()  # raises for a lone surrogate, which JSON allows and UTF-8 doesn't
         return row[text_column]
     except UnicodeError as error:
         raise UserError(f"{where} is not UTF-8 text ({error.reason}); correct or remove the line") from None

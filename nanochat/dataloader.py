@@ -1,67 +1,75 @@
-"""Groups of packed rows -> Batch: lanes that make the order of the rows exact, threads that tokenize and pack ahead.
+"""Text and conversations -> packed rows -> Batch: lanes fix the order of the rows, threads tokenize and pack ahead.
 
-The order of the data is a pure function: rows = f(seed, epoch, group), where a group (of text: a parquet row group) is
-tokenized and packed on its own. Groups, permuted anew in every epoch, form one endless list whose n-th group goes to
-lane n % L; row j of a step is the next row of lane j % L, and rank r takes the rows j with j % world == r. So every
-topology sees the same rows at every step, and a place in the data is three integers per lane.
+The order of the data is a pure function: rows = f(seed, epoch, group), where a group (of text: a parquet row group; of
+conversations: 1,024 of them) is tokenized and packed on its own. Groups, permuted anew in every epoch, form one endless
+list whose n-th group goes to lane n % L; row j of a step is the next row of lane j % L, and rank r takes the rows j
+with j % world == r. So every topology sees the same rows at every step, and a place in the data is three integers per
+lane.
 
 B rows, T tokens a row feeds to the model (a packed row holds T+1), R rows of a group, L lanes.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanochat.common import Ranks, UserError, count_cpus, print0
-from nanochat.packing import PAD, PackStats, hide, pack_documents
+from nanochat.common import Ranks, UserError, count_cpus, print0, timed
+from nanochat.packing import PAD, PackStats, hide, pack_documents, pack_whole
 from nanochat.shards import ShardList, count_groups, read_group
-from nanochat.train import Batch
+from nanochat.train import Batch, sum_over_ranks
 
-PACKINGS = {"best-fit": ("split", "crop"), "stream": ("split",)}   # each with the long_docs that it can do
+MAX_LANES  = 8      # a power of two
+PACKINGS   = {"best-fit": ("split", "crop"), "stream": ("split",)}   # each with the long_docs that it can do
+GROUP_SIZE = 1024   # conversations of a group
+MAX_HASHED = 1024   # conversations, evenly spread, that identify a list; hashing all of it would take minutes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where rows come from
 
 
-class Groups(Protocol):
-    """A list of groups of texts or conversations, each packed into rows on its own."""
-    name:     str    # of the data, for what is printed
-    T:        int
-    bos_id:   int
-    identity: dict   # all that the rows follow from, as JSON can store it
-    empty:    str    # what is wrong, and what to do, where no group has a row
+class Groups:
+    """A list of groups of texts or conversations. Each group is packed into rows on its own.
 
-    def __len__(self) -> int: ...
+    identity: all that the rows follow from, as JSON can store it
+    empty:    the error where no group has a row: what is wrong and what to do
+    """
+
+    def __init__(self, name: str, tokenizer, T: int, identity: dict, empty: str):
+        self.name, self.tokenizer, self.T, self.identity, self.empty = name, tokenizer, T, identity, empty
+        self.bos_id = tokenizer.get_bos_token_id()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def load_rows(self, group: int) -> tuple[np.ndarray, PackStats]:
         """The rows (R, T+1) of a group, always the same. Called in threads."""
+        raise NotImplementedError
 
 
-class TextGroups:
-    """The parquet row groups of some of a dataset's files."""
+class TextGroups(Groups):
+    """The parquet row groups of a dataset's training or validation files."""
 
     def __init__(self, shards: ShardList, tokenizer, T: int, *, split: str = "train", packing: str = "best-fit",
-                 long_docs: str = "split", keep_tail: bool = False, num_threads: int = 1):
-        """num_threads: that tokenize one group"""
+                 long_docs: str = "split", keep_tail: bool = False):
         if long_docs not in PACKINGS.get(packing, ()):
             raise UserError(f"--packing {packing} doesn't go with --long-docs {long_docs}; choose best-fit with split "
                             "or crop, or stream with split")
-        self.name, self.T, self.tokenizer, self.num_threads = shards.name, T, tokenizer, num_threads
-        self.bos_id = tokenizer.get_bos_token_id()
+        super().__init__(shards.name, tokenizer, T,
+                         {"data": shards.hash, "T": T, "packing": packing, "long_docs": long_docs},
+                         f"the {split} split of {shards.name} has no text; make it again with "
+                         "python -m nanochat.dataset")
         self.options = {"packing": packing, "long_docs": long_docs, "keep_tail": keep_tail}
-        self.identity = {"data": shards.hash, "T": T, "packing": packing, "long_docs": long_docs}
-        self.empty = (f"the {split} split of {shards.name} has no text; make it again with "
-                      "python -m nanochat.dataset")
-        self.places = list_groups({"val": (shards.val,), "train": shards.train}[split])
+        paths = (shards.val,) if split == "val" else shards.train
+        self.places = [(path, idx) for path in paths for idx in range(count_groups(path))]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -69,8 +77,7 @@ class TextGroups:
     def load_rows(self, group: int) -> tuple[np.ndarray, PackStats]:
         path, group_idx = self.places[group]
         try:
-            docs = self.tokenizer.encode(read_group(path, group_idx), prepend=self.bos_id,
-                                         num_threads=self.num_threads)
+            docs = self.tokenizer.encode(read_group(path, group_idx), prepend=self.bos_id, num_threads=1)
             return pack_documents(docs, self.T + 1, **self.options)
         except UserError:
             raise
@@ -78,12 +85,57 @@ class TextGroups:
             raise RuntimeError(f"row group {group_idx} of {path} can't be made into rows: {error}") from error
 
 
-def list_groups(paths: Sequence[Path]) -> list[tuple[Path, int]]:
-    """All row groups of the shards, in file order, as (shard, number within it)."""
-    return [(path, idx) for path in paths for idx in range(count_groups(path))]
+class ConversationGroups(Groups):
+    """Groups of a list of conversations, such as a task or a mixture of tasks. What the assistant writes is learned.
+
+    keep_whole: no conversation is cropped: one longer than T+1 tokens is truncated, rows are filled with padding.
+                Otherwise as text with long_docs 'crop': rows are filled up, and some conversations lose their end
+    """
+
+    def __init__(self, name: str, conversations: Sequence[dict], tokenizer, T: int, *, keep_whole: bool):
+        # "supervise" was an option; the key stays, so that runs of before continue or are refused
+        super().__init__(name, tokenizer, T, {"data": hash_conversations(conversations), "T": T,
+                                              "supervise": "assistant", "keep_whole": keep_whole},
+                         f"there is nothing to learn in {name}: no conversation has an answer within {T} tokens")
+        self.conversations, self.keep_whole = conversations, keep_whole
+
+    def __len__(self) -> int:
+        return -(-len(self.conversations) // GROUP_SIZE)
+
+    def load_rows(self, group: int) -> tuple[np.ndarray, PackStats]:
+        indices = range(group * GROUP_SIZE, min((group + 1) * GROUP_SIZE, len(self.conversations)))
+        docs = [self._render(idx) for idx in indices]
+        # Tokens beyond a row are cut off, so an answer that begins there can't be learned
+        useful = [doc for doc in docs if max(doc[1:self.T + 1], default=-1) >= 0]
+        if self.keep_whole:
+            rows, stats = pack_whole(useful, self.T + 1)
+        else:
+            rows, stats = pack_documents(useful, self.T + 1, long_docs="crop")
+        num_docs, num_tokens = len(docs) - len(useful), sum(map(len, docs)) - sum(map(len, useful))
+        return rows, stats + PackStats(in_tokens=num_tokens, piece_tokens=num_tokens, num_docs=num_docs,
+                                       skipped_docs=num_docs)
+
+    def _render(self, idx: int) -> list[int]:
+        """All tokens of a conversation, those not to be learned hidden."""
+        conversation = self.conversations[idx]
+        try:
+            ids, mask = self.tokenizer.render_conversation(conversation, max_tokens=None)
+        except (ValueError, TypeError, KeyError) as error:
+            text = json.dumps(conversation, ensure_ascii=False, default=str)[:100]
+            raise UserError(f"a conversation of {self.name} can't be learned from: {error}; it begins {text}") from None
+        return [token if learned else hide(token) for token, learned in zip(ids, mask, strict=True)]
 
 
-def make_batch(rows: np.ndarray, bos_id: int, pin_memory: bool) -> Batch:
+def hash_conversations(conversations: Sequence[dict]) -> str:
+    """16 hex digits that tell one list from another by its length and MAX_HASHED of its conversations."""
+    digest, num = hashlib.sha256(str(len(conversations)).encode()), len(conversations)
+    for i in range(min(num, MAX_HASHED)):
+        conversation = conversations[i * num // min(num, MAX_HASHED)]
+        digest.update(json.dumps(conversation, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def make_batch(rows: np.ndarray, bos_id: int, pin_memory: bool = False) -> Batch:
     """Rows (B, T+1) to inputs and next-token targets (B, T); padding reads bos, hidden tokens are no targets."""
     tokens = np.where(rows < PAD, hide(rows), np.where(rows == PAD, bos_id, rows))
     inputs = torch.from_numpy(tokens[:, :-1].astype(np.int64))
@@ -97,12 +149,12 @@ def make_batch(rows: np.ndarray, bos_id: int, pin_memory: bool) -> Batch:
 # Training: an endless list of groups, handed out a whole optimizer step at a time
 
 
-def choose_num_lanes(rows_per_step: int, world_size: int) -> int:
-    """The largest power of two that divides the rows of a step and is at most max(8, world_size)."""
-    num_lanes = 1
-    while num_lanes * 2 <= max(8, world_size) and rows_per_step % (num_lanes * 2) == 0:
-        num_lanes *= 2
-    return num_lanes
+def choose_num_lanes(rows_per_step: int) -> int:
+    """The largest power of two up to MAX_LANES that divides the rows of a step: a rule without the ranks in it.
+
+    Above MAX_LANES ranks, several read the same lane, and each tokenizes and packs all of its groups.
+    """
+    return math.gcd(rows_per_step, MAX_LANES)
 
 
 @lru_cache(maxsize=4)
@@ -112,40 +164,39 @@ def order_groups(seed: int, epoch: int, num_groups: int) -> np.ndarray:
 
 
 def make_generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
-    """Random numbers that depend on these three alone; stream 0 orders an epoch's groups, 1 + g the rows of group g."""
+    """A generator seeded by these three alone; stream 0 orders an epoch's groups, 1 + g the rows of group g."""
     return np.random.default_rng(np.random.SeedSequence([seed, epoch, stream]))
 
 
 @dataclass
 class Lane:
     """One of the L sequences of groups that a step draws from."""
-    serial: int                                            # place of the lane's group in the endless list of groups
+    serial: int                                            # index of the open group in the endless list of groups
     row:    int                                            # rows of that group handed out so far
-    rows:   np.ndarray | None = None                       # (R, T+1) of that group; None until it is needed
-    ahead:  Callable[[], tuple[np.ndarray, PackStats]] | None = None   # waits for the group that is opened next
-    pack_stats: PackStats = PackStats()                    # of the groups that it opened
-    is_counted: bool = False                               # whether pack_stats has this group, by a saved state
+    rows:   np.ndarray | None = None                       # (R, T+1) of that group; None until the first is needed
+    ahead:  Callable[[], tuple[np.ndarray, PackStats]] | None = None   # the result of the group to open next
+    pack_stats: PackStats = PackStats()                    # of all groups opened so far
+    is_counted: bool = False                               # a saved state's pack_stats include the open group
 
 
 class TrainLoader:
     """Endless training rows, one whole optimizer step at a time; the next group of each lane is prepared in threads.
 
     rows_per_step: of all ranks together
-    num_lanes:     as a run's record says; None chooses. A `state` brings its own. One lane takes the groups one after
-                   the other, so that an epoch's rows are all given before the next epoch's
-    num_epochs:    after so many, all that comes is padding; needs one lane
-    state:         what `state_dict` returned, from any number of ranks; the rows go on exactly where it was taken
-    allow_mismatch: begin the data anew where the state belongs to another order of rows, instead of refusing it
-    num_threads:   that read, tokenize and pack ahead; 0 does it in the caller, when a row is needed
+    num_lanes:     None: the state's, else chosen. With one lane all rows of an epoch come before those of the next
+    num_epochs:    after so many epochs all rows are padding; needs one lane
+    state:         from `state_dict`, of any number of ranks; the rows continue exactly there
+    allow_mismatch: a state of another order of rows starts the data anew instead of raising UserError
+    num_threads:   read, tokenize and pack ahead; 0: the caller does it, when a row is needed
 
-    Use it as a context manager or `close` it, so that no group is still being prepared when the process ends.
+    Use it as a context manager or `close` it, so that no thread prepares a group when the process ends.
     """
 
     def __init__(self, groups: Groups, rows_per_step: int, seed: int, ranks: Ranks, *, num_lanes: int | None = None,
                  num_epochs: int | None = None, state: dict | None = None, allow_mismatch: bool = False,
                  num_threads: int | None = None, pin_memory: bool = False):
         if num_lanes is None:
-            num_lanes = state["num_lanes"] if state else choose_num_lanes(rows_per_step, ranks.world_size)
+            num_lanes = state["num_lanes"] if state else choose_num_lanes(rows_per_step)
         for count, what in ((ranks.world_size, "ranks"), (num_lanes, "lanes of the run")):
             if rows_per_step % count:
                 raise UserError(f"{rows_per_step} rows a step don't divide evenly over the {count} {what}; "
@@ -182,20 +233,20 @@ class TrainLoader:
         L, world, rank = self.num_lanes, self.ranks.world_size, self.ranks.rank
         rows = np.empty((self.rows_per_step // world, self.T + 1), np.int32)
         for idx, lane in self.lanes.items():
-            step_rows = np.arange(idx, self.rows_per_step, L)              # which rows of the step this lane gives
+            step_rows = np.arange(idx, self.rows_per_step, L)              # the lane's rows of the step
             mine = step_rows % world == rank
             rows[step_rows[mine] // world] = self._take_rows(lane, len(step_rows))[mine]
         self.places_before, self.places = self.places, self._get_places()
         return make_batch(rows, self.groups.bos_id, self.pin_memory)
 
     def give_back(self) -> None:
-        """Nothing was learned from the last step handed out: a run that goes on from the state is to begin with it."""
+        """Undo `next_step` in the state: nothing was learned from that step, so a resumed run begins with it."""
         self.places = self.places_before
 
     def state_dict(self) -> dict:
-        """The place after the last step handed out, as JSON can store it: per lane [epoch, group of epoch, row].
+        """The position after the last step, as JSON can store it: [epoch, group of the epoch, row] of each lane.
 
-        Collective: all ranks call it, since a rank knows only the lanes that its own rows come from.
+        Collective: all ranks call it, since a rank knows only the lanes of its own rows.
         """
         places = torch.tensor(self.places)
         if self.ranks.world_size > 1 and dist.is_initialized():
@@ -207,14 +258,14 @@ class TrainLoader:
 
     @property
     def stats(self) -> dict[str, float | int]:
-        """For the metrics: what was lost of the groups that this rank opened; how far the data repeats."""
+        """For the metrics: losses in packing of the groups that this rank opened, the epoch, repeated groups."""
         beyond = [min(lane.serial, self.end - 1) - len(self.groups) for lane in self.lanes.values()]
         repeated_groups = sum(count // self.num_lanes + 1 for count in beyond if count >= 0)
         pack_stats = sum((lane.pack_stats for lane in self.lanes.values()), PackStats())
         return pack_stats.fractions() | {"epoch": self.epoch, "repeated_groups": repeated_groups}
 
     def close(self) -> None:
-        """Stop preparing groups: those that wait are dropped, threads end after the one they are at."""
+        """Stop preparing groups: drop those that wait; each thread ends after its current one."""
         if self.pool:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
@@ -225,7 +276,7 @@ class TrainLoader:
         self.close()
 
     def _get_epoch(self, lane: Lane) -> int:
-        """Which epoch the lane's group belongs to; padding after the last one belongs to it."""
+        """The epoch of the lane's group; padding after the last epoch belongs to that one."""
         return min(lane.serial, self.end - 1) // len(self.groups)
 
     def _get_places(self) -> np.ndarray:
@@ -236,7 +287,7 @@ class TrainLoader:
         return places
 
     def _take_rows(self, lane: Lane, num_rows: int) -> np.ndarray:
-        """The lane's next rows, (num_rows, T+1), from as many groups as it takes."""
+        """The lane's next rows, (num_rows, T+1), from one or more groups."""
         parts = []
         while num_rows:
             if lane.rows is None:
@@ -250,7 +301,7 @@ class TrainLoader:
         return np.concatenate(parts)
 
     def _open_group(self, lane: Lane) -> None:
-        """Wait for the lane's group, have the one after it prepared, and account for what it brings."""
+        """Wait for the lane's group, start preparing the one after it, and count its statistics."""
         lane.rows, pack_stats = lane.ahead()
         lane.ahead = self._prepare(lane.serial + self.num_lanes)
         if not lane.is_counted:
@@ -270,7 +321,7 @@ class TrainLoader:
         return self.pool.submit(self._load_group, serial).result if self.pool else partial(self._load_group, serial)
 
     def _find_group(self, serial: int) -> tuple[int, int]:
-        """Epoch and group at a place of the endless list."""
+        """Epoch and group at an index of the endless list."""
         epoch, ordinal = divmod(serial, len(self.groups))
         return epoch, int(order_groups(self.seed, epoch, len(self.groups))[ordinal])
 
@@ -284,7 +335,7 @@ class TrainLoader:
 
 
 def differs_from_saved(state: dict, identity: dict, allow_mismatch: bool) -> bool:
-    """Whether a saved position belongs to another order of rows; refused unless allowed, and always said."""
+    """Whether a saved position belongs to another order of rows: UserError unless allowed, then a warning."""
     for key, ours in identity.items():
         if state.get(key) != ours:
             sides = f"the saved position in the data belongs to {key} {state.get(key)}, but this run has {key} {ours}"
@@ -296,22 +347,63 @@ def differs_from_saved(state: dict, identity: dict, allow_mismatch: bool) -> boo
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# An epoch of conversations, counted before a run
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The rows of one pass over all groups, and what packing did to the conversations."""
+    num_rows: int
+    stats:    PackStats
+
+    def to_json(self) -> dict:
+        return {"num_rows": self.num_rows, "stats": astuple(self.stats)}
+
+    @staticmethod
+    def from_json(value: dict) -> "Epoch":
+        return Epoch(value["num_rows"], PackStats(*value["stats"]))
+
+    def describe(self) -> dict[str, float]:
+        """For the metrics: counts, and the losses as fractions."""
+        return {"num_conversations": self.stats.num_docs, "num_rows": self.num_rows,
+                "num_shortened": self.stats.cropped_docs, "num_skipped_conversations": self.stats.skipped_docs,
+                **self.stats.fractions()}
+
+
+def count_epoch(groups: ConversationGroups, ranks: Ranks, device: torch.device) -> Epoch:
+    """Pack all groups once: counts the rows and checks every conversation. Collective: all ranks call it."""
+    num_threads = max(1, count_cpus() // ranks.world_size)
+    with timed(f"packing {len(groups.conversations):,} conversations"), ThreadPoolExecutor(num_threads) as pool:
+        packed = pool.map(groups.load_rows, range(ranks.rank, len(groups), ranks.world_size))
+        sums = sum((np.array([len(rows), *astuple(stats)]) for rows, stats in packed),
+                   np.zeros(1 + len(astuple(PackStats())), np.int64))
+    num_rows, *stats = sum_over_ranks(torch.from_numpy(sums).to(device)).tolist()
+    if not num_rows:
+        raise UserError(groups.empty)
+    epoch = Epoch(num_rows, PackStats(*stats))
+    fractions = epoch.stats.fractions()
+    print0(f"conversations: {epoch.stats.num_docs:,} an epoch, in {num_rows:,} rows of {groups.T} tokens; "
+           f"{epoch.stats.cropped_docs:,} shortened ({fractions['crop_frac']:.2%} of the tokens), "
+           f"{epoch.stats.skipped_docs:,} with nothing to learn, padding {fractions['pad_frac']:.2%}")
+    return epoch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Validation: a fixed set of rows
 
 
 @dataclass(frozen=True)
 class ValidationBatches:
-    """A fixed set of rows to evaluate, this rank's part; iterate it as often as needed, each pass gives Batches.
+    """This rank's part of a fixed set of rows to evaluate. Each iteration gives all Batches again.
 
-    Every rank gives the same number of batches of the same shape, so that collective work on them can't hang; where
-    rows run out, rows with nothing but ignored targets stand in.
+    Every rank gives equally many batches of the same shape, so that collectives on them can't deadlock; missing rows
+    are filled up with padding, whose targets are ignored.
     """
     rows:       np.ndarray   # (rows, T+1) int32, as many on each rank
     batch_rows: int
     num_rows:   int          # real rows, all ranks together
-    rule:       str          # how the rows were made: part of what a bpb means
+    rule:       str          # how the rows were made; a bpb is comparable under the same rule only
     bos_id:     int
-    pin_memory: bool
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_rows)
@@ -321,30 +413,44 @@ class ValidationBatches:
             rows = np.full((self.batch_rows, self.rows.shape[1]), PAD, np.int32)
             part = self.rows[start:start + self.batch_rows]
             rows[:len(part)] = part
-            yield make_batch(rows, self.bos_id, self.pin_memory)
+            yield make_batch(rows, self.bos_id)
 
     def cut(self, batch_rows: int) -> "ValidationBatches":
-        """The same rows in batches of so many, or of all where they are fewer."""
+        """The same rows in batches of `batch_rows`, or fewer where there are fewer rows."""
         return replace(self, batch_rows=min(batch_rows, len(self.rows)))
 
 
 def validation_batches(shards: ShardList, tokenizer, T: int, num_rows: int | None = None, *, batch_rows: int,
-                       ranks: Ranks, split: str = "val", num_threads: int = 1,
-                       pin_memory: bool = False) -> ValidationBatches:
-    """The first `num_rows` rows (None: all) of the 'val' or 'train' split, the same however they are divided.
+                       ranks: Ranks, split: str = "val") -> ValidationBatches:
+    """The first `num_rows` rows (None: all) of the 'val' or 'train' split, the same for any batch and ranks.
 
-    One rule, whatever the training uses (it alone moves bpb by 0.03-0.05): best-fit, long documents split, the last
-    row of each group padded.
+    One rule, whatever the training uses (the rule alone moves bpb by 0.03-0.05): best-fit, long documents split, the
+    last row of each group padded.
     """
-    groups = TextGroups(shards, tokenizer, T, split=split, keep_tail=True, num_threads=num_threads)
-    return take_first_rows(groups, num_rows, f"{split} split, best-fit, long documents split, last rows padded",
-                           batch_rows=batch_rows, ranks=ranks, pin_memory=pin_memory)
+    groups = TextGroups(shards, tokenizer, T, split=split, keep_tail=True)
+    rule = f"{split} split, best-fit, long documents split, last rows padded"
+    return take_first_rows(groups, num_rows, rule, batch_rows, ranks)
 
 
-def take_first_rows(groups: Groups, num_rows: int | None, rule: str, *, batch_rows: int, ranks: Ranks,
-                    pin_memory: bool = False) -> ValidationBatches:
-    """The first `num_rows` rows (None: all) of the groups in their order, those of each shuffled in one fixed way
-    (else a part of a group would be its longest documents). Row i of the set goes to rank i % world."""
+def validation_conversations(name: str, conversations: Sequence[dict], tokenizer, T: int, num_rows: int, *,
+                             batch_rows: int, ranks: Ranks) -> ValidationBatches | None:
+    """A fixed set of held-out conversations, by one rule for all stages; None where none are held out.
+
+    The rule: whole conversations, truncated to T+1 tokens, rows padded, only what the assistant writes counts.
+    """
+    if not len(conversations):
+        return None
+    groups = ConversationGroups(name, conversations, tokenizer, T, keep_whole=True)
+    rule = f"held-out conversations of {name}; what the assistant writes; whole, truncated to the context, padded"
+    return take_first_rows(groups, num_rows, rule, batch_rows, ranks)
+
+
+def take_first_rows(groups: Groups, num_rows: int | None, rule: str, batch_rows: int,
+                    ranks: Ranks) -> ValidationBatches:
+    """The first `num_rows` rows (None: all) of the groups in their order. Row i of the set goes to rank i % world.
+
+    The rows of each group are shuffled in one fixed way: else a part of a group would be its longest documents.
+    """
     parts, total = [], 0
     for group in range(len(groups)):
         if num_rows is None or total < num_rows:
@@ -357,5 +463,5 @@ def take_first_rows(groups: Groups, num_rows: int | None, rule: str, *, batch_ro
     padded = np.full((-(-len(rows) // ranks.world_size), groups.T + 1), PAD, np.int32)
     mine = rows[ranks.rank::ranks.world_size]
     padded[:len(mine)] = mine
-    return ValidationBatches(padded, batch_rows, len(rows), f"{rule}, T {groups.T}, {len(rows)} rows", groups.bos_id,
-                             pin_memory).cut(batch_rows)
+    return ValidationBatches(padded, batch_rows, len(rows), f"{rule}, T {groups.T}, {len(rows)} rows",
+                             groups.bos_id).cut(batch_rows)

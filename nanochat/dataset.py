@@ -1,4 +1,4 @@
-"""Where text comes from: the sources of datasets, and the command that brings them onto this machine.
+"""The sources of text, and the command that makes or downloads a dataset.
 
 python -m nanochat.dataset                                          climbmix with a CUDA device, else python-docs
 python -m nanochat.dataset --source climbmix -n 170 -w 8            more shards later: the same with a larger -n
@@ -50,20 +50,20 @@ from nanochat.shards import (
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources that are built here: python-docs and files
 
-CORPUS_VERSION = 1          # goes up when the rules below or in corpus.py change, so that old data is made again
-BUCKET_BYTES   = 64 * 2**20 # of input files per bucket of the shuffle on disk; in memory it's some times that
-MAX_BUCKETS    = 128          # all open at once, and systems allow 256 files or more
-# 1% for validation, but enough for a steady bits per byte where that takes no more than a tenth
+CORPUS_VERSION = 1          # incremented when the rules below or in corpus.py change: old data is made again
+BUCKET_BYTES   = 64 * 2**20 # input bytes per bucket of the shuffle on disk; a bucket in memory takes several times that
+MAX_BUCKETS    = 128        # open at once; every system allows 256 open files
+# 1% for validation, or more, up to a tenth, where 1% gives too little text for stable bits per byte
 VAL_FRAC, MIN_VAL_CHARS, MAX_VAL_FRAC = 0.01, 1_000_000, 0.1
 
 
 def order_key(text: bytes, seed: int) -> bytes:
-    """Sorting by this shuffles: an order that follows from the texts and the seed, not from files or machines."""
+    """A hash to sort by, which shuffles: the order depends on the texts and the seed, not on files or machines."""
     return hashlib.blake2b(text, digest_size=8, key=seed.to_bytes(8, "little")).digest()
 
 
 def make_python_docs(folder: Path, seed: int, command: str, verify: bool) -> None:
-    """Build the corpus of corpus.build_python_docs, shuffled, unless it is there for the same package versions."""
+    """Build the corpus of corpus.build_python_docs, shuffled, unless it exists for the same package versions."""
     packages = corpus.find_packages()
     settings = {"corpus_version": CORPUS_VERSION, "seed": seed,
                 "versions": {package.name: package.version for package in packages}}
@@ -76,7 +76,7 @@ def make_python_docs(folder: Path, seed: int, command: str, verify: bool) -> Non
 
 
 def make_from_files(folder: Path, path: Path, text_column: str, seed: int, command: str, verify: bool) -> None:
-    """Build shards from a person's files, unless they are there and no file has changed since."""
+    """Build shards from a person's files, unless they exist and no file has changed since."""
     files = corpus.find_text_files(path)
     with corpus.reading(path):
         stats = [(file.relative_to(path).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -104,7 +104,7 @@ def make_from_files(folder: Path, path: Path, text_column: str, seed: int, comma
 
 
 def is_done(folder: Path, settings: dict, verify: bool) -> bool:
-    """Whether `folder` holds what `settings` lead to, undamaged."""
+    """Whether `folder` holds an undamaged dataset of these settings."""
     if not (folder / "manifest.json").is_file() or read_manifest(folder).settings != settings:
         return False
     try:
@@ -120,9 +120,9 @@ def write_val(folder: Path, documents: list[str]) -> Shard:
 
 
 def spill_documents(texts: Iterable[str], folder: Path, num_buckets: int, seed: int) -> tuple[list[Path], int, int]:
-    """First pass of the shuffle: append each text to the bucket that its key falls into, in `folder`.
+    """First pass of the shuffle: append each text to the bucket of its key, a file in `folder`.
 
-    Returns the buckets in the order of their keys, and how many documents and characters came.
+    Returns the buckets in the order of their keys, and the numbers of documents and characters.
     """
     paths = [folder / f"bucket_{idx:03d}" for idx in range(num_buckets)]
     num_docs = num_chars = 0
@@ -137,7 +137,7 @@ def spill_documents(texts: Iterable[str], folder: Path, num_buckets: int, seed: 
 
 
 def read_spilled(buckets: list[Path]) -> Iterator[str]:
-    """Second pass: the texts in the order of their keys, one bucket in memory at a time; repeats are left out."""
+    """Second pass: the texts in the order of their keys without repeats, one bucket in memory at a time."""
     for path in buckets:
         data, start, records = path.read_bytes(), 0, []
         while start < len(data):
@@ -150,8 +150,7 @@ def read_spilled(buckets: list[Path]) -> Iterator[str]:
 
 
 def take_val(documents: Iterator[str], num_docs: int, num_chars: int) -> list[str]:
-    """The first documents of the shuffled order, for validation: as a repeat stands beside its like and is left out,
-    none of them is among the rest."""
+    """The first documents of the shuffled order, for validation. Repeats are left out, so none is in training too."""
     wanted_chars = max(VAL_FRAC * num_chars, min(MIN_VAL_CHARS, MAX_VAL_FRAC * num_chars))
     val, val_chars = [], 0
     for text in documents:
@@ -173,9 +172,9 @@ DEFAULT_NUM_SHARDS, DEFAULT_NUM_WORKERS, DEFAULT_SEED = 8, 4, 42
 
 def fetch_from_hub(folder: Path, source: str, num_shards: int | None, num_workers: int, command: str,
                    verify: bool) -> None:
-    """Download the validation shard and the first training shards that aren't there, undamaged, already.
+    """Download the validation shard and the first training shards, where they are missing or damaged.
 
-    num_shards: training shards to have at least; None for as many as the last time, at first DEFAULT_NUM_SHARDS
+    num_shards: training shards to have at least; None: as many as the last time, at first DEFAULT_NUM_SHARDS
     """
     repo, num_in_repo = HUB_SOURCES[source]
     if num_shards and num_shards >= num_in_repo:
@@ -207,7 +206,7 @@ def fetch_from_hub(folder: Path, source: str, num_shards: int | None, num_worker
 
     save()
     mirror_dir = get_mirror_dir()
-    # Validation first: without it the rest is of no use
+    # Validation first: without it the rest is useless
     jobs = [Job(mirror_dir / repo / remote if mirror_dir else
                 f"{get_hub_endpoint()}/datasets/{repo}/resolve/main/{remote}", folder / name)
             for name, remote in sorted(remote_names.items(), key=lambda names: (names[0] != "val.parquet", names))
@@ -236,42 +235,39 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text-column", help="files: field of .jsonl and column of .parquet (default text)")
     parser.add_argument("--seed", type=int, help=f"python-docs, files: of the shuffle (default {DEFAULT_SEED})")
     parser.add_argument("--verify", action="store_true", help="check every sha256, make damaged shards again")
-    return parser.parse_args(argv)
-
-
-def default_source() -> str:
-    """What a person gets who names no source: as much text as a GPU needs, or what is on this machine already."""
-    return "climbmix" if torch.cuda.is_available() else "python-docs"
-
-
-def require_flags_fit(args: argparse.Namespace, source: str) -> None:
-    """Refuse flags that mean nothing for this source, and values out of range."""
+    args = parser.parse_args(argv)
+    if not args.source:
+        args.source = default_source()
+        print0(f"source: {args.source} (a CUDA device is {'' if args.source == 'climbmix' else 'not '}there; see "
+               "--source)")
     used = {"files": ("path", "text_column", "seed"), "python-docs": ("seed",)}
-    used = used.get(source, ("num_shards", "num_workers"))
-    for flag in ("num_shards", "num_workers", "path", "text_column", "seed"):
-        value = getattr(args, flag)
-        if value is not None and flag not in used:
-            raise UserError(f"--{flag.replace('_', '-')} means nothing for --source {source}; leave it out")
-        if isinstance(value, int) and not (0 if flag == "seed" else 1) <= value < 2**63:
-            raise UserError(f"--{flag.replace('_', '-')} {value} is out of range; give a positive number")
-    if source == "files" and args.path is None:
+    used = used.get(args.source, ("num_shards", "num_workers"))
+    for name in ("num_shards", "num_workers", "path", "text_column", "seed"):
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if value is not None and name not in used:
+            raise UserError(f"{flag} means nothing for --source {args.source}; leave it out")
+        if isinstance(value, int) and not (0 if name == "seed" else 1) <= value < 2**63:
+            raise UserError(f"{flag} {value} is out of range; give a positive number")
+    if args.source == "files" and args.path is None:
         raise UserError("--source files needs --path FOLDER, the folder with your texts")
     if args.name is not None and (args.name in ("", ".", "..") or Path(args.name).name != args.name):
         raise UserError(f"--name {args.name!r} must be a plain folder name; it is made under {get_base_dir() / 'data'}")
-    if args.name is not None and args.name.endswith((".new", ".old", ".lock")):
+    if args.name and args.name.endswith((".new", ".old", ".lock")):
         raise UserError(f"--name {args.name} is what a folder is called while it is made; choose one that doesn't end "
                         "in .new, .old or .lock")
+    return args
+
+
+def default_source() -> str:
+    """The source where none is named: as much text as a GPU needs, or the text that is on every machine."""
+    return "climbmix" if torch.cuda.is_available() else "python-docs"
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    source = args.source or default_source()
-    require_flags_fit(args, source)
-    folder = get_base_dir() / "data" / (args.name or source)
+    source, folder = args.source, get_base_dir() / "data" / (args.name or args.source)
     command = f"python -m nanochat.dataset --source {source}" + (f" --name {args.name}" if args.name else "")
     seed = DEFAULT_SEED if args.seed is None else args.seed
-    if not args.source:
-        print0(f"source: {source} (a CUDA device is {'' if source == 'climbmix' else 'not '}there; see --source)")
     with sole_writer(folder):
         if (folder / "manifest.json").is_file() and (made_from := read_manifest(folder).source) != source:
             raise UserError(f"{folder} holds data from {made_from}; choose another --name for {source}")

@@ -1,8 +1,7 @@
-"""Fetch files over HTTPS so that what stands under the final name is whole.
+"""Download files over HTTPS so that every file under its final name is complete.
 
-A file grows as NAME.part, with the server's ETag beside it, and continues from there after a drop or a kill (Range,
-If-Range). It gets its name only after its size, its sha256 (where the server tells it) and the caller's
-own check agree.
+A file grows as NAME.part, with the server's ETag beside it, and continues after a dropped connection or a kill (Range,
+If-Range). It gets its final name after its size, its sha256 (where the server states one) and the caller's check agree.
 """
 
 import email.utils
@@ -29,20 +28,20 @@ NO_ADDRESS = (requests.exceptions.MissingSchema, requests.exceptions.InvalidSche
 BACKOFF_SECONDS = 1.0        # doubles with each failure in a row, with jitter so that workers don't return together
 MAX_WAIT_SECONDS = 600.0     # the longest Retry-After that is honoured
 REPORT_SECONDS  = 5.0
-# Everything else from 400 up is an answer, not an accident: asking again would change nothing.
+# Retried. Any other status from 400 up is final.
 PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
 
 class DownloadError(Exception):
-    """A file that can't be had; the message is a phrase that says why."""
+    """A download failed for good; the message is a phrase with the reason."""
 
 
 class CorruptFile(Exception):
-    """A file whose content is wrong; raised by the caller's check, the message is a phrase that says how."""
+    """A file's content is wrong, by the caller's check; the message is a phrase with the reason."""
 
 
 class TryAgain(Exception):
-    """An accident on the way that may pass. `wait_seconds` is what the server asked for, if it did."""
+    """A failure worth a retry, after the `wait_seconds` that the server asked for, if any."""
 
     def __init__(self, reason: str, wait_seconds: float | None = None):
         super().__init__(reason)
@@ -51,14 +50,14 @@ class TryAgain(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """One file to fetch: from a URL, or from a local path that stands in for it."""
+    """One file to fetch: from a URL, or from a local copy."""
     source: str | Path
     path:   Path
 
 
 @dataclass
 class Transfer:
-    """What the threads of one download share: counters, and the event that asks them to stop."""
+    """Counters and the stop event that the threads of one download share."""
     num_files: int
     num_done:  int = 0
     new_bytes: int = 0
@@ -71,7 +70,7 @@ class Transfer:
             self.new_bytes += num_bytes
 
     def describe(self) -> str:
-        """One line of progress; the ETA assumes that the files left are as long as those that came."""
+        """One line of progress; the ETA assumes that the remaining files are as long as the finished ones."""
         seconds = time.perf_counter() - self.start
         line = f"{self.num_done}/{self.num_files} files, {self.new_bytes / 1e6:,.0f} MB, " \
                f"{self.new_bytes / 1e6 / seconds:.1f} MB/s"
@@ -82,10 +81,10 @@ class Transfer:
 
 def download_all(jobs: list[Job], num_workers: int, check: Callable[[Path], Any],
                  on_done: Callable[[Job, str, Any], None], token: str | None = None) -> dict[str, str]:
-    """Fetch all files with `num_workers` threads; the ones that failed, as {file name: reason}.
+    """Fetch all files with `num_workers` threads; returns the failures as {file name: reason}.
 
-    check:   looks at a complete file before it gets its name; raises CorruptFile
-    on_done: called in this thread for each file that arrived, with its sha256 and what `check` returned
+    check:   inspects a complete file before it gets its final name; raises CorruptFile
+    on_done: called in this thread for each finished file, with its sha256 and the result of `check`
     """
     transfer, failed = Transfer(len(jobs)), {}
     with ThreadPoolExecutor(num_workers) as pool:
@@ -112,7 +111,7 @@ def download_all(jobs: list[Job], num_workers: int, check: Callable[[Path], Any]
 
 
 def fetch(job: Job, check: Callable[[Path], Any], transfer: Transfer, token: str | None) -> tuple[str, Any]:
-    """Bring one file under its final name; its sha256 and what `check` returned. Raises DownloadError."""
+    """Fetch one file; returns its sha256 and the result of `check`. Raises DownloadError."""
     if isinstance(job.source, Path):
         return copy_local(job.source, job.path, check, transfer)
     part, failures = job.path.with_name(job.path.name + ".part"), 0
@@ -137,7 +136,7 @@ def fetch(job: Job, check: Callable[[Path], Any], transfer: Transfer, token: str
 
 
 def copy_local(source: Path, path: Path, check: Callable[[Path], Any], transfer: Transfer) -> tuple[str, Any]:
-    """The offline way: the same checks, from a folder that was filled elsewhere."""
+    """Offline: copy the file from a mirror folder, with the same checks."""
     if not source.is_file():
         raise DownloadError(f"{source} isn't there")
     part = path.with_name(path.name + ".copy")
@@ -155,25 +154,25 @@ def copy_local(source: Path, path: Path, check: Callable[[Path], Any], transfer:
 
 
 def put_in_place(part: Path, path: Path) -> None:
-    """Give a complete file its final name, once its bytes are on the disk: a power cut leaves it whole or absent."""
+    """Sync a complete file to the disk, then rename it: after a power cut it is whole or absent."""
     with open(part, "rb") as file:
         os.fsync(file.fileno())
     os.replace(part, path)
 
 
 def fetch_rest(url: str, part: Path, transfer: Transfer, token: str | None) -> str | None:
-    """Append to `part` what it still lacks; the sha256 that the server states, if it does. Raises TryAgain."""
+    """Append the missing bytes to `part`; returns the server's sha256, if it states one. Raises TryAgain."""
     etag = etag_path(part).read_text() if etag_path(part).exists() else ""
     have_bytes = part.stat().st_size if etag and part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
     if have_bytes:
-        # With If-Range a server whose file has changed sends the whole new one, so two versions never mix
+        # With If-Range a server whose file has changed sends the whole new file, so that two versions never mix
         headers |= {"Range": f"bytes={have_bytes}-", "If-Range": etag}
     try:
         with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
             size_bytes, sha256 = read_facts(response)
             if response.status_code == 416 and size_bytes == have_bytes:
-                return sha256  # killed between the last byte and the rename: it was complete already
+                return sha256  # complete: killed between the last byte and the rename
             require_success(response, part, have_bytes)
             with open(part, "ab" if response.status_code == 206 else "wb") as file:
                 remember_etag(response, part)
@@ -183,7 +182,7 @@ def fetch_rest(url: str, part: Path, transfer: Transfer, token: str | None) -> s
                     file.write(chunk)
                     transfer.add_bytes(len(chunk))
     except NO_ADDRESS as error:
-        raise DownloadError(str(error)) from None  # an address that is no address stays one
+        raise DownloadError(str(error)) from None  # a retry can't mend a malformed address
     except requests.RequestException as error:
         raise TryAgain(describe_error(error)) from None
     arrived_bytes = part.stat().st_size
@@ -196,7 +195,7 @@ def fetch_rest(url: str, part: Path, transfer: Transfer, token: str | None) -> s
 
 
 def read_facts(response: requests.Response) -> tuple[int | None, str | None]:
-    """The whole file's size and sha256 as the headers give them; None for what they don't.
+    """The whole file's size and sha256 by the headers, None where they lack it.
 
     The hub states both on the redirect to its storage: X-Linked-Etag is the file's sha256 in its large-file store.
     """
@@ -215,7 +214,7 @@ def read_facts(response: requests.Response) -> tuple[int | None, str | None]:
 
 
 def require_success(response: requests.Response, part: Path, have_bytes: int) -> None:
-    """Return if the body is what was asked for; else raise DownloadError (final) or TryAgain."""
+    """Check that the body is the requested range; else raise DownloadError (final) or TryAgain."""
     status = response.status_code
     if status == 200:
         return
@@ -231,7 +230,7 @@ def require_success(response: requests.Response, part: Path, have_bytes: int) ->
 
 
 def read_retry_after(response: requests.Response) -> float | None:
-    """Seconds that the server asks to wait: Retry-After holds seconds or a date."""
+    """Seconds to wait by the server's Retry-After, which holds seconds or a date."""
     value = response.headers.get("Retry-After", "")
     if re.fullmatch(r"\d+", value):
         return float(value)
@@ -254,7 +253,7 @@ def etag_path(part: Path) -> Path:
 
 
 def remember_etag(response: requests.Response, part: Path) -> None:
-    """Keep the ETag that a later If-Range must name; without a strong one the file can only start again."""
+    """Keep the ETag for a later If-Range; without a strong one the file can only start again."""
     etag = response.headers.get("ETag", "")
     if response.status_code == 206:
         return
@@ -265,7 +264,7 @@ def remember_etag(response: requests.Response, part: Path) -> None:
 
 
 def verify(part: Path, expected_sha256: str | None, check: Callable[[Path], Any]) -> tuple[str, Any]:
-    """The complete file's sha256 and what `check` says; a wrong file is deleted, so that it's fetched anew."""
+    """The complete file's sha256 and the result of `check`; a wrong file is deleted and fetched again."""
     sha256 = hash_file(part)
     try:
         if expected_sha256 not in (None, sha256):

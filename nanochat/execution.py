@@ -1,11 +1,11 @@
-"""Run Python that a model wrote: in a fresh process behind the kernel's walls, within limits, or not at all.
+"""Run Python that a model wrote in a sandbox: a fresh, isolated process with limits. Without isolation, refuse.
 
-Inside there is no network, no environment, no other process, and of the files only Python's own and the system's shared
-libraries, read-only, with an empty /tmp that vanishes. One process with threads; it can't fork. What a program needs to
-say is said on stdout and by how it ends. sandbox.py is the half of this that runs inside.
+The sandbox has no network, no environment and no other process. Of the host's files it sees only Python's own and the
+system's shared libraries, read-only; its /tmp is empty and is deleted afterwards. A program may start threads, but no
+process. Its results are its stdout and how it ended. execution_child.py is the program that runs inside.
 
 Not promised: that a program which attacks its own interpreter can't feign success. Its tests run in the same process,
-so code that reaches for the frames below it could; printing, exiting early and guessing don't help it.
+so code that manipulates the frames below it could; printing, exiting early and guessing don't help it.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from nanochat.common import UserError, count_cpus
-from nanochat.sandbox import NOBODY, SCRATCH_BYTES
+from nanochat.execution_child import NOBODY, SCRATCH_BYTES
 
-PYTHON = Path(os.path.realpath(sys._base_executable or sys.executable))  # not the venv's: packages stay outside
-SANDBOX = Path(__file__).with_name("sandbox.py")
+PYTHON = Path(os.path.realpath(sys._base_executable or sys.executable))  # not the venv's, so that no package is visible
+CHILD = Path(__file__).with_name("execution_child.py")
 MAX_OUTPUT_BYTES = 2**20        # of stdout, and of stderr
-START_SECONDS = 30              # until the program runs; takes milliseconds unless the machine is swamped
-# Our own comes first: it makes root nobody, and bounds the number of files, too. bwrap is for systems that leave user
+START_SECONDS = 30              # until the program runs; usually milliseconds
+# Ours comes first: it also turns root into nobody and bounds the number of files. bwrap is for systems that allow user
 # namespaces to it alone.
 METHODS = ("namespaces", "bubblewrap")
 TIMEOUT = "timeout"
@@ -42,26 +42,26 @@ TIMEOUT = "timeout"
 
 @dataclass(frozen=True)
 class ExecutionResult:
-    """How a program ended. What it printed is there in every case, up to MAX_OUTPUT_BYTES."""
+    """How a program ended, and its output, up to MAX_OUTPUT_BYTES."""
     success:         bool           # it ran to its end: no exception, no exit(), no limit
     stdout:          str
     stderr:          str            # tracebacks included
-    error:           str | None     # one line on why it is no success
+    error:           str | None     # one line: why it was no success
     timeout:         bool = False
     memory_exceeded: bool = False
 
 
 def execute_code(code: str, timeout: float = 5.0, maximum_memory_bytes: int | None = 256 * 2**20,
                  allow_unsafe: bool = False) -> ExecutionResult:
-    """Run a Python program shut in; UserError where this machine can't, unless `allow_unsafe`.
+    """Run a Python program in the sandbox; UserError where this machine has none, unless `allow_unsafe`.
 
     timeout:              wall-clock seconds from when the program starts
     maximum_memory_bytes: of address space, interpreter included (some 15 MiB); None = no limit
-    allow_unsafe:         where there is no isolation, run the program with this user's rights, within limits only
+    allow_unsafe:         where there is no isolation, run the program with this user's rights and the limits alone
     """
     method, reason = find_method()
     if method == "none" and not allow_unsafe:
-        raise UserError(f"code that a model wrote isn't run, for it can't be shut in on this machine ({reason}); "
+        raise UserError(f"code that a model wrote isn't run: it can't be isolated on this machine ({reason}); "
                         "install bubblewrap, allow user namespaces, or accept the risk with --allow-unsafe")
     return _execute(method, code, timeout, maximum_memory_bytes)
 
@@ -74,9 +74,9 @@ def execute_many(codes: Sequence[str], timeout: float = 5.0, maximum_memory_byte
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Is this machine able to?
+# Does the isolation hold on this machine?
 
-# Tries what no program may be able to; ends well only where all of it fails. {} is filled in by _probe
+# Tries everything that the sandbox must prevent; succeeds only if every attempt fails. _probe fills in the {}
 PROBE = """
 import ctypes, os, socket
 def attempt(what, function, *args):
@@ -104,7 +104,7 @@ open("/tmp/mine", "w").write("fine")
 
 @functools.cache
 def find_method() -> tuple[str, str]:
-    """The first of METHODS that holds here, proved by attempts to break out, else 'none'; and what each lacked."""
+    """The first of METHODS that withstands the probe here, else 'none'; and why each of them failed."""
     reasons = []
     if sys.platform != "linux":
         return "none", f"{sys.platform} has no namespaces"
@@ -116,8 +116,8 @@ def find_method() -> tuple[str, str]:
 
 
 def check_isolation() -> str:
-    """Prove on this machine that programs are shut in and bounded; one sentence on how. UserError where they aren't."""
-    execute_code("")  # raises where there is no isolation; later calls are faster, for the walls are proved once
+    """Test on this machine that programs are isolated and limited; one sentence on how. UserError where they aren't."""
+    execute_code("")  # raises where there is no isolation; probes once, so that later calls are faster
     method, _ = find_method()
     start = time.perf_counter()
     num_calls = 5
@@ -127,20 +127,20 @@ def check_isolation() -> str:
               "time":   execute_code("while True: pass", timeout=0.3).timeout,
               "output": (execute_code("while True: print('a' * 9999)").error or "").startswith("more than")}
     if failed := [name for name, is_held in holds.items() if not is_held]:
-        raise UserError(f"programs are shut in by {method}, but a test of their limits fails on this machine: "
+        raise UserError(f"programs are isolated by {method}, but their limits fail on this machine: "
                         f"{', '.join(failed)}")
-    return (f"{method}: no network, files, processes or environment; memory, time and output bounded; "
+    return (f"{method}: no network, files, processes or environment; memory, time and output limited; "
             f"{call_ms:.0f} ms a program")
 
 
 def _probe(method: str) -> str:
-    """Try to break out of `method`; '' if that failed in every way, else how it went."""
+    """Run PROBE in `method`; '' if the isolation held, else what the probe could do."""
     if method == "bubblewrap" and not shutil.which("bwrap"):
         return "bwrap isn't installed"
     with socket.create_server(("127.0.0.1", 0)) as server, tempfile.TemporaryDirectory() as folder:
         secret = Path(folder, "secret")
         secret.touch()
-        os.chmod(folder, 0o777)  # open to all, so that only a wall can keep a program away
+        os.chmod(folder, 0o777)  # open to all, so that only the isolation can keep a program away
         os.chmod(secret, 0o666)
         code = PROBE.format(port=server.getsockname()[1], path=str(secret), pid=os.getpid())
         try:
@@ -155,7 +155,7 @@ def _probe(method: str) -> str:
 
 
 def _execute(method: str, code: str, timeout: float, maximum_memory_bytes: int | None) -> ExecutionResult:
-    """Start the process, collect what it says, leave nothing behind. RuntimeError if the program couldn't start."""
+    """Start the process, collect its output, kill all that is left. RuntimeError if the program couldn't start."""
     nonce = secrets.token_hex(16)
     status_reader, status_writer = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, os.fdopen(status_reader, "rb") as status:
@@ -167,13 +167,13 @@ def _execute(method: str, code: str, timeout: float, maximum_memory_bytes: int |
             os.close(status_writer)
         with process:
             try:
-                with contextlib.suppress(BrokenPipeError), process.stdin:  # it died early, and says why on stderr
+                with contextlib.suppress(BrokenPipeError), process.stdin:  # it died early; its stderr has the reason
                     process.stdin.write(f"{nonce}\n{code}".encode("utf-8", "surrogatepass"))
                 output, limit = _collect({"stdout": process.stdout, "stderr": process.stderr, "status": status},
                                          timeout)
             finally:
                 with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: the latter of a zombie
-                    os.killpg(process.pid, signal.SIGKILL)  # its pid is still its own, for nobody waited yet
+                    os.killpg(process.pid, signal.SIGKILL)  # nobody waited yet, so the pid is still its own
     stdout, stderr = (output[name][:MAX_OUTPUT_BYTES].decode("utf-8", "replace") for name in ("stdout", "stderr"))
     _, *messages = output["status"].decode("utf-8", "replace").split(nonce)
     if not messages:
@@ -195,28 +195,28 @@ def _execute(method: str, code: str, timeout: float, maximum_memory_bytes: int |
 
 
 def _make_command(method: str, status_fd: int, timeout: float, maximum_memory_bytes: int | None) -> list[str]:
-    """What to start: sandbox.py, inside bwrap for that method."""
-    cpu_seconds = math.ceil(timeout * count_cpus()) + 1  # for all threads; out of reach while this process watches
+    """The command line: execution_child.py, inside bwrap for that method."""
+    cpu_seconds = math.ceil(timeout * count_cpus()) + 1  # over all threads; the timeout is shorter
     python = [str(PYTHON), "-I", "-S", "-u", "-X", "utf8"]
     args = [method, str(status_fd), str(os.getpid()), str(maximum_memory_bytes or 0), str(cpu_seconds)]
     if method == "bubblewrap":
-        walls = [shutil.which("bwrap"), "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL",
+        bwrap = [shutil.which("bwrap"), "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL",
                  "--uid", str(NOBODY), "--gid", str(NOBODY),
                  "--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp",
-                 "--ro-bind", str(SANDBOX), "/sandbox.py", "--ro-bind", str(PYTHON), str(PYTHON)]
+                 "--ro-bind", str(CHILD), "/execution_child.py", "--ro-bind", str(PYTHON), str(PYTHON)]
         for path in find_paths():
             if path.startswith("/dev"):
-                walls += ["--dev-bind", path, path]
+                bwrap += ["--dev-bind", path, path]
             elif os.path.islink(path):
-                walls += ["--symlink", os.readlink(path), path]
+                bwrap += ["--symlink", os.readlink(path), path]
             else:
-                walls += ["--ro-bind", path, path]
-        return [*walls, "--remount-ro", "/", *python, "/sandbox.py", *args]
-    return [*python, str(SANDBOX), *args, *find_paths()]
+                bwrap += ["--ro-bind", path, path]
+        return [*bwrap, "--remount-ro", "/", *python, "/execution_child.py", *args]
+    return [*python, str(CHILD), *args, *find_paths()]
 
 
 def find_paths() -> list[str]:
-    """Files and folders of the host that a program may read: Python's library, the system's, three devices."""
+    """The host's files that a program may read: Python's library, the system's libraries, three devices."""
     prefix = PYTHON.parents[1]
     paths = [str(prefix / "lib"), str(prefix / "lib64"), "/usr/lib", "/usr/lib64", "/lib", "/lib64", "/etc/ld.so.cache",
              "/dev/null", "/dev/zero", "/dev/urandom"]
@@ -225,7 +225,7 @@ def find_paths() -> list[str]:
 
 
 def _collect(pipes: dict[str, BinaryIO], timeout: float) -> tuple[dict[str, bytearray], str | None]:
-    """Read all pipes to their ends, or until a limit is reached: what came, and which limit."""
+    """Read all pipes to their ends or up to a limit; returns the output and the limit that was reached."""
     output = {name: bytearray() for name in pipes}
     deadline = time.monotonic() + START_SECONDS
     with selectors.DefaultSelector() as selector:
@@ -248,7 +248,7 @@ def _collect(pipes: dict[str, BinaryIO], timeout: float) -> tuple[dict[str, byte
 
 
 def _describe_exit(code: int) -> str:
-    """'killed by SIGSEGV' or 'exit code 3'; a signal is minus its number, or 128 plus it from a process in between."""
+    """'killed by SIGSEGV' or 'exit code 3'. Signal n arrives as -n, or as 128 + n through a process in between."""
     number = -code if code < 0 else code - 128
     if number in set(signal.Signals):
         return f"killed by {signal.Signals(number).name}"

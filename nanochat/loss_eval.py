@@ -1,4 +1,4 @@
-"""How well a model predicts text: bits per byte, and the byte models that any language model must beat."""
+"""Bits per byte of a language model on text, and of two byte models that any language model must beat."""
 
 import contextlib
 import math
@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanochat.common import get_ranks
 from nanochat.train import Batch, sum_over_ranks
 
 
 @dataclass(frozen=True)
 class LossEval:
-    """The sums that bits per byte is made of, over all ranks."""
+    """The sums behind bits per byte, over all ranks."""
     nats:       float   # over the targets that count bytes
     num_bytes:  int     # UTF-8 bytes of those targets
     num_tokens: int
@@ -29,15 +30,14 @@ def evaluate_loss(model, batches: Iterable[Batch], token_bytes: Tensor, num_toke
     """Sum the loss over `batches`. Collective: all ranks call it, with equally many batches.
 
     token_bytes: (V,) UTF-8 length of each token; tokens of 0 bytes (the special ones) don't count
-    num_tokens:  stop after so many tokens, all ranks together, rounded down to whole batches; None = all
+    num_tokens:  at most, all ranks together, rounded down to whole batches; None = all
     """
     device = model.get_device()
     token_bytes = token_bytes.to(device)
     sums = torch.zeros(3, dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    num_seen, world_size = 0, torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    was_training = model.training
+    num_seen, world_size, was_training = 0, get_ranks().world_size, model.training
     model.eval()
-    # Evaluation shapes would compile anew on a CPU, for longer than most evaluations take
+    # On a CPU, compiling for the shapes of an evaluation takes longer than most evaluations
     eager = torch.compiler.set_stance("force_eager") if device.type == "cpu" else contextlib.nullcontext()
     with eager:
         for batch in batches:

@@ -1,7 +1,7 @@
 """Token lists -> rows of one length: best-fit packing with cropping (text), or whole with padding (chat).
 
-A value of a row says a token and whether it is to be learned: an id, 0 or more, is; a hidden id (below PAD) is only
-read; PAD is no token. So rows of text are just ids, and one array is all that a loader has to move.
+A value of a row is a token to learn (its id, 0 or more), a token that is only read (a hidden id, below PAD) or padding
+(PAD). So rows of text are plain ids, and a loader moves one array instead of tokens and a mask.
 
 R rows, P pieces of documents.
 """
@@ -14,19 +14,19 @@ from dataclasses import astuple, dataclass
 import numpy as np
 
 PAD = -1                 # fills the end of an incomplete row; as a target it means "nothing to learn"
-MIN_PIECE_TOKENS = 64    # a long document's last piece below this has too little context to be worth its place
-MIN_ROWS_TO_DROP = 16    # a group of at least so many full rows may lose its incomplete last one
+MIN_PIECE_TOKENS = 64    # a long document's last piece is dropped below this: too little context to learn from
+MIN_ROWS_TO_DROP = 16    # the incomplete last row of a group with at least so many full rows is dropped
 
 
 def hide(token):
-    """The value of a token that is read but not learned, and the token of such a value: an id, or an array of them."""
+    """The hidden value of a token, which is read but not learned; its own inverse. Takes an id or an array of them."""
     return PAD - 1 - token
 
 
 @dataclass(frozen=True)
 class PackStats:
-    """Where the tokens of some documents went: in = row + crop + tail + piece. Adds up over groups."""
-    in_tokens:    int = 0   # of all documents with their bos, and what every further piece repeats (its first token)
+    """What packing did to the tokens of some documents: in = row + crop + tail + piece. Groups add up."""
+    in_tokens:    int = 0   # of all documents with their bos, plus the first token of each further piece, a repeat
     row_tokens:   int = 0   # in rows, to be learned from or hidden
     crop_tokens:  int = 0   # cut off to make a piece fit; with long_docs 'crop' also all that exceeds a row
     tail_tokens:  int = 0   # in incomplete last rows that were dropped
@@ -40,7 +40,7 @@ class PackStats:
         return PackStats(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def fractions(self) -> dict[str, float]:
-        """What was lost, as parts of the tokens that came in, and padding as a part of the rows."""
+        """The losses as fractions of the incoming tokens, and padding as a fraction of the rows."""
         in_tokens, slots = max(1, self.in_tokens), max(1, self.row_tokens + self.pad_tokens)
         return {"crop_frac": self.crop_tokens / in_tokens, "tail_frac": self.tail_tokens / in_tokens,
                 "piece_frac": self.piece_tokens / in_tokens, "pad_frac": self.pad_tokens / slots}
@@ -53,8 +53,8 @@ def pack_documents(docs: Sequence[Sequence[int]], row_tokens: int, *, packing: s
     packing:   'best-fit': every piece of a document starts with bos and is cut only where `place_best_fit` must.
                'stream': the documents in their order, cut wherever a row ends; a row starts with the last token of
                the one before it, so that each token is a target once.
-    long_docs: what happens to the rest of a document beyond a row: 'split' gives it pieces of its own, 'crop' drops it
-    keep_tail: pad the last row even where rows abound (validation)
+    long_docs: the rest of a document beyond a row: 'split' cuts it into more pieces, 'crop' drops it
+    keep_tail: pad the incomplete last row instead of dropping it (validation)
     """
     num_docs, doc_tokens = len(docs), sum(map(len, docs))
     docs = [doc for doc in docs if len(doc) > 1]                    # nothing but bos: nothing to learn
@@ -71,7 +71,7 @@ def pack_documents(docs: Sequence[Sequence[int]], row_tokens: int, *, packing: s
     if packing == "stream":
         placed, kept = np.arange(len(sizes)), sizes
     else:
-        # half a row: with a small context the fixed limit alone would drop every last piece
+        # At most half a row: with a small context the fixed limit alone would drop every last piece
         short = (nth > 0) & (sizes < min(MIN_PIECE_TOKENS, row_tokens // 2))
         short_tokens += int(sizes[short].sum())
         starts, sizes = starts[~short], sizes[~short]
@@ -94,7 +94,7 @@ def pack_documents(docs: Sequence[Sequence[int]], row_tokens: int, *, packing: s
 def cut_documents(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut documents that lie end to end into pieces of at most a row; returns (starts, sizes, nth), (P,) int64 each.
 
-    Piece `nth` of a document begins with the last token of the piece before it, whose place is bos's when packed.
+    Piece `nth` of a document begins with the last token of the piece before it, which packing replaces by bos.
     """
     stride = row_tokens - 1
     num_pieces = np.maximum(1, -(-(lengths - 1) // stride)) * (lengths > 0)
@@ -105,7 +105,7 @@ def cut_documents(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.
 
 
 def place_best_fit(sizes: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Choose which piece follows which so that rows fill up: (piece indices, tokens kept of each), both in order.
+    """The order of the pieces that fills up rows, as (piece indices, tokens kept of each).
 
     Repeatedly the longest piece that fits the gap left in the row; where none fits, the shortest one left, cropped
     to the gap. (Cropping the longest instead wastes 4-10 times more, taking pieces at random 1-3 points more.) Of
@@ -134,9 +134,9 @@ def fold_rows(packed: np.ndarray, row_tokens: int, keep_tail: bool) -> tuple[np.
 
 
 def pack_whole(docs: Sequence[Sequence[int]], row_tokens: int) -> tuple[np.ndarray, PackStats]:
-    """Pack documents into rows (R, row_tokens) int32 and cut none of them, but for what exceeds a row of its own.
+    """Pack documents into rows (R, row_tokens) int32 without cutting them; one longer than a row is truncated.
 
-    Into each row repeatedly the longest document that fits (first-fit decreasing); what is left is filled with PAD.
+    Each row takes repeatedly the longest document that fits (first-fit decreasing), then PAD.
     """
     left = sorted((doc[:row_tokens] for doc in docs if len(doc)), key=len)
     left_sizes = list(map(len, left))

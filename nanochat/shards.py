@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +33,7 @@ SCHEMA      = pa.schema([("text", pa.string())])
 
 @dataclass(frozen=True)
 class Shard:
-    """What the manifest knows of one parquet file."""
+    """The manifest's entry of one parquet file."""
     file:   str
     sha256: str
     bytes:  int
@@ -45,8 +46,8 @@ class Shard:
 class Manifest:
     """The complete shards of a dataset, and how to make them again."""
     source:   str
-    settings: dict               # what the content follows from
-    command:  str                # makes what is missing or damaged again
+    settings: dict               # that determine the content
+    command:  str                # makes missing or damaged shards again
     train:    tuple[Shard, ...] = ()
     val:      Shard | None      = None
 
@@ -60,14 +61,14 @@ class ShardList:
     name:  str
     train: tuple[Path, ...]
     val:   Path
-    hash:  str  # the identity of the data: of the files' names, order and contents
+    hash:  str  # of the files' names, order and contents: the identity of the data
 
 
 def load_shards(name_or_folder: str, verify: bool = False, train_files: Sequence[str] | None = None) -> ShardList:
-    """The shards of a dataset under the base folder, or of a folder of the same layout; UserError if any is damaged.
+    """The shards of a dataset in the base folder, or of any folder of that layout; UserError if one is damaged.
 
-    verify:      also compare each file's sha256, not only its size and footer
-    train_files: the training shards that a run began with: those that came later are left out
+    verify:      compare each file's sha256, not only its size and footer
+    train_files: the training shards that a run began with; shards that arrived later are left out
     """
     while True:
         folder = find_folder(name_or_folder)
@@ -79,8 +80,8 @@ def load_shards(name_or_folder: str, verify: bool = False, train_files: Sequence
                 problem = error
             after = read_manifest(folder)
         except FileNotFoundError:
-            continue  # it is being replaced at this very moment
-        # Another process may make the data again meanwhile: what was seen counts only if it is still there
+            continue  # another process is replacing it
+        # Another process may rebuild the data meanwhile: the result counts only if the manifest still agrees
         if problem and after == manifest:
             raise problem
         if not problem and {*used} <= {*after.train, after.val}:
@@ -92,7 +93,7 @@ def load_shards(name_or_folder: str, verify: bool = False, train_files: Sequence
 
 
 def check_shards(folder: Path, manifest: Manifest, verify: bool, train_files: Sequence[str] | None) -> list[Shard]:
-    """The training shards that are meant, then the validation shard; UserError if one is missing or damaged."""
+    """The training shards to use, then the validation shard; UserError if one is missing or damaged."""
     if manifest.val is None:
         raise UserError(f"{folder} has no validation shard yet; fetch it with: {manifest.command}")
     if not manifest.train:
@@ -107,7 +108,7 @@ def check_shards(folder: Path, manifest: Manifest, verify: bool, train_files: Se
 
 
 def find_folder(name_or_folder: str) -> Path:
-    """The folder that is meant; a name under the base folder goes before a path."""
+    """The folder of a dataset by name, which comes first, or by path."""
     named = get_base_dir() / "data" / name_or_folder
     for folder in (named, Path(name_or_folder).expanduser()):
         if (folder / "manifest.json").is_file():
@@ -121,7 +122,7 @@ def find_folder(name_or_folder: str) -> Path:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What manifest.json of a folder says."""
+    """The manifest of a folder."""
     try:
         content = json.loads((folder / "manifest.json").read_text())
         train = tuple(Shard(**shard) for shard in content.pop("train"))
@@ -146,7 +147,7 @@ def check_shard(path: Path, shard: Shard, verify: bool) -> None:
 
 
 def inspect_shard(path: Path) -> tuple[int, int, int]:
-    """Rows, row groups and characters of a file, all of it read; raises CorruptFile if a part of it can't be."""
+    """Rows, row groups and characters of a file, which is read completely; raises CorruptFile where it is damaged."""
     num_chars = 0
     with open_shard(path) as file:
         for group_idx in range(file.num_row_groups):
@@ -163,7 +164,7 @@ def inspect_shard(path: Path) -> tuple[int, int, int]:
 
 @contextlib.contextmanager
 def reading_parquet() -> Iterator[None]:
-    """Turn what pyarrow and the system raise on a damaged file into CorruptFile."""
+    """Turn the errors of pyarrow and the system into CorruptFile."""
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -172,7 +173,7 @@ def reading_parquet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
-    """A parquet file whose footer is whole and that has the column `text`; raises CorruptFile."""
+    """A parquet file with a whole footer and a column `text`; raises CorruptFile."""
     with reading_parquet():
         file = pq.ParquetFile(path)
     with file:
@@ -182,22 +183,21 @@ def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def corrupt_error(path: Path, reason: CorruptFile) -> UserError:
-    """The sentence for a damaged shard: which one, how, and the command that makes it again."""
+    """The error for a damaged shard: which one, how, and the command that makes it again."""
     has_manifest = (path.parent / "manifest.json").is_file()
     advice = f"make it again with: {read_manifest(path.parent).command} --verify" if has_manifest else "make it again"
     return UserError(f"shard {path} is damaged ({reason}); {advice}")
 
 
-# What load_shards saw, and which of it was read and found to be so since: (sha256, inode, bytes, modification time)
-expected_sha256: dict[Path, str] = {}
-verified: dict[Path, tuple[str, int, int, int]] = {}
+expected_sha256: dict[Path, str] = {}                    # as load_shards saw it in the manifest
+verified: dict[Path, tuple[str, int, int, int]] = {}    # sha256, inode, bytes, modification time of verified files
 verifying = threading.Lock()
 
 
 def require_unchanged(path: Path) -> None:
-    """Compare a file's sha256 with what load_shards saw, when a process first reads it and when it was replaced since.
+    """Verify a file's sha256 on a process's first read, and again whenever the file was replaced.
 
-    Parquet alone finds few: 105 of 200 flipped bits in a shard of prose gave other text without any error.
+    Parquet itself misses most damage: 105 of 200 flipped bits in a shard of prose gave other text without an error.
     """
     if (sha256 := expected_sha256.get(path)) is None:
         return
@@ -232,17 +232,25 @@ def read_group(path: Path, group_idx: int) -> list[str]:
         with reading_parquet():
             require_unchanged(path)
         with open_shard(path) as file, reading_parquet():
-            # The callers are threads themselves
+            # No threads: the callers are threads themselves
             return file.read_row_group(group_idx, columns=["text"], use_threads=False).column(0).to_pylist()
     except CorruptFile as error:
         raise corrupt_error(path, error) from None
 
 
-def iter_documents(paths: Sequence[Path]) -> Iterator[str]:
-    """All documents of the shards in order, one row group in memory at a time."""
+def iter_documents(paths: Sequence[Path], max_chars: float = math.inf) -> Iterator[str]:
+    """The documents of the shards in order, up to the one that reaches `max_chars` characters in all.
+
+    One row group is in memory at a time.
+    """
+    num_chars = 0
     for path in paths:
         for group_idx in range(count_groups(path)):
-            yield from read_group(path, group_idx)
+            for text in read_group(path, group_idx):
+                yield text
+                num_chars += len(text)
+                if num_chars >= max_chars:
+                    return
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +258,7 @@ def iter_documents(paths: Sequence[Path]) -> Iterator[str]:
 
 
 def write_shards(folder: Path, documents: Iterable[str], shard_chars: int = SHARD_CHARS) -> tuple[Shard, ...]:
-    """Write documents, in their order, as shard_00000.parquet, shard_00001.parquet, ...; each appears when complete.
+    """Write documents in order as shard_00000.parquet, shard_00001.parquet, ...; each appears when complete.
 
     shard_chars: a shard ends with the row group that reaches it
     """
@@ -266,7 +274,7 @@ def write_shard(path: Path, documents: Iterator[str], shard_chars: int = SHARD_C
     """Write one parquet file in row groups of GROUP_ROWS; takes no more of `documents` than it writes."""
     part = path.with_name(path.name + ".part")
     rows = groups = chars = 0
-    # Dictionary and statistics of unique long texts would be the texts again
+    # A dictionary and statistics of long, unique texts would repeat the texts
     with pq.ParquetWriter(part, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False) as writer:
         while chars < shard_chars and (group := list(itertools.islice(documents, GROUP_ROWS))):
             writer.write_table(pa.table({"text": group}, SCHEMA), row_group_size=GROUP_ROWS)
@@ -276,12 +284,12 @@ def write_shard(path: Path, documents: Iterator[str], shard_chars: int = SHARD_C
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One writer at a time, and nothing half-made
+# One writer at a time, and no partial result
 
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold the lock of `folder`, waiting for it if need be; what a killed writer left there is mended first."""
+    """Hold the lock of `folder`, after waiting for it; repairs first what a killed writer left."""
     lock = file_lock(folder)
     try:
         lock.acquire(blocking=False)
@@ -296,9 +304,9 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Bring back a folder that `rebuilt_folder` had moved aside, and delete the files that a kill left unfinished.
+    """Restore a folder that `rebuilt_folder` had moved aside, and delete unfinished files.
 
-    A download's .part stays: the next one continues it.
+    A download's .part stays: the next download continues it.
     """
     new, old = aside(folder)
     if old.exists() and not folder.exists():
@@ -311,15 +319,15 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def aside(folder: Path) -> tuple[Path, Path]:
-    """Where `rebuilt_folder` makes the new folder and where it moves the old one; so no name may end like these."""
+    """The temporary names of `rebuilt_folder` for the new and the old folder. No dataset's name may end like these."""
     return folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
 
 
 @contextlib.contextmanager
 def rebuilt_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` if all goes well; until then the old one stays whole.
+    """An empty folder that replaces `folder` on success; until then the old one stays whole.
 
-    Only within `sole_writer(folder)`, which also mends what a kill in here leaves.
+    Only within `sole_writer(folder)`, which also repairs what a kill in here leaves.
     """
     new, old = aside(folder)
     new.mkdir()

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and how a conversation becomes one sequence of tokens.
+"""Text to token ids and back; conversations to one sequence of tokens.
 
 Byte-level BPE: trained by rustbpe, run by tiktoken, kept in the file format of Hugging Face's tokenizers library.
 """
@@ -12,11 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import tiktoken
 import torch
-from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS
 
 from nanochat.common import UserError, get_base_dir, write_atomic, write_json
 
@@ -31,13 +29,13 @@ SPLIT_PATTERN = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}|
                  r"""|\s*[\r\n]|\s+(?!\S)|\s+""")
 
 NUM_BYTES = 256
-# How files spell bytes, since GPT-2: visible characters of Latin-1 are themselves, the other bytes U+0100 onward.
+# The spelling of bytes in files since GPT-2: visible characters of Latin-1 as they are, the other bytes from U+0100 on.
 VISIBLE_BYTES = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 BYTE_ALPHABET = "".join(chr(byte) if byte in VISIBLE_BYTES else chr(0x100 + byte - len(VISIBLE_BYTES & {*range(byte)}))
                         for byte in range(NUM_BYTES))
 BYTES_BY_CHARACTER = {character: byte for byte, character in enumerate(BYTE_ALPHABET)}
-MIN_VOCAB_SIZE = NUM_BYTES + len(SPECIAL_TOKENS) + 1     # with fewer there is not even one merge to learn
-TRAIN_BUFFER_DOCUMENTS = 1024                            # texts that rustbpe holds at a time, which bounds its memory
+MIN_VOCAB_SIZE = NUM_BYTES + len(SPECIAL_TOKENS) + 1     # one merge to learn
+TRAIN_BUFFER_DOCUMENTS = 1024                            # texts that rustbpe holds at a time: bounds its memory
 
 # A run of about a million blanks overflows the backtracking stack of both regex engines, which then panic.
 MAX_BLANKS = 100_000
@@ -70,8 +68,8 @@ class RustBPETokenizer:
 
     @classmethod
     def train_from_iterator(cls, text_iterator: Iterable[str], vocab_size: int) -> "RustBPETokenizer":
-        """Learn a vocabulary of `vocab_size` tokens, specials included; the same texts give the same vocabulary."""
-        import rustbpe  # here, so that a machine that only runs models can do without it
+        """Learn a vocabulary of `vocab_size` tokens, specials included. Deterministic: a function of the texts."""
+        import rustbpe  # here, so that a machine that only runs models needs no rustbpe
         if vocab_size < MIN_VOCAB_SIZE:
             raise UserError(f"a vocabulary of {vocab_size} tokens is too small: {NUM_BYTES} bytes and "
                             f"{len(SPECIAL_TOKENS)} special tokens are always in it; ask for {MIN_VOCAB_SIZE} or more")
@@ -87,7 +85,7 @@ class RustBPETokenizer:
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "RustBPETokenizer":
-        """Read `tokenizer.json` in `directory`; UserError when it is absent, damaged, or of a kind we can't run."""
+        """Read `tokenizer.json` in `directory`; UserError if it is absent, damaged, or not byte-level BPE."""
         path = Path(directory) / "tokenizer.json"
         remedy = f"`python -m scripts.tok_train --name {path.parent.name}`"
         try:
@@ -100,23 +98,28 @@ class RustBPETokenizer:
                             f"make it again with {remedy} and --force") from None
 
     @classmethod
-    def from_pretrained(cls, name: str, tables_dir: str | Path | None = None) -> "RustBPETokenizer":
-        """A published vocabulary from files in `tables_dir` or, without that, by tiktoken's cache or the network."""
-        if tables_dir is not None:
-            return cls(*read_published_table(name, Path(tables_dir)))
-        if name not in ENCODING_CONSTRUCTORS:
-            raise UserError(f"{name!r} is no published vocabulary; choose one of {', '.join(ENCODING_CONSTRUCTORS)}")
+    def from_pretrained(cls, name: str, tables_dir: str | Path) -> "RustBPETokenizer":
+        """A published vocabulary from its file in `tables_dir`, under its own name or that of tiktoken's cache."""
+        if name not in PUBLISHED_TABLES:
+            raise UserError(f"{name!r} is no published vocabulary; choose one of {', '.join(PUBLISHED_TABLES)}")
+        file_name, cache_name, pattern, special_tokens = PUBLISHED_TABLES[name]
+        tables_dir = Path(tables_dir)
+        path = tables_dir / file_name if (tables_dir / file_name).exists() else tables_dir / cache_name
         try:
-            table = ENCODING_CONSTRUCTORS[name]()
-        except (OSError, ValueError) as error:
-            raise UserError(f"the vocabulary {name} isn't in tiktoken's cache and can't be downloaded "
-                            f"({type(error).__name__}); connect to the network or name a folder of tables") from None
-        # The same splits: this repeat need not be possessive, and Hugging Face's regex engine reads it as a nested one
-        pattern = table["pat_str"].replace("{1,3}+", "{1,3}")
-        return cls(pattern, table["mergeable_ranks"], table["special_tokens"])
+            if file_name.endswith(".json"):
+                vocab = json.loads(path.read_text(encoding="utf-8"))
+                ranks = {unspell_bytes(token): rank for token, rank in vocab.items() if token not in special_tokens}
+            else:
+                lines = map(bytes.split, path.read_bytes().splitlines())
+                ranks = {b64decode(token): int(rank) for token, rank in lines}
+            return cls(pattern, ranks, special_tokens)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"there is no {file_name} in {tables_dir}; name a folder that holds it") from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}); fetch it again") from None
 
     def save(self, directory: str | Path) -> None:
-        """Write `tokenizer.json` and `token_bytes.safetensors` into `directory`."""
+        """Write `tokenizer.json` and, for other tools, `token_bytes.safetensors` into `directory`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / "tokenizer.json", build_tokenizer_json(self.pattern, self.ranks, self.special_tokens))
@@ -125,7 +128,7 @@ class RustBPETokenizer:
 
     @cached_property
     def hash(self) -> str:
-        """16 hex digits that name the content: split pattern, tokens in order, specials; not how a file spells it."""
+        """16 hex digits of the content: split pattern, tokens in order, specials; independent of the file format."""
         tokens = sorted((token_id, token.hex()) for token, token_id in self.ranks.items())
         specials = sorted((token_id, name) for name, token_id in self.special_tokens.items())
         return hashlib.sha256(json.dumps([self.pattern, tokens, specials]).encode()).hexdigest()[:16]
@@ -149,14 +152,14 @@ class RustBPETokenizer:
         return self.special_tokens[name]
 
     def count_token_bytes(self) -> torch.Tensor:
-        """(V,) int32: UTF-8 bytes that each token stands for; 0 for specials and ids without a token."""
+        """(V,) int32: UTF-8 bytes of each token; 0 for specials and ids without a token."""
         counts = torch.zeros(self.get_vocab_size(), dtype=torch.int32)
         counts[list(self.ranks.values())] = torch.tensor([len(token) for token in self.ranks], dtype=torch.int32)
         return counts
 
     def encode(self, text: str | Sequence[str], prepend: int | str | None = None, append: int | str | None = None,
                num_threads: int = 8) -> list[int] | list[list[int]]:
-        """Ids of one text, or a list of them for a list of texts; special tokens in a text are just text.
+        """Ids of one text, or a list of them for a list of texts; names of special tokens in a text are plain text.
 
         prepend, append: a special token (id or name) put before and after each text; bos for documents
         """
@@ -186,10 +189,6 @@ class RustBPETokenizer:
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """The raw bytes of `ids`, which may end within a character."""
         return self.encoding.decode_bytes(ids)
-
-    def id_to_token(self, token_id: int) -> str:
-        """The text of one token; a part of a character shows as U+FFFD."""
-        return self.decode([token_id])
 
     def render_conversation(self, conversation: dict, max_tokens: int | None = 2048) -> tuple[list[int], list[int]]:
         """One conversation as (ids, mask), cut to `max_tokens`; mask is 1 on what the assistant must learn to write.
@@ -222,21 +221,16 @@ class RustBPETokenizer:
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: dict) -> list[int]:
-        """The whole prompt for the next answer, ending in assistant_start; a last answer that is there is left out."""
+        """The whole prompt for the next answer, ending in assistant_start, without the conversation's last answer."""
         messages = check_messages(conversation)
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         ids, _ = self.render_conversation({"messages": messages}, max_tokens=None)
         return [*ids, self.encode_special("<|assistant_start|>")]
 
-    def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int]) -> str:
-        """The tokens between bars for a terminal: green where supervised, red where not."""
-        return "|".join(f"\x1b[{92 if supervised else 91}m{self.id_to_token(token_id)}\x1b[0m"
-                        for token_id, supervised in zip(ids, mask, strict=True))
-
 
 def get_tokenizer_dir(name: str = "default") -> Path:
-    """The folder of the tokenizer `name`, which need not be there yet."""
+    """The folder of the tokenizer `name`, existing or not."""
     if not re.fullmatch(r"\w[\w.-]*", name) or name.endswith((".old", ".new", ".lock")):  # see shards.rebuilt_folder
         raise UserError(f"{name!r} can't name a tokenizer: use letters, digits, '.', '_' and '-', no folder, and no "
                         ".old, .new or .lock at its end")
@@ -250,18 +244,7 @@ def get_tokenizer(name: str = "default") -> RustBPETokenizer:
 
 def get_token_bytes(name: str = "default", device: str | torch.device = "cpu") -> torch.Tensor:
     """(V,) int32: UTF-8 bytes of each token of the tokenizer `name`, 0 for specials."""
-    path = get_tokenizer_dir(name) / "token_bytes.safetensors"
-    tokenizer_hash = get_tokenizer(name).hash
-    try:
-        with safetensors.safe_open(path, framework="pt", device=str(device)) as file:
-            if (file.metadata() or {}).get("tokenizer_hash") == tokenizer_hash:
-                return file.get_tensor("token_bytes")
-        reason = "belongs to another tokenizer than its tokenizer.json"
-    except (FileNotFoundError, safetensors.SafetensorError) as error:
-        reason = f"can't be read ({error})"
-    if get_tokenizer(name).hash != tokenizer_hash:  # another process replaced both files meanwhile
-        return get_token_bytes(name, device)
-    raise UserError(f"{path} {reason}; make both again with `python -m scripts.tok_train --name {name} --force`")
+    return get_tokenizer(name).count_token_bytes().to(device)
 
 
 def cut_blanks(text: str) -> Iterator[str]:
@@ -275,7 +258,7 @@ def cut_blanks(text: str) -> Iterator[str]:
 
 
 def check_messages(conversation: dict) -> list[dict]:
-    """The messages, user and assistant in turn; a system message is joined to the user's first one by a blank line."""
+    """The checked messages, user and assistant in turn; a system message is put before the user's first one."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError('a conversation is {"messages": [...]} with at least one message')
@@ -309,7 +292,7 @@ def check_content(message: dict, message_idx: int) -> None:
 
 
 def check_vocabulary(ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
-    """Raise ValueError unless every text can be encoded and every id means one token."""
+    """Raise ValueError unless every text can be encoded and every id is one token."""
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError("the ids of the vocabulary are not 0, 1, 2, ...")
     if any(bytes([byte]) not in ranks for byte in range(NUM_BYTES)):
@@ -322,19 +305,19 @@ def check_vocabulary(ranks: dict[bytes, int], special_tokens: dict[str, int]) ->
 
 
 def spell_bytes(token: bytes) -> str:
-    """A token as files hold it: each byte as the visible character of BYTE_ALPHABET at its place."""
+    """A token's spelling in files: each byte as its visible character of BYTE_ALPHABET."""
     return "".join(map(BYTE_ALPHABET.__getitem__, token))
 
 
 def unspell_bytes(spelling: str) -> bytes:
-    """The bytes of a token as files hold it."""
+    """The bytes of a token by its spelling in files."""
     if not BYTES_BY_CHARACTER.keys() >= set(spelling):
         raise ValueError(f"the token {spelling!r} is not spelled in the byte-level alphabet")
     return bytes(map(BYTES_BY_CHARACTER.__getitem__, spelling))
 
 
 def find_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens that `token` is merged from: what BPE leaves of its bytes when only earlier merges are known."""
+    """The two tokens that merge into `token`: BPE of its bytes with the earlier merges alone leaves these two."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         _, i = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i) for i in range(len(parts) - 1))
@@ -380,23 +363,3 @@ def parse_tokenizer_json(content: dict) -> tuple[str, dict[bytes, int], dict[str
         if content[key] != same_settings[key]:
             raise ValueError(f"its {key} is not one that nanochat runs")
     return split["pattern"]["Regex"], ranks, special_tokens
-
-
-def read_published_table(name: str, tables_dir: Path) -> tuple[str, dict[bytes, int], dict[str, int]]:
-    """Pattern, ranks and specials of a published vocabulary; files by their names here or in tiktoken's cache."""
-    if name not in PUBLISHED_TABLES:
-        raise UserError(f"no table of {name!r} can be read from a folder; choose one of {', '.join(PUBLISHED_TABLES)}")
-    file_name, cache_name, pattern, special_tokens = PUBLISHED_TABLES[name]
-    path = tables_dir / file_name if (tables_dir / file_name).exists() else tables_dir / cache_name
-    try:
-        if file_name.endswith(".json"):
-            vocab = json.loads(path.read_text(encoding="utf-8"))
-            ranks = {unspell_bytes(token): rank for token, rank in vocab.items() if token not in special_tokens}
-        else:
-            ranks = {b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
-        check_vocabulary(ranks, special_tokens)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"there is no {file_name} in {tables_dir}; name a folder that holds it") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); fetch it again") from None
-    return pattern, ranks, special_tokens

@@ -54,6 +54,7 @@ if python -m scripts.base_eval --fetch; then
 else
     (( $? == 2 ))    # the tasks of CORE can't be had, as it said: go on without. Anything else ends this
 fi
+python -m tasks.words || (( $? == 2 ))    # the words to spell; where the list can't be had, those of the corpus
 launch scripts.mid_train --model-tag "$NAME" --run "$RUN" $MID_EXTRA
 launch scripts.chat_eval --source mid --model-tag "$NAME" $CHAT_EVAL_EXTRA
 launch scripts.chat_sft --model-tag "$NAME" --run "$RUN" $SFT_EXTRA

@@ -1,23 +1,28 @@
-"""The CORE metric of a base model: how well it solves 22 tasks from examples in its context, 0 = by guessing.
+"""The CORE metric of a base model: centered accuracy on 22 tasks with examples in the context, 0 = guessing.
 
     python -m scripts.base_eval --fetch                             # once: download the tasks
     python -m scripts.base_eval                                     # the latest base model, all items
     python -m scripts.base_eval -g d12 -s 2000 --max-per-task 100
     torchrun --standalone --nproc-per-node 8 -m scripts.base_eval
-    python -m scripts.base_eval --hf-path openai-community/gpt2     # a model of others, to compare with
+    python -m scripts.base_eval --hf-path openai-community/gpt2     # a Hugging Face model, to compare with
 
-Each task that is done is kept in $NANOCHAT_BASE_DIR/runs/base/<tag>/core_<step>.json, for a model of others in
-core_hf/<name>.json: the same command goes on from there. The tasks: eval_bundle/ or eval_bundle.zip in
+Finished tasks are kept in $NANOCHAT_BASE_DIR/runs/base/<tag>/core_<step>.json, those of a Hugging Face model in
+core_hf/<name>.json: the same command continues from there. The tasks are in eval_bundle/ or eval_bundle.zip in
 $NANOCHAT_BASE_DIR; --fetch takes $NANOCHAT_MIRROR_DIR/eval_bundle.zip where that folder is set.
 """
 
 import argparse
 import hashlib
 import json
+import re
 import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
 
 from nanochat.checkpoint_manager import MODEL_NAME, load_model
 from nanochat.common import (
@@ -27,6 +32,7 @@ from nanochat.common import (
     get_base_dir,
     get_compute_dtype,
     get_mirror_dir,
+    hash_file,
     init_compute,
     print0,
     run_script,
@@ -36,15 +42,16 @@ from nanochat.core_eval import (
     BUNDLE_URL,
     NUM_CORE_TASKS,
     CoreTask,
-    combine_tasks,
+    compute_core,
     evaluate_task,
     find_bundle,
     load_tasks,
 )
 from nanochat.download import CorruptFile, Job, download_all
 from nanochat.flash_attention import choose_backend
-from nanochat.hf_model import load_hf_model, make_slug
 from nanochat.report import write_section
+
+DEFAULT_CONTEXT = 2048   # of a Hugging Face model whose configuration names none
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -98,7 +105,7 @@ def main(argv: list[str] | None = None) -> dict:
         values = results[task.label]
         print0(f"{task.label:32s} {values['accuracy']:8.4f} {values['centered']:8.4f} {values['num_items']:6d} {took}")
 
-    core = combine_tasks({task.label: results[task.label] for task in tasks})
+    core = compute_core({task.label: results[task.label] for task in tasks})
     what = f"mean over {core['num_tasks']} tasks" + ("" if args.max_per_task == -1 else
                                                      f" of at most {args.max_per_task} items")
     print0(f"{'CORE':32s} {'':8s} {core['core_metric']:8.4f}   ({what})")
@@ -112,12 +119,12 @@ def main(argv: list[str] | None = None) -> dict:
         else:
             section |= {"title": "Base model: CORE", "order": 50, "stage": "base",
                         "run": folder.relative_to(get_base_dir()).as_posix(), "metrics": {"CORE": core["core_metric"]}}
-        write_report(f"base_eval_hf_{name}" if args.hf_path else "base_eval", section, core, what, step)
+        report_core(f"base_eval_hf_{name}" if args.hf_path else "base_eval", section, core, what, step)
     return {"run_dir": str(folder), "step": step, **core}
 
 
 def fetch_bundle() -> Path:
-    """The folder of the tasks, brought to the base folder if they aren't there; UserError where they can't be had."""
+    """The folder of the tasks in the base folder, after a download if they are missing; UserError where that fails."""
     bundle_dir, mirror_dir = get_base_dir() / "eval_bundle", get_mirror_dir()
     archive = bundle_dir.with_name("eval_bundle.zip")
     with file_lock(bundle_dir):
@@ -132,7 +139,7 @@ def fetch_bundle() -> Path:
 
 
 def check_archive(path: Path) -> None:
-    """Refuse what is no whole zip file."""
+    """Raise CorruptFile unless the file is a whole zip."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -148,9 +155,9 @@ def hash_tasks(tasks: list[CoreTask]) -> str:
 
 
 def load_results(path: Path, settings: dict, fresh: bool, ranks: Ranks) -> dict[str, dict]:
-    """The tasks that were evaluated before with the same settings; results of other settings are put aside.
+    """Earlier results with the same settings; those of other settings are renamed and kept.
 
-    All ranks read the file themselves: it next changes when all have finished a task together.
+    Every rank reads the file: it changes only after all ranks have finished a task together.
     """
     try:
         saved = json.loads(path.read_text())
@@ -170,8 +177,8 @@ def load_results(path: Path, settings: dict, fresh: bool, ranks: Ranks) -> dict[
     return {}
 
 
-def write_report(name: str, section: dict, core: dict, what: str, step: int | None) -> None:
-    """The section of the report card."""
+def report_core(name: str, section: dict, core: dict, what: str, step: int | None) -> None:
+    """Write the section of the report card."""
     rows = [[label, result["accuracy"], result["centered"], result["num_items"]]
             for label, result in core["tasks"].items()]
     notes = [f"CORE is the {what} of centered accuracy: 0 is guessing, 1 is all right."]
@@ -181,6 +188,67 @@ def write_report(name: str, section: dict, core: dict, what: str, step: int | No
     write_section(name, section | {
         "notes": notes, "values": {key: value for key, value in values.items() if value is not None},
         "tables": [{"title": "Tasks", "columns": ["task", "accuracy", "centered", "items"], "rows": rows}]})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face models, to compare with: they need the package transformers; weights come from safetensors files only
+
+
+class HFModel(nn.Module):
+    """A causal language model of transformers: (R, T) token ids to (R, T, V) logits, all that CORE asks of a model."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        names = ("max_position_embeddings", "n_positions", "n_ctx")
+        self.config = SimpleNamespace(sequence_len=next(
+            (getattr(model.config, name) for name in names if getattr(model.config, name, None)), DEFAULT_CONTEXT))
+
+    def get_device(self) -> torch.device:
+        return self.model.device
+
+    def forward(self, idx: Tensor) -> Tensor:
+        # Rows are padded on the right, which a causal model's earlier positions don't see, so no mask is needed
+        return self.model(input_ids=idx, use_cache=False).logits.float()
+
+
+class HFTokenizer:
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def get_bos_token_id(self) -> int:
+        """The first token of a document: bos, or eos for models without bos."""
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is None and eos is None:
+            raise UserError("this tokenizer has no token that begins or ends a document; choose another model")
+        return eos if bos is None else bos
+
+    def encode(self, texts: list[str], prepend: int) -> list[list[int]]:
+        return [[prepend, *ids] for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def load_hf_model(path: str, device: torch.device, dtype: torch.dtype) -> tuple[HFModel, HFTokenizer, str]:
+    """The model at `path`, a folder or a name on the hub, in eval mode, its tokenizer and its weights' hash."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("--hf-path needs the package transformers, which isn't installed: "
+                        "pip install transformers") from None
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, use_safetensors=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:   # transformers' errors for an unusable model
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+        raise UserError(f"--hf-path {path} can't be loaded ({reason}); give a folder that has a model with "
+                        "safetensors files, or a name on the hub") from None
+    hashes = [hash_file(file) for file in sorted(Path(path).glob("*.safetensors"))]
+    weights = "+".join(hashes) or str(getattr(model.config, "_commit_hash", None) or path)
+    return HFModel(model.to(device=device, dtype=dtype)).eval(), HFTokenizer(tokenizer), weights
+
+
+def make_slug(path: str) -> str:
+    """The name of a model as part of a file's name: lower-case letters, digits, - and _."""
+    return re.sub(r"[^a-z0-9_-]+", "-", "_".join(Path(path).parts[-2:]).lower()).strip("-")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How well a base model predicts text, in bits per byte on validation and training text, and samples from it.
+"""Bits per byte of a base model on validation and training text, and samples from it.
 
     python -m scripts.base_loss                         # the run that was saved last
     python -m scripts.base_loss -g d4 -s 500 --eval-tokens 1000000
 
-Beside the model's figures stand those of two byte models, which a language model must beat by far to have learned more
-than spelling. Writes runs/base/<tag>/loss_<step>.json and a section of the report card.
+Two byte models are printed for comparison: a language model that has learned more than spelling beats them by far.
+Writes runs/base/<tag>/loss_<step>.json and a section of the report card.
 """
 
 import argparse
@@ -35,7 +35,7 @@ PROMPTS = ("The capital of France is", "The chemical symbol of gold is", "The pl
            "If 5 * x + 3 = 13, then x is", "def factorial(n):")
 NUM_UNCONDITIONED = 4
 PROMPTED_TOKENS, UNCONDITIONED_TOKENS = 32, 96   # length of a sample
-BATCH_TOKENS = 8192                              # of a forward pass, where nobody says better
+BATCH_TOKENS = 8192                              # of a forward pass, by default
 FIT_CHARS = 20_000_000                           # of training text that the byte models are fitted to
 
 
@@ -78,17 +78,17 @@ def main(argv: list[str] | None = None) -> dict:
     if ranks.rank == 0:
         all_rows = validation_batches(shards, tokenizer, T, num_rows, batch_rows=batch_rows, ranks=Ranks())
         with timed("byte models: fitting and evaluating"):
-            results |= compute_byte_bpb(take_documents(shards, FIT_CHARS), iter_texts(all_rows, tokenizer))
+            results |= compute_byte_bpb(iter_documents(shards.train, FIT_CHARS), iter_texts(all_rows, tokenizer))
         results["samples"] = draw_samples(Engine(model, tokenizer), tokenizer)
         results |= {"run_dir": str(run_dir), "step": step, "dtype": str(dtype).removeprefix("torch."),
                     "val_rule": batches["val"].rule, "train_rule": batches["train"].rule}
         write_json(run_dir / f"loss_{step:06d}.json", results)
-        write_report(results, run_dir, sys.argv if argv is None else argv, time.perf_counter() - start_time)
+        report_loss(results, run_dir, sys.argv if argv is None else argv, time.perf_counter() - start_time)
     return results
 
 
 def find_training_data(asked: str | None, trained_on: dict) -> ShardList:
-    """The shards that the model was trained on; others of the same name would make the figures mean something else."""
+    """The shards that the model was trained on; UserError for other shards of the same name."""
     folder = trained_on.get("folder", "")
     there = (Path(folder) / "manifest.json").is_file()
     shards = load_shards(asked or (folder if there else trained_on["name"]), train_files=trained_on.get("train_files"))
@@ -98,25 +98,15 @@ def find_training_data(asked: str | None, trained_on: dict) -> ShardList:
     return shards
 
 
-def take_documents(shards: ShardList, max_chars: int) -> Iterator[str]:
-    """The first training documents, until they have `max_chars` characters."""
-    num_chars = 0
-    for text in iter_documents(shards.train):
-        yield text
-        num_chars += len(text)
-        if num_chars >= max_chars:
-            return
-
-
 def iter_texts(batches: ValidationBatches, tokenizer) -> Iterator[str]:
-    """The text of the evaluated rows, the same that the model was scored on: each piece of a document by itself."""
+    """The text of the evaluated rows, piece by piece, so that the byte models are scored on the same text."""
     for batch in batches:
         for row in batch.targets:
             yield from tokenizer.decode(row[row >= 0].tolist()).split(tokenizer.bos_token)
 
 
 def draw_samples(engine: Engine, tokenizer) -> list[dict]:
-    """What the model writes: the likeliest continuation of prompts, and texts out of nothing (prompt '')."""
+    """Greedy continuations of PROMPTS, and sampled texts without a prompt ('')."""
     bos_id, samples = tokenizer.get_bos_token_id(), []
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt, prepend=bos_id)
@@ -129,8 +119,8 @@ def draw_samples(engine: Engine, tokenizer) -> list[dict]:
     return samples
 
 
-def write_report(results: dict, run_dir: Path, command: list[str], wall_sec: float) -> None:
-    """Print the table and leave it as a section of the report card."""
+def report_loss(results: dict, run_dir: Path, command: list[str], wall_sec: float) -> None:
+    """Print the table and write the section of the report card."""
     rows = [["this model", "validation", results["val_bpb"]], ["this model", "training", results["train_bpb"]],
             ["bigram byte model", "validation", results["bigram_byte_bpb"]],
             ["unigram byte model", "validation", results["unigram_byte_bpb"]]]

@@ -1,4 +1,4 @@
-"""How well a chat model answers the questions of tasks; ChatCORE is the mean over six of them, 0 = by guessing.
+"""Accuracy of a chat model on tasks; ChatCORE is the mean centered accuracy of six of them, 0 = guessing.
 
     python -m scripts.chat_eval -i sft                              # the six tasks of ChatCORE, all problems
     python -m scripts.chat_eval -i rl -a GSM8K SpellingBee -x 200   # two tasks, the same 200 problems each time
@@ -6,8 +6,8 @@
     torchrun --standalone --nproc-per-node 8 -m scripts.chat_eval -i sft
 
 A record of each problem (answers, scores) is kept in $NANOCHAT_BASE_DIR/runs/<stage>/<tag>/chat_eval/<step>_<settings>:
-the same command goes on from there, and other tasks join those that are done. A task that can't be evaluated is
-reported, and the others go on.
+the same command continues from there, and other tasks join the finished ones. A task that can't be evaluated is
+reported, and the evaluation goes on with the others.
 """
 
 import argparse
@@ -19,11 +19,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from nanochat.chat_eval import CHATCORE_TASKS, ChatSettings, check_task_names, combine_tasks, evaluate_task
+from nanochat.chat_eval import ChatSettings, Solver, check_task_names, compute_chatcore, evaluate_task
 from nanochat.checkpoint_manager import MODEL_NAME, STAGES, load_model
 from nanochat.common import UserError, get_base_dir, get_compute_dtype, init_compute, print0, run_script, write_json
 from nanochat.flash_attention import choose_backend
 from nanochat.report import write_section
+from tasks.catalog import CHATCORE_TASKS
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -40,7 +41,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("-n", "--num-samples", type=int, default=ChatSettings.num_samples, help="answers to each problem")
     add("-m", "--max-new-tokens", type=int, default=ChatSettings.max_new_tokens, help="of an answer, in tokens")
     add("-b", "--batch-size", type=int, default=64, help="sequences at once, on each rank")
-    add("--allow-unsafe", action="store_true", help="run HumanEval's programs where the machine can't shut them in")
+    add("--allow-unsafe", action="store_true", help="run programs that the model wrote (HumanEval) even where this "
+        "machine can't isolate them")
     add("--fresh", action="store_true", help="evaluate again what has been evaluated before")
     add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best that is there)")
     add("-d", "--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
@@ -68,15 +70,14 @@ def main(argv: list[str] | None = None) -> dict:
             shutil.rmtree(records_dir, ignore_errors=True)
         records_dir.mkdir(parents=True, exist_ok=True)
         write_json(records_dir / "settings.json", made_with)
+    solver = Solver(model, tokenizer, settings, args.batch_size, args.allow_unsafe)
     results, missing = {}, {}
     print0(f"{'task':16s} {'accuracy':>8s} {'95% interval':>16s} {'centered':>8s} {'problems':>8s} {'cut':>5s} "
            f"{'seconds':>8s}")
     for name in args.task_name:
         task_start = time.perf_counter()
         try:
-            results[name] = evaluate_task(model, tokenizer, name, max_problems=args.max_problems, settings=settings,
-                                          batch_rows=args.batch_size, allow_unsafe=args.allow_unsafe,
-                                          records_dir=records_dir)
+            results[name] = evaluate_task(solver, name, args.max_problems, records_dir)
         except UserError as error:
             missing[name] = str(error)
             print0(f"{name:16s} was not evaluated: {error}")
@@ -89,19 +90,19 @@ def main(argv: list[str] | None = None) -> dict:
     earlier = read_earlier(records_dir / "results.json", args.task_name, args.max_problems)
     for name, result in earlier.items():
         print0(format_result(name, result) + f" {'before':>8s}")
-    chat = combine_tasks(earlier | results, missing)
+    chat = compute_chatcore(earlier | results, missing)
     what = describe_metric(chat)
     if chat["chatcore"] is not None:
         print0(f"{what:34s} {chat['chatcore']:16.4f}")
     if ranks.rank == 0:
         write_json(records_dir / "results.json", chat | {"max_problems": args.max_problems})
-        write_report(chat, args.source, run_dir, step, made_with, sys.argv if argv is None else argv,
+        report_answers(chat, args.source, run_dir, step, made_with, sys.argv if argv is None else argv,
                      time.perf_counter() - start_time)
     return {"run_dir": str(run_dir), "step": step, "records_dir": str(records_dir), **chat}
 
 
 def read_earlier(path: Path, task_names: list[str], max_problems: int) -> dict[str, dict]:
-    """What other tasks gave before, on as many problems: tasks that are evaluated one by one are one evaluation."""
+    """Earlier results of other tasks with as many problems: tasks evaluated one by one are one evaluation."""
     try:
         saved = json.loads(path.read_text())
         return {name: result for name, result in saved["tasks"].items()
@@ -111,7 +112,7 @@ def read_earlier(path: Path, task_names: list[str], max_problems: int) -> dict[s
 
 
 def format_result(name: str, result: dict) -> str:
-    """A line of the table; of several samples also how often any was right."""
+    """A line of the table; with several samples also the share of problems with a right one."""
     interval = f"{result['low']:.4f} - {result['high']:.4f}"
     line = (f"{name:16s} {result['accuracy']:8.4f} {interval:>16s} {result['centered']:8.4f} "
             f"{result['num_problems']:8d} {result['num_cut']:5d}")
@@ -119,13 +120,13 @@ def format_result(name: str, result: dict) -> str:
 
 
 def describe_metric(chat: dict) -> str:
-    """What the mean may be called: over fewer tasks than the metric has, it is another one."""
+    """The name of the mean: over fewer tasks it isn't ChatCORE."""
     return "ChatCORE" + (f", only {chat['num_tasks']} of {len(CHATCORE_TASKS)} tasks" if chat["is_partial"] else "")
 
 
-def write_report(chat: dict, stage: str, run_dir: Path, step: int, made_with: dict, argv: list[str],
+def report_answers(chat: dict, stage: str, run_dir: Path, step: int, made_with: dict, argv: list[str],
                  wall_sec: float) -> None:
-    """The section of the report card; each stage has its own."""
+    """Write the section of the report card; each stage has its own."""
     what = describe_metric(chat)
     metrics = {what: chat["chatcore"]} | {name: result["accuracy"] for name, result in chat["tasks"].items()}
     rows = [[name, result["accuracy"], result["low"], result["high"], result["centered"], result["num_problems"],

@@ -30,7 +30,7 @@ from nanochat.common import (
     print0,
     run_script,
 )
-from nanochat.conversations import hash_conversations
+from nanochat.dataloader import hash_conversations
 from nanochat.gpt import GPT, GPTConfig, estimate_flops
 from nanochat.identity import check_ranks, compare_with_saved
 from nanochat.optim import MuonAdamW
@@ -63,7 +63,7 @@ from nanochat.stage import (
 )
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import LossScaler, Progress, RunLog, StopSignal, any_rank
-from tasks.mixtures import MADE_HERE, make_task, parse_entry
+from tasks.mixtures import GENERATED, make_task, parse_entry
 
 IDENTITY_ARGS = ("seed", "deterministic", "examples_per_step", "num_samples", "init_lr_frac")
 
@@ -118,7 +118,7 @@ def load_questions(entries: list[str], num_held_out: int, tokenizer,
         if weight != 1 or name in train:
             raise UserError(f"--tasks {entry}: name each task once, as NAME or NAME:COUNT")
         train[name] = make_task(name, "train", count)
-        held_out[name] = make_task(name, "test", num_held_out if name in MADE_HERE else None)
+        held_out[name] = make_task(name, "test", num_held_out if name in GENERATED else None)
     questions, tested = (make_questions(tasks, tokenizer, max_prompt_tokens) for tasks in (train, held_out))
     chosen = []
     for name in train:  # spread evenly over each task

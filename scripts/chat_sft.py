@@ -60,8 +60,7 @@ def main(argv: list[str] | None = None) -> dict:
     run_dir = get_run_dir("sft", args.out_tag or source.run_dir.name)
     with locked_run(run_dir):
         mixture = make_mixture(args.tasks or MIXTURES[args.mixture], args.custom_json)
-        start = plan_chat_run("sft", args, source, run_dir, mixture, device, ranks, supervise="assistant",
-                          keep_whole=True, scales_lr=False)
+        start = plan_chat_run("sft", args, source, run_dir, mixture, device, ranks, keep_whole=True, scales_lr=False)
         if info := get_finished_info(run_dir, start.step, start.plan):
             report_chat_run("chat_sft", "SFT", run_dir, info)
             return {"run_dir": str(run_dir), **info["results"]}

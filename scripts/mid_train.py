@@ -38,9 +38,6 @@ from tasks.mixtures import MIXTURES, make_mixture
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    # at toy scale 1.09 bits per byte of answers on held-out conversations, against 1.27 (dev/LOG.md, 2026-11-21)
-    parser.add_argument("--supervise", choices=("assistant", "all"), default="assistant",
-                        help="learn only what the assistant writes, or every token (default: %(default)s)")
     add_chat_args(parser, MIXTURES)
     parser.set_defaults(mixture="mid", init_lr_frac=1.0, warmdown_ratio=0.2)
     return check_stage_args(parser.parse_args(argv))
@@ -53,8 +50,7 @@ def main(argv: list[str] | None = None) -> dict:
     run_dir = get_run_dir("mid", args.out_tag or source.run_dir.name)
     with locked_run(run_dir):
         mixture = make_mixture(args.tasks or MIXTURES[args.mixture], args.custom_json)
-        start = plan_chat_run("mid", args, source, run_dir, mixture, device, ranks, supervise=args.supervise,
-                          keep_whole=False, scales_lr=True)
+        start = plan_chat_run("mid", args, source, run_dir, mixture, device, ranks, keep_whole=False, scales_lr=True)
         if info := get_finished_info(run_dir, start.step, start.plan):
             report_chat_run("mid_train", "Midtraining", run_dir, info)
             return {"run_dir": str(run_dir), **info["results"]}

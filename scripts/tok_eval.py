@@ -1,4 +1,4 @@
-"""How well the tokenizer compresses text, per domain, against the vocabularies of GPT-2 and GPT-4.
+"""Compression by the tokenizer, per domain, against the vocabularies of GPT-2 and GPT-4.
 
 python -m scripts.tok_eval
 python -m scripts.tok_eval --name default --tables FOLDER     FOLDER holds gpt2_encoder.json, cl100k_base.tiktoken
@@ -108,20 +108,20 @@ def main(argv: list[str] | None = None) -> dict:
         except UserError as error:
             print0(f"not compared with {label}: {error}")
     texts = {domain: [text.strip()] for domain, text in TEXTS.items()} | \
-        read_data(args.data or find_training_data(directory), args.max_chars)
+        read_data(args.data or find_data_folder(directory), args.max_chars)
     results = {domain: measure(documents, tokenizers) for domain, documents in texts.items()}
     print0(format_table(results, tokenizers))
     result = {"tokenizer_hash": tokenizers["ours"].hash,
               "vocab_sizes": {label: tokenizer.get_vocab_size() for label, tokenizer in tokenizers.items()},
               "domains": results}
     write_json(directory / "tok_eval.json", result)
-    write_report(results, list(tokenizers), sys.argv if argv is None else argv, time.perf_counter() - start_time)
+    report_compression(results, list(tokenizers), sys.argv if argv is None else argv, time.perf_counter() - start_time)
     print0(f"written to {directory / 'tok_eval.json'}")
     return result
 
 
-def write_report(results: dict, labels: list[str], argv: list[str], wall_sec: float) -> None:
-    """The section of the report card."""
+def report_compression(results: dict, labels: list[str], argv: list[str], wall_sec: float) -> None:
+    """Write the section of the report card."""
     rows = [[domain, result["num_bytes"], *(round(result["tokenizers"][label]["bytes_per_token"], 2)
                                             for label in labels)] for domain, result in results.items()]
     write_section("tok_eval", {
@@ -129,8 +129,8 @@ def write_report(results: dict, labels: list[str], argv: list[str], wall_sec: fl
         "tables": [{"title": "Bytes per token", "columns": ["text", "bytes", *labels], "rows": rows}]})
 
 
-def find_training_data(directory: Path) -> str | None:
-    """The folder of the text that the tokenizer was trained on, by its training.json; None if it isn't there now."""
+def find_data_folder(directory: Path) -> str | None:
+    """The folder of the tokenizer's training text by its training.json; None if it doesn't exist now."""
     try:
         folder = json.loads((directory / "training.json").read_text(encoding="utf-8"))["data_folder"]
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
@@ -139,7 +139,7 @@ def find_training_data(directory: Path) -> str | None:
 
 
 def read_data(name_or_folder: str | None, max_chars: int) -> dict[str, list[str]]:
-    """The first documents of the training and the validation text; nothing but a printed line if there is no data."""
+    """The first documents of the training and the validation text; without data {} and a printed line."""
     if name_or_folder is None:
         print0("train and val are not measured: the text that it was trained on isn't there; name another with --data")
         return {}
@@ -148,14 +148,9 @@ def read_data(name_or_folder: str | None, max_chars: int) -> dict[str, list[str]
 
 
 def take_documents(paths: list[Path], max_chars: int) -> list[str]:
-    """Documents up to `max_chars` characters in all; the last one is cut."""
-    documents = []
-    for document in iter_documents(paths):
-        documents.append(document[:max_chars])
-        max_chars -= len(documents[-1])
-        if max_chars <= 0:
-            break
-    return documents
+    """The first documents, `max_chars` characters in all; the last one is cut."""
+    *documents, last = iter_documents(paths, max_chars)
+    return [*documents, last[:max_chars - sum(map(len, documents))]]
 
 
 def measure(documents: list[str], tokenizers: dict[str, RustBPETokenizer]) -> dict:

@@ -1,4 +1,4 @@
-"""Train the tokenizer: learn from text which byte sequences become tokens.
+"""Train the tokenizer: a byte-level BPE vocabulary learned from text.
 
 python -m nanochat.dataset --source python-docs && python -m scripts.tok_train --vocab-size 8192
 python -m scripts.tok_train --data climbmix --max-chars 2000000000 --vocab-size 32768
@@ -41,13 +41,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 @dataclass
 class TextCounter:
-    """How much text has gone by."""
+    """Text read so far."""
     documents: int = 0
     chars: int = 0
 
 
 def take_texts(documents: Iterable[str], max_chars: int, doc_cap: int, counter: TextCounter) -> Iterator[str]:
-    """The first `doc_cap` characters of each document, `max_chars` in all; says how far it is every few seconds."""
+    """The first `doc_cap` characters of each document, `max_chars` in all. Prints its progress."""
     start = last_print = time.perf_counter()
     for document in documents:
         text = document[:min(doc_cap, max_chars - counter.chars)]
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> dict:
     with sole_writer(directory):
         if directory.exists() and not args.force:
             training = keep_existing(directory, made_from)
-            write_report(training, args.name, sys.argv if argv is None else argv)
+            report_tokenizer(training, args.name, sys.argv if argv is None else argv)
             return training
         start = time.perf_counter()
         counter = TextCounter()
@@ -86,13 +86,13 @@ def main(argv: list[str] | None = None) -> dict:
         with rebuilt_folder(directory) as new:
             tokenizer.save(new)
             write_json(new / "training.json", training)
-    write_report(training, args.name, sys.argv if argv is None else argv)
+    report_tokenizer(training, args.name, sys.argv if argv is None else argv)
     print0(f"tokenizer {args.name!r} ({tokenizer.hash}) after {training['train_seconds']:.1f} s is in {directory}")
     return training
 
 
-def write_report(training: dict, name: str, argv: list[str]) -> None:
-    """The section of the report card."""
+def report_tokenizer(training: dict, name: str, argv: list[str]) -> None:
+    """Write the section of the report card."""
     write_section("tok_train", {
         "title": "Tokenizer: training", "created": now(), "argv": argv, "wall_sec": training["train_seconds"],
         "values": {"name": name, "vocabulary": training["made_from"]["vocab_size"], "data": training["data"],
@@ -101,15 +101,15 @@ def write_report(training: dict, name: str, argv: list[str]) -> None:
 
 
 def keep_existing(directory: Path, made_from: dict) -> dict:
-    """The record of the tokenizer that is there; UserError if other text or settings made it."""
+    """The record of the existing tokenizer; UserError if other text or settings made it."""
     try:
         training = json.loads((directory / "training.json").read_text(encoding="utf-8"))
         differences = [f"{key} {training['made_from'].get(key)}, not {value}" for key, value in made_from.items()
                        if training["made_from"].get(key) != value]
         differences += [] if RustBPETokenizer.from_directory(directory).hash == training["tokenizer_hash"] else \
-            ["a tokenizer.json that isn't the one its training.json tells of"]
+            ["a tokenizer.json that isn't the one of its training.json"]
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
-        differences = ["no readable training.json that says what from"]
+        differences = ["no readable training.json"]
     if differences:
         raise UserError(f"{directory} holds a tokenizer with {'; '.join(differences)}: "
                         "pass --force to replace it, or another --name to keep both")

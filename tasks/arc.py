@@ -13,9 +13,6 @@ class ARC(Task):
         super().__init__(**kwargs)
         self.rows = load_rows("allenai/ai2_arc", subset, split, columns=("question", "choices", "answerKey"))
 
-    def num_examples(self) -> int:
-        return len(self.rows)
-
     def get_example(self, index: int) -> dict:
         row = self.rows[index]
         # some rows count their choices 1 2 3 4 where most have A B C D: ours are always letters

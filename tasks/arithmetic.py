@@ -1,13 +1,13 @@
 """Arithmetic: two numbers of up to four digits, added, subtracted, multiplied or divided without remainder.
 
-Made here, example by example from (seed, split, index). The assistant calls the calculator and repeats what it says.
+The assistant calls the calculator and repeats its result.
 """
 
 import re
 from random import Random
 
 from nanochat.calculator import calculate
-from tasks.common import Task, check_split, get_reference, is_test, make_rng
+from tasks.common import GeneratedTask, get_reference, is_test, make_rng
 
 MAX_DIGITS = 4
 WORDS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
@@ -28,16 +28,8 @@ QUESTIONS = (
 NUMBER = re.compile(r"-?(?:[0-9][0-9,]*)?\.?[0-9]+")
 
 
-class Arithmetic(Task):
+class Arithmetic(GeneratedTask):
     """A problem (the unordered pair for + and *) is in train or in test, whatever the seed."""
-
-    def __init__(self, split: str, size: int = 1000, seed: int = 0, **kwargs) -> None:
-        super().__init__(**kwargs)
-        check_split("Arithmetic", split)
-        self.split, self.size, self.seed = split, size, seed
-
-    def num_examples(self) -> int:
-        return self.size
 
     def get_example(self, index: int) -> dict:
         rng = make_rng(self.seed, "Arithmetic", self.split, index)

@@ -24,10 +24,12 @@ TASKS = {
     "Identity":       Identity,
     "PythonDocs":     PythonDocs,
 }
+CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")   # ChatCORE's
+GRADED_TASKS = tuple(name for name in TASKS if name != "SmolTalk")   # whose answers can be graded
 
 
 def get_task(name: str, split: str, **kwargs) -> Task:
-    """The task `name`; kwargs are its own: start, stop, step, and for those that are made here size and seed."""
+    """The task `name`; kwargs: start, stop, step, and of generated tasks size and seed."""
     if name not in TASKS:
         raise UserError(f"there is no task {name!r}; choose one of {', '.join(TASKS)}")
     return TASKS[name](split, **kwargs)

@@ -1,8 +1,8 @@
-"""What a task is: a list of conversations, and a way to grade an answer. How tasks are mixed; how choices are written.
+"""The task: a list of conversations and a grade for answers. Mixtures of tasks; multiple-choice questions.
 
 A conversation is {"messages": [{"role", "content"}, ...]}, as nanochat.tokenizer renders it; its last message is the
 reference answer. A task may add fields that its own `evaluate` reads; a categorical one adds "letters", the choices.
-The answer that is graded is text as the tokenizer decodes it: special tokens in it stand there by their names.
+The graded answer is text as the tokenizer decodes it, special tokens by their names.
 """
 
 import random
@@ -15,14 +15,15 @@ import numpy as np
 from nanochat.common import UserError
 
 LETTERS = "ABCDEFGHIJ"      # of the choices of a question
-TEST_ONE_IN = 10            # of the words, problems and names of the tasks that are made here are for tests only
+TEST_ONE_IN = 10            # of the words, problems and names of generated tasks are for tests alone
 FINAL_ANSWER = re.compile(r"#### *(-?[0-9.,]+)")
 
 
 class Task:
-    """A list of conversations, of which [start:stop:step] is used. A subclass says which, and grades answers."""
+    """A list of conversations, of which [start:stop:step] is used. A subclass loads `rows` and grades answers."""
 
     eval_type = "generative"    # or "categorical": the answer is one of the conversation's "letters"
+    grade_batch = 1             # problems to grade at a time; more where a task grades several side by side
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
         if start < 0 or step < 1 or (stop is not None and stop < start):
@@ -30,16 +31,27 @@ class Task:
         self.start, self.stop, self.step = start, stop, step
 
     def num_examples(self) -> int:
-        """Conversations in all, whatever part of them is used."""
-        raise NotImplementedError
+        """All conversations, used or not."""
+        return len(self.rows)
 
     def get_example(self, index: int) -> dict:
-        """The conversation number `index` of all."""
+        """Conversation `index` of all."""
         raise NotImplementedError
 
     def evaluate(self, conversation: dict, answer: str) -> bool | float:
         """Whether `answer` is right, or a score from 0 to 1."""
-        raise NotImplementedError(f"{type(self).__name__} has no grade for an answer; it is there to learn from")
+        raise NotImplementedError(f"{type(self).__name__} has no grade for an answer; it is for training alone")
+
+    def grade(self, conversations: Sequence[dict], answers: Sequence[str], allow_unsafe: bool = False) -> list[float]:
+        """A score from 0 to 1 for each answer.
+
+        allow_unsafe: run programs that a model wrote without isolation where this machine has none
+        """
+        return [float(self.evaluate(conversation, answer))
+                for conversation, answer in zip(conversations, answers, strict=True)]
+
+    def check_grading(self, allow_unsafe: bool) -> None:
+        """Raise UserError where this machine can't grade answers, before any is written."""
 
     def _used(self) -> range:
         num_examples = self.num_examples()
@@ -53,24 +65,20 @@ class Task:
         return self.get_example(self._used()[index])
 
 
-class TaskSequence(Task):
-    """Tasks one after the other."""
+class GeneratedTask(Task):
+    """A task whose conversations are generated, each from (seed, split, index) alone; `size` of them."""
 
-    def __init__(self, tasks: Sequence[Task], **kwargs) -> None:
+    def __init__(self, split: str, size: int = 1000, seed: int = 0, **kwargs) -> None:
         super().__init__(**kwargs)
-        self.tasks = tuple(tasks)
-        self.ends = np.cumsum([len(task) for task in self.tasks], dtype=np.int64)
+        check_split(self, split)
+        self.split, self.size, self.seed = split, size, seed
 
     def num_examples(self) -> int:
-        return int(self.ends[-1]) if self.tasks else 0
-
-    def get_example(self, index: int) -> dict:
-        task_idx = int(np.searchsorted(self.ends, index, side="right"))
-        return self.tasks[task_idx][index - int(self.ends[task_idx])]     # counted from the task's end
+        return self.size
 
 
 class TaskMixture(Task):
-    """Tasks shuffled into one list, in an order that follows from the seed and the tasks' lengths alone.
+    """Tasks shuffled into one list; the order depends on the seed and the tasks' lengths alone.
 
     weights: how often each conversation of a task counts; 2 = twice, 0.5 = every other one. By default once.
     """
@@ -98,7 +106,7 @@ class TaskMixture(Task):
 
 
 def render_mc(question: str, choices: Sequence[str], letters: Sequence[str] = LETTERS) -> str:
-    """A multiple-choice question. No blank comes before a letter, so that it is the same token as the bare answer."""
+    """A multiple-choice question. No blank precedes a letter, so that it is the same token as the bare answer."""
     lines = [f"- {choice}={letter}" for choice, letter in zip(choices, letters[:len(choices)], strict=True)]
     return "\n".join([question, *lines, "", "Answer with the letter only."])
 
@@ -123,16 +131,16 @@ def extract_answer(text: str) -> str | None:
 
 
 def make_rng(*names: object) -> random.Random:
-    """Random numbers that follow from `names` alone, the same in every process and version of Python."""
+    """A generator seeded by `names` alone, the same in every process and version of Python."""
     return random.Random("/".join(map(str, names)))
 
 
 def is_test(key: str) -> bool:
-    """Whether a word, problem or name is for tests: decided by itself, so that no two lists or runs can disagree."""
+    """Whether a word, problem or name is for tests: by its own hash, so that no two lists or runs can disagree."""
     return zlib.crc32(key.encode()) % TEST_ONE_IN == 0
 
 
-def check_split(task: str, split: str) -> None:
-    """Refuse a split that a task which is made here doesn't have."""
+def check_split(task: Task, split: str) -> None:
+    """UserError for a split that a task without a dataset doesn't have."""
     if split not in ("train", "test"):
-        raise UserError(f"{task} has no split {split!r}; choose train or test")
+        raise UserError(f"{type(task).__name__} has no split {split!r}; choose train or test")

@@ -13,7 +13,7 @@ from tasks.rows import JsonLines
 
 
 class CustomJSON(Task):
-    """All lines are checked at the start; the first bad one is a UserError that names file, line and reason."""
+    """Conversations of a file. The first bad line raises UserError with file, line and reason."""
 
     def __init__(self, path: str | Path, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -24,15 +24,12 @@ class CustomJSON(Task):
             except ValueError as error:
                 raise UserError(f"{self.rows.where(index)}: {error}; correct or remove the line") from None
 
-    def num_examples(self) -> int:
-        return len(self.rows)
-
     def get_example(self, index: int) -> dict:
         return parse_conversation(self.rows[index])
 
 
 def parse_conversation(row: object) -> dict:
-    """The conversation of one row; ValueError, with a phrase that says why, where the format is broken."""
+    """The conversation of one row; ValueError with the reason where the format is broken."""
     conversation = {"messages": row["messages"] if isinstance(row, dict) and "messages" in row else row}
     check_messages(conversation)
     for i, message in enumerate(conversation["messages"]):

@@ -1,7 +1,7 @@
-"""Tasks that need no download: who the assistant is, and what the functions of Python's standard library do.
+"""Tasks without a download: the assistant's identity, and the functions of Python's standard library.
 
-The identity is made from templates, in which {{name}} and {{author}} are filled in; dev/gen_synthetic_data.py makes
-conversations of the same kind from a person's own. The questions about Python come from its docstrings.
+Identity fills {{name}} and {{author}} into templates; dev/gen_synthetic_data.py makes conversations of the same kind
+from a person's own templates. The questions about Python come from its docstrings.
 """
 
 import builtins
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from random import Random
 
 from nanochat.common import UserError
-from tasks.common import Task, check_split, get_reference, is_test, make_rng
+from tasks.common import GeneratedTask, Task, check_split, get_reference, is_test, make_rng
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Identity
@@ -72,21 +72,16 @@ TWO_TURNS_FRAC = 0.2
 GREETINGS = ("Hi! ", "Hello, ", "Hey, ", "Hi there. ")
 
 
-class Identity(Task):
-    """Questions about the assistant itself; an answer is right when it says the names that it must."""
+class Identity(GeneratedTask):
+    """Questions about the assistant itself; a right answer contains the expected names."""
 
     def __init__(self, split: str, size: int = 1000, seed: int = 0, fields: dict[str, str] | None = None,
                  **kwargs) -> None:
         """fields: who it is, by default DEFAULT_FIELDS"""
-        super().__init__(**kwargs)
-        check_split("Identity", split)
-        self.split, self.size, self.seed = split, size, seed
+        super().__init__(split, size, seed, **kwargs)
         self.fields = DEFAULT_FIELDS | (fields or {})
         self.templates = [(questions[-1:] if split == "test" else questions[:-1], answers)
                           for questions, answers in IDENTITY]
-
-    def num_examples(self) -> int:
-        return self.size
 
     def get_example(self, index: int) -> dict:
         return make_conversation(self.templates, self.fields, make_rng(self.seed, "Identity", self.split, index))
@@ -96,7 +91,7 @@ class Identity(Task):
 
 
 def make_conversation(templates: Sequence[Template], fields: dict[str, str], rng: Random) -> dict:
-    """One or two questions with their answers. "expected" holds what every right answer to the last one says."""
+    """One or two questions with their answers. "expected": the names in every right answer to the last one."""
     messages = []
     for questions, answers in rng.sample(templates, 2 if rng.random() < TWO_TURNS_FRAC and len(templates) > 1 else 1):
         question = fill_in(rng.choice(questions), fields)
@@ -151,7 +146,7 @@ class PythonDocs(Task):
 
     def __init__(self, split: str, seed: int = 0, **kwargs) -> None:
         super().__init__(**kwargs)
-        check_split("PythonDocs", split)
+        check_split(self, split)
         sentences = {name: find_sentence(name, doc) for name, doc in iter_docstrings()}
         self.seed = seed
         self.facts = [(name, sentence) for name, sentence in sentences.items()
@@ -169,7 +164,7 @@ class PythonDocs(Task):
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": sentence}]}
 
     def evaluate(self, conversation: dict, answer: str) -> float:
-        """How well the words agree with the docstring's, whatever their order: F1, as in SQuAD (arXiv 1606.05250)."""
+        """F1 of the answer's words and the docstring's, in any order, as in SQuAD (arXiv 1606.05250)."""
         said, expected = (Counter(re.findall(r"\w+", text.lower())) for text in (answer, get_reference(conversation)))
         return 2 * (said & expected).total() / (said + expected).total()
 

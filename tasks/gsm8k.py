@@ -16,9 +16,6 @@ class GSM8K(Task):
         super().__init__(**kwargs)
         self.rows = load_rows("openai/gsm8k", subset, split, columns=("question", "answer"))
 
-    def num_examples(self) -> int:
-        return len(self.rows)
-
     def get_example(self, index: int) -> dict:
         row = self.rows[index]
         return {"messages": [{"role": "user", "content": row["question"]},

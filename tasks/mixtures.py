@@ -1,10 +1,10 @@
-"""What each stage learns from by default, or as a person asks: tasks, how many conversations of each, how often."""
+"""Mixtures of tasks for midtraining and SFT: which tasks, how many conversations of each, how often."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.common import UserError, hash_file
-from nanochat.conversations import Mixture
 from tasks.catalog import TASKS, get_task
 from tasks.common import Task, TaskMixture
 from tasks.customjson import CustomJSON
@@ -19,16 +19,28 @@ MIXTURES = {
     "quickstart": ("Identity:1500", "Arithmetic:6000", "SpellingBee:3000", "SimpleSpelling:4000", "PythonDocs"),
     "none":       (),   # a person's own conversations alone
 }
-MADE_HERE = ("SpellingBee", "SimpleSpelling", "Arithmetic", "Identity")   # in any number
+GENERATED = ("SpellingBee", "SimpleSpelling", "Arithmetic", "Identity")   # of any size
 VAL_SPLITS = {"MMLU": "validation", "ARC-Easy": "validation", "ARC-Challenge": "validation"}   # of others: test
-MAX_VAL_MADE = 1000         # held-out conversations of a task that is made here
+MAX_VAL_GENERATED = 1000    # held-out conversations of a generated task
 CUSTOM_VAL_ONE_IN = 20      # of a person's own conversations are held out, the last ones of the file
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Conversations to train on, and held-out ones of the same kinds to validate on."""
+    train: Task
+    val:   Task
+    parts: dict[str, str]   # task or file -> its size, weight and hash, to print and to compare runs
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.parts)
 
 
 def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = ()) -> Mixture:
     """The mixture of tasks, given as NAME[:COUNT[:WEIGHT]], and of a person's own files; UserError if one is missing.
 
-    COUNT: conversations that are used, all by default; WEIGHT: how often each is, 2 = twice
+    COUNT: conversations, all by default; WEIGHT: how often each is used, 2 = twice
     """
     train, val, weights, parts = [], [], [], {}
     for entry in entries:
@@ -38,8 +50,8 @@ def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = ()) -> Mi
                             f"{name}:{count or ''}:2")
         try:
             train.append(make_task(name, "train", count))
-            val.append(make_task(name, VAL_SPLITS.get(name, "test"), min(count or MAX_VAL_MADE, MAX_VAL_MADE)
-                                 if name in MADE_HERE else None))
+            val.append(make_task(name, VAL_SPLITS.get(name, "test"), min(count or MAX_VAL_GENERATED, MAX_VAL_GENERATED)
+                                 if name in GENERATED else None))
         except UserError as error:
             raise UserError(f"{name}: {error}; or choose what there is with --tasks, or --mixture quickstart, which "
                             "needs no download") from None
@@ -79,4 +91,4 @@ def make_task(name: str, split: str, count: int | None) -> Task:
     """A task, `count` conversations of it or all."""
     if count is None:
         return get_task(name, split)
-    return get_task(name, split, **({"size": count} if name in MADE_HERE else {"stop": count}))
+    return get_task(name, split, **({"size": count} if name in GENERATED else {"stop": count}))

@@ -20,9 +20,6 @@ class MMLU(Task):
         row = self.rows[index]
         return row.get("train", row)    # the hub has auxiliary_train's columns inside another one
 
-    def num_examples(self) -> int:
-        return len(self.rows)
-
     def get_example(self, index: int) -> dict:
         row = self._row(index)
         return make_choice_conversation(row["question"], row["choices"], row["answer"]) | {"subject": row["subject"]}

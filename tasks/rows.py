@@ -1,15 +1,13 @@
-"""Rows of the hub's datasets, from files at hand or through the `datasets` library; rows of a person's own files.
+"""Rows of the hub's datasets, from local files or through the `datasets` library; rows of a person's own files.
 
-Files at hand stand in $NANOCHAT_MIRROR_DIR or <base dir>/hub, named as the hub names them:
+Local files are in $NANOCHAT_MIRROR_DIR or <base dir>/hub, named as on the hub:
 
     <owner>/<repo>/<subset>/test-00000-of-00001.parquet     or test.parquet, test.jsonl, test.jsonl.gz
     <owner>/<repo>/data/...  or  <owner>/<repo>/...         where the repository has no subsets
 """
 
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,25 +15,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import UserError, get_base_dir, get_mirror_dir
+from nanochat.corpus import iter_lines
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")  # the first kind that is there is read
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")  # the first kind that exists is read
 
 
 class JsonLines(Sequence):
-    """The rows of a .jsonl or .jsonl.gz file. Kept as bytes, a fraction of their size as objects; all are parsed once
-    at the start, so that a damaged line is found then and not hours later."""
+    """The rows of a .jsonl or .jsonl.gz file, kept as bytes, which take a fraction of the memory of objects.
+
+    All rows are parsed once at the start, so that a damaged line is found then and not hours later.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.lines, self.numbers = path, [], []     # numbers: where each line stands in the file
+        self.path, self.lines, self.numbers = path, [], []     # numbers: of the lines in the file
         try:
-            with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as file:
-                for number, line in enumerate(file, start=1):
-                    line = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
-                    if line:
-                        self.lines.append(line)
-                        self.numbers.append(number)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path} is not a whole gzip file ({error}); make it again") from None
+            for number, line in iter_lines(path):
+                line = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
+                if line:
+                    self.lines.append(line)
+                    self.numbers.append(number)
         except OSError as error:
             raise UserError(f"{path} can't be read ({error.strerror}); give a .jsonl file") from None
         if not self.lines:
@@ -83,7 +81,7 @@ class TableRows(Sequence):
 
 
 def load_rows(repo: str, subset: str | None, split: str, columns: Sequence[str] = ()) -> Sequence[dict]:
-    """The rows of a split of a dataset; UserError where they can't be had, or lack one of `columns`."""
+    """The rows of a split of a dataset; UserError where they are missing or lack one of `columns`."""
     folders = [root / repo for root in (get_mirror_dir(), get_base_dir() / "hub") if root]
     paths = next(filter(None, (find_files(folder, subset, split) for folder in folders)), None)
     if paths is None:
@@ -95,14 +93,14 @@ def load_rows(repo: str, subset: str | None, split: str, columns: Sequence[str] 
 
 
 def check_columns(row: object, columns: Sequence[str], source: str) -> None:
-    """Refuse rows that are not those of the hub."""
+    """UserError for rows without the hub's columns."""
     if missing := [column for column in columns if not isinstance(row, dict) or column not in row]:
         raise UserError(f"{source} has no column {missing[0]!r}; fetch it again, as the hub has it: "
                         f"{', '.join(columns)}")
 
 
 def find_files(folder: Path, subset: str | None, split: str) -> list[Path] | None:
-    """The files of a split in a copy of a repository, in order; None without any, UserError without some."""
+    """The files of a split in a local repository, in order. None if there are none, UserError if some are missing."""
     for place in (folder / subset, folder / subset / "data") if subset else (folder, folder / "data"):
         for suffix in SUFFIXES:
             part = r"(-\d+-of-(?P<total>\d+)\b.*)?" if suffix == ".parquet" else "(?P<total>)"
@@ -119,7 +117,7 @@ def find_files(folder: Path, subset: str | None, split: str) -> list[Path] | Non
 
 def load_from_hub(repo: str, subset: str | None, split: str, folder: Path) -> Sequence[dict]:
     """The rows through the `datasets` library, which keeps its own cache and maps it into memory."""
-    import datasets  # here, for it takes seconds
+    import datasets  # here, since the import takes seconds
     try:
         return datasets.load_dataset(repo, subset, split=split)
     except Exception as error:  # its own, those of huggingface_hub, of the HTTP client, of the file system ...

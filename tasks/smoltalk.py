@@ -11,8 +11,5 @@ class SmolTalk(Task):
         super().__init__(**kwargs)
         self.rows = load_rows("HuggingFaceTB/smol-smoltalk", None, split, columns=("messages",))
 
-    def num_examples(self) -> int:
-        return len(self.rows)
-
     def get_example(self, index: int) -> dict:
         return {"messages": self.rows[index]["messages"]}

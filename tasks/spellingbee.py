@@ -1,6 +1,6 @@
 """Spelling, which tokens hide from a language model: SimpleSpelling spells a word, SpellingBee counts a letter in it.
 
-Both are made here, example by example from (seed, split, index). A word is in train or in test, whatever the list.
+A word is in train or in test, whatever the list.
 """
 
 import re
@@ -10,7 +10,7 @@ from random import Random
 
 from nanochat.calculator import calculate
 from nanochat.common import UserError
-from tasks.common import Task, check_split, extract_answer, get_reference, is_test, make_rng
+from tasks.common import GeneratedTask, extract_answer, get_reference, is_test, make_rng
 from tasks.words import load_words
 
 SPELL_QUESTIONS = (
@@ -41,24 +41,18 @@ QUOTES = ("", "", "'", '"')     # around a word or letter of a question; most pe
 ABSENT_LETTER_FRAC = 0.1        # of the counts ask for a letter that needn't be in the word
 
 
-class SimpleSpelling(Task):
-    """Spell a word. Blanks between the letters make each a token of its own, and the same one in every word."""
+class SimpleSpelling(GeneratedTask):
+    """Spell a word. Blanks between the letters make each letter a token, the same in every word."""
 
     questions = SPELL_QUESTIONS
 
     def __init__(self, split: str, size: int = 1000, seed: int = 0, words: Sequence[str] | None = None,
                  **kwargs) -> None:
         """words: what to spell, by default `load_words()`; size: how many conversations"""
-        super().__init__(**kwargs)
-        name = type(self).__name__
-        check_split(name, split)
+        super().__init__(split, size, seed, **kwargs)
         self.words = [word for word in words or load_words() if is_test(word) == (split == "test")]
         if not self.words:
-            raise UserError(f"{name} has no word for its split {split}; give it more words")
-        self.split, self.size, self.seed = split, size, seed
-
-    def num_examples(self) -> int:
-        return self.size
+            raise UserError(f"{type(self).__name__} has no word for its split {split}; give it more words")
 
     def get_example(self, index: int) -> dict:
         rng = make_rng(self.seed, type(self).__name__, self.split, index)

@@ -1,23 +1,24 @@
-"""Words to spell: the published list of 370,000 English words, else the words of the texts on this machine."""
+"""Words to spell: the published list of 370,000 English words where it is on disk, else the words of the texts there.
+
+    python -m tasks.words       download the published list to the base folder; nothing else ever does
+"""
 
 import gzip
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-import requests
-
-from nanochat.common import UserError, file_lock, get_base_dir, get_mirror_dir, print0, write_atomic
+from nanochat.common import UserError, file_lock, get_base_dir, get_mirror_dir, print0, run_script, write_atomic
+from nanochat.download import CorruptFile, Job, download_all
 from nanochat.shards import iter_documents, load_shards
 from tasks.embedded import iter_docstrings
 
 LIST_REPO = "dwyl/english-words"    # public domain (Unlicense)
 LIST_NAME = "words_alpha.txt"
 LIST_URL = f"https://raw.githubusercontent.com/{LIST_REPO}/refs/heads/master/{LIST_NAME}"
-TIMEOUT_SECONDS = 10
-MIN_LIST_WORDS = 100_000    # of an answer that is the list and not some page in its place
+MIN_LIST_WORDS = 100_000    # in a download that is the list and not some page in its place
 MIN_CHARS, MAX_CHARS = 3, 20
 MIN_OCCURRENCES = 3         # in a text: rarer strings are mostly names and misspellings
 MAX_TEXT_CHARS = 100_000_000    # of a corpus are read for their words, which takes about six seconds
@@ -27,31 +28,28 @@ KEPT_NAME = "words_found.txt"    # the words that were collected; delete it to h
 def load_words() -> list[str]:
     """Lower-case words of the letters a-z, sorted: the published list, the corpus's words, or the docstrings' words.
 
-    The list is asked for once; without an answer, the words that are collected instead are kept, so that all stages of
-    a chain spell the same words, whether there is a network by then or not.
+    The words that are collected in place of the list are kept, so that all stages of a chain spell the same words.
     """
-    kept_path = get_base_dir() / KEPT_NAME
     path = find_list()
     if path is None:
-        with file_lock(kept_path):     # one rank for all
-            path = kept_path if kept_path.exists() else download_list()
-            if path is None:
+        path = get_base_dir() / KEPT_NAME
+        with file_lock(path):     # one rank for all
+            if not path.exists():
                 source, words = collect_words_here()
-                print0(f"words to spell: {len(words):,} of {source}, kept in {kept_path}; a {LIST_NAME} beside it "
-                       "would be used instead")
-                write_atomic(kept_path, "\n".join(words) + "\n")
-                path = kept_path
+                print0(f"words to spell: {len(words):,} of {source}, kept in {path}; to use the published list "
+                       "instead: python -m tasks.words")
+                write_atomic(path, "\n".join(words) + "\n")
     return read_list(path)
 
 
 def collect_words_here() -> tuple[str, list[str]]:
-    """What there is to read on this machine, and its words."""
+    """The source of text on this machine, and its words."""
     for manifest in sorted(get_base_dir().glob("data/*/manifest.json")):
         try:
-            documents = iter_documents(load_shards(str(manifest.parent)).train)
+            documents = iter_documents(load_shards(str(manifest.parent)).train, MAX_TEXT_CHARS)
         except UserError:
             continue    # not complete: not at hand
-        if words := collect_words(take_chars(documents, MAX_TEXT_CHARS)):     # none in many languages
+        if words := collect_words(documents):     # none in many languages
             return f"the corpus {manifest.parent.name}", words
     return "Python's docstrings", collect_words(doc for _, doc in iter_docstrings())
 
@@ -63,15 +61,6 @@ def collect_words(texts: Iterable[str]) -> list[str]:
     for word, count in counts.items():
         totals[word.lower()] += count
     return sorted(word for word, count in totals.items() if count >= MIN_OCCURRENCES and is_word(word))
-
-
-def take_chars(texts: Iterable[str], max_chars: int) -> Iterator[str]:
-    """The first texts, up to the one that reaches `max_chars`."""
-    for text in texts:
-        yield text
-        max_chars -= len(text)
-        if max_chars <= 0:
-            return
 
 
 def is_word(word: str) -> bool:
@@ -99,19 +88,23 @@ def read_list(path: Path) -> list[str]:
     return words
 
 
-def download_list() -> Path | None:
-    """Fetch the published list, unless another rank just did; None where it can't be had, as there is another way."""
+def check_list(path: Path) -> None:
+    """Refuse a download that isn't the list, as a page that asks to log in."""
+    if path.read_bytes().count(b"\n") < MIN_LIST_WORDS:
+        raise CorruptFile(f"it has fewer than {MIN_LIST_WORDS:,} lines")
+
+
+def main(argv: list[str] | None = None) -> dict:
     path = get_base_dir() / LIST_NAME
-    if path.exists():
-        return path
-    try:
-        response = requests.get(LIST_URL, timeout=TIMEOUT_SECONDS)
-        response.raise_for_status()
-    except requests.RequestException as error:
-        print0(f"{LIST_URL} can't be fetched ({type(error).__name__})")
-        return None
-    if response.content.count(b"\n") < MIN_LIST_WORDS:
-        print0(f"{LIST_URL} answered with something else than the list of words")
-        return None
-    write_atomic(path, response.content)
-    return path
+    with file_lock(path):
+        if find_list() is None:
+            failed = download_all([Job(LIST_URL, path)], 1, check_list, lambda *_: None)
+            if failed:
+                raise UserError(f"the list of words can't be had: {failed[LIST_NAME]}; connect to the network, put "
+                                f"{LIST_NAME} into {path.parent}, or do without")
+    print0(f"words to spell: the list in {find_list()}")
+    return {"path": str(find_list())}
+
+
+if __name__ == "__main__":
+    run_script(main)

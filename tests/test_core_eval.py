@@ -2,8 +2,6 @@
 
 import json
 import random
-import shutil
-import subprocess
 import sys
 import time
 import zipfile
@@ -13,9 +11,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from eval_helpers import (
+    BOS,
+    CORE_CONFIG,
+    LM_ROWS,
+    MC_ROWS,
+    SCHEMA_ROWS,
+    make_random_model,
+    make_tokenizer,
+    run_ranks,
+    write_bundle,
+)
 
 from nanochat import core_eval
-from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError
 from nanochat.core_eval import (
     CoreTask,
@@ -30,60 +38,12 @@ from nanochat.core_eval import (
     render_prompts,
 )
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
-from scripts import base_eval
+from nanochat.tokenizer import RustBPETokenizer
 
-REPO_DIR = Path(__file__).resolve().parents[1]
-MINI_BUNDLE = REPO_DIR.parent / "shared" / "data" / "core" / "mini" / "eval_bundle"
-BOS = 259
-CONFIG = GPTConfig(sequence_len=96, vocab_size=268, n_layer=3, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL")
-
-MC_ROWS = [{"query": f"Is {n} odd?", "choices": ["no", "yes, it is", "yes"], "gold": 2 * (n % 2)} for n in range(14)]
-SCHEMA_ROWS = [{"context_options": [f"{n} men saw the dog; the men", f"{n} men saw the dog; the dog"],
-                "continuation": "barked.", "gold": n % 2} for n in range(9)]
-LM_ROWS = [{"context": f" count on: {n}, {n + 1}, ", "continuation": f"{n + 2}", "category": "x"} for n in range(12)]
-# kind, few-shot examples, delimiter (None: the default), baseline in percent, rows
-TASKS = {
-    "odd":   ("multiple_choice", 3, "\nAnswer: ", 40, MC_ROWS),
-    "dogs":  ("schema", 0, None, 50, SCHEMA_ROWS),
-    "count": ("language_modeling", 2, None, 0, LM_ROWS),
-}
-
-
-def write_bundle(folder: Path, tasks: dict = TASKS) -> Path:
-    """A bundle in the published layout."""
-    lines, table = ["icl_tasks:"], ["Eval Task,Task Category,Random baseline,Description"]
-    for label, (kind, num_shots, delimiter, baseline_pct, rows) in tasks.items():
-        lines += ["-", f"  label: {label}", f"  dataset_uri: group/{label}.jsonl", f"  num_fewshot: [{num_shots}]",
-                  f"  icl_task_type: {kind}"]
-        if delimiter is not None:
-            lines.append(f"  continuation_delimiter: {json.dumps(delimiter)}")
-        table.append(f'{label},a category,{baseline_pct},"words, with a comma"')
-        path = folder / "eval_data" / "group" / f"{label}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "core.yaml").write_text("\n".join(lines) + "\n")
-    (folder / "eval_meta_data.csv").write_text("\n".join(table) + "\n")
-    return folder
-
-
+MINI_BUNDLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "core" / "mini" / "eval_bundle"
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token per byte, three merges (' t', 'th' and ' 1'), then the special tokens."""
-    ranks = {bytes([byte]): byte for byte in range(256)} | {b" t": 256, b"th": 257, b" 1": 258}
-    return RustBPETokenizer(SPLIT_PATTERN, ranks, {name: BOS + i for i, name in enumerate(SPECIAL_TOKENS)})
-
-
-def make_model(config: GPTConfig = CONFIG, seed: int = 0) -> GPT:
-    """Random everywhere: as initialised, attention, smear and backout would hardly matter."""
-    torch.manual_seed(seed)
-    model = GPT(config, torch.float64)
-    model.init_weights()
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            if name not in ("resid_lambdas", "x0_lambdas"):
-                param.normal_(std=0.8 if param.dim() < 2 or "embed" in name or "wte" in name else 0.15)
-    return model
+    return make_tokenizer()
 
 
 class RuleModel(torch.nn.Module):
@@ -191,7 +151,7 @@ def check_against_slow(model, tokenizer, tasks: list[CoreTask], max_per_task: in
 @pytest.mark.parametrize("sequence_len", [96, 400])
 def test_batched_equals_one_at_a_time(tokenizer, tmp_path, monkeypatch, sequence_len):
     """With 96 tokens the prompts with shots are cropped, with 400 none is."""
-    model = make_model(GPTConfig(**{**vars(CONFIG), "sequence_len": sequence_len}))
+    model = make_random_model(GPTConfig(**{**vars(CORE_CONFIG), "sequence_len": sequence_len}))
     tasks = load_tasks(write_bundle(tmp_path))
     lengths = [len(tokenizer.encode(text)) for task in tasks for text in
                render_prompts(task, task.rows[0], choose_shots(task, task.rows, 0))]
@@ -207,16 +167,16 @@ def test_batched_equals_one_at_a_time_on_real_tasks(monkeypatch):
     tokenizer = RustBPETokenizer.train_from_iterator(
         (path.read_text() for path in sorted(MINI_BUNDLE.rglob("*.jsonl"))), 600)
     monkeypatch.setattr(sys.modules[__name__], "BOS", tokenizer.get_bos_token_id())
-    model = make_model(GPTConfig(sequence_len=256, vocab_size=600, n_layer=2, n_head=2, n_kv_head=2, n_embd=64,
+    model = make_random_model(GPTConfig(sequence_len=256, vocab_size=600, n_layer=2, n_head=2, n_kv_head=2, n_embd=64,
                                  window_pattern="SL"))
     check_against_slow(model, tokenizer, tasks, 4, monkeypatch)
 
 
 def test_a_model_without_a_cache_scores_the_same(tokenizer, tmp_path):
     """Called with tokens for logits, as any other model would be."""
-    model, tasks = make_model(), load_tasks(write_bundle(tmp_path))
+    model, tasks = make_random_model(), load_tasks(write_bundle(tmp_path))
     items = [item for task in tasks for item in
-             core_eval.make_items(task, tokenizer, task.rows, list(range(4)), CONFIG.sequence_len)]
+             core_eval.make_items(task, tokenizer, task.rows, list(range(4)), CORE_CONFIG.sequence_len)]
     options = list(dict.fromkeys(option for item in items for option in item.options))
     other = RuleModel(rule=None)
     other.forward = lambda idx: model(idx)
@@ -227,7 +187,8 @@ def test_a_model_without_a_cache_scores_the_same(tokenizer, tmp_path):
 
 
 def test_a_shared_prefix_is_computed_once(tokenizer, tmp_path, monkeypatch):
-    model, task = make_model(GPTConfig(**{**vars(CONFIG), "sequence_len": 400})), load_tasks(write_bundle(tmp_path))[0]
+    model = make_random_model(GPTConfig(**{**vars(CORE_CONFIG), "sequence_len": 400}))
+    task = load_tasks(write_bundle(tmp_path))[0]
     num_tokens, real = 0, model.forward_trunk
 
     def count(idx, kv_cache=None):
@@ -388,7 +349,7 @@ def test_the_mean_decides_not_the_sum(tokenizer):
 
 
 def test_ties_go_to_the_first(tokenizer):
-    for model in (RuleModel(lambda tokens: {}), make_model()):
+    for model in (RuleModel(lambda tokens: {}), make_random_model()):
         for gold in (0, 1, 2):
             row = {"query": "q", "choices": ["same", "same", "same"], "gold": gold}
             assert is_right(tokenizer, model, "multiple_choice", row) == (gold == 0)
@@ -424,39 +385,23 @@ def test_core_is_the_mean_of_centered_accuracies(tokenizer, tmp_path):
 
 
 def test_fewer_items_than_shots(tokenizer, tmp_path):
-    core = evaluate_core(make_model(), tokenizer, max_per_task=1, bundle_dir=write_bundle(tmp_path))
+    core = evaluate_core(make_random_model(), tokenizer, max_per_task=1, bundle_dir=write_bundle(tmp_path))
     assert [task["num_items"] for task in core["tasks"].values()] == [1, 1, 1]
     with pytest.raises(UserError, match="max-per-task 0 must be"):
-        evaluate_core(make_model(), tokenizer, max_per_task=0, bundle_dir=tmp_path)
+        evaluate_core(make_random_model(), tokenizer, max_per_task=0, bundle_dir=tmp_path)
 
 
 def test_the_model_stays_in_its_mode(tokenizer):
-    model = make_model().train()
+    model = make_random_model().train()
     evaluate_task(model, tokenizer, make_task("language_modeling", LM_ROWS), 2)
     assert model.training and all(param.grad is None for param in model.parameters())
 
 
-RANK_CODE = """
-import json, sys
-import torch.distributed as dist
-from nanochat.common import end_process
-from tests.test_core_eval import *
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-tokenizer = RustBPETokenizer.from_directory(folder)
-core = evaluate_core(make_model(), tokenizer, max_per_task=9, bundle_dir=Path(folder) / "bundle")
-Path(folder, f"core_{rank}.json").write_text(json.dumps(core))
-dist.destroy_process_group()
-end_process()
-"""
-
-
 def test_two_ranks_equal_one(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    expected = evaluate_core(make_model(), tokenizer, max_per_task=9, bundle_dir=write_bundle(tmp_path / "bundle"))
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK_CODE, str(tmp_path), str(rank)], cwd=REPO_DIR)
-             for rank in range(2)]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    bundle_dir = write_bundle(tmp_path / "bundle")
+    expected = evaluate_core(make_random_model(), tokenizer, max_per_task=9, bundle_dir=bundle_dir)
+    run_ranks("core_eval_rank", tmp_path)
     for rank in range(2):
         assert json.loads((tmp_path / f"core_{rank}.json").read_text()) == expected
 
@@ -545,96 +490,3 @@ def test_the_zip_is_unpacked(tmp_path, monkeypatch):
     assert load_tasks() == load_tasks(source)
     archive.unlink()
     assert len(load_tasks()) == 3  # from the folder from now on
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The script
-
-
-@pytest.fixture
-def run(tokenizer, tmp_path, monkeypatch):
-    """A base folder with a tokenizer, a model and a bundle; returns a call of the script that counts its tasks."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    tokenizer.save(tmp_path / "tokenizer" / "default")
-    write_bundle(tmp_path / "eval_bundle")
-    model = make_model()
-    meta = {"model_config": vars(CONFIG), "tokenizer": {"name": "default", "hash": tokenizer.hash}}
-    save_checkpoint(tmp_path / "runs" / "base" / "d3", 20, model, model.setup_optimizer(), meta)
-    evaluated = []
-
-    def count(model, tokenizer, task, max_per_task):
-        if task.label == run.fail_at:
-            raise KeyboardInterrupt
-        evaluated.append(task.label)
-        return evaluate_task(model, tokenizer, task, max_per_task)
-
-    def run(*flags: str) -> tuple[dict, list[str]]:
-        evaluated.clear()
-        return base_eval.main(["--device-type", "cpu", "--dtype", "float64", *flags]), evaluated.copy()
-    run.fail_at, run.path = None, tmp_path / "runs" / "base" / "d3" / "core_000020.json"
-    monkeypatch.setattr(base_eval, "evaluate_task", count)
-    return run
-
-
-def test_base_eval_goes_on_where_it_was_stopped(run, tokenizer, tmp_path, capsys):
-    run.fail_at = "count"
-    with pytest.raises(KeyboardInterrupt):
-        run("--max-per-task", "5")
-    assert list(json.loads(run.path.read_text())["tasks"]) == ["odd", "dogs"]
-    run.fail_at = None
-    result, evaluated = run("--max-per-task", "5")
-    expected = evaluate_core(make_model(), tokenizer, max_per_task=5, bundle_dir=tmp_path / "eval_bundle")
-    assert evaluated == ["count"] and {key: result[key] for key in expected} == expected
-    assert json.loads(run.path.read_text())["core_metric"] == expected["core_metric"]
-    assert run("--max-per-task", "5", "-g", "d3", "-s", "20") == (result, [])
-    assert run("--max-per-task", "5", "--fresh") == (result, ["odd", "dogs", "count"])
-    assert "not the published metric" in capsys.readouterr().out
-    section = json.loads((tmp_path / "report" / "base_eval.json").read_text())
-    assert section["metrics"] == {"CORE": expected["core_metric"]} and section["run"] == "runs/base/d3"
-    assert [row[0] for row in section["tables"][0]["rows"]] == ["odd", "dogs", "count"]
-
-
-def test_base_eval_does_not_mix_results_of_other_settings(run, tmp_path, capsys):
-    few, _ = run("--max-per-task", "2")
-    _, evaluated = run("--max-per-task", "3")
-    assert evaluated == ["odd", "dogs", "count"]
-    assert "earlier results with another max_per_task were kept as core_000020~1.json" in capsys.readouterr().out
-    assert json.loads(run.path.with_name("core_000020~1.json").read_text())["core_metric"] == few["core_metric"]
-    rows = TASKS["count"][4][:-1]  # the same names, other data
-    other = write_bundle(tmp_path / "other", TASKS | {"count": (*TASKS["count"][:4], rows)})
-    assert run("--max-per-task", "3", "--bundle", str(other))[1] == ["odd", "dogs", "count"]
-    run.path.write_text("{")
-    assert run("--max-per-task", "3")[1] == ["odd", "dogs", "count"] and "damaged" in capsys.readouterr().out
-
-
-def test_base_eval_says_what_is_missing(run, tmp_path):
-    with pytest.raises(UserError, match="max-per-task -2 must be"):
-        run("--max-per-task", "-2")
-    with pytest.raises(UserError, match="no checkpoint of step 7"):
-        run("-s", "7")
-    with pytest.raises(UserError, match="base_eval --fetch, or unpack https://"):
-        run("--bundle", str(tmp_path / "nowhere"))
-
-
-def test_base_eval_fetches_the_bundle(tmp_path, monkeypatch):
-    """From a folder that stands in for the network: whole or not at all, and only where there is none."""
-    base_dir, mirror_dir = tmp_path / "base", tmp_path / "mirror"
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
-    monkeypatch.setenv("NANOCHAT_MIRROR_DIR", str(mirror_dir))
-    with pytest.raises(UserError, match="can't be had: .*eval_bundle.zip isn't there; connect to the network, or put"):
-        base_eval.main(["--fetch"])
-    bundle_dir = write_bundle(tmp_path / "source" / "eval_bundle")
-    archive = Path(shutil.make_archive(mirror_dir / "eval_bundle", "zip", bundle_dir.parent))
-    whole = archive.read_bytes()
-    with zipfile.ZipFile(archive) as file:
-        data_start = file.getinfo("eval_bundle/core.yaml").header_offset + 40
-    for damaged in (whole[:-9], whole[:data_start] + b"#" * 9 + whole[data_start + 9:]):
-        archive.write_bytes(damaged)
-        with pytest.raises(UserError, match="eval_bundle.zip is corrupt"):
-            base_eval.main(["--fetch"])
-        assert not (base_dir / "eval_bundle").exists() and not (base_dir / "eval_bundle.zip").exists()
-    archive.write_bytes(whole)
-    assert base_eval.main(["--fetch"]) == {"bundle_dir": str(base_dir / "eval_bundle")}
-    assert load_tasks() == load_tasks(bundle_dir)
-    archive.unlink()
-    base_eval.main(["--fetch"])

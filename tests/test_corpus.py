@@ -8,57 +8,11 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data_helpers import make_package
 
 from nanochat import corpus
 from nanochat.common import UserError
 from nanochat.corpus import Package, Repeats, build_python_docs, cut_text, find_text_files, read_documents
-
-LICENCE = "# Copyright 2020 The Authors. All rights reserved.\n# Licensed under some licence, as it says elsewhere.\n"
-PARAGRAPH = "This paragraph is long enough to be remembered, so that it may stand only once in the whole corpus."
-MODULE = f'''{LICENCE}
-"""A module about number {{idx}}."""
-
-import os
-
-
-class Thing{{idx}}:
-    """The thing number {{idx}}, whose words are many: {{words}}.
-
-    {PARAGRAPH}
-
-    Thing {{words}} ends here, after a last sentence that only the {{words}} thing has, and nothing else in the world.
-    """
-
-    def act(self, value=1):
-        return [value, os.name, "{{words}}"]
-
-
-def shared_helper(path):
-    """This helper was copied from module to module, as it happens, so that it stands in each one of them."""
-    with open(path) as file:
-        return [line.strip() for line in file if line.strip() and not line.startswith("#")]
-'''
-
-
-def make_package(root, num_modules=40):
-    """A small package tree: modules with much in common, and files that must be left out."""
-    def write(path, text):
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(text if isinstance(text, bytes) else text.encode())
-    for idx in range(num_modules):
-        words = " ".join(chr(97 + idx % 26) * length for length in range(2 + idx // 26, 12))
-        write(f"pkg/module_{idx}.py", MODULE.format(idx=idx, words=words))
-    write("pkg/tests/test_it.py", "FIXTURE = 'never seen'\n" * 20)
-    write("pkg/latin.py", "# caf\xe9 never seen\n".encode("latin-1") * 20)
-    write("pkg/broken.py", "def broken(: never seen\n" * 20)
-    write("pkg/table.py", "ROWS = [\n" + "    (0x1234, 5678, 9012),  # never seen\n" * 300 + "]\n")
-    write("pkg/minified.py", "never_seen = " + " + ".join(f"name_{idx}" for idx in range(500)))
-    write("pkg/generated.py", "# Automatically generated, do not edit\n" + "never_seen = print\n" * 30)
-    write("pkg/LICENSE.txt", "never seen\n" * 100)
-    write("pkg-1.0.dist-info/METADATA", "Name: pkg\nLicense: never seen\n\n# The package\n\n" + PARAGRAPH + "\n\n"
-          + "\n".join(f"Line {chr(97 + idx) * 5} of the introduction says what it says." for idx in range(20)))
-    paths = [path.relative_to(root).as_posix() for path in sorted(root.rglob("*")) if path.is_file()]
-    return paths
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The order of the data on any topology, after any resume, in any epoch; validation's fixed rows."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from loader_helpers import ALONE, BOS, ByteTokenizer, make_loader
 
 from nanochat import dataloader
 from nanochat.common import Ranks, UserError
@@ -19,20 +21,8 @@ from nanochat.dataloader import TextGroups, TrainLoader, choose_num_lanes, valid
 from nanochat.packing import PAD, pack_documents
 from nanochat.shards import ShardList
 
-BOS = 256
-ALONE = Ranks()
 REPO = Path(__file__).resolve().parent.parent
 REAL_DATA = REPO.parent / "shared" / "data" / "pretrain_tiny"
-
-
-class ByteTokenizer:
-    """Bytes as tokens: enough to follow every token through the loader."""
-
-    def get_bos_token_id(self) -> int:
-        return BOS
-
-    def encode(self, texts: list[str], prepend: int, num_threads: int) -> list[list[int]]:
-        return [[prepend, *text.encode()] for text in texts]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,12 +53,6 @@ def shards(tmp_path) -> ShardList:
     return ShardList(name="letters", train=train, val=val, hash="abc")
 
 
-def make_loader(shards: ShardList, ranks: Ranks = ALONE, **options) -> TrainLoader:
-    group_options = {key: options.pop(key) for key in ("packing", "long_docs") if key in options}
-    groups = TextGroups(shards, ByteTokenizer(), options.pop("T", 32), **group_options)
-    return TrainLoader(groups, **({"rows_per_step": 24, "seed": 1, "ranks": ranks, "num_threads": 0} | options))
-
-
 def step_rows(loader: TrainLoader) -> list[tuple]:
     batch = loader.next_step()
     assert batch.weights is None
@@ -86,8 +70,30 @@ def merge_states(states: list[dict]) -> dict:
 
 
 def test_num_lanes():
-    assert [choose_num_lanes(*case) for case in ((24, 3), (8, 1), (6, 1), (7, 1), (32, 16), (48, 16), (12, 12))] == \
-        [8, 8, 2, 1, 16, 16, 4]
+    assert [choose_num_lanes(rows) for rows in (1, 6, 7, 8, 12, 24, 32, 48)] == [1, 2, 1, 8, 4, 8, 8, 8]
+
+
+@pytest.mark.parametrize("rows_per_step", [16, 48, 20])
+def test_sixteen_ranks_see_the_rows_of_one(shards, rows_per_step):
+    world_size = 16 if rows_per_step % 16 == 0 else 20
+    alone = make_loader(shards, rows_per_step=rows_per_step)
+    loaders = [make_loader(shards, Ranks(rank, rank, world_size), rows_per_step=rows_per_step)
+               for rank in range(world_size)]
+    for _ in range(12):
+        parts = [step_rows(loader) for loader in loaders]
+        assert [parts[row % world_size][row // world_size] for row in range(rows_per_step)] == step_rows(alone)
+    states = [loader.state_dict() for loader in loaders]
+    assert merge_states(states)["lanes"] == alone.state_dict()["lanes"]
+
+
+def test_a_run_keeps_the_lanes_that_it_began_with(shards):
+    """Before the rule was one of the rows alone, 16 ranks chose 16 lanes."""
+    begun = make_loader(shards, rows_per_step=16, num_lanes=16)
+    rows = [step_rows(begun)]
+    state = json.loads(json.dumps(begun.state_dict()))
+    rows += [step_rows(begun), step_rows(begun)]
+    resumed = make_loader(shards, rows_per_step=16, state=state)
+    assert resumed.num_lanes == 16 and [step_rows(resumed), step_rows(resumed)] == rows[1:]
 
 
 def test_batch_is_inputs_and_next_tokens(shards):
@@ -102,7 +108,7 @@ def test_batch_is_inputs_and_next_tokens(shards):
 
 def test_an_epoch_holds_every_row_once(shards):
     expected = []
-    for path, idx in dataloader.list_groups(shards.train):
+    for path, idx in TextGroups(shards, ByteTokenizer(), 32).places:
         docs = ByteTokenizer().encode(dataloader.read_group(path, idx), BOS, 1)
         expected += [tuple(row) for row in pack_documents(docs, 33)[0].tolist()]
     loader = make_loader(shards, num_lanes=1, rows_per_step=1)
@@ -240,34 +246,9 @@ def test_error_in_a_thread_names_the_shard_and_keeps_the_state(shards, monkeypat
         assert loader.state_dict() == state
 
 
-SCRIPT = """
-import sys, time
-from pathlib import Path
-from nanochat.common import Ranks, run_script
-from nanochat.dataloader import TextGroups, TrainLoader
-from nanochat.shards import ShardList
-
-class SlowTokenizer:
-    def get_bos_token_id(self): return 256
-    def encode(self, texts, prepend, num_threads):
-        time.sleep(0.1)
-        return [[prepend, *text.encode()] for text in texts]
-
-def main(argv):
-    shards = ShardList("letters", (Path(sys.argv[1]),), Path(sys.argv[1]), "abc")
-    groups = TextGroups(shards, SlowTokenizer(), T=32)
-    loader = TrainLoader(groups, rows_per_step=8, seed=0, ranks=Ranks(), num_threads=1)
-    loader.next_step()
-    print("stepped", time.time(), flush=True)
-    raise KeyboardInterrupt
-
-run_script(main)
-"""
-
-
 def test_ctrl_c_does_not_hang(shards):
-    run = subprocess.run([sys.executable, "-c", SCRIPT, shards.train[0]], capture_output=True, text=True, cwd=REPO,
-                         timeout=60)
+    run = subprocess.run([sys.executable, "-m", "tests.programs.loader_ctrl_c", shards.train[0]], capture_output=True,
+                         text=True, cwd=REPO, timeout=60)
     assert run.returncode == 130, run.stderr
     assert time.time() - float(run.stdout.split()[-1]) < 10
 
@@ -284,29 +265,10 @@ def test_close_drops_what_waits(shards, monkeypatch):
     assert not any(thread.is_alive() for thread in loader.pool._threads)
 
 
-GATHER = """
-import json, sys
-from pathlib import Path
-import torch.distributed as dist
-sys.path.insert(0, "tests")
-from nanochat.common import Ranks, end_process
-from test_dataloader import make_loader
-from nanochat.shards import ShardList
-
-rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-shards = ShardList("letters", (folder / "shard_00000.parquet", folder / "b.parquet"), folder / "val.parquet", "abc")
-loader = make_loader(shards, Ranks(rank, rank, 2))
-loader.next_step()
-print(json.dumps(loader.state_dict()))
-dist.destroy_process_group()
-end_process()
-"""
-
-
 def test_connected_ranks_agree_on_the_state(shards, tmp_path):
-    runs = [subprocess.Popen([sys.executable, "-c", GATHER, str(rank), tmp_path], stdout=subprocess.PIPE, text=True,
-                             cwd=REPO) for rank in range(2)]
+    runs = [subprocess.Popen([sys.executable, "-m", "tests.programs.loader_state", tmp_path], stdout=subprocess.PIPE,
+                             text=True, cwd=REPO, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"})
+            for rank in range(2)]
     states = [json.loads(run.communicate(timeout=60)[0].splitlines()[-1]) for run in runs]
     alone = make_loader(shards)
     alone.next_step()
@@ -339,7 +301,7 @@ def test_validation_rows_are_the_same_however_divided(shards, num_rows, split):
 
 def test_validation_holds_every_token_of_its_groups(shards):
     batches = validation_batches(shards, ByteTokenizer(), 256, batch_rows=4, ranks=ALONE)
-    docs = [doc for _, idx in dataloader.list_groups([shards.val])
+    docs = [doc for _, idx in TextGroups(shards, ByteTokenizer(), 256, split="val").places
             for doc in ByteTokenizer().encode(dataloader.read_group(shards.val, idx), BOS, 1)]
     targets = torch.cat([batch.targets for batch in batches])
     assert torch.equal(targets, torch.cat([batch.targets for batch in batches]))     # as often as needed

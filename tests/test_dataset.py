@@ -1,6 +1,5 @@
 """nanochat/dataset.py: shards on disk, the sources, and the command with its exit codes."""
 
-import hashlib
 import json
 import os
 import signal
@@ -9,22 +8,28 @@ import sys
 import sysconfig
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_corpus import make_package
-from test_download import Server
+from data_helpers import (
+    NUM_IN_REPO,
+    REPO,
+    Server,
+    hash_shards,
+    make_files,
+    make_hub_shard,
+    make_package,
+    write_documents,
+)
 
 from nanochat import corpus, dataset, download
 from nanochat.common import UserError
 from nanochat.corpus import Package
 from nanochat.dataset import main
-from nanochat.shards import count_groups, iter_documents, load_shards, read_group, write_shards
+from nanochat.shards import count_groups, iter_documents, load_shards, read_group
 
-REPO, NUM_IN_REPO = dataset.HUB_SOURCES["climbmix"]
 VAL_NAME = f"shard_{NUM_IN_REPO - 1:05d}.parquet"
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data" / "pretrain"
 
@@ -41,99 +46,7 @@ def base_dir(tmp_path, monkeypatch):
 
 @pytest.fixture
 def texts(tmp_path):
-    """A folder with 3,000 different documents, and one that stands there three times."""
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for part in range(3):
-        rows = [{"text": f"Document {part}-{idx}. " + "word " * (idx % 50)} for idx in range(1000)]
-        lines = [json.dumps(row) for row in [*rows, {"text": "the same thing"}]]
-        (folder / f"part{part}.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-def make_files(texts, *extra):
-    return main(["--source", "files", "--path", str(texts), "--name", "mine", *extra])
-
-
-def hashes(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.parquet"))}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shards
-
-
-def test_write_and_read(tmp_path):
-    docs = [f"document {idx}" for idx in range(5000)]
-    shards = write_shards(tmp_path, docs, shard_chars=20_000)
-    assert [(shard.file, shard.rows, shard.groups) for shard in shards] == \
-        [("shard_00000.parquet", 2048, 2), ("shard_00001.parquet", 2048, 2), ("shard_00002.parquet", 904, 1)]
-    paths = [tmp_path / shard.file for shard in shards]
-    assert list(iter_documents(paths)) == docs
-    assert read_group(paths[1], 1) == docs[3072:4096] and count_groups(paths[0]) == 2
-    assert sum(shard.chars for shard in shards) == sum(map(len, docs))
-    assert pq.ParquetFile(paths[0]).metadata.row_group(0).column(0).compression == "ZSTD"
-    assert dataset.inspect_shard(paths[2]) == (904, 1, shards[2].chars)
-
-
-def test_read_group_from_many_threads(tmp_path):
-    docs = [f"document {idx}" for idx in range(8 * 1024)]
-    write_shards(tmp_path, docs)
-    path = tmp_path / "shard_00000.parquet"
-    with ThreadPoolExecutor(8) as pool:
-        groups = list(pool.map(lambda idx: read_group(path, idx % 8), range(200)))
-    assert all(group == docs[idx % 8 * 1024:(idx % 8 + 1) * 1024] for idx, group in enumerate(groups))
-
-
-def test_hash_is_the_identity_of_the_data(texts, base_dir):
-    first = make_files(texts)
-    assert make_files(texts)["hash"] == first["hash"]
-    assert load_shards("mine").hash == load_shards(first["folder"]).hash == first["hash"]
-    assert make_files(texts, "--seed", "7")["hash"] != first["hash"]
-
-
-@pytest.mark.parametrize("damage", ["missing", "short", "garbage", "other"])
-def test_damaged_shards_are_named(texts, base_dir, damage):
-    folder = Path(make_files(texts)["folder"])
-    path, before = folder / "shard_00000.parquet", hashes(folder)
-    content = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes({"short": content[:-1], "garbage": b"\0" * len(content),
-                          "other": content[:100] + bytes([content[100] ^ 1]) + content[101:]}[damage])
-    if damage == "other":  # same size, whole footer: only the checksum tells
-        load_shards("mine")
-    with pytest.raises(UserError, match=r"shard_00000\.parquet is damaged .*--source files .*--verify"):
-        load_shards("mine", verify=True)
-    make_files(texts, "--verify")
-    assert hashes(folder) == before
-
-
-def test_damaged_group_names_the_shard(tmp_path):
-    write_shards(tmp_path, (f"{idx} " * 500 for idx in range(2000)))
-    path = tmp_path / "shard_00000.parquet"
-    content = bytearray(path.read_bytes())
-    content[4:2000] = bytes(1996)
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="shard_00000.parquet is damaged"):
-        list(iter_documents([path]))
-    path.write_bytes(b"")
-    with pytest.raises(UserError, match="shard_00000.parquet is damaged"):
-        count_groups(path)
-
-
-def test_load_shards_says_what_to_type(tmp_path, texts, base_dir):
-    with pytest.raises(UserError, match="nanochat.dataset --source python-docs"):
-        load_shards("python-docs")
-    with pytest.raises(UserError, match="--source files --path FOLDER --name poems"):
-        load_shards("poems")
-    with pytest.raises(UserError, match=f"--source files --path {texts} --name NAME"):
-        load_shards(str(texts))
-    folder = Path(make_files(texts)["folder"])
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="manifest.json is damaged"):
-        load_shards("mine")
+    return write_documents(tmp_path / "texts")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,7 +136,7 @@ def test_python_docs_is_deterministic(tmp_path, base_dir, monkeypatch):
         package = Package("pkg", "1.0", tmp_path / f"tree{idx}", corpus.choose_paths(paths))
         monkeypatch.setattr(corpus, "find_packages", lambda package=package: [package])
         folder = Path(main(["--source", "python-docs", "--name", f"docs{idx}"])["folder"])
-        made.append((hashes(folder), json.loads((folder / "manifest.json").read_text())["settings"]))
+        made.append((hash_shards(folder), json.loads((folder / "manifest.json").read_text())["settings"]))
     assert made[0] == made[1]
     assert made[0][1]["versions"] == {"pkg": "1.0"}
     stamp = (folder / "manifest.json").stat().st_ino
@@ -248,14 +161,6 @@ def test_python_docs_for_real(base_dir):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The hub
-
-
-def make_hub_shard(name):
-    """The bytes of a shard as the hub has them: its own row groups, and a column more."""
-    sink = pa.BufferOutputStream()
-    rows = [f"{name} document {idx} " + os.urandom(300).hex() for idx in range(300)]
-    pq.write_table(pa.table({"text": rows, "id": list(range(300))}), sink, row_group_size=100)
-    return sink.getvalue().to_pybytes()
 
 
 @pytest.fixture

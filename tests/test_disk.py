@@ -16,9 +16,7 @@ import time
 from multiprocessing import forkserver, get_context
 
 import pytest
-from test_corpus import make_package
-from test_dataset import NUM_IN_REPO, REPO, make_hub_shard
-from test_download import Server
+from data_helpers import NUM_IN_REPO, REPO, Server, make_hub_shard, make_package
 
 from nanochat import corpus, dataset
 from nanochat.common import UserError, run_script

@@ -4,68 +4,12 @@ import email.utils
 import hashlib
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from data_helpers import CONTENT, Server
 
 from nanochat import download
 from nanochat.download import CorruptFile, DownloadError, Job, Transfer, download_all, fetch
-
-CONTENT = bytes(range(256)) * 12_000  # 3 MB: 47 chunks
-
-
-class Server(ThreadingHTTPServer):
-    """Serves `content`; the first answers follow `script`, one word each, the later ones are good."""
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.etag, self.script, self.requests = CONTENT, '"v1"', [], []
-        self.extra_headers, self.delay_seconds = {}, 0.0
-        self.url = f"http://127.0.0.1:{self.server_port}/file.bin"
-
-    def handle_error(self, request, client_address):
-        pass  # clients that are killed are part of the tests
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        server = self.server
-        server.requests.append({"path": self.path, "time": time.monotonic()} | dict(self.headers))
-        act = server.script.pop(0) if server.script else ""
-        if act.isdigit():
-            return self.answer(int(act), b"no", server.extra_headers)
-        content = server.content(self.path) if callable(server.content) else server.content
-        if content is None:
-            return self.answer(404, b"no", {})
-        start = 0
-        asked = self.headers.get("Range", "")
-        if asked and act != "ignore-range" and self.headers.get("If-Range") == server.etag:
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-        if start and start >= len(content):
-            return self.answer(416, b"", {"Content-Range": f"bytes */{len(content)}"})
-        headers = {"ETag": server.etag} | server.extra_headers
-        if start:
-            headers |= {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-        body = content[start:]
-        if act == "truncate":  # a whole answer of a part: only a checksum or a look inside can tell
-            body = body[:-100]
-        self.answer(206 if start else 200, body, headers, drop_after=len(body) // 2 if act == "drop" else None)
-
-    def answer(self, status, body, headers, drop_after=None):
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        for start in range(0, drop_after if drop_after is not None else len(body), 2**18):
-            self.wfile.write(body[start:min(start + 2**18, drop_after or len(body))])
-            time.sleep(self.server.delay_seconds)
-        self.wfile.flush()
-        self.close_connection = True
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from nanochat.common import UserError
 from tasks.common import get_reference
-from tasks.mixtures import MADE_HERE, MIXTURES, make_mixture, parse_entry
+from tasks.mixtures import GENERATED, MIXTURES, make_mixture, parse_entry
 
 
 def write_conversations(path, num):
@@ -33,7 +33,7 @@ def test_every_mixture_names_tasks_that_exist():
     for entries in MIXTURES.values():
         names = [parse_entry(entry)[0] for entry in entries]
         assert len(names) == len(set(names))
-    assert {parse_entry(entry)[0] for entry in MIXTURES["quickstart"]} <= {*MADE_HERE, "PythonDocs"}
+    assert {parse_entry(entry)[0] for entry in MIXTURES["quickstart"]} <= {*GENERATED, "PythonDocs"}
 
 
 def test_counts_weights_and_held_out_conversations(tmp_path):

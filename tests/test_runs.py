@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_core_eval import write_bundle
+from eval_helpers import write_bundle
 
 from nanochat import dataset
 from nanochat.shards import write_shard

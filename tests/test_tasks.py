@@ -1,7 +1,6 @@
-"""tasks/: the interface, mixtures, rows from files at hand, and the hub's datasets on their real files."""
+"""tasks/: the interface, mixtures, rows from local files, and the hub's datasets on their real files."""
 
 import gzip
-import json
 import re
 import shutil
 import sys
@@ -12,14 +11,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from task_helpers import write_lines
 
 from nanochat.calculator import calculate
 from nanochat.common import UserError
 from nanochat.tokenizer import check_messages
 from tasks.arc import ARC
 from tasks.catalog import get_task
-from tasks.common import Task, TaskMixture, TaskSequence, extract_answer, get_reference, render_mc
-from tasks.customjson import CustomJSON
+from tasks.common import Task, TaskMixture, extract_answer, get_reference, render_mc
 from tasks.gsm8k import GSM8K, split_calls
 from tasks.humaneval import build_program
 from tasks.mmlu import MMLU
@@ -57,7 +56,7 @@ class Numbers(Task):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The folder for files at hand, under an empty base folder; the network's library fails at once."""
+    """The folder for local files, under an empty base folder; the network's library fails at once."""
     monkeypatch.delenv("NANOCHAT_MIRROR_DIR", raising=False)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
 
@@ -76,12 +75,6 @@ def real_hub(hub):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REAL_TASKS / f"{name}.jsonl.gz", path)
     return hub
-
-
-def write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,13 +98,6 @@ def test_slice_that_is_none(slice_):
         Numbers(10, **slice_)
 
 
-def test_sequence():
-    tasks = TaskSequence([Numbers(2, "a"), Numbers(0, "b"), Numbers(5, "c", start=3)])
-    assert list(tasks) == ["a0", "a1", "c3", "c4"]
-    assert list(TaskSequence(tasks.tasks, start=1, step=2)) == ["a1", "c4"]
-    assert list(TaskSequence([])) == []
-
-
 def test_mixture_has_each_example_as_often_as_weighted():
     tasks = [Numbers(100, "a"), Numbers(10, "b"), Numbers(40, "c"), Numbers(7, "d", start=2)]
     counts = Counter(TaskMixture(tasks, weights=[1, 3, 0.5, 1.6]))
@@ -119,7 +105,7 @@ def test_mixture_has_each_example_as_often_as_weighted():
     assert [counts[f"c{i}"] for i in range(40)] == [1, 0] * 20  # every other one, not the first half
     assert sum(counts[f"d{i}"] for i in range(7)) == 8 and {counts[f"d{i}"] for i in range(2, 7)} == {1, 2}
     assert counts.total() == 100 + 30 + 20 + 8
-    assert Counter(TaskMixture(tasks)) == Counter(TaskSequence(tasks))
+    assert Counter(TaskMixture(tasks)) == Counter(example for task in tasks for example in task)
 
 
 def test_mixture_is_shuffled_by_its_seed_alone():
@@ -342,7 +328,8 @@ def run_program(code, timeout, maximum_memory_bytes):
 
 
 def test_humaneval(real_hub, monkeypatch):
-    monkeypatch.setitem(sys.modules, "nanochat.execution", types.SimpleNamespace(execute_code=run_program))
+    monkeypatch.setattr("tasks.humaneval.execute_many", lambda programs, timeout, memory, *_: [
+        run_program(program, timeout, memory) for program in programs])
     task = get_task("HumanEval", "test")
     assert len(task) == 131
     for index in range(0, 131, 7):
@@ -361,48 +348,3 @@ def test_humaneval_program():
     program = build_program('import math\n\ndef f(x):\n    """Root."""\n', "    return math.sqrt(x)",
                             "def check(c):\n    assert c(4) == 2", "f")
     assert run_program(program, 1, 2**30).success and program.endswith("check(f)\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A person's own conversations
-
-TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-
-
-def test_custom_json(tmp_path):
-    parts = [{"type": "text", "text": "It is "}, {"type": "python", "text": "1+1"},
-             {"type": "python_output", "text": "2"}]
-    rows = [TALK, {"messages": [{"role": "system", "content": "Be kind."}, *TALK], "source": "me"}, TALK[:1],
-            [TALK[0], {"role": "assistant", "content": parts}]]
-    path = tmp_path / "mine.jsonl"
-    path.write_text("\ufeff" + "\n".join(json.dumps(row) for row in rows) + "\n\n")
-    task = CustomJSON(path)
-    assert [conversation["messages"] for conversation in task] == [rows[0], rows[1]["messages"], rows[2], rows[3]]
-    assert list(CustomJSON(path, stop=1)) == [{"messages": TALK}]
-
-
-@pytest.mark.parametrize(("row", "message"), [
-    ([TALK[1]], "has role 'assistant' where 'user' is due"),
-    ([*TALK, TALK[1]], "message 2, system aside, has role 'assistant' where 'user' is due"),
-    ([{"role": "robot", "content": "x"}], "has role 'robot'"),
-    ([TALK[0], {"role": "assistant", "content": " \n"}], r"message 1 \(assistant\) is empty"),
-    ([{"role": "user", "content": ""}, TALK[1]], r"message 0 \(user\) is empty"),
-    ([TALK[0], {"role": "assistant", "content": []}], r"message 1 \(assistant\) is empty"),
-    ([TALK[0], {"role": "assistant", "content": [{"type": "python", "text": ""}]}], "is empty"),
-    ([TALK[0], {"role": "assistant", "content": [{"type": "image", "text": "x"}]}], "none of the types"),
-    ([{"role": "user"}], "message 0 is not"),
-    ([{"role": "user", "content": 5}], "is not text"),
-    ([{"role": "user", "content": "\ud800"}], "surrogates"),
-    ({"text": "x"}, "a conversation is"), ({"messages": []}, "at least one"), ([], "at least one"), (5, "at least one"),
-])
-def test_custom_json_names_line_and_reason(tmp_path, row, message):
-    path = write_lines(tmp_path / "mine.jsonl", [TALK, row, TALK])
-    with pytest.raises(UserError, match=message) as error:
-        CustomJSON(path)
-    assert str(error.value).startswith(f"{path}:2: ")
-
-
-def test_custom_json_that_is_no_file(tmp_path):
-    for path in (tmp_path, tmp_path / "none.jsonl"):
-        with pytest.raises(UserError, match=f"{path} can't be read"):
-            CustomJSON(path)

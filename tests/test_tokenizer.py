@@ -99,7 +99,7 @@ def test_special_tokens_in_text_are_text(tokenizer):
 def test_special_tokens_come_last_in_order(tokenizer):
     ids = [tokenizer.encode_special(name) for name in SPECIAL_TOKENS]
     assert ids == list(range(VOCAB_SIZE - len(SPECIAL_TOKENS), VOCAB_SIZE))
-    assert [tokenizer.id_to_token(token_id) for token_id in ids] == list(SPECIAL_TOKENS)
+    assert [tokenizer.decode([token_id]) for token_id in ids] == list(SPECIAL_TOKENS)
     assert tokenizer.get_special_tokens() == dict(zip(SPECIAL_TOKENS, ids, strict=True))
     assert (tokenizer.get_vocab_size(), tokenizer.get_bos_token_id()) == (VOCAB_SIZE, ids[0])
     with pytest.raises(ValueError, match="no special token <|nope|>"):
@@ -126,7 +126,7 @@ def test_threads_may_encode_at_once(tokenizer):
 
 def test_numbers_are_cut_into_pairs(tokenizer):
     pieces = tokenizer.encode("1234567")
-    assert all(len(tokenizer.id_to_token(token_id)) <= 2 for token_id in pieces)
+    assert all(len(tokenizer.decode([token_id])) <= 2 for token_id in pieces)
     trained = RustBPETokenizer.train_from_iterator(["12345678 " * 50], MIN_VOCAB_SIZE + 3)
     assert all(len(token) <= 2 for token in trained.ranks if token.isdigit())
 
@@ -259,16 +259,8 @@ def test_token_bytes(tokenizer, base_dir):
         [len(tokenizer.decode_bytes([token_id])) for token_id in range(VOCAB_SIZE - len(SPECIAL_TOKENS))]
     assert get_tokenizer().hash == tokenizer.hash
 
-    path = folder / "token_bytes.safetensors"
-    safetensors.torch.save_file({"token_bytes": token_bytes}, path, {"tokenizer_hash": "another"})
-    with pytest.raises(UserError, match="belongs to another tokenizer"):
-        get_token_bytes()
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match="can't be read"):
-        get_token_bytes()
-    path.unlink()
-    with pytest.raises(UserError, match="can't be read"):
-        get_token_bytes()
+    saved = safetensors.torch.load_file(folder / "token_bytes.safetensors")
+    assert saved["token_bytes"].equal(token_bytes)
 
 
 def test_hugging_face_reads_the_file_and_gives_the_same_ids(tokenizer, tmp_path):
@@ -303,8 +295,8 @@ def test_published_tables_equal_tiktoken(name, vocab_size, tmp_path, monkeypatch
     assert (ours.get_vocab_size(), ours.get_bos_token_id()) == (vocab_size, theirs.eot_token)
     for text in [*make_random_texts(300), *read_sources()]:
         assert ours.encode(text) == theirs.encode_ordinary(text)
-    for other in (RustBPETokenizer.from_pretrained(name), RustBPETokenizer.from_pretrained(name, tmp_path)):
-        assert (other.ranks, other.special_tokens) == (ours.ranks, ours.special_tokens)
+    cached = RustBPETokenizer.from_pretrained(name, tmp_path)
+    assert (cached.ranks, cached.special_tokens) == (ours.ranks, ours.special_tokens)
 
 
 @needs_tables
@@ -325,9 +317,8 @@ def test_published_tables_absent_or_damaged(tmp_path):
         (tmp_path / file_name).write_text("IQ== 0\nIg==")
         with pytest.raises(UserError, match="damaged"):
             RustBPETokenizer.from_pretrained(name, tmp_path)
-    for tables_dir in (tmp_path, None):
-        with pytest.raises(UserError, match="choose one of"):
-            RustBPETokenizer.from_pretrained("gpt9", tables_dir)
+    with pytest.raises(UserError, match="choose one of"):
+        RustBPETokenizer.from_pretrained("gpt9", tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,12 +401,6 @@ def test_bad_conversation(tokenizer, conversation, reason):
             render(conversation)
 
 
-def test_visualization_colours_the_mask(tokenizer):
-    bos = tokenizer.get_bos_token_id()
-    shown = tokenizer.visualize_tokenization([bos, *tokenizer.encode("x")], [0, 1])
-    assert shown == "\x1b[91m<|bos|>\x1b[0m|\x1b[92mx\x1b[0m"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Scripts
 
@@ -447,7 +432,7 @@ def test_tok_train_never_takes_a_changed_tokenizer_for_its_own(data_dir, tokeniz
     tok_train.main(flags)
     folder = data_dir.parents[1] / "tokenizer" / "default"
     tokenizer.save(folder)
-    with pytest.raises(UserError, match="isn't the one its training.json tells of"):
+    with pytest.raises(UserError, match="isn't the one of its training.json"):
         tok_train.main(flags)
     (folder / "training.json").unlink()
     with pytest.raises(UserError, match="no readable training.json"):

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from nanochat.common import Ranks, UserError
-from nanochat.conversations import ConversationGroups, Epoch, count_epoch, validation_conversations
-from nanochat.dataloader import TrainLoader
+from nanochat.dataloader import ConversationGroups, Epoch, TrainLoader, count_epoch, validation_conversations
 from nanochat.packing import PackStats
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 
@@ -41,8 +40,8 @@ def make_conversations(num, seed=0, max_tokens=60):
     return conversations
 
 
-def make_groups(conversations, T=32, supervise="assistant", keep_whole=True):
-    return ConversationGroups("toy", conversations, PlainTokenizer(), T, supervise=supervise, keep_whole=keep_whole)
+def make_groups(conversations, T=32, keep_whole=True):
+    return ConversationGroups("toy", conversations, PlainTokenizer(), T, keep_whole=keep_whole)
 
 
 def make_loader(groups, ranks=ALONE, **options):
@@ -92,19 +91,16 @@ def test_two_epochs_hold_each_token_twice():
     assert sorted(twice) == sorted(once * 2) and loader.stats["epoch"] == 1
 
 
-@pytest.mark.parametrize("supervise", ["assistant", "all"])
-def test_midtraining_crops_and_fills(supervise):
+def test_midtraining_crops_and_fills():
     conversations = make_conversations(2000)
-    groups = make_groups(conversations, supervise=supervise, keep_whole=False)
+    groups = make_groups(conversations, keep_whole=False)
     epoch = count_epoch(groups, ALONE, CPU)
     pairs = list_pairs([make_loader(groups, rows_per_step=epoch.num_rows).next_step()])
-    targets = [target for _, target in pairs if target != BOS]
+    targets = [target for _, target in pairs]
     assert len(targets) == len(set(targets))
-    learned = {token for c in conversations for token, on in zip(c["ids"], c["mask"], strict=True)
-               if on or supervise == "all"}
+    learned = {token for c in conversations for token, on in zip(c["ids"], c["mask"], strict=True) if on}
     assert set(targets) <= learned and len(targets) > 0.6 * len(learned)    # T 32 leaves much of 60 tokens behind
     assert epoch.stats.fractions()["pad_frac"] < 0.01
-    assert (supervise == "all") == any(target == BOS for _, target in pairs)
 
 
 def test_any_ranks_see_the_same_rows_and_the_same_end():
@@ -132,8 +128,8 @@ def test_resume_is_exact_up_to_the_end(num_threads):
         with make_loader(groups, state=state, **options) as resumed:
             assert read_steps(resumed, num_steps - step) == rows[step:]
             assert resumed.stats == loader.stats and resumed.state_dict() == loader.state_dict()
-    with pytest.raises(UserError, match="belongs to supervise assistant, but this run has supervise all"):
-        make_loader(make_groups(make_conversations(1300), supervise="all"), state=states[1], **options)
+    with pytest.raises(UserError, match="belongs to supervise all, but this run has supervise assistant"):
+        make_loader(groups, state=states[1] | {"supervise": "all"}, **options)     # an option of before
 
 
 def test_ranks_count_their_shares_of_the_epoch():
@@ -177,7 +173,7 @@ def test_padding_of_real_conversations():
     published = RustBPETokenizer.from_pretrained("gpt2", SHARED / "tokenizers")
     special_tokens = {name: 50257 + i for i, name in enumerate(SPECIAL_TOKENS)}
     tokenizer = RustBPETokenizer(published.pattern, published.ranks, special_tokens)
-    groups = ConversationGroups("sft", conversations, tokenizer, 2048, supervise="assistant", keep_whole=True)
+    groups = ConversationGroups("sft", conversations, tokenizer, 2048, keep_whole=True)
     stats = sum((groups.load_rows(i)[1] for i in range(len(groups))), PackStats())
     assert stats.num_docs == len(conversations) and stats.fractions()["pad_frac"] < 0.01
     assert stats.cropped_docs < 10

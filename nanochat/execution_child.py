@@ -1,15 +1,15 @@
-"""The child's half of execution.py: shut this process in, then run the program that arrives on stdin.
+"""The child process of execution.py: isolate this process, then run the program that arrives on stdin.
 
-    python -I -S -u sandbox.py METHOD STATUS_FD CALLER_PID MEMORY_BYTES CPU_SECONDS [PATH ...]
+    python -I -S -u execution_child.py METHOD STATUS_FD CALLER_PID MEMORY_BYTES CPU_SECONDS [PATH ...]
 
-METHOD namespaces builds the walls itself, bubblewrap stands inside bwrap's already, none has no walls. PATHs are what
-the program may read of the host's files. In all three the kernel's limits, an empty list of capabilities and a system
-call filter come on top. Only the standard library is there: this file starts without the packages, in some 20 ms.
+METHOD namespaces builds the isolation here; with bubblewrap this process is inside bwrap's already; none has no
+isolation. PATHs are the host's files that the program may read. All three add the kernel's resource limits, an empty
+set of capabilities and a system call filter. Only the standard library is imported, so that this starts in 20 ms.
 
     this process, outside -> pid 1 of the new namespaces -> the program, pid 2
 
-Pid 1 exists so that nothing survives: the kernel kills all of a pid namespace when its pid 1 ends, and pid 1 ends when
-the program does or when the process outside is killed. See namespaces(7), seccomp(2), mount_setattr(2).
+The kernel kills a pid namespace when its pid 1 ends. Pid 1 ends when the program ends or the process outside is killed,
+so no process survives. See namespaces(7), seccomp(2), mount_setattr(2).
 """
 
 import ctypes
@@ -18,11 +18,11 @@ import os
 import struct
 import sys
 
-ROOT = "/proc"              # the new root is built over this folder: it is on every Linux, and holds none of PATHs
+ROOT = "/proc"              # the new root is mounted here: the folder is on every Linux and holds none of PATHs
 NOBODY = 65534
-SCRATCH_BYTES = 32 * 2**20  # of /tmp inside, the only place to write; it is memory, on top of MEMORY_BYTES
+SCRATCH_BYTES = 32 * 2**20  # of the sandbox's /tmp, the only writable folder; it is memory, on top of MEMORY_BYTES
 MAX_OPEN_FILES = 64
-MAX_THREADS = 256           # in root's case, and before Linux 5.14, of all programs together
+MAX_THREADS = 256           # of all programs together where the caller is root, and before Linux 5.14
 MAX_ERROR_CHARS = 1000
 
 # Linux's numbers, from signal.h, sched.h, mount.h, prctl.h, capability.h; the module signal takes 6 ms to import
@@ -37,19 +37,19 @@ SYS_MOUNT_SETATTR, SYS_CLONE3 = 442, 435
 
 # System calls that the filter refuses, by the machine: (number on x86_64, number on aarch64; None = it has none)
 REFUSED = {
-    # other processes and programs: with no fork, the memory limit of one process is that of all, and nobody is left
+    # other processes and programs: without fork, the memory limit of one process bounds the whole program
     "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "ptrace": (101, 117),
     "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "pidfd_getfd": (438, 438), "kcmp": (312, 272),
     # sockets of every family: some, as AF_VSOCK to a virtual machine's host, know no namespaces
     "socket": (41, 198),
-    # walls inside the walls, where a process would have all capabilities again
+    # nested namespaces, in which a process would have all capabilities again
     "unshare": (272, 97), "setns": (308, 268), "chroot": (161, 51), "pivot_root": (155, 41), "mount": (165, 40),
     "umount2": (166, 39), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
     "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
     # memory that RLIMIT_AS doesn't count
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196),
     "msgget": (68, 186), "mq_open": (240, 180),
-    # large parts of the kernel that a program for a test has no use for
+    # large parts of the kernel that no test needs
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "bpf": (321, 280),
     "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
     "open_by_handle_at": (304, 265),
@@ -59,7 +59,7 @@ MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}  # c
 
 def main() -> None:
     method, status_fd, caller_pid, memory_bytes, cpu_seconds, *paths = sys.argv[1:]
-    # the first line is a password for messages to the caller, which therefore the program can't send by accident
+    # The first line is a nonce that begins each message to the caller, so that the program can't forge one by accident
     nonce, _, code = sys.stdin.buffer.read().decode("utf-8", "surrogatepass").partition("\n")
     if method != "bubblewrap" and sys.platform == "linux":  # bwrap --die-with-parent
         call("prctl", PR_SET_PDEATHSIG, SIGKILL)
@@ -85,51 +85,51 @@ def call(name: str, *args: object) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Walls
+# Isolation: namespaces and a root of its own
 
 
 def enter_namespaces(paths: list[str]) -> None:
-    """Go on as a process that sees `paths`, an empty /tmp and itself: no network, no host; only that one returns."""
+    """Move into new namespaces: `paths`, an empty /tmp, no network, no other process. Returns in the inner process."""
     os.umask(0o022)
     namespaces = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP
     try:
         call("unshare", namespaces)
         is_root = True
-    except PermissionError:  # only root may, or anyone within a user namespace of his own
+    except PermissionError:  # only root may; anyone else needs a user namespace
         is_root = False
         uid, gid = os.geteuid(), os.getegid()
         call("unshare", namespaces | CLONE_NEWUSER)
         for name, line in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"), ("gid_map", f"{NOBODY} {gid} 1")):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(line)
-    outside_reader, outside_writer = os.pipe()  # at its end when the process outside is no more
+    outside_reader, outside_writer = os.pipe()  # reads its end when the process outside is dead
     fork_and_follow()
     os.close(outside_writer)
     change_root(paths)
-    if is_root:  # now that it has opened what perhaps only root can, as a Python in /root
+    if is_root:  # after the mounts, which may need root's rights, as for a Python in /root
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
     drop_capabilities()
-    call("prctl", PR_SET_PDEATHSIG, SIGKILL)  # a change of user clears it, so it comes last ...
+    call("prctl", PR_SET_PDEATHSIG, SIGKILL)  # after the change of user, which clears it ...
     os.set_blocking(outside_reader, False)
     try:
-        os._exit(len(os.read(outside_reader, 1)))    # ... perhaps too late
+        os._exit(len(os.read(outside_reader, 1)))    # ... and the caller may be dead by then
     except BlockingIOError:
         os.close(outside_reader)
     fork_and_follow()
-    os.setsid()  # or kill(0) would reach the process outside
+    os.setsid()  # else kill(0) would reach the process outside
 
 
 def fork_and_follow() -> None:
-    """Fork; the child goes on, this process waits for it and ends as it does."""
+    """Fork; the child returns, this process waits for it and ends with its exit code."""
     if pid := os.fork():
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         os._exit(code if code >= 0 else 128 - code)
 
 
 def change_root(paths: list[str]) -> None:
-    """Make `paths`, read-only, and an empty /tmp all that there is of a file system. There is no /proc either."""
+    """Make a root file system of `paths`, read-only, and an empty /tmp. There is no /proc either."""
     call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
     call("mount", b"tmpfs", ROOT.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, b"size=1m,mode=755")
     for path in paths:
@@ -160,15 +160,15 @@ def change_root(paths: list[str]) -> None:
 
 
 def set_limits(memory_bytes: int, cpu_seconds: int) -> None:
-    """Bound what the kernel counts; `memory_bytes` 0 is no bound."""
-    import resource  # not on Windows, where execution.py, which reads this file, still says what is missing
+    """Set the kernel's resource limits; `memory_bytes` 0 is no limit on memory."""
+    import resource  # not on Windows, where execution.py imports this file and says what is missing
     limits = {"CORE": 0, "CPU": cpu_seconds, "FSIZE": SCRATCH_BYTES, "NOFILE": MAX_OPEN_FILES, "NPROC": MAX_THREADS}
     for name, value in (limits | ({"AS": memory_bytes} if memory_bytes else {})).items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
 def give_up_rights() -> None:
-    """No capabilities, no way to more rights, and none of the system calls in REFUSED. Not to be undone."""
+    """Drop all capabilities, forbid new ones, refuse the system calls in REFUSED. The kernel never undoes this."""
     drop_capabilities()
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     instructions = make_filter(*get_machine())
@@ -215,9 +215,9 @@ def make_filter(column: int, arch: int, clone: int) -> list[bytes]:
 
 
 def run(code: str, status_fd: int, nonce: str) -> None:
-    """Run `code` as __main__ and tell the caller how that went, on `status_fd`: started, then finished or what failed.
+    """Run `code` as __main__ and report to the caller on `status_fd`: started, then finished or the error.
 
-    Finished is said before the threads and exit handlers that the program left; the exit code tells how those end.
+    "finished" is sent before the program's remaining threads and exit handlers; the exit code tells how those end.
     """
     write, leave, show = os.write, os._exit, sys.excepthook  # before the program can replace them
     started, finished, no_memory = (f"{nonce}{word}".encode() for word in ("started", "finished", "memory"))
@@ -229,12 +229,12 @@ def run(code: str, status_fd: int, nonce: str) -> None:
     try:
         exec(compile(code, "<program>", "exec", dont_inherit=True), module.__dict__)
     except MemoryError:
-        write(status_fd, no_memory)  # made before, for now there may be no memory to make anything
+        write(status_fd, no_memory)  # made before: now there may be no memory for a string
         leave(1)
-    except BaseException as error:  # SystemExit too: a program that leaves early hasn't passed what came after
+    except BaseException as error:  # SystemExit too: an early exit skips the tests that follow
         try:
             text = str(error)
-        except BaseException:  # the program's own class
+        except BaseException:  # a broken __str__ of the program's
             text = "(no text)"
         message = f"{nonce}{type(error).__name__}: {text}"[:len(nonce) + MAX_ERROR_CHARS]
         write(status_fd, message.encode("utf-8", "replace"))

@@ -1,0 +1,93 @@
+"""tasks/words.py: which words there are to spell, and that nothing is downloaded unasked."""
+
+import gzip
+import json
+import threading
+
+import pytest
+from data_helpers import Server
+from task_helpers import REPO_DIR
+
+from nanochat import download
+from nanochat.common import UserError
+from nanochat.dataset import main as make_dataset
+from tasks import words as words_module
+from tasks.common import is_test
+from tasks.spellingbee import SimpleSpelling
+from tasks.words import collect_words, load_words, read_list
+
+REAL_LIST = REPO_DIR.parent / "shared" / "data" / "tasks" / "words_alpha.txt.gz"
+
+
+@pytest.fixture
+def base_dir(tmp_path, monkeypatch):
+    monkeypatch.delenv("NANOCHAT_MIRROR_DIR", raising=False)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(words_module, "LIST_URL", "http://127.0.0.1:9/words_alpha.txt")   # where nobody listens
+    return tmp_path
+
+
+@pytest.mark.skipif(not REAL_LIST.exists(), reason=f"the published list is not at {REAL_LIST}")
+def test_published_list(base_dir, capsys):
+    (base_dir / "words_alpha.txt.gz").write_bytes(REAL_LIST.read_bytes())
+    words = load_words()
+    assert len(words) > 350_000 and words == sorted(set(words)) and "strawberry" in words
+    assert 0.09 < sum(map(is_test, words)) / len(words) < 0.11
+    assert not capsys.readouterr().out
+    assert read_list(base_dir / "words_alpha.txt.gz") == words
+
+
+def test_list_is_downloaded_by_command_alone(base_dir, monkeypatch, capsys):
+    listed = [first + second + third + fourth for first in "abcdefghij" for second in "aeiou" for third in "klmno"
+              for fourth in "stuvwxyz"]
+    monkeypatch.setattr(words_module, "MIN_LIST_WORDS", 1000)
+    monkeypatch.setattr(download, "MAX_FAILURES", 1)
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        monkeypatch.setattr(words_module, "LIST_URL", server.url)
+        server.content, server.script = b"a page that asks to log in\n", ["500"]
+        for _ in range(2):  # an error, then a page: neither is kept
+            with pytest.raises(UserError, match="the list of words can't be had: .*connect to the network"):
+                words_module.main([])
+            assert not (base_dir / "words_alpha.txt").exists()
+        server.content = "\r\n".join(listed).encode() + b"\r\n"
+        num_requests = len(server.requests)
+        collected = load_words()
+        assert collected != sorted(listed) and len(server.requests) == num_requests    # nothing is fetched by itself
+        words_module.main([])
+        words_module.main([])
+        assert load_words() == sorted(listed) and len(server.requests) == num_requests + 1
+        server.shutdown()
+
+
+def test_words_of_docstrings_then_of_the_corpus(base_dir, tmp_path, capsys):
+    words = load_words()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(words) > 800 and {"return", "string", "value", "number"} <= set(words)
+    assert len(lines) == 1 and "Python's docstrings" in lines[0] and "python -m tasks.words" in lines[0]
+    rows = [{"text": f"{idx} The harbour, the quay and the Harbour. " * 5} for idx in range(30)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"text": "once xyz."}]))
+    make_dataset(["--source", "files", "--path", str(tmp_path / "texts.jsonl"), "--name", "mine"])
+    capsys.readouterr()
+    assert load_words() == words and not capsys.readouterr().out    # those that were kept
+    (base_dir / words_module.KEPT_NAME).unlink()
+    found = load_words()
+    assert {"harbour", "quay", "the"} <= set(found) and "once" not in found
+    assert "the corpus mine" in capsys.readouterr().out
+    assert SimpleSpelling("train", words=found)[0]["word"] in found
+    (base_dir / "words_alpha.txt").write_text("apple\n")             # a person's own list goes first
+    assert load_words() == ["apple"]
+
+
+def test_collect_words_keeps_words_only():
+    text = "Apples and pears, os.path.join(x) snake_case naïve HTTP Server's x1 it bcdfg. " * 3
+    assert collect_words([text]) == ["and", "apples", "pears", "server"]
+
+
+def test_damaged_list(base_dir):
+    path = base_dir / "words_alpha.txt.gz"
+    for content in (b"no gzip", gzip.compress(b"apple\n" * 1000)[:-9], gzip.compress(b"1\n2\n")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{path} .*delete it"):
+            load_words()
