@@ -69,13 +69,15 @@ def plain_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, reduction: str = "mean",
                          weights: Tensor | None = None) -> Tensor:
     """The fused loss: head, softcap and cross-entropy a chunk of tokens at a time."""
-    rows, flat_targets = x.flatten(0, -2), targets.flatten()
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if needs_grad and reduction == "none":  # no stage learns from it; the fused gradients need the coefficients
+        return plain_cross_entropy(x, weight, targets, vocab_size, reduction=reduction, weights=weights)
     coef = _make_coefficients(targets, reduction, weights, torch.promote_types(x.dtype, torch.float32))
-    if coef is None:
-        return _TokenLosses.apply(rows, weight, flat_targets, vocab_size).view(targets.shape)
-    if not (torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)):
-        return (coef * compute_token_losses(rows, weight, flat_targets, vocab_size)).sum()
-    return _WeightedLoss.apply(rows, weight, flat_targets, vocab_size, coef)
+    rows, flat_targets = x.flatten(0, -2), targets.flatten()
+    if needs_grad:
+        return _WeightedLoss.apply(rows, weight, flat_targets, vocab_size, coef)
+    nll = _compute_token_losses(rows, weight, flat_targets, vocab_size)
+    return nll.view(targets.shape) if coef is None else (coef * nll).sum()
 
 
 LOSSES = {"fused": linear_cross_entropy, "plain": plain_cross_entropy}
@@ -104,7 +106,7 @@ class _WeightedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, coef):
-        nll, dx, dw = compute_losses_and_grads(x, weight, targets, vocab_size, coef)
+        nll, dx, dw = _compute_losses_and_grads(x, weight, targets, vocab_size, coef)
         ctx.save_for_backward(dx, dw)
         return (coef * nll).sum()
 
@@ -114,31 +116,15 @@ class _WeightedLoss(torch.autograd.Function):
         return dx.mul_(grad), dw.mul_(grad), None, None, None
 
 
-class _TokenLosses(torch.autograd.Function):
-    """nll per token. The coefficients are known in the backward pass only, so the logits are made again there."""
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size):
-        ctx.save_for_backward(x, weight, targets)
-        ctx.vocab_size = vocab_size
-        return compute_token_losses(x, weight, targets, vocab_size)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, targets = ctx.saved_tensors
-        _, dx, dw = compute_losses_and_grads(x, weight, targets, ctx.vocab_size, grad * (targets >= 0))
-        return dx, dw, None, None
-
-
-def compute_token_losses(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+def _compute_token_losses(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """nll of each token, (N,), 0 where ignored."""
     head = weight[:vocab_size].to(x.dtype)
     chunks = zip(x.split(_chunk_tokens(x)), targets.split(_chunk_tokens(x)), strict=True)
     return torch.cat([_score_logits(x_chunk @ head.T, target_chunk) for x_chunk, target_chunk in chunks])
 
 
-def compute_losses_and_grads(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int,
-                             coef: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _compute_losses_and_grads(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int,
+                              coef: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """nll (N,), and the gradients of sum(coef * nll) with respect to x (N, C) and weight (padded V, C)."""
     head = weight[:vocab_size].to(x.dtype)  # (V, C)
     nll, dx, dw = torch.empty_like(coef), torch.empty_like(x), torch.zeros_like(weight)

@@ -351,25 +351,26 @@ def count_backward_bytes(config: GPTConfig, layer: int, rows: int, T: int, machi
 def count_update_bytes(config: GPTConfig, machine: Machine) -> int:
     """Gradients, stacks, gathered parameters and temporaries of the optimizer's step, in the optimizer's order."""
     a, master, world = machine.act_bytes, machine.master_bytes, machine.world_size
-    # bytes of the gradients and of this rank's share of them
+    # bytes of the gradients, of this rank's share of them, and of an element
     adamw = [(rows * cols * size, shard(rows, cols, world) * size, size)
              for rows, cols, size in list_adamw(config, machine)]
     muon = [(K * rows * cols * master, -(-K // world) * rows * cols * master)
             for (rows, cols), K in sorted(count_shapes(config).items())]
-    live = peak = sum(grads + own * (own < grads) for grads, own, _ in adamw) + sum(grads for grads, _ in muon)
-    for grads, own in muon:  # reduce_gradients stacks them; several ranks then have their share beside the stack
+    live = peak = sum(grads for grads, *_ in [*adamw, *muon]) + sum(own for grads, own, _ in adamw if own < grads)
+    for grads, own in muon:  # reduce_gradients makes a stack; with several ranks a share of it stands beside
         peak = max(peak, live + own * world)
-        live += own * world - grads + own * (world > 1)
-    for grads, own, size in adamw:  # sent gradients are freed, updated shares held until all are gathered
-        live -= grads * (own < grads)
+        live += own * world - grads + (own if world > 1 else 0)
+    for grads, own, size in adamw:
+        is_sent = own < grads
+        live -= grads if is_sent else 0
         # eager AdamW makes 6 copies of what it updates, and 4 more to come to fp32 and back: not all at once
         peak = max(peak, live + (0 if machine.is_compiled else own // size * master * (8 if size < master else 6)))
-        live += own * (own < grads)
+        live += own if is_sent else 0  # held until all are gathered
     for _, own in muon:
-        live -= own * world * (world > 1)
+        live -= own * world if world > 1 else 0
         copies = 2 * a + master if machine.is_compiled else a + 5 * master  # beside the stack of parameters
         peak = max(peak, live + own + own // master * copies)
-        live += own * (world + 1) * (world > 1)
+        live += own + own * world if world > 1 else 0  # the stack that is sent and the whole that is gathered
     return max(peak, live)
 
 

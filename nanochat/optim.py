@@ -175,12 +175,13 @@ class MuonAdamW(torch.optim.Optimizer):
             update = self._step_adamw if part.group["kind"] == "adamw" else self._step_muon
             gathers.append(update(part))
         grad_norm = self.get_grad_norm()
-        for finish in gathers:
+        for finish in filter(None, gathers):
             finish()
         self.zero_grad()
         return grad_norm
 
-    def _step_adamw(self, part: Part) -> Callable[[], None]:
+    def _step_adamw(self, part: Part) -> Callable[[], None] | None:
+        """Update this rank's rows; returns the end of their gather, None where nothing is sent."""
         param, group = part.params[0], part.group
         state = self.state[param]
         own = param[part.start:part.stop]
@@ -189,12 +190,13 @@ class MuonAdamW(torch.optim.Optimizer):
         update = adamw_update if param.numel() >= SMALL_PARAM else adamw_update.__wrapped__
         update(own, part.grad, state["exp_avg"], state["exp_avg_sq"], *as_scalars(hyper))
         if not part.is_sharded or self.world_size == 1:
-            return do_nothing
+            return None
         own = own.clone()  # gloo doesn't promise to gather in place
         work = all_gather(param.data, own, async_op=True)
         return lambda: (work.wait(), own)
 
-    def _step_muon(self, part: Part) -> Callable[[], None]:
+    def _step_muon(self, part: Part) -> Callable[[], None] | None:
+        """Update this rank's matrices; returns the end of their gather, None where nothing is sent."""
         group, params = part.group, part.params
         n, (rows, cols) = self._count_own(params), params[0].shape
         stack = stack_padded(params[part.start:part.stop], n, like=params[0])  # (n, rows, cols)
@@ -205,7 +207,7 @@ class MuonAdamW(torch.optim.Optimizer):
                     *as_scalars([lr, group["momentum"], group["beta2"], group["weight_decay"]]))
         if self.world_size == 1:
             torch._foreach_copy_(params, list(stack.unbind(0)))
-            return do_nothing
+            return None
         whole = stack.new_empty(n * self.world_size, rows, cols)
         work = all_gather(whole, stack, async_op=True)
 
@@ -274,10 +276,6 @@ def stack_padded(tensors: Sequence[Tensor], num: int, like: Tensor | None = None
     """A stack of `num` tensors: the given ones, then zeros like the first (or `like`)."""
     zeros = torch.zeros_like(tensors[0] if like is None else like)
     return torch.stack([*tensors, *[zeros] * (num - len(tensors))])
-
-
-def do_nothing() -> None:
-    """For parts without a gather to wait for."""
 
 
 def as_scalars(values: Sequence[float]) -> list[Tensor]:

@@ -190,11 +190,10 @@ def make_chat_plan(config: GPTConfig, flops_per_token: float, *, epoch_rows: int
         if value is not None and value < 1:
             raise UserError(f"{flag} {value} must be at least 1")
     T, num_rows = config.sequence_len, num_epochs * epoch_rows
-    horizon = "epochs" if num_iterations is None else "iterations"
-    if num_iterations is None:
-        num_iterations = -(-num_rows // (batch_tokens // T or 1))
-    return _fill_plan(config, flops_per_token, num_iterations=num_iterations, batch_tokens=batch_tokens,
-                      target_tokens=num_rows * T, horizon=horizon, weight_decay=0.0,
+    horizon = "iterations" if num_iterations else "epochs"
+    return _fill_plan(config, flops_per_token, horizon=horizon, batch_tokens=batch_tokens, weight_decay=0.0,
+                      num_iterations=num_iterations or -(-num_rows // (batch_tokens // T or 1)),
+                      target_tokens=num_rows * T,
                       batch_lr_scale=get_batch_lr_scale(batch_tokens) if scales_lr else 1.0)
 
 
@@ -212,12 +211,11 @@ def make_rl_plan(config: GPTConfig, flops_per_token: float, *, num_questions: in
             raise UserError(f"{flag} {value} must be at least {least}" + (
                 ": an answer is compared with the others to its question" if flag == "--num-samples" else ""))
     question_tokens = num_samples * max_new_tokens
-    horizon = "epochs" if num_iterations is None else "iterations"
-    if num_iterations is None:
-        num_iterations = -(-num_epochs * num_questions // examples_per_step)
-    return _fill_plan(config, flops_per_token, num_iterations=num_iterations, horizon=horizon, weight_decay=0.0,
-                      batch_tokens=examples_per_step * question_tokens, batch_lr_scale=batch_lr_scale,
-                      target_tokens=num_epochs * num_questions * question_tokens)
+    horizon = "iterations" if num_iterations else "epochs"
+    return _fill_plan(config, flops_per_token, horizon=horizon, batch_tokens=examples_per_step * question_tokens,
+                      num_iterations=num_iterations or -(-num_epochs * num_questions // examples_per_step),
+                      target_tokens=num_epochs * num_questions * question_tokens, weight_decay=0.0,
+                      batch_lr_scale=batch_lr_scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
