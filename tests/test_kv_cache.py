@@ -73,3 +73,18 @@ def test_growth_keeps_what_is_there_and_rows_can_be_added():
     assert cache.k_cache.shape[1:3] == (3, 60)
     assert cache.k_cache[:, :2, :30].equal(before) and not cache.k_cache[:, 2].any()
     assert not cache.k_cache[:, :, 30:].any()
+
+
+@torch.inference_mode()
+def test_wrapped_cache_works_on_the_same_memory_and_never_moves():
+    """As a captured graph needs it: the same addresses in every step, and what a step writes is the cache's own."""
+    model, idx = make_model(dtype=torch.float64), torch.tensor([make_prompt(24), make_prompt(24, seed=1)])
+    cache = make_cache(2, 24, torch.float64)
+    model(idx[:, :20], kv_cache=cache)
+    wrapped = KVCache.wrap(cache.k_cache, cache.v_cache, cache.cache_seqlens, cache.last_embed)
+    tensors = (wrapped.k_cache, wrapped.v_cache, wrapped.cache_seqlens, wrapped.last_embed)
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    logits = torch.cat([model(idx[:, i:i + 1], kv_cache=wrapped) for i in range(20, 24)], dim=1)
+    torch.testing.assert_close(logits, model(idx)[:, 20:], rtol=0, atol=1e-10)
+    assert [tensor.data_ptr() for tensor in tensors] == addresses and cache.cache_seqlens.tolist() == [24, 24]
+    assert cache.k_cache[:, :, 23].any() and wrapped.k_cache is cache.k_cache
