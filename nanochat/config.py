@@ -39,6 +39,10 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     @property
+    def kv_dim(self) -> int:
+        return self.n_kv_head * self.head_dim
+
+    @property
     def padded_vocab_size(self) -> int:
         return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
@@ -52,18 +56,22 @@ class GPTConfig:
         return self.sequence_len if is_long else math.ceil(self.sequence_len / 4 / 128) * 128
 
 
+def list_matrices(config: GPTConfig, layer: int) -> list[tuple[int, int]]:
+    """(rows, columns) of a block's matrices."""
+    C, kv_dim = config.n_embd, config.kv_dim
+    attention = [(C, C), (kv_dim, C), (kv_dim, C), (C, C)]  # c_q, c_k, c_v, c_proj
+    gate = [(config.n_kv_head, VE_GATE_CHANNELS)] if config.has_value_embed(layer) else []
+    return [*attention, *gate, (4 * C, C), (C, 4 * C)]      # the MLP's c_fc, c_proj
+
+
 def count_params(config: GPTConfig) -> dict[str, int]:
     """Parameters by part, with the padded vocabulary."""
-    C, L, V, kv_dim = config.n_embd, config.n_layer, config.padded_vocab_size, config.n_kv_head * config.head_dim
-    num_ve = sum(config.has_value_embed(i) for i in range(L))
-    attention = 2 * C * C + 2 * C * kv_dim      # c_q, c_proj; c_k, c_v
-    mlp = 2 * 4 * C * C                         # c_fc, c_proj
-    ve_gates = num_ve * config.n_kv_head * VE_GATE_CHANNELS
+    C, L, V = config.n_embd, config.n_layer, config.padded_vocab_size
     counts = {
         "wte": V * C,
-        "value_embeds": num_ve * V * kv_dim,
+        "value_embeds": V * config.kv_dim * sum(config.has_value_embed(layer) for layer in range(L)),
         "lm_head": V * C,
-        "transformer_matrices": L * (attention + mlp) + ve_gates,
+        "transformer_matrices": sum(rows * cols for layer in range(L) for rows, cols in list_matrices(config, layer)),
         "scalars": 2 * L + SMEAR_GATE_CHANNELS + 2,  # resid and x0 lambdas; smear's gate; smear and backout lambdas
     }
     return counts | {"total": sum(counts.values())}

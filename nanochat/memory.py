@@ -20,12 +20,13 @@ import argparse
 import contextlib
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat.common import COMPUTE_DTYPES, UserError, count_local_ranks
-from nanochat.config import VE_GATE_CHANNELS, GPTConfig, count_params
+from nanochat.config import GPTConfig, count_params, list_matrices
 
 if TYPE_CHECKING:
     import torch
@@ -268,7 +269,7 @@ def read_cgroup_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = Path("
 def count_block_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine: Machine) -> dict[str, int]:
     """Activations of one block, by part. A compiled one recomputes the inputs of its norms, except the MLP's."""
     N, a, C = rows * T, machine.act_bytes, config.n_embd
-    kv_dim, stat = config.n_kv_head * config.head_dim, machine.master_bytes  # stat: a norm keeps one for each row
+    kv_dim, stat = config.kv_dim, machine.master_bytes  # stat: a norm keeps one for each row
     normed = a if machine.is_compiled else machine.eager_norm_bytes
     # the block's input (the first one's is x0), the norms' inputs, the inputs of the linear layers
     residual = a * C * (layer > 0) + normed * C * (1 if machine.is_compiled else 2) + 2 * a * C + 2 * stat
@@ -398,7 +399,7 @@ def count_optimizer_bytes(config: GPTConfig, machine: Machine) -> int:
 
 def list_adamw(config: GPTConfig, machine: Machine) -> list[tuple[int, int, int]]:
     """(rows, columns, bytes of an element) of each AdamW parameter, the few scalars together as the last."""
-    V, C, kv_dim = config.padded_vocab_size, config.n_embd, config.n_kv_head * config.head_dim
+    V, C, kv_dim = config.padded_vocab_size, config.n_embd, config.kv_dim
     num_ve = sum(config.has_value_embed(layer) for layer in range(config.n_layer))
     return [(V, C, machine.master_bytes), (V, C, machine.embed_bytes)] + [(V, kv_dim, machine.embed_bytes)] * num_ve + \
         [(1, count_params(config)["scalars"], machine.master_bytes)]
@@ -412,24 +413,12 @@ def shard(num_rows: int, num_cols: int, world_size: int) -> int:
 
 def count_shapes(config: GPTConfig) -> dict[tuple[int, int], int]:
     """Muon's matrices: {(rows, cols): how many}."""
-    counts: dict[tuple[int, int], int] = {}
-    for layer in range(config.n_layer):
-        for shape in list_matrices(config, layer):
-            counts[shape] = counts.get(shape, 0) + 1
-    return counts
-
-
-def list_matrices(config: GPTConfig, layer: int) -> list[tuple[int, int]]:
-    """Shapes of a block's matrices: q, k, v, attention's output, the MLP's two, the value embeddings' gate."""
-    C, kv_dim = config.n_embd, config.n_kv_head * config.head_dim
-    gate = [(config.n_kv_head, VE_GATE_CHANNELS)] if config.has_value_embed(layer) else []
-    return [(C, C), (kv_dim, C), (kv_dim, C), (C, C), (4 * C, C), (C, 4 * C)] + gate
+    return Counter(shape for layer in range(config.n_layer) for shape in list_matrices(config, layer))
 
 
 def count_block_gradients(config: GPTConfig, layer: int, machine: Machine) -> int:
     """Gradients that a block's backward pass makes: its matrices', and its value embeddings'."""
-    kv_dim = config.n_kv_head * config.head_dim
-    value_embed = config.padded_vocab_size * kv_dim * machine.embed_bytes if config.has_value_embed(layer) else 0
+    value_embed = config.padded_vocab_size * config.kv_dim * machine.embed_bytes if config.has_value_embed(layer) else 0
     return sum(map(math.prod, list_matrices(config, layer))) * machine.master_bytes + value_embed
 
 

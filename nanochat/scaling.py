@@ -130,10 +130,9 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
     for flag, value in (("--target-param-data-ratio", target_param_data_ratio), ("--target-flops", target_flops)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UserError(f"{flag} {value:g} must be a positive number")
-    num_params = count_scaling_params(config)
     reference = make_config(REFERENCE_DEPTH, vocab_size=config.vocab_size, sequence_len=config.sequence_len,
                             window_pattern=config.window_pattern)
-    target_tokens = int(target_param_data_ratio * num_params)
+    target_tokens = int(target_param_data_ratio * count_scaling_params(config))
     reference_tokens = int(target_param_data_ratio * count_scaling_params(reference))
     if target_tokens < 1:
         raise UserError(f"--target-param-data-ratio {target_param_data_ratio:g} gives less than one token")
@@ -158,10 +157,10 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
                         "fewer steps")
     # The decay keeps its time constant, in epochs, the same for every model size and batch (T_epoch, arXiv 2405.13698)
     batch_lr_scale = get_batch_lr_scale(batch_tokens)
-    weight_decay *= batch_lr_scale * reference_tokens / target_tokens
     return _fill_plan(config, flops_per_token, num_iterations=num_iterations, batch_tokens=batch_tokens,
                       target_tokens=target_tokens, horizon=horizon, batch_lr_scale=batch_lr_scale,
-                      weight_decay=weight_decay, short_rows=short_rows)
+                      weight_decay=weight_decay * batch_lr_scale * reference_tokens / target_tokens,
+                      short_rows=short_rows)
 
 
 def get_batch_lr_scale(batch_tokens: int) -> float:
