@@ -1,3 +1,5 @@
-"""Benchmarks and checks. Importing nanochat first sets OpenMP's defaults before torch is loaded."""
+"""The laboratory: benchmarks, checks, figures and the log. A process is prepared here, before a script loads torch."""
 
-import nanochat  # noqa: F401
+from nanochat.common import prepare_process
+
+prepare_process()

@@ -23,7 +23,7 @@ from nanochat import flash_attention
 from nanochat.common import COMPUTE_DTYPES, run_script
 from nanochat.config import GPTConfig
 from nanochat.gpt import GPT
-from nanochat.memory import GIB, Compute, get_usable_frac, measure_free_bytes, predict_memory
+from nanochat.memory import GIB, Machine, get_usable_frac, measure_free_bytes, predict_memory
 from nanochat.scaling import make_config
 from nanochat.train import Batch, train_step
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 def compare_step(config: GPTConfig, T: int, rows: int, num_micro: int, dtype: str, attention: str) -> dict:
     """One row of the table: the measured and the predicted peak."""
-    compute = Compute(dtype, attention, is_compiled=False, device_type="cpu")
+    compute = Machine(dtype, attention, is_compiled=False, device_type="cpu")
     memory = predict_memory(config, T, rows, compute, num_micro)
     flash_attention._override_impl = attention
     try:
@@ -131,7 +131,7 @@ def check_memory(setup: Setup) -> Iterator[Check]:
     if not on_gpu and (setup.use_compile or setup.device.type != "cpu"):
         yield Check("memory", "absent", "only CUDA's allocator and eager steps on a CPU tell their peak")
         return
-    compute = Compute(str(setup.dtype).removeprefix("torch."), setup.backend, setup.use_compile, setup.device.type)
+    compute = Machine(str(setup.dtype).removeprefix("torch."), setup.backend, setup.use_compile, setup.device.type)
     for depth in GPU_DEPTHS if on_gpu else setup.sizes.depths:
         free_memory(setup.device)
         config = setup.make_config(depth)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import UserError, print0, run_script
 from nanochat.figures import COLORS, make_panels, save_png, styled
-from nanochat.train import read_metrics
+from nanochat.run import read_metrics
 
 SMOOTH_STEPS = 10  # that a point of the curves is the mean of
 

@@ -23,7 +23,7 @@ from nanochat.config import GPTConfig
 from nanochat.cross_entropy import linear_cross_entropy
 from nanochat.figures import FAINT, INK, add_out, make_panels, save_figure, styled
 from nanochat.gpt import GPT
-from nanochat.memory import Compute
+from nanochat.memory import Machine
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import make_config
 
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.rows < 1 or args.vocab_size < 1:
         raise UserError(f"--rows {args.rows} and --vocab-size {args.vocab_size} must be at least 1")
     config = make_config(args.depth, vocab_size=args.vocab_size, sequence_len=args.max_seq_len)
-    compute = Compute(args.dtype, args.attention, is_compiled=False, device_type="cpu")
+    compute = Machine(args.dtype, args.attention, is_compiled=False, device_type="cpu")
     flash_attention._override_impl = args.attention
     try:
         measured = record_step(config, args.max_seq_len, args.rows, getattr(torch, args.dtype))
@@ -181,7 +181,7 @@ def record_step(config: GPTConfig, T: int, rows: int, dtype: torch.dtype) -> lis
     return recorder.timeline
 
 
-def predict_phases(config: GPTConfig, T: int, rows: int, compute: Compute) -> list[Moment]:
+def predict_phases(config: GPTConfig, T: int, rows: int, compute: Machine) -> list[Moment]:
     """The worst instant of each phase, as memory.predict_memory adds it up."""
     total = memory.predict_memory(config, T, rows, compute)
     stream = rows * T * config.n_embd * compute.act_bytes

@@ -109,13 +109,13 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         os.fsync(file.fileno())
 
 
-def remove_old_checkpoints(run_dir: Path, keep_last: int, keep_every: int = -1) -> None:
-    """Delete all but the newest `keep_last` steps, and the multiples of `keep_every`, up to the one that `latest`
-    names; later ones were abandoned by a person who went back, and stay for that person to delete."""
+def remove_old_checkpoints(run_dir: Path, keep_last: int | None, keep_every: int | None = None) -> None:
+    """Delete all but the newest `keep_last` steps (None: all) and the multiples of `keep_every`, up to the one that
+    `latest` names; later ones were abandoned by a person who went back, and stay for that person to delete."""
     latest = read_latest(run_dir)
     steps = [step for step in list_steps(run_dir) if latest is None or step <= latest]
-    for step in steps[:-keep_last] if keep_last > 0 else []:
-        if keep_every <= 0 or step % keep_every:
+    for step in steps[:-keep_last] if keep_last else []:
+        if not keep_every or step % keep_every:
             shutil.rmtree(run_dir / get_step_name(step))
 
 

@@ -5,6 +5,7 @@ ranks reads what any other number saved, each its own rows.
 """
 
 import contextlib
+import math
 import shutil
 import threading
 import time
@@ -36,6 +37,7 @@ from nanochat.checkpoint_files import (
 )
 from nanochat.common import (
     UserError,
+    any_rank,
     file_lock,
     get_base_dir,
     get_collective_timeout_sec,
@@ -60,17 +62,27 @@ def get_run_dir(stage: str, tag: str) -> Path:
 # Save
 
 
+@dataclass(frozen=True)
+class SaveRules:
+    """When checkpoints are written, and which are kept."""
+    every:         int | None = None   # steps; None: by time and at the end only
+    every_minutes: float      = math.inf
+    keep_last:     int | None = 2      # newest ones; None keeps all
+    keep_every:    int | None = None   # of older ones, those at multiples of so many steps
+
+
 class Checkpointer:
     """Saves a run beside its training: a copy in host memory, then files by a thread, one checkpoint at a time.
 
-    Many ranks save together, each its part, into one folder that all of them see. All make and call it alike.
+    Several ranks save together, each its part, into one folder that all of them see. All construct and call it alike.
     """
 
-    def __init__(self, run_dir: Path, *, keep_last: int = 2, keep_every: int = -1):
-        """keep_last: newest checkpoints to keep, -1 = all; keep_every: of the others, those at multiples of it."""
-        if keep_last == 0:
-            raise UserError("--keep-last 0 would leave nothing to go on from; set 1 or more, or -1 for all")
-        self.run_dir, self.keep_last, self.keep_every = run_dir, keep_last, keep_every
+    def __init__(self, run_dir: Path, rules: SaveRules = SaveRules(), *, last_step: int | None = None,  # noqa: B008
+                 saved_step: int | None = None):
+        """last_step: where the run ends or stops; saved_step: the step that is on disk already."""
+        if rules.keep_last == 0:
+            raise UserError("--keep-last 0 would leave nothing to go on from; set 1 or more, or all")
+        self.run_dir, self.rules, self.last_step, self.saved_step = run_dir, rules, last_step, saved_step
         self.last_save_time = time.monotonic()
         # the thread's collectives need a group of their own: those of the step must not get between them
         timeout = timedelta(seconds=get_collective_timeout_sec())
@@ -80,13 +92,27 @@ class Checkpointer:
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
 
+    def due(self, step: int, stopping: bool, evaluating: bool) -> tuple[bool, bool]:
+        """(whether to save now, whether to stop now), alike on all ranks. Collective: all ranks call it.
+
+        Saved is what isn't on disk yet: every so many steps and minutes, at the run's last step, before it stops, and
+        before its first evaluation, which may fail. After that one at most `every_minutes` of work are at stake.
+        """
+        late = time.monotonic() - self.last_save_time > 60 * self.rules.every_minutes
+        stopping, late, failed = any_rank(stopping, late, self.error is not None)
+        if failed:
+            self.wait()  # raises how
+        is_first = evaluating and step > 0 and self.saved_step is None
+        at_step = step == self.last_step or step > 0 and self.rules.every and step % self.rules.every == 0
+        return step != self.saved_step and bool(at_step or stopping or late or is_first), stopping
+
     def save(self, step: int, model, optimizer, meta: dict) -> None:
         """Start to save a step; returns when parameters and optimizer may change again. Waits for an earlier save.
 
-        meta: JSON-able; the loader's state, the configuration, whatever the run needs to continue
+        meta: JSON-able; the configuration, the loader's state, all else that the run needs to continue
         """
         self.wait()
-        self.last_save_time = time.monotonic()
+        self.last_save_time, self.saved_step = time.monotonic(), step
         state = optimizer.get_named_state()
         tensors = {name: piece.tensor for name, piece in state.items() if piece.is_ours}
         ranges = {name: (piece.start, piece.stop, piece.num_rows) for name, piece in state.items()
@@ -110,14 +136,6 @@ class Checkpointer:
                 self.copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
             copies[name] = self.copies[key].copy_(tensor.detach(), non_blocking=pinned)
         return copies
-
-    def is_late(self, minutes: float) -> bool:
-        """Whether the last save began longer ago than that."""
-        return time.monotonic() - self.last_save_time > 60 * minutes
-
-    def has_failed(self) -> bool:
-        """Whether a save went wrong; `wait` raises how."""
-        return self.error is not None
 
     def check_disk(self, model, optimizer) -> None:
         """Refuse to begin a run whose first checkpoint wouldn't fit on the disk."""
@@ -161,7 +179,7 @@ class Checkpointer:
             if self.rank == 0:
                 meta["files"] = dict(sorted(item for hashes in all_hashes for item in hashes.items()))
                 self._attempt(publish, self.run_dir, step, meta)
-                self._attempt(remove_old_checkpoints, self.run_dir, self.keep_last, self.keep_every)
+                self._attempt(remove_old_checkpoints, self.run_dir, self.rules.keep_last, self.rules.keep_every)
             self._agree()
             print0(f"saved step {step} in {self.run_dir}")
         except Exception as error:  # told to the training thread, which raises it
@@ -192,9 +210,9 @@ class Checkpointer:
         return [value for value, _ in answers]
 
 
-def save_checkpoint(run_dir: Path, step: int, model, optimizer, meta: dict, *, keep_last: int = 2) -> None:
+def save_checkpoint(run_dir: Path, step: int, model, optimizer, meta: dict, *, keep_last: int | None = 2) -> None:
     """Save one checkpoint and wait for it. Collective."""
-    with Checkpointer(run_dir, keep_last=keep_last) as checkpointer:
+    with Checkpointer(run_dir, SaveRules(keep_last=keep_last)) as checkpointer:
         checkpointer.save(step, model, optimizer, meta)
 
 
@@ -215,22 +233,8 @@ def find_step(run_dir: Path, step: int | None = None) -> int:
     return step
 
 
-def find_resume_step(run_dir: Path, resume: str) -> int | None:
-    """The step to go on from, or None to start; `resume` is 'auto' (the run that is there, if any), 'none' or a step.
-
-    Changes nothing; `begin_run` does, once it is clear that the run can go on.
-    """
-    if resume == "none":
-        return None
-    if resume == "auto":
-        return None if read_latest(run_dir) is None else find_step(run_dir)
-    if not resume.isdecimal():
-        raise UserError(f"--resume {resume} must be auto, none or a step")
-    return find_step(run_dir, int(resume))
-
-
-def begin_run(run_dir: Path, step: int | None) -> None:
-    """Make the folder ready: an earlier run there is kept under another name, or from `step` on abandoned."""
+def claim_folder(run_dir: Path, step: int | None) -> None:
+    """Make the folder ready: an earlier run there is kept under another name, or its steps after `step` abandoned."""
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     if step is not None:
@@ -289,6 +293,17 @@ class Checkpoint:
         """What names it in the records of a stage that begins with it."""
         return {"stage": self.stage, "tag": self.run_dir.name, "step": self.step,
                 "weights": self.meta["files"][MODEL_NAME][:16]}
+
+
+def find_saved(stage: str, run_dir: Path, resume: str) -> Checkpoint | None:
+    """The checkpoint of a run to continue, None to start anew; `resume` is 'auto' (the latest, if any), 'none' or a
+    step. The folder stays as it is until `claim_folder`, when it is clear that the run can begin."""
+    if resume not in ("auto", "none") and not resume.isdecimal():
+        raise UserError(f"--resume {resume} must be auto, none or a step")
+    if resume == "none" or resume == "auto" and read_latest(run_dir) is None:
+        return None
+    step = find_step(run_dir, None if resume == "auto" else int(resume))
+    return Checkpoint(stage, run_dir, step, load_meta(run_dir, step))
 
 
 def find_checkpoint(stage: str, tag: str | None = None, step: int | None = None) -> Checkpoint:

@@ -13,10 +13,9 @@ from dataclasses import astuple, dataclass
 import numpy as np
 import torch
 
-from nanochat.common import Ranks, UserError, count_cpus, print0, timed
+from nanochat.common import Ranks, UserError, count_cpus, print0, sum_over_ranks, timed
 from nanochat.dataloader import ValidationBatches, take_first_rows
 from nanochat.packing import PackStats, hide, pack_documents, pack_whole
-from nanochat.train import sum_over_ranks
 
 GROUP_SIZE = 1024
 MAX_HASHED = 1024   # conversations, spread evenly, by which data is known again; all of it would take minutes

@@ -30,10 +30,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 
-from nanochat.common import UserError, file_lock, get_base_dir, print0
+from nanochat.common import UserError, file_lock, get_base_dir, print0, sum_over_ranks
 from nanochat.engine import KVCache
 from nanochat.gpt import GPT, norm
-from nanochat.train import sum_over_ranks
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 NUM_CORE_TASKS = 22         # of the published bundle; the mean over fewer is another metric

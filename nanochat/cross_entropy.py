@@ -48,6 +48,9 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
     return _WeightedLoss.apply(rows, weight, flat_targets, vocab_size, coef)
 
 
+LOSSES = {"fused": linear_cross_entropy, "plain": linear_cross_entropy}
+
+
 class _WeightedLoss(torch.autograd.Function):
     """sum(coef * nll). The coefficients are known in the forward pass, so the gradients are made there, once."""
 

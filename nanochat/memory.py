@@ -46,13 +46,14 @@ MIN_BLOCK_QUERIES, MAX_BLOCKS = 256, 8
 
 
 @dataclass(frozen=True)
-class Compute:
-    """How a rank computes, as far as memory depends on it."""
+class Machine:
+    """How a rank computes: what a run decides for itself, and all that memory depends on beside the model's shape."""
     dtype:       str  = "bfloat16"   # of the activations, a key of COMPUTE_DTYPES
     attention:   str  = "fa3"        # a backend of flash_attention
     is_compiled: bool = True
     device_type: str  = "cuda"
     world_size:  int  = 1
+    loss:        str  = "fused"      # a key of cross_entropy.LOSSES
 
     def __post_init__(self):
         if self.dtype not in COMPUTE_DTYPES:
@@ -109,7 +110,7 @@ class Memory:
         return max(self.moments, key=self.moments.get)
 
 
-def predict_memory(config: GPTConfig, T: int, micro_rows: int, compute: Compute, num_micro: int = 1) -> Memory:
+def predict_memory(config: GPTConfig, T: int, micro_rows: int, compute: Machine, num_micro: int = 1) -> Memory:
     """Memory of a training step of `num_micro` micro-batches of `micro_rows` rows of T tokens, once the optimizer has
     its state."""
     stream = micro_rows * T * config.n_embd * compute.act_bytes  # one tensor (B, T, C)
@@ -139,7 +140,7 @@ def predict_memory(config: GPTConfig, T: int, micro_rows: int, compute: Compute,
 # What fits
 
 
-def largest_micro_rows(config: GPTConfig, T: int, compute: Compute, memory_bytes: float | None,
+def largest_micro_rows(config: GPTConfig, T: int, compute: Machine, memory_bytes: float | None,
                        rows_per_rank: int) -> int:
     """The most rows of a micro-batch, a divisor of the rank's rows of a step, that fit; 0 if not even one does.
 
@@ -154,7 +155,7 @@ def largest_micro_rows(config: GPTConfig, T: int, compute: Compute, memory_bytes
     return 0
 
 
-def get_usable_frac(compute: Compute) -> float:
+def get_usable_frac(compute: Machine) -> float:
     return USABLE_FRACS.get(compute.device_type, DEFAULT_USABLE_FRAC)
 
 
@@ -228,7 +229,7 @@ def read_cgroup_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = Path("
 # Activations: what autograd keeps for the backward pass
 
 
-def count_block_bytes(config: GPTConfig, layer: int, rows: int, T: int, compute: Compute) -> dict[str, int]:
+def count_block_bytes(config: GPTConfig, layer: int, rows: int, T: int, compute: Machine) -> dict[str, int]:
     """What one block keeps, by part. A compiled one makes the inputs of norms again, all but the MLP's."""
     N, a, C = rows * T, compute.act_bytes, config.n_embd
     kv_dim, stat = config.n_kv_head * config.head_dim, compute.master_bytes  # stat: a norm keeps one for each row
@@ -243,7 +244,7 @@ def count_block_bytes(config: GPTConfig, layer: int, rows: int, T: int, compute:
             "weights in the compute dtype": compute.cast_bytes * count_block_params(config, layer)}
 
 
-def count_attention_bytes(config: GPTConfig, layer: int, rows: int, T: int, compute: Compute) -> int:
+def count_attention_bytes(config: GPTConfig, layer: int, rows: int, T: int, compute: Machine) -> int:
     """What one block's attention call keeps: queries, keys, values, output, and a statistic or the probabilities."""
     a, C, H, window = compute.act_bytes, config.n_embd, config.n_head, config.window(layer)
     is_windowed = window < T - 1
@@ -269,7 +270,7 @@ def list_query_blocks(T: int, window: int) -> list[tuple[int, int]]:
     return [(end - start, end - max(0, start - window) if window >= 0 else end) for start, end in spans]
 
 
-def count_end_bytes(config: GPTConfig, N: int, compute: Compute) -> dict[str, int]:
+def count_end_bytes(config: GPTConfig, N: int, compute: Machine) -> dict[str, int]:
     """What is kept before the first block and after the last, which are never compiled."""
     a, C, normed = compute.act_bytes, config.n_embd, compute.eager_norm_bytes
     last_is_middle = config.n_layer // 2 == config.n_layer - 1  # so that no later block keeps it
@@ -281,7 +282,7 @@ def count_end_bytes(config: GPTConfig, N: int, compute: Compute) -> dict[str, in
 # What comes and goes
 
 
-def count_loss_bytes(config: GPTConfig, N: int, compute: Compute) -> int:
+def count_loss_bytes(config: GPTConfig, N: int, compute: Machine) -> int:
     """What making the loss takes: its input, the gradients that it makes, the head, a chunk of logits and the like."""
     a, master, C, V = compute.act_bytes, compute.master_bytes, config.n_embd, config.vocab_size
     num_chunks = -(-N // CHUNK_TOKENS.get(compute.device_type, 4096))
@@ -293,14 +294,14 @@ def count_loss_bytes(config: GPTConfig, N: int, compute: Compute) -> int:
             + a * chunk * V + max(num_copies * master * chunk * V, a * V * C))
 
 
-def count_backward_bytes(config: GPTConfig, layer: int, rows: int, T: int, compute: Compute) -> int:
+def count_backward_bytes(config: GPTConfig, layer: int, rows: int, T: int, compute: Machine) -> int:
     """The most that a block's backward pass has beside what was kept: in its MLP, where tensors are 4 C wide."""
     C = config.n_embd
     num_copies = 8 if compute.is_compiled else 12
     return rows * T * num_copies * compute.act_bytes * C + 4 * C * C * (compute.master_bytes + compute.cast_bytes)
 
 
-def count_update_bytes(config: GPTConfig, gradients: int, compute: Compute) -> int:
+def count_update_bytes(config: GPTConfig, gradients: int, compute: Machine) -> int:
     """Gradients, stacks, gathered parameters and temporaries of the optimizer's step at their worst."""
     a, master, world = compute.act_bytes, compute.master_bytes, compute.world_size
     adamw = [(shard(num_rows, num_cols, world), size) for num_rows, num_cols, size in list_adamw(config, compute)]
@@ -320,7 +321,7 @@ def count_update_bytes(config: GPTConfig, gradients: int, compute: Compute) -> i
 # Parameters
 
 
-def count_parameter_bytes(config: GPTConfig, compute: Compute) -> tuple[int, int]:
+def count_parameter_bytes(config: GPTConfig, compute: Machine) -> tuple[int, int]:
     """Bytes of the parameters with the rotary tables, and of the gradients."""
     counts = count_params(config)
     embeds = counts["wte"] + counts["value_embeds"]
@@ -329,7 +330,7 @@ def count_parameter_bytes(config: GPTConfig, compute: Compute) -> tuple[int, int
     return num_bytes + rope, num_bytes
 
 
-def count_optimizer_bytes(config: GPTConfig, compute: Compute) -> int:
+def count_optimizer_bytes(config: GPTConfig, compute: Machine) -> int:
     """This rank's state: two moments of what AdamW updates; momentum and a row or column of variances for Muon."""
     world, master = compute.world_size, compute.master_bytes
     adamw = sum(2 * shard(rows, cols, world) * size for rows, cols, size in list_adamw(config, compute))
@@ -338,7 +339,7 @@ def count_optimizer_bytes(config: GPTConfig, compute: Compute) -> int:
     return adamw + muon
 
 
-def list_adamw(config: GPTConfig, compute: Compute) -> list[tuple[int, int, int]]:
+def list_adamw(config: GPTConfig, compute: Machine) -> list[tuple[int, int, int]]:
     """(rows, columns, bytes of an element) of each AdamW parameter, the few scalars together as the last."""
     V, C, kv_dim = config.padded_vocab_size, config.n_embd, config.n_kv_head * config.head_dim
     num_ve = sum(config.has_value_embed(layer) for layer in range(config.n_layer))
@@ -372,7 +373,7 @@ def count_block_params(config: GPTConfig, layer: int) -> int:
     return sum(rows * cols for rows, cols in list_matrices(config, layer))
 
 
-def count_block_gradients(config: GPTConfig, layer: int, compute: Compute) -> int:
+def count_block_gradients(config: GPTConfig, layer: int, compute: Machine) -> int:
     """Bytes that a block's backward pass leaves: its matrices', and its value embeddings'."""
     kv_dim = config.n_kv_head * config.head_dim
     value_embed = config.padded_vocab_size * kv_dim * compute.embed_bytes if config.has_value_embed(layer) else 0

@@ -12,6 +12,9 @@ from nanochat.config import GPTConfig, count_params, estimate_flops
 REFERENCE_DEPTH = 12               # the depth at which batch size, learning rates and weight decay were tuned
 REFERENCE_BATCH_TOKENS = 2**19     # and its batch
 BATCH_EXPONENT = 0.383             # optimal batch ~ tokens^0.383, arXiv 2505.13738
+# Defaults of scripts.base_train
+EMBEDDING_LR, UNEMBEDDING_LR, MATRIX_LR, SCALAR_LR = 0.3, 0.008, 0.02, 0.5
+WEIGHT_DECAY, WARMUP_STEPS, WARMDOWN_RATIO, FINAL_LR_FRAC = 0.28, 40, 0.65, 0.05
 
 
 def make_config(depth: int, *, vocab_size: int, sequence_len: int, aspect_ratio: int = 64, head_dim: int = 128,

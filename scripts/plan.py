@@ -19,7 +19,7 @@ from nanochat.config import GPTConfig, count_params, estimate_flops
 from nanochat.gpus import GPUS, expect_mfu, find_gpu
 from nanochat.memory import (
     GIB,
-    Compute,
+    Machine,
     Memory,
     count_shapes,
     get_usable_frac,
@@ -154,17 +154,17 @@ def choose_hardware(args: argparse.Namespace) -> Hardware:
                     args.price)
 
 
-def choose_compute(args: argparse.Namespace, hardware: Hardware) -> Compute:
+def choose_compute(args: argparse.Namespace, hardware: Hardware) -> Machine:
     """What training would choose for itself there."""
     is_cpu = hardware.name == "cpu"
     dtype = args.dtype if args.dtype != "auto" else "float16" if hardware.name in WITHOUT_BF16 else "bfloat16"
     attention = args.attention
     if attention == "auto":
         attention = "blocks" if is_cpu else "fa3" if hardware.name.split()[0] in HOPPER else "flex"
-    return Compute(dtype, attention, args.compile == "on", "cpu" if is_cpu else "cuda", args.nproc)
+    return Machine(dtype, attention, args.compile == "on", "cpu" if is_cpu else "cuda", args.nproc)
 
 
-def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, compute: Compute) -> Estimate:
+def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, compute: Machine) -> Estimate:
     """Everything about the run of one depth."""
     T = args.max_seq_len
     config = make_config(depth, vocab_size=args.vocab_size, sequence_len=T, aspect_ratio=args.aspect_ratio,
@@ -215,7 +215,7 @@ def count_hardware_flops(config: GPTConfig, plan: Plan, num_gpus: int) -> float:
     return flops + muon * plan.num_iterations
 
 
-def find_deepest(args: argparse.Namespace, hardware: Hardware, compute: Compute) -> Estimate:
+def find_deepest(args: argparse.Namespace, hardware: Hardware, compute: Machine) -> Estimate:
     """The deepest model whose run fits the memory and the budget."""
     best = shallowest = None
     for depth in range(1, MAX_DEPTH + 1):
@@ -290,7 +290,7 @@ def print_table(estimates: list[Estimate], hardware: Hardware, usable_gib: float
         print0(f"{label:{label_width}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)))
 
 
-def print_notes(estimates: list[Estimate], hardware: Hardware, compute: Compute) -> None:
+def print_notes(estimates: list[Estimate], hardware: Hardware, compute: Machine) -> None:
     """What the figures rest on."""
     print0(f"\nMFU: {estimates[0].mfu_source}.")
     print0("Time is training alone: evaluation, compiling and downloads come on top.")

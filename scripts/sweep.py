@@ -30,8 +30,8 @@ from nanochat.common import UserError, file_lock, get_base_dir, get_worker_env, 
 from nanochat.config import GPTConfig, estimate_flops
 from nanochat.report import get_series, group_metrics, read_json
 from nanochat.results import SWEEP_KEYS
+from nanochat.run import StopSignal
 from nanochat.scaling import make_config, make_plan
-from nanochat.train import StopSignal
 
 OWN_FLAGS = {"model-tag", "resume"}    # of base_train, which the sweep sets itself
 POLL_SEC, DRAW_SEC = 0.2, 2.0

@@ -14,7 +14,7 @@ import torch
 
 from nanochat import dataset
 from nanochat.gpt import GPT
-from nanochat.train import read_metrics
+from nanochat.run import read_metrics
 from scripts import tok_train
 
 REPO_DIR = Path(__file__).resolve().parents[1]

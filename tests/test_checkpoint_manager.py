@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nanochat.identity import check_identity
 from safetensors import SafetensorError
 
 from nanochat import checkpoint_files, checkpoint_manager
@@ -40,7 +41,6 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import UserError, run_script
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.identity import check_identity
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, get_tokenizer_dir
 from nanochat.train import Batch, train_step
 
@@ -439,7 +439,7 @@ SLOW_SAVE = """
     from nanochat import checkpoint_files, train as train_module
     from nanochat.checkpoint_manager import Checkpointer, get_run_dir
     from nanochat.common import run_script
-    from nanochat.train import StopSignal
+    from nanochat.run import StopSignal
     train_module.ECHO_SEC = 0
     model, optimizer = helpers.make_trained()
     helpers.save_run(steps=(1,))

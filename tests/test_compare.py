@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from nanochat.common import Ranks, UserError
+from nanochat.run import RunLog
 from nanochat.scaling import make_config, make_plan
-from nanochat.train import RunLog
 from scripts import compare
 
 FLOPS_PER_TOKEN, BATCH_TOKENS, NUM_STEPS = 1000.0, 512, 100

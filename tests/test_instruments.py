@@ -13,7 +13,7 @@ from nanochat.common import UserError
 from nanochat.config import GPTConfig
 from nanochat.flash_attention import flash_attn, plain_attention
 from nanochat.gpt import GPT
-from nanochat.memory import Compute, predict_memory
+from nanochat.memory import Machine, predict_memory
 from nanochat.scaling import make_config
 
 
@@ -46,7 +46,7 @@ def make_memory_config(depth: int) -> GPTConfig:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_by_part(dtype, monkeypatch):
     monkeypatch.setattr(flash_attention, "_override_impl", "sdpa")    # a test before this one may have chosen another
-    config, compute = make_memory_config(3), Compute(dtype, "sdpa", is_compiled=False, device_type="cpu")
+    config, compute = make_memory_config(3), Machine(dtype, "sdpa", is_compiled=False, device_type="cpu")
     measured = show_memory.record_step(config, 256, 2, getattr(torch, dtype))
     total = max(sum(parts.values()) for _, parts in measured)
     # the whole step, counted by the benchmark on train_step itself, whose weights of the loss are a few KiB more
@@ -69,7 +69,7 @@ def test_memory_by_part(dtype, monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_predicted_phases_are_the_predicted_moments(rows):
-    config, compute = make_memory_config(4), Compute("bfloat16", "sdpa", is_compiled=False, device_type="cpu")
+    config, compute = make_memory_config(4), Machine("bfloat16", "sdpa", is_compiled=False, device_type="cpu")
     phases = show_memory.predict_phases(config, 256, rows, compute)
     for name, num_bytes in predict_memory(config, 256, rows, compute).moments.items():
         assert sum(show_memory.find_worst(phases, name).values()) == num_bytes, name

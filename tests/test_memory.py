@@ -15,7 +15,7 @@ from nanochat.common import UserError
 from nanochat.config import GPTConfig, count_params
 from nanochat.memory import (
     GIB,
-    Compute,
+    Machine,
     get_max_micro_tokens,
     get_usable_frac,
     largest_micro_rows,
@@ -30,7 +30,7 @@ from nanochat.scaling import make_config
 from scripts import plan
 
 REPO_DIR = Path(__file__).resolve().parents[1]
-NODE = Compute(world_size=8)    # of H100s
+NODE = Machine(world_size=8)    # of H100s
 
 
 def make(depth, vocab_size=1000, sequence_len=256, window_pattern="SSSL", **shape):
@@ -80,7 +80,7 @@ def test_compiled_blocks_keep_what_is_predicted(attention, dtype, monkeypatch):
     model = gpt.GPT(config, dtype)
     model.init_weights()
     model.compile_blocks()
-    compute = Compute(str(dtype).removeprefix("torch."), attention, True, "cpu")
+    compute = Machine(str(dtype).removeprefix("torch."), attention, True, "cpu")
     measured = count_saved_bytes(model, torch.randint(300, (8, 512)), block=1)
     predicted = sum(memory.count_block_bytes(config, 1, 8, 512, compute).values())
     assert predicted == pytest.approx(measured, rel=TOLERANCE)
@@ -95,11 +95,11 @@ def test_constants_are_those_of_the_modules_that_allocate():
 
 def test_sharding_divides_what_it_should():
     config = make_config(12, vocab_size=32768, sequence_len=2048)
-    one, eight = (predict_memory(config, 2048, 8, Compute(world_size=world)) for world in (1, 8))
+    one, eight = (predict_memory(config, 2048, 8, Machine(world_size=world)) for world in (1, 8))
     assert one.parameters == eight.parameters and one.activations == eight.activations
     assert one.optimizer / 8 <= eight.optimizer < one.optimizer / 6  # the gates' few matrices are padded
     # a vocabulary that doesn't split over the ranks stays whole on each: two moments in bf16, or fp32 for the head
-    assert predict_memory(config, 2048, 8, Compute(world_size=6)).optimizer > 2 * count_params(config)["wte"] * 4
+    assert predict_memory(config, 2048, 8, Machine(world_size=6)).optimizer > 2 * count_params(config)["wte"] * 4
 
 
 def test_parts_and_moments_add_up():
@@ -121,7 +121,7 @@ def test_parts_and_moments_add_up():
 @pytest.mark.parametrize("gib", [4, 24, 80])
 def test_largest_micro_rows_fits_and_the_next_divisor_does_not(rows_per_rank, gib):
     config = make_config(12, vocab_size=32768, sequence_len=2048)
-    compute = Compute()
+    compute = Machine()
     rows = largest_micro_rows(config, 2048, compute, gib * GIB, rows_per_rank)
     larger = [n for n in range(rows + 1, rows_per_rank + 1) if rows_per_rank % n == 0]
 
@@ -134,9 +134,9 @@ def test_largest_micro_rows_fits_and_the_next_divisor_does_not(rows_per_rank, gi
 
 def test_checkpoint_of_a_cpu_takes_its_memory():
     config = make_config(4, vocab_size=4096, sequence_len=512)
-    on_cpu, on_gpu = (predict_memory(config, 512, 4, Compute(device_type=name)) for name in ("cpu", "cuda"))
+    on_cpu, on_gpu = (predict_memory(config, 512, 4, Machine(device_type=name)) for name in ("cpu", "cuda"))
     assert on_cpu.needed == on_cpu.peak + on_cpu.parameters + on_cpu.optimizer and on_gpu.needed == on_gpu.peak
-    cpu = Compute(device_type="cpu")
+    cpu = Machine(device_type="cpu")
     limit_bytes = on_cpu.needed / get_usable_frac(cpu)
     assert largest_micro_rows(config, 512, cpu, limit_bytes + 1, 4) == 4
     assert largest_micro_rows(config, 512, cpu, limit_bytes - 1, 4) < 4
@@ -210,7 +210,7 @@ def test_free_memory_of_accelerators(monkeypatch):
 
 def test_unknown_dtype():
     with pytest.raises(UserError, match="--dtype int8 is not one of bfloat16, "):
-        Compute("int8")
+        Machine("int8")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,8 +43,9 @@ from nanochat.rl import (
     take_share,
     write_answers,
 )
+from nanochat.run import read_metrics
 from nanochat.scaling import make_rl_plan
-from nanochat.train import Batch, read_metrics, train_step
+from nanochat.train import Batch, train_step
 from scripts import base_train, chat_cli, chat_rl, chat_sft
 from tasks.arithmetic import Arithmetic
 from tasks.catalog import TASKS

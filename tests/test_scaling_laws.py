@@ -10,6 +10,7 @@ import pytest
 
 from nanochat.common import Ranks, UserError
 from nanochat.gpt import count_params, estimate_flops
+from nanochat.run import RunLog
 from nanochat.scaling import make_config, make_plan
 from nanochat.scaling_laws import (
     ParametricLaw,
@@ -19,7 +20,6 @@ from nanochat.scaling_laws import (
     fit_power_law,
     resample_optima,
 )
-from nanochat.train import RunLog
 from scripts import scaling_laws
 
 # The constants of arXiv 2404.10102, and those of approach 3 in arXiv 2203.15556

@@ -19,7 +19,7 @@ from nanochat import dataset, stage
 from nanochat.common import UserError, count_cpus
 from nanochat.compilation import probe_compiler, set_compile_kernels
 from nanochat.gpt import GPT
-from nanochat.train import read_metrics
+from nanochat.run import read_metrics
 from scripts import base_loss, base_train, chat_cli
 
 T, NUM_STEPS = 64, 20

@@ -12,7 +12,7 @@ from helpers import make_base, start_script
 from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import UserError, get_worker_env
 from nanochat.results import find_source, read_run_folders
-from nanochat.train import read_metrics
+from nanochat.run import read_metrics
 from scripts import scaling_laws, sweep
 
 TOY = ["--data", "toy", "--aspect-ratio", "32", "--head-dim", "32", "--max-seq-len", "32", "--total-batch-size", "128",
