@@ -22,7 +22,7 @@ from statistics import median
 import torch
 
 from dev.timing import print_table, read_cpu_seconds
-from nanochat.checkpoint_manager import Checkpointer, build_model, restore
+from nanochat.checkpoint_manager import Checkpointer, SaveRules, build_model, restore
 from nanochat.common import get_base_dir, get_compute_dtype, init_compute, run_script, synchronize
 from nanochat.compilation import set_compile_kernels
 from nanochat.flash_attention import choose_backend
@@ -91,7 +91,7 @@ def measure_depth(args: argparse.Namespace, depth: int, run_dir: Path, device: t
         time_step()
     saves = []
     before, start = read_cpu_seconds(), time.perf_counter()
-    with Checkpointer(run_dir, keep_last=1) as saver:
+    with Checkpointer(run_dir, SaveRules(keep_last=1)) as saver:
         for step in (1, 2):
             step_sec = median(time_step() for _ in range(args.steps))
             saves.append({"depth": depth, "save": "first" if step == 1 else "later", "step ms": 1e3 * step_sec,

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from nanochat.checkpoint_manager import Checkpoint, find_saved, load_run_tokenizer
+from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, count_rows
 from nanochat.common import Ranks, UserError, print0
 from nanochat.conversations import ConversationGroups, Epoch, Mixture, count_epoch, validation_conversations
 from nanochat.dataloader import ValidationBatches
@@ -22,14 +23,10 @@ from nanochat.optim import MuonAdamW
 from nanochat.run import StopSignal, decide, read_info
 from nanochat.scaling import get_chat_momentum, get_lr_frac, make_chat_plan
 from nanochat.stage import (
-    LR_NAMES,
     Recipe,
     Run,
     Setup,
-    StageFlags,
-    add_stage_args,
     begin_run,
-    count_rows,
     evaluate,
     make_state,
     prepare_run,
@@ -52,7 +49,8 @@ class ChatStage:
 
 
 MIDTRAINING = ChatStage("mid", "mid_train", "Midtraining", keep_whole=False, scales_lr=True)
-# At toy scale unscaled rates gave .98 bits per byte of answers, scaled ones 1.31 (dev/LOG.md, 2026-11-21)
+# SFT at toy scale: unscaled rates gave .98 bits per byte of answers, scaled ones 1.31 (dev/LOG.md, "Midtraining: all
+# tokens or the assistant's")
 SFT = ChatStage("sft", "chat_sft", "SFT", keep_whole=True, scales_lr=False)
 
 

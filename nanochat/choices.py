@@ -1,11 +1,25 @@
-"""How a run computes: dtype, attention, compilation, loss, micro-batch. Each choice is printed, recorded and kept."""
+"""The flags that all training stages share, and the choices that a run makes where these are auto: dtype, attention,
+compilation, micro-batch. Each choice is printed, recorded in run.json, and kept when the run is continued.
+"""
 
+import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from nanochat.common import UserError, gather, get_compute_dtype, get_peak_flops, get_peak_memory_bytes, get_ranks
+from nanochat.checkpoint_manager import Checkpoint, SaveRules
+from nanochat.common import (
+    UserError,
+    gather,
+    get_compute_dtype,
+    get_peak_flops,
+    get_peak_memory_bytes,
+    get_ranks,
+    int_or_all,
+    int_or_never,
+)
 from nanochat.compilation import choose_compile
 from nanochat.cross_entropy import LOSSES
 from nanochat.flash_attention import choose_backend
@@ -19,11 +33,57 @@ from nanochat.memory import (
     list_divisors,
     measure_free_bytes,
     predict_memory,
+    rows_or_auto,
 )
 from nanochat.run import decide
 from nanochat.scaling import Plan
 
-EAGER_MFU = 0.3    # measured at depth 4 (dev/LOG.md, 2026-11-21); only to tell short runs from long ones
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags. Each is part of a run's identity, which a continued run must have as before, unless it stands in FREE_FLAGS
+
+MACHINE_FLAGS = {"device_type", "dtype", "attention", "compile", "device_batch_size", "sample_rows"}    # last bits only
+# Flags that don't change what is learned: the one list, which resume, comparisons and sweeps read
+FREE_FLAGS = MACHINE_FLAGS | {
+    "run", "model_tag", "model_step", "out_tag", "resume", "stop_at", "allow_mismatch", "eval_every", "eval_tokens",
+    "eval_examples", "eval_samples", "sample_every", "core_metric_every", "core_metric_max_per_task", "save_every",
+    "save_every_minutes", "keep_last", "keep_every"}
+# Flags whose outcome is part of the identity in their place: data, tokenizer, model, plan, source
+OUTCOME_FLAGS = {"data", "tokenizer", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "source",
+                 "num_iterations", "target_flops", "target_param_data_ratio", "total_batch_size", "weight_decay",
+                 "num_epochs", "mixture", "tasks", "custom_json", "max_new_tokens"}
+LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")    # later stages take over the base run's
+
+
+def add_stage_args(parser: argparse.ArgumentParser, *, eval_every: int, sample_every: int,
+                   has_rows: bool = True) -> None:
+    """The flags that every stage has; has_rows: it learns from rows of data, and is evaluated on them."""
+    add = parser.add_argument
+    add("--run", default="none", help="log to wandb under this name (default: %(default)s, no wandb)")
+    add("--seed", type=int, default=42)
+    if has_rows:
+        add("--total-batch-size", type=int, help="tokens of a step, all ranks together (default: chosen)")
+        add("--eval-tokens", type=int, help="tokens of a validation loss (default: chosen)")
+    add("--device-batch-size", type=rows_or_auto, default="auto", metavar="ROWS",
+        help="rows of a forward pass; auto: the largest micro-batch that fits (default: %(default)s)")
+    # evaluation and saving
+    add("--eval-every", type=int_or_never, default=eval_every, help="steps between evaluations, or never")
+    add("--sample-every", type=int_or_never, default=sample_every, help="steps between samples, or never")
+    add("--save-every", type=int_or_never, help="steps between checkpoints; never: by time and at the end only")
+    add("--save-every-minutes", type=float, default=20, help="minutes between checkpoints")
+    add("--keep-last", type=int_or_all, default=2, help="newest checkpoints to keep, or all")
+    add("--keep-every", type=int_or_never, help="keep also the checkpoints of every so many steps, or never")
+    add("--resume", default="auto", help="auto: continue if this tag has a run; none: start anew; or a step")
+    add("--resume-from-step", dest="resume", help="the same as --resume STEP")
+    add("--stop-at", type=int, help="save and stop at this step of the same horizon")
+    add("--allow-mismatch", action="store_true",
+        help="go on though tokenizer, data or settings aren't those of the saved run (recorded in run.json)")
+    # machine
+    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best that is there)")
+    add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
+    add("--compile", choices=("auto", "on", "off"), default="auto")
+    add("--attention", default="auto", help="auto, or one backend of nanochat.flash_attention")
+    add("--loss", choices=tuple(LOSSES), default="fused", help="fused saves memory, plain is easy to change")
+    add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit on a GPU, slower")
 
 
 @dataclass(frozen=True)
@@ -37,6 +97,62 @@ class Wanted:
     deterministic: bool      = False
     kept:          dict      = field(default_factory=dict)   # choices from before: see Choices.to_json
     kept_why:      str       = ""
+
+    def keep(self, saved: Checkpoint | None, source: Checkpoint | None, device: torch.device) -> "Wanted":
+        """With the choices of the run that is continued, or with the dtype of the stage before."""
+        if saved:
+            return replace(self, kept=saved.meta["choices"], kept_why="as the run began")
+        if source and source.meta["environment"]["hardware"]["device"] == device.type:
+            return replace(self, kept={"dtype": source.meta["choices"]["dtype"]}, kept_why=f"as the {source.stage} run")
+        return self
+
+
+@dataclass(frozen=True)
+class StageFlags:
+    """What a person asked for with the flags of every stage."""
+    seed:           int
+    wandb_name:     str | None
+    eval_every:     int | None           # steps; None: never
+    sample_every:   int | None
+    eval_tokens:    int | None           # None: chosen by device
+    batch_tokens:   int | None           # None: chosen, or those of the stage before
+    resume:         str
+    stop_at:        int | None
+    allow_mismatch: bool
+    saving:         SaveRules
+    wanted:         Wanted
+    given:          dict[str, object]    # all flags of the stage by name, for run.json
+    defaults:       dict[str, object]
+    argv:           list[str]
+
+
+def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[str] | None) -> StageFlags:
+    """The parsed flags as values; numbers that mean nothing are refused."""
+    given, wandb_name = vars(args), None if args.run in ("none", "dummy") else args.run
+    for name, least in (("seed", 0), ("eval_tokens", 1), ("stop_at", 1)):
+        if given.get(name) is not None and given[name] < least:
+            raise UserError(f"--{name.replace('_', '-')} {given[name]} must be at least {least}")
+    return StageFlags(
+        args.seed, wandb_name, args.eval_every, args.sample_every, given.get("eval_tokens"),
+        given.get("total_batch_size"), args.resume, args.stop_at, args.allow_mismatch,
+        SaveRules(args.save_every, args.save_every_minutes, args.keep_last, args.keep_every),
+        Wanted(args.dtype, args.attention, args.compile, args.loss, args.device_batch_size, args.deterministic),
+        given, {name: parser.get_default(name) for name in given}, sys.argv if argv is None else argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the run decides for itself
+
+EAGER_MFU = 0.3    # measured at depth 4 (dev/LOG.md, "The whole step"); only to tell short runs from long ones
+
+
+def count_rows(batch_tokens: int, T: int, world_size: int) -> int:
+    """Rows of one step over all ranks."""
+    rows = batch_tokens // T
+    if batch_tokens % T or rows % world_size or rows < 1:
+        raise UserError(f"--total-batch-size {batch_tokens} must be a multiple of {T * world_size}: a row of {T} "
+                        f"tokens on each of {world_size} ranks")
+    return rows
 
 
 @dataclass(frozen=True)
@@ -111,8 +227,8 @@ def choose_micro_rows(wanted: Wanted, rows: StepRows, machine: Machine, free_byt
     gain nothing.
     """
     divisors, max_tokens = list_divisors(rows.num), get_max_micro_tokens(machine.device_type)
-    kept, fitting = wanted.kept.get("micro_rows"), largest_micro_rows(rows.config, rows.T, machine, free_bytes, rows.num)
-    chosen = fitting or 1
+    fitting = largest_micro_rows(rows.config, rows.T, machine, free_bytes, rows.num)
+    kept, chosen = wanted.kept.get("micro_rows"), fitting or 1
     if wanted.micro_rows != "auto":
         chosen, why = wanted.micro_rows, "asked for"
         if chosen not in divisors:

@@ -64,7 +64,7 @@ def prepare_process() -> None:
 
     OpenMP reads how idle threads wait when torch is loaded. Workers that spin while they wait slow a step 3 times down
     beside one busy process; workers that sleep at once cost a tenth of a step where nothing else runs. A short spin has
-    the best of both (dev/LOG.md, 2026-11-21). A setting that a person made stays.
+    the best of both (dev/LOG.md, "How OpenMP's threads wait"). A setting that a person made stays.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -89,7 +89,7 @@ def run_script(main: Callable[[list[str] | None], object]) -> None:
         if dist := get_process_group():
             is_gloo = dist.get_backend() == "gloo"
             dist.destroy_process_group()
-            if is_gloo:  # gloo now and then aborts a process that takes itself apart (dev/LOG.md, 2026-11-21)
+            if is_gloo:  # it now and then aborts a process at its end (dev/LOG.md, "A rank on gloo that is aborted")
                 end_process()
     except UserError as error:
         exit_with(2, f"error: {error}")
@@ -169,8 +169,8 @@ SPIN_COUNT = "600"    # GOMP_SPINCOUNT of training, see prepare_process
 def let_threads_spin() -> None:
     """Let the threads of processes that are started from here on spin longer while they wait.
 
-    Decoding's operations are shorter than training's, for which SPIN_COUNT was chosen (dev/LOG.md, 2026-11-21). A count
-    that a person chose stays; ours is known by its value, which child processes inherit.
+    Decoding's operations are shorter than training's, for which SPIN_COUNT was chosen (dev/LOG.md, "Decoding many rows
+    on CPUs"). A count that a person chose stays; ours is known by its value, which child processes inherit.
     """
     if os.environ.get("GOMP_SPINCOUNT") == SPIN_COUNT:
         os.environ["GOMP_SPINCOUNT"] = "2000"
@@ -325,8 +325,8 @@ def print0(*values: object) -> None:
 
 COMPUTE_DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}  # name in torch -> bytes
 # Above this a tensor that is freed goes back to the system, and the next step pays for its pages again: a product
-# with a 256 MiB result was 1.8 times slower (dev/LOG.md, 2026-11-21). The threshold must exceed the largest temporary
-# of a step.
+# with a 256 MiB result was 1.8 times slower (dev/LOG.md, "Freed memory"). The threshold must exceed the largest
+# temporary of a step.
 MALLOC_KEEP_BYTES = 2**31 - 1
 
 

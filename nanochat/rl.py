@@ -214,7 +214,7 @@ def keep_matrices(optimizer: MuonAdamW) -> MuonAdamW:
     """The optimizer of the transformer's matrices alone; all other parameters are frozen.
 
     Adam divides a gradient by its own size. Most of the gradient that a few answers give to embeddings, head and
-    scalars is noise, which Adam would make a step of full size (dev/LOG.md, 2026-11-21).
+    scalars is noise, which Adam would make a step of full size (dev/LOG.md, "RL: what kept the reward from rising").
     """
     for group in optimizer.param_groups:
         for param in group["params"]:

@@ -1,40 +1,27 @@
-"""What all training stages share beside the step: flags, the beginning and end of a run, evaluation, records.
+"""What all training stages share beside the step: the beginning and end of a run, evaluation, records.
 
     flags + data -> Recipe (what to train) -> Setup (how this machine does it) -> Run (what the loop works on)
 
 There is no trainer: each stage shows its own loop, and calls these.
 """
 
-import argparse
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat.checkpoint_manager import Checkpoint, Checkpointer, SaveRules
-from nanochat.choices import Choices, StepRows, Wanted, choose_how, predict_run
-from nanochat.common import (
-    Ranks,
-    UserError,
-    get_base_dir,
-    get_environment,
-    get_peak_memory_bytes,
-    int_or_all,
-    int_or_never,
-    now,
-    print0,
-)
+from nanochat.checkpoint_manager import Checkpoint, Checkpointer
+from nanochat.choices import FREE_FLAGS, OUTCOME_FLAGS, Choices, StageFlags, StepRows, choose_how, predict_run
+from nanochat.common import Ranks, UserError, get_base_dir, get_environment, get_peak_memory_bytes, now, print0
 from nanochat.compilation import set_compile_kernels
-from nanochat.cross_entropy import LOSSES
 from nanochat.dataloader import Groups, TrainLoader, ValidationBatches
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import evaluate_loss
-from nanochat.memory import GIB, rows_or_auto
+from nanochat.memory import GIB
 from nanochat.optim import MuonAdamW
 from nanochat.report import write_section
 from nanochat.run import Progress, RunLog, StopSignal, check_ranks, compare_with_saved, read_info
@@ -42,92 +29,8 @@ from nanochat.scaling import Plan
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import LossScaler, TrainState
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags. Each is part of a run's identity, which a continued run must have as before, unless it stands in FREE_FLAGS
-
-MACHINE_FLAGS = {"device_type", "dtype", "attention", "compile", "device_batch_size", "sample_rows"}    # last bits only
-# Flags that don't change what is learned: the one list, which resume, comparisons and sweeps read
-FREE_FLAGS = MACHINE_FLAGS | {
-    "run", "model_tag", "model_step", "out_tag", "resume", "stop_at", "allow_mismatch", "eval_every", "eval_tokens",
-    "eval_examples", "eval_samples", "sample_every", "core_metric_every", "core_metric_max_per_task", "save_every",
-    "save_every_minutes", "keep_last", "keep_every"}
-# Flags whose outcome is part of the identity in their place: data, tokenizer, model, plan, source
-OUTCOME_FLAGS = {"data", "tokenizer", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "source",
-                 "num_iterations", "target_flops", "target_param_data_ratio", "total_batch_size", "weight_decay",
-                 "num_epochs", "mixture", "tasks", "custom_json", "max_new_tokens"}
-LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")    # later stages take over the base run's
 EVAL_TOKENS = {"cpu": 2**17}      # tokens of an evaluation by default, by device
 DEFAULT_EVAL_TOKENS = 20 * 2**19
-
-
-def add_stage_args(parser: argparse.ArgumentParser, *, eval_every: int, sample_every: int,
-                   has_rows: bool = True) -> None:
-    """The flags that every stage has; has_rows: it learns from rows of data, and is evaluated on them."""
-    add = parser.add_argument
-    add("--run", default="none", help="log to wandb under this name (default: %(default)s, no wandb)")
-    add("--seed", type=int, default=42)
-    if has_rows:
-        add("--total-batch-size", type=int, help="tokens of a step, all ranks together (default: chosen)")
-        add("--eval-tokens", type=int, help="tokens of a validation loss (default: chosen)")
-    add("--device-batch-size", type=rows_or_auto, default="auto", metavar="ROWS",
-        help="rows of a forward pass; auto: the largest micro-batch that fits (default: %(default)s)")
-    # evaluation and saving
-    add("--eval-every", type=int_or_never, default=eval_every, help="steps between evaluations, or never")
-    add("--sample-every", type=int_or_never, default=sample_every, help="steps between samples, or never")
-    add("--save-every", type=int_or_never, help="steps between checkpoints; never: by time and at the end only")
-    add("--save-every-minutes", type=float, default=20, help="minutes between checkpoints")
-    add("--keep-last", type=int_or_all, default=2, help="newest checkpoints to keep, or all")
-    add("--keep-every", type=int_or_never, help="keep also the checkpoints of every so many steps, or never")
-    add("--resume", default="auto", help="auto: continue if this tag has a run; none: start anew; or a step")
-    add("--resume-from-step", dest="resume", help="the same as --resume STEP")
-    add("--stop-at", type=int, help="save and stop at this step of the same horizon")
-    add("--allow-mismatch", action="store_true",
-        help="go on though tokenizer, data or settings aren't those of the saved run (recorded in run.json)")
-    # machine
-    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best that is there)")
-    add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
-    add("--compile", choices=("auto", "on", "off"), default="auto")
-    add("--attention", default="auto", help="auto, or one backend of nanochat.flash_attention")
-    add("--loss", choices=tuple(LOSSES), default="fused", help="fused saves memory, plain is easy to change")
-    add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit on a GPU, slower")
-
-
-@dataclass(frozen=True)
-class StageFlags:
-    """What a person asked for with the flags of every stage."""
-    seed:           int
-    wandb_name:     str | None
-    eval_every:     int | None           # steps; None: never
-    sample_every:   int | None
-    eval_tokens:    int | None           # None: chosen by device
-    batch_tokens:   int | None           # None: chosen, or those of the stage before
-    resume:         str
-    stop_at:        int | None
-    allow_mismatch: bool
-    saving:         SaveRules
-    wanted:         Wanted
-    given:          dict[str, object]    # all flags of the stage by name, for run.json
-    defaults:       dict[str, object]
-    argv:           list[str]
-
-
-def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[str] | None) -> StageFlags:
-    """The parsed flags as values; numbers that mean nothing are refused."""
-    given, wandb_name = vars(args), None if args.run in ("none", "dummy") else args.run
-    for name, least in (("seed", 0), ("eval_tokens", 1), ("stop_at", 1)):
-        if given.get(name) is not None and given[name] < least:
-            raise UserError(f"--{name.replace('_', '-')} {given[name]} must be at least {least}")
-    return StageFlags(
-        args.seed, wandb_name, args.eval_every, args.sample_every, given.get("eval_tokens"),
-        given.get("total_batch_size"), args.resume, args.stop_at, args.allow_mismatch,
-        SaveRules(args.save_every, args.save_every_minutes, args.keep_last, args.keep_every),
-        Wanted(args.dtype, args.attention, args.compile, args.loss, args.device_batch_size, args.deterministic),
-        given, {name: parser.get_default(name) for name in given}, sys.argv if argv is None else argv)
-
-
-def take_identity(flags: dict[str, object]) -> dict[str, object]:
-    """Those of the flags that are part of a run's identity by their own value."""
-    return {name: value for name, value in flags.items() if name not in FREE_FLAGS | OUTCOME_FLAGS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,23 +69,10 @@ class Recipe:
                               "vocab_size": self.tokenizer.get_vocab_size()},
                 "environment": get_environment(device), **self.notes}
 
-    def get_wanted(self, device: torch.device) -> Wanted:
-        """The flags of the machine, with the choices that stand where these are auto."""
-        if self.saved:
-            return replace(self.flags.wanted, kept=self.saved.meta["choices"], kept_why="as the run began")
-        if self.source and self.source.meta["environment"]["hardware"]["device"] == device.type:
-            return replace(self.flags.wanted, kept={"dtype": self.source.meta["choices"]["dtype"]},
-                           kept_why=f"as the {self.source.stage} run")
-        return self.flags.wanted
 
-
-def count_rows(batch_tokens: int, T: int, world_size: int) -> int:
-    """Rows of one step over all ranks."""
-    rows = batch_tokens // T
-    if batch_tokens % T or rows % world_size or rows < 1:
-        raise UserError(f"--total-batch-size {batch_tokens} must be a multiple of {T * world_size}: a row of {T} "
-                        f"tokens on each of {world_size} ranks")
-    return rows
+def take_identity(flags: dict[str, object]) -> dict[str, object]:
+    """Those of the flags that are part of a run's identity by their own value."""
+    return {name: value for name, value in flags.items() if name not in FREE_FLAGS | OUTCOME_FLAGS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,9 +120,9 @@ def prepare_run(recipe: Recipe, device: torch.device, ranks: Ranks) -> Setup | N
     last_step = min(flags.stop_at or plan.num_iterations, plan.num_iterations)
     if last_step < first_step:
         raise UserError(f"--stop-at {last_step} is behind the run in {run_dir}, which is at step {first_step}")
-    choices = choose_how(recipe.get_wanted(device), StepRows(recipe.config, recipe.T,
-                                                             recipe.rows_per_step // ranks.world_size),
-                         plan.count_flops(last_step) - plan.count_flops(first_step), device, decisions)
+    rows = StepRows(recipe.config, recipe.T, recipe.rows_per_step // ranks.world_size)
+    num_flops = plan.count_flops(last_step) - plan.count_flops(first_step)
+    choices = choose_how(flags.wanted.keep(recipe.saved, recipe.source, device), rows, num_flops, device, decisions)
     check_ranks(run_dir, choices.to_json(choices.micro_rows))
     return Setup(recipe, device, ranks, first_step, last_step, choices, meta, decisions)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nanochat import scaling
 from nanochat.checkpoint_manager import find_saved, get_run_dir, locked_run
+from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, count_rows, read_flags
 from nanochat.common import Ranks, UserError, init_compute, int_or_all, int_or_never, print0, run_script
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TextGroups, ValidationBatches, validation_batches
@@ -23,19 +24,14 @@ from nanochat.run import StopSignal, decide, read_info
 from nanochat.scaling import get_lr_frac, get_muon_momentum, get_weight_decay_frac, make_config, make_plan
 from nanochat.shards import ShardList, load_shards
 from nanochat.stage import (
-    LR_NAMES,
     Recipe,
     Run,
     Setup,
-    StageFlags,
-    add_stage_args,
     begin_run,
-    count_rows,
     evaluate,
     make_state,
     prepare_run,
     print_samples,
-    read_flags,
     write_report,
 )
 from nanochat.tokenizer import get_tokenizer

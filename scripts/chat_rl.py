@@ -26,6 +26,7 @@ from nanochat.checkpoint_manager import (
     load_run_tokenizer,
     locked_run,
 )
+from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, read_flags
 from nanochat.common import Ranks, UserError, init_compute, print0, run_script
 from nanochat.conversations import hash_conversations
 from nanochat.gpt import GPTConfig, estimate_flops
@@ -44,16 +45,12 @@ from nanochat.rl import (
 from nanochat.run import StopSignal, read_info
 from nanochat.scaling import make_rl_plan
 from nanochat.stage import (
-    LR_NAMES,
     Recipe,
     Run,
     Setup,
-    StageFlags,
-    add_stage_args,
     begin_run,
     make_state,
     prepare_run,
-    read_flags,
     write_report,
 )
 from nanochat.train import take_step

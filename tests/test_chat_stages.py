@@ -143,14 +143,6 @@ def test_other_dtype_than_the_stage_before(mid, sft):
     assert result["val_bpb"] == pytest.approx(sft["val_bpb"], rel=0.02)
 
 
-def test_midtraining_on_every_token(mid):
-    result = train_mid("--supervise", "all", "--out-tag", "every", "--stop-at", "2")
-    counts = [[line["num_targets"] for line in read_lines(run["run_dir"])[:2]] for run in (mid, result)]
-    assert all(0 < some < 0.9 * every for some, every in zip(*counts, strict=True))
-    with pytest.raises(UserError, match="conversations.supervise: saved all, now assistant"):
-        train_mid("--out-tag", "every")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Stopping and going on
 
