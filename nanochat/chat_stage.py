@@ -157,7 +157,7 @@ def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run
                                 keep_whole=stage.keep_whole)
     is_counted = saved and saved.meta["identity"]["conversations"] == groups.identity
     epoch = Epoch.from_json(saved.meta["epoch"]) if is_counted else count_epoch(groups, ranks, device)
-    batch_tokens = before["plan"]["batch_tokens"] if flags.batch_tokens is None else flags.batch_tokens
+    batch_tokens = before["plan"]["batch_tokens"] if flags.total_batch_size is None else flags.total_batch_size
     plan = make_chat_plan(config, estimate_flops(config), epoch_rows=epoch.num_rows, num_epochs=settings.num_epochs,
                           num_iterations=settings.num_iterations, batch_tokens=batch_tokens, scales_lr=stage.scales_lr)
     identity = {"source": source.describe(), "tasks": mixture.parts, "conversations": groups.identity}

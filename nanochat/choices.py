@@ -110,34 +110,35 @@ class Wanted:
 @dataclass(frozen=True)
 class StageFlags:
     """What a person asked for with the flags of every stage."""
-    seed:           int
-    wandb_name:     str | None
-    eval_every:     int | None           # steps; None: never
-    sample_every:   int | None
-    eval_tokens:    int | None           # None: chosen by device
-    batch_tokens:   int | None           # None: chosen, or those of the stage before
-    resume:         str
-    stop_at:        int | None
-    allow_mismatch: bool
-    saving:         SaveRules
-    wanted:         Wanted
-    given:          dict[str, object]    # all flags of the stage by name, for run.json
-    defaults:       dict[str, object]
-    argv:           list[str]
+    seed:             int
+    total_batch_size: int | None           # tokens; None: chosen, or those of the stage before
+    eval_tokens:      int | None           # None: chosen by device
+    eval_every:       int | None           # steps; None: never
+    sample_every:     int | None
+    resume:           str
+    stop_at:          int | None
+    allow_mismatch:   bool
+    saving:           SaveRules
+    wanted:           Wanted
+    wandb_name:       str | None
+    given:            dict[str, object]    # all flags of the stage by name, for run.json
+    defaults:         dict[str, object]
+    argv:             list[str]
 
 
 def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[str] | None) -> StageFlags:
     """The parsed flags as values; numbers that mean nothing are refused."""
-    given, wandb_name = vars(args), None if args.run in ("none", "dummy") else args.run
+    given = vars(args)
     for name, least in (("seed", 0), ("eval_tokens", 1), ("stop_at", 1)):
         if given.get(name) is not None and given[name] < least:
             raise UserError(f"--{name.replace('_', '-')} {given[name]} must be at least {least}")
+    plain = "seed total_batch_size eval_tokens eval_every sample_every resume stop_at allow_mismatch".split()
     return StageFlags(
-        args.seed, wandb_name, args.eval_every, args.sample_every, given.get("eval_tokens"),
-        given.get("total_batch_size"), args.resume, args.stop_at, args.allow_mismatch,
-        SaveRules(args.save_every, args.save_every_minutes, args.keep_last, args.keep_every),
-        Wanted(args.dtype, args.attention, args.compile, args.loss, args.device_batch_size, args.deterministic),
-        given, {name: parser.get_default(name) for name in given}, sys.argv if argv is None else argv)
+        **{name: given.get(name) for name in plain},
+        saving=SaveRules(args.save_every, args.save_every_minutes, args.keep_last, args.keep_every),
+        wanted=Wanted(args.dtype, args.attention, args.compile, args.loss, args.device_batch_size, args.deterministic),
+        wandb_name=None if args.run in ("none", "dummy") else args.run, given=given,
+        defaults={name: parser.get_default(name) for name in given}, argv=sys.argv if argv is None else argv)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

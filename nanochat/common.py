@@ -11,8 +11,10 @@ import atexit
 import contextlib
 import ctypes
 import errno
+import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -391,7 +393,7 @@ def get_compute_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str
             return torch.bfloat16, "the GPU has bf16 matrix units"
         return torch.float16, "the GPU has no bf16 matrix units; fp16 with a gradient scaler"
     if device.type == "cpu":
-        gain = measure_matmul_rate(torch.bfloat16) / measure_matmul_rate(torch.float32)
+        gain = measure_matmul_rate(torch.bfloat16, 1024) / measure_matmul_rate(torch.float32, 1024)
         # A busy machine blurs the measurement, so the gain must be clear: native units gave 2.2 to 5.6 here, with other
         # load and without; that emulation stays under 1.4 is an assumption, not studied
         if gain > 1.4:
@@ -402,23 +404,17 @@ def get_compute_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str
     return torch.float32, f"no faster dtype is known to be safe on {device.type}"
 
 
-_matmul_rates: dict[tuple[torch.dtype, int], float] = {}
-
-
-def measure_matmul_rate(dtype: torch.dtype, size: int = 1024) -> float:
+@functools.cache
+def measure_matmul_rate(dtype: torch.dtype, size: int) -> float:
     """FLOP/s of a (size, size) matrix product on this machine's CPU, best of several; measured once a process."""
     import torch
-    if (dtype, size) not in _matmul_rates:
-        left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
-        out = left @ right
-        best = float("inf")
-        deadline = time.perf_counter() + 0.15
-        while time.perf_counter() < deadline or best == float("inf"):
-            start = time.perf_counter()
-            torch.mm(left, right, out=out)
-            best = min(best, time.perf_counter() - start)
-        _matmul_rates[dtype, size] = 2 * size**3 / best
-    return _matmul_rates[dtype, size]
+    left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+    out, best, deadline = left @ right, math.inf, time.perf_counter() + 0.15
+    while time.perf_counter() < deadline or best == math.inf:
+        start = time.perf_counter()
+        torch.mm(left, right, out=out)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 def get_peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:

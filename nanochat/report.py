@@ -21,7 +21,6 @@ from pathlib import Path
 
 from nanochat.card import Card, Curve, Section, Table, format_count, format_value, render_html, render_markdown, smooth
 from nanochat.common import UserError, get_base_dir, get_ranks, print0, run_script, write_atomic, write_json
-from nanochat.run import read_metrics
 
 STAGES = {"base": "BASE", "mid": "MID", "sft": "SFT", "rl": "RL"}  # in the order in which a model passes through them
 SECTION_ORDER = ("tok_train", "tok_eval", "base_train", "base_loss", "base_eval", "mid", "chat_sft", "sft", "chat_rl",
@@ -91,13 +90,17 @@ def read_json(path: Path, keys: Sequence[str] = ()) -> dict:
 def group_metrics(path: Path) -> dict[str, dict[int, list[dict]]]:
     """metrics.jsonl as {kind: {step: lines}}, without what a resumed run has done again.
 
-    A training line that goes back in steps is a resumed run: everything that an earlier attempt logged after that step
-    is forgotten.
+    A line that can't be read (a run killed while writing) is passed over. A training line that goes back in steps
+    is a resumed run: everything that an earlier attempt logged after that step is forgotten.
     """
     metrics: dict[str, dict[int, list[dict]]] = {}
     last_step = -1
-    for row in read_metrics(path.parent):
-        kind, step = row["kind"], row["step"]
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            kind, step = str(row["kind"]), int(row.get("step", 0))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
         if kind == "train":
             if step <= last_step:
                 metrics = {key: {s: rows for s, rows in steps.items() if s <= step} for key, steps in metrics.items()}

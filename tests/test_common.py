@@ -167,7 +167,7 @@ def test_compute_dtype(monkeypatch):
     assert common.get_compute_dtype("auto", torch.device("mps"))[0] == torch.float32
     for bf16_rate, dtype in ((1.9, torch.bfloat16), (1.1, torch.float32), (0.2, torch.float32)):
         rates = {torch.bfloat16: bf16_rate, torch.float32: 1.0}
-        monkeypatch.setattr(common, "measure_matmul_rate", lambda dtype, rates=rates: rates[dtype])
+        monkeypatch.setattr(common, "measure_matmul_rate", lambda dtype, size, rates=rates: rates[dtype])
         chosen, reason = common.get_compute_dtype("auto", CPU)
         assert chosen == dtype and f"{bf16_rate}x" in reason
     monkeypatch.setattr(torch.version, "hip", None)
