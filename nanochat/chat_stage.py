@@ -133,7 +133,7 @@ def train(run: Run, val_batches: ValidationBatches | None, settings: ChatSetting
             lr_frac = set_schedules(state.optimizer, step, plan.num_iterations, settings.init_lr_frac,
                                     settings.warmdown_ratio)
             stats = take_step(state, run.loader.next_step(), step, log, stop)
-            if stats is None:  # out of memory: save what was there before, and stop
+            if stats is None:  # out of memory twice: save the steps before, and stop
                 run.loader.give_back()
                 continue
             stats.check_finite(step)

@@ -36,12 +36,15 @@ from nanochat.checkpoint_files import (
     write_files,
 )
 from nanochat.common import (
+    Ranks,
     UserError,
     any_rank,
     file_lock,
+    gather,
     get_base_dir,
     get_collective_timeout_sec,
     get_free_disk_bytes,
+    get_ranks,
     print0,
     write_atomic,
 )
@@ -87,7 +90,7 @@ class Checkpointer:
         # the thread's collectives need a group of their own: those of the step must not get between them
         timeout = timedelta(seconds=get_collective_timeout_sec())
         self.group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if self.group else (0, 1)
+        self.ranks = get_ranks() if self.group else Ranks()
         self.copies: dict[str, Tensor] = {}   # host memory, used again by the next save
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
@@ -117,12 +120,12 @@ class Checkpointer:
         tensors = {name: piece.tensor for name, piece in state.items() if piece.is_ours}
         ranges = {name: (piece.start, piece.stop, piece.num_rows) for name, piece in state.items()
                   if piece.is_ours and piece.stop - piece.start < piece.num_rows}
-        files = {f"optim_{self.rank}.safetensors": (self._copy("optim", tensors), ranges)}
-        if self.rank == 0:
+        files = {f"optim_{self.ranks.rank}.safetensors": (self._copy("optim", tensors), ranges)}
+        if self.ranks.rank == 0:
             files[MODEL_NAME] = (self._copy("model", model.state_dict()), {})
         if model.get_device().type != "cpu":
             torch.accelerator.synchronize()  # the copies are under way
-        meta = meta | {"format": FORMAT_VERSION, "step": step, "world_size": self.world_size}
+        meta = meta | {"format": FORMAT_VERSION, "step": step, "world_size": self.ranks.world_size}
         # a daemon: a second Ctrl-C must end the process at once; an orderly end waits in __exit__
         self.thread = threading.Thread(target=self._write, args=(step, files, meta), name="checkpoint", daemon=True)
         self.thread.start()
@@ -170,13 +173,13 @@ class Checkpointer:
         """The thread: every rank writes its files, rank 0 makes a checkpoint of them, and all learn how it went."""
         temporary = self.run_dir / f"{get_step_name(step)}.tmp"
         try:
-            if self.rank == 0:
+            if self.ranks.rank == 0:
                 self._attempt(check_finite, files[MODEL_NAME][0], step)
                 self._attempt(make_empty, self.run_dir, temporary)
             self._agree()
             hashes = self._attempt(write_files, temporary, files)
             all_hashes = self._agree(hashes)
-            if self.rank == 0:
+            if self.ranks.rank == 0:
                 meta["files"] = dict(sorted(item for hashes in all_hashes for item in hashes.items()))
                 self._attempt(publish, self.run_dir, step, meta)
                 self._attempt(remove_old_checkpoints, self.run_dir, self.rules.keep_last, self.rules.keep_every)
@@ -184,7 +187,7 @@ class Checkpointer:
             print0(f"saved step {step} in {self.run_dir}")
         except Exception as error:  # told to the training thread, which raises it
             self.error = error
-            if self.rank == 0:
+            if self.ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def _attempt(self, work, *args) -> object:
@@ -200,10 +203,7 @@ class Checkpointer:
 
     def _agree(self, value: object = None) -> list:
         """Every rank's value on every rank; raises the first rank's error, if one has any."""
-        answers = [(value, self.error)]
-        if self.group:
-            answers = [None] * self.world_size
-            dist.all_gather_object(answers, (value, self.error), group=self.group)
+        answers = gather((value, self.error), self.group)
         for _, error in answers:
             if error is not None:
                 raise error
@@ -235,7 +235,7 @@ def find_step(run_dir: Path, step: int | None = None) -> int:
 
 def claim_folder(run_dir: Path, step: int | None) -> None:
     """Make the folder ready: an earlier run there is kept under another name, or its steps after `step` abandoned."""
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if get_ranks().rank > 0:
         return
     if step is not None:
         write_atomic(run_dir / "latest", get_step_name(step) + "\n")
@@ -249,7 +249,7 @@ def claim_folder(run_dir: Path, step: int | None) -> None:
 @contextlib.contextmanager
 def locked_run(run_dir: Path) -> Iterator[None]:
     """Keep other processes from training in the same folder; rank 0 holds the lock for all."""
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if get_ranks().rank > 0:
         yield
         return
     try:

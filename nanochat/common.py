@@ -44,21 +44,16 @@ class UserError(Exception):
     """A person's mistake. The message is one sentence: what is wrong, where, and what to do instead."""
 
 
-def int_or_never(text: str) -> int | None:
-    """The type of a flag that counts steps: a number, or never (once -1), which is None."""
-    return _int_or(text, "never")
-
-
-def int_or_all(text: str) -> int | None:
-    """The type of a flag that limits a number: that number, or all (once -1), which is None."""
-    return _int_or(text, "all")
-
-
-def _int_or(text: str, word: str) -> int | None:
+def int_or_word(text: str, word: str) -> int | None:
+    """The type of a flag that is a number or a word, which is None; -1, as the word was once spelled, is understood."""
     try:
-        return None if text in (word, "-1") else int(text)
+        return None if text == word or int(text) < 0 else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} must be a number, or {word}") from None
+
+
+int_or_never = functools.partial(int_or_word, word="never")    # steps between events
+int_or_all = functools.partial(int_or_word, word="all")        # the largest number of something
 
 
 def prepare_process() -> None:
@@ -307,12 +302,12 @@ def any_rank(*flags: bool) -> list[bool]:
     return [count > 0 for count in sum_over_ranks(torch.tensor(flags, dtype=torch.int32)).tolist()]
 
 
-def gather(value: object) -> list:
-    """Every rank's value, in the order of the ranks; of small ones, since they are pickled. Collective."""
+def gather(value: object, group=None) -> list:
+    """Every rank's value, in the order of the ranks. For small values, since they are pickled. Collective."""
     values = [value]
     if dist := get_process_group():
         values *= dist.get_world_size()
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
     return values
 
 

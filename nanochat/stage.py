@@ -204,7 +204,7 @@ class Run:
 
 
 def begin_run(setup: Setup, state: TrainState, loader, start_time: float) -> Run:
-    """Claim the folder, open the log, and say what is about to happen. Collective."""
+    """Claim the folder, open the log, and print the plan. Collective."""
     recipe, flags, config, plan = setup.recipe, setup.recipe.flags, setup.recipe.config, setup.recipe.plan
     resume_step = recipe.saved.step if recipe.saved else None
     params, tokenizer = state.model.num_scaling_params(), setup.meta["tokenizer"]

@@ -126,7 +126,7 @@ def train(run: Run, val_batches: ValidationBatches, args: argparse.Namespace) ->
             lr_frac = set_schedules(state.optimizer, step, plan.num_iterations, args)
             row_tokens = plan.get_row_tokens(step, recipe.T)
             stats = take_step(state, run.loader.next_step().cut(row_tokens), step, log, stop)
-            if stats is None:  # out of memory: save what was there before, and stop
+            if stats is None:  # out of memory twice: save the steps before, and stop
                 run.loader.give_back()
                 continue
             stats.check_finite(step)

@@ -141,7 +141,7 @@ def train(run: Run, held_out: list[Question], args: argparse.Namespace) -> dict:
             step_start = time.perf_counter()
             lr_frac = set_schedules(state.optimizer, step, plan.num_iterations, args.init_lr_frac, warmdown_ratio=1.0)
             stats = take_step(state, rollouts.next_step(state.model, step, state.micro_rows), step, log, stop)
-            if stats is None:  # out of memory: save what was there before, and stop
+            if stats is None:  # out of memory twice: save the steps before, and stop
                 rollouts.give_back()
                 continue
             stats.check_finite(step)
