@@ -22,17 +22,7 @@ from nanochat.gpt import GPTConfig, estimate_flops
 from nanochat.optim import MuonAdamW
 from nanochat.run import StopSignal, decide, read_info
 from nanochat.scaling import get_chat_momentum, get_lr_frac, make_chat_plan
-from nanochat.stage import (
-    Recipe,
-    Run,
-    Setup,
-    begin_run,
-    evaluate,
-    make_state,
-    prepare_run,
-    print_samples,
-    write_report,
-)
+from nanochat.stage import Recipe, Run, Setup, begin_run, evaluate, make_state, prepare_run, print_samples, write_report
 from nanochat.train import take_step
 
 QUESTIONS = ("Who are you?", "What is 34 * 27?", "How many r are in strawberry?", "What is the capital of France?")
@@ -88,7 +78,6 @@ def add_chat_args(parser: argparse.ArgumentParser, mixtures: Iterable[str]) -> N
 def run_chat_stage(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run_dir: Path, device: torch.device,
                    ranks: Ranks) -> dict:
     """Begin or continue a run of a stage, write its section of the report, and return its results. Collective."""
-    start_time = time.perf_counter()
     groups, epoch, recipe = make_recipe(stage, settings, flags, run_dir, device, ranks)
     setup = prepare_run(recipe, device, ranks)
     if setup:
@@ -98,7 +87,7 @@ def run_chat_stage(stage: ChatStage, settings: ChatSettings, flags: StageFlags, 
         val_batches = validation_conversations(
             settings.mixture.name, settings.mixture.val, recipe.tokenizer, recipe.T, setup.count_eval_rows(),
             batch_rows=setup.choices.micro_rows, ranks=ranks)
-        run = begin_run(setup, make_state(setup), loader, start_time)
+        run = begin_run(setup, make_state(setup), loader)
         if setup.first_step == 0:
             run.log.write("data", 0, **epoch.describe())
         info = train(run, val_batches, settings, epoch)

@@ -20,16 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanochat.common import (
-    Ranks,
-    UserError,
-    gather,
-    get_process_group,
-    get_ranks,
-    hash_file,
-    sync_folder,
-    write_atomic,
-)
+from nanochat.common import Ranks, UserError, gather, get_process_group, get_ranks, hash_file, sync_folder, write_atomic
 
 META_NAME, MODEL_NAME = "meta.json", "model.safetensors"
 RANGES_KEY = "row_ranges"

@@ -4,6 +4,7 @@ compilation, micro-batch. Each choice is printed, recorded in run.json, and kept
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -124,6 +125,7 @@ class StageFlags:
     given:            dict[str, object]    # all flags of the stage by name, for run.json
     defaults:         dict[str, object]
     argv:             list[str]
+    start_time:       float                # by time.perf_counter, when the flags were read
 
 
 def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[str] | None) -> StageFlags:
@@ -138,7 +140,8 @@ def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: 
         saving=SaveRules(args.save_every, args.save_every_minutes, args.keep_last, args.keep_every),
         wanted=Wanted(args.dtype, args.attention, args.compile, args.loss, args.device_batch_size, args.deterministic),
         wandb_name=None if args.run in ("none", "dummy") else args.run, given=given,
-        defaults={name: parser.get_default(name) for name in given}, argv=sys.argv if argv is None else argv)
+        defaults={name: parser.get_default(name) for name in given}, argv=sys.argv if argv is None else argv,
+        start_time=time.perf_counter())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

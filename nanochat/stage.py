@@ -159,13 +159,12 @@ def make_state(setup: Setup, narrow: Callable[[MuonAdamW], MuonAdamW] | None = N
 @dataclass(frozen=True)
 class Run:
     """What the loop of a stage works on."""
-    setup:      Setup
-    state:      TrainState
-    loader:     object          # TrainLoader, or RL's Rollouts: next_step, give_back, state_dict
-    saver:      Checkpointer
-    log:        RunLog
-    progress:   Progress
-    start_time: float           # by time.perf_counter
+    setup:    Setup
+    state:    TrainState
+    loader:   object         # TrainLoader, or RL's Rollouts: next_step, give_back, state_dict
+    saver:    Checkpointer
+    log:      RunLog
+    progress: Progress
 
     def is_due(self, step: int, every: int | None) -> bool:
         """Whether something is to be done at this step: at multiples of `every` and at the end; None is never."""
@@ -194,16 +193,16 @@ class Run:
 
     def finish(self, step: int, results: dict) -> dict:
         """Record the results of a run that came to its last step; returns run.json."""
-        plan, progress = self.setup.recipe.plan, self.progress
+        plan, flags, progress = self.setup.recipe.plan, self.setup.recipe.flags, self.progress
         results = {"train_loss": progress.get_smooth_loss(), "train_sec": progress.elapsed_sec, "step": step,
                    "tokens": step * plan.batch_tokens,
                    "peak_memory_bytes": get_peak_memory_bytes(self.setup.device), **results}
-        self.log.update(results=results, wall_sec=time.perf_counter() - self.start_time)
+        self.log.update(results=results, wall_sec=time.perf_counter() - flags.start_time)
         self.log.close("finished" if step == plan.num_iterations else "stopped")
         return self.log.info
 
 
-def begin_run(setup: Setup, state: TrainState, loader, start_time: float) -> Run:
+def begin_run(setup: Setup, state: TrainState, loader) -> Run:
     """Claim the folder, open the log, and print the plan. Collective."""
     recipe, flags, config, plan = setup.recipe, setup.recipe.flags, setup.recipe.config, setup.recipe.plan
     resume_step = recipe.saved.step if recipe.saved else None
@@ -227,8 +226,8 @@ def begin_run(setup: Setup, state: TrainState, loader, start_time: float) -> Run
            f"run: {recipe.run_dir}" + (f", continued at step {setup.first_step}" if setup.first_step else ""))
     if setup.choices.machine.is_compiled:
         print0("compiling the step: up to a minute the first time, a few seconds after that ...")
-    return Run(setup, state, loader, saver, log,
-               Progress(plan, setup.choices.peak_flops, setup.device, recipe.get_saved("progress")), start_time)
+    progress = Progress(plan, setup.choices.peak_flops, setup.device, recipe.get_saved("progress"))
+    return Run(setup, state, loader, saver, log, progress)
 
 
 def evaluate(run: Run, step: int, val_batches: ValidationBatches) -> dict:

@@ -23,17 +23,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.run import StopSignal, decide, read_info
 from nanochat.scaling import get_lr_frac, get_muon_momentum, get_weight_decay_frac, make_config, make_plan
 from nanochat.shards import ShardList, load_shards
-from nanochat.stage import (
-    Recipe,
-    Run,
-    Setup,
-    begin_run,
-    evaluate,
-    make_state,
-    prepare_run,
-    print_samples,
-    write_report,
-)
+from nanochat.stage import Recipe, Run, Setup, begin_run, evaluate, make_state, prepare_run, print_samples, write_report
 from nanochat.tokenizer import get_tokenizer
 from nanochat.train import take_step
 
@@ -81,7 +71,6 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
 
 def main(argv: list[str] | None = None) -> dict:
     args, flags = parse_args(argv)
-    start_time = time.perf_counter()
     device, ranks = init_compute(args.device_type, args.deterministic)
     run_dir = get_run_dir("base", args.model_tag or f"d{args.depth}")
     with locked_run(run_dir):
@@ -93,7 +82,7 @@ def main(argv: list[str] | None = None) -> dict:
             loader = setup.make_loader(groups)
             val_batches = validation_batches(shards, recipe.tokenizer, recipe.T, setup.count_eval_rows(),
                                              batch_rows=setup.choices.micro_rows, ranks=ranks)
-            info = train(begin_run(setup, make_state(setup), loader, start_time), val_batches, args)
+            info = train(begin_run(setup, make_state(setup), loader), val_batches, args)
         else:
             info = read_info(run_dir)
         write_report("base_train", "Base model: training", run_dir, info, values={}, metrics={

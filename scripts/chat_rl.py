@@ -44,15 +44,7 @@ from nanochat.rl import (
 )
 from nanochat.run import StopSignal, read_info
 from nanochat.scaling import make_rl_plan
-from nanochat.stage import (
-    Recipe,
-    Run,
-    Setup,
-    begin_run,
-    make_state,
-    prepare_run,
-    write_report,
-)
+from nanochat.stage import Recipe, Run, Setup, begin_run, make_state, prepare_run, write_report
 from nanochat.train import take_step
 from tasks.mixtures import MADE_HERE, make_task, parse_entry
 
@@ -97,7 +89,6 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
 
 def main(argv: list[str] | None = None) -> dict:
     args, flags = parse_args(argv)
-    start_time = time.perf_counter()
     device, ranks = init_compute(args.device_type, args.deterministic)
     source = find_checkpoint(args.source, args.model_tag, args.model_step)
     run_dir = get_run_dir("rl", args.out_tag or source.run_dir.name)
@@ -106,7 +97,7 @@ def main(argv: list[str] | None = None) -> dict:
         setup = prepare_run(recipe, device, ranks)
         if setup:
             rollouts = make_rollouts(args, setup, questions)
-            run = begin_run(setup, make_state(setup, keep_matrices), rollouts, start_time)
+            run = begin_run(setup, make_state(setup, keep_matrices), rollouts)
             print0(f"begun with {source.stage} {source.run_dir.name}, step {source.step}: its model and "
                    f"x{args.init_lr_frac:g} of its learning rates, falling to 0; only the blocks' matrices learn\n"
                    f"a step: {args.examples_per_step} questions x {args.num_samples} answers of up to "
