@@ -1,6 +1,5 @@
-"""The laboratory: results of sweeps and their figures, benchmarks, checks.
+"""The laboratory: results of sweeps, figures, benchmarks, checks. The process is prepared before torch loads."""
 
-Importing nanochat first sets OpenMP's defaults before torch is loaded.
-"""
+from nanochat.common import prepare_process
 
-import nanochat  # noqa: F401
+prepare_process()

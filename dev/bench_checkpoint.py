@@ -20,7 +20,7 @@ from statistics import median
 import torch
 
 from dev.timing import add_step_args, choose_device, make_training, print_rows, read_cpu_seconds
-from nanochat.checkpoint_manager import Checkpointer, build_model, restore
+from nanochat.checkpoint_manager import Checkpointer, SaveRules, build_model, restore
 from nanochat.common import get_base_dir, run_script, synchronize
 from nanochat.gpt import GPTConfig
 from nanochat.scaling import make_config
@@ -69,7 +69,7 @@ def measure_depth(args: argparse.Namespace, depth: int, run_dir: Path, device: t
         time_step()
     saves = []
     before, start = read_cpu_seconds(), time.perf_counter()
-    with Checkpointer(run_dir, keep_last=1) as saver:
+    with Checkpointer(run_dir, SaveRules(keep_last=1)) as saver:
         for step in (1, 2):
             step_sec = median(time_step() for _ in range(args.steps))
             saves.append({"depth": depth, "save": "first" if step == 1 else "later", "step ms": 1e3 * step_sec,

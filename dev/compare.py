@@ -22,10 +22,10 @@ import numpy as np
 
 from dev.figures import draw_comparison, make_folder, save_png
 from dev.timing import print_table
+from nanochat.choices import FREE_FLAGS, MACHINE_FLAGS
 from nanochat.common import UserError, get_base_dir, print0, run_script, write_json
 from nanochat.report import read_run
 from nanochat.report_render import Table, format_rows
-from scripts.sweep import FREE_FLAGS
 
 # The kind and key of a line of metrics.jsonl; the loss is the running mean, as a single step's is noise
 METRICS = {"val_bpb": ("eval", "val_bpb"), "train_loss": ("train", "loss_smooth")}
@@ -38,7 +38,7 @@ class Run:
     """One run's metric along all four axes."""
     name:    str
     seed:    object
-    kind:    dict                     # its settings but for FREE_FLAGS and NAMES: {setting: value}
+    kind:    dict                     # its settings but for NAMES and FREE_FLAGS of the run: {setting: value}
     rules:   tuple                    # the text that its metric was measured on
     machine: object                   # the hardware that its seconds were measured on
     axes:    dict[str, np.ndarray]    # steps, tokens, flops, seconds and values: (points,)
@@ -123,7 +123,7 @@ def load_run(folder: Path, metric: str) -> Run:
     axes = {"steps": steps, "tokens": tokens, "flops": flops, "seconds": at_steps(clock), "values": values}
     args, environment = info.get("args") or {}, info.get("environment") or {}
     data, tokenizer = ((info.get(key) or {}).get("hash") for key in ("data", "tokenizer"))
-    kind = {**{key: value for key, value in args.items() if key not in FREE_FLAGS | NAMES},
+    kind = {**{key: value for key, value in args.items() if key not in FREE_FLAGS - MACHINE_FLAGS | NAMES},
             **plan, **(info.get("model_config") or {}), "data": data, "tokenizer": tokenizer,
             "revision": environment.get("git_revision")}
     last_eval = run.metrics["eval"][steps[-1]][-1] if metric == "val_bpb" else {}

@@ -327,7 +327,7 @@ def time_checkpoint(setup: Setup, model, optimizer) -> dict[str, float]:
     shutil.rmtree(run_dir, ignore_errors=True)
     times = []
     try:
-        with checkpoints.Checkpointer(run_dir, keep_last=1) as saver:
+        with checkpoints.Checkpointer(run_dir, checkpoints.SaveRules(keep_last=1)) as saver:
             for step in (1, 2):
                 synchronize(setup.device)
                 times.append(time.perf_counter())

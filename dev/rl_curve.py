@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from dev.figures import COLORS, make_panels, save_png, styled
 from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import UserError, print0, run_script
-from nanochat.train import read_metrics
+from nanochat.run import read_metrics
 
 SMOOTH_STEPS = 10  # each point of a curve is a mean over as many steps
 

@@ -47,7 +47,7 @@ from nanochat.checkpoint_files import (
     verify_files,
 )
 from nanochat.common import UserError, exit_with, get_base_dir, run_script
-from nanochat.train import read_metrics
+from nanochat.run import read_metrics
 from scripts import base_train, tok_train
 
 SERIES = ("bitwise", "elastic")

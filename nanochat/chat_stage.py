@@ -1,52 +1,58 @@
-"""What midtraining and SFT share: they learn from conversations, and begin where another stage has ended.
+"""Midtraining and SFT: one loop with two settings, which learns from conversations.
 
-A run takes over that stage's model, tokenizer, optimizer state, batch and learning rates, and says what it changes.
+A run begins with the model of another stage. It takes over that stage's weights, optimizer state, batch and learning
+rates, and prints what it changes.
 """
 
 import argparse
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from nanochat import checkpoint_manager as checkpoints
-from nanochat.checkpoint_manager import Checkpoint, Checkpointer
-from nanochat.common import Ranks, UserError, get_environment, print0
-from nanochat.dataloader import (
-    ConversationGroups,
-    Epoch,
-    TrainLoader,
-    ValidationBatches,
-    count_epoch,
-    validation_conversations,
-)
-from nanochat.gpt import GPT, GPTConfig, estimate_flops
-from nanochat.identity import check_ranks, compare_with_saved
+from nanochat.checkpoint_manager import Checkpoint, find_saved, load_run_tokenizer
+from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, count_rows
+from nanochat.common import Ranks, UserError, print0
+from nanochat.config import GPTConfig, estimate_flops
+from nanochat.dataloader import ConversationGroups, Epoch, ValidationBatches, count_epoch, validation_conversations
 from nanochat.optim import MuonAdamW
-from nanochat.scaling import Plan, get_chat_momentum, get_lr_frac, make_chat_plan
-from nanochat.stage import (
-    DEFAULT_EVAL_TOKENS,
-    EVAL_TOKENS,
-    Machine,
-    add_stage_args,
-    choose_last_step,
-    choose_machine,
-    count_rows,
-    describe_run,
-    make_model,
-    print_plan,
-    write_report,
-)
-from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train import LossScaler, Progress, RunLog
+from nanochat.run import StopSignal, decide, read_info
+from nanochat.scaling import get_chat_momentum, get_lr_frac, make_chat_plan
+from nanochat.stage import Recipe, Run, Setup, begin_run, evaluate, make_state, prepare_run, print_samples, write_report
+from nanochat.train import take_step
 from tasks.mixtures import Mixture
 
-LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")   # taken over from the stage before
-IDENTITY_ARGS = ("seed", "deterministic", "init_lr_frac", "warmdown_ratio")   # must be the same when a run is continued
 QUESTIONS = ("Who are you?", "What is 34 * 27?", "How many r are in strawberry?", "What is the capital of France?")
+
+
+@dataclass(frozen=True)
+class ChatStage:
+    """What one stage does otherwise than another."""
+    name:       str
+    section:    str     # of the report
+    title:      str
+    keep_whole: bool    # whether conversations are truncated and padded, each in one piece, rather than packed tightly
+    scales_lr:  bool    # whether learning rates are scaled to the batch, as in pretraining
+
+
+MIDTRAINING = ChatStage("mid", "mid_train", "Midtraining", keep_whole=False, scales_lr=True)
+# SFT at toy scale: unscaled rates gave .98 bits per byte of answers, scaled ones 1.31 (dev/LOG.md, "Midtraining: all
+# tokens or the assistant's")
+SFT = ChatStage("sft", "chat_sft", "SFT", keep_whole=True, scales_lr=False)
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """What a run learns from, how long and how fast."""
+    source:         Checkpoint     # model to begin with
+    mixture:        Mixture
+    num_epochs:     int
+    num_iterations: int | None     # instead of whole epochs
+    init_lr_frac:   float          # part of the base run's learning rates to begin with
+    warmdown_ratio: float          # part of the run over which the rates fall to 0
 
 
 def add_chat_args(parser: argparse.ArgumentParser, mixtures: Iterable[str]) -> None:
@@ -69,137 +75,101 @@ def add_chat_args(parser: argparse.ArgumentParser, mixtures: Iterable[str]) -> N
     add_stage_args(parser, eval_every=100, sample_every=100)
 
 
-@dataclass(frozen=True)
-class ChatStart:
-    """What a run is to do, known before anything is loaded: where it goes on, on which rows, how long."""
-    stage:     str
-    run_dir:   Path
-    source:    Checkpoint               # of the stage before
-    step:      int                      # where this process goes on
-    saved:     dict                     # meta.json of that step; {} where the run is new
-    tokenizer: RustBPETokenizer
-    config:    GPTConfig
-    mixture:   Mixture
-    groups:    ConversationGroups
-    epoch:     Epoch
-    plan:      Plan
-    identity:  dict                     # what must be the same when it is continued
-    environment: dict
-    decisions: list[dict]
-    start_time: float                   # by time.perf_counter
+def run_chat_stage(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run_dir: Path, device: torch.device,
+                   ranks: Ranks) -> dict:
+    """Begin or continue a run of a stage, write its section of the report, and return its results. Collective."""
+    groups, epoch, recipe = make_recipe(stage, settings, flags, run_dir, device, ranks)
+    setup = prepare_run(recipe, device, ranks)
+    if setup:
+        describe_changes(setup, settings)
+        loader = setup.make_loader(groups, num_lanes=1,
+                                   num_epochs=settings.num_epochs if recipe.plan.horizon == "epochs" else None)
+        val_batches = validation_conversations(
+            settings.mixture.name, settings.mixture.val, recipe.tokenizer, recipe.T, setup.count_eval_rows(),
+            batch_rows=setup.choices.micro_rows, ranks=ranks)
+        run = begin_run(setup, make_state(setup), loader)
+        if setup.first_step == 0:
+            run.log.write("data", 0, **epoch.describe())
+        info = train(run, val_batches, settings, epoch)
+    else:
+        info = read_info(run_dir)
+    write_report(stage.section, stage.title, run_dir, info, metrics={"chat bpb": info["results"].get("val_bpb")},
+                 values={"conversations": info["results"]["num_conversations"]})
+    return {"run_dir": str(run_dir), **info["results"]}
 
 
-def plan_chat_run(stage: str, args: argparse.Namespace, source: Checkpoint, run_dir: Path, mixture: Mixture,
-                  device: torch.device, ranks: Ranks, *, keep_whole: bool, scales_lr: bool) -> ChatStart:
-    """Choose the rows and the horizon, and compare them with those of the run that is continued, if any. Collective."""
-    start_time = time.perf_counter()
-    if not 0 < args.init_lr_frac < math.inf or not 0 <= args.warmdown_ratio <= 1:
-        raise UserError(f"--init-lr-frac {args.init_lr_frac:g} must be above 0 and --warmdown-ratio "
-                        f"{args.warmdown_ratio:g} from 0 to 1")
-    step = checkpoints.find_resume_step(run_dir, args.resume)
-    saved = {} if step is None else checkpoints.load_meta(run_dir, step)
-    tokenizer = checkpoints.load_run_tokenizer(source.meta)
-    config = GPTConfig(**source.meta["model_config"])
-    groups = ConversationGroups(mixture.name, mixture.train, tokenizer, config.sequence_len, keep_whole=keep_whole)
-    is_counted = saved and saved["identity"]["conversations"] == groups.identity
-    epoch = Epoch.from_json(saved["epoch"]) if is_counted else count_epoch(groups, ranks, device)
-    before = source.meta["identity"]
-    plan = make_chat_plan(config, estimate_flops(config), epoch_rows=epoch.num_rows, num_epochs=args.num_epochs,
-                          num_iterations=args.num_iterations, scales_lr=scales_lr,
-                          batch_tokens=before["plan"]["batch_tokens"] if args.total_batch_size is None else
-                          args.total_batch_size)
-    count_rows(plan.batch_tokens, config.sequence_len, ranks.world_size)     # refuses what can't be divided
-    identity = {"source": source.describe(), "tokenizer": tokenizer.hash, "tasks": mixture.parts,
-                "conversations": groups.identity, "model": asdict(config), "plan": asdict(plan),
-                **{name: before[name] for name in LR_NAMES}, **{name: getattr(args, name) for name in IDENTITY_ARGS}}
-    check_ranks(run_dir, {"step": step, "flags": vars(args), **identity})
-    environment, decisions = get_environment(device), []
-    if saved:
-        decisions = compare_with_saved(saved, identity, environment, run_dir, args.allow_mismatch)
-    return ChatStart(stage, run_dir, source, step or 0, saved, tokenizer, config, mixture, groups, epoch, plan,
-                     identity, environment, decisions, start_time)
-
-
-@dataclass
-class ChatRun:
-    """What the loop of a run works on."""
-    last_step:   int                        # where this process stops
-    machine:     Machine
-    loader:      TrainLoader
-    model:       GPT
-    optimizer:   MuonAdamW
-    scaler:      LossScaler | None
-    val_batches: ValidationBatches | None   # None: no conversation is held out
-    prompts:     dict[str, list[int]]       # to sample from
-    meta:        dict                       # what each checkpoint says of the run
-    saver:       Checkpointer
-    log:         RunLog
-    progress:    Progress
-
-
-def begin_chat_run(start: ChatStart, args: argparse.Namespace, argv: list[str], device: torch.device,
-                   ranks: Ranks) -> ChatRun:
-    """Load the model, open the log, and say what is about to happen. Collective."""
-    source, saved, plan, config, tokenizer = start.source, start.saved, start.plan, start.config, start.tokenizer
-    T, rows_per_step = config.sequence_len, count_rows(plan.batch_tokens, config.sequence_len, ranks.world_size)
-    last_step = choose_last_step(args.stop_at, plan, start.step, start.run_dir)
-    decisions = start.decisions + describe_changes(source, plan, args.init_lr_frac, args.warmdown_ratio)
-    machine = choose_machine(args, device, ranks, rows_per_rank=rows_per_step // ranks.world_size, config=config, T=T,
-                             flops=(last_step - start.step) * plan.batch_tokens * plan.flops_per_token,
-                             saved=saved["choices"] if saved else inherit_choices(source, device), decisions=decisions,
-                             kept_why="as the run began" if saved else f"as the {source.stage} run")
-    check_ranks(start.run_dir, machine.get_choices())
-    loader = TrainLoader(start.groups, rows_per_step, args.seed, ranks, num_lanes=1, state=saved.get("loader"),
-                         num_epochs=args.num_epochs if plan.horizon == "epochs" else None,
-                         allow_mismatch=args.allow_mismatch, pin_memory=device.type == "cuda")
-    model, optimizer, scaler = make_model(
-        config, machine, args.seed, {"weight_decay": plan.weight_decay, "batch_lr_scale": plan.batch_lr_scale,
-                                     **{name: start.identity[name] for name in LR_NAMES}},
-        Checkpoint(start.stage, start.run_dir, start.step, saved) if saved else source)
-    eval_tokens = args.eval_tokens or EVAL_TOKENS.get(device.type, DEFAULT_EVAL_TOKENS)
-    val_batches = validation_conversations(start.mixture.name, start.mixture.val, tokenizer, T, -(-eval_tokens // T),
-                                           batch_rows=machine.micro_rows, ranks=ranks)
-    data = {"name": start.mixture.name, "hash": start.groups.identity["data"], "tasks": start.mixture.parts}
-    info = describe_run(start.stage, args, argv, start.run_dir, model, plan, data=data, tokenizer=tokenizer,
-                        tokenizer_name=source.meta["tokenizer"]["name"], environment=start.environment,
-                        decisions=decisions, machine=machine, source=source.describe())
-    meta = {"stage": start.stage, "model_config": asdict(config), "identity": start.identity, "data": data,
-            "tokenizer": info["tokenizer"], "environment": start.environment, "epoch": start.epoch.to_json()}
-    saver = Checkpointer(start.run_dir, keep_last=args.keep_last, keep_every=args.keep_every)
-    saver.check_disk(model, optimizer)
-    checkpoints.begin_run(start.run_dir, start.step if saved else None)
-    log = RunLog(start.run_dir, info, ranks, resume_step=start.step if saved else None,
-                 wandb_name="" if args.run == "dummy" else args.run)
-    if start.step == 0:
-        log.write("data", 0, **start.epoch.describe())
-    print_plan(info, start.run_dir, start.step)
+def train(run: Run, val_batches: ValidationBatches | None, settings: ChatSettings, epoch: Epoch) -> dict:
+    """The loop: save, stop?, evaluate, sample, set schedules, step, log. Returns run.json at its end."""
+    state, log, saver, recipe, step, results = run.state, run.log, run.saver, run.setup.recipe, run.setup.first_step, {}
+    plan, flags, tokenizer = recipe.plan, recipe.flags, recipe.tokenizer
     prompts = {question: tokenizer.render_for_completion({"messages": [{"role": "user", "content": question}]})
                for question in QUESTIONS}
-    return ChatRun(last_step, machine, loader, model, optimizer, scaler, val_batches, prompts, meta, saver, log,
-                   Progress(plan, machine.peak_flops, saved.get("progress")))
+    with StopSignal() as stop, run.loader, log, saver:
+        while True:
+            evaluating = run.is_due(step, flags.eval_every)
+            saving, stopping = saver.due(step, stop.is_set(), evaluating)
+            if saving:
+                saver.save(step, state.model, state.optimizer, run.get_meta())
+            if stopping:
+                run.stop(stop)
+            if val_batches and (evaluating or step == 0 and flags.eval_every):
+                results |= evaluate(run, step, val_batches)
+            if run.is_due(step, flags.sample_every):
+                print_samples(run, step, prompts, max_tokens=64)
+            if step == run.setup.last_step:
+                return run.finish(step, results | epoch.describe())
+            step_start = time.perf_counter()
+            lr_frac = set_schedules(state.optimizer, step, plan.num_iterations, settings.init_lr_frac,
+                                    settings.warmdown_ratio)
+            stats = take_step(state, run.loader.next_step(), step, log, stop)
+            if stats is None:  # out of memory twice: save the steps before, and stop
+                run.loader.give_back()
+                continue
+            stats.check_finite(step)
+            step += 1
+            values = run.progress.update(stats, time.perf_counter() - step_start)
+            values |= {"lr_frac": lr_frac, "tokens": step * plan.batch_tokens, **run.loader.stats}
+            run.write_step(step, values, run.progress.format_line(step, values))
 
 
-def inherit_choices(source: Checkpoint, device: torch.device) -> dict:
-    """What a stage's machine keeps of the stage before: the dtype, on the same kind of device."""
-    is_same = source.meta["environment"]["hardware"]["device"] == device.type
-    return {"dtype": source.meta["choices"]["dtype"]} if is_same else {}
+def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run_dir: Path, device: torch.device,
+                ranks: Ranks) -> tuple[ConversationGroups, Epoch, Recipe]:
+    """The conversations, what an epoch of them is, and how they are learned from. Collective."""
+    source, mixture = settings.source, settings.mixture
+    if not 0 < settings.init_lr_frac < math.inf or not 0 <= settings.warmdown_ratio <= 1:
+        raise UserError(f"--init-lr-frac {settings.init_lr_frac:g} must be above 0 and --warmdown-ratio "
+                        f"{settings.warmdown_ratio:g} from 0 to 1")
+    saved, tokenizer = find_saved(stage.name, run_dir, flags.resume), load_run_tokenizer(source.meta)
+    config, before = GPTConfig(**source.meta["model_config"]), source.meta["identity"]
+    T = config.sequence_len
+    groups = ConversationGroups(mixture.name, mixture.train, tokenizer, T, keep_whole=stage.keep_whole)
+    is_counted = saved and saved.meta["identity"]["conversations"] == groups.identity
+    epoch = Epoch.from_json(saved.meta["epoch"]) if is_counted else count_epoch(groups, ranks, device)
+    batch_tokens = before["plan"]["batch_tokens"] if flags.total_batch_size is None else flags.total_batch_size
+    plan = make_chat_plan(config, estimate_flops(config), epoch_rows=epoch.num_rows, num_epochs=settings.num_epochs,
+                          num_iterations=settings.num_iterations, batch_tokens=batch_tokens, scales_lr=stage.scales_lr)
+    identity = {"source": source.describe(), "tasks": mixture.parts, "conversations": groups.identity}
+    return groups, epoch, Recipe(
+        stage.name, run_dir, flags, saved, source=source, tokenizer=tokenizer,
+        tokenizer_name=source.meta["tokenizer"]["name"], config=config, plan=plan, T=T,
+        rows_per_step=count_rows(plan.batch_tokens, T, ranks.world_size), lrs={name: before[name] for name in LR_NAMES},
+        data={"name": mixture.name, "hash": groups.identity["data"], "tasks": mixture.parts}, identity=identity,
+        notes={"epoch": epoch.to_json()})
 
 
-def describe_changes(source: Checkpoint, plan: Plan, init_lr_frac: float, warmdown_ratio: float) -> list[dict]:
-    """What isn't as in the stage before, printed and returned as decisions; all else is taken over from there."""
-    before = source.meta["identity"]["plan"]
+def describe_changes(setup: Setup, settings: ChatSettings) -> None:
+    """Print and record what isn't as in the stage before; everything else is taken over from there."""
+    plan, source, before = setup.recipe.plan, settings.source, settings.source.meta["identity"]["plan"]
     name = f"{source.stage} {source.run_dir.name}, step {source.step}"
     pairs = (("tokens of a step", before["batch_tokens"], plan.batch_tokens),
              ("Muon's weight decay", before["weight_decay"], plan.weight_decay),
              ("learning rates", f"x{before['batch_lr_scale']:.3g} for the batch, its own schedule",
-              f"x{init_lr_frac:g} of those, x{plan.batch_lr_scale:.3g} for the batch, falling to 0 over the last "
-              f"{warmdown_ratio:.0%}"))
-    changes = [{"what": what, "value": str(ours), "why": f"{name}: {theirs}"}
-               for what, theirs, ours in pairs if theirs != ours]
+              f"x{settings.init_lr_frac:g} of those, x{plan.batch_lr_scale:.3g} for the batch, falling to 0 over the "
+              f"last {settings.warmdown_ratio:.0%}"))
     print0(f"begun with {name}: its model, optimizer state, batch and learning rates, but for")
-    for change in changes:
-        print0(f"  {change['what']}: {change['value']} ({change['why']})")
-    return changes
+    for what, theirs, ours in pairs:
+        if theirs != ours:
+            decide(setup.decisions, what, ours, f"{name}: {theirs}")
 
 
 def set_schedules(optimizer: MuonAdamW, step: int, num_iterations: int, init_lr_frac: float,
@@ -212,11 +182,3 @@ def set_schedules(optimizer: MuonAdamW, step: int, num_iterations: int, init_lr_
         if group["kind"] == "muon":
             group["momentum"] = get_chat_momentum(step)
     return lr_frac
-
-
-def report_chat_run(section: str, title: str, run_dir: Path, info: dict) -> None:
-    """The section of the report card."""
-    results, source = info["results"], info["source"]
-    write_report(section, title, run_dir, info, metrics={"chat bpb": results.get("val_bpb")},
-                 values={"begun with": f"{source['stage']} {source['tag']}, step {source['step']}",
-                         "conversations": results["num_conversations"]})

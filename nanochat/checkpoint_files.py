@@ -16,12 +16,11 @@ import shutil
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanochat.common import UserError, hash_file, sync_folder, write_atomic
+from nanochat.common import Ranks, UserError, gather, get_process_group, get_ranks, hash_file, sync_folder, write_atomic
 
 META_NAME, MODEL_NAME = "meta.json", "model.safetensors"
 RANGES_KEY = "row_ranges"
@@ -109,13 +108,13 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         os.fsync(file.fileno())
 
 
-def remove_old_checkpoints(run_dir: Path, keep_last: int, keep_every: int = -1) -> None:
-    """Delete all but the newest `keep_last` steps, and the multiples of `keep_every`, up to the one that `latest`
-    names; later ones were abandoned by a person who went back, and stay for that person to delete."""
+def remove_old_checkpoints(run_dir: Path, keep_last: int | None, keep_every: int | None = None) -> None:
+    """Delete all but the newest `keep_last` steps (None: all) and the multiples of `keep_every`, up to the one that
+    `latest` names; later ones were abandoned by a person who went back, and stay for that person to delete."""
     latest = read_latest(run_dir)
     steps = [step for step in list_steps(run_dir) if latest is None or step <= latest]
-    for step in steps[:-keep_last] if keep_last > 0 else []:
-        if keep_every <= 0 or step % keep_every:
+    for step in steps[:-keep_last] if keep_last else []:
+        if not keep_every or step % keep_every:
             shutil.rmtree(run_dir / get_step_name(step))
 
 
@@ -154,14 +153,11 @@ def verify_files(run_dir: Path, step: int, names: list[str]) -> None:
 
     Collective: each rank reads its share of the files, and all raise when one is damaged.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    ranks = get_ranks() if get_process_group() else Ranks()
     expected, folder = load_meta(run_dir, step)["files"], run_dir / get_step_name(step)
-    bad = [name for name in names[rank::world_size]
+    bad = [name for name in names[ranks.rank::ranks.world_size]
            if not (folder / name).exists() or hash_file(folder / name) != expected.get(name)]
-    if world_size > 1:
-        everyones = [None] * world_size
-        dist.all_gather_object(everyones, bad)
-        bad = sorted(sum(everyones, []))
+    bad = sorted(sum(gather(bad), []))
     if bad:
         path = folder / bad[0]
         raise UserError(f"the checkpoint file {path} is {'damaged' if path.exists() else 'missing'}; "

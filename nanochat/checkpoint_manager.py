@@ -5,6 +5,7 @@ ranks reads what any other number saved, each its own rows.
 """
 
 import contextlib
+import math
 import shutil
 import threading
 import time
@@ -35,11 +36,15 @@ from nanochat.checkpoint_files import (
     write_files,
 )
 from nanochat.common import (
+    Ranks,
     UserError,
+    any_rank,
     file_lock,
+    gather,
     get_base_dir,
     get_collective_timeout_sec,
     get_free_disk_bytes,
+    get_ranks,
     print0,
     write_atomic,
 )
@@ -60,43 +65,67 @@ def get_run_dir(stage: str, tag: str) -> Path:
 # Save
 
 
+@dataclass(frozen=True)
+class SaveRules:
+    """When checkpoints are written, and which are kept."""
+    every:         int | None = None   # steps; None: by time and at the end only
+    every_minutes: float      = math.inf
+    keep_last:     int | None = 2      # newest ones; None keeps all
+    keep_every:    int | None = None   # of older ones, those at multiples of so many steps
+
+
 class Checkpointer:
     """Saves a run beside its training: a copy in host memory, then files by a thread, one checkpoint at a time.
 
-    Many ranks save together, each its part, into one folder that all of them see. All make and call it alike.
+    Several ranks save together, each its part, into one folder that all of them see. All construct and call it alike.
     """
 
-    def __init__(self, run_dir: Path, *, keep_last: int = 2, keep_every: int = -1):
-        """keep_last: newest checkpoints to keep, -1 = all; keep_every: of the others, those at multiples of it."""
-        if keep_last == 0:
-            raise UserError("--keep-last 0 would leave nothing to go on from; set 1 or more, or -1 for all")
-        self.run_dir, self.keep_last, self.keep_every = run_dir, keep_last, keep_every
+    def __init__(self, run_dir: Path, rules: SaveRules = SaveRules(), *, last_step: int | None = None,  # noqa: B008
+                 saved_step: int | None = None):
+        """last_step: where the run ends or stops; saved_step: the step that is on disk already."""
+        if rules.keep_last == 0:
+            raise UserError("--keep-last 0 would leave nothing to go on from; set 1 or more, or all")
+        self.run_dir, self.rules, self.last_step, self.saved_step = run_dir, rules, last_step, saved_step
         self.last_save_time = time.monotonic()
         # the thread's collectives need a group of their own: those of the step must not get between them
         timeout = timedelta(seconds=get_collective_timeout_sec())
         self.group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if self.group else (0, 1)
+        self.ranks = get_ranks() if self.group else Ranks()
         self.copies: dict[str, Tensor] = {}   # host memory, used again by the next save
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
 
+    def due(self, step: int, stopping: bool, evaluating: bool) -> tuple[bool, bool]:
+        """(whether to save now, whether to stop now), alike on all ranks. Collective: all ranks call it.
+
+        Saved is what isn't on disk yet: every so many steps and minutes, at the run's last step, before it stops, and
+        before its first evaluation, which may fail. After that one at most `every_minutes` of work are at stake.
+        """
+        late = time.monotonic() - self.last_save_time > 60 * self.rules.every_minutes
+        stopping, late, failed = any_rank(stopping, late, self.error is not None)
+        if failed:
+            self.wait()  # raises how
+        is_first = evaluating and step > 0 and self.saved_step is None
+        at_step = step == self.last_step or step > 0 and self.rules.every and step % self.rules.every == 0
+        return step != self.saved_step and bool(at_step or stopping or late or is_first), stopping
+
     def save(self, step: int, model, optimizer, meta: dict) -> None:
         """Start to save a step; returns when parameters and optimizer may change again. Waits for an earlier save.
 
-        meta: JSON-able; the loader's state, the configuration, whatever the run needs to continue
+        meta: JSON-able; the configuration, the loader's state, all else that the run needs to continue
         """
         self.wait()
-        self.last_save_time = time.monotonic()
+        self.last_save_time, self.saved_step = time.monotonic(), step
         state = optimizer.get_named_state()
         tensors = {name: piece.tensor for name, piece in state.items() if piece.is_ours}
         ranges = {name: (piece.start, piece.stop, piece.num_rows) for name, piece in state.items()
                   if piece.is_ours and piece.stop - piece.start < piece.num_rows}
-        files = {f"optim_{self.rank}.safetensors": (self._copy("optim", tensors), ranges)}
-        if self.rank == 0:
+        files = {f"optim_{self.ranks.rank}.safetensors": (self._copy("optim", tensors), ranges)}
+        if self.ranks.rank == 0:
             files[MODEL_NAME] = (self._copy("model", model.state_dict()), {})
         if model.get_device().type != "cpu":
             torch.accelerator.synchronize()  # the copies are under way
-        meta = meta | {"format": FORMAT_VERSION, "step": step, "world_size": self.world_size}
+        meta = meta | {"format": FORMAT_VERSION, "step": step, "world_size": self.ranks.world_size}
         # a daemon: a second Ctrl-C must end the process at once; an orderly end waits in __exit__
         self.thread = threading.Thread(target=self._write, args=(step, files, meta), name="checkpoint", daemon=True)
         self.thread.start()
@@ -111,20 +140,9 @@ class Checkpointer:
             copies[name] = self.copies[key].copy_(tensor.detach(), non_blocking=pinned)
         return copies
 
-    def is_late(self, minutes: float) -> bool:
-        """Whether the last save began longer ago than that."""
-        return time.monotonic() - self.last_save_time > 60 * minutes
-
-    def has_failed(self) -> bool:
-        """Whether a save went wrong; `wait` raises how."""
-        return self.error is not None
-
     def check_disk(self, model, optimizer) -> None:
         """Refuse to begin a run whose first checkpoint wouldn't fit on the disk."""
-        # of all ranks: each moment has its parameter's size and dtype
-        moments = {"adamw": 2, "muon": 1}
-        needed_bytes = sum(tensor.nbytes for tensor in model.state_dict().values()) + sum(
-            moments[group["kind"]] * param.nbytes for group in optimizer.param_groups for param in group["params"])
+        needed_bytes = sum(tensor.nbytes for tensor in model.state_dict().values()) + optimizer.count_state_bytes()
         free_bytes = get_free_disk_bytes(self.run_dir.parent)
         if needed_bytes > free_bytes:
             raise UserError(f"a checkpoint takes {needed_bytes / 1e9:.2f} GB, but {self.run_dir.parent} has only "
@@ -152,21 +170,21 @@ class Checkpointer:
         """The thread: every rank writes its files, rank 0 makes a checkpoint of them, and all learn how it went."""
         temporary = self.run_dir / f"{get_step_name(step)}.tmp"
         try:
-            if self.rank == 0:
+            if self.ranks.rank == 0:
                 self._attempt(check_finite, files[MODEL_NAME][0], step)
                 self._attempt(make_empty, self.run_dir, temporary)
             self._agree()
             hashes = self._attempt(write_files, temporary, files)
             all_hashes = self._agree(hashes)
-            if self.rank == 0:
+            if self.ranks.rank == 0:
                 meta["files"] = dict(sorted(item for hashes in all_hashes for item in hashes.items()))
                 self._attempt(publish, self.run_dir, step, meta)
-                self._attempt(remove_old_checkpoints, self.run_dir, self.keep_last, self.keep_every)
+                self._attempt(remove_old_checkpoints, self.run_dir, self.rules.keep_last, self.rules.keep_every)
             self._agree()
             print0(f"saved step {step} in {self.run_dir}")
         except Exception as error:  # told to the training thread, which raises it
             self.error = error
-            if self.rank == 0:
+            if self.ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def _attempt(self, work, *args) -> object:
@@ -182,19 +200,16 @@ class Checkpointer:
 
     def _agree(self, value: object = None) -> list:
         """Every rank's value on every rank; raises the first rank's error, if one has any."""
-        answers = [(value, self.error)]
-        if self.group:
-            answers = [None] * self.world_size
-            dist.all_gather_object(answers, (value, self.error), group=self.group)
+        answers = gather((value, self.error), self.group)
         for _, error in answers:
             if error is not None:
                 raise error
         return [value for value, _ in answers]
 
 
-def save_checkpoint(run_dir: Path, step: int, model, optimizer, meta: dict, *, keep_last: int = 2) -> None:
+def save_checkpoint(run_dir: Path, step: int, model, optimizer, meta: dict, *, keep_last: int | None = 2) -> None:
     """Save one checkpoint and wait for it. Collective."""
-    with Checkpointer(run_dir, keep_last=keep_last) as checkpointer:
+    with Checkpointer(run_dir, SaveRules(keep_last=keep_last)) as checkpointer:
         checkpointer.save(step, model, optimizer, meta)
 
 
@@ -215,23 +230,9 @@ def find_step(run_dir: Path, step: int | None = None) -> int:
     return step
 
 
-def find_resume_step(run_dir: Path, resume: str) -> int | None:
-    """The step to go on from, or None to start; `resume` is 'auto' (the run that is there, if any), 'none' or a step.
-
-    Changes nothing; `begin_run` does, once it is clear that the run can go on.
-    """
-    if resume == "none":
-        return None
-    if resume == "auto":
-        return None if read_latest(run_dir) is None else find_step(run_dir)
-    if not resume.isdecimal():
-        raise UserError(f"--resume {resume} must be auto, none or a step")
-    return find_step(run_dir, int(resume))
-
-
-def begin_run(run_dir: Path, step: int | None) -> None:
-    """Make the folder ready: an earlier run there is kept under another name, or from `step` on abandoned."""
-    if dist.is_initialized() and dist.get_rank() > 0:
+def claim_folder(run_dir: Path, step: int | None) -> None:
+    """Make the folder ready: an earlier run there is kept under another name, or its steps after `step` abandoned."""
+    if get_ranks().rank > 0:
         return
     if step is not None:
         write_atomic(run_dir / "latest", get_step_name(step) + "\n")
@@ -245,7 +246,7 @@ def begin_run(run_dir: Path, step: int | None) -> None:
 @contextlib.contextmanager
 def locked_run(run_dir: Path) -> Iterator[None]:
     """Keep other processes from training in the same folder; rank 0 holds the lock for all."""
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if get_ranks().rank > 0:
         yield
         return
     try:
@@ -289,6 +290,17 @@ class Checkpoint:
         """What names it in the records of a stage that begins with it."""
         return {"stage": self.stage, "tag": self.run_dir.name, "step": self.step,
                 "weights": self.meta["files"][MODEL_NAME][:16]}
+
+
+def find_saved(stage: str, run_dir: Path, resume: str) -> Checkpoint | None:
+    """The checkpoint of a run to continue, None to start anew; `resume` is 'auto' (the latest, if any), 'none' or a
+    step. The folder stays as it is until `claim_folder`, when it is clear that the run can begin."""
+    if resume not in ("auto", "none") and not resume.isdecimal():
+        raise UserError(f"--resume {resume} must be auto, none or a step")
+    if resume == "none" or resume == "auto" and read_latest(run_dir) is None:
+        return None
+    step = find_step(run_dir, None if resume == "auto" else int(resume))
+    return Checkpoint(stage, run_dir, step, load_meta(run_dir, step))
 
 
 def find_checkpoint(stage: str, tag: str | None = None, step: int | None = None) -> Checkpoint:

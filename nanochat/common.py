@@ -1,17 +1,20 @@
 """What every other file needs: where state lives, which device and dtype, which rank, and how a mistake is reported.
 
-The only file that reads the environment (but for the OpenMP default that nanochat/__init__.py must set earlier).
-Loading torch takes seconds, so it is imported where it is used: scripts.plan does without.
+The only file that reads the environment. Loading torch takes seconds, so it is imported where it is used: scripts.plan
+does without.
 """
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import ctypes
 import errno
+import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -28,8 +31,6 @@ from typing import TYPE_CHECKING
 
 import filelock
 
-import nanochat
-
 if TYPE_CHECKING:
     import torch
 
@@ -41,23 +42,55 @@ class UserError(Exception):
     """A person's mistake. The message is one sentence: what is wrong, where, and what to do instead."""
 
 
+def int_or_word(text: str, word: str) -> int | None:
+    """The type of a flag that is a number or a word, which is None; -1, as the word was once spelled, is understood."""
+    try:
+        return None if text == word or int(text) < 0 else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be a number, or {word}") from None
+
+
+int_or_never = functools.partial(int_or_word, word="never")    # steps between events
+int_or_all = functools.partial(int_or_word, word="all")        # the largest number of something
+
+
+def prepare_process() -> None:
+    """Set up a process of ours before it loads torch, which takes seconds; scripts/__init__.py calls it.
+
+    OpenMP reads how idle threads wait when torch is loaded. Workers that spin while they wait slow a step 3 times down
+    beside one busy process; workers that sleep at once cost a tenth of a step where nothing else runs. A short spin has
+    the best of both (dev/LOG.md, "How OpenMP's threads wait"). A setting that a person made stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+
+    def report_exception(kind, error, trace) -> None:
+        """While modules are loaded no script can catch Ctrl-C yet."""
+        if issubclass(kind, KeyboardInterrupt):
+            print("stopped by Ctrl-C", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+    sys.excepthook = report_exception
+
+
 def run_script(main: Callable[[list[str] | None], object]) -> None:
     """Run a script's `main` and turn how it ended into an exit code: 0 done, 2 a person's mistake, 130 Ctrl-C.
 
-    Anything else is a bug and keeps its traceback.
+    Any other error is a bug and keeps its traceback.
     """
     try:
         main(None)
         if dist := get_process_group():
             is_gloo = dist.get_backend() == "gloo"
             dist.destroy_process_group()
-            if is_gloo:  # which now and then aborts a process that takes itself apart (dev/LOG.md, 2026-11-21)
+            if is_gloo:  # it now and then aborts a process at its end (dev/LOG.md, "A rank on gloo that is aborted")
                 end_process()
     except UserError as error:
         exit_with(2, f"error: {error}")
     except KeyboardInterrupt:
         exit_with(130, "stopped by Ctrl-C")
-    except BrokenPipeError:  # the reader of our output is gone, as in `... | head -1`
+    except BrokenPipeError:  # the reader of our output has ended, as in `... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
         sys.exit(128 + signal.SIGPIPE)
     except (RuntimeError, MemoryError) as error:
@@ -82,22 +115,16 @@ def run_script(main: Callable[[list[str] | None], object]) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed; CUDA's allocator has an error of its own, which the compiler wraps into another,
-    and others and its libraries only a text."""
+    """Whether an allocation failed. CUDA's allocator has its own type of error, which the compiler wraps into another;
+    other allocators and CUDA's libraries are known by their text only."""
     texts = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or \
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
-def get_process_group():
-    """torch.distributed where this process has joined others through it, else None."""
-    dist = sys.modules.get("torch.distributed")
-    return dist if dist and dist.is_initialized() else None
-
-
 def end_process() -> None:
-    """End this process with exit code 0, without Python's own end, which takes all that is loaded apart."""
-    atexit._run_exitfuncs()  # the compiler's, which would leave processes and semaphores behind, wandb's
+    """End this process with exit code 0, without Python's own teardown of all that is loaded."""
+    atexit._run_exitfuncs()  # the compiler's, which would leave processes and semaphores behind, and wandb's
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
@@ -105,10 +132,10 @@ def end_process() -> None:
 
 def exit_with(code: int, message: str) -> None:
     """Print `message` to stderr and end this process with `code`."""
-    sys.stderr.write(message + "\n")  # print writes the line's end by itself, and ranks share a terminal
+    sys.stderr.write(message + "\n")  # in one piece, unlike print: ranks share a terminal
     sys.stderr.flush()
     if get_process_group():
-        time.sleep(1)  # other ranks may still be reading what this one sent them, before they come to the same end
+        time.sleep(1)  # other ranks may still be reading this one's last message before they end alike
     sys.exit(code)
 
 
@@ -131,13 +158,16 @@ def get_hub_endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
+SPIN_COUNT = "600"    # GOMP_SPINCOUNT of training, see prepare_process
+
+
 def let_threads_spin() -> None:
     """Let the threads of processes that are started from here on spin longer while they wait.
 
-    A count that a person chose stays; ours is known by its value, as a process that was started by one of ours has it.
-    Decoding's operations are shorter than training's, for which nanochat/__init__.py chooses (dev/LOG.md, 2026-11-21).
+    Decoding's operations are shorter than training's, for which SPIN_COUNT was chosen (dev/LOG.md, "Decoding many rows
+    on CPUs"). A count that a person chose stays; ours is known by its value, which child processes inherit.
     """
-    if os.environ.get("GOMP_SPINCOUNT") == nanochat.SPIN_COUNT:
+    if os.environ.get("GOMP_SPINCOUNT") == SPIN_COUNT:
         os.environ["GOMP_SPINCOUNT"] = "2000"
 
 
@@ -246,8 +276,41 @@ def count_local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or get_ranks().world_size)
 
 
+def get_process_group():
+    """torch.distributed where this process has joined others through it, else None."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist and dist.is_initialized() else None
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all ranks, in place where the ranks can send it from its device. Collective."""
+    if dist := get_process_group():
+        if dist.get_backend() != "gloo":  # nccl sends tensors of the GPU only
+            import torch
+            values = values.to(torch.accelerator.current_accelerator())
+        dist.all_reduce(values)
+    return values
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """For each flag, whether any rank has set it, so that all do the same. Collective: all ranks call it."""
+    if not get_process_group():
+        return list(flags)
+    import torch
+    return [count > 0 for count in sum_over_ranks(torch.tensor(flags, dtype=torch.int32)).tolist()]
+
+
+def gather(value: object, group=None) -> list:
+    """Every rank's value, in the order of the ranks. For small values, since they are pickled. Collective."""
+    values = [value]
+    if dist := get_process_group():
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def print0(*values: object) -> None:
-    """Print on rank 0 only, at once, in one piece: the writer of checkpoints speaks from a thread of its own."""
+    """Print on rank 0 only, at once and in one piece, since the thread that writes checkpoints prints too."""
     if get_ranks().rank == 0:
         print(" ".join(map(str, values)) + "\n", end="", flush=True)
 
@@ -257,8 +320,8 @@ def print0(*values: object) -> None:
 
 COMPUTE_DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}  # name in torch -> bytes
 # Above this a tensor that is freed goes back to the system, and the next step pays for its pages again: a product
-# with a 256 MiB result was 1.8 times slower (dev/LOG.md, 2026-11-21). The threshold must exceed the largest temporary
-# of a step.
+# with a 256 MiB result was 1.8 times slower (dev/LOG.md, "Freed memory"). The threshold must exceed the largest
+# temporary of a step.
 MALLOC_KEEP_BYTES = 2**31 - 1
 
 
@@ -323,7 +386,7 @@ def get_compute_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str
             return torch.bfloat16, "the GPU has bf16 matrix units"
         return torch.float16, "the GPU has no bf16 matrix units; fp16 with a gradient scaler"
     if device.type == "cpu":
-        gain = measure_matmul_rate(torch.bfloat16) / measure_matmul_rate(torch.float32)
+        gain = measure_matmul_rate(torch.bfloat16, 1024) / measure_matmul_rate(torch.float32, 1024)
         # A busy machine blurs the measurement, so the gain must be clear: native units gave 2.2 to 5.6 here, with other
         # load and without; that emulation stays under 1.4 is an assumption, not studied
         if gain > 1.4:
@@ -334,23 +397,17 @@ def get_compute_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str
     return torch.float32, f"no faster dtype is known to be safe on {device.type}"
 
 
-_matmul_rates: dict[tuple[torch.dtype, int], float] = {}
-
-
-def measure_matmul_rate(dtype: torch.dtype, size: int = 1024) -> float:
+@functools.cache
+def measure_matmul_rate(dtype: torch.dtype, size: int) -> float:
     """FLOP/s of a (size, size) matrix product on this machine's CPU, best of several; measured once a process."""
     import torch
-    if (dtype, size) not in _matmul_rates:
-        left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
-        out = left @ right
-        best = float("inf")
-        deadline = time.perf_counter() + 0.15
-        while time.perf_counter() < deadline or best == float("inf"):
-            start = time.perf_counter()
-            torch.mm(left, right, out=out)
-            best = min(best, time.perf_counter() - start)
-        _matmul_rates[dtype, size] = 2 * size**3 / best
-    return _matmul_rates[dtype, size]
+    left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
+    out, best, deadline = left @ right, math.inf, time.perf_counter() + 0.15
+    while time.perf_counter() < deadline or best == math.inf:
+        start = time.perf_counter()
+        torch.mm(left, right, out=out)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 def get_peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:

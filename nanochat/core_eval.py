@@ -29,10 +29,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from nanochat.common import UserError, file_lock, get_base_dir, get_ranks, print0
+from nanochat.common import UserError, file_lock, get_base_dir, get_ranks, print0, sum_over_ranks
 from nanochat.engine import KVCache
 from nanochat.gpt import GPT, norm
-from nanochat.train import sum_over_ranks
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 NUM_CORE_TASKS = 22         # in the published bundle; the mean over fewer is another metric

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanochat.common import Ranks, UserError, count_cpus, print0, timed
+from nanochat.common import Ranks, UserError, count_cpus, print0, sum_over_ranks, timed
 from nanochat.packing import PAD, PackStats, hide, pack_documents, pack_whole
 from nanochat.shards import ShardList, count_groups, read_group
-from nanochat.train import Batch, sum_over_ranks
+from nanochat.train import Batch
 
 MAX_LANES  = 8      # a power of two
 PACKINGS   = {"best-fit": ("split", "crop"), "stream": ("split",)}   # each with the long_docs that it can do

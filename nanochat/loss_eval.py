@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat.common import get_ranks
-from nanochat.train import Batch, sum_over_ranks
+from nanochat.common import get_ranks, sum_over_ranks
+from nanochat.train import Batch
 
 
 @dataclass(frozen=True)

@@ -467,6 +467,3 @@ def expect_mfu(gpu: str, depth: int) -> tuple[float, str]:
             mfu = mfu0 + (mfu1 - mfu0) * (depth - d0) / (d1 - d0)
     source = "published for 8 H100 in bf16: " + ", ".join(f"{100 * m:.0f}% at depth {d}" for d, m in PUBLISHED_MFU)
     return mfu, source + ("" if gpu == "h100" else f"; assumed to hold on {gpu} as well, not measured there")
-
-
-Compute = Machine  # until stage.py has it by its name

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from nanochat.common import UserError, get_base_dir, get_ranks, print0, run_script, write_json
 from nanochat.report_render import Card, Curve, Section, Table, format_count, format_value, smooth, thin, write_card
-from nanochat.train import read_metrics
+from nanochat.run import read_metrics
 
 STAGES = {"base": "BASE", "mid": "MID", "sft": "SFT", "rl": "RL"}  # in the order in which a model passes through them
 SECTION_ORDER = ("tok_train", "tok_eval", "base_train", "base_loss", "base_eval", "mid", "chat_sft", "sft", "chat_rl",

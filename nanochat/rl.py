@@ -7,8 +7,8 @@
 REINFORCE (Williams 1992) with the group's mean as baseline (GRPO, arXiv 2402.03300), as pared down since: no division
 by the group's standard deviation, which favours questions that are too easy or too hard, and none by an answer's own
 length, which favours long wrong ones (arXiv 2503.20783); all tokens of a step count alike (DAPO, arXiv 2503.14476).
-Answers are learned from once, at once, so there is no ratio to clip; no KL, so no second model. Temperature 1 and
-nothing left out of the distribution: otherwise it is another policy's answers that are learned from.
+Answers are learned from once, right after they are sampled, so there is no ratio to clip; there is no KL penalty, so no
+second model. They are sampled at temperature 1 from the whole distribution: any other is another policy's.
 
 Q questions, S answers each, B rows, T tokens.
 """
@@ -20,21 +20,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.common import Ranks, UserError
-from nanochat.cross_entropy import LOGIT_SOFTCAP
+from nanochat.common import Ranks, UserError, sum_over_ranks
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
-from nanochat.train import Batch, sum_over_ranks
+from nanochat.train import Batch
 
 PASS_AT = (1, 4, 16)       # k of pass@k
-PROBE_TOKENS = 1024        # at least one answer's, whose distributions are compared before and after a step
-SAMPLE_ROWS = {"cpu": 64}  # answers that are written at once where nobody says better, by device
+PROBE_TOKENS = 1024        # whose distributions are compared before and after a step; at least those of one answer
+SAMPLE_ROWS = {"cpu": 64}  # answers that are sampled at once by default, by device
 DEFAULT_SAMPLE_ROWS = 256
-# Rows are padded to a multiple of this; where kernels are made for a length, few lengths matter more than padding
+# Rows are padded to a multiple of this; where kernels are compiled for a length, few lengths matter more than padding
 LENGTH_MULTIPLE = {"cpu": 16}
 DEFAULT_LENGTH_MULTIPLE = 128
 
@@ -53,7 +51,7 @@ class Question:
 
 
 def make_questions(tasks: Mapping[str, object], tokenizer, max_prompt_tokens: int) -> list[Question]:
-    """The questions of tasks, one task after the other, without those whose prompt is longer than that."""
+    """The questions of tasks, one task after the other, without those whose prompt is too long."""
     questions = []
     for name, task in tasks.items():
         if not hasattr(task, "reward"):
@@ -71,7 +69,7 @@ def make_questions(tasks: Mapping[str, object], tokenizer, max_prompt_tokens: in
 
 
 def choose_questions(num_questions: int, num: int, seed: int, step: int) -> list[int]:
-    """Which questions a step asks: the next `num` of an endless list, in which each epoch has an order of its own."""
+    """The questions of a step: the next `num` of an endless list, in which each epoch has an order of its own."""
     chosen = []
     for n in range(step * num, (step + 1) * num):
         epoch, place = divmod(n, num_questions)
@@ -87,7 +85,7 @@ def get_sampling_seed(seed: int, step: int, question: int) -> int:
 
 
 def take_share(num: int, ranks: Ranks) -> range:
-    """Which of `num` things are this rank's: neighbours, as many as the other ranks have, or one fewer."""
+    """This rank's share of `num` items: neighbours, as many as the other ranks have, or one fewer."""
     return range(num * ranks.rank // ranks.world_size, num * (ranks.rank + 1) // ranks.world_size)
 
 
@@ -97,13 +95,13 @@ def take_share(num: int, ranks: Ranks) -> range:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote to a question, and what that is worth."""
+    """A sampled answer to a question, and its reward."""
     tokens:       list[int]   # prompt and answer, with the end token where it came to one
     masks:        list[int]   # 1: sampled; 0: the prompt, and what the calculator put in
     num_prompt:   int
     text:         str         # of the answer, without its end token: what is graded
     reward:       float       # from 0 to 1; 1 is a pass
-    is_truncated: bool        # the room ended before the answer; it is graded like any other, as in evaluations
+    is_truncated: bool        # it came to max_new_tokens before its end token; graded like any other, as in evaluations
 
 
 def write_answers(engine: Engine, questions: Sequence[Question], num_samples: int, max_new_tokens: int,
@@ -128,13 +126,13 @@ def compute_pass_at(num_samples: int, num_passed: int, k: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is learned from them
+# Learning from them
 
 
 def compute_advantages(rewards: Tensor) -> Tensor:
-    """(Q, S) rewards -> (Q, S) advantages: by how much each beats its group's mean; exactly 0 where all are equal.
+    """(Q, S) rewards -> (Q, S) advantages: each one's distance from its group's mean; exactly 0 where all are equal.
 
-    Exactly, since a mean is rounded: a step of nothing but such leftovers would be taken for something to learn.
+    Exactly, because a mean is rounded: otherwise the optimizer would take a step on rounding errors alone.
     """
     is_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (Q, 1)
     return (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(is_equal, 0)
@@ -142,11 +140,11 @@ def compute_advantages(rewards: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PolicyBatch(Batch):
-    """Rows that hold an answer each, padded at their end; those without advantage come last.
+    """Rows with an answer each, padded at their end; those without advantage come last.
 
-    An answer without advantage counts where the loss is normalised, since its gradient is part of the mean, namely
-    zero: leaving it out would enlarge the step the more, the fewer questions still teach something. (DAPO samples other
-    questions in its place, which costs answers; arXiv 2503.20783 keeps the constant, as here.) But it isn't computed.
+    An answer without advantage counts in the loss's denominator, as its gradient, zero, is part of the mean: without it
+    the step would grow as fewer questions still teach something. (DAPO samples other questions in its place, which
+    costs answers; arXiv 2503.20783 keeps the constant, as here.) The forward pass leaves it out.
     """
     length_multiple: int
 
@@ -163,7 +161,7 @@ def make_batch(answers: Sequence[Answer], advantages: Sequence[float], length_mu
     """The rows of answers: those with an advantage first, the longest first, so that few micro-batches are long."""
     order = sorted(range(len(answers)), key=lambda i: (advantages[i] == 0, -len(answers[i].tokens), i))
     T = round_up(max(len(answer.tokens) for answer in answers) - 1, length_multiple)
-    inputs = torch.zeros(len(answers), T, dtype=torch.int64)  # what pads a row is never seen by what comes before it
+    inputs = torch.zeros(len(answers), T, dtype=torch.int64)  # padding at the end: no token before it attends to it
     targets, weights = torch.full_like(inputs, -1), torch.zeros(len(answers), T)
     for row, i in enumerate(order):
         tokens, mask = torch.tensor(answers[i].tokens), torch.tensor(answers[i].masks)
@@ -178,7 +176,7 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def choose_probe(groups: Sequence[Sequence[Answer]]) -> list[Answer]:
-    """One answer to each question, a fair sample of them all at a fraction of a step's cost; some, if they are long."""
+    """One answer to each question, up to PROBE_TOKENS: a fair sample of the step at a fraction of its cost."""
     probe, num_tokens = [], 0
     for answer, *_ in groups:
         num_tokens += sum(answer.masks)
@@ -190,14 +188,12 @@ def choose_probe(groups: Sequence[Sequence[Answer]]) -> list[Answer]:
 
 @torch.no_grad()
 def compute_logprobs(model: GPT, batch: Batch, micro_rows: int) -> Tensor:
-    """The distributions that the targets were sampled from, as the model has them now: logarithms, (targets, V)."""
+    """Log probabilities of all tokens where the targets were sampled, by the model as it is: (targets, V)."""
     chunks = []
     for micro in Batch.split(batch, micro_rows):
         micro = micro.to(model.get_device())
         x = model.forward_trunk(micro.inputs)[micro.targets >= 0]  # (targets, C)
-        logits = model.lm_head(x)[:, :model.config.vocab_size]     # (targets, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        chunks.append((LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP)).log_softmax(dim=-1))
+        chunks.append(model.unembed(x).log_softmax(dim=-1))        # (targets, V)
     return torch.cat(chunks)
 
 
@@ -207,15 +203,15 @@ def sum_entropy(logprobs: Tensor) -> float:
 
 
 def sum_kl(before: Tensor, after: Tensor) -> float:
-    """By how much distributions (targets, V) have moved, in nats, summed: KL(before || after)."""
+    """KL(before || after) of distributions (targets, V), in nats, summed."""
     return float((before.exp() * (before - after)).sum())
 
 
 def keep_matrices(optimizer: MuonAdamW) -> MuonAdamW:
     """The optimizer of the transformer's matrices alone; all other parameters are frozen.
 
-    Adam divides a gradient by its own size. Most of what a few answers say of embeddings, head and scalars is noise,
-    which thereby becomes a step of full size (dev/LOG.md, 2026-11-21).
+    Adam divides a gradient by its own size. Most of the gradient that a few answers give to embeddings, head and
+    scalars is noise, which Adam would make a step of full size (dev/LOG.md, "RL: what kept the reward from rising").
     """
     for group in optimizer.param_groups:
         for param in group["params"]:
@@ -228,41 +224,47 @@ def keep_matrices(optimizer: MuonAdamW) -> MuonAdamW:
 # A step's answers
 
 
-class Rollouts:
-    """Asks the model the questions of a step, this rank its share. What is asked and drawn follows from seed and step.
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled."""
+    num_samples:     int    # to each question
+    max_new_tokens:  int    # of an answer, the calculator's included
+    seed:            int
+    sample_rows:     int    # answers that a rank samples at once
 
-    num_questions, num_samples: of a step, all ranks together; max_new_tokens: of an answer, tool output included
-    sample_rows: answers that are written at once
+
+class Rollouts:
+    """Asks the model the questions of each step, this rank its share. Questions and answers follow from seed and step.
+
+    num_questions: of a step, all ranks together
+    state:         what `state_dict` returned
     """
 
-    def __init__(self, questions: Sequence[Question], tokenizer, *, num_questions: int, num_samples: int,
-                 max_new_tokens: int, seed: int, ranks: Ranks, sample_rows: int, micro_rows: int,
-                 length_multiple: int, state: dict | None = None):
-        self.questions, self.tokenizer = questions, tokenizer
-        self.num_questions, self.num_samples, self.max_new_tokens = num_questions, num_samples, max_new_tokens
-        self.seed, self.ranks, self.sample_rows, self.micro_rows = seed, ranks, sample_rows, micro_rows
-        self.length_multiple = length_multiple
+    def __init__(self, questions: Sequence[Question], tokenizer, sampling: Sampling, num_questions: int, ranks: Ranks,
+                 *, length_multiple: int, state: dict | None = None):
+        self.questions, self.tokenizer, self.sampling = questions, tokenizer, sampling
+        self.num_questions, self.ranks, self.length_multiple = num_questions, ranks, length_multiple
         self.num_tokens = state["num_tokens"] if state else 0
         self.stats: dict = {}      # of the last step, all ranks together, but for times, which are this rank's
         self.sample: dict = {}     # the first of its answers
 
     def state_dict(self) -> dict:
-        """What a resumed run can't find out: the tokens that have been learned from."""
+        """The tokens that have been learned from; all else follows from the step."""
         return {"num_tokens": self.num_tokens}
 
     def give_back(self) -> None:
-        """Nothing was learned from the last step's answers: a run that goes on from the state is to ask them again."""
+        """Take back the last step's count, because nothing was learned from its answers."""
         self.num_tokens -= self.stats["row_tokens"]
 
-    def next_step(self, model: GPT, step: int) -> PolicyBatch:
+    def next_step(self, model: GPT, step: int, micro_rows: int) -> PolicyBatch:
         """The batch of this rank's answers, weighted by their advantages. Collective: all ranks call it."""
-        start_time = time.perf_counter()
-        chosen = choose_questions(len(self.questions), self.num_questions, self.seed, step)
+        start_time, sampling = time.perf_counter(), self.sampling
+        chosen = choose_questions(len(self.questions), self.num_questions, sampling.seed, step)
         share = take_share(len(chosen), self.ranks)
         asked = [self.questions[chosen[i]] for i in share]
-        # a new engine for each step: it holds the weights as they were when it was made
-        groups = write_answers(Engine(model, self.tokenizer, self.sample_rows), asked, self.num_samples,
-                               self.max_new_tokens, 1.0, get_sampling_seed(self.seed, step, share.start))
+        # a new engine for each step, since an engine keeps the weights that it began with
+        groups = write_answers(Engine(model, self.tokenizer, sampling.sample_rows), asked, sampling.num_samples,
+                               sampling.max_new_tokens, 1.0, get_sampling_seed(sampling.seed, step, share.start))
         first = groups[0][0]
         self.sample = {"prompt": asked[0].conversation["messages"][-2]["content"], "text": first.text,
                        "reward": first.reward}
@@ -271,30 +273,30 @@ class Rollouts:
         sample_sec = time.perf_counter() - start_time
         probe = choose_probe(groups)
         self.probe = make_batch(probe, [0.0] * len(probe), self.length_multiple)
-        self.probe_logprobs = compute_logprobs(model, self.probe, self.micro_rows)
-        self._count(groups, sample_sec, model.get_device())
+        self.probe_logprobs = compute_logprobs(model, self.probe, micro_rows)
+        self._count(groups, sample_sec)
         return make_batch(answers, compute_advantages(rewards).flatten().tolist(), self.length_multiple)
 
-    def measure_step(self, model: GPT) -> None:
-        """Add to `stats` how far the step moved the policy, in nats an answer. Collective: all ranks call it.
+    def measure_step(self, model: GPT, micro_rows: int) -> None:
+        """Add to `stats` the KL of the policy before the step from that after it, in nats an answer. Collective.
 
-        What is healthy is an assumption, not studied: hundredths of a nat; above tenths, rewards fell.
+        A healthy step moves hundredths of a nat (assumption, not studied); above tenths, rewards fell.
         """
-        kl = sum_kl(self.probe_logprobs, compute_logprobs(model, self.probe, self.micro_rows))
-        kl, num_answers = add_up([kl, len(self.probe.inputs)], model.get_device())
+        kl = sum_kl(self.probe_logprobs, compute_logprobs(model, self.probe, micro_rows))
+        kl, num_answers = add_up([kl, len(self.probe.inputs)])
         self.stats["kl_nats"] = kl / num_answers
 
     def get_values(self, step_sec: float) -> dict:
-        """What is logged of a step that took so long. The tokens are those of prompts and answers, without padding."""
+        """The values to log for a step that took so long. Tokens are those of prompts and answers, without padding."""
         row_tokens, train_sec = self.stats["row_tokens"], step_sec - self.stats["sample_sec"]
         return {**self.stats, "tokens": self.num_tokens, "tokens_per_sec": row_tokens / step_sec,
                 "train_tokens_per_sec": row_tokens / train_sec, "mfu_pct": None}
 
-    def _count(self, groups: list[list[Answer]], sample_sec: float, device: torch.device) -> None:
+    def _count(self, groups: list[list[Answer]], sample_sec: float) -> None:
         """Set `stats`."""
         answers = [answer for group in groups for answer in group]
         equal = sum(len({answer.reward for answer in group}) == 1 for group in groups)
-        pass_at = get_pass_at(self.num_samples)
+        pass_at = get_pass_at(self.sampling.num_samples)
         sums = [len(groups), len(answers), sum(answer.reward for answer in answers),
                 sum(answer.is_truncated for answer in answers),
                 sum(len(answer.tokens) - answer.num_prompt for answer in answers),
@@ -302,7 +304,7 @@ class Rollouts:
                 len(self.probe_logprobs),
                 *sum_pass_at(groups, pass_at)]
         (num_groups, num_answers, reward, truncated, answer_tokens, row_tokens, equal, entropy, probe_tokens,
-         *passed) = add_up(sums, device)
+         *passed) = add_up(sums)
         self.num_tokens += int(row_tokens)
         self.stats = {"reward": reward / num_answers,
                       **{f"pass_at_{k}": value / num_groups for k, value in zip(pass_at, passed, strict=True)},
@@ -313,7 +315,7 @@ class Rollouts:
 
 
 def get_pass_at(num_samples: int) -> list[int]:
-    """The k of pass@k that so many samples can tell."""
+    """The k of pass@k that can be estimated from so many samples."""
     return [k for k in PASS_AT if k <= num_samples]
 
 
@@ -323,24 +325,22 @@ def sum_pass_at(groups: Sequence[Sequence[Answer]], pass_at: Sequence[int]) -> l
             for k in pass_at]
 
 
-def add_up(values: Sequence[float], device: torch.device) -> list[float]:
+def add_up(values: Sequence[float]) -> list[float]:
     """Each value summed over all ranks. Collective."""
-    # only where there are other ranks on the device, which needn't know float64
-    return sum_over_ranks(torch.tensor(values, dtype=torch.float64,
-                                       device=device if dist.is_initialized() else "cpu")).tolist()
+    return sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-def evaluate_answers(model: GPT, tokenizer, questions: Sequence[Question], *, num_samples: int, max_new_tokens: int,
-                     seed: int, ranks: Ranks, sample_rows: int) -> dict:
-    """How many held-out questions are answered: greedily, and with samples at temperature 1. Collective.
+def evaluate_answers(model: GPT, tokenizer, questions: Sequence[Question], sampling: Sampling, ranks: Ranks) -> dict:
+    """Rewards on held-out questions: of greedy answers, and of samples at temperature 1. Collective.
 
     The samples are drawn with the same random numbers each time, so that two evaluations differ by the model alone.
     """
-    engine, values = Engine(model, tokenizer, sample_rows), {}
+    engine, values = Engine(model, tokenizer, sampling.sample_rows), {}
+    num_samples, max_new_tokens, seed = sampling.num_samples, sampling.max_new_tokens, sampling.seed
     pass_at = get_pass_at(num_samples)
     for name in dict.fromkeys(question.task_name for question in questions):
         of_task = [question for question in questions if question.task_name == name]
@@ -350,7 +350,7 @@ def evaluate_answers(model: GPT, tokenizer, questions: Sequence[Question], *, nu
         drawn = write_answers(engine, asked, num_samples, max_new_tokens, 1.0, get_sampling_seed(seed, 0, share.start))
         cut = sum(answer.is_truncated for group in greedy for answer in group)
         reward = sum(answer.reward for group in drawn for answer in group)
-        sums = add_up([*sum_pass_at(greedy, [1]), cut, reward, *sum_pass_at(drawn, pass_at)], model.get_device())
+        sums = add_up([*sum_pass_at(greedy, [1]), cut, reward, *sum_pass_at(drawn, pass_at)])
         values |= {f"{name}_problems": len(of_task), f"{name}_greedy_frac": sums[0] / len(of_task),
                    f"{name}_greedy_truncated_frac": sums[1] / len(of_task),
                    f"{name}_reward": sums[2] / len(of_task) / num_samples,
@@ -359,5 +359,5 @@ def evaluate_answers(model: GPT, tokenizer, questions: Sequence[Question], *, nu
 
 
 def get_length_multiple(device: torch.device, use_compile: bool) -> int:
-    """What rows are padded to, see LENGTH_MULTIPLE."""
+    """The number that the length of rows is a multiple of, see LENGTH_MULTIPLE."""
     return DEFAULT_LENGTH_MULTIPLE if use_compile else LENGTH_MULTIPLE.get(device.type, DEFAULT_LENGTH_MULTIPLE)

@@ -1,1 +1,5 @@
-import nanochat  # noqa: F401 (sets how OpenMP waits, before a script loads torch)
+"""The command lines. A process is prepared here, before a script loads torch."""
+
+from nanochat.common import prepare_process
+
+prepare_process()

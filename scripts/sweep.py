@@ -29,14 +29,12 @@ from nanochat.checkpoint_manager import get_run_dir, locked_run
 from nanochat.common import UserError, file_lock, get_base_dir, get_worker_env, now, print0, run_script, write_json
 from nanochat.config import GPTConfig, estimate_flops
 from nanochat.report import RunFiles, read_json, read_run
+from nanochat.run import StopSignal
 from nanochat.scaling import make_config, make_plan
-from nanochat.train import StopSignal
+from nanochat.stage import FREE_FLAGS
 
 SWEEP_KEYS = ("grid", "flags", "created", "failed", "points")  # of sweep.json
 OWN_FLAGS = {"model_tag", "resume"}    # of base_train, set by the sweep itself
-# Flags of base_train that don't change what a run learns: a sweep continues with others. To be replaced by stage.py's.
-FREE_FLAGS = {"run", "eval_every", "eval_tokens", "core_metric_every", "core_metric_max_per_task", "sample_every",
-              "save_every", "save_every_minutes", "keep_last", "keep_every", "resume", "stop_at", "allow_mismatch"}
 POLL_SEC, DRAW_SEC = 0.2, 2.0
 
 

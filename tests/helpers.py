@@ -15,8 +15,8 @@ import torch
 from nanochat import dataset
 from nanochat.config import GPTConfig
 from nanochat.gpt import GPT
+from nanochat.run import read_metrics
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
-from nanochat.train import read_metrics
 from scripts import tok_train
 
 REPO_DIR = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ from test_ranks import run_on_ranks
 from test_scripts import send_signal_at
 
 from nanochat.common import UserError
-from nanochat.train import read_metrics
+from nanochat.run import read_metrics
 from scripts import base_train, chat_cli, chat_sft, mid_train
 
 T = 128

@@ -23,9 +23,10 @@ from nanochat.checkpoint_manager import (
     FORMAT_VERSION,
     MODEL_NAME,
     Checkpointer,
-    begin_run,
+    SaveRules,
     build_model,
-    find_resume_step,
+    claim_folder,
+    find_saved,
     find_step,
     find_tag,
     get_run_dir,
@@ -40,7 +41,6 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import UserError, run_script
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.identity import check_identity
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, get_tokenizer_dir
 from nanochat.train import Batch, train_step
 
@@ -86,7 +86,7 @@ def make_meta(optimizer, **more):
             "optimizer_steps": optimizer.num_steps, **more}
 
 
-def save_run(tag="d2", steps=(1,), stage="base", keep_last=-1):
+def save_run(tag="d2", steps=(1,), stage="base", keep_last=None):
     """A run whose checkpoint of step s is trained for s steps."""
     run_dir = get_run_dir(stage, tag)
     for step in steps:
@@ -152,7 +152,7 @@ def test_weights_load_into_any_dtype(saved_dtype, dtype):
 def test_latest_wins_over_a_higher_step():
     run_dir = save_run(steps=(9, 4))  # a shorter run, made later under the same tag
     assert list_steps(run_dir) == [4, 9]
-    assert find_step(run_dir) == read_latest(run_dir) == find_resume_step(run_dir, "auto") == 4
+    assert find_step(run_dir) == read_latest(run_dir) == find_saved("base", run_dir, "auto").step == 4
     assert load_model("base", CPU)[2]["step"] == 4
     assert load_model("base", CPU, step=9)[2]["step"] == 9
 
@@ -162,7 +162,7 @@ def test_keep_none_is_refused():
         save_run(keep_last=0)
 
 
-@pytest.mark.parametrize("keep_last, left", [(1, [5]), (2, [3, 5]), (-1, [1, 3, 5]), (9, [1, 3, 5])])
+@pytest.mark.parametrize("keep_last, left", [(1, [5]), (2, [3, 5]), (None, [1, 3, 5]), (9, [1, 3, 5])])
 def test_keep_last(keep_last, left):
     assert list_steps(save_run(steps=(1, 3, 5), keep_last=keep_last)) == left
 
@@ -170,7 +170,7 @@ def test_keep_last(keep_last, left):
 def test_keep_every_keeps_milestones_too():
     run_dir = get_run_dir("base", "d2")
     model, optimizer = make_trained()
-    with Checkpointer(run_dir, keep_last=1, keep_every=3) as saver:
+    with Checkpointer(run_dir, SaveRules(keep_last=1, keep_every=3)) as saver:
         for step in range(1, 8):
             saver.save(step, model, optimizer, make_meta(optimizer))
     assert list_steps(run_dir) == [3, 6, 7]
@@ -422,13 +422,32 @@ def test_failed_save_is_known_and_raised_once(monkeypatch):
         patch.setattr(checkpoint_files, "save_file", fail)
         saver.save(2, model, optimizer, make_meta(optimizer))
         saver.thread.join()
-        assert saver.has_failed()
         with pytest.raises(OSError, match="Input/output error"):
-            saver.wait()
-        assert not saver.has_failed() and list_steps(run_dir) == [1] and not list(run_dir.glob("*.tmp"))
+            saver.due(3, stopping=False, evaluating=False)
+        assert saver.error is None and list_steps(run_dir) == [1] and not list(run_dir.glob("*.tmp"))
         patch.undo()
         saver.save(2, model, optimizer, make_meta(optimizer))
     assert list_steps(run_dir) == [1, 2]
+
+
+def test_when_a_save_is_due(monkeypatch):
+    """At steps and times, at the end, before a stop and before the first evaluation; never what is on disk already."""
+    model, optimizer = make_trained()
+    def list_due(saver, first_step, evals=(), stops=()):
+        due = []
+        for step in range(first_step, 10):
+            saving, stopping = saver.due(step, step in stops, step in evals)
+            assert stopping == (step in stops)
+            if saving:
+                saver.save(step, model, optimizer, make_meta(optimizer))
+                due.append(step)
+        saver.wait()
+        return due
+    run_dir = get_run_dir("base", "d2")
+    assert list_due(Checkpointer(run_dir, last_step=9), 0, evals=(0, 3, 6)) == [3, 9]
+    assert list_due(Checkpointer(run_dir, SaveRules(every=4), last_step=9, saved_step=4), 4, evals=(6,)) == [8, 9]
+    assert list_due(Checkpointer(run_dir, last_step=20, saved_step=2), 2, evals=(3,), stops=(2, 5)) == [5]
+    assert list_due(Checkpointer(run_dir, SaveRules(every_minutes=0), last_step=20), 0) == list(range(10))
 
 
 # A save that takes a minute, and two Ctrl-C: the first is remembered, the second doesn't wait for the save
@@ -436,11 +455,11 @@ SLOW_SAVE = """
     import sys, time
     sys.path.insert(0, TESTS_DIR)
     import test_checkpoint_manager as helpers
-    from nanochat import checkpoint_files, train as train_module
+    from nanochat import checkpoint_files, run as run_module
     from nanochat.checkpoint_manager import Checkpointer, get_run_dir
     from nanochat.common import run_script
-    from nanochat.train import StopSignal
-    train_module.ECHO_SEC = 0
+    from nanochat.run import StopSignal
+    run_module.ECHO_SEC = 0
     model, optimizer = helpers.make_trained()
     helpers.save_run(steps=(1,))
     checkpoint_files.save_file = lambda *args: time.sleep(60)
@@ -483,7 +502,7 @@ TWO_RANKS = """
     from nanochat import checkpoint_files
     from nanochat.checkpoint_manager import Checkpointer, get_run_dir
     from nanochat.common import init_compute, run_script
-    from nanochat.train import any_rank, train_step
+    from nanochat.train import train_step
 
     def fill_disk(tensors, path, metadata):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
@@ -498,9 +517,7 @@ TWO_RANKS = """
                 checkpoint_files.save_file = fill_disk
             saver.save(2, model, optimizer, helpers.make_meta(optimizer))
             for step in range(10**4):
-                if any_rank(saver.has_failed(), device=device)[0]:
-                    saver.wait()
-                    raise SystemExit(3)  # not reached
+                saver.due(step, stopping=False, evaluating=False)
                 train_step(model, optimizer, helpers.make_batch(step), 4)
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=PORT, WORLD_SIZE="2")
@@ -633,16 +650,16 @@ def test_pointer_to_a_deleted_step_is_an_error_not_a_crash():
     with pytest.raises(UserError, match="no checkpoint of step 2 in .*; it has 1"):
         load_model("base", CPU)
     with pytest.raises(UserError, match="no checkpoint of step 2 in .*; it has 1"):
-        find_resume_step(run_dir, "auto")
+        find_saved("base", run_dir, "auto")
 
 
 def test_without_a_pointer_the_newest_step_counts():
     """A kill just before the first pointer was written, or a person, left none."""
     run_dir = save_run(steps=(1, 2))
     (run_dir / "latest").unlink()
-    assert read_latest(run_dir) == find_resume_step(run_dir, "auto") == 2
+    assert read_latest(run_dir) == find_saved("base", run_dir, "auto").step == 2
     assert load_model("base", CPU, tag="d2")[2]["step"] == 2
-    begin_run(run_dir, 2)
+    claim_folder(run_dir, 2)
     assert (run_dir / "latest").read_text() == "step_000002\n"
 
 
@@ -652,7 +669,7 @@ def test_resume_none_keeps_a_run_whose_pointer_is_bad(latest):
     (run_dir / "latest").unlink()
     if latest:
         (run_dir / "latest").write_bytes(latest)
-    begin_run(run_dir, None)
+    claim_folder(run_dir, None)
     assert not run_dir.exists() and list_steps(run_dir.with_name("d2~1")) == [1]
 
 
@@ -679,9 +696,9 @@ def test_what_is_not_there_is_named():
     with pytest.raises(UserError, match="no checkpoint of step 7 in .*; it has 3"):
         load_model("base", CPU, step=7)
     with pytest.raises(UserError, match="no checkpoint of step 7"):
-        find_resume_step(run_dir, "7")
+        find_saved("base", run_dir, "7")
     with pytest.raises(UserError, match="--resume soon must be auto, none or a step"):
-        find_resume_step(run_dir, "soon")
+        find_saved("base", run_dir, "soon")
 
 
 def test_most_recent_run_is_found(base_dir):
@@ -711,28 +728,22 @@ def test_another_tokenizer_of_the_same_size_is_refused():
 def test_resume_none_keeps_the_old_run():
     run_dir = save_run(steps=(1,))
     for kept in ("d2~1", "d2~2"):
-        assert find_resume_step(run_dir, "none") is None and run_dir.exists()
-        begin_run(run_dir, None)
+        assert find_saved("base", run_dir, "none") is None and run_dir.exists()
+        claim_folder(run_dir, None)
         assert not run_dir.exists()
         assert list_steps(run_dir.with_name(kept)) == [1]
         save_run(steps=(1,))
-    assert find_resume_step(run_dir.with_name("fresh"), "none") is None
-    begin_run(run_dir.with_name("fresh"), None)  # nothing to keep
+    assert find_saved("base", run_dir.with_name("fresh"), "none") is None
+    claim_folder(run_dir.with_name("fresh"), None)  # nothing to keep
 
 
 def test_going_back_makes_the_later_steps_another_run():
     run_dir = save_run(steps=(1, 2, 3))
-    assert find_resume_step(run_dir, "1") == 1 and read_latest(run_dir) == 3  # looking changes nothing
-    begin_run(run_dir, 1)
-    assert read_latest(run_dir) == find_resume_step(run_dir, "auto") == 1
+    assert find_saved("base", run_dir, "1").step == 1 and read_latest(run_dir) == 3  # looking changes nothing
+    claim_folder(run_dir, 1)
+    assert read_latest(run_dir) == find_saved("base", run_dir, "auto").step == 1
     remove_old_checkpoints(run_dir, 1)
     assert list_steps(run_dir) == [1, 2, 3]  # the abandoned ones are the person's to delete
-
-
-def test_identity_names_both_sides(tmp_path):
-    check_identity({"seed": 1, "more": 2}, {"seed": 1}, tmp_path)
-    with pytest.raises(UserError, match=r"seed: saved 1, now 2; data: saved None, now x\).*--resume none"):
-        check_identity({"seed": 1}, {"seed": 2, "data": "x"}, tmp_path)
 
 
 def test_no_pickle_on_disk():

@@ -167,7 +167,7 @@ def test_compute_dtype(monkeypatch):
     assert common.get_compute_dtype("auto", torch.device("mps"))[0] == torch.float32
     for bf16_rate, dtype in ((1.9, torch.bfloat16), (1.1, torch.float32), (0.2, torch.float32)):
         rates = {torch.bfloat16: bf16_rate, torch.float32: 1.0}
-        monkeypatch.setattr(common, "measure_matmul_rate", lambda dtype, rates=rates: rates[dtype])
+        monkeypatch.setattr(common, "measure_matmul_rate", lambda dtype, size, rates=rates: rates[dtype])
         chosen, reason = common.get_compute_dtype("auto", CPU)
         assert chosen == dtype and f"{bf16_rate}x" in reason
     monkeypatch.setattr(torch.version, "hip", None)
@@ -243,3 +243,12 @@ def test_decoding_processes_spin_longer_unless_a_person_chose(monkeypatch, befor
         monkeypatch.delenv("GOMP_SPINCOUNT")
     let_threads_spin()
     assert os.environ.get("GOMP_SPINCOUNT") == after
+
+
+def test_import_of_the_library_changes_nothing():
+    """What a process of ours needs before torch is loaded is done where its scripts begin."""
+    code = ("import os, sys; before = dict(os.environ), sys.excepthook; import nanochat, nanochat.common; "
+            "assert (dict(os.environ), sys.excepthook) == before; import scripts; "
+            "assert os.environ['GOMP_SPINCOUNT'] == '600' and sys.excepthook != before[1]")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
+    subprocess.run([sys.executable, "-c", code], env=env, cwd=Path(__file__).parents[1], check=True)

@@ -9,8 +9,8 @@ import pytest
 
 from dev import compare
 from nanochat.common import Ranks, UserError
+from nanochat.run import RunLog
 from nanochat.scaling import make_config, make_plan
-from nanochat.train import RunLog
 
 FLOPS_PER_TOKEN, BATCH_TOKENS, NUM_STEPS = 1000.0, 512, 100
 

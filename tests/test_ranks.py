@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from nanochat.common import Ranks, UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.train import Batch, read_metrics, train_step
+from nanochat.run import read_metrics
+from nanochat.train import Batch, train_step
 from scripts import base_train
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=80, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")

@@ -28,6 +28,7 @@ from nanochat.rl import (
     Answer,
     Question,
     Rollouts,
+    Sampling,
     choose_probe,
     choose_questions,
     compute_advantages,
@@ -43,8 +44,9 @@ from nanochat.rl import (
     take_share,
     write_answers,
 )
+from nanochat.run import read_metrics
 from nanochat.scaling import make_rl_plan
-from nanochat.train import Batch, read_metrics, train_step
+from nanochat.train import Batch, train_step
 from scripts import base_train, chat_cli, chat_rl, chat_sft
 from tasks.arithmetic import Arithmetic
 from tasks.catalog import TASKS
@@ -401,17 +403,16 @@ def test_reward_rises(base_dir):
         model.lm_head.weight.mul_(100)  # after a few steps it is all but zero, and it stays as it is
     optimizer = keep_matrices(model.setup_optimizer(weight_decay=0.0))
     questions = make_questions({"Vowels": Vowels()}, tokenizer, 99)
-    rollouts = Rollouts(questions[:20], tokenizer, num_questions=4, num_samples=16, max_new_tokens=6, seed=42,
-                        ranks=Ranks(), sample_rows=64, micro_rows=64, length_multiple=16)
+    sampling = Sampling(num_samples=16, max_new_tokens=6, seed=42, sample_rows=64)
+    rollouts = Rollouts(questions[:20], tokenizer, sampling, 4, Ranks(), length_multiple=16)
     rewards, entropies = [], []
     for step in range(22):
         set_schedules(optimizer, step, 44, init_lr_frac=1.0, warmdown_ratio=1.0)
-        train_step(model, optimizer, rollouts.next_step(model, step), micro_rows=64)
+        train_step(model, optimizer, rollouts.next_step(model, step, 64), micro_rows=64)
         rewards.append(rollouts.stats["reward"])
         entropies.append(rollouts.stats["entropy_nats"])
     assert rewards[0] < 0.1 and rewards[-1] > 0.18 and entropies[-1] < 5
-    values = evaluate_answers(model, tokenizer, questions[20:], num_samples=4, max_new_tokens=6, seed=42,
-                              ranks=Ranks(), sample_rows=64)
+    values = evaluate_answers(model, tokenizer, questions[20:], replace(sampling, num_samples=4), Ranks())
     assert values["Vowels_problems"] == 10 and values["Vowels_reward"] > 0.18
 
 

@@ -16,8 +16,8 @@ import pytest
 from eval_helpers import write_bundle
 
 from nanochat import dataset
+from nanochat.run import read_metrics
 from nanochat.shards import write_shard
-from nanochat.train import read_metrics
 from scripts import plan
 
 REPO_DIR = Path(__file__).resolve().parents[1]

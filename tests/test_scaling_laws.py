@@ -19,8 +19,8 @@ from dev.laws import (
 )
 from nanochat.common import Ranks, UserError
 from nanochat.config import count_params, estimate_flops
+from nanochat.run import RunLog
 from nanochat.scaling import make_config, make_plan
-from nanochat.train import RunLog
 
 # The constants of arXiv 2404.10102, and those of approach 3 in arXiv 2203.15556
 REPLICATED = ParametricLaw(1.8172, 482.01, 2085.43, 0.3478, 0.3658, 0)

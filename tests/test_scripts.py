@@ -15,11 +15,11 @@ import pytest
 import torch
 from helpers import REPO_DIR, assert_same_runs, make_base, out_of_memory_at, read_state, start_script
 
-from nanochat import dataset, stage
+from nanochat import choices, dataset
 from nanochat.common import UserError, count_cpus
 from nanochat.compilation import probe_compiler, set_compile_kernels
 from nanochat.gpt import GPT
-from nanochat.train import read_metrics
+from nanochat.run import read_metrics
 from scripts import base_loss, base_train, chat_cli
 
 T, NUM_STEPS = 64, 20
@@ -186,7 +186,7 @@ def test_mfu_counts_what_short_rows_save(monkeypatch):
     """The clock is stopped: a step takes a second, and the machine does one FLOP in it."""
     seconds = iter(range(10**6))
     monkeypatch.setattr(base_train.time, "perf_counter", lambda: float(next(seconds)))
-    monkeypatch.setattr(stage, "get_peak_flops", lambda device, dtype: (1.0, "for a test"))
+    monkeypatch.setattr(choices, "get_peak_flops", lambda device, dtype: (1.0, "for a test"))
     run = train("mfu", "--seq-len-warmup", "16:9", "--eval-every", "-1")
     lines = [line for line in read_metrics(Path(run["run_dir"])) if line["kind"] == "train"]
     flops = [0, *(line["flops"] for line in lines)]
@@ -310,7 +310,7 @@ def test_rows_follow_free_memory(base_dir, capsys):
     """Chosen when the run begins; kept when it goes on, unless they can't be."""
     def train_with(free_bytes, *more):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stage, "measure_free_bytes", lambda device: free_bytes)
+            patch.setattr(choices, "measure_free_bytes", lambda device: free_bytes)
             run_dir = train("roomy", *more)["run_dir"]
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("rows of a micro-batch: ")]
         part = read_info(run_dir).get("resumed", [read_info(run_dir)])[-1]

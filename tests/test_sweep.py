@@ -13,7 +13,7 @@ from dev import scaling_laws
 from dev.results import load_results
 from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import UserError, get_worker_env
-from nanochat.train import read_metrics
+from nanochat.run import read_metrics
 from scripts import sweep
 
 TOY = ["--data", "toy", "--aspect-ratio", "32", "--head-dim", "32", "--max-seq-len", "32", "--total-batch-size", "128",

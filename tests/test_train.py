@@ -1,11 +1,6 @@
-"""The training step against plain autograd, however it is cut; the log, the signals and the choices of a run."""
+"""The training step against plain autograd, however it is cut."""
 
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
 
@@ -16,24 +11,9 @@ import torch.multiprocessing as mp
 from helpers import out_of_memory_at
 from safetensors.torch import load_file, save_file
 
-from nanochat import train
-from nanochat.common import Ranks, UserError, end_process
+from nanochat.common import Ranks, UserError, any_rank, end_process, gather, sum_over_ranks
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.memory import CPU_MFU, GIB, PUBLISHED_MFU, Compute, get_usable_frac, predict_memory
-from nanochat.scaling import make_config, make_plan
-from nanochat.stage import Machine, choose_micro_rows, count_rows, predict_run, take_minimum
-from nanochat.train import (
-    Batch,
-    LossScaler,
-    OutOfMemory,
-    Progress,
-    RunLog,
-    StepStats,
-    StopSignal,
-    any_rank,
-    read_metrics,
-    train_step,
-)
+from nanochat.train import Batch, LossScaler, OutOfMemory, StepStats, train_step
 
 CPU = torch.device("cpu")
 CONFIG = GPTConfig(sequence_len=16, vocab_size=80, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
@@ -303,7 +283,7 @@ def run_rank(rank, folder):
     model = make_model()
     stats = run_steps(model, 2, ranks=Ranks(rank, rank, 2))
     facts = {"losses": [s.loss for s in stats], "num_targets": [s.num_targets for s in stats],
-             "any": [*any_rank(rank == 1, False, device=CPU)]}
+             "any": any_rank(rank == 1, False)}
     save_file(copy_params(model), f"{folder}/params_{rank}.safetensors")
 
     # One rank without targets takes part; without any on both, all skip; one rank's overflow is everybody's
@@ -321,7 +301,7 @@ def run_rank(rank, folder):
     assert str(raised.value).startswith("CUDA out of memory" if rank else "another rank did")
     assert_equal(copy_params(model), params, rtol=0, atol=0)
     facts["after"] = train_step(model, optimizer, batch, 2).grad_norm
-    facts["minimum"] = take_minimum(10 - rank), take_minimum(None if rank else 10)
+    facts["gathered"] = gather(10 - rank), sum_over_ranks(torch.tensor([rank, 5])).tolist()
     with open(f"{folder}/facts_{rank}.json", "w") as file:
         json.dump(facts, file)
     dist.destroy_process_group()
@@ -343,238 +323,4 @@ def test_two_ranks_equal_one(tmp_path):
     assert facts[0]["one empty"] == int((make_batch().targets >= 0).sum())
     assert facts[0]["both empty"] == "no targets" and facts[0]["overflow"] == "fp16 overflow"
     assert facts[0]["num_steps"] == 1
-    assert facts[0]["after"] > 0 and facts[0]["minimum"] == [9, None]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The log
-
-
-def test_log_keeps_what_a_resumed_run_will_not_write_again(tmp_path):
-    """Step N's training line was written before checkpoint N was; what came after that is made anew."""
-    log = RunLog(tmp_path, {"tag": "x"}, Ranks())
-    for step in range(1, 6):
-        log.write("train", step, loss=float(step))
-    log.write("eval", 2, val_bpb=1.0)
-    log.close("stopped")
-    log = RunLog(tmp_path, {"tag": "x"}, Ranks(), resume_step=3)
-    log.write("train", 4, loss=40.0)
-    log.close("finished")
-    train = [(line["step"], line["loss"]) for line in read_metrics(tmp_path) if line["kind"] == "train"]
-    assert train == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
-    assert [line["step"] for line in read_metrics(tmp_path) if line["kind"] == "eval"] == [2]
-
-
-def test_log_of_a_resumed_run_tells_what_was_predicted_when_it_began(tmp_path):
-    """And what each part after that decided and predicted, such as with half the rows."""
-    RunLog(tmp_path, {"predicted": 10, "decisions": ["a"], "params": 1}, Ranks()).close("stopped")
-    RunLog(tmp_path, {"predicted": 5, "decisions": ["b"], "params": 1}, Ranks(), resume_step=3).close("finished")
-    info = json.loads((tmp_path / "run.json").read_text())
-    assert info["predicted"] == 10 and info["decisions"] == ["a"]
-    assert info["resumed"] == [{"step": 3, "decisions": ["b"], "predicted": 5}]
-
-
-def test_log_survives_a_torn_last_line(tmp_path):
-    log = RunLog(tmp_path, {}, Ranks())
-    log.write("train", 1, loss=1.0)
-    log.close("stopped")
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "train", "step": 2, "lo')
-    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
-    log = RunLog(tmp_path, {}, Ranks(), resume_step=1)
-    log.write("train", 2, loss=2.0)
-    log.close("finished")
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2]
-
-
-def test_log_is_strict_json(tmp_path):
-    """Infinity and NaN, as a skipped fp16 step has them, are not JSON: other readers would choke on the whole file."""
-    def refuse(name):
-        raise AssertionError(f"{name} in metrics.jsonl")
-    log = RunLog(tmp_path, {}, Ranks())
-    log.write("train", 1, grad_norm=float("inf"), loss=float("nan"), tokens=3)
-    log.close("finished")
-    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
-    assert line["tokens"] == 3
-
-
-def test_log_new_run_starts_empty_and_says_how_it_ended(tmp_path):
-    for status in ("stopped", "finished"):
-        log = RunLog(tmp_path, {"tag": "x"}, Ranks())
-        assert json.loads((tmp_path / "run.json").read_text()) == {"status": "running", "tag": "x"}
-        log.write("train", 1, loss=1.0)
-        log.update(results={"a": 1})
-        log.close(status)
-        info = json.loads((tmp_path / "run.json").read_text())
-        assert info["status"] == status and info["results"] == {"a": 1} and info["ended"]
-    assert len(read_metrics(tmp_path)) == 1
-
-
-def test_only_rank_0_writes(tmp_path):
-    log = RunLog(tmp_path / "run", {}, Ranks(1, 1, 2))
-    log.write("train", 1, loss=1.0)
-    log.update(a=1)
-    log.close("finished")
-    assert not (tmp_path / "run").exists()
-
-
-def test_missing_wandb_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # import fails, installed or not
-    with pytest.raises(UserError, match="--run mine needs wandb.*pip install wandb"):
-        RunLog(tmp_path, {}, Ranks(), wandb_name="mine")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Progress and stopping
-
-
-def make_progress(state=None):
-    plan = make_plan(CONFIG, 1e6, num_iterations=10, batch_tokens=1000)
-    return Progress(plan, 1e12, state)
-
-
-def test_progress_is_debiased():
-    losses = [5.0, 3.0, 4.0, 1.0, 2.5]
-    progress = make_progress()
-    for count in range(1, len(losses) + 1):
-        values = progress.update(StepStats(losses[count - 1], 1.0, 9, ""), 0.5)
-        factors = [0.9**age for age in range(count)][::-1]
-        expected = sum(f * x for f, x in zip(factors, losses[:count], strict=True)) / sum(factors)
-        assert values["loss_smooth"] == pytest.approx(expected, rel=1e-12)
-    assert values["tokens_per_sec"] == 2000 and values["step_ms"] == 500 and values["elapsed_sec"] == 2.5
-    assert values["mfu_pct"] == pytest.approx(100 * 2000 * 1e6 / 1e12)
-
-
-def test_progress_passes_over_skipped_steps_and_resumes():
-    progress, other = make_progress(), make_progress()
-    for loss in (5.0, 3.0):
-        progress.update(StepStats(loss, 1.0, 9, ""), 0.5)
-    progress.update(StepStats(0.0, 0.0, 0, "no targets"), 0.5)
-    assert progress.num_skipped == 1 and progress.num_losses == 2
-    other = make_progress(json.loads(json.dumps(progress.get_state())))
-    expected, actual = (p.update(StepStats(4.0, 1.0, 9, ""), 0.5) for p in (progress, other))
-    assert actual == expected
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signal_sets_the_flag_and_names_the_exit_code(signum):
-    before = signal.getsignal(signum)
-    with pytest.raises(KeyboardInterrupt if signum == signal.SIGINT else SystemExit) as ending, StopSignal() as stop:
-        os.kill(os.getpid(), signum)
-        assert stop.signum == signum  # and the program goes on
-        stop.end()
-    assert signal.getsignal(signum) is before
-    if signum == signal.SIGTERM:
-        assert ending.value.code == 143
-
-
-@pytest.mark.parametrize("signum, code, said", [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
-def test_signal_in_a_process_of_its_own(signum, code, said):
-    program = ("import time\nfrom nanochat.common import run_script\nfrom nanochat.train import StopSignal\n"
-               "def main(argv):\n"
-               "    with StopSignal() as stop:\n"
-               "        print('ready', flush=True)\n"
-               "        while not stop.signum:\n"
-               "            time.sleep(0.01)\n"
-               "        print('saved', flush=True)\n"
-               "        stop.end()\n"
-               "run_script(main)\n")
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True) as process:
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signum)
-        stdout, stderr = process.communicate(timeout=30)
-    assert process.returncode == code and stdout == "saved\n"
-    assert said in stderr and "Traceback" not in stderr
-
-
-def test_second_ctrl_c_stops_at_once(monkeypatch):
-    """But not one that comes with the first, nor a second SIGTERM: torchrun and job systems pass on what they got."""
-    with StopSignal() as stop:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-        monkeypatch.setattr(train.time, "monotonic", lambda: stop.first_time + train.ECHO_SEC + 1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signum == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            signal.sigtimedwait([], 1)  # where it arrives at the latest
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Choices
-
-
-def test_count_rows():
-    assert count_rows(512, 64, 2) == 8
-    for batch_tokens, world_size in ((500, 1), (64, 2), (0, 1), (32, 1), (-512, 1)):
-        with pytest.raises(UserError, match=f"--total-batch-size {batch_tokens} must be a multiple of"):
-            count_rows(batch_tokens, 64, world_size)
-
-
-MIB = 2**20
-SMALL = make_config(2, vocab_size=300, sequence_len=512, head_dim=64)
-COMPUTE = Compute("float32", "sdpa", is_compiled=False, device_type="cpu")
-
-
-def choose(wanted, rows_per_rank, free_bytes, kept=None, device_type="cpu", T=512):
-    rows, why, needed = choose_micro_rows(wanted, kept, "as the run began", rows_per_rank, SMALL, T,
-                                          replace(COMPUTE, device_type=device_type), free_bytes)
-    assert needed == predict_memory(SMALL, T, rows, replace(COMPUTE, device_type=device_type),
-                                    rows_per_rank // rows).needed
-    return rows, why
-
-
-def predict(rows, rows_per_rank):
-    return predict_memory(SMALL, 512, rows, COMPUTE, rows_per_rank // rows).needed
-
-
-def test_micro_rows_are_what_fits_and_pays():
-    room = predict(4, 12) / get_usable_frac(COMPUTE)
-    assert choose("auto", 12, room + 1) == (4, f"largest that fits: {predict(4, 12) / GIB:.2f} of {room / GIB:.2f} GiB "
-                                               "predicted; 3 a step")
-    assert choose("auto", 12, room - 1)[0] == 3
-    assert choose("auto", 12, 100 * GIB)[1].startswith("all of a step: ")
-    assert choose("auto", 48, 100 * GIB)[0] == 16 and "at most 8,192 tokens: " in choose("auto", 48, 100 * GIB)[1]
-    rows, why = choose("auto", 256, 200 * GIB, device_type="cuda")
-    assert rows == 128 and re.fullmatch(r"at most 65,536 tokens: [\d.]+ of 200.00 GiB predicted; 2 a step", why)
-    for rows in (1, 7, 12, 100, 257):
-        chosen, why = choose("auto", rows, None)
-        assert rows % chosen == 0 and chosen <= 16 and "of an unknown number GiB predicted" in why
-    assert choose("auto", 4, None, T=10**6)[0] == 1  # one row always has to fit
-    rows, why = choose("auto", 8, MIB)
-    assert rows == 1
-    assert re.fullmatch(r"the fewest there are: [\d.]+ of 0.00 GiB predicted and may not fit; 8 a step", why)
-
-
-def test_micro_rows_that_are_asked_for_or_kept():
-    assert choose(3, 12, 100 * GIB)[1].startswith("asked for: ")
-    assert "and may not fit; 4 a step" in choose(3, 12, MIB, kept=4)[1]
-    assert choose("auto", 12, 100 * GIB, kept=2)[1].startswith("as the run began: ")
-    assert choose("auto", 12, predict(2, 12), kept=2)[0] == 2  # what has run needs no headroom
-    rows, why = choose("auto", 12, predict(2, 12) - 1, kept=2)
-    assert rows == 1 and why.startswith(f"2 as the run began would need {predict(2, 12) / GIB:.2f} GiB: ")
-    assert choose("auto", 12, 100 * GIB, kept=5)[0] == 12  # on as many ranks as have 12 rows that cut can't be made
-    for wanted in (5, 13, -1, 0):
-        with pytest.raises(UserError, match=f"--device-batch-size {wanted} must divide the 12 rows .* 12, or auto"):
-            choose(wanted, 12, None)
-
-
-def test_prediction_of_a_run(monkeypatch):
-    """Time where an MFU is known, or else why not; the report card compares it with what the run took."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    plan = make_plan(SMALL, 1e9, num_iterations=10, batch_tokens=8192)
-    on_cpu = Machine(CPU, Ranks(), torch.float32, "sdpa", True, 1e12, 16, 16, MIB)
-    on_gpu = replace(on_cpu, device=torch.device("cuda", 0), peak_flops=8e15)
-    for machine, mfu in ((on_cpu, CPU_MFU), (on_gpu, PUBLISHED_MFU[0][1])):
-        predicted = predict_run("base", machine, SMALL, plan)
-        assert predicted["peak_memory_bytes"] == MIB and predicted["mfu_pct"] == pytest.approx(100 * mfu)
-        assert predicted["train_sec"] == pytest.approx(1e9 * 81920 / (mfu * machine.peak_flops))
-        assert predicted["tokens_per_sec"] == pytest.approx(81920 / predicted["train_sec"])
-    for stage, machine, why in (
-            ("base", replace(on_cpu, use_compile=False), "nothing was measured without compilation"),
-            ("sft", replace(on_gpu, peak_flops=None), "nothing was measured on cuda devices"),
-            ("rl", on_gpu, "most of a step is sampling")):
-        predicted = predict_run(stage, machine, SMALL, plan)
-        assert predicted["mfu_source"] == f"unknown, for {why}" and "train_sec" not in predicted
+    assert facts[0]["after"] > 0 and facts[0]["gathered"] == [[10, 9], [1, 10]]

@@ -1,0 +1,275 @@
+"""The flags that all training stages share, and the choices that a run makes where these are auto: dtype, attention,
+compilation, micro-batch. Each choice is printed, recorded in run.json, and kept when the run is continued.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from nanochat.checkpoint_manager import Checkpoint, SaveRules
+from nanochat.common import (
+    UserError,
+    gather,
+    get_compute_dtype,
+    get_peak_flops,
+    get_peak_memory_bytes,
+    get_ranks,
+    int_or_all,
+    int_or_never,
+)
+from nanochat.compilation import choose_compile
+from nanochat.cross_entropy import LOSSES
+from nanochat.flash_attention import choose_backend
+from nanochat.gpt import GPTConfig
+from nanochat.memory import (
+    GIB,
+    Machine,
+    expect_mfu,
+    find_gpu,
+    get_max_micro_tokens,
+    largest_micro_rows,
+    list_divisors,
+    measure_free_bytes,
+    predict_memory,
+    rows_or_auto,
+)
+from nanochat.run import decide
+from nanochat.scaling import Plan
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags. Each is part of a run's identity, which a continued run must have as before, unless it stands in FREE_FLAGS
+
+MACHINE_FLAGS = {"device_type", "dtype", "attention", "compile", "device_batch_size", "sample_rows"}    # last bits only
+# Flags that don't change what is learned: the one list, which resume, comparisons and sweeps read
+FREE_FLAGS = MACHINE_FLAGS | {
+    "run", "model_tag", "model_step", "out_tag", "resume", "stop_at", "allow_mismatch", "eval_every", "eval_tokens",
+    "eval_examples", "eval_samples", "sample_every", "core_metric_every", "core_metric_max_per_task", "save_every",
+    "save_every_minutes", "keep_last", "keep_every"}
+# Flags whose outcome is part of the identity in their place: data, tokenizer, model, plan, source
+OUTCOME_FLAGS = {"data", "tokenizer", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "source",
+                 "num_iterations", "target_flops", "target_param_data_ratio", "total_batch_size", "weight_decay",
+                 "num_epochs", "mixture", "tasks", "custom_json", "max_new_tokens"}
+LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")    # later stages take over the base run's
+
+
+def add_stage_args(parser: argparse.ArgumentParser, *, eval_every: int, sample_every: int,
+                   has_rows: bool = True) -> None:
+    """The flags that every stage has; has_rows: it learns from rows of data, and is evaluated on them."""
+    add = parser.add_argument
+    add("--run", default="none", help="log to wandb under this name (default: %(default)s, no wandb)")
+    add("--seed", type=int, default=42)
+    if has_rows:
+        add("--total-batch-size", type=int, help="tokens of a step, all ranks together (default: chosen)")
+        add("--eval-tokens", type=int, help="tokens of a validation loss (default: chosen)")
+    add("--device-batch-size", type=rows_or_auto, default="auto", metavar="ROWS",
+        help="rows of a forward pass; auto: the largest micro-batch that fits (default: %(default)s)")
+    # evaluation and saving
+    add("--eval-every", type=int_or_never, default=eval_every, help="steps between evaluations, or never")
+    add("--sample-every", type=int_or_never, default=sample_every, help="steps between samples, or never")
+    add("--save-every", type=int_or_never, help="steps between checkpoints; never: by time and at the end only")
+    add("--save-every-minutes", type=float, default=20, help="minutes between checkpoints")
+    add("--keep-last", type=int_or_all, default=2, help="newest checkpoints to keep, or all")
+    add("--keep-every", type=int_or_never, help="keep also the checkpoints of every so many steps, or never")
+    add("--resume", default="auto", help="auto: continue if this tag has a run; none: start anew; or a step")
+    add("--resume-from-step", dest="resume", help="the same as --resume STEP")
+    add("--stop-at", type=int, help="save and stop at this step of the same horizon")
+    add("--allow-mismatch", action="store_true",
+        help="go on though tokenizer, data or settings aren't those of the saved run (recorded in run.json)")
+    # machine
+    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best that is there)")
+    add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
+    add("--compile", choices=("auto", "on", "off"), default="auto")
+    add("--attention", default="auto", help="auto, or one backend of nanochat.flash_attention")
+    add("--loss", choices=tuple(LOSSES), default="fused", help="fused saves memory, plain is easy to change")
+    add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit on a GPU, slower")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a person asked for. Where that is auto, what the run began with is kept, or the run decides."""
+    dtype:         str       = "auto"
+    attention:     str       = "auto"
+    compile:       str       = "auto"    # or on, off
+    loss:          str       = "fused"   # a key of cross_entropy.LOSSES
+    micro_rows:    int | str = "auto"
+    deterministic: bool      = False
+    kept:          dict      = field(default_factory=dict)   # choices from before: see Choices.to_json
+    kept_why:      str       = ""
+
+    def keep(self, saved: Checkpoint | None, source: Checkpoint | None, device: torch.device) -> "Wanted":
+        """With the choices of the run that is continued, or with the dtype of the stage before."""
+        if saved:
+            return replace(self, kept=saved.meta["choices"], kept_why="as the run began")
+        if source and source.meta["environment"]["hardware"]["device"] == device.type:
+            return replace(self, kept={"dtype": source.meta["choices"]["dtype"]}, kept_why=f"as the {source.stage} run")
+        return self
+
+
+@dataclass(frozen=True)
+class StageFlags:
+    """What a person asked for with the flags of every stage."""
+    seed:             int
+    total_batch_size: int | None           # tokens; None: chosen, or those of the stage before
+    eval_tokens:      int | None           # None: chosen by device
+    eval_every:       int | None           # steps; None: never
+    sample_every:     int | None
+    resume:           str
+    stop_at:          int | None
+    allow_mismatch:   bool
+    saving:           SaveRules
+    wanted:           Wanted
+    wandb_name:       str | None
+    given:            dict[str, object]    # all flags of the stage by name, for run.json
+    defaults:         dict[str, object]
+    argv:             list[str]
+    start_time:       float                # by time.perf_counter, when the flags were read
+
+
+def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[str] | None) -> StageFlags:
+    """The parsed flags as values; numbers that mean nothing are refused."""
+    given = vars(args)
+    for name, least in (("seed", 0), ("eval_tokens", 1), ("stop_at", 1)):
+        if given.get(name) is not None and given[name] < least:
+            raise UserError(f"--{name.replace('_', '-')} {given[name]} must be at least {least}")
+    plain = "seed total_batch_size eval_tokens eval_every sample_every resume stop_at allow_mismatch".split()
+    return StageFlags(
+        **{name: given.get(name) for name in plain},
+        saving=SaveRules(args.save_every, args.save_every_minutes, args.keep_last, args.keep_every),
+        wanted=Wanted(args.dtype, args.attention, args.compile, args.loss, args.device_batch_size, args.deterministic),
+        wandb_name=None if args.run in ("none", "dummy") else args.run, given=given,
+        defaults={name: parser.get_default(name) for name in given}, argv=sys.argv if argv is None else argv,
+        start_time=time.perf_counter())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the run decides for itself
+
+EAGER_MFU = 0.3    # measured at depth 4 (dev/LOG.md, "The whole step"); only to tell short runs from long ones
+
+
+def count_rows(batch_tokens: int, T: int, world_size: int) -> int:
+    """Rows of one step over all ranks."""
+    rows = batch_tokens // T
+    if batch_tokens % T or rows % world_size or rows < 1:
+        raise UserError(f"--total-batch-size {batch_tokens} must be a multiple of {T * world_size}: a row of {T} "
+                        f"tokens on each of {world_size} ranks")
+    return rows
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """The rows that a rank has of each step."""
+    config: GPTConfig
+    T:      int    # tokens of the longest
+    num:    int
+
+    def predict(self, micro_rows: int, machine: Machine) -> int:
+        """Bytes that a step needs in micro-batches of so many rows."""
+        return predict_memory(self.config, self.T, micro_rows, machine, self.num // micro_rows).needed
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a run has decided."""
+    machine:      Machine
+    peak_flops:   float | None   # of all ranks together, against which MFU is measured; None where no figure is known
+    micro_rows:   int            # of a forward pass, a divisor of the rank's rows of a step
+    memory_bytes: int            # predicted peak, as get_peak_memory_bytes will measure it
+
+    def to_json(self, micro_rows: int) -> dict:
+        """What a continued run must keep, or it wouldn't continue bit for bit; the rows may have been halved."""
+        return {"dtype": self.machine.dtype, "attention": self.machine.attention, "micro_rows": micro_rows,
+                "use_compile": self.machine.is_compiled}
+
+
+def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.device,
+               decisions: list[dict]) -> Choices:
+    """Decide how a run computes, each choice printed and kept in `decisions`. Collective.
+
+    num_flops: model FLOPs that the run still has before it, all ranks together
+    """
+    kept = dict(wanted.kept)
+    if "use_compile" in kept:
+        kept["compile"] = "on" if kept["use_compile"] else "off"
+
+    def choose(name: str, find: Callable[[str], tuple]) -> object:
+        """One choice: kept, or as `find` has it: (value, why). Ranks may measure differently, so rank 0's counts."""
+        asked = getattr(wanted, name)
+        is_kept = asked == "auto" and name in kept
+        value, why = gather(find(kept[name] if is_kept else asked))[0]
+        return decide(decisions, name, value, wanted.kept_why if is_kept else why)
+
+    def find_attention(name: str) -> tuple[str, str]:
+        if name == "auto" and wanted.deterministic and device.type == "cuda":
+            name = "sdpa"  # the only backend there whose backward pass repeats bit for bit
+        return choose_backend(device, dtype, rows.T, wanted=name)
+    world_size = get_ranks().world_size
+    dtype = choose("dtype", lambda name: get_compute_dtype(name, device))
+    attention = choose("attention", find_attention)
+    peak_flops = decide(decisions, "peak FLOP/s of one device", *get_peak_flops(device, dtype))
+    peak_flops = peak_flops and peak_flops * world_size
+    eager_sec = num_flops / (EAGER_MFU * peak_flops) if peak_flops else None
+    use_compile = choose("compile", lambda name: choose_compile(name, device, eager_sec))
+    machine = Machine(str(dtype).removeprefix("torch."), attention, use_compile, device.type, world_size, wanted.loss)
+    free_bytes = gather(measure_free_bytes(device))
+    micro_rows, why = choose_micro_rows(wanted, rows, machine, None if None in free_bytes else min(free_bytes))
+    decide(decisions, "rows of a micro-batch", micro_rows, why)
+    decide(decisions, "loss", machine.loss, ", ".join(
+        f"{rows.predict(micro_rows, replace(machine, loss=loss)) / GIB:.2f} GiB with {loss}" for loss in LOSSES))
+    # a CPU's measured peak is that of the whole process, with Python and all libraries
+    loaded_bytes = get_peak_memory_bytes(device) if device.type == "cpu" else 0
+    return Choices(machine, peak_flops, micro_rows, rows.predict(micro_rows, machine) + loaded_bytes)
+
+
+def choose_micro_rows(wanted: Wanted, rows: StepRows, machine: Machine, free_bytes: int | None) -> tuple[int, str]:
+    """Rows of a micro-batch, a divisor of the rank's rows, and why.
+
+    As asked for; else as kept, where that is possible; else the largest that fits, up to the tokens beyond which more
+    gain nothing.
+    """
+    divisors, max_tokens = list_divisors(rows.num), get_max_micro_tokens(machine.device_type)
+    fitting = largest_micro_rows(rows.config, rows.T, machine, free_bytes, rows.num)
+    kept, chosen = wanted.kept.get("micro_rows"), fitting or 1
+    if wanted.micro_rows != "auto":
+        chosen, why = wanted.micro_rows, "asked for"
+        if chosen not in divisors:
+            raise UserError(f"--device-batch-size {chosen} must divide the {rows.num} rows of a step on each rank;"
+                            f" it may be {', '.join(map(str, divisors))}, or auto")
+    # another number of ranks may not allow these rows; where they are possible they need no headroom: they have run
+    elif kept in divisors and (free_bytes is None or rows.predict(kept, machine) <= free_bytes):
+        chosen, why = kept, wanted.kept_why
+    elif kept in divisors:
+        why = f"{kept} {wanted.kept_why} would need {rows.predict(kept, machine) / GIB:.2f} GiB"
+    elif not fitting:
+        why = "the fewest there are"
+    elif chosen == rows.num:
+        why = "all of a step"
+    elif divisors[divisors.index(chosen) + 1] * rows.T > max_tokens:
+        why = f"at most {max_tokens:,} tokens"
+    else:
+        why = "largest that fits"
+    needed_bytes = rows.predict(chosen, machine)
+    free = "an unknown number" if free_bytes is None else f"{free_bytes / GIB:.2f}"
+    warning = " and may not fit" if free_bytes is not None and needed_bytes > free_bytes else ""
+    return chosen, f"{why}: {needed_bytes / GIB:.2f} of {free} GiB predicted{warning}; {rows.num // chosen} a step"
+
+
+def predict_run(stage: str, choices: Choices, config: GPTConfig, plan: Plan) -> dict:
+    """Memory of the run, and its time and speed where an MFU is known, for the report card to compare with."""
+    machine, predicted = choices.machine, {"peak_memory_bytes": choices.memory_bytes}
+    if machine.device_type == "cpu":
+        predicted["memory_source"] = "live tensors beside the process before them, not what malloc keeps of freed ones"
+    if stage == "rl":
+        return predicted | {"mfu_source": "unknown, for most of a step is sampling"}
+    if not machine.is_compiled or not choices.peak_flops:
+        why = "without compilation" if choices.peak_flops else f"on {machine.device_type} devices"
+        return predicted | {"mfu_source": f"unknown, for nothing was measured {why}"}
+    name = "cpu" if machine.device_type == "cpu" else torch.get_device_module(machine.device_type).get_device_name(None)
+    mfu, source = expect_mfu((find_gpu(name) or (name,))[0], config.n_layer)
+    train_sec = plan.total_flops / (mfu * choices.peak_flops)
+    return predicted | {"mfu_source": source, "mfu_pct": 100 * mfu, "train_sec": train_sec,
+                        "tokens_per_sec": plan.total_tokens / train_sec}

@@ -1,0 +1,318 @@
+"""A run beside its checkpoints: its records, its progress, its identity, and the signals that stop it."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanochat.common import (
+    Ranks,
+    UserError,
+    gather,
+    get_peak_memory_bytes,
+    get_process_group,
+    get_ranks,
+    now,
+    print0,
+    write_atomic,
+    write_json,
+)
+from nanochat.scaling import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from nanochat.train import StepStats
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+class RunLog:
+    """run.json (what the run is) and metrics.jsonl (what happened, one line per event); wandb too when a name is given.
+
+    Only rank 0 writes. A log that is reopened at a step drops the lines of later steps: they are written again.
+    """
+
+    def __init__(self, run_dir: Path, info: dict, ranks: Ranks, *, resume_step: int | None = None,
+                 wandb_name: str | None = None):
+        self.run_dir, self.active, self.info, self.wandb = run_dir, ranks.rank == 0, info, None
+        if not self.active:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if wandb_name:
+            self.wandb = init_wandb(wandb_name, info, run_dir)
+        metrics_path = run_dir / "metrics.jsonl"
+        if resume_step is not None:
+            self.info = continue_info(info, run_dir, resume_step)
+            # the step's own training line stands; its evaluations come after the checkpoint and are done again
+            kept = [line for line in read_metrics(run_dir) if line["step"] < resume_step or
+                    (line["step"] == resume_step and line["kind"] == "train")]
+            write_atomic(metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.file = open(metrics_path, "a" if resume_step is not None else "w", buffering=1)
+        self.update(status="running")
+
+    def update(self, **info) -> None:
+        """Change entries of run.json."""
+        self.info = self.info | info
+        if self.active:
+            write_json(self.run_dir / "run.json", self.info)
+
+    def add_decision(self, what: str, value: object, why: str) -> None:
+        """Record a decision that is made while the run is under way."""
+        self.update(decisions=[*self.info["decisions"], {"what": what, "value": str(value), "why": why}])
+
+    def write(self, kind: str, step: int, **values) -> None:
+        """Add a line to metrics.jsonl; units are in the keys."""
+        if not self.active:
+            return
+        # the gradient norm of a skipped fp16 step is infinite, for which JSON has no number
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in values.items()}
+        self.file.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
+        if self.wandb and kind != "sample":
+            self.wandb.log({f"{kind}/{key}": value for key, value in values.items()}, step=step)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.active and error is not None and self.info["status"] == "running":
+            self.update(reason=f"{kind.__name__}: {error}")
+            self.close("failed")
+
+    def close(self, status: str) -> None:
+        """Record how the run ended: 'finished', 'stopped' or 'failed'."""
+        self.update(status=status, ended=now())
+        if self.active:
+            self.file.close()
+            if self.wandb:
+                self.wandb.finish()
+
+
+def decide(decisions: list[dict], what: str, value: object, why: str) -> object:
+    """Print an automatic decision and add it to those of run.json; returns the value."""
+    decisions.append({"what": what, "value": str(value), "why": why})
+    print0(f"{what}: {value} ({why})")
+    return value
+
+
+def read_info(run_dir: Path) -> dict:
+    """run.json of a run; {} where there is none, or a damaged one."""
+    try:
+        return json.loads((run_dir / "run.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def continue_info(info: dict, run_dir: Path, step: int) -> dict:
+    """run.json of a run that is continued: the beginning stays as it was, this process's part is added to `resumed`."""
+    before = read_info(run_dir)
+    if not before:
+        return info
+    own_keys = ("created", "argv", "decisions", "predicted", "environment")
+    part = {"step": step, **{key: info[key] for key in own_keys if key in info}}
+    return {**info, **{key: before[key] for key in own_keys if key in before},
+            "resumed": [*before.get("resumed", []), part]}
+
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, each with its kind and step; [] without the file.
+
+    Lines that can't be read are left out, such as the last one of a run that was killed while it wrote.
+    """
+    path, lines = run_dir / "metrics.jsonl", []
+    for text in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            line = json.loads(text)
+            lines.append({**line, "kind": str(line["kind"]), "step": int(line.get("step", 0))})
+    return lines
+
+
+def init_wandb(name: str, info: dict, run_dir: Path):
+    """A wandb run, resumed when this run was logged there before. wandb is optional: it is imported here only."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f"--run {name} needs wandb, which isn't installed: pip install wandb, or drop --run") from None
+    id_path = run_dir / "wandb_id"
+    if not id_path.exists():
+        id_path.write_text(wandb.util.generate_id())
+    try:
+        return wandb.init(project="nanochat", name=name, id=id_path.read_text(), resume="allow", config=info)
+    except wandb.Error as error:
+        raise UserError(f"--run {name}: wandb can't be used ({error}); log in, or drop --run") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Progress
+
+
+class Progress:
+    """Smoothed loss, speed, memory and time of a run, and the console line that shows them.
+
+    peak_flops: FLOP/s of all ranks together, against which MFU is measured; None where no figure is known
+    state:      of the run that is continued
+    """
+
+    def __init__(self, plan: Plan, peak_flops: float | None, device: "torch.device", state: dict | None = None):
+        self.plan, self.peak_flops, self.device = plan, peak_flops, device
+        self.loss_ema, self.num_losses, self.elapsed_sec, self.num_skipped = 0.0, 0, 0.0, 0
+        vars(self).update(state or {})
+        self.recent_sec: list[float] = []
+
+    def get_state(self) -> dict:
+        """The state that a continued run starts from."""
+        return {key: vars(self)[key] for key in ("loss_ema", "num_losses", "elapsed_sec", "num_skipped")}
+
+    def update(self, stats: "StepStats", step_sec: float, flops: float | None = None) -> dict:
+        """The values to log for a step; flops: those of the step, where its rows are shorter than the context."""
+        if stats.skipped:
+            self.num_skipped += 1
+        else:
+            self.num_losses += 1
+            self.loss_ema = 0.9 * self.loss_ema + 0.1 * stats.loss
+        self.elapsed_sec += step_sec
+        self.recent_sec = [*self.recent_sec[-49:], step_sec]
+        tokens_per_sec = self.plan.batch_tokens / step_sec
+        flops = self.plan.batch_tokens * self.plan.flops_per_token if flops is None else flops
+        mfu = flops / step_sec / self.peak_flops if self.peak_flops else None
+        return {**asdict(stats), "loss_smooth": self.get_smooth_loss(), "num_skipped": self.num_skipped,
+                "step_ms": step_sec * 1e3, "tokens_per_sec": tokens_per_sec,
+                "mfu_pct": None if mfu is None else 100 * mfu, "elapsed_sec": self.elapsed_sec,
+                "peak_memory_bytes": get_peak_memory_bytes(self.device)}
+
+    def get_smooth_loss(self) -> float:
+        """The running mean of the loss, debiased by the number of losses in it."""
+        return self.loss_ema / (1 - 0.9**self.num_losses) if self.num_losses else 0.0
+
+    def estimate_left_min(self, step: int) -> float:
+        """Minutes to the end of the plan, by the median of the last steps."""
+        return (self.plan.num_iterations - step) * sorted(self.recent_sec)[len(self.recent_sec) // 2] / 60
+
+    def format_line(self, step: int, values: dict) -> str:
+        mfu = "" if values["mfu_pct"] is None else f" | mfu {values['mfu_pct']:.1f}%"
+        return (f"step {step:05d}/{self.plan.num_iterations:05d} | loss {values['loss_smooth']:.4f} "
+                f"| grad {values['grad_norm']:.3f} | lr x{values['lr_frac']:.2f} | {values['step_ms']:.0f} ms "
+                f"| {values['tokens_per_sec']:,.0f} tok/s{mfu} | mem {values['peak_memory_bytes'] / 2**30:.2f} GiB "
+                f"| epoch {values['epoch']} | {self.estimate_left_min(step):.1f} min left" +
+                (f" | SKIPPED: {values['skipped']}" if values["skipped"] else ""))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Is it the same run?
+
+
+def check_ranks(run_dir: Path, settings: dict) -> None:
+    """Refuse ranks that were started with other settings than rank 0, or don't see its folder. Collective."""
+    if not get_process_group():
+        return
+    rank = get_ranks().rank
+    name, expected = gather((f"{run_dir.name}.{uuid.uuid4().hex}.tmp", settings))[0]
+    probe = run_dir.parent / name
+    if rank == 0:
+        probe.touch()
+    gather(None)  # the file is there
+    sides = describe_differences(expected, settings, "rank 0", f"rank {rank}").split("; ")[0]  # the first one is enough
+    answers = gather((sides, probe.exists()))
+    if rank == 0:
+        probe.unlink()
+    for other, (sides, sees_folder) in enumerate(answers):
+        if not sees_folder:
+            raise UserError(f"rank {other} doesn't see the folder {run_dir.parent} of rank 0; set NANOCHAT_BASE_DIR to "
+                            "a disk that all nodes share")
+        if sides:
+            raise UserError(f"the ranks were started with different settings ({sides}); start all with the same "
+                            "command, code and data")
+
+
+def compare_with_saved(saved: dict, meta: dict, defaults: dict, run_dir: Path, allow_mismatch: bool) -> list[dict]:
+    """Compare the identity and the environment of a run with those of the checkpoint that it continues.
+
+    Another identity (data, model, schedule, flags) is refused, both sides named, unless it is allowed. Returns the
+    differences that are not refused, printed, as decisions for run.json.
+
+    saved, meta: of the checkpoint and of this process, with "identity" and "environment"
+    defaults:    of flags; a flag that the checkpoint doesn't know had its default
+    """
+    sides = describe_differences(defaults | saved["identity"], meta["identity"])
+    if sides and not allow_mismatch:
+        raise UserError(f"the run in {run_dir} can't continue with other settings ({sides}); go back to the saved "
+                        "ones, start anew with --resume none or another --model-tag, or add --allow-mismatch")
+    changes = [("settings that don't match", "--allow-mismatch", sides)]
+    for key in ("git_revision", "python", "packages"):  # as a rule these change the last bits, if anything
+        sides = describe_differences({key: saved.get("environment", {}).get(key)}, {key: meta["environment"][key]})
+        changes.append(("another version", "the run goes on with it", sides))
+    decisions = [{"what": what, "value": sides, "why": why} for what, why, sides in changes if sides]
+    for decision in decisions:
+        print0(f"warning: {decision['what']}: {decision['value']} ({decision['why']})")
+    return decisions
+
+
+def describe_differences(saved: dict, current: dict, then: str = "saved", now: str = "now") -> str:
+    """'key: saved 1, now 2; ...' for the entries of `current` that `saved` has otherwise."""
+    saved, current = flatten(saved), flatten(current)
+    return "; ".join(f"{key}: {then} {saved.get(key)}, {now} {value}" for key, value in current.items()
+                     if saved.get(key) != value)
+
+
+def flatten(settings: dict) -> dict:
+    """{"plan": {"a": 1}} as {"plan.a": 1}."""
+    flat = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping
+
+
+ECHO_SEC = 3  # a signal may come twice: to all processes of a terminal or a job, and once more from torchrun
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM as a flag that the loop reads between steps; a second Ctrl-C stops at once."""
+
+    def __enter__(self) -> "StopSignal":
+        self.signum, self.first_time, self.error = 0, 0.0, None
+        self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, frame) -> None:
+        if self.signum:
+            if signum == signal.SIGINT and time.monotonic() - self.first_time > ECHO_SEC:
+                raise KeyboardInterrupt
+            return
+        self.signum, self.first_time = signum, time.monotonic()
+        name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
+        # not print: a signal may arrive inside one
+        message = f"\n{name}: will save after this step and stop; Ctrl-C after {ECHO_SEC} s stops at once\n"
+        os.write(sys.stderr.fileno(), message.encode())
+
+    def fail(self, error: UserError) -> None:
+        """Make the loop save and stop as if by a signal, because it can't go on."""
+        self.error = error
+
+    def is_set(self) -> bool:
+        return self.signum > 0 or self.error is not None
+
+    def end(self) -> None:
+        """End with the error, or with the signal's exit code: 130 for Ctrl-C, 143 for SIGTERM."""
+        if self.error:
+            raise self.error
+        if self.signum == signal.SIGTERM:
+            sys.exit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt

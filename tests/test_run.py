@@ -1,0 +1,198 @@
+"""A run beside its checkpoints: the log, the progress, the identity, the signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanochat import run
+from nanochat.common import Ranks, UserError
+from nanochat.run import Progress, RunLog, StopSignal, compare_with_saved, read_metrics
+from nanochat.scaling import make_config, make_plan
+from nanochat.train import StepStats
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log
+
+
+def test_log_keeps_what_a_resumed_run_will_not_write_again(tmp_path):
+    """Step N's training line was written before checkpoint N was; what came after that is made anew."""
+    log = RunLog(tmp_path, {"tag": "x"}, Ranks())
+    for step in range(1, 6):
+        log.write("train", step, loss=float(step))
+    log.write("eval", 2, val_bpb=1.0)
+    log.close("stopped")
+    log = RunLog(tmp_path, {"tag": "x"}, Ranks(), resume_step=3)
+    log.write("train", 4, loss=40.0)
+    log.close("finished")
+    train = [(line["step"], line["loss"]) for line in read_metrics(tmp_path) if line["kind"] == "train"]
+    assert train == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert [line["step"] for line in read_metrics(tmp_path) if line["kind"] == "eval"] == [2]
+
+
+def test_log_of_a_resumed_run_tells_what_was_predicted_when_it_began(tmp_path):
+    """And what each part after that decided and predicted, such as with half the rows."""
+    RunLog(tmp_path, {"predicted": 10, "decisions": ["a"], "params": 1}, Ranks()).close("stopped")
+    RunLog(tmp_path, {"predicted": 5, "decisions": ["b"], "params": 1}, Ranks(), resume_step=3).close("finished")
+    info = json.loads((tmp_path / "run.json").read_text())
+    assert info["predicted"] == 10 and info["decisions"] == ["a"]
+    assert info["resumed"] == [{"step": 3, "decisions": ["b"], "predicted": 5}]
+
+
+def test_log_survives_a_torn_last_line(tmp_path):
+    log = RunLog(tmp_path, {}, Ranks())
+    log.write("train", 1, loss=1.0)
+    log.close("stopped")
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 2, "lo')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
+    log = RunLog(tmp_path, {}, Ranks(), resume_step=1)
+    log.write("train", 2, loss=2.0)
+    log.close("finished")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_log_is_strict_json(tmp_path):
+    """Infinity and NaN, as a skipped fp16 step has them, are not JSON: other readers would choke on the whole file."""
+    def refuse(name):
+        raise AssertionError(f"{name} in metrics.jsonl")
+    log = RunLog(tmp_path, {}, Ranks())
+    log.write("train", 1, grad_norm=float("inf"), loss=float("nan"), tokens=3)
+    log.close("finished")
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line["tokens"] == 3
+
+
+def test_log_new_run_starts_empty_and_says_how_it_ended(tmp_path):
+    for status in ("stopped", "finished"):
+        log = RunLog(tmp_path, {"tag": "x"}, Ranks())
+        assert json.loads((tmp_path / "run.json").read_text()) == {"status": "running", "tag": "x"}
+        log.write("train", 1, loss=1.0)
+        log.update(results={"a": 1})
+        log.close(status)
+        info = json.loads((tmp_path / "run.json").read_text())
+        assert info["status"] == status and info["results"] == {"a": 1} and info["ended"]
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_only_rank_0_writes(tmp_path):
+    log = RunLog(tmp_path / "run", {}, Ranks(1, 1, 2))
+    log.write("train", 1, loss=1.0)
+    log.update(a=1)
+    log.close("finished")
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_wandb_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import fails, installed or not
+    with pytest.raises(UserError, match="--run mine needs wandb.*pip install wandb"):
+        RunLog(tmp_path, {}, Ranks(), wandb_name="mine")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Progress and stopping
+
+
+def make_progress(state=None):
+    config = make_config(2, vocab_size=80, sequence_len=16, head_dim=32)
+    plan = make_plan(config, 1e6, num_iterations=10, batch_tokens=1000)
+    return Progress(plan, 1e12, torch.device("cpu"), state)
+
+
+def test_progress_is_debiased():
+    losses = [5.0, 3.0, 4.0, 1.0, 2.5]
+    progress = make_progress()
+    for count in range(1, len(losses) + 1):
+        values = progress.update(StepStats(losses[count - 1], 1.0, 9, ""), 0.5)
+        factors = [0.9**age for age in range(count)][::-1]
+        expected = sum(f * x for f, x in zip(factors, losses[:count], strict=True)) / sum(factors)
+        assert values["loss_smooth"] == pytest.approx(expected, rel=1e-12)
+    assert values["tokens_per_sec"] == 2000 and values["step_ms"] == 500 and values["elapsed_sec"] == 2.5
+    assert values["mfu_pct"] == pytest.approx(100 * 2000 * 1e6 / 1e12)
+
+
+def test_progress_passes_over_skipped_steps_and_resumes():
+    progress, other = make_progress(), make_progress()
+    for loss in (5.0, 3.0):
+        progress.update(StepStats(loss, 1.0, 9, ""), 0.5)
+    progress.update(StepStats(0.0, 0.0, 0, "no targets"), 0.5)
+    assert progress.num_skipped == 1 and progress.num_losses == 2
+    other = make_progress(json.loads(json.dumps(progress.get_state())))
+    expected, actual = (p.update(StepStats(4.0, 1.0, 9, ""), 0.5) for p in (progress, other))
+    assert actual == expected
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_sets_the_flag_and_names_the_exit_code(signum):
+    before = signal.getsignal(signum)
+    with pytest.raises(KeyboardInterrupt if signum == signal.SIGINT else SystemExit) as ending, StopSignal() as stop:
+        os.kill(os.getpid(), signum)
+        assert stop.signum == signum  # and the program goes on
+        stop.end()
+    assert signal.getsignal(signum) is before
+    if signum == signal.SIGTERM:
+        assert ending.value.code == 143
+
+
+@pytest.mark.parametrize("signum, code, said", [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
+def test_signal_in_a_process_of_its_own(signum, code, said):
+    program = ("import time\nfrom nanochat.common import run_script\nfrom nanochat.run import StopSignal\n"
+               "def main(argv):\n"
+               "    with StopSignal() as stop:\n"
+               "        print('ready', flush=True)\n"
+               "        while not stop.signum:\n"
+               "            time.sleep(0.01)\n"
+               "        print('saved', flush=True)\n"
+               "        stop.end()\n"
+               "run_script(main)\n")
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signum)
+        stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == code and stdout == "saved\n"
+    assert said in stderr and "Traceback" not in stderr
+
+
+def test_second_ctrl_c_stops_at_once(monkeypatch):
+    """But not one that comes with the first, nor a second SIGTERM: torchrun and job systems pass on what they got."""
+    with StopSignal() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(run.time, "monotonic", lambda: stop.first_time + run.ECHO_SEC + 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signum == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.sigtimedwait([], 1)  # where it arrives at the latest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Identity
+
+
+def compare(saved, current, defaults=None, allow_mismatch=False, revision="a"):
+    environment = {"git_revision": "a", "python": "3", "packages": {"torch": "2"}}
+    return compare_with_saved({"identity": saved, "environment": environment},
+                              {"identity": current, "environment": environment | {"git_revision": revision}},
+                              defaults or {}, "runs/base/d2", allow_mismatch)
+
+
+def test_other_settings_are_refused_with_both_sides():
+    assert compare({"seed": 1, "more": 2}, {"seed": 1}) == []
+    with pytest.raises(UserError, match=r"seed: saved 1, now 2; data: saved None, now x\).*--resume none"):
+        compare({"seed": 1}, {"seed": 2, "data": "x"})
+    assert compare({"seed": 1}, {"seed": 2}, allow_mismatch=True, revision="b") == [
+        {"what": "settings that don't match", "value": "seed: saved 1, now 2", "why": "--allow-mismatch"},
+        {"what": "another version", "value": "git_revision: saved a, now b", "why": "the run goes on with it"}]
+
+
+def test_flag_that_the_checkpoint_does_not_know_had_its_default():
+    assert compare({"seed": 1}, {"seed": 1, "loss": "fused"}, {"loss": "fused", "seed": 42}) == []
+    with pytest.raises(UserError, match="loss: saved fused, now plain"):
+        compare({"seed": 1}, {"seed": 1, "loss": "plain"}, {"loss": "fused", "seed": 42})
