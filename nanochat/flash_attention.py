@@ -3,7 +3,7 @@
     fa3    FlashAttention on NVIDIA GPUs: an installed package, or the `kernels` hub
     flex   FlexAttention with a block-sparse sliding window (CUDA)
     blocks products of query blocks with the keys they see, for training on CPUs, where it is 3 to 5 times faster than
-           torch's own backward pass (dev/LOG.md, 2026-11-21)
+           torch's own backward pass (dev/LOG.md, "Attention on CPUs: blocks")
     sdpa   torch's own attention, everywhere; a window is cut into chunks, so no T x T mask exists
 
 A backend counts as there only when its output and gradients on the real device agree with fp32: `choose_backend` probes

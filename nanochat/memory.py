@@ -453,7 +453,7 @@ def find_gpu(name: str) -> tuple[str, float, float] | None:
 
 # (depth, MFU) of pretraining on 8 H100 in bf16, as published for this recipe in 2026; not measured by this code yet
 PUBLISHED_MFU = ((12, 0.41), (18, 0.46), (24, 0.50))
-CPU_MFU = 0.5    # compiled, of the measured matmul rate: 51-61% at depths 4 and 6 (dev/LOG.md, 2026-11-21)
+CPU_MFU = 0.5    # compiled, of the measured matmul rate: 51-61% at depths 4 and 6 (dev/LOG.md, "The whole step")
 
 
 def expect_mfu(gpu: str, depth: int) -> tuple[float, str]:
