@@ -129,8 +129,7 @@ def choose_letters(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Pr
             x = model.forward_trunk(idx)[torch.arange(len(batch), device=device), ends]             # (R, C)
         letters = sorted({letter for i in batch for letter in problems[i].conversation["letters"]})
         tokens = torch.tensor([solver.tokenizer.encode(letter)[0] for letter in letters], device=device)
-        # In fp32, so that two letters are hardly ever equal. The softcap is monotonic, so it is left out
-        logits = (x.float() @ model.lm_head.weight[tokens].float().T).tolist()                      # (R, letters)
+        logits = model.unembed(x, tokens).tolist()                                                  # (R, letters)
         for i, row in zip(batch, logits, strict=True):
             values = dict(zip(letters, row, strict=True))
             yield problems[i], max(problems[i].conversation["letters"], key=values.__getitem__)

@@ -13,7 +13,6 @@ R rows, T tokens, P tokens of a prefix, S tokens of a tail, V vocabulary.
 """
 
 import contextlib
-import copy
 import csv
 import json
 import os
@@ -31,7 +30,7 @@ import yaml
 
 from nanochat.common import UserError, file_lock, get_base_dir, get_ranks, print0, sum_over_ranks
 from nanochat.engine import KVCache
-from nanochat.gpt import GPT, norm
+from nanochat.gpt import GPT
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 NUM_CORE_TASKS = 22         # in the published bundle; the mean over fewer is another metric
@@ -306,12 +305,8 @@ def cache_prefixes(model: GPT, prefixes: list[tuple[int, ...]], row_of: list[int
     # All rows are P long now. Each goes back to its own length, and its tail overwrites the padding. The smear of the
     # tail's first token then needs the embedding of the prefix's own last token; an empty prefix has none
     ends = idx.gather(1, (lengths[:, None] - 1).clamp(min=0).long()) if P else idx.new_zeros(len(prefixes), 1)
-    last_embed = norm(model.transformer.wte(ends).to(model.compute_dtype)) * (lengths > 0)[:, None, None]
-    rows = torch.tensor(row_of, device=device)
-    expanded = copy.copy(cache)
-    expanded.k_cache, expanded.v_cache = cache.k_cache[:, rows], cache.v_cache[:, rows]  # (layers, R, P + more, H, D)
-    expanded.cache_seqlens, expanded.last_embed = lengths[rows], last_embed[rows]
-    return expanded
+    last_embed = model.embed_tokens(ends) * (lengths > 0)[:, None, None]
+    return cache.take_rows(torch.tensor(row_of, device=device), lengths, last_embed)
 
 
 def score_options(model, options: list[Option]) -> list[tuple[float, bool]]:

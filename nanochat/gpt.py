@@ -289,22 +289,15 @@ class GPT(nn.Module):
         layer on, without a head that looks one back; with backout, shorter windows and ratio 8: 1.80 -> 1.65 hours.
         """
         x = self.embed_tokens(idx)
-        if kv_cache is None:
-            previous = F.pad(x[:, :-1], (0, 0, 1, 0))  # the first token has none: zero adds nothing
-        else:
-            previous = kv_cache.get_last_embed(x)      # (B, 1, C)
-            if x.size(1) > 1:
-                previous = torch.cat((previous, x[:, :-1]), dim=1)
+        # The first token of a sequence has none before it: zero adds nothing
+        previous = F.pad(x[:, :-1], (0, 0, 1, 0)) if kv_cache is None else kv_cache.shift_embeds(x)
         gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]))  # (B, T, 1)
-        smeared = x + self.smear_lambda[0] * gate * previous
-        if kv_cache is not None:
-            kv_cache.set_last_embed(x[:, -1:])         # in place, so not before `previous` has been read
-        return smeared
+        return x + self.smear_lambda[0] * gate * previous
 
     def get_positions(self, num_tokens: int, kv_cache=None) -> tuple[Tensor, Tensor]:
         """cos and sin of the positions of `num_tokens` new tokens, (B or 1, T, 1, D/2)."""
         if kv_cache is not None:
-            positions = kv_cache.get_positions()       # a slice where all rows are of one length, else (B, T)
+            positions = kv_cache.get_positions()  # a slice where all rows are equally long, else (B, T)
             cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
             return (cos, sin) if cos.dim() == 4 else (cos[None], sin[None])
         if num_tokens > len(self.cos):
@@ -329,8 +322,13 @@ class GPT(nn.Module):
         # Backout (modded-nanogpt): what the first half needed only to work with is taken out before the head reads x
         return norm(x - self.backout_lambda[0] * middle)
 
-    def unembed(self, x: Tensor) -> Tensor:
-        """Softcapped logits in fp32 of what forward_trunk returns: (..., C) -> (..., V)"""
+    def unembed(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Softcapped logits in fp32 of what forward_trunk returns: (..., C) -> (..., V)
+
+        tokens: (N,) the only ones that are asked for, in an fp32 product, so that two are hardly ever equal: (..., N)
+        """
+        if tokens is not None:
+            return softcap(F.linear(x.float(), self.lm_head.weight[tokens].float()))
         return softcap(self.lm_head(x)[..., :self.config.vocab_size])
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, kv_cache=None, loss_reduction: str = "mean",

@@ -49,8 +49,7 @@ class KVCache:
         """Tokens that the longest row holds."""
         return self.num_tokens
 
-    # What the model calls in a forward pass: begin, get_positions, get_last_embed, set_last_embed, attend for each
-    # layer, advance
+    # What the model calls in a forward pass: begin, get_positions, shift_embeds, attend for each layer, advance
 
     def begin(self, num_tokens: int) -> None:
         """Begin a forward pass over `num_tokens` new tokens of each row."""
@@ -66,7 +65,7 @@ class KVCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """Write the new tokens' keys and values into a layer and attend to it: q (B, T, H, D) -> the same shape"""
         if uses_fa3(q):
-            return flash_attn.flash_attn_with_kvcache(q, self.k_cache[layer], self.v_cache[layer], k=k, v=v,
+            return flash_attn.flash_attn_with_kvcache(q, *self.get_layer_cache(layer), k=k, v=v,
                                                       cache_seqlens=self.cache_seqlens, window_size=(window, 0))
         write_to_cache(self.k_cache, layer, k, self.positions)
         write_to_cache(self.v_cache, layer, v, self.positions)
@@ -74,17 +73,22 @@ class KVCache:
             self.masks[window] = find_mask(self.positions, self.num_new, window, q.size(2) // k.size(2),
                                            torch.promote_types(q.dtype, self.k_cache.dtype), q.device)
         keys, mask = self.masks[window]
-        return attend_to_cache(q, self.k_cache[layer, :, keys], self.v_cache[layer, :, keys], mask).to(q.dtype)
+        k_cache, v_cache = self.get_layer_cache(layer)
+        return attend_to_cache(q, k_cache[:, keys], v_cache[:, keys], mask).to(q.dtype)
 
-    def get_last_embed(self, x: Tensor) -> Tensor:
-        """The embedding before x (B, T, C) -> (B, 1, C), zeros at the start."""
-        return x.new_zeros(x.size(0), 1, x.size(2)) if self.last_embed is None else self.last_embed
+    def get_layer_cache(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values, (B, T, H, D) each."""
+        return self.k_cache[layer], self.v_cache[layer]
 
-    def set_last_embed(self, x: Tensor) -> None:
+    def shift_embeds(self, x: Tensor) -> Tensor:
+        """Of each new token's embedding x (B, T, C) the one before it, zeros at the start; keeps the last one."""
+        last = x.new_zeros(x.size(0), 1, x.size(2)) if self.last_embed is None else self.last_embed
+        previous = torch.cat((last, x[:, :-1]), dim=1)
         if self.last_embed is None:
-            self.last_embed = x.clone()  # x is a slice, which would keep all of a prompt's embeddings alive
+            self.last_embed = x[:, -1:].clone()  # a slice would keep all of a prompt's embeddings alive
         else:
-            self.last_embed.copy_(x)     # in place: it may be part of a larger cache's
+            self.last_embed.copy_(x[:, -1:])     # in place: it may be part of a larger cache's
+        return previous
 
     def advance(self, num_tokens: int) -> None:
         """Count `num_tokens` more in each row, when all layers have written them."""
@@ -133,6 +137,16 @@ class KVCache:
         view.last_embed = None if self.last_embed is None else self.last_embed[start:end]
         view.num_tokens = num_tokens
         return view
+
+    def take_rows(self, rows: Tensor, lengths: Tensor, last_embed: Tensor) -> "KVCache":
+        """A copy of these rows (R,), each as if it held its first tokens only.
+
+        lengths, last_embed: of this cache's rows, (B,) tokens that they keep and (B, 1, C) the last one's embedding
+        """
+        taken = copy.copy(self)
+        taken.k_cache, taken.v_cache = self.k_cache[:, rows], self.v_cache[:, rows]
+        taken.cache_seqlens, taken.last_embed = lengths[rows], last_embed[rows]
+        return taken
 
     def add_rows(self, num_rows: int) -> None:
         """Append empty rows."""
