@@ -14,9 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import PER_PROCESS_KEYS, REPO_DIR, make_base, out_of_memory_at, read_state
+from process_helpers import run_on_ranks, send_signal_at
 from safetensors.torch import load_file
-from test_ranks import run_on_ranks
-from test_scripts import send_signal_at
 
 from dev import rl_curve
 from nanochat.chat_stage import set_schedules

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
+from checkpoint_helpers import make_meta, make_trained
 from helpers import REPO_DIR
 from safetensors.torch import load_file, save_file
-from test_checkpoint_manager import make_meta, make_trained
 
 from dev.torture import compare_runs
 from nanochat.checkpoint_manager import save_checkpoint
