@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 from helpers import assert_same_runs, make_base, out_of_memory_at, read_state, start_script
+from process_helpers import run_on_ranks, send_signal_at
 from safetensors.torch import load_file
-from test_ranks import run_on_ranks
-from test_scripts import send_signal_at
 
 from nanochat.common import UserError
 from nanochat.run import read_metrics

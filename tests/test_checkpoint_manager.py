@@ -5,17 +5,26 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
-import textwrap
 import threading
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_helpers import (
+    CONFIG,
+    CPU,
+    assert_same_weights,
+    make_batch,
+    make_meta,
+    make_model,
+    make_tokenizer,
+    make_trained,
+    save_run,
+)
+from helpers import start_script
+from process_helpers import choose_port, run_program
 from safetensors import SafetensorError
 
 from nanochat import checkpoint_files, checkpoint_manager
@@ -40,18 +49,8 @@ from nanochat.checkpoint_manager import (
     save_checkpoint,
 )
 from nanochat.common import UserError, run_script
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, get_tokenizer_dir
-from nanochat.train import Batch, train_step
-
-CPU = torch.device("cpu")
-CONFIG = GPTConfig(sequence_len=16, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
-
-
-def make_tokenizer(first_byte=0):
-    """One token per byte, in an order that depends on `first_byte`; the vocabulary's size doesn't."""
-    return RustBPETokenizer(SPLIT_PATTERN, {bytes([(first_byte + i) % 256]): i for i in range(256)},
-                            {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
+from nanochat.tokenizer import get_tokenizer_dir
+from nanochat.train import train_step
 
 
 @pytest.fixture(autouse=True)
@@ -59,45 +58,6 @@ def base_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     make_tokenizer().save(get_tokenizer_dir())
     return tmp_path
-
-
-def make_model(dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    model = GPT(CONFIG, dtype)
-    model.init_weights()
-    return model
-
-
-def make_trained(dtype=torch.float32, num_steps=2):
-    model = make_model(dtype)
-    optimizer = model.setup_optimizer()
-    for step in range(num_steps):
-        train_step(model, optimizer, make_batch(step), 4)
-    return model, optimizer
-
-
-def make_batch(seed):
-    ids = torch.randint(0, 256, (4, 17), generator=torch.Generator().manual_seed(seed))
-    return Batch(ids[:, :-1], ids[:, 1:], None)
-
-
-def make_meta(optimizer, **more):
-    return {"model_config": asdict(CONFIG), "tokenizer": {"name": "default", "hash": make_tokenizer().hash},
-            "optimizer_steps": optimizer.num_steps, **more}
-
-
-def save_run(tag="d2", steps=(1,), stage="base", keep_last=None):
-    """A run whose checkpoint of step s is trained for s steps."""
-    run_dir = get_run_dir(stage, tag)
-    for step in steps:
-        model, optimizer = make_trained(num_steps=step)
-        save_checkpoint(run_dir, step, model, optimizer, make_meta(optimizer), keep_last=keep_last)
-    return run_dir
-
-
-def assert_same_weights(model, other):
-    for (name, a), (_, b) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,61 +146,11 @@ def test_keep_last_never_deletes_what_latest_names():
 # ---------------------------------------------------------------------------------------------------------------------
 # Dying while saving
 
-# Saves steps 1 and 2, then forks children that save SAVED_STEP and die of SIGKILL just before their n-th call into
-# the file system; for each, the state is checked by a fresh load and written as a line of JSON.
-KILLER = """
-    import json, os, shutil, signal, sys
-    import torch
-    torch.set_num_threads(1)
-    from nanochat import checkpoint_files as files, checkpoint_manager as checkpoints
-    sys.path.insert(0, TESTS_DIR)
-    import test_checkpoint_manager as helpers
-
-    run_dir = helpers.save_run(steps=(1, 2))
-    model, optimizer = helpers.make_trained(num_steps=SAVED_STEP)
-    meta = helpers.make_meta(optimizer)
-
-    def die_before(n):
-        calls = iter(range(10**6))
-        def wrap(function):
-            def call(*args, **kwargs):
-                if next(calls) == n:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*args, **kwargs)
-            return call
-        for module, name in ((files, "save_file"), (files, "write_atomic"), (files, "hash_file"),
-                             (files, "sync_folder"), (os, "rename"), (os, "replace"), (os, "fsync"),
-                             (shutil, "rmtree")):
-            setattr(module, name, wrap(getattr(module, name)))
-
-    status, n = None, 0
-    while status != 0:
-        backup = run_dir.with_name("backup")
-        shutil.copytree(run_dir, backup)
-        if not os.fork():
-            die_before(n)
-            checkpoints.save_checkpoint(run_dir, SAVED_STEP, model, optimizer, meta, keep_last=2)
-            os._exit(0)
-        status = os.wait()[1]
-        try:
-            step = checkpoints.find_step(run_dir)
-            loaded = checkpoints.load_model("base", torch.device("cpu"))[0]
-            expected = helpers.make_trained(num_steps=step)[0]
-            helpers.assert_same_weights(loaded, expected)
-            print(json.dumps({"n": n, "status": status, "step": step}))
-        except Exception as error:
-            print(json.dumps({"n": n, "status": status, "error": repr(error)}))
-        shutil.rmtree(run_dir)
-        backup.rename(run_dir)
-        n += 1
-"""
-
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("saved_step", [3, 2])  # a new one, and once more the one that is there
 def test_killed_at_any_call_leaves_a_whole_checkpoint(saved_step):
-    program = f"TESTS_DIR, SAVED_STEP = {str(Path(__file__).parent)!r}, {saved_step}\n" + textwrap.dedent(KILLER)
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    result = run_program("kill_save", saved_step)
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert [line for line in lines if "error" in line] == []
@@ -285,55 +195,15 @@ def mount_disk(folder):
 def test_a_disk_that_is_really_full(base_dir):
     """On a file system of 2 MB, all but 100 KB of it taken."""
     disk = base_dir / "disk"
-    program = f"""
-        import os, sys
-        os.environ["NANOCHAT_BASE_DIR"] = {str(disk)!r}
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import test_checkpoint_manager as helpers
-        from nanochat import checkpoint_manager as checkpoints
-        from nanochat.common import get_free_disk_bytes, run_script
-        helpers.make_tokenizer().save(helpers.get_tokenizer_dir())
-        run_dir = helpers.save_run(steps=(1,))
-
-        def save_on_full_disk(argv):
-            (run_dir / "filling").write_bytes(bytes(get_free_disk_bytes(run_dir) - 100_000))
-            helpers.save_run(steps=(2,))
-        try:
-            run_script(save_on_full_disk)
-        finally:
-            step = checkpoints.load_model("base", helpers.CPU)[2]["step"]
-            print(sorted(path.name for path in run_dir.iterdir()), step)
-        """
-    result = subprocess.run([*mount_disk(disk), sys.executable, "-c", textwrap.dedent(program)], capture_output=True,
-                            text=True)
+    result = run_program("full_disk", disk, before=mount_disk(disk))
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith("error: the disk is full") and result.stderr.count("\n") == 1
     assert result.stdout.splitlines()[-1] == "['filling', 'latest', 'step_000001'] 1"
 
 
-# A disk with step 1 on it becomes read-only: before the next process, or while this one trains
-READ_ONLY = """
-    import os, subprocess, sys
-    os.environ["NANOCHAT_BASE_DIR"] = DISK
-    sys.path.insert(0, TESTS_DIR)
-    import test_checkpoint_manager as helpers
-    from nanochat import checkpoint_manager as checkpoints
-    from nanochat.common import run_script
-    helpers.make_tokenizer().save(helpers.get_tokenizer_dir())
-    run_dir = helpers.save_run(steps=(1,))
-    subprocess.run(["mount", "-o", "remount,ro", DISK], check=True)
-    for begin in (lambda argv: checkpoints.locked_run(run_dir).__enter__(), lambda argv: helpers.save_run(steps=(2,))):
-        try:
-            run_script(begin)
-        except SystemExit as ending:
-            print(ending.code, checkpoints.load_model("base", helpers.CPU)[2]["step"])
-"""
-
-
 def test_read_only_folder_is_one_sentence(base_dir):
     disk = base_dir / "disk"
-    program = f"DISK, TESTS_DIR = {str(disk)!r}, {str(Path(__file__).parent)!r}\n" + textwrap.dedent(READ_ONLY)
-    result = subprocess.run([*mount_disk(disk), sys.executable, "-c", program], capture_output=True, text=True)
+    result = run_program("read_only_disk", disk, before=mount_disk(disk))
     assert result.stdout.splitlines()[-2:] == ["2 1", "2 1"], result.stderr
     for line, name in zip(result.stderr.splitlines(), ("d2.lock", "d2/step_000002.tmp"), strict=True):
         assert line.startswith(f"error: no permission for {disk}/runs/base/{name} (Read-only file system); change it")
@@ -450,36 +320,8 @@ def test_when_a_save_is_due(monkeypatch):
     assert list_due(Checkpointer(run_dir, SaveRules(every_minutes=0), last_step=20), 0) == list(range(10))
 
 
-# A save that takes a minute, and two Ctrl-C: the first is remembered, the second doesn't wait for the save
-SLOW_SAVE = """
-    import sys, time
-    sys.path.insert(0, TESTS_DIR)
-    import test_checkpoint_manager as helpers
-    from nanochat import checkpoint_files, run as run_module
-    from nanochat.checkpoint_manager import Checkpointer, get_run_dir
-    from nanochat.common import run_script
-    from nanochat.run import StopSignal
-    run_module.ECHO_SEC = 0
-    model, optimizer = helpers.make_trained()
-    helpers.save_run(steps=(1,))
-    checkpoint_files.save_file = lambda *args: time.sleep(60)
-
-    def train(argv):
-        with StopSignal() as stop, Checkpointer(get_run_dir("base", "d2")) as saver:
-            saver.save(2, model, optimizer, helpers.make_meta(optimizer))
-            print("saving", flush=True)
-            while not stop.signum:
-                time.sleep(0.01)
-            print("stopping", flush=True)
-            saver.wait()
-    run_script(train)
-"""
-
-
 def test_second_ctrl_c_does_not_wait_for_a_save():
-    program = f"TESTS_DIR = {str(Path(__file__).parent)!r}\n" + textwrap.dedent(SLOW_SAVE)
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True) as process:
+    with start_script("tests.programs.slow_save") as process:
         try:
             for said in ("saving", "stopping"):
                 assert said in list(iter(process.stdout.readline, f"{said}\n")) + [said] and process.poll() is None
@@ -493,49 +335,9 @@ def test_second_ctrl_c_does_not_wait_for_a_save():
     assert list_steps(get_run_dir("base", "d2")) == [1] and load_model("base", CPU)[2]["step"] == 1
 
 
-# Two ranks, forks of one process; from step 2 on rank 1 finds its disk full
-TWO_RANKS = """
-    import errno, os, sys
-    import torch
-    sys.path.insert(0, TESTS_DIR)
-    import test_checkpoint_manager as helpers
-    from nanochat import checkpoint_files
-    from nanochat.checkpoint_manager import Checkpointer, get_run_dir
-    from nanochat.common import init_compute, run_script
-    from nanochat.train import train_step
-
-    def fill_disk(tensors, path, metadata):
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    def train(argv):
-        device, ranks = init_compute("cpu")
-        model, optimizer = helpers.make_trained()
-        with Checkpointer(get_run_dir("base", "d2")) as saver:
-            saver.save(1, model, optimizer, helpers.make_meta(optimizer))
-            saver.wait()
-            if ranks.rank == 1:
-                checkpoint_files.save_file = fill_disk
-            saver.save(2, model, optimizer, helpers.make_meta(optimizer))
-            for step in range(10**4):
-                saver.due(step, stopping=False, evaluating=False)
-                train_step(model, optimizer, helpers.make_batch(step), 4)
-
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=PORT, WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    children = []
-    for rank in range(2):
-        children.append(os.fork())
-        if not children[-1]:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            run_script(train)
-            os._exit(4)
-    print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
-"""
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_full_disk_of_one_rank_stops_all():
-    result = run_two_ranks(TWO_RANKS)
+    result = run_program("two_rank_save", choose_port(), "full")
     assert result.stdout.splitlines()[-1] == "[2, 2]", result.stderr
     run_dir = get_run_dir("base", "d2")
     path = run_dir / "step_000002.tmp" / "optim_1.safetensors"
@@ -545,30 +347,13 @@ def test_full_disk_of_one_rank_stops_all():
     assert load_model("base", CPU)[2]["world_size"] == 2
 
 
-# Rank 1's disk stalls in a save; rank 0 must not wait for it longer than for anything else
-STALLED_SAVE = TWO_RANKS.replace("checkpoint_files.save_file = fill_disk", "checkpoint_files.save_file = stall")
-STALLED_SAVE = STALLED_SAVE.replace("    def fill_disk(", """
-    def stall(*args):
-        time.sleep(8)
-
-    def fill_disk(""").replace("import errno, os, sys", "import errno, os, sys, time").replace(
-    "children.append(os.fork())", 'os.environ["NANOCHAT_TIMEOUT_SEC"] = "3"\n        children.append(os.fork())')
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_stalled_save_of_one_rank_stops_all():
-    result = run_two_ranks(STALLED_SAVE)
+    """Rank 0 waits for it no longer than for anything else."""
+    result = run_program("two_rank_save", choose_port(), "stalled")
     assert result.stdout.splitlines()[-1] == "[1, 1]", result.stderr
     assert "rank 0 can't reach the other ranks any more" in result.stderr and "for 3 s" in result.stderr
     assert read_latest(get_run_dir("base", "d2")) == 1
-
-
-def run_two_ranks(program):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    program = f"TESTS_DIR, PORT = {str(Path(__file__).parent)!r}, {str(port)!r}\n" + textwrap.dedent(program)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
 
 
 def test_disk_too_small_for_a_checkpoint(monkeypatch):

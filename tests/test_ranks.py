@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,8 +11,8 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers import REPO_DIR, assert_same_runs, make_base, out_of_memory_at, read_state
+from process_helpers import choose_port, get_rank_env, run_on_ranks
 from safetensors.torch import load_file
 
 from nanochat.common import Ranks, UserError
@@ -25,42 +24,6 @@ from scripts import base_train
 CONFIG = GPTConfig(sequence_len=16, vocab_size=80, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
 NUM_ROWS, NUM_STEPS = 8, 8
 SHAPE = ("--depth", "2", "--aspect-ratio", "16", "--head-dim", "16", "--max-seq-len", "64")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes
-
-
-def choose_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def get_rank_env(rank, world_size, port):
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-
-
-def run_jobs(rank, jobs, folder):
-    """What each of four processes does: the jobs one after the other, each by the ranks that it is for."""
-    torch.set_num_threads(1)
-    for i, (world_size, port, work, args) in enumerate(jobs):
-        if rank < world_size:
-            os.environ.update(get_rank_env(rank, world_size, port))
-            dist.init_process_group("gloo")
-            result = work(*args)
-            with open(f"{folder}/{i}_{rank}.json", "w") as file:
-                json.dump(result, file)
-            dist.destroy_process_group()
-
-
-def run_on_ranks(jobs, folder):
-    """Run (world size, function, arguments) jobs; returns for each the results of its ranks."""
-    jobs = [(world_size, choose_port(), work, args) for world_size, work, args in jobs]
-    mp.spawn(run_jobs, (jobs, str(folder)), nprocs=max(job[0] for job in jobs))
-    return [[json.loads((folder / f"{i}_{rank}.json").read_text()) for rank in range(job[0])]
-            for i, job in enumerate(jobs)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,20 +3,17 @@
 import copy
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PER_PROCESS_KEYS, REPO_DIR, make_base, out_of_memory_at, read_state
+from helpers import PER_PROCESS_KEYS, make_base, out_of_memory_at, read_state, start_script
+from process_helpers import run_on_ranks, send_signal_at
+from rl_helpers import Vowels, train
 from safetensors.torch import load_file
-from test_ranks import run_on_ranks
-from test_scripts import send_signal_at
 
 from dev import rl_curve
 from nanochat.chat_stage import set_schedules
@@ -47,35 +44,12 @@ from nanochat.rl import (
 from nanochat.run import read_metrics
 from nanochat.scaling import make_rl_plan
 from nanochat.train import Batch, train_step
-from scripts import base_train, chat_cli, chat_rl, chat_sft
+from scripts import base_train, chat_cli, chat_sft
 from tasks.arithmetic import Arithmetic
-from tasks.catalog import TASKS
-from tasks.common import Task
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=80, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
 # What differs between two runs of the same steps
 TIME_KEYS = PER_PROCESS_KEYS | {"sample_sec", "sample_tokens_per_sec", "train_tokens_per_sec"}
-
-
-class Vowels(Task):
-    """The more of an answer are vowels, the better: easily learned by any model."""
-
-    def num_examples(self):
-        return 30
-
-    def get_example(self, index):
-        return {"messages": [{"role": "user", "content": f"Say {'e' * (index % 7 + 1)}!"},
-                             {"role": "assistant", "content": "e"}]}
-
-    def reward(self, conversation, answer):
-        return sum(letter in "aeiou" for letter in answer) / max(1, len(answer))
-
-
-class Flat(Vowels):
-    """All answers are worth the same."""
-
-    def reward(self, conversation, answer):
-        return 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,14 +283,6 @@ def test_long_questions_are_left_out(byte_tokenizer):
 # The script
 
 
-def train(tag, *more):
-    TASKS["Vowels"], TASKS["Flat"] = lambda split, **kwargs: Vowels(**kwargs), lambda split, **kwargs: Flat(**kwargs)
-    return chat_rl.main(["-g", "toy", "--out-tag", tag, "-a", "Vowels", "--examples-per-step", "4", "--num-samples",
-                         "4", "--max-new-tokens", "8", "--num-iterations", "6", "--eval-every", "3",
-                         "--eval-examples", "4", "--eval-samples", "2", "--init-lr-frac", "0.5", "--device-type",
-                         "cpu", *more])
-
-
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory):
     """A base folder with a model that has seen a few conversations."""
@@ -443,10 +409,7 @@ def test_out_of_memory_twice(base_dir):
 
 def test_kill_changes_nothing(base_dir):
     more = ("--num-iterations", "16", "--save-every", "4", "--eval-every", "-1")
-    code = f"import test_rl; test_rl.train('killed', *{more})"
-    process = subprocess.Popen([sys.executable, "-u", "-c", code], cwd=REPO_DIR / "tests", text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO_DIR)})
+    process = start_script("tests.programs.rl_run", "killed", *more)
     exit_code, stderr = send_signal_at(process, 6, signal.SIGKILL)
     assert exit_code == -9 and "Traceback" not in stderr, stderr
     killed_at = read_lines(base_dir / "runs" / "rl" / "killed")[-1]["step"]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import REPO_DIR, assert_same_runs, make_base, out_of_memory_at, read_state, start_script
+from process_helpers import send_signal_at
 
 from nanochat import choices, dataset
 from nanochat.common import UserError, count_cpus
@@ -218,22 +219,6 @@ def test_evaluation_that_a_kill_prevented_is_made_up_for(whole):
         patch.setattr(base_train, "evaluate", die)
         train("evaluating", "--save-every", "10")
     assert_same_runs(train("evaluating", "--save-every", "10")["run_dir"], whole["run_dir"])
-
-
-def send_signal_at(process, step, signum):
-    """Wait for the line of a step, send the signal, wait for the end; returns (exit code, stderr)."""
-    try:
-        for line in process.stdout:
-            if line.startswith(f"step {step:05d}/"):
-                process.send_signal(signum)
-                break
-        process.stdout.read()
-        stderr = process.stderr.read()
-        return process.wait(timeout=60), stderr
-    finally:
-        process.kill()
-        process.stdout.close()
-        process.stderr.close()
 
 
 def test_signals_and_kills_change_nothing(base_dir):
