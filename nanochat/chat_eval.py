@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from nanochat.common import UserError, get_ranks, write_atomic
+from nanochat.common import UserError, gather, get_ranks, write_atomic
 from nanochat.core_eval import BATCH_TOKENS, DEFAULT_BATCH_TOKENS, pad_rows
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
@@ -204,15 +203,6 @@ def write_records(records_dir: Path, name: str, records: list[dict]) -> None:
     write_atomic(records_dir / f"{name}.jsonl", "".join(lines))
     for path in records_dir.glob(f"{name}.part*.jsonl"):
         path.unlink()
-
-
-def gather(value: object) -> list:
-    """The value of every rank, in their order. Collective."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 @contextlib.contextmanager

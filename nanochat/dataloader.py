@@ -19,9 +19,8 @@ from functools import lru_cache, partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from nanochat.common import Ranks, UserError, count_cpus, print0, sum_over_ranks, timed
+from nanochat.common import Ranks, UserError, count_cpus, gather, print0, sum_over_ranks, timed
 from nanochat.packing import PAD, PackStats, hide, pack_documents, pack_whole
 from nanochat.shards import ShardList, count_groups, read_group
 from nanochat.train import Batch
@@ -248,11 +247,7 @@ class TrainLoader:
 
         Collective: all ranks call it, since a rank knows only the lanes of its own rows.
         """
-        places = torch.tensor(self.places)
-        if self.ranks.world_size > 1 and dist.is_initialized():
-            device = "cpu" if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator()
-            places = places.to(device)
-            dist.all_reduce(places, op=dist.ReduceOp.MAX)
+        places = self.places if self.ranks.world_size == 1 else np.max(gather(self.places), axis=0)
         places = places.tolist()
         return self.identity | {"lanes": [place[:3] for place in places], "pack_stats": [place[3:] for place in places]}
 

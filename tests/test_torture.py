@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from checkpoint_helpers import make_meta, make_trained
 from helpers import REPO_DIR
 from safetensors.torch import load_file, save_file
 
