@@ -37,8 +37,8 @@ python -m scripts.base_train --data "$DATA" --tokenizer "$NAME" --model-tag "$NA
 python -m scripts.base_loss --model-tag "$NAME" --eval-tokens 262144
 python -m scripts.mid_train --model-tag "$NAME" --tasks $MID_TASKS --eval-tokens 65536 $CHAT_EXTRA
 python -m scripts.chat_sft --model-tag "$NAME" --tasks $SFT_TASKS --eval-tokens 65536 $CHAT_EXTRA
-python -m scripts.chat_rl --model-tag "$NAME" --tasks $RL_TASKS --max-new-tokens 48 --eval-every -1 \
-    --sample-every -1 $CHAT_EXTRA $RL_EXTRA
+python -m scripts.chat_rl --model-tag "$NAME" --tasks $RL_TASKS --max-new-tokens 48 --eval-every never \
+    --sample-every never $CHAT_EXTRA $RL_EXTRA
 for stage in mid sft rl; do
     python -m scripts.chat_eval --source "$stage" --model-tag "$NAME" --task-name $EVAL_TASKS -x "$NUM_PROBLEMS"
 done

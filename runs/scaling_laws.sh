@@ -39,7 +39,7 @@ case $DATA in
 esac
 python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-chars "$TOK_CHARS" --name "$NAME"
 python -m scripts.sweep --name "$NAME" --grid $grid --parallel "$PARALLEL" --nproc "$(( NPROC > 1 ? NPROC : 1 ))" -- \
-    --data "$DATA" --tokenizer "$NAME" --max-seq-len "$SEQ_LEN" $flags --sample-every -1 --keep-last 1 $EXTRA
+    --data "$DATA" --tokenizer "$NAME" --max-seq-len "$SEQ_LEN" $flags --sample-every never --keep-last 1 $EXTRA
 if [[ $BUDGETS ]]; then
     python -m dev.scaling_laws "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/sweeps/$NAME"
 fi
