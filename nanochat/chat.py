@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.common import UserError, write_atomic
-from nanochat.engine import Engine
-from nanochat.engine_request import ChatTokens, Event, Request
+from nanochat.engine import ChatTokens, Engine, Event, Request
 from nanochat.tokenizer import check_messages
 
 ANSWER_SHARE = 4  # 1 / this of the context is reserved for the answer, at most; assumption, not studied

@@ -44,10 +44,6 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} must be above 0 and at most 1")
 
-    def is_limited(self, vocab_size: int) -> bool:
-        """Whether top-k or top-p may exclude a token."""
-        return 0 < (self.top_k or 0) < vocab_size or self.top_p is not None and self.top_p < 1
-
 
 def draw_uniform(sampling: Sampling, token_idx: int) -> float:
     """The random number in [0, 1) of a sample's token; a hash decorrelates neighbouring seeds."""
@@ -58,6 +54,7 @@ def draw_uniform(sampling: Sampling, token_idx: int) -> float:
 def sample_rows(logits: Tensor, samplings: Sequence[Sampling], token_idxs: Sequence[int]) -> Tensor:
     """One token for each row of (B, V) logits, by that row's sampling parameters -> (B,).
 
+    samplings:  Sampling, or any object with its fields
     token_idxs: index of each row's next token within its sample
     """
     if logits.device.type == "mps":  # has no fp64
@@ -65,9 +62,8 @@ def sample_rows(logits: Tensor, samplings: Sequence[Sampling], token_idxs: Seque
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a temperature below 1e-8 is 0 in fp16
     greedy, among_all, among_likeliest = [], [], []
     for i, sampling in enumerate(samplings):
-        is_limited = sampling.is_limited(logits.size(1))
-        rows = greedy if sampling.temperature == 0 else among_likeliest if is_limited else among_all
-        rows.append(i)
+        is_limited = 0 < (sampling.top_k or 0) < logits.size(1) or (sampling.top_p or 1) < 1
+        (greedy if sampling.temperature == 0 else among_likeliest if is_limited else among_all).append(i)
     tokens = find_likeliest(logits) if greedy else logits.new_empty(len(logits), dtype=torch.long)
     for rows, sample in ((among_all, sample_among_all), (among_likeliest, sample_among_likeliest)):
         if rows:

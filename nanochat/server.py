@@ -30,7 +30,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanochat import engine_request
+from nanochat import engine
 from nanochat import server_api as api
 from nanochat.chat import NoRoom, build_prompt, check_context
 from nanochat.common import now
@@ -86,7 +86,7 @@ class Service:
         if settings.log_contents:
             http.state.record |= body.model_dump(include={param})
         seed = secrets.randbits(63) if body.seed is None else body.seed
-        requests = [engine_request.Request(
+        requests = [engine.Request(
             tokens, min(max_tokens, settings.context_tokens - len(tokens)),
             settings.temperature if body.temperature is None else body.temperature,
             settings.top_k if body.top_k is None else body.top_k,

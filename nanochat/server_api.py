@@ -23,7 +23,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from starlette.exceptions import HTTPException
 
 from nanochat.chat import Turn, extend_parts
-from nanochat.engine_request import ChatTokens, Event, Usage
+from nanochat.engine import ChatTokens, Event, Usage
 from nanochat.server_engines import Busy, EngineError, Refused, TimeOver
 
 MAX_MESSAGES = 500

@@ -44,8 +44,7 @@ import torch
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, count_cpus, end_process, get_compute_dtype, init_compute
-from nanochat.engine import Engine
-from nanochat.engine_request import Event, Request
+from nanochat.engine import Engine, Event, Request
 
 PULSE_SEC = 1.0               # between two heartbeats of an engine
 MAX_STEP_SEC = 300            # a longer step counts as endless and stops the heartbeat; assumption: prefilling 512
