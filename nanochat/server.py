@@ -13,13 +13,12 @@ import base64
 import contextlib
 import hashlib
 import hmac
-import itertools
 import json
 import re
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,13 +70,33 @@ class Service:
     def __init__(self, settings: ServerSettings, pool: EnginePool, tokenizer):
         self.settings, self.pool, self.tokenizer = settings, pool, tokenizer
 
-    def begin(self, http: Request, body: api.ChatRequest | api.CompletionRequest) -> tuple[Answer, int]:
+    async def respond(self, http: Request, body: api.ChatRequest | api.CompletionRequest,
+                      format_type: type[api.ChatFormat]) -> Response:
+        """The answer, whole or as a stream. An error before the first token has its own status."""
+        answer, num_dropped = self._begin(http, body)
+        format_ = format_type(body, self.settings.model_name, answer.worker.worker_idx, num_dropped)
+        choices = {request_id: api.Choice(i, self.tokenizer) for i, request_id in enumerate(answer.samples)}
+        headers = {"X-Dropped-Messages": str(num_dropped)} if num_dropped else {}
+        if body.stream:
+            await unless_gone(http, answer.wait())
+            return StreamingResponse(self._stream(http, answer, choices, format_), media_type="text/event-stream",
+                                     headers=headers | {"Cache-Control": "no-store"})
+
+        async def collect() -> None:
+            while answer.has_more():
+                for event in await answer.next_events():
+                    choices[event.request_id].add(event)
+        await unless_gone(http, collect())
+        self._log_answer(http, choices)
+        return JSONResponse(format_.format_whole(list(choices.values())), headers=headers)
+
+    def _begin(self, http: Request, body: api.ChatRequest | api.CompletionRequest) -> tuple[Answer, int]:
         """Submit a request to an engine; returns its answer, and how many messages were dropped from the prompt."""
         settings = self.settings
         if body.model not in (None, "", settings.model_name):
             raise api.ApiError(404, f"the model {ascii(body.model)[:100]} isn't here; this server has "
                                f"{settings.model_name!r}", param="model", code="model_not_found")
-        max_tokens = body.get_max_tokens() or settings.max_tokens
+        max_tokens = body.max_tokens or settings.max_tokens
         param = "messages" if isinstance(body, api.ChatRequest) else "prompt"
         try:
             tokens, num_turns = self._make_prompt(body, max_tokens)
@@ -97,82 +116,38 @@ class Service:
     def _make_prompt(self, body: api.ChatRequest | api.CompletionRequest, max_tokens: int) -> tuple[list[int], int]:
         """(tokens, dropped turns); NoRoom where they leave no room for an answer."""
         if isinstance(body, api.ChatRequest):
-            system, turns = api.split_turns(body.messages)
-            return build_prompt(self.tokenizer, system, turns, self.settings.context_tokens, max_tokens,
-                                self.settings.stage == "base")
+            return build_prompt(self.tokenizer, *api.split_turns(body.messages), self.settings.context_tokens,
+                                max_tokens, self.settings.stage == "base")
         tokens = body.prompt
         if isinstance(tokens, str):
             tokens = self.tokenizer.encode(tokens, prepend=self.tokenizer.get_bos_token_id())
         check_context(tokens, self.settings.context_tokens)
         return tokens, 0
 
-    async def respond(self, http: Request, body: api.ChatRequest | api.CompletionRequest,
-                      format_: type[api.ChatFormat | api.TextFormat]) -> Response:
-        """OpenAI's answer, whole or as a stream. An error before the first token has its own status."""
-        answer, num_dropped = self.begin(http, body)
-        envelope = api.make_envelope(format_, self.settings.model_name, num_dropped)
-        if body.stream:
-            return await self.stream(http, answer, num_dropped, api.OpenAIStream(format_, envelope, body))
-        choices = self._make_choices(answer)
-
-        async def collect() -> None:
-            while answer.has_more():
-                for event in await answer.next_events():
-                    choices[event.request_id].add(event)
-        await unless_gone(http, collect())
-        self._log_answer(http, choices)
-        with_logprobs = body.get_num_logprobs() is not None
-        return JSONResponse(envelope | {
-            "choices": [format_.whole(choice, with_logprobs) for choice in choices.values()],
-            "usage": api.sum_usage(choices.values())}, headers=make_headers(num_dropped))
-
-    async def stream(self, http: Request, answer: Answer, num_dropped: int,
-                     stream: api.OpenAIStream | api.LegacyStream) -> Response:
-        """The answer as server-sent events, once the first token is there."""
-        await unless_gone(http, answer.wait())
-        return StreamingResponse(self._encode_events(http, answer, stream), media_type="text/event-stream",
-                                 headers=make_headers(num_dropped) | {"Cache-Control": "no-store"})
-
-    async def _encode_events(self, http: Request, answer: Answer,
-                             stream: api.OpenAIStream | api.LegacyStream) -> AsyncIterator[str]:
+    async def _stream(self, http: Request, answer: Answer, choices: dict[int, api.Choice],
+                      format_: api.ChatFormat) -> AsyncIterator[str]:
         """What arrives together is sent together, with the consecutive texts of a choice as one delta."""
-        choices = self._make_choices(answer)
-        if start := stream.start(choices.values()):
+        if start := format_.start(choices.values()):
             yield start
         try:
             while answer.has_more():
-                deltas: dict[api.Choice, list[dict]] = {choice: [] for choice in choices.values()}
                 for event in await answer.next_events():
-                    choice = choices[event.request_id]
-                    deltas[choice] += choice.add(event) + ([{}] if event.finish_reason else [])  # {}: the end
-                if piece := "".join(stream.encode(choice, delta) for choice in deltas
-                                    for delta in join_texts(deltas[choice])):
+                    choices[event.request_id].add(event)
+                piece = ""
+                for choice in choices.values():
+                    piece += "".join(format_.encode(choice, delta) for delta in choice.deltas)
+                    choice.deltas.clear()
+                if piece:
                     yield piece
             self._log_answer(http, choices)
-            yield stream.end(choices.values())
+            yield format_.end(list(choices.values()))
         except EngineError as error:  # the status has been sent already
             yield api.to_sse(api.convert_error(error).body)
-
-    def _make_choices(self, answer: Answer) -> dict[int, api.Choice]:
-        return {request_id: api.Choice(index, self.tokenizer) for request_id, index in answer.samples.items()}
 
     def _log_answer(self, http: Request, choices: dict[int, api.Choice]) -> None:
         http.state.record["finish_reasons"] = [choice.finish_reason for choice in choices.values()]
         if self.settings.log_contents:
             http.state.record["answers"] = [choice.parts for choice in choices.values()]
-
-
-def make_headers(num_dropped: int) -> dict[str, str]:
-    return {"X-Dropped-Messages": str(num_dropped)} if num_dropped else {}
-
-
-def join_texts(deltas: list[dict]) -> Iterator[dict]:
-    """The same deltas, consecutive texts joined."""
-    for has_text, group in itertools.groupby(deltas, key=lambda delta: "content" in delta):
-        if has_text:
-            yield {"content": "".join(delta["content"] for delta in group)}
-        else:
-            yield from group
 
 
 async def unless_gone(http: Request, work: Awaitable[None]) -> None:
@@ -203,8 +178,7 @@ def log_line(**fields) -> None:
 
 
 class Gate:
-    """Middleware around all routes: gives each request its id, checks host, key and body, logs it, closes its answer.
-    """
+    """Middleware around all routes: gives a request its id, checks host, key and body, logs it, closes its answer."""
 
     def __init__(self, app: ASGIApp, api_key: str | None, hosts: tuple[str, ...], log: Callable[..., None]):
         self.app, self.api_key, self.hosts, self.log = app, api_key, hosts, log
@@ -341,24 +315,27 @@ def add_answer_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/chat/completions", responses=errors | {200: {"content": stream}}, response_class=StreamingResponse)
     async def legacy_chat_completions(body: api.LegacyChatRequest, http: Request):
-        answer, num_dropped = service.begin(http, body.to_chat_request())
-        return await service.stream(http, answer, num_dropped, api.LegacyStream(answer.worker.worker_idx))
+        return await service.respond(http, body.to_chat_request(), api.LegacyFormat)
 
 
 def add_other_routes(app: FastAPI, settings: ServerSettings, pool: EnginePool) -> None:
     """The model's description, the server's state, and the page."""
     errors, page = {"4XX": {"model": api.ErrorResponse}}, load_page()
 
+    description = {"id": settings.model_name, "object": "model", "created": settings.created, "owned_by": "nanochat",
+                   "stage": settings.stage, "context_tokens": settings.context_tokens,  # these three: extensions
+                   "max_tokens": settings.max_tokens}
+
     @app.get("/v1/models")
     async def models():
-        return {"object": "list", "data": [describe_model(settings)]}
+        return {"object": "list", "data": [description]}
 
     @app.get("/v1/models/{name:path}", responses=errors)
     async def model(name: str):
         if name != settings.model_name:
             raise api.ApiError(404, f"this server has {settings.model_name!r} only", param="model",
                                code="model_not_found")
-        return describe_model(settings)
+        return description
 
     @app.get("/health", responses={503: {}})
     async def health():
@@ -375,9 +352,3 @@ def add_other_routes(app: FastAPI, settings: ServerSettings, pool: EnginePool) -
     @app.get("/", include_in_schema=False)
     async def index():
         return page
-
-
-def describe_model(settings: ServerSettings) -> dict:
-    """An entry of /v1/models; the last three fields are extensions."""
-    return {"id": settings.model_name, "object": "model", "created": settings.created, "owned_by": "nanochat",
-            "stage": settings.stage, "context_tokens": settings.context_tokens, "max_tokens": settings.max_tokens}

@@ -14,7 +14,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from fastapi.exceptions import RequestValidationError
@@ -223,9 +223,6 @@ class OpenAIFields(SamplingFields):
     stream:         bool | None = None
     stream_options: StreamOptions | None = None
 
-    def get_max_tokens(self) -> int | None:
-        return self.max_tokens
-
 
 class ChatRequest(OpenAIFields):
     """POST /v1/chat/completions"""
@@ -235,13 +232,11 @@ class ChatRequest(OpenAIFields):
     top_logprobs:          Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
-    def check_top_logprobs(self):
+    def check_pairs(self):
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+        self.max_tokens = self.max_completion_tokens or self.max_tokens
         return self
-
-    def get_max_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
 
     def get_num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -262,7 +257,8 @@ class LegacyChatRequest(SamplingFields):
     messages: Messages
 
     def to_chat_request(self) -> ChatRequest:
-        return ChatRequest.model_construct(**{name: getattr(self, name) for name in type(self).model_fields})
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return ChatRequest.model_construct(**fields, stream=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,37 +274,38 @@ class Choice:
         self.chat_tokens = ChatTokens(tokenizer)
         self.parts: list[dict] = []       # as in a conversation
         self.in_tool = False              # the last part is an unfinished tool call or output
+        self.deltas: list[dict] = []      # for a stream: text at once, a tool's part when complete, {} at the end
         self.logprobs: list[dict] = []
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
 
-    def add(self, event: Event) -> list[dict]:
-        """Add an event; returns the deltas that a stream sends for it: text at once, a tool's part when complete."""
-        deltas, num_parts = [], len(self.parts)
+    def add(self, event: Event) -> None:
+        num_parts = len(self.parts)
         extend_parts(self.parts, event, self.chat_tokens)
         if self.in_tool and len(self.parts) > num_parts:
-            deltas.append(self._end_tool(self.parts[num_parts - 1]))
+            self._end_tool(self.parts[num_parts - 1])
         if event.part != "text":
             self.in_tool = True
             if event.token in (self.chat_tokens.python_end, self.chat_tokens.output_end) or event.finish_reason:
-                deltas.append(self._end_tool(self.parts[-1]))
+                self._end_tool(self.parts[-1])
         elif event.text:
-            deltas.append({"content": event.text})
+            if not (self.deltas and "content" in self.deltas[-1]):
+                self.deltas.append({"content": ""})
+            self.deltas[-1]["content"] += event.text
         if event.logprobs and event.part == "text" and event.token not in self.special_tokens:
-            self.logprobs.append(self._describe_token(event))
-        self.finish_reason, self.usage = event.finish_reason, event.usage
-        return deltas
+            self.logprobs.append(self._describe_token(event.token, event.logprobs.chosen) | {
+                "top_logprobs": [self._describe_token(*pair) for pair in event.logprobs.likeliest]})
+        if event.finish_reason:
+            self.finish_reason, self.usage = event.finish_reason, event.usage
+            self.deltas.append({})
 
-    def _end_tool(self, part: dict) -> dict:
+    def _end_tool(self, part: dict) -> None:
         self.in_tool = False
-        return {"tool": {"type": "call" if part["type"] == "python" else "output", "text": part["text"]}}
+        self.deltas.append({"tool": {"type": "call" if part["type"] == "python" else "output", "text": part["text"]}})
 
-    def _describe_token(self, event: Event) -> dict:
-        def describe(token: int, logprob: float) -> dict:
-            return {"token": self.tokenizer.decode([token]), "bytes": list(self.tokenizer.decode_bytes([token])),
-                    "logprob": logprob if math.isfinite(logprob) else IMPOSSIBLE_LOGPROB}
-        return describe(event.token, event.logprobs.chosen) | {
-            "top_logprobs": [describe(*pair) for pair in event.logprobs.likeliest]}
+    def _describe_token(self, token: int, logprob: float) -> dict:
+        return {"token": self.tokenizer.decode([token]), "bytes": list(self.tokenizer.decode_bytes([token])),
+                "logprob": logprob if math.isfinite(logprob) else IMPOSSIBLE_LOGPROB}
 
     @property
     def content(self) -> str:
@@ -316,105 +313,80 @@ class Choice:
         return "".join(part["text"] for part in self.parts if part["type"] == "text")
 
 
-class ChatFormat:
-    """Choices of POST /v1/chat/completions."""
-    id_prefix, name, chunk_name = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-    first_delta = {"role": "assistant", "content": ""}
-
-    @staticmethod
-    def whole(choice: Choice, with_logprobs: bool) -> dict:
-        message = {"role": "assistant", "content": choice.content, "refusal": None}
-        if any(part["type"] != "text" for part in choice.parts):
-            message["parts"] = choice.parts
-        logprobs = {"content": choice.logprobs, "refusal": None} if with_logprobs else None
-        return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
-
-    @staticmethod
-    def delta(choice: Choice, delta: dict, logprobs: list[dict] | None, finish_reason: str | None) -> dict:
-        return {"index": choice.index, "delta": delta, "finish_reason": finish_reason,
-                "logprobs": None if logprobs is None else {"content": logprobs, "refusal": None}}
-
-
-class TextFormat:
-    """Choices of POST /v1/completions."""
-    id_prefix, name, chunk_name = "cmpl-", "text_completion", "text_completion"
-    first_delta = None
-
-    @staticmethod
-    def whole(choice: Choice, with_logprobs: bool) -> dict:
-        return TextFormat.delta(choice, {"content": choice.content}, choice.logprobs if with_logprobs else None,
-                                choice.finish_reason)
-
-    @staticmethod
-    def delta(choice: Choice, delta: dict, logprobs: list[dict] | None, finish_reason: str | None) -> dict:
-        columns = None if logprobs is None else {
-            "tokens": [token["token"] for token in logprobs],
-            "token_logprobs": [token["logprob"] for token in logprobs],
-            "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]} for token in logprobs]}
-        return {"index": choice.index, "text": delta.get("content", ""), "logprobs": columns,
-                "finish_reason": finish_reason}
-
-
-def make_envelope(format_: type[ChatFormat | TextFormat], model: str, num_dropped: int) -> dict:
-    """The fields around the choices; `dropped_messages`, an extension, only where the context was too short."""
-    envelope = {"id": format_.id_prefix + secrets.token_hex(12), "object": format_.name, "created": int(time.time()),
-                "model": model}
-    return envelope | ({"dropped_messages": num_dropped} if num_dropped else {})
-
-
-def sum_usage(choices: Iterable[Choice]) -> dict:
-    """Token counts of an answer; the prompt, which all samples share, counts once."""
-    usages = [choice.usage for choice in choices]
-    prompt_tokens, completion_tokens = usages[0].prompt_tokens, sum(usage.completion_tokens for usage in usages)
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": usages[0].cached_tokens}}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Streams: a class per format, with the events at the start, for a delta of a choice, and at the end
-
-
 def to_sse(data: dict) -> str:
     """One server-sent event."""
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-class OpenAIStream:
-    """Chunks of OpenAI's format, closed by [DONE]."""
+class ChatFormat:
+    """An answer of POST /v1/chat/completions, whole or as a stream that [DONE] closes."""
+    id_prefix, name, chunk_name = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    first_delta = {"role": "assistant", "content": ""}
 
-    def __init__(self, format_: type[ChatFormat | TextFormat], envelope: dict, body: ChatRequest | CompletionRequest):
-        self.format, self.with_logprobs = format_, body.get_num_logprobs() is not None
+    def __init__(self, body: ChatRequest | CompletionRequest, model: str, worker_idx: int, num_dropped: int):
+        self.worker_idx = worker_idx
+        self.with_logprobs = body.get_num_logprobs() is not None
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        self.envelope = envelope | {"object": format_.chunk_name} | ({"usage": None} if self.with_usage else {})
-        self.begin = json.dumps(self.envelope, ensure_ascii=False)[:-1] + ', "choices": ['  # serialised once
+        self.envelope = {"id": self.id_prefix + secrets.token_hex(12), "object": self.name,
+                         "created": int(time.time()), "model": model}
+        if num_dropped:  # an extension, only where the context was too short
+            self.envelope["dropped_messages"] = num_dropped
+        self.chunk = self.envelope | {"object": self.chunk_name} | ({"usage": None} if self.with_usage else {})
 
-    def start(self, choices: Iterable[Choice]) -> str:
-        delta = self.format.first_delta
-        return "".join(self.encode(choice, delta) for choice in choices) if delta else ""
+    def format_choice(self, choice: Choice, delta: dict | None = None) -> dict:
+        """delta: {} at the end of a stream; None: the whole answer"""
+        fields = {"index": choice.index, "finish_reason": None if delta else choice.finish_reason,
+                  "logprobs": {"content": choice.logprobs, "refusal": None} if self.with_logprobs else None}
+        if delta is not None:
+            return fields | {"delta": delta}
+        calls = {"parts": choice.parts} if any(part["type"] != "text" for part in choice.parts) else {}
+        return fields | {"message": {"role": "assistant", "content": choice.content, "refusal": None} | calls}
+
+    def format_whole(self, choices: Sequence[Choice]) -> dict:
+        return self.envelope | {"choices": list(map(self.format_choice, choices)), "usage": sum_usage(choices)}
+
+    def start(self, choices: Sequence[Choice]) -> str:
+        return "".join(self.encode(choice, self.first_delta) for choice in choices) if self.first_delta else ""
 
     def encode(self, choice: Choice, delta: dict) -> str:
-        """delta: {} at the end of the choice"""
-        logprobs, choice.logprobs = choice.logprobs if self.with_logprobs else None, []
-        fields = self.format.delta(choice, delta, logprobs, None if delta else choice.finish_reason)
-        return f"data: {self.begin}{json.dumps(fields, ensure_ascii=False)}]}}\n\n"
+        event = to_sse(self.chunk | {"choices": [self.format_choice(choice, delta)]})
+        choice.logprobs.clear()
+        return event
 
-    def end(self, choices: Iterable[Choice]) -> str:
-        usage = self.envelope | {"choices": [], "usage": sum_usage(choices)} if self.with_usage else None
-        return (to_sse(usage) if usage else "") + "data: [DONE]\n\n"
+    def end(self, choices: Sequence[Choice]) -> str:
+        usage = self.envelope | {"object": self.chunk_name, "choices": [], "usage": sum_usage(choices)}
+        return (to_sse(usage) if self.with_usage else "") + "data: [DONE]\n\n"
 
 
-class LegacyStream:
-    """The visible text of the legacy endpoint: {"token", "gpu"}, closed by {"done": true}."""
+class TextFormat(ChatFormat):
+    """An answer of POST /v1/completions."""
+    id_prefix, name, chunk_name, first_delta = "cmpl-", "text_completion", "text_completion", None
 
-    def __init__(self, worker_idx: int):
-        self.worker_idx = worker_idx
+    def format_choice(self, choice: Choice, delta: dict | None = None) -> dict:
+        columns = {
+            "tokens": [token["token"] for token in choice.logprobs],
+            "token_logprobs": [token["logprob"] for token in choice.logprobs],
+            "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]}
+                             for token in choice.logprobs]}
+        return {"index": choice.index, "text": choice.content if delta is None else delta.get("content", ""),
+                "logprobs": columns if self.with_logprobs else None,
+                "finish_reason": None if delta else choice.finish_reason}
 
-    def start(self, choices: Iterable[Choice]) -> str:
-        return ""
+
+class LegacyFormat(ChatFormat):
+    """The visible text of the legacy endpoint as a stream of {"token", "gpu"}, closed by {"done": true}."""
+    first_delta = None
 
     def encode(self, choice: Choice, delta: dict) -> str:
         return to_sse({"token": delta["content"], "gpu": self.worker_idx}) if "content" in delta else ""
 
-    def end(self, choices: Iterable[Choice]) -> str:
+    def end(self, choices: Sequence[Choice]) -> str:
         return to_sse({"done": True})
+
+
+def sum_usage(choices: Sequence[Choice]) -> dict:
+    """Token counts of an answer; the prompt, which all samples share, counts once."""
+    prompt, completion_tokens = choices[0].usage, sum(choice.usage.completion_tokens for choice in choices)
+    return {"prompt_tokens": prompt.prompt_tokens, "completion_tokens": completion_tokens,
+            "total_tokens": prompt.prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": prompt.cached_tokens}}
