@@ -75,7 +75,7 @@ class Service:
         """The answer, whole or as a stream. An error before the first token has its own status."""
         answer, num_dropped = self._begin(http, body)
         format_ = format_type(body, self.settings.model_name, answer.worker.worker_idx, num_dropped)
-        choices = {request_id: api.Choice(i, self.tokenizer) for i, request_id in enumerate(answer.samples)}
+        choices = {request_id: api.Choice(i, self.tokenizer) for i, request_id in enumerate(answer.request_ids)}
         headers = {"X-Dropped-Messages": str(num_dropped)} if num_dropped else {}
         if body.stream:
             await unless_gone(http, answer.wait())

@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 
 from nanochat.chat import Turn, extend_parts
 from nanochat.engine import ChatTokens, Event, Usage
-from nanochat.server_engines import Busy, EngineError, Refused, TimeOver
+from nanochat.server_engines import EngineError
 
 MAX_MESSAGES = 500
 MAX_MESSAGE_CHARS = 8_000      # of all but the assistant's
@@ -58,6 +58,11 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
+# Kind of an engine's error -> status, type and code of the API's
+ENGINE_ERRORS = {"refused": (400, "invalid_request_error", None), "busy": (429, "rate_limit_error", "queue_full"),
+                 "lost": (503, "server_error", "engine_lost"), "timeout": (504, "timeout_error", "timeout")}
+
+
 def convert_error(error: Exception) -> ApiError:
     """The API's error for an exception of any layer."""
     match error:
@@ -65,15 +70,10 @@ def convert_error(error: Exception) -> ApiError:
             return error
         case RequestValidationError():
             return describe_validation(error.errors())
-        case Busy(retry_after_sec=seconds):
-            return ApiError(429, str(error), kind="rate_limit_error", code="queue_full",
-                            headers={"Retry-After": str(seconds)})
-        case TimeOver():
-            return ApiError(504, str(error), kind="timeout_error", code="timeout")
-        case Refused():
-            return ApiError(400, str(error))
-        case EngineError():
-            return ApiError(503, str(error), kind="server_error", code="engine_lost", headers={"Retry-After": "5"})
+        case EngineError(kind=engine_kind, retry_after_sec=seconds):
+            status, kind, code = ENGINE_ERRORS[engine_kind]
+            return ApiError(status, str(error), kind=kind, code=code,
+                            headers={"Retry-After": str(seconds)} if seconds else None)
         case HTTPException(status_code=404):
             return ApiError(404, "there is no such route; see /openapi.json", code="unknown_url")
         case HTTPException(status_code=405):
