@@ -27,6 +27,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat import engine
@@ -201,7 +202,7 @@ class Gate:
             self._check_host(headers)
             if scope["path"] not in OPEN_PATHS:
                 self._check_key(headers)
-            await self.app(scope, await read_body(receive), send_start)
+            await self.app(scope, await read_body(Request(scope, receive)), send_start)
         except api.ApiError as error:
             await error.make_response()(scope, receive, send_start)
         finally:
@@ -232,28 +233,28 @@ class Gate:
                                code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
-async def read_body(receive: Receive) -> Receive:
-    """Read a body of limited size; returns a function that receives it again, whole."""
+async def read_body(request: Request) -> Receive:
+    """Read a body of limited size in limited time; returns a function that receives it again, whole."""
     async def read() -> bytes:
-        body, num_bytes, more = bytearray(), 0, True
-        while more and num_bytes <= MAX_DISCARDED_BYTES:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise api.ApiError(api.CLIENT_GONE, "the client has gone")
-            body += message.get("body", b"") if num_bytes <= MAX_BODY_BYTES else b""
-            num_bytes += len(message.get("body", b""))
-            more = message.get("more_body", False)
+        body, num_bytes = bytearray(), 0
+        async for chunk in request.stream():
+            num_bytes += len(chunk)
+            if num_bytes <= MAX_BODY_BYTES:
+                body += chunk
+            elif num_bytes > MAX_DISCARDED_BYTES:
+                break
         if num_bytes > MAX_BODY_BYTES:
             raise api.ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
         return bytes(body)
     try:
-        body = await asyncio.wait_for(read(), BODY_TIMEOUT_SEC)
+        messages = [{"type": "http.request", "body": await asyncio.wait_for(read(), BODY_TIMEOUT_SEC)}]
     except asyncio.TimeoutError:
         raise api.ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_SEC} s") from None
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
+    except ClientDisconnect:
+        raise api.ApiError(api.CLIENT_GONE, "the client has gone") from None
 
     async def receive_again() -> Message:
-        return messages.pop() if messages else await receive()
+        return messages.pop() if messages else await request.receive()
     return receive_again
 
 
@@ -278,13 +279,7 @@ def load_page() -> Response:
 
 def make_app(settings: ServerSettings, pool: EnginePool, tokenizer, log: Callable[..., None] = log_line) -> FastAPI:
     """The application, on a pool that has been started."""
-    @contextlib.asynccontextmanager
-    async def lifespan(_):
-        pool.loop = asyncio.get_running_loop()
-        yield
-        pool.loop = None
-
-    app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None)  # those load from elsewhere
+    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None)  # those load from elsewhere
     app.add_middleware(Gate, api_key=settings.api_key, hosts=settings.hosts, log=log)
     if settings.cors_origins:  # outside the gate, so that a page can read the gate's errors, too
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"],

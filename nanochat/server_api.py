@@ -26,14 +26,11 @@ from nanochat.chat import Turn, extend_parts
 from nanochat.engine import ChatTokens, Event, Usage
 from nanochat.server_engines import EngineError
 
-MAX_MESSAGES = 500
 MAX_MESSAGE_CHARS = 8_000      # of all but the assistant's
 MAX_CONVERSATION_CHARS = 32_000
 MAX_TOKENS = 4_096
 MAX_TEMPERATURE = 2
 MAX_TOP_K = 200
-MAX_CHOICES = 16
-MAX_STOPS, MAX_STOP_CHARS = 4, 256
 MAX_TOP_LOGPROBS = 20
 IMPOSSIBLE_LOGPROB = -9999.0   # OpenAI's stand-in for minus infinity, which JSON lacks
 CLIENT_GONE = 499              # status of an aborted request, for the log alone
@@ -156,7 +153,7 @@ def check_length(messages: list[Message]) -> list[Message]:
 
 
 Messages = Annotated[list[Message], AfterValidator(check_length), Field(
-    min_length=1, max_length=MAX_MESSAGES, description=f"At most {MAX_CONVERSATION_CHARS} characters, all together.")]
+    min_length=1, max_length=500, description=f"At most {MAX_CONVERSATION_CHARS} characters, all together.")]
 
 
 def split_turns(messages: list[Message]) -> tuple[str, list[Turn]]:
@@ -164,27 +161,29 @@ def split_turns(messages: list[Message]) -> tuple[str, list[Turn]]:
 
     Consecutive messages of one role are joined; any other break of the alternation is refused.
     """
-    first = next((i for i, message in enumerate(messages) if message.role not in ("system", "developer")), None)
-    if first is None:
-        raise ApiError(400, "messages has no user message", param="messages")
-    system = "\n\n".join(text for message in messages[:first] if (text := message.get_text()))
+    system: list[str] = []
     merged: list[tuple[str, list[dict]]] = []
-    for i, message in enumerate(messages[first:], start=first):
-        if message.role in ("system", "developer"):
-            raise ApiError(400, f"messages[{i}]: a {message.role} message must come before all others",
-                           param=f"messages[{i}].role")
+    for i, message in enumerate(messages):
         parts = [part.model_dump() for part in message.get_parts()]
-        if merged and merged[-1][0] == message.role:
+        if message.role in ("system", "developer"):
+            if merged:
+                raise ApiError(400, f"messages[{i}]: a {message.role} message must come before all others",
+                               param=f"messages[{i}].role")
+            system.append(message.get_text())
+        elif merged and merged[-1][0] == message.role:
             merged[-1][1].extend([{"type": "text", "text": "\n\n"}, *parts])
         else:
             merged.append((message.role, parts))
-    for i, place in ((0, "first"), (-1, "last")):
-        if merged[i][0] != "user":
+    if not merged:
+        raise ApiError(400, "messages has no user message", param="messages")
+    for (role, _), place in ((merged[0], "first"), (merged[-1], "last")):
+        if role != "user":
             raise ApiError(400, f"messages: the {place} message, system messages aside, must be a user message",
                            param="messages")
-    questions = ["".join(part["text"] for part in parts) for _, parts in merged[::2]]
-    answers = [parts for _, parts in merged[1::2]]
-    return system, [Turn(*turn) for turn in zip(questions, [*answers, []], strict=True)]
+    answers = [*(parts for _, parts in merged[1::2]), []]
+    return "\n\n".join(filter(None, system)), [
+        Turn("".join(part["text"] for part in parts), answer)
+        for (_, parts), answer in zip(merged[::2], answers, strict=True)]
 
 
 class StreamOptions(BaseModel):
@@ -209,17 +208,14 @@ class SamplingFields(BaseModel):
         return self
 
 
-def to_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
 class OpenAIFields(SamplingFields):
     """The fields of both of OpenAI's endpoints."""
     top_p:          Annotated[float, Field(gt=0, le=1)] | None = None
-    n:              Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n:              Annotated[int, Field(ge=1, le=16)] | None = None
     seed:           Annotated[int, Field(ge=-2**63, lt=2**64)] | None = None
-    stop:           Annotated[list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
-                              Field(max_length=MAX_STOPS), BeforeValidator(to_list)] | None = None
+    stop:           Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=4),
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] | None = None
     stream:         bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -1,10 +1,9 @@
 """The engines of a server: one process per device, and the pool that hands requests to them.
 
-    pool = EnginePool(functools.partial(start_process, settings=settings), num_workers=2, max_rows=32, max_waiting=64,
-                      log=log_line)
+    pool = EnginePool(functools.partial(start_process, settings=settings), num_workers, max_rows, max_waiting, log)
     pool.start()                                          # returns when all engines are ready
-    answer = pool.submit([Request(...)], timeout_sec=60)  # in the server's event loop; Busy when the queue is full
-    events = await answer.next_events()                   # EngineError after a timeout or when the engine is lost
+    answer = pool.submit([Request(...)], timeout_sec=60)  # in the server's event loop; EngineError: the queue is full
+    events = await answer.next_events()                   # EngineError: it took too long, or the engine is lost
     answer.close()                                        # at any time; its rows are free at once
 
     server process:  event loop --requests, cancels--> inbox thread -> Engine.step()  :engine process, one per device
@@ -57,6 +56,7 @@ RETRY_SEC = 5                 # that a client is told to wait where an engine is
 HANDOVER_SEC = 0.04           # least time between two pieces of a stream: fewer pieces are less work for server and
                               # client (dev/LOG.md, "Tokens of a stream in pieces")
 RATE_WINDOW_SEC = 10          # of tokens per second
+NUM_COUNTS = 20_000           # steps of all engines in that time, at most
 NUM_LATENCIES = 1000          # most recent requests in the latency percentiles
 AFFINITY_TOKENS = 64          # prefix of a prompt that chooses among equally free engines
 
@@ -93,7 +93,11 @@ def run_process(worker_idx: int, settings: EngineSettings, connection: Connectio
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     try:
-        device, _ = init_compute(choose_device(settings.device_type, worker_idx))
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device_type = settings.device_type or (accelerator.type if accelerator else "cpu")
+        if device_type in ("cuda", "xpu"):  # the workers are distributed over the GPUs in turn
+            device_type += f":{worker_idx % max(1, torch.accelerator.device_count())}"
+        device, _ = init_compute(device_type)
         if device.type == "cpu":
             torch.set_num_threads(max(1, count_cpus() // settings.num_workers))
         dtype, reason = get_compute_dtype(settings.dtype, device)
@@ -105,15 +109,6 @@ def run_process(worker_idx: int, settings: EngineSettings, connection: Connectio
         return
     run_engine(engine, connection, f"{device} in {str(dtype).removeprefix('torch.')} ({reason})")
     end_process()  # Python's own exit takes seconds to tear torch down, and the server waits
-
-
-def choose_device(device_type: str, worker_idx: int) -> str:
-    """The device of a worker; the workers are distributed over the GPUs in turn."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    device_type = device_type or (accelerator.type if accelerator else "cpu")
-    if device_type not in ("cuda", "xpu"):
-        return device_type
-    return f"{device_type}:{worker_idx % max(1, torch.accelerator.device_count())}"
 
 
 def run_engine(engine: Engine, connection: Connection, description: str = "") -> None:
@@ -327,7 +322,7 @@ class EngineWorker:
                 self.pool.call_soon(self._receive, events, refusals)
 
     def _receive(self, events: list[Event], refusals: list[tuple[int, str]]) -> None:
-        self.pool.count_tokens(len(events))
+        self.pool.token_counts.append((time.monotonic(), len(events)))
         for event in events:
             if answer := self.answers.get(event.request_id):  # None: cancelled meanwhile
                 answer.receive(event)
@@ -351,9 +346,9 @@ class EnginePool:
         self.start_engine, self.log = start_engine, log
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.ids = itertools.count()
-        self.loop: asyncio.AbstractEventLoop | None = None  # the server's, while it runs
+        self.loop: asyncio.AbstractEventLoop | None = None  # the server's, from the first request on
         self.closed = threading.Event()
-        self.tokens_by_second: deque[tuple[int, int]] = deque(maxlen=RATE_WINDOW_SEC + 1)
+        self.token_counts: deque[tuple[float, int]] = deque(maxlen=NUM_COUNTS)  # (time in seconds, tokens) of a step
         self.first_token_secs: deque[float] = deque(maxlen=NUM_LATENCIES)
         self.answer_secs: deque[float] = deque(maxlen=NUM_LATENCIES)
         self.workers = [EngineWorker(self, i) for i in range(num_workers)]
@@ -390,6 +385,7 @@ class EnginePool:
 
     def submit(self, requests: Sequence[Request], timeout_sec: float) -> Answer:
         """Send the samples of a prompt to the least busy engine; EngineError where there is no room for them."""
+        self.loop = asyncio.get_running_loop()
         ready = [worker for worker in self.workers if worker.connection is not None]
         if not ready:
             raise EngineError("lost", "no engine is ready; one is being started, try again", RETRY_SEC)
@@ -398,10 +394,9 @@ class EnginePool:
                               "hold")
         num_active = sum(len(worker.answers) for worker in ready)
         if num_active + len(requests) > len(ready) * self.max_rows + self.max_waiting:
-            answer_sec = median(self.answer_secs or [1.0])  # until the end of a full queue is answered, roughly
-            wait_sec = math.ceil(answer_sec * self.max_waiting / (self.max_rows * len(self.workers)))
+            rounds = self.max_waiting / (self.max_rows * len(self.workers))  # of answers, until the queue is empty
             raise EngineError("busy", "all rows are taken and the queue is full; try again later",
-                              min(max(1, wait_sec), 60))
+                              min(max(1, math.ceil(rounds * median(self.answer_secs or [1.0]))), 60))
         # Among equally free engines the prompt's prefix decides, so that a conversation finds its cached prefix again
         prefix_hash = zlib.crc32(json.dumps(list(requests[0].tokens[:AFFINITY_TOKENS])).encode())
         worker = min(ready, key=lambda worker: (len(worker.answers),
@@ -412,16 +407,10 @@ class EnginePool:
             worker.send(("submit", request_id, request))
         return answer
 
-    def count_tokens(self, num_tokens: int) -> None:
-        second = int(time.monotonic())
-        if self.tokens_by_second and self.tokens_by_second[-1][0] == second:
-            num_tokens += self.tokens_by_second.pop()[1]
-        self.tokens_by_second.append((second, num_tokens))
-
     def get_stats(self) -> dict:
         """Rows, queue, tokens per second and latencies, for /stats."""
-        oldest = int(time.monotonic()) - RATE_WINDOW_SEC
-        num_tokens = sum(number for second, number in self.tokens_by_second if second >= oldest)
+        oldest_sec = time.monotonic() - RATE_WINDOW_SEC
+        num_tokens = sum(number for time_sec, number in self.token_counts if time_sec >= oldest_sec)
         workers = [{"worker": worker.worker_idx, "ready": worker.connection is not None,
                     "device": worker.description, "restarts": worker.num_restarts,
                     "running": min(len(worker.answers), self.max_rows),
