@@ -18,14 +18,9 @@ Prefix sharing: the keys and values of a finished request stay in its row until 
 with the tokens of any row copies that prefix (as SGLang does, Zheng et al. 2023, whose tree is a scan of few rows
 here): the next turn of a conversation prefills only its new tokens, and the samples of one prompt prefill it once.
 
-`generate`, `generate_batch` and `generate_many` run the same engine until their own requests are finished.
-
-The tokens equal those of `GPT.generate`, which recomputes the whole sequence for each token, up to rounding (in bf16
-two tokens may be equally likely). Two things are added: <|assistant_end|> and <|bos|> end a row, and the calculator's
-output is inserted into it, with mask 0. A sampled row depends on its own request alone, not on the batch (see
-sampling.py).
-
-B rows, V vocabulary.
+The tokens equal those of `GPT.generate`, which recomputes the whole sequence for each token, up to rounding. Two things
+are added: <|assistant_end|> and <|bos|> end a row, and the calculator's output is inserted into it, with mask 0. A
+sampled row depends on its own request alone, not on the batch (see sampling.py). B rows, V vocabulary.
 """
 
 import codecs
@@ -52,10 +47,6 @@ MAX_ROWS = 64             # default number of rows; further requests wait
 KEPT_ROWS = 4             # default number of rows that may be allocated only to keep finished conversations
 Rows = tuple[list[list[int]], list[list[int]]]  # tokens and masks of each row
 Column = tuple[list[int], list[int]]            # token and mask of each row at one position
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A request and its answer, token by token
 
 
 @dataclass(frozen=True)
@@ -158,7 +149,7 @@ class Generation:
         self.part = "text"
         self.call_start = 0                    # index of the first token of the unfinished tool call
         self.stream = TextStream(tokenizer, request.stop)
-        self.finish_reason: str | None = None
+        self.finish_reason: str | None = "length" if self.num_prompt == max_length else None
 
     def append(self, token: int, mask: int = 1, logprobs: Logprobs | None = None) -> list[Event]:
         """Add a token; one that completes a tool call is followed by the calculator's output, with mask 0."""
@@ -188,14 +179,10 @@ class Generation:
             usage = Usage(self.num_prompt, self.num_reused, len(self.tokens) - self.num_prompt)
         events = [Event(self.id, token, mask, part, text, logprobs, self.finish_reason, usage)]
         if result is not None:  # a failed evaluation inserts nothing
-            for forced in (self.chat_tokens.output_start, *self.tokenizer.encode(result), self.chat_tokens.output_end):
+            for forced in (chat.output_start, *self.tokenizer.encode(result), chat.output_end):
                 if not self.finish_reason:
                     events += self.append(forced, mask=0)
         return events
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The engine
 
 
 @dataclass
@@ -236,10 +223,7 @@ class Engine:
         self._num_steps = 0
 
     def submit(self, request: Request, request_id: int | None = None) -> int:
-        """Queue a request; returns its id, which its events carry. UserError where it can't be answered.
-
-        request_id: an id that no other request of this engine has; None: the next number
-        """
+        """Queue a request; returns its id, by default the next number, which its events carry; UserError if refused."""
         self._check(request)
         return self._queue(request, next(self._ids) if request_id is None else request_id).id
 
@@ -284,18 +268,13 @@ class Engine:
 
     def _queue(self, request: Request, request_id: int, has_events: bool = True) -> Generation:
         """has_events: whether `step` returns the request's tokens; its generation has them anyway"""
-        num_prompt, max_tokens = len(request.tokens), request.max_tokens
-        max_length = self.num_positions if max_tokens is None else min(num_prompt + max_tokens, self.num_positions)
+        room = self.num_positions - len(request.tokens)
+        max_length = len(request.tokens) + min(room, room if request.max_tokens is None else request.max_tokens)
         generation = Generation(request_id, request, max_length, self.tokenizer, self.chat_tokens, has_events)
-        if max_length == num_prompt:
-            generation.finish_reason = "length"
-        else:
+        if not generation.finish_reason:
             self._unfinished.add(request_id)
             self.waiting.append(generation)
         return generation
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # A step
 
     # Inference mode per step: a generator that is abandoned between two steps must not leave the mode behind
     @torch.inference_mode()
@@ -372,9 +351,8 @@ class Engine:
         """
         others_wait = self.device.type == "cpu" and any(row.count_pending() == 1 for row in self.rows)
         budget = SHARED_STEP_TOKENS if others_wait else PREFILL_TOKENS
-        reading = [i for i, row in enumerate(self.rows) if row.count_pending() > 1]
-        for i in sorted(reading, key=lambda i: self.rows[i].generation.id):
-            row = self.rows[i]
+        reading = [(row.generation.id, i, row) for i, row in enumerate(self.rows) if row.count_pending() > 1]
+        for _, i, row in sorted(reading):
             start = len(row.tokens)
             chunk = row.generation.tokens[start:min(start + budget, len(row.generation.tokens) - 1)]
             if not chunk:
@@ -426,9 +404,6 @@ class Engine:
             self.rows[gap], self.rows[i] = self.rows[i], self.rows[gap]
         return self.rows[:len(ready)]
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Whole answers
-
     @property
     def end_tokens(self) -> frozenset[int | None]:
         """The tokens that end a row."""
@@ -439,11 +414,7 @@ class Engine:
         """Continue a prompt `num_samples` times; yields (next token of each row, mask of each row) per position.
 
         A mask is 1 for a sampled token and 0 for any other: tool output, or the end token that pads a finished row
-        until all rows are finished.
-
-        tokens:     the prompt, at least bos
-        max_tokens: per row, tool output included; None: until the model's positions are used up
-        seed:       row i of a seed is the same text for any num_samples
+        until all rows are finished. Row i of a seed is the same text for any num_samples.
         """
         requests = self._make_requests(tokens, num_samples, max_tokens, temperature, top_k, seed)
 

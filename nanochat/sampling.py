@@ -6,11 +6,11 @@ any device.
 
 Inverse transform sampling: the token is the one at which the cumulative probability passes the random number. The
 cumulative sums are in fp64 and in the vocabulary's order, in which ties have a defined place.
-
 B rows, V vocabulary, N candidates.
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -127,8 +127,7 @@ def sample_among_likeliest(logits: Tensor, samplings: Sequence[Sampling], draws:
         if rows:
             some, idx = (logits, slice(None)) if len(rows) == B else (logits[rows], torch.tensor(rows))
             tokens[idx], decided = sample_among(num_candidates, some, [samplings[i] for i in rows], draws[idx])
-            done = {i for i, is_decided in zip(rows, decided.tolist(), strict=True) if is_decided}
-            undecided = [i for i in undecided if i not in done]
+            undecided = sorted(set(undecided) - set(itertools.compress(rows, decided.tolist())))
     return tokens
 
 

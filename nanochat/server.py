@@ -61,10 +61,6 @@ class ServerSettings:
     log_contents:        bool = False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers
-
-
 class Service:
     """The path from a parsed request to its answer."""
 
@@ -84,8 +80,8 @@ class Service:
                                      headers=headers | {"Cache-Control": "no-store"})
 
         async def collect() -> None:
-            while answer.has_more():
-                for event in await answer.next_events():
+            async for events in answer.iterate():
+                for event in events:
                     choices[event.request_id].add(event)
         await unless_gone(http, collect())
         self._log_answer(http, choices)
@@ -100,7 +96,14 @@ class Service:
         max_tokens = body.max_tokens or settings.max_tokens
         param = "messages" if isinstance(body, api.ChatRequest) else "prompt"
         try:
-            tokens, num_turns = self._make_prompt(body, max_tokens)
+            if isinstance(body, api.ChatRequest):
+                tokens, num_turns = build_prompt(self.tokenizer, *api.split_turns(body.messages),
+                                                 settings.context_tokens, max_tokens, settings.stage == "base")
+            else:
+                tokens, num_turns = body.prompt, 0
+                if isinstance(tokens, str):
+                    tokens = self.tokenizer.encode(tokens, prepend=self.tokenizer.get_bos_token_id())
+                check_context(tokens, settings.context_tokens)
         except NoRoom as error:
             raise api.ApiError(400, f"{param}: {error}", param=param, code="context_length_exceeded") from None
         if settings.log_contents:
@@ -114,25 +117,14 @@ class Service:
         answer = http.state.record["answer"] = self.pool.submit(requests, settings.request_timeout_sec)
         return answer, 2 * num_turns
 
-    def _make_prompt(self, body: api.ChatRequest | api.CompletionRequest, max_tokens: int) -> tuple[list[int], int]:
-        """(tokens, dropped turns); NoRoom where they leave no room for an answer."""
-        if isinstance(body, api.ChatRequest):
-            return build_prompt(self.tokenizer, *api.split_turns(body.messages), self.settings.context_tokens,
-                                max_tokens, self.settings.stage == "base")
-        tokens = body.prompt
-        if isinstance(tokens, str):
-            tokens = self.tokenizer.encode(tokens, prepend=self.tokenizer.get_bos_token_id())
-        check_context(tokens, self.settings.context_tokens)
-        return tokens, 0
-
     async def _stream(self, http: Request, answer: Answer, choices: dict[int, api.Choice],
                       format_: api.ChatFormat) -> AsyncIterator[str]:
         """What arrives together is sent together, with the consecutive texts of a choice as one delta."""
         if start := format_.start(choices.values()):
             yield start
         try:
-            while answer.has_more():
-                for event in await answer.next_events():
+            async for events in answer.iterate():
+                for event in events:
                     choices[event.request_id].add(event)
                 piece = ""
                 for choice in choices.values():
@@ -165,10 +157,6 @@ async def unless_gone(http: Request, work: Awaitable[None]) -> None:
     finally:
         for task in tasks:
             task.cancel()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The gate: id, host, key, size of the body and log line of every HTTP request
 
 
 def log_line(**fields) -> None:
@@ -258,10 +246,6 @@ async def read_body(request: Request) -> Receive:
     return receive_again
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The application
-
-
 def load_page() -> Response:
     """The chat page, with a content security policy: only its own script runs, nothing loads from other servers."""
     if not PAGE_PATH.exists():
@@ -290,15 +274,19 @@ def make_app(settings: ServerSettings, pool: EnginePool, tokenizer, log: Callabl
         return api.convert_error(error).make_response()
     for kind in (api.ApiError, EngineError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_error)
-    add_answer_routes(app, Service(settings, pool, tokenizer))
-    add_other_routes(app, settings, pool)
+    add_routes(app, Service(settings, pool, tokenizer))
     return app
 
 
-def add_answer_routes(app: FastAPI, service: Service) -> None:
-    """The routes that generate."""
-    errors = {"4XX": {"model": api.ErrorResponse}, "5XX": {"model": api.ErrorResponse}}
+def add_routes(app: FastAPI, service: Service) -> None:
+    """The routes that generate, the model's description, the server's state, and the page."""
+    refused = {"4XX": {"model": api.ErrorResponse}}
+    errors = refused | {"5XX": {"model": api.ErrorResponse}}
     stream, whole = {"text/event-stream": {}}, {"application/json": {}}
+    settings, page = service.settings, load_page()
+    description = {"id": settings.model_name, "object": "model", "created": settings.created, "owned_by": "nanochat",
+                   "stage": settings.stage, "context_tokens": settings.context_tokens,  # these three: extensions
+                   "max_tokens": settings.max_tokens}
 
     @app.post("/v1/chat/completions", responses=errors | {200: {"content": whole | stream}})
     async def chat_completions(body: api.ChatRequest, http: Request):
@@ -312,20 +300,11 @@ def add_answer_routes(app: FastAPI, service: Service) -> None:
     async def legacy_chat_completions(body: api.LegacyChatRequest, http: Request):
         return await service.respond(http, body.to_chat_request(), api.LegacyFormat)
 
-
-def add_other_routes(app: FastAPI, settings: ServerSettings, pool: EnginePool) -> None:
-    """The model's description, the server's state, and the page."""
-    errors, page = {"4XX": {"model": api.ErrorResponse}}, load_page()
-
-    description = {"id": settings.model_name, "object": "model", "created": settings.created, "owned_by": "nanochat",
-                   "stage": settings.stage, "context_tokens": settings.context_tokens,  # these three: extensions
-                   "max_tokens": settings.max_tokens}
-
     @app.get("/v1/models")
     async def models():
         return {"object": "list", "data": [description]}
 
-    @app.get("/v1/models/{name:path}", responses=errors)
+    @app.get("/v1/models/{name:path}", responses=refused)
     async def model(name: str):
         if name != settings.model_name:
             raise api.ApiError(404, f"this server has {settings.model_name!r} only", param="model",
@@ -334,15 +313,15 @@ def add_other_routes(app: FastAPI, settings: ServerSettings, pool: EnginePool) -
 
     @app.get("/health", responses={503: {}})
     async def health():
-        workers = pool.get_stats()["workers"]
-        ready = any(worker["ready"] for worker in workers)
-        return JSONResponse({"status": "ok" if ready else "starting", "ready": ready,
-                             "ready_workers": sum(worker["ready"] for worker in workers), "workers": len(workers),
-                             "model": settings.model_name, "stage": settings.stage}, 200 if ready else 503)
+        workers = service.pool.get_stats()["workers"]
+        num_ready = sum(worker["ready"] for worker in workers)
+        return JSONResponse({"status": "ok" if num_ready else "starting", "ready": num_ready > 0,
+                             "ready_workers": num_ready, "workers": len(workers), "model": settings.model_name,
+                             "stage": settings.stage}, 200 if num_ready else 503)
 
-    @app.get("/stats", responses=errors)
+    @app.get("/stats", responses=refused)
     async def stats():
-        return pool.get_stats()
+        return service.pool.get_stats()
 
     @app.get("/", include_in_schema=False)
     async def index():

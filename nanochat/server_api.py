@@ -11,7 +11,6 @@ limit of the conversation bounds its length, so that every answer can be sent ba
 """
 
 import json
-import math
 import secrets
 import time
 from collections.abc import Sequence
@@ -32,7 +31,6 @@ MAX_TOKENS = 4_096
 MAX_TEMPERATURE = 2
 MAX_TOP_K = 200
 MAX_TOP_LOGPROBS = 20
-IMPOSSIBLE_LOGPROB = -9999.0   # OpenAI's stand-in for minus infinity, which JSON lacks
 CLIENT_GONE = 499              # status of an aborted request, for the log alone
 
 # Unsupported fields -> their values that change nothing, beside null
@@ -105,10 +103,6 @@ def describe_validation(errors: list[dict]) -> ApiError:
 class ErrorResponse(BaseModel):
     """Every answer with a status of 400 or more: message, type, param, code."""
     error: dict[str, str | None]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Requests
 
 
 class Part(BaseModel):
@@ -257,10 +251,6 @@ class LegacyChatRequest(SamplingFields):
         return ChatRequest.model_construct(**fields, stream=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers
-
-
 class Choice:
     """One sample of an answer, assembled from its events."""
 
@@ -301,7 +291,7 @@ class Choice:
 
     def _describe_token(self, token: int, logprob: float) -> dict:
         return {"token": self.tokenizer.decode([token]), "bytes": list(self.tokenizer.decode_bytes([token])),
-                "logprob": logprob if math.isfinite(logprob) else IMPOSSIBLE_LOGPROB}
+                "logprob": max(logprob, -9999.0)}  # OpenAI's stand-in for minus infinity, which JSON lacks
 
     @property
     def content(self) -> str:
@@ -359,11 +349,10 @@ class TextFormat(ChatFormat):
     id_prefix, name, chunk_name, first_delta = "cmpl-", "text_completion", "text_completion", None
 
     def format_choice(self, choice: Choice, delta: dict | None = None) -> dict:
-        columns = {
-            "tokens": [token["token"] for token in choice.logprobs],
-            "token_logprobs": [token["logprob"] for token in choice.logprobs],
-            "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]}
-                             for token in choice.logprobs]}
+        columns = {"tokens": [token["token"] for token in choice.logprobs],
+                   "token_logprobs": [token["logprob"] for token in choice.logprobs],
+                   "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]}
+                                    for token in choice.logprobs]}
         return {"index": choice.index, "text": choice.content if delta is None else delta.get("content", ""),
                 "logprobs": columns if self.with_logprobs else None,
                 "finish_reason": None if delta else choice.finish_reason}

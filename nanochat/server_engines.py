@@ -1,11 +1,5 @@
 """The engines of a server: one process per device, and the pool that hands requests to them.
 
-    pool = EnginePool(functools.partial(start_process, settings=settings), num_workers, max_rows, max_waiting, log)
-    pool.start()                                          # returns when all engines are ready
-    answer = pool.submit([Request(...)], timeout_sec=60)  # in the server's event loop; EngineError: the queue is full
-    events = await answer.next_events()                   # EngineError: it took too long, or the engine is lost
-    answer.close()                                        # at any time; its rows are free at once
-
     server process:  event loop --requests, cancels--> inbox thread -> Engine.step()  :engine process, one per device
                      event loop <-- reader thread <--- the events of each step -----
 
@@ -33,7 +27,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -59,10 +53,6 @@ RATE_WINDOW_SEC = 10          # of tokens per second
 NUM_COUNTS = 20_000           # steps of all engines in that time, at most
 NUM_LATENCIES = 1000          # most recent requests in the latency percentiles
 AFFINITY_TOKENS = 64          # prefix of a prompt that chooses among equally free engines
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The engine's process
 
 
 @dataclass(frozen=True)
@@ -157,10 +147,6 @@ def run_engine(engine: Engine, connection: Connection, description: str = "") ->
                 send("events", events, refusals)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The server's side: an answer, a worker, the pool
-
-
 class EngineError(Exception):
     """An answer that no engine can give, or finish. Kinds: 'refused', 'busy', 'timeout', 'lost' (the engine itself)."""
 
@@ -208,7 +194,7 @@ class Answer:
             self._handover = self.pool.loop.call_at(self._next_handover_sec, self._wake.set)
 
     def fail(self, error: EngineError) -> None:
-        """Drop the unfinished samples; `next_events` raises the error after the events that came before it."""
+        """Drop the unfinished samples; `iterate` raises the error after the events that came before it."""
         if self.find_unfinished():
             self.close()
             self._error = error
@@ -227,20 +213,18 @@ class Answer:
         if self._error and not self._events:
             raise self._error
 
-    async def next_events(self) -> list[Event]:
-        """The events since the last call, at least one; their request_id is one of `request_ids`.
+    async def iterate(self) -> AsyncIterator[list[Event]]:
+        """The first and the last event come at once, those between them in pieces, HANDOVER_SEC apart.
 
-        The first and the last event come at once, those between them in pieces, HANDOVER_SEC apart.
+        EngineError after a timeout or where the engine is lost. An event's request_id is one of `request_ids`.
         """
-        await self.wait()
-        events, self._events = self._events, []
-        self._handover, self._next_handover_sec = None, self.pool.loop.time() + HANDOVER_SEC
-        if not self._error:
-            self._wake.clear()
-        return events
-
-    def has_more(self) -> bool:
-        return bool(self._events or self._error or self.find_unfinished())
+        while self._events or self._error or self.find_unfinished():
+            await self.wait()
+            events, self._events = self._events, []
+            self._handover, self._next_handover_sec = None, self.pool.loop.time() + HANDOVER_SEC
+            if not self._error:
+                self._wake.clear()
+            yield events
 
 
 class EngineWorker:
