@@ -373,14 +373,12 @@ class Engine:
         longest = max(len(row.tokens) for row in rows)
         self.cache.num_tokens = 0
         self.cache.reserve(longest + 1)
-        inputs = [generation.tokens[-1] for generation in generations]
-        logits = self._run_step(torch.tensor(inputs, device=self.device)[:, None],  # (B, 1)
-                                self.cache.view_rows(0, len(rows), longest))        # (B, V)
+        inputs = torch.tensor([[generation.tokens[-1]] for generation in generations], device=self.device)  # (B, 1)
+        logits = self._run_step(inputs, self.cache.view_rows(0, len(rows), longest))                        # (B, V)
         sampled = sample_rows(logits, [generation.request for generation in generations],
                               [len(generation.tokens) - generation.num_prompt for generation in generations]).tolist()
-        for i, (row, token) in enumerate(zip(rows, sampled, strict=True)):
-            generation = row.generation
-            row.tokens.append(inputs[i])
+        for i, (row, generation, token) in enumerate(zip(rows, generations, sampled, strict=True)):
+            row.tokens.append(generation.tokens[-1])
             row.last_used = self._num_steps
             num_logprobs, logprobs = generation.request.num_logprobs, None
             if num_logprobs is not None:

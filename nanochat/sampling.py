@@ -68,20 +68,16 @@ def sample_rows(logits: Tensor, samplings: Sequence[Sampling], token_idxs: Seque
     for rows, sample in ((among_all, sample_among_all), (among_likeliest, sample_among_likeliest)):
         if rows:
             idx = torch.tensor(rows, device=logits.device)
-            draws = [draw_uniform(samplings[i], token_idxs[i]) for i in rows]
+            draws = torch.tensor([[draw_uniform(samplings[i], token_idxs[i])] for i in rows], dtype=torch.float64)
             tokens[idx] = sample(logits if len(rows) == len(logits) else logits[idx], [samplings[i] for i in rows],
-                                 make_column(draws, logits.device))
+                                 draws.to(logits.device))
     return tokens
-
-
-def make_column(values: Sequence[float], device: torch.device) -> Tensor:
-    """(B, 1), fp64."""
-    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
 
 def get_temperatures(samplings: Sequence[Sampling], like: Tensor) -> Tensor:
     """(B, 1), device and dtype of `like`."""
-    return make_column([max(sampling.temperature, MIN_TEMPERATURE) for sampling in samplings], like.device).to(like)
+    values = [max(sampling.temperature, MIN_TEMPERATURE) for sampling in samplings]
+    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None].to(like)
 
 
 def find_likeliest(logits: Tensor) -> Tensor:
@@ -170,7 +166,7 @@ def find_lowest(logits: Tensor, values: Tensor, samplings: Sequence[Sampling]) -
         whole = find_weights(logits, logits, samplings).sum(dim=-1, keepdim=True, dtype=mass.dtype)
         mass = torch.where(ranks < V - 1, mass, whole)
     top_ps = [float("inf") if sampling.top_p in (None, 1) else sampling.top_p for sampling in samplings]
-    wanted = mass * make_column(top_ps, logits.device)
+    wanted = mass * torch.tensor(top_ps, dtype=torch.float64, device=logits.device)[:, None]
     num_before = (weights.cumsum(dim=-1) < wanted).sum(dim=-1, keepdim=True)
     kept = torch.maximum(lowest, values.gather(1, num_before.clamp(max=values.size(1) - 1)))
     return kept, torch.where(ranks < V - 1, lowest, kept)  # top-p's mass is that of all tokens that pass top-k

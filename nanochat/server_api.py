@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from nanochat.chat import Turn, extend_parts
@@ -105,15 +105,13 @@ class ErrorResponse(BaseModel):
     error: dict[str, str | None]
 
 
-class Part(BaseModel):
+class Part(BaseModel, strict=True):
     """A piece of a message; python and python_output are an assistant's tool call and its output."""
-    model_config = ConfigDict(strict=True)
     type: Literal["text", "python", "python_output"]
     text: str
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(strict=True)
+class Message(BaseModel, strict=True):
     role:    Literal["system", "developer", "user", "assistant"]
     content: Annotated[str | list[Part], Field(description=(
         f"At most {MAX_MESSAGE_CHARS} characters; an assistant's message only counts toward the "
@@ -135,7 +133,6 @@ class Message(BaseModel):
         return [Part(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
     def get_text(self) -> str:
-        """The text of all parts."""
         return "".join(part.text for part in self.get_parts())
 
 
@@ -180,14 +177,12 @@ def split_turns(messages: list[Message]) -> tuple[str, list[Turn]]:
         for (_, parts), answer in zip(merged[::2], answers, strict=True)]
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
+class StreamOptions(BaseModel, strict=True):
     include_usage: bool | None = False
 
 
-class SamplingFields(BaseModel):
+class SamplingFields(BaseModel, strict=True, extra="allow", allow_inf_nan=False):
     """The fields of all endpoints; null is the server's default."""
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     model:       str | None = None
     temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
     top_k:       Annotated[int, Field(ge=0, le=MAX_TOP_K)] | None = None  # an extension; 0: all tokens
