@@ -37,9 +37,12 @@ def calculate(expression: str) -> str | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the parser's, about text such as 1or 2
             tree = ast.parse(expression.strip(), mode="eval")
-        return _format(_evaluate(tree.body, depth=0))
+        value = _evaluate(tree.body, depth=0)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None  # the last two: the parser, for deep nesting
+    if isinstance(value, int) or (value.is_integer() and abs(value) < 10**15):  # larger floats skip whole numbers
+        return str(int(value))
+    return f"{value:.{FLOAT_DIGITS}g}"
 
 
 def _evaluate(node: ast.expr, depth: int) -> int | float:
@@ -60,10 +63,3 @@ def _evaluate(node: ast.expr, depth: int) -> int | float:
     if not abs(value) <= MAX_MAGNITUDE:
         raise ValueError("too large")  # infinity included
     return value
-
-
-def _format(value: int | float) -> str:
-    """Whole numbers without a decimal point, others with as few digits as possible."""
-    if isinstance(value, int) or (value.is_integer() and abs(value) < 10**15):  # larger floats skip whole numbers
-        return str(int(value))
-    return f"{value:.{FLOAT_DIGITS}g}"

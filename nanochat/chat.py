@@ -1,10 +1,5 @@
 """Conversations as prompts, for the server and the terminal, and the session of a terminal.
 
-    session = ChatSession(engine, context_tokens=2048)
-    with contextlib.closing(session.ask("Why is the sky blue?", max_tokens=256)) as events:
-        for event in events:            # closing it early stops the answer and keeps the tokens so far
-            print(event.text, end="")
-
 The session stores each answer as the tokens that the model wrote, since encoding its text anew may give other tokens.
 So the next prompt begins with the tokens of the last one, and the engine prefills only what is new (see engine.py).
 """
@@ -16,17 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.common import UserError, write_atomic
-from nanochat.engine import Engine
-from nanochat.engine_request import ChatTokens, Event, Request
+from nanochat.engine import ChatTokens, Engine, Event, Request
 from nanochat.tokenizer import check_messages
 
 ANSWER_SHARE = 4  # 1 / this of the context is reserved for the answer, at most; assumption, not studied
 # Control characters of an answer must not move a terminal's cursor, change its title or type for the person
 CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
 
 
 @dataclass
@@ -69,18 +59,13 @@ def render_turns(tokenizer, system: str, turns: Sequence[Turn]) -> list[int]:
         messages.append({"role": "user", "content": turn.question})
         question = tokenizer.render_for_completion({"messages": messages})
         tokens += question[1:] if tokens else question  # one bos per conversation, not per turn
-        if turn is not turns[-1]:
-            tokens += encode_answer(tokenizer, turn.parts) if turn.tokens is None else turn.tokens
-            tokens.append(tokenizer.encode_special("<|assistant_end|>"))
-    return tokens
-
-
-def encode_answer(tokenizer, parts: list[dict]) -> list[int]:
-    """The parts of an answer in the chat format of training, without the end token."""
-    question = {"role": "user", "content": ""}
-    begin = tokenizer.render_for_completion({"messages": [question]})
-    answer = {"role": "assistant", "content": parts}
-    return tokenizer.render_conversation({"messages": [question, answer]}, max_tokens=None)[0][len(begin):-1]
+        if turn is turns[-1]:
+            return tokens
+        answer = turn.tokens
+        if answer is None:
+            messages.append({"role": "assistant", "content": turn.parts})
+            answer = tokenizer.render_conversation({"messages": messages}, max_tokens=None)[0][len(question):-1]
+        tokens += [*answer, tokenizer.encode_special("<|assistant_end|>")]
 
 
 def render_texts(tokenizer, system: str, turns: Sequence[Turn]) -> list[int]:
@@ -107,11 +92,9 @@ def extend_parts(parts: list[dict], event: Event, chat_tokens: ChatTokens) -> No
         parts[-1]["text"] += event.text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A session in a terminal
-
-
 class ChatSession:
+    """A conversation in a terminal."""
+
     def __init__(self, engine: Engine, context_tokens: int, is_base: bool = False):
         """context_tokens: of prompt and answer together; a longer conversation loses its oldest turns
         is_base: the model knows no conversations; each question is a text that it continues
@@ -178,12 +161,10 @@ class ChatSession:
             raise UserError(f"{path} holds no conversation ({error}); name a saved file") from None
         messages = conversation["messages"]
         self.system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-        messages = [message for message in messages if message["role"] != "system"]
+        contents = [message["content"] for message in messages if message["role"] != "system"]
         self.turns, self.num_dropped = [], 0
-        for question, answer in zip(messages[::2], messages[1::2], strict=False):
-            content = answer["content"]
-            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            self.turns.append(Turn(question["content"], parts))
+        for question, answer in zip(contents[::2], contents[1::2], strict=False):
+            self.turns.append(Turn(question, [{"type": "text", "text": answer}] if isinstance(answer, str) else answer))
 
 
 def format_answer(events: Iterable[Event], chat_tokens: ChatTokens, is_terminal: bool) -> Iterator[str]:

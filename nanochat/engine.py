@@ -18,31 +18,26 @@ Prefix sharing: the keys and values of a finished request stay in its row until 
 with the tokens of any row copies that prefix (as SGLang does, Zheng et al. 2023, whose tree is a scan of few rows
 here): the next turn of a conversation prefills only its new tokens, and the samples of one prompt prefill it once.
 
-`generate`, `generate_batch` and `generate_many` run the same engine until their own requests are finished.
-
-The tokens equal those of `GPT.generate`, which recomputes the whole sequence for each token, up to rounding (in bf16
-two tokens may be equally likely). Two things are added: <|assistant_end|> and <|bos|> end a row, and the calculator's
-output is inserted into it. A sampled row depends on its own request alone, not on the batch (see sampling.py).
-
-B rows, V vocabulary.
+The tokens equal those of `GPT.generate`, which recomputes the whole sequence for each token, up to rounding. Two things
+are added: <|assistant_end|> and <|bos|> end a row, and the calculator's output is inserted into it, with mask 0. A
+sampled row depends on its own request alone, not on the batch (see sampling.py). B rows, V vocabulary.
 """
 
+import codecs
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
+from nanochat.calculator import calculate
 from nanochat.common import UserError
 from nanochat.decoding import CompiledStep, copy_for_decoding, make_cache, make_step
-from nanochat.engine_request import ChatTokens, Event, Generation, Logprobs, Request, stream_text
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
-from nanochat.sampling import sample_rows
-
-__all__ = ["Engine", "Event", "KVCache", "Request", "stream_text"]
+from nanochat.sampling import Sampling, sample_rows
 
 PREFILL_TOKENS = 512      # prompt tokens per step; bounds its memory (assumption, not studied, as is the next one)
 SHARED_STEP_TOKENS = 128  # the same on a CPU while other rows decode; bounds the time between their tokens
@@ -50,6 +45,144 @@ HEADROOM_TOKENS = 256     # room of a new cache beyond the first prompt, before 
 MIN_SHARED_TOKENS = 16    # shortest prefix that is worth copying from another row
 MAX_ROWS = 64             # default number of rows; further requests wait
 KEPT_ROWS = 4             # default number of rows that may be allocated only to keep finished conversations
+Rows = tuple[list[list[int]], list[list[int]]]  # tokens and masks of each row
+Column = tuple[list[int], list[int]]            # token and mask of each row at one position
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, its sampling parameters and its stopping criteria."""
+    tokens:       Sequence[int]            # the prompt, at least bos
+    max_tokens:   int | None = None        # tool output included; None: until the model's positions are used up
+    temperature:  float = 1.0              # these five as in sampling.Sampling, in whose place sample_rows takes it
+    top_k:        int | None = None
+    top_p:        float | None = None
+    seed:         int = 42
+    sample:       int = 0
+    stop:         tuple[str, ...] = ()     # stop strings: the text ends before the first one
+    num_logprobs: int | None = None        # 0: log-probability of the chosen token; n: of the n likeliest as well
+    __post_init__ = Sampling.__post_init__
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of a finished request."""
+    prompt_tokens:     int
+    cached_tokens:     int  # of the prompt, copied from a row instead of prefilled
+    completion_tokens: int  # end token and tool output included
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Natural log-probabilities of the model itself: temperature 1, no top-k, no top-p."""
+    chosen:    float
+    likeliest: tuple[tuple[int, float], ...]  # (token, log-probability), the likeliest first
+
+
+@dataclass(frozen=True)
+class Event:
+    """One new token of a request."""
+    request_id:    int
+    token:         int
+    mask:          int                    # 1: sampled, 0: inserted by the calculator
+    part:          str                    # 'text', 'python' or 'python_output', as in a conversation's parts
+    text:          str = ""               # text to show now: whole characters, no special tokens, no stop strings
+    logprobs:      Logprobs | None = None
+    finish_reason: str | None = None      # last token only: 'stop' (end token or stop string), 'length' (no room)
+    usage:         Usage | None = None    # last token only
+
+
+class ChatTokens:
+    """The special tokens that the engine acts on; None where a published vocabulary lacks one, so it never matches."""
+
+    def __init__(self, tokenizer):
+        find = tokenizer.get_special_tokens().get
+        self.python_start, self.python_end = find("<|python_start|>"), find("<|python_end|>")
+        self.output_start, self.output_end = find("<|output_start|>"), find("<|output_end|>")
+        self.end_tokens = frozenset((find("<|assistant_end|>"), tokenizer.get_bos_token_id()))
+
+
+class TextStream:
+    """Incremental detokenizer: emits whole UTF-8 characters only, and no part of a stop string."""
+
+    def __init__(self, tokenizer, stop: tuple[str, ...] = ()):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.stopped = False  # a stop string is complete
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.held = ""        # end of the text that may still become a stop string
+
+    def feed(self, token: int) -> str:
+        """The text that can be shown now."""
+        return self._release(self.decoder.decode(self.tokenizer.decode_bytes([token])))
+
+    def flush(self) -> str:
+        """The text held back, when no more follows; incomplete UTF-8 becomes U+FFFD."""
+        text = self._release(self.decoder.decode(b"", final=True)) + self.held
+        self.held = ""
+        return text
+
+    def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        text = self.held + text
+        if found := [start for stop in self.stop if (start := text.find(stop)) >= 0]:
+            self.stopped, self.held = True, ""
+            return text[:min(found)]
+        num_shown = next((i for i in range(len(text)) if any(stop.startswith(text[i:]) for stop in self.stop)),
+                         len(text))
+        self.held = text[num_shown:]
+        return text[:num_shown]
+
+
+class Generation:
+    """A request in progress: its tokens so far, its tool call, its text stream."""
+
+    def __init__(self, request_id: int, request: Request, max_length: int, tokenizer, chat_tokens: ChatTokens,
+                 has_events: bool = True):
+        """max_length: tokens of prompt and answer together; has_events: whether Engine.step returns the tokens"""
+        self.id, self.request, self.max_length, self.has_events = request_id, request, max_length, has_events
+        self.tokenizer, self.chat_tokens = tokenizer, chat_tokens
+        self.tokens = list(request.tokens)     # prompt and answer
+        self.masks = [0] * len(self.tokens)
+        self.num_prompt = len(self.tokens)
+        self.num_reused = 0                    # prompt tokens copied from a row
+        self.part = "text"
+        self.call_start = 0                    # index of the first token of the unfinished tool call
+        self.stream = TextStream(tokenizer, request.stop)
+        self.finish_reason: str | None = "length" if self.num_prompt == max_length else None
+
+    def append(self, token: int, mask: int = 1, logprobs: Logprobs | None = None) -> list[Event]:
+        """Add a token; one that completes a tool call is followed by the calculator's output, with mask 0."""
+        self.tokens.append(token)
+        self.masks.append(mask)
+        chat, text, result = self.chat_tokens, "", None
+        starts = {chat.python_start: "python", chat.output_start: "python_output"}.get(token)
+        if starts:
+            self.part, self.call_start = starts, len(self.tokens)
+        part = self.part
+        ends = (part, token) in (("python", chat.python_end), ("python_output", chat.output_end))
+        if ends:
+            self.part = "text"
+            if part == "python":
+                result = calculate(self.tokenizer.decode(self.tokens[self.call_start:-1]))
+        if starts or ends:
+            text = self.stream.flush()
+        elif token not in chat.end_tokens:
+            text = self.stream.feed(token)
+        if token in chat.end_tokens or self.stream.stopped:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self.max_length:
+            self.finish_reason = "length"
+        usage = None
+        if self.finish_reason:
+            text += self.stream.flush()
+            usage = Usage(self.num_prompt, self.num_reused, len(self.tokens) - self.num_prompt)
+        events = [Event(self.id, token, mask, part, text, logprobs, self.finish_reason, usage)]
+        if result is not None:  # a failed evaluation inserts nothing
+            for forced in (chat.output_start, *self.tokenizer.encode(result), chat.output_end):
+                if not self.finish_reason:
+                    events += self.append(forced, mask=0)
+        return events
 
 
 @dataclass
@@ -89,15 +222,10 @@ class Engine:
         self._ids = itertools.count()
         self._num_steps = 0
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Requests
-
     def submit(self, request: Request, request_id: int | None = None) -> int:
-        """Queue a request; returns its id, which its events carry. UserError where it can't be answered.
-
-        request_id: an id that no other request of this engine has; None: the next number
-        """
-        return self._submit(request, request_id).id
+        """Queue a request; returns its id, by default the next number, which its events carry; UserError if refused."""
+        self._check(request)
+        return self._queue(request, next(self._ids) if request_id is None else request_id).id
 
     def cancel(self, request_id: int) -> bool:
         """Drop a request, at once and without an event; False for an id that is unknown or finished."""
@@ -120,10 +248,9 @@ class Engine:
         events, self._events = self._events, []
         return events
 
-    def check(self, request: Request) -> None:
+    def _check(self, request: Request, min_new_tokens: int = 1) -> None:
         """UserError with the reason where a request can't be answered."""
         num_tokens, vocab_size = len(request.tokens), self.model.config.vocab_size
-        request.get_sampling()
         if not num_tokens:
             raise UserError("the prompt is empty; it must hold one token at least, as a rule <|bos|>")
         if num_tokens >= self.num_positions:
@@ -132,27 +259,22 @@ class Engine:
         if not 0 <= min(request.tokens) <= max(request.tokens) < vocab_size:
             raise UserError(f"the prompt has token ids outside the model's vocabulary, 0 to {vocab_size - 1}; "
                             "was it encoded by another tokenizer?")
-        if request.max_tokens is not None and request.max_tokens < 1:
-            raise UserError(f"max_tokens {request.max_tokens} must be 1 or more")
+        if request.max_tokens is not None and request.max_tokens < min_new_tokens:
+            raise UserError(f"max_tokens {request.max_tokens} must be {min_new_tokens} or more")
         if request.num_logprobs is not None and not 0 <= request.num_logprobs <= vocab_size:
             raise UserError(f"num_logprobs {request.num_logprobs} must be from 0 to {vocab_size}")
         if not all(request.stop):
             raise UserError("a stop string is empty; it would end every answer before its first character")
 
-    def _submit(self, request: Request, request_id: int | None = None, has_events: bool = True) -> Generation:
+    def _queue(self, request: Request, request_id: int, has_events: bool = True) -> Generation:
         """has_events: whether `step` returns the request's tokens; its generation has them anyway"""
-        self.check(request)
         room = self.num_positions - len(request.tokens)
-        max_length = len(request.tokens) + (room if request.max_tokens is None else min(request.max_tokens, room))
-        generation = Generation(next(self._ids) if request_id is None else request_id, request, max_length,
-                                self.tokenizer, self.chat_tokens)
-        generation.has_events = has_events
-        self._unfinished.add(generation.id)
-        self.waiting.append(generation)
+        max_length = len(request.tokens) + min(room, room if request.max_tokens is None else request.max_tokens)
+        generation = Generation(request_id, request, max_length, self.tokenizer, self.chat_tokens, has_events)
+        if not generation.finish_reason:
+            self._unfinished.add(request_id)
+            self.waiting.append(generation)
         return generation
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # A step
 
     # Inference mode per step: a generator that is abandoned between two steps must not leave the mode behind
     @torch.inference_mode()
@@ -170,19 +292,15 @@ class Engine:
 
     def _admit(self) -> None:
         """Give the free rows to the waiting requests, first come, first served; a failed one stays in the queue."""
-        still_waiting = []
-        try:
-            while self.waiting and (len(self.rows) < self.max_rows or not all(row.generation for row in self.rows)):
-                generation = self.waiting[0]
-                source, num_shared, is_coming = self._find_prefix(generation.tokens)
-                if is_coming:  # another row is prefilling the same prefix: copy it when it is complete
-                    still_waiting.append(generation)
-                else:
-                    target = self._find_free_row(generation, source, num_shared)
-                    self._start_row(target, generation, source, num_shared)
-                self.waiting.popleft()
-        finally:
-            self.waiting.extendleft(reversed(still_waiting))
+        queue = list(self.waiting)
+        for i, generation in enumerate(queue):
+            if len(self.rows) >= self.max_rows and all(row.generation for row in self.rows):
+                break
+            source, num_shared, is_coming = self._find_prefix(generation.tokens)
+            if not is_coming:  # else another row is prefilling the same prefix: copy it when it is complete
+                target = self._take_row(generation, source, num_shared, num_waiting=len(queue) - i)
+                self._start_row(target, generation, source, num_shared)
+                self.waiting.remove(generation)
 
     def _find_prefix(self, prompt: list[int]) -> tuple[int | None, int, bool]:
         """(row with the longest prefix of a prompt, its length, whether a row in prefill will hold a longer one)."""
@@ -196,37 +314,32 @@ class Engine:
                 num_coming = max(num_coming, count_common(row.generation.tokens[:-1], prompt))
         return source, num_shared, num_coming >= MIN_SHARED_TOKENS and num_coming > num_shared
 
-    def _find_free_row(self, generation: Generation, source: int | None, num_shared: int) -> int:
+    def _take_row(self, generation: Generation, source: int | None, num_shared: int, num_waiting: int) -> int:
         """The row that is an exact prefix of the request, else an empty or a new one, else the least recently used."""
         if source is not None and not self.rows[source].generation and len(self.rows[source].tokens) == num_shared:
             return source
         free = [i for i, row in enumerate(self.rows) if not row.generation]
         oldest = min(free, key=lambda i: self.rows[i].last_used, default=None)
-        if oldest is None or (len(self.rows[oldest].tokens) >= MIN_SHARED_TOKENS and len(self.rows) < self.kept_rows):
-            self._add_rows(generation)
-            return len(self.rows) - 1
-        return oldest
-
-    def _add_rows(self, generation: Generation) -> None:
-        """Grow the cache by the number of waiting requests, and by half at least."""
-        num_new = min(max(len(self.waiting), len(self.rows) // 2), self.max_rows - len(self.rows))
+        if oldest is not None and (len(self.rows[oldest].tokens) < MIN_SHARED_TOKENS
+                                   or len(self.rows) >= self.kept_rows):
+            return oldest
+        # The cache grows by the number of waiting requests, and by half at least
+        num_new = min(max(num_waiting, len(self.rows) // 2), self.max_rows - len(self.rows))
         if self.cache is None:
             num_tokens = min(len(generation.tokens) + HEADROOM_TOKENS, generation.max_length)
             self.cache = make_cache(self.model, num_new, num_tokens, isinstance(self._run_step, CompiledStep))
         else:
             self.cache.add_rows(num_new)
         self.rows.extend(Row() for _ in range(num_new))
+        return len(self.rows) - 1
 
     def _start_row(self, target: int, generation: Generation, source: int | None, num_shared: int) -> None:
         row = self.rows[target]
         if source is not None and source != target:
             self.cache.copy_row(source, target, num_shared)
-        if num_shared == 0 or source != target or len(row.tokens) != num_shared:  # else the row's own embedding is it
-            last_embed = 0.0
-            if num_shared:
-                token = torch.tensor(generation.tokens[num_shared - 1], device=self.device)
-                last_embed = self.model.embed_tokens(token)
-            self.cache.start_row(target, num_shared, last_embed)
+        if source != target or len(row.tokens) != num_shared:  # else the row's own embedding is it
+            last_token = torch.tensor(generation.tokens[num_shared - 1], device=self.device)
+            self.cache.start_row(target, num_shared, self.model.embed_tokens(last_token) if num_shared else 0.0)
         row.tokens, row.generation = generation.tokens[:num_shared], generation
         generation.num_reused = num_shared
 
@@ -238,9 +351,8 @@ class Engine:
         """
         others_wait = self.device.type == "cpu" and any(row.count_pending() == 1 for row in self.rows)
         budget = SHARED_STEP_TOKENS if others_wait else PREFILL_TOKENS
-        reading = [i for i, row in enumerate(self.rows) if row.count_pending() > 1]
-        for i in sorted(reading, key=lambda i: self.rows[i].generation.id):
-            row = self.rows[i]
+        reading = [(row.generation.id, i, row) for i, row in enumerate(self.rows) if row.count_pending() > 1]
+        for _, i, row in sorted(reading):
             start = len(row.tokens)
             chunk = row.generation.tokens[start:min(start + budget, len(row.generation.tokens) - 1)]
             if not chunk:
@@ -254,25 +366,26 @@ class Engine:
 
     def _decode(self) -> None:
         """Sample one token for each row that has read its whole prompt."""
-        num_ready = self._gather_ready_rows()
-        if not num_ready:
+        rows = self._gather_ready_rows()
+        if not rows:
             return
-        rows = self.rows[:num_ready]
         generations = [row.generation for row in rows]
         longest = max(len(row.tokens) for row in rows)
         self.cache.num_tokens = 0
         self.cache.reserve(longest + 1)
-        inputs = [generation.tokens[-1] for generation in generations]
-        logits = self._run_step(torch.tensor(inputs, device=self.device)[:, None],  # (B, 1)
-                                self.cache.view_rows(0, num_ready, longest))        # (B, V)
-        sampled = sample_rows(logits, [generation.sampling for generation in generations],
+        inputs = torch.tensor([[generation.tokens[-1]] for generation in generations], device=self.device)  # (B, 1)
+        logits = self._run_step(inputs, self.cache.view_rows(0, len(rows), longest))                        # (B, V)
+        sampled = sample_rows(logits, [generation.request for generation in generations],
                               [len(generation.tokens) - generation.num_prompt for generation in generations]).tolist()
-        for i, (row, token) in enumerate(zip(rows, sampled, strict=True)):
-            generation = row.generation
-            row.tokens.append(inputs[i])
+        for i, (row, generation, token) in enumerate(zip(rows, generations, sampled, strict=True)):
+            row.tokens.append(generation.tokens[-1])
             row.last_used = self._num_steps
-            num_logprobs = generation.request.num_logprobs
-            logprobs = None if num_logprobs is None else compute_logprobs(logits[i], token, num_logprobs)
+            num_logprobs, logprobs = generation.request.num_logprobs, None
+            if num_logprobs is not None:
+                row_logprobs = logits[i].log_softmax(dim=-1)  # (V,)
+                values, tokens = row_logprobs.topk(min(num_logprobs, len(row_logprobs)))
+                logprobs = Logprobs(float(row_logprobs[token]),
+                                    tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
             events = generation.append(token, logprobs=logprobs)
             if generation.has_events:
                 self._events += events
@@ -280,17 +393,14 @@ class Engine:
                 row.generation = None
                 self._unfinished.remove(generation.id)
 
-    def _gather_ready_rows(self) -> int:
-        """Move the decoding rows to the front, where they are one slice of the cache; returns their number."""
+    def _gather_ready_rows(self) -> list[Row]:
+        """Move the decoding rows to the front, where they are one slice of the cache; returns them."""
         ready = [i for i, row in enumerate(self.rows) if row.count_pending() == 1]
         gaps = [i for i in range(len(ready)) if self.rows[i].count_pending() != 1]
         for gap, i in zip(gaps, reversed(ready), strict=False):
             self.cache.swap_rows(gap, i, max(len(self.rows[gap].tokens), len(self.rows[i].tokens)))
             self.rows[gap], self.rows[i] = self.rows[i], self.rows[gap]
-        return len(ready)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Whole answers
+        return self.rows[:len(ready)]
 
     @property
     def end_tokens(self) -> frozenset[int | None]:
@@ -298,23 +408,27 @@ class Engine:
         return self.chat_tokens.end_tokens
 
     def generate(self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None,
-                 temperature: float = 1.0, top_k: int | None = None,
-                 seed: int = 42) -> Iterator[tuple[list[int], list[int]]]:
+                 temperature: float = 1.0, top_k: int | None = None, seed: int = 42) -> Iterator[Column]:
         """Continue a prompt `num_samples` times; yields (next token of each row, mask of each row) per position.
 
         A mask is 1 for a sampled token and 0 for any other: tool output, or the end token that pads a finished row
-        until all rows are finished.
-
-        tokens:     the prompt, at least bos
-        max_tokens: per row, tool output included; None: until the model's positions are used up
-        seed:       row i of a seed is the same text for any num_samples
+        until all rows are finished. Row i of a seed is the same text for any num_samples.
         """
         requests = self._make_requests(tokens, num_samples, max_tokens, temperature, top_k, seed)
-        return self._generate_columns(requests, len(tokens))
+
+        def yield_columns() -> Iterator[Column]:
+            with self._running(requests) as samples:
+                for position in itertools.count(len(tokens)):
+                    while any(len(sample.tokens) <= position and not sample.finish_reason for sample in samples):
+                        self._advance()
+                    if all(len(sample.tokens) <= position for sample in samples):
+                        return
+                    yield ([sample.tokens[min(position, len(sample.tokens) - 1)] for sample in samples],
+                           [sample.masks[position] if position < len(sample.masks) else 0 for sample in samples])
+        return yield_columns()
 
     def generate_batch(self, tokens: list[int], num_samples: int = 1, max_tokens: int | None = None,
-                       temperature: float = 1.0, top_k: int | None = None,
-                       seed: int = 42) -> tuple[list[list[int]], list[list[int]]]:
+                       temperature: float = 1.0, top_k: int | None = None, seed: int = 42) -> Rows:
         """As `generate`, but whole: (rows with their prompt, their masks), without end tokens."""
         ((rows, masks),) = self.generate_many([tokens], num_samples, max_tokens, temperature, top_k, seed)
         for row, mask in zip(rows, masks, strict=True):
@@ -323,46 +437,30 @@ class Engine:
         return rows, masks
 
     def generate_many(self, prompts: Sequence[list[int]], num_samples: int = 1, max_tokens: int | None = None,
-                      temperature: float = 1.0, top_k: int | None = None,
-                      seed: int = 42) -> list[tuple[list[list[int]], list[list[int]]]]:
+                      temperature: float = 1.0, top_k: int | None = None, seed: int = 42) -> list[Rows]:
         """`generate_batch` of many prompts in one batch, with end tokens; prompt i has the seed `seed` + i."""
-        requests = [self._make_requests(tokens, num_samples, max_tokens, temperature, top_k, seed + i)
-                    for i, tokens in enumerate(prompts)]
-        groups = [[self._submit(request, has_events=False) for request in group] for group in requests]
-        ids = {generation.id for group in groups for generation in group}
-        try:
-            while not ids.isdisjoint(self._unfinished):
+        requests = [request for i, tokens in enumerate(prompts) for request in self._make_requests(
+            tokens, num_samples, max_tokens, temperature, top_k, seed + i)]
+        with self._running(requests) as generations:
+            while not all(generation.finish_reason for generation in generations):
                 self._advance()
-        finally:
-            for request_id in ids:
-                self.cancel(request_id)
-        return [([generation.tokens for generation in group] or [list(tokens) for _ in range(num_samples)],
-                 [generation.masks for generation in group] or [[0] * len(tokens) for _ in range(num_samples)])
-                for tokens, group in zip(prompts, groups, strict=True)]
+        rows, masks = ([getattr(generation, name) for generation in generations] for name in ("tokens", "masks"))
+        return [(rows[i:i + num_samples], masks[i:i + num_samples]) for i in range(0, len(rows), num_samples)]
 
     def _make_requests(self, tokens: list[int], num_samples: int, max_tokens: int | None, temperature: float,
                        top_k: int | None, seed: int) -> list[Request]:
-        """One request per sample; none for max_tokens 0."""
-        if num_samples < 1 or (max_tokens or 0) < 0:
-            raise UserError(f"num_samples must be 1 or more and max_tokens 0 or more, not {num_samples} "
-                            f"and {max_tokens}")
-        requests = [Request(tokens, max_tokens or None, temperature, top_k, seed=seed, sample=i)
-                    for i in range(num_samples)]
-        self.check(requests[0])  # now, not at the first token
-        return [] if max_tokens == 0 else requests
+        if num_samples < 1:
+            raise UserError(f"num_samples {num_samples} must be 1 or more")
+        requests = [Request(tokens, max_tokens, temperature, top_k, seed=seed, sample=i) for i in range(num_samples)]
+        self._check(requests[0], min_new_tokens=0)  # now, not at the first token
+        return requests
 
-    def _generate_columns(self, requests: list[Request], num_prompt: int) -> Iterator[tuple[list[int], list[int]]]:
-        generations = [self._submit(request, has_events=False) for request in requests]
+    @contextlib.contextmanager
+    def _running(self, requests: Sequence[Request]) -> Iterator[list[Generation]]:
+        """The requests as generations whose tokens `step` doesn't return; they are cancelled at the end."""
+        generations = [self._queue(request, next(self._ids), has_events=False) for request in requests]
         try:
-            for position in itertools.count(num_prompt):
-                while any(len(generation.tokens) <= position and not generation.finish_reason
-                          for generation in generations):
-                    self._advance()
-                if all(len(generation.tokens) <= position for generation in generations):
-                    return
-                yield ([generation.tokens[min(position, len(generation.tokens) - 1)] for generation in generations],
-                       [generation.masks[position] if position < len(generation.masks) else 0
-                        for generation in generations])
+            yield generations
         finally:
             for generation in generations:
                 self.cancel(generation.id)
@@ -377,10 +475,3 @@ def count_common(a: list[int], b: list[int]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle)
     return low
-
-
-def compute_logprobs(logits: Tensor, token: int, num_likeliest: int) -> Logprobs:
-    """Log-probabilities of the chosen token and of the likeliest, from one row of logits (V,)."""
-    logprobs = logits.log_softmax(dim=-1)
-    values, tokens = logprobs.topk(min(num_likeliest, len(logprobs)))
-    return Logprobs(float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))

@@ -6,11 +6,11 @@ any device.
 
 Inverse transform sampling: the token is the one at which the cumulative probability passes the random number. The
 cumulative sums are in fp64 and in the vocabulary's order, in which ties have a defined place.
-
 B rows, V vocabulary, N candidates.
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,10 +44,6 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p} must be above 0 and at most 1")
 
-    def is_limited(self, vocab_size: int) -> bool:
-        """Whether top-k or top-p may exclude a token."""
-        return 0 < (self.top_k or 0) < vocab_size or self.top_p is not None and self.top_p < 1
-
 
 def draw_uniform(sampling: Sampling, token_idx: int) -> float:
     """The random number in [0, 1) of a sample's token; a hash decorrelates neighbouring seeds."""
@@ -58,6 +54,7 @@ def draw_uniform(sampling: Sampling, token_idx: int) -> float:
 def sample_rows(logits: Tensor, samplings: Sequence[Sampling], token_idxs: Sequence[int]) -> Tensor:
     """One token for each row of (B, V) logits, by that row's sampling parameters -> (B,).
 
+    samplings:  Sampling, or any object with its fields
     token_idxs: index of each row's next token within its sample
     """
     if logits.device.type == "mps":  # has no fp64
@@ -65,27 +62,22 @@ def sample_rows(logits: Tensor, samplings: Sequence[Sampling], token_idxs: Seque
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a temperature below 1e-8 is 0 in fp16
     greedy, among_all, among_likeliest = [], [], []
     for i, sampling in enumerate(samplings):
-        is_limited = sampling.is_limited(logits.size(1))
-        rows = greedy if sampling.temperature == 0 else among_likeliest if is_limited else among_all
-        rows.append(i)
+        is_limited = 0 < (sampling.top_k or 0) < logits.size(1) or (sampling.top_p or 1) < 1
+        (greedy if sampling.temperature == 0 else among_likeliest if is_limited else among_all).append(i)
     tokens = find_likeliest(logits) if greedy else logits.new_empty(len(logits), dtype=torch.long)
     for rows, sample in ((among_all, sample_among_all), (among_likeliest, sample_among_likeliest)):
         if rows:
             idx = torch.tensor(rows, device=logits.device)
-            draws = [draw_uniform(samplings[i], token_idxs[i]) for i in rows]
+            draws = torch.tensor([[draw_uniform(samplings[i], token_idxs[i])] for i in rows], dtype=torch.float64)
             tokens[idx] = sample(logits if len(rows) == len(logits) else logits[idx], [samplings[i] for i in rows],
-                                 make_column(draws, logits.device))
+                                 draws.to(logits.device))
     return tokens
-
-
-def make_column(values: Sequence[float], device: torch.device) -> Tensor:
-    """(B, 1), fp64."""
-    return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
 
 def get_temperatures(samplings: Sequence[Sampling], like: Tensor) -> Tensor:
     """(B, 1), device and dtype of `like`."""
-    return make_column([max(sampling.temperature, MIN_TEMPERATURE) for sampling in samplings], like.device).to(like)
+    values = [max(sampling.temperature, MIN_TEMPERATURE) for sampling in samplings]
+    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None].to(like)
 
 
 def find_likeliest(logits: Tensor) -> Tensor:
@@ -131,8 +123,7 @@ def sample_among_likeliest(logits: Tensor, samplings: Sequence[Sampling], draws:
         if rows:
             some, idx = (logits, slice(None)) if len(rows) == B else (logits[rows], torch.tensor(rows))
             tokens[idx], decided = sample_among(num_candidates, some, [samplings[i] for i in rows], draws[idx])
-            done = {i for i, is_decided in zip(rows, decided.tolist(), strict=True) if is_decided}
-            undecided = [i for i in undecided if i not in done]
+            undecided = sorted(set(undecided) - set(itertools.compress(rows, decided.tolist())))
     return tokens
 
 
@@ -175,7 +166,7 @@ def find_lowest(logits: Tensor, values: Tensor, samplings: Sequence[Sampling]) -
         whole = find_weights(logits, logits, samplings).sum(dim=-1, keepdim=True, dtype=mass.dtype)
         mass = torch.where(ranks < V - 1, mass, whole)
     top_ps = [float("inf") if sampling.top_p in (None, 1) else sampling.top_p for sampling in samplings]
-    wanted = mass * make_column(top_ps, logits.device)
+    wanted = mass * torch.tensor(top_ps, dtype=torch.float64, device=logits.device)[:, None]
     num_before = (weights.cumsum(dim=-1) < wanted).sum(dim=-1, keepdim=True)
     kept = torch.maximum(lowest, values.gather(1, num_before.clamp(max=values.size(1) - 1)))
     return kept, torch.where(ranks < V - 1, lowest, kept)  # top-p's mass is that of all tokens that pass top-k

@@ -13,13 +13,12 @@ import base64
 import contextlib
 import hashlib
 import hmac
-import itertools
 import json
 import re
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +27,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanochat import engine_request
+from nanochat import engine
 from nanochat import server_api as api
 from nanochat.chat import NoRoom, build_prompt, check_context
 from nanochat.common import now
@@ -61,32 +61,55 @@ class ServerSettings:
     log_contents:        bool = False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers
-
-
 class Service:
     """The path from a parsed request to its answer."""
 
     def __init__(self, settings: ServerSettings, pool: EnginePool, tokenizer):
         self.settings, self.pool, self.tokenizer = settings, pool, tokenizer
 
-    def begin(self, http: Request, body: api.ChatRequest | api.CompletionRequest) -> tuple[Answer, int]:
+    async def respond(self, http: Request, body: api.ChatRequest | api.CompletionRequest,
+                      format_type: type[api.ChatFormat]) -> Response:
+        """The answer, whole or as a stream. An error before the first token has its own status."""
+        answer, num_dropped = self._begin(http, body)
+        format_ = format_type(body, self.settings.model_name, answer.worker.worker_idx, num_dropped)
+        choices = {request_id: api.Choice(i, self.tokenizer) for i, request_id in enumerate(answer.request_ids)}
+        headers = {"X-Dropped-Messages": str(num_dropped)} if num_dropped else {}
+        if body.stream:
+            await unless_gone(http, answer.wait())
+            return StreamingResponse(self._stream(http, answer, choices, format_), media_type="text/event-stream",
+                                     headers=headers | {"Cache-Control": "no-store"})
+
+        async def collect() -> None:
+            async for events in answer.iterate():
+                for event in events:
+                    choices[event.request_id].add(event)
+        await unless_gone(http, collect())
+        self._log_answer(http, choices)
+        return JSONResponse(format_.format_whole(list(choices.values())), headers=headers)
+
+    def _begin(self, http: Request, body: api.ChatRequest | api.CompletionRequest) -> tuple[Answer, int]:
         """Submit a request to an engine; returns its answer, and how many messages were dropped from the prompt."""
         settings = self.settings
         if body.model not in (None, "", settings.model_name):
             raise api.ApiError(404, f"the model {ascii(body.model)[:100]} isn't here; this server has "
                                f"{settings.model_name!r}", param="model", code="model_not_found")
-        max_tokens = body.get_max_tokens() or settings.max_tokens
+        max_tokens = body.max_tokens or settings.max_tokens
         param = "messages" if isinstance(body, api.ChatRequest) else "prompt"
         try:
-            tokens, num_turns = self._make_prompt(body, max_tokens)
+            if isinstance(body, api.ChatRequest):
+                tokens, num_turns = build_prompt(self.tokenizer, *api.split_turns(body.messages),
+                                                 settings.context_tokens, max_tokens, settings.stage == "base")
+            else:
+                tokens, num_turns = body.prompt, 0
+                if isinstance(tokens, str):
+                    tokens = self.tokenizer.encode(tokens, prepend=self.tokenizer.get_bos_token_id())
+                check_context(tokens, settings.context_tokens)
         except NoRoom as error:
             raise api.ApiError(400, f"{param}: {error}", param=param, code="context_length_exceeded") from None
         if settings.log_contents:
             http.state.record |= body.model_dump(include={param})
         seed = secrets.randbits(63) if body.seed is None else body.seed
-        requests = [engine_request.Request(
+        requests = [engine.Request(
             tokens, min(max_tokens, settings.context_tokens - len(tokens)),
             settings.temperature if body.temperature is None else body.temperature,
             settings.top_k if body.top_k is None else body.top_k,
@@ -94,85 +117,30 @@ class Service:
         answer = http.state.record["answer"] = self.pool.submit(requests, settings.request_timeout_sec)
         return answer, 2 * num_turns
 
-    def _make_prompt(self, body: api.ChatRequest | api.CompletionRequest, max_tokens: int) -> tuple[list[int], int]:
-        """(tokens, dropped turns); NoRoom where they leave no room for an answer."""
-        if isinstance(body, api.ChatRequest):
-            system, turns = api.split_turns(body.messages)
-            return build_prompt(self.tokenizer, system, turns, self.settings.context_tokens, max_tokens,
-                                self.settings.stage == "base")
-        tokens = body.prompt
-        if isinstance(tokens, str):
-            tokens = self.tokenizer.encode(tokens, prepend=self.tokenizer.get_bos_token_id())
-        check_context(tokens, self.settings.context_tokens)
-        return tokens, 0
-
-    async def respond(self, http: Request, body: api.ChatRequest | api.CompletionRequest,
-                      format_: type[api.ChatFormat | api.TextFormat]) -> Response:
-        """OpenAI's answer, whole or as a stream. An error before the first token has its own status."""
-        answer, num_dropped = self.begin(http, body)
-        envelope = api.make_envelope(format_, self.settings.model_name, num_dropped)
-        if body.stream:
-            return await self.stream(http, answer, num_dropped, api.OpenAIStream(format_, envelope, body))
-        choices = self._make_choices(answer)
-
-        async def collect() -> None:
-            while answer.has_more():
-                for event in await answer.next_events():
-                    choices[event.request_id].add(event)
-        await unless_gone(http, collect())
-        self._log_answer(http, choices)
-        with_logprobs = body.get_num_logprobs() is not None
-        return JSONResponse(envelope | {
-            "choices": [format_.whole(choice, with_logprobs) for choice in choices.values()],
-            "usage": api.sum_usage(choices.values())}, headers=make_headers(num_dropped))
-
-    async def stream(self, http: Request, answer: Answer, num_dropped: int,
-                     stream: api.OpenAIStream | api.LegacyStream) -> Response:
-        """The answer as server-sent events, once the first token is there."""
-        await unless_gone(http, answer.wait())
-        return StreamingResponse(self._encode_events(http, answer, stream), media_type="text/event-stream",
-                                 headers=make_headers(num_dropped) | {"Cache-Control": "no-store"})
-
-    async def _encode_events(self, http: Request, answer: Answer,
-                             stream: api.OpenAIStream | api.LegacyStream) -> AsyncIterator[str]:
+    async def _stream(self, http: Request, answer: Answer, choices: dict[int, api.Choice],
+                      format_: api.ChatFormat) -> AsyncIterator[str]:
         """What arrives together is sent together, with the consecutive texts of a choice as one delta."""
-        choices = self._make_choices(answer)
-        if start := stream.start(choices.values()):
+        if start := format_.start(choices.values()):
             yield start
         try:
-            while answer.has_more():
-                deltas: dict[api.Choice, list[dict]] = {choice: [] for choice in choices.values()}
-                for event in await answer.next_events():
-                    choice = choices[event.request_id]
-                    deltas[choice] += choice.add(event) + ([{}] if event.finish_reason else [])  # {}: the end
-                if piece := "".join(stream.encode(choice, delta) for choice in deltas
-                                    for delta in join_texts(deltas[choice])):
+            async for events in answer.iterate():
+                for event in events:
+                    choices[event.request_id].add(event)
+                piece = ""
+                for choice in choices.values():
+                    piece += "".join(format_.encode(choice, delta) for delta in choice.deltas)
+                    choice.deltas.clear()
+                if piece:
                     yield piece
             self._log_answer(http, choices)
-            yield stream.end(choices.values())
+            yield format_.end(list(choices.values()))
         except EngineError as error:  # the status has been sent already
             yield api.to_sse(api.convert_error(error).body)
-
-    def _make_choices(self, answer: Answer) -> dict[int, api.Choice]:
-        return {request_id: api.Choice(index, self.tokenizer) for request_id, index in answer.samples.items()}
 
     def _log_answer(self, http: Request, choices: dict[int, api.Choice]) -> None:
         http.state.record["finish_reasons"] = [choice.finish_reason for choice in choices.values()]
         if self.settings.log_contents:
             http.state.record["answers"] = [choice.parts for choice in choices.values()]
-
-
-def make_headers(num_dropped: int) -> dict[str, str]:
-    return {"X-Dropped-Messages": str(num_dropped)} if num_dropped else {}
-
-
-def join_texts(deltas: list[dict]) -> Iterator[dict]:
-    """The same deltas, consecutive texts joined."""
-    for has_text, group in itertools.groupby(deltas, key=lambda delta: "content" in delta):
-        if has_text:
-            yield {"content": "".join(delta["content"] for delta in group)}
-        else:
-            yield from group
 
 
 async def unless_gone(http: Request, work: Awaitable[None]) -> None:
@@ -191,10 +159,6 @@ async def unless_gone(http: Request, work: Awaitable[None]) -> None:
             task.cancel()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The gate: id, host, key, size of the body and log line of every HTTP request
-
-
 def log_line(**fields) -> None:
     """One JSON object per line on stdout, in one write, since threads log, too; a closed stdout is ignored."""
     with contextlib.suppress(OSError):
@@ -203,8 +167,7 @@ def log_line(**fields) -> None:
 
 
 class Gate:
-    """Middleware around all routes: gives each request its id, checks host, key and body, logs it, closes its answer.
-    """
+    """Middleware around all routes: gives a request its id, checks host, key and body, logs it, closes its answer."""
 
     def __init__(self, app: ASGIApp, api_key: str | None, hosts: tuple[str, ...], log: Callable[..., None]):
         self.app, self.api_key, self.hosts, self.log = app, api_key, hosts, log
@@ -227,7 +190,7 @@ class Gate:
             self._check_host(headers)
             if scope["path"] not in OPEN_PATHS:
                 self._check_key(headers)
-            await self.app(scope, await read_body(receive), send_start)
+            await self.app(scope, await read_body(Request(scope, receive)), send_start)
         except api.ApiError as error:
             await error.make_response()(scope, receive, send_start)
         finally:
@@ -258,33 +221,29 @@ class Gate:
                                code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
-async def read_body(receive: Receive) -> Receive:
-    """Read a body of limited size; returns a function that receives it again, whole."""
+async def read_body(request: Request) -> Receive:
+    """Read a body of limited size in limited time; returns a function that receives it again, whole."""
     async def read() -> bytes:
-        body, num_bytes, more = bytearray(), 0, True
-        while more and num_bytes <= MAX_DISCARDED_BYTES:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise api.ApiError(api.CLIENT_GONE, "the client has gone")
-            body += message.get("body", b"") if num_bytes <= MAX_BODY_BYTES else b""
-            num_bytes += len(message.get("body", b""))
-            more = message.get("more_body", False)
+        body, num_bytes = bytearray(), 0
+        async for chunk in request.stream():
+            num_bytes += len(chunk)
+            if num_bytes <= MAX_BODY_BYTES:
+                body += chunk
+            elif num_bytes > MAX_DISCARDED_BYTES:
+                break
         if num_bytes > MAX_BODY_BYTES:
             raise api.ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
         return bytes(body)
     try:
-        body = await asyncio.wait_for(read(), BODY_TIMEOUT_SEC)
+        messages = [{"type": "http.request", "body": await asyncio.wait_for(read(), BODY_TIMEOUT_SEC)}]
     except asyncio.TimeoutError:
         raise api.ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_SEC} s") from None
-    messages = [{"type": "http.request", "body": body, "more_body": False}]
+    except ClientDisconnect:
+        raise api.ApiError(api.CLIENT_GONE, "the client has gone") from None
 
     async def receive_again() -> Message:
-        return messages.pop() if messages else await receive()
+        return messages.pop() if messages else await request.receive()
     return receive_again
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The application
 
 
 def load_page() -> Response:
@@ -304,13 +263,7 @@ def load_page() -> Response:
 
 def make_app(settings: ServerSettings, pool: EnginePool, tokenizer, log: Callable[..., None] = log_line) -> FastAPI:
     """The application, on a pool that has been started."""
-    @contextlib.asynccontextmanager
-    async def lifespan(_):
-        pool.loop = asyncio.get_running_loop()
-        yield
-        pool.loop = None
-
-    app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None)  # those load from elsewhere
+    app = FastAPI(title="nanochat", docs_url=None, redoc_url=None)  # those load from elsewhere
     app.add_middleware(Gate, api_key=settings.api_key, hosts=settings.hosts, log=log)
     if settings.cors_origins:  # outside the gate, so that a page can read the gate's errors, too
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"],
@@ -321,15 +274,19 @@ def make_app(settings: ServerSettings, pool: EnginePool, tokenizer, log: Callabl
         return api.convert_error(error).make_response()
     for kind in (api.ApiError, EngineError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer_error)
-    add_answer_routes(app, Service(settings, pool, tokenizer))
-    add_other_routes(app, settings, pool)
+    add_routes(app, Service(settings, pool, tokenizer))
     return app
 
 
-def add_answer_routes(app: FastAPI, service: Service) -> None:
-    """The routes that generate."""
-    errors = {"4XX": {"model": api.ErrorResponse}, "5XX": {"model": api.ErrorResponse}}
+def add_routes(app: FastAPI, service: Service) -> None:
+    """The routes that generate, the model's description, the server's state, and the page."""
+    refused = {"4XX": {"model": api.ErrorResponse}}
+    errors = refused | {"5XX": {"model": api.ErrorResponse}}
     stream, whole = {"text/event-stream": {}}, {"application/json": {}}
+    settings, page = service.settings, load_page()
+    description = {"id": settings.model_name, "object": "model", "created": settings.created, "owned_by": "nanochat",
+                   "stage": settings.stage, "context_tokens": settings.context_tokens,  # these three: extensions
+                   "max_tokens": settings.max_tokens}
 
     @app.post("/v1/chat/completions", responses=errors | {200: {"content": whole | stream}})
     async def chat_completions(body: api.ChatRequest, http: Request):
@@ -341,43 +298,31 @@ def add_answer_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/chat/completions", responses=errors | {200: {"content": stream}}, response_class=StreamingResponse)
     async def legacy_chat_completions(body: api.LegacyChatRequest, http: Request):
-        answer, num_dropped = service.begin(http, body.to_chat_request())
-        return await service.stream(http, answer, num_dropped, api.LegacyStream(answer.worker.worker_idx))
-
-
-def add_other_routes(app: FastAPI, settings: ServerSettings, pool: EnginePool) -> None:
-    """The model's description, the server's state, and the page."""
-    errors, page = {"4XX": {"model": api.ErrorResponse}}, load_page()
+        return await service.respond(http, body.to_chat_request(), api.LegacyFormat)
 
     @app.get("/v1/models")
     async def models():
-        return {"object": "list", "data": [describe_model(settings)]}
+        return {"object": "list", "data": [description]}
 
-    @app.get("/v1/models/{name:path}", responses=errors)
+    @app.get("/v1/models/{name:path}", responses=refused)
     async def model(name: str):
         if name != settings.model_name:
             raise api.ApiError(404, f"this server has {settings.model_name!r} only", param="model",
                                code="model_not_found")
-        return describe_model(settings)
+        return description
 
     @app.get("/health", responses={503: {}})
     async def health():
-        workers = pool.get_stats()["workers"]
-        ready = any(worker["ready"] for worker in workers)
-        return JSONResponse({"status": "ok" if ready else "starting", "ready": ready,
-                             "ready_workers": sum(worker["ready"] for worker in workers), "workers": len(workers),
-                             "model": settings.model_name, "stage": settings.stage}, 200 if ready else 503)
+        workers = service.pool.get_stats()["workers"]
+        num_ready = sum(worker["ready"] for worker in workers)
+        return JSONResponse({"status": "ok" if num_ready else "starting", "ready": num_ready > 0,
+                             "ready_workers": num_ready, "workers": len(workers), "model": settings.model_name,
+                             "stage": settings.stage}, 200 if num_ready else 503)
 
-    @app.get("/stats", responses=errors)
+    @app.get("/stats", responses=refused)
     async def stats():
-        return pool.get_stats()
+        return service.pool.get_stats()
 
     @app.get("/", include_in_schema=False)
     async def index():
         return page
-
-
-def describe_model(settings: ServerSettings) -> dict:
-    """An entry of /v1/models; the last three fields are extensions."""
-    return {"id": settings.model_name, "object": "model", "created": settings.created, "owned_by": "nanochat",
-            "stage": settings.stage, "context_tokens": settings.context_tokens, "max_tokens": settings.max_tokens}

@@ -11,31 +11,26 @@ limit of the conversation bounds its length, so that every answer can be sent ba
 """
 
 import json
-import math
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from nanochat.chat import Turn, extend_parts
-from nanochat.engine_request import ChatTokens, Event, Usage
-from nanochat.server_engines import Busy, EngineError, Refused, TimeOver
+from nanochat.engine import ChatTokens, Event, Usage
+from nanochat.server_engines import EngineError
 
-MAX_MESSAGES = 500
 MAX_MESSAGE_CHARS = 8_000      # of all but the assistant's
 MAX_CONVERSATION_CHARS = 32_000
 MAX_TOKENS = 4_096
 MAX_TEMPERATURE = 2
 MAX_TOP_K = 200
-MAX_CHOICES = 16
-MAX_STOPS, MAX_STOP_CHARS = 4, 256
 MAX_TOP_LOGPROBS = 20
-IMPOSSIBLE_LOGPROB = -9999.0   # OpenAI's stand-in for minus infinity, which JSON lacks
 CLIENT_GONE = 499              # status of an aborted request, for the log alone
 
 # Unsupported fields -> their values that change nothing, beside null
@@ -58,6 +53,11 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers=self.headers)
 
 
+# Kind of an engine's error -> status, type and code of the API's
+ENGINE_ERRORS = {"refused": (400, "invalid_request_error", None), "busy": (429, "rate_limit_error", "queue_full"),
+                 "lost": (503, "server_error", "engine_lost"), "timeout": (504, "timeout_error", "timeout")}
+
+
 def convert_error(error: Exception) -> ApiError:
     """The API's error for an exception of any layer."""
     match error:
@@ -65,15 +65,10 @@ def convert_error(error: Exception) -> ApiError:
             return error
         case RequestValidationError():
             return describe_validation(error.errors())
-        case Busy(retry_after_sec=seconds):
-            return ApiError(429, str(error), kind="rate_limit_error", code="queue_full",
-                            headers={"Retry-After": str(seconds)})
-        case TimeOver():
-            return ApiError(504, str(error), kind="timeout_error", code="timeout")
-        case Refused():
-            return ApiError(400, str(error))
-        case EngineError():
-            return ApiError(503, str(error), kind="server_error", code="engine_lost", headers={"Retry-After": "5"})
+        case EngineError(kind=engine_kind, retry_after_sec=seconds):
+            status, kind, code = ENGINE_ERRORS[engine_kind]
+            return ApiError(status, str(error), kind=kind, code=code,
+                            headers={"Retry-After": str(seconds)} if seconds else None)
         case HTTPException(status_code=404):
             return ApiError(404, "there is no such route; see /openapi.json", code="unknown_url")
         case HTTPException(status_code=405):
@@ -110,19 +105,13 @@ class ErrorResponse(BaseModel):
     error: dict[str, str | None]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Requests
-
-
-class Part(BaseModel):
+class Part(BaseModel, strict=True):
     """A piece of a message; python and python_output are an assistant's tool call and its output."""
-    model_config = ConfigDict(strict=True)
     type: Literal["text", "python", "python_output"]
     text: str
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(strict=True)
+class Message(BaseModel, strict=True):
     role:    Literal["system", "developer", "user", "assistant"]
     content: Annotated[str | list[Part], Field(description=(
         f"At most {MAX_MESSAGE_CHARS} characters; an assistant's message only counts toward the "
@@ -144,7 +133,6 @@ class Message(BaseModel):
         return [Part(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
     def get_text(self) -> str:
-        """The text of all parts."""
         return "".join(part.text for part in self.get_parts())
 
 
@@ -156,7 +144,7 @@ def check_length(messages: list[Message]) -> list[Message]:
 
 
 Messages = Annotated[list[Message], AfterValidator(check_length), Field(
-    min_length=1, max_length=MAX_MESSAGES, description=f"At most {MAX_CONVERSATION_CHARS} characters, all together.")]
+    min_length=1, max_length=500, description=f"At most {MAX_CONVERSATION_CHARS} characters, all together.")]
 
 
 def split_turns(messages: list[Message]) -> tuple[str, list[Turn]]:
@@ -164,37 +152,37 @@ def split_turns(messages: list[Message]) -> tuple[str, list[Turn]]:
 
     Consecutive messages of one role are joined; any other break of the alternation is refused.
     """
-    first = next((i for i, message in enumerate(messages) if message.role not in ("system", "developer")), None)
-    if first is None:
-        raise ApiError(400, "messages has no user message", param="messages")
-    system = "\n\n".join(text for message in messages[:first] if (text := message.get_text()))
+    system: list[str] = []
     merged: list[tuple[str, list[dict]]] = []
-    for i, message in enumerate(messages[first:], start=first):
-        if message.role in ("system", "developer"):
-            raise ApiError(400, f"messages[{i}]: a {message.role} message must come before all others",
-                           param=f"messages[{i}].role")
+    for i, message in enumerate(messages):
         parts = [part.model_dump() for part in message.get_parts()]
-        if merged and merged[-1][0] == message.role:
+        if message.role in ("system", "developer"):
+            if merged:
+                raise ApiError(400, f"messages[{i}]: a {message.role} message must come before all others",
+                               param=f"messages[{i}].role")
+            system.append(message.get_text())
+        elif merged and merged[-1][0] == message.role:
             merged[-1][1].extend([{"type": "text", "text": "\n\n"}, *parts])
         else:
             merged.append((message.role, parts))
-    for i, place in ((0, "first"), (-1, "last")):
-        if merged[i][0] != "user":
+    if not merged:
+        raise ApiError(400, "messages has no user message", param="messages")
+    for (role, _), place in ((merged[0], "first"), (merged[-1], "last")):
+        if role != "user":
             raise ApiError(400, f"messages: the {place} message, system messages aside, must be a user message",
                            param="messages")
-    questions = ["".join(part["text"] for part in parts) for _, parts in merged[::2]]
-    answers = [parts for _, parts in merged[1::2]]
-    return system, [Turn(*turn) for turn in zip(questions, [*answers, []], strict=True)]
+    answers = [*(parts for _, parts in merged[1::2]), []]
+    return "\n\n".join(filter(None, system)), [
+        Turn("".join(part["text"] for part in parts), answer)
+        for (_, parts), answer in zip(merged[::2], answers, strict=True)]
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
+class StreamOptions(BaseModel, strict=True):
     include_usage: bool | None = False
 
 
-class SamplingFields(BaseModel):
+class SamplingFields(BaseModel, strict=True, extra="allow", allow_inf_nan=False):
     """The fields of all endpoints; null is the server's default."""
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     model:       str | None = None
     temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
     top_k:       Annotated[int, Field(ge=0, le=MAX_TOP_K)] | None = None  # an extension; 0: all tokens
@@ -209,22 +197,16 @@ class SamplingFields(BaseModel):
         return self
 
 
-def to_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
 class OpenAIFields(SamplingFields):
     """The fields of both of OpenAI's endpoints."""
     top_p:          Annotated[float, Field(gt=0, le=1)] | None = None
-    n:              Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n:              Annotated[int, Field(ge=1, le=16)] | None = None
     seed:           Annotated[int, Field(ge=-2**63, lt=2**64)] | None = None
-    stop:           Annotated[list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
-                              Field(max_length=MAX_STOPS), BeforeValidator(to_list)] | None = None
+    stop:           Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=4),
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] | None = None
     stream:         bool | None = None
     stream_options: StreamOptions | None = None
-
-    def get_max_tokens(self) -> int | None:
-        return self.max_tokens
 
 
 class ChatRequest(OpenAIFields):
@@ -235,13 +217,11 @@ class ChatRequest(OpenAIFields):
     top_logprobs:          Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
     @model_validator(mode="after")
-    def check_top_logprobs(self):
+    def check_pairs(self):
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+        self.max_tokens = self.max_completion_tokens or self.max_tokens
         return self
-
-    def get_max_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
 
     def get_num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -262,11 +242,8 @@ class LegacyChatRequest(SamplingFields):
     messages: Messages
 
     def to_chat_request(self) -> ChatRequest:
-        return ChatRequest.model_construct(**{name: getattr(self, name) for name in type(self).model_fields})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return ChatRequest.model_construct(**fields, stream=True)
 
 
 class Choice:
@@ -278,37 +255,38 @@ class Choice:
         self.chat_tokens = ChatTokens(tokenizer)
         self.parts: list[dict] = []       # as in a conversation
         self.in_tool = False              # the last part is an unfinished tool call or output
+        self.deltas: list[dict] = []      # for a stream: text at once, a tool's part when complete, {} at the end
         self.logprobs: list[dict] = []
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
 
-    def add(self, event: Event) -> list[dict]:
-        """Add an event; returns the deltas that a stream sends for it: text at once, a tool's part when complete."""
-        deltas, num_parts = [], len(self.parts)
+    def add(self, event: Event) -> None:
+        num_parts = len(self.parts)
         extend_parts(self.parts, event, self.chat_tokens)
         if self.in_tool and len(self.parts) > num_parts:
-            deltas.append(self._end_tool(self.parts[num_parts - 1]))
+            self._end_tool(self.parts[num_parts - 1])
         if event.part != "text":
             self.in_tool = True
             if event.token in (self.chat_tokens.python_end, self.chat_tokens.output_end) or event.finish_reason:
-                deltas.append(self._end_tool(self.parts[-1]))
+                self._end_tool(self.parts[-1])
         elif event.text:
-            deltas.append({"content": event.text})
+            if not (self.deltas and "content" in self.deltas[-1]):
+                self.deltas.append({"content": ""})
+            self.deltas[-1]["content"] += event.text
         if event.logprobs and event.part == "text" and event.token not in self.special_tokens:
-            self.logprobs.append(self._describe_token(event))
-        self.finish_reason, self.usage = event.finish_reason, event.usage
-        return deltas
+            self.logprobs.append(self._describe_token(event.token, event.logprobs.chosen) | {
+                "top_logprobs": [self._describe_token(*pair) for pair in event.logprobs.likeliest]})
+        if event.finish_reason:
+            self.finish_reason, self.usage = event.finish_reason, event.usage
+            self.deltas.append({})
 
-    def _end_tool(self, part: dict) -> dict:
+    def _end_tool(self, part: dict) -> None:
         self.in_tool = False
-        return {"tool": {"type": "call" if part["type"] == "python" else "output", "text": part["text"]}}
+        self.deltas.append({"tool": {"type": "call" if part["type"] == "python" else "output", "text": part["text"]}})
 
-    def _describe_token(self, event: Event) -> dict:
-        def describe(token: int, logprob: float) -> dict:
-            return {"token": self.tokenizer.decode([token]), "bytes": list(self.tokenizer.decode_bytes([token])),
-                    "logprob": logprob if math.isfinite(logprob) else IMPOSSIBLE_LOGPROB}
-        return describe(event.token, event.logprobs.chosen) | {
-            "top_logprobs": [describe(*pair) for pair in event.logprobs.likeliest]}
+    def _describe_token(self, token: int, logprob: float) -> dict:
+        return {"token": self.tokenizer.decode([token]), "bytes": list(self.tokenizer.decode_bytes([token])),
+                "logprob": max(logprob, -9999.0)}  # OpenAI's stand-in for minus infinity, which JSON lacks
 
     @property
     def content(self) -> str:
@@ -316,105 +294,79 @@ class Choice:
         return "".join(part["text"] for part in self.parts if part["type"] == "text")
 
 
-class ChatFormat:
-    """Choices of POST /v1/chat/completions."""
-    id_prefix, name, chunk_name = "chatcmpl-", "chat.completion", "chat.completion.chunk"
-    first_delta = {"role": "assistant", "content": ""}
-
-    @staticmethod
-    def whole(choice: Choice, with_logprobs: bool) -> dict:
-        message = {"role": "assistant", "content": choice.content, "refusal": None}
-        if any(part["type"] != "text" for part in choice.parts):
-            message["parts"] = choice.parts
-        logprobs = {"content": choice.logprobs, "refusal": None} if with_logprobs else None
-        return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
-
-    @staticmethod
-    def delta(choice: Choice, delta: dict, logprobs: list[dict] | None, finish_reason: str | None) -> dict:
-        return {"index": choice.index, "delta": delta, "finish_reason": finish_reason,
-                "logprobs": None if logprobs is None else {"content": logprobs, "refusal": None}}
-
-
-class TextFormat:
-    """Choices of POST /v1/completions."""
-    id_prefix, name, chunk_name = "cmpl-", "text_completion", "text_completion"
-    first_delta = None
-
-    @staticmethod
-    def whole(choice: Choice, with_logprobs: bool) -> dict:
-        return TextFormat.delta(choice, {"content": choice.content}, choice.logprobs if with_logprobs else None,
-                                choice.finish_reason)
-
-    @staticmethod
-    def delta(choice: Choice, delta: dict, logprobs: list[dict] | None, finish_reason: str | None) -> dict:
-        columns = None if logprobs is None else {
-            "tokens": [token["token"] for token in logprobs],
-            "token_logprobs": [token["logprob"] for token in logprobs],
-            "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]} for token in logprobs]}
-        return {"index": choice.index, "text": delta.get("content", ""), "logprobs": columns,
-                "finish_reason": finish_reason}
-
-
-def make_envelope(format_: type[ChatFormat | TextFormat], model: str, num_dropped: int) -> dict:
-    """The fields around the choices; `dropped_messages`, an extension, only where the context was too short."""
-    envelope = {"id": format_.id_prefix + secrets.token_hex(12), "object": format_.name, "created": int(time.time()),
-                "model": model}
-    return envelope | ({"dropped_messages": num_dropped} if num_dropped else {})
-
-
-def sum_usage(choices: Iterable[Choice]) -> dict:
-    """Token counts of an answer; the prompt, which all samples share, counts once."""
-    usages = [choice.usage for choice in choices]
-    prompt_tokens, completion_tokens = usages[0].prompt_tokens, sum(usage.completion_tokens for usage in usages)
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": usages[0].cached_tokens}}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Streams: a class per format, with the events at the start, for a delta of a choice, and at the end
-
-
 def to_sse(data: dict) -> str:
     """One server-sent event."""
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-class OpenAIStream:
-    """Chunks of OpenAI's format, closed by [DONE]."""
+class ChatFormat:
+    """An answer of POST /v1/chat/completions, whole or as a stream that [DONE] closes."""
+    id_prefix, name, chunk_name = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    first_delta = {"role": "assistant", "content": ""}
 
-    def __init__(self, format_: type[ChatFormat | TextFormat], envelope: dict, body: ChatRequest | CompletionRequest):
-        self.format, self.with_logprobs = format_, body.get_num_logprobs() is not None
+    def __init__(self, body: ChatRequest | CompletionRequest, model: str, worker_idx: int, num_dropped: int):
+        self.worker_idx = worker_idx
+        self.with_logprobs = body.get_num_logprobs() is not None
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        self.envelope = envelope | {"object": format_.chunk_name} | ({"usage": None} if self.with_usage else {})
-        self.begin = json.dumps(self.envelope, ensure_ascii=False)[:-1] + ', "choices": ['  # serialised once
+        self.envelope = {"id": self.id_prefix + secrets.token_hex(12), "object": self.name,
+                         "created": int(time.time()), "model": model}
+        if num_dropped:  # an extension, only where the context was too short
+            self.envelope["dropped_messages"] = num_dropped
+        self.chunk = self.envelope | {"object": self.chunk_name} | ({"usage": None} if self.with_usage else {})
 
-    def start(self, choices: Iterable[Choice]) -> str:
-        delta = self.format.first_delta
-        return "".join(self.encode(choice, delta) for choice in choices) if delta else ""
+    def format_choice(self, choice: Choice, delta: dict | None = None) -> dict:
+        """delta: {} at the end of a stream; None: the whole answer"""
+        fields = {"index": choice.index, "finish_reason": None if delta else choice.finish_reason,
+                  "logprobs": {"content": choice.logprobs, "refusal": None} if self.with_logprobs else None}
+        if delta is not None:
+            return fields | {"delta": delta}
+        calls = {"parts": choice.parts} if any(part["type"] != "text" for part in choice.parts) else {}
+        return fields | {"message": {"role": "assistant", "content": choice.content, "refusal": None} | calls}
+
+    def format_whole(self, choices: Sequence[Choice]) -> dict:
+        return self.envelope | {"choices": list(map(self.format_choice, choices)), "usage": sum_usage(choices)}
+
+    def start(self, choices: Sequence[Choice]) -> str:
+        return "".join(self.encode(choice, self.first_delta) for choice in choices) if self.first_delta else ""
 
     def encode(self, choice: Choice, delta: dict) -> str:
-        """delta: {} at the end of the choice"""
-        logprobs, choice.logprobs = choice.logprobs if self.with_logprobs else None, []
-        fields = self.format.delta(choice, delta, logprobs, None if delta else choice.finish_reason)
-        return f"data: {self.begin}{json.dumps(fields, ensure_ascii=False)}]}}\n\n"
+        event = to_sse(self.chunk | {"choices": [self.format_choice(choice, delta)]})
+        choice.logprobs.clear()
+        return event
 
-    def end(self, choices: Iterable[Choice]) -> str:
-        usage = self.envelope | {"choices": [], "usage": sum_usage(choices)} if self.with_usage else None
-        return (to_sse(usage) if usage else "") + "data: [DONE]\n\n"
+    def end(self, choices: Sequence[Choice]) -> str:
+        usage = self.envelope | {"object": self.chunk_name, "choices": [], "usage": sum_usage(choices)}
+        return (to_sse(usage) if self.with_usage else "") + "data: [DONE]\n\n"
 
 
-class LegacyStream:
-    """The visible text of the legacy endpoint: {"token", "gpu"}, closed by {"done": true}."""
+class TextFormat(ChatFormat):
+    """An answer of POST /v1/completions."""
+    id_prefix, name, chunk_name, first_delta = "cmpl-", "text_completion", "text_completion", None
 
-    def __init__(self, worker_idx: int):
-        self.worker_idx = worker_idx
+    def format_choice(self, choice: Choice, delta: dict | None = None) -> dict:
+        columns = {"tokens": [token["token"] for token in choice.logprobs],
+                   "token_logprobs": [token["logprob"] for token in choice.logprobs],
+                   "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]}
+                                    for token in choice.logprobs]}
+        return {"index": choice.index, "text": choice.content if delta is None else delta.get("content", ""),
+                "logprobs": columns if self.with_logprobs else None,
+                "finish_reason": None if delta else choice.finish_reason}
 
-    def start(self, choices: Iterable[Choice]) -> str:
-        return ""
+
+class LegacyFormat(ChatFormat):
+    """The visible text of the legacy endpoint as a stream of {"token", "gpu"}, closed by {"done": true}."""
+    first_delta = None
 
     def encode(self, choice: Choice, delta: dict) -> str:
         return to_sse({"token": delta["content"], "gpu": self.worker_idx}) if "content" in delta else ""
 
-    def end(self, choices: Iterable[Choice]) -> str:
+    def end(self, choices: Sequence[Choice]) -> str:
         return to_sse({"done": True})
+
+
+def sum_usage(choices: Sequence[Choice]) -> dict:
+    """Token counts of an answer; the prompt, which all samples share, counts once."""
+    prompt, completion_tokens = choices[0].usage, sum(choice.usage.completion_tokens for choice in choices)
+    return {"prompt_tokens": prompt.prompt_tokens, "completion_tokens": completion_tokens,
+            "total_tokens": prompt.prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": prompt.cached_tokens}}

@@ -1,12 +1,5 @@
 """The engines of a server: one process per device, and the pool that hands requests to them.
 
-    pool = EnginePool(functools.partial(start_process, settings=settings), num_workers=2, max_rows=32, max_waiting=64,
-                      log=log_line)
-    pool.start()                                          # returns when all engines are ready
-    answer = pool.submit([Request(...)], timeout_sec=60)  # in the server's event loop; Busy when the queue is full
-    events = await answer.next_events()                   # EngineError after a timeout or when the engine is lost
-    answer.close()                                        # at any time; its rows are free at once
-
     server process:  event loop --requests, cancels--> inbox thread -> Engine.step()  :engine process, one per device
                      event loop <-- reader thread <--- the events of each step -----
 
@@ -34,7 +27,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -44,8 +37,7 @@ import torch
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, count_cpus, end_process, get_compute_dtype, init_compute
-from nanochat.engine import Engine
-from nanochat.engine_request import Event, Request
+from nanochat.engine import Engine, Event, Request
 
 PULSE_SEC = 1.0               # between two heartbeats of an engine
 MAX_STEP_SEC = 300            # a longer step counts as endless and stops the heartbeat; assumption: prefilling 512
@@ -54,15 +46,13 @@ MAX_SILENT_SEC = 20           # without a heartbeat, before an engine is killed;
 START_TIMEOUT_SEC = 600       # for an engine to load its model
 STOP_TIMEOUT_SEC = 5          # for an engine to end its step, before it is killed
 MAX_RESTART_PAUSE_SEC = 30.0  # between two starts of an engine that crashes at once
+RETRY_SEC = 5                 # that a client is told to wait where an engine is lost
 HANDOVER_SEC = 0.04           # least time between two pieces of a stream: fewer pieces are less work for server and
                               # client (dev/LOG.md, "Tokens of a stream in pieces")
 RATE_WINDOW_SEC = 10          # of tokens per second
+NUM_COUNTS = 20_000           # steps of all engines in that time, at most
 NUM_LATENCIES = 1000          # most recent requests in the latency percentiles
 AFFINITY_TOKENS = 64          # prefix of a prompt that chooses among equally free engines
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The engine's process
 
 
 @dataclass(frozen=True)
@@ -93,33 +83,22 @@ def run_process(worker_idx: int, settings: EngineSettings, connection: Connectio
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     try:
-        engine, description = load_engine(worker_idx, settings)
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device_type = settings.device_type or (accelerator.type if accelerator else "cpu")
+        if device_type in ("cuda", "xpu"):  # the workers are distributed over the GPUs in turn
+            device_type += f":{worker_idx % max(1, torch.accelerator.device_count())}"
+        device, _ = init_compute(device_type)
+        if device.type == "cpu":
+            torch.set_num_threads(max(1, count_cpus() // settings.num_workers))
+        dtype, reason = get_compute_dtype(settings.dtype, device)
+        model, tokenizer, _ = load_model(settings.stage, device, tag=settings.tag, step=settings.step, dtype=dtype)
+        engine = Engine(model, tokenizer, max_rows=settings.max_rows, kept_rows=settings.max_rows,
+                        compile=settings.compile)
     except UserError as error:
         connection.send(("failure", str(error)))
         return
-    run_engine(engine, connection, description)
+    run_engine(engine, connection, f"{device} in {str(dtype).removeprefix('torch.')} ({reason})")
     end_process()  # Python's own exit takes seconds to tear torch down, and the server waits
-
-
-def load_engine(worker_idx: int, settings: EngineSettings) -> tuple[Engine, str]:
-    """The engine on this worker's device, and a description of where it runs."""
-    device, _ = init_compute(choose_device(settings.device_type, worker_idx))
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, count_cpus() // settings.num_workers))
-    dtype, reason = get_compute_dtype(settings.dtype, device)
-    model, tokenizer, _ = load_model(settings.stage, device, tag=settings.tag, step=settings.step, dtype=dtype)
-    engine = Engine(model, tokenizer, max_rows=settings.max_rows, kept_rows=settings.max_rows,
-                    compile=settings.compile)
-    return engine, f"{device} in {str(dtype).removeprefix('torch.')} ({reason})"
-
-
-def choose_device(device_type: str, worker_idx: int) -> str:
-    """The device of a worker; the workers are distributed over the GPUs in turn."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    device_type = device_type or (accelerator.type if accelerator else "cpu")
-    if device_type not in ("cuda", "xpu"):
-        return device_type
-    return f"{device_type}:{worker_idx % max(1, torch.accelerator.device_count())}"
 
 
 def run_engine(engine: Engine, connection: Connection, description: str = "") -> None:
@@ -168,28 +147,12 @@ def run_engine(engine: Engine, connection: Connection, description: str = "") ->
                 send("events", events, refusals)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The server's side: an answer, a worker, the pool
-
-
 class EngineError(Exception):
-    """An answer that no engine can give, or finish."""
+    """An answer that no engine can give, or finish. Kinds: 'refused', 'busy', 'timeout', 'lost' (the engine itself)."""
 
-
-class Busy(EngineError):
-    """All rows are taken and the queue is full."""
-
-    def __init__(self, retry_after_sec: int):
-        super().__init__("all rows are taken and the queue is full; try again later")
-        self.retry_after_sec = retry_after_sec
-
-
-class TimeOver(EngineError):
-    """The answer took longer than the server allows."""
-
-
-class Refused(EngineError):
-    """The engine can't answer such a request."""
+    def __init__(self, kind: str, message: str, retry_after_sec: int | None = None):
+        super().__init__(message)
+        self.kind, self.retry_after_sec = kind, retry_after_sec
 
 
 class Answer:
@@ -199,18 +162,20 @@ class Answer:
         self.pool, self.worker = pool, worker
         self.num_prompt_tokens = len(requests[0].tokens)
         self.num_tokens = 0
-        self.samples = {next(pool.ids): i for i in range(len(requests))}  # request id -> index of the sample
-        self.unfinished = set(self.samples)
+        self.request_ids = [next(pool.ids) for _ in requests]  # of the samples
         self.start = time.perf_counter()
         self.first_token_sec: float | None = None
         self._events: list[Event] = []
         self._error: EngineError | None = None
         self._wake = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
         self._next_handover_sec = 0.0             # by the event loop's clock
         self._handover: asyncio.TimerHandle | None = None
-        self._deadline = self._loop.call_later(timeout_sec, self.fail, TimeOver(
-            f"the answer was not finished within {timeout_sec:g} s"))
+        self._deadline = pool.loop.call_later(timeout_sec, self.fail, EngineError(
+            "timeout", f"the answer was not finished within {timeout_sec:g} s"))
+
+    def find_unfinished(self) -> list[int]:
+        """The ids of the requests that still generate."""
+        return [request_id for request_id in self.request_ids if request_id in self.worker.answers]
 
     def receive(self, event: Event) -> None:
         """Take the next event of one of the samples."""
@@ -218,20 +183,19 @@ class Answer:
             self.first_token_sec = time.perf_counter() - self.start
             self.pool.first_token_secs.append(self.first_token_sec)
         self.num_tokens += 1
+        self._events.append(event)
         if event.finish_reason:
-            self._end(event.request_id)
-            if not self.unfinished:
+            del self.worker.answers[event.request_id]
+            if not self.find_unfinished():
                 self._deadline.cancel()
                 self.pool.answer_secs.append(time.perf_counter() - self.start)
-        self._events.append(event)
-        if not self.unfinished:
-            self._wake.set()
-        elif self._handover is None:
-            self._handover = self._loop.call_at(self._next_handover_sec, self._wake.set)
+                self._wake.set()
+        if self._handover is None:
+            self._handover = self.pool.loop.call_at(self._next_handover_sec, self._wake.set)
 
     def fail(self, error: EngineError) -> None:
-        """Drop the unfinished samples; `next_events` raises the error after the events that came before it."""
-        if self.unfinished:
+        """Drop the unfinished samples; `iterate` raises the error after the events that came before it."""
+        if self.find_unfinished():
             self.close()
             self._error = error
             self._wake.set()
@@ -239,13 +203,9 @@ class Answer:
     def close(self) -> None:
         """Drop the unfinished samples, at once."""
         self._deadline.cancel()
-        for request_id in list(self.unfinished):
-            self._end(request_id)
+        for request_id in self.find_unfinished():
+            del self.worker.answers[request_id]
             self.worker.send(("cancel", request_id))
-
-    def _end(self, request_id: int) -> None:
-        self.unfinished.discard(request_id)
-        self.worker.answers.pop(request_id, None)
 
     async def wait(self) -> None:
         """Wait until there are events; raises EngineError where there won't be any."""
@@ -253,20 +213,18 @@ class Answer:
         if self._error and not self._events:
             raise self._error
 
-    async def next_events(self) -> list[Event]:
-        """The events since the last call, at least one; their request_id is a key of `samples`.
+    async def iterate(self) -> AsyncIterator[list[Event]]:
+        """The first and the last event come at once, those between them in pieces, HANDOVER_SEC apart.
 
-        The first and the last event come at once, those between them in pieces, HANDOVER_SEC apart.
+        EngineError after a timeout or where the engine is lost. An event's request_id is one of `request_ids`.
         """
-        await self.wait()
-        events, self._events = self._events, []
-        self._handover, self._next_handover_sec = None, self._loop.time() + HANDOVER_SEC
-        if not self._error:
-            self._wake.clear()
-        return events
-
-    def has_more(self) -> bool:
-        return bool(self.unfinished or self._events or self._error)
+        while self._events or self._error or self.find_unfinished():
+            await self.wait()
+            events, self._events = self._events, []
+            self._handover, self._next_handover_sec = None, self.pool.loop.time() + HANDOVER_SEC
+            if not self._error:
+                self._wake.clear()
+            yield events
 
 
 class EngineWorker:
@@ -325,7 +283,8 @@ class EngineWorker:
                     continue
                 silent_sec += PULSE_SEC
                 if silent_sec > (MAX_SILENT_SEC if self.connection else START_TIMEOUT_SEC):
-                    self.failure = f"no sign of life for {silent_sec:g} s"
+                    hint = "" if self.connection else "; try a smaller model or --device-type cpu"
+                    self.failure = f"no sign of life for {silent_sec:g} s{hint}"
                     self.process.kill()
         self.connection = None
         self.pool.call_soon(self._fail_answers)
@@ -347,17 +306,18 @@ class EngineWorker:
                 self.pool.call_soon(self._receive, events, refusals)
 
     def _receive(self, events: list[Event], refusals: list[tuple[int, str]]) -> None:
-        self.pool.count_tokens(len(events))
+        self.pool.token_counts.append((time.monotonic(), len(events)))
         for event in events:
             if answer := self.answers.get(event.request_id):  # None: cancelled meanwhile
                 answer.receive(event)
         for request_id, reason in refusals:
             if answer := self.answers.get(request_id):
-                answer.fail(Refused(reason))
+                answer.fail(EngineError("refused", reason))
 
     def _fail_answers(self) -> None:
         for answer in set(self.answers.values()):
-            answer.fail(EngineError("the engine of this request has ended; a new one is being started, try again"))
+            answer.fail(EngineError("lost", "the engine of this request has ended; a new one is being started, "
+                                    "try again", RETRY_SEC))
 
 
 class EnginePool:
@@ -370,9 +330,9 @@ class EnginePool:
         self.start_engine, self.log = start_engine, log
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.ids = itertools.count()
-        self.loop: asyncio.AbstractEventLoop | None = None  # the server's, while it runs
+        self.loop: asyncio.AbstractEventLoop | None = None  # the server's, from the first request on
         self.closed = threading.Event()
-        self.tokens_by_second: deque[tuple[int, int]] = deque(maxlen=RATE_WINDOW_SEC + 1)
+        self.token_counts: deque[tuple[float, int]] = deque(maxlen=NUM_COUNTS)  # (time in seconds, tokens) of a step
         self.first_token_secs: deque[float] = deque(maxlen=NUM_LATENCIES)
         self.answer_secs: deque[float] = deque(maxlen=NUM_LATENCIES)
         self.workers = [EngineWorker(self, i) for i in range(num_workers)]
@@ -382,10 +342,7 @@ class EnginePool:
         for worker in self.workers:
             worker.thread.start()
         for worker in self.workers:
-            if not worker.started.wait(START_TIMEOUT_SEC):
-                self.close()
-                raise UserError(f"engine {worker.worker_idx} was not ready after {START_TIMEOUT_SEC} s; try a smaller "
-                                "model or --device-type cpu")
+            worker.started.wait()
             if worker.connection is None:
                 self.close()
                 raise UserError(worker.failure or f"engine {worker.worker_idx} ended while it loaded the model; the "
@@ -411,40 +368,33 @@ class EnginePool:
                 self.loop.call_soon_threadsafe(function, *args)
 
     def submit(self, requests: Sequence[Request], timeout_sec: float) -> Answer:
-        """Send the samples of a prompt to the least busy engine; Busy where rows and queue have no room for them."""
+        """Send the samples of a prompt to the least busy engine; EngineError where there is no room for them."""
+        self.loop = asyncio.get_running_loop()
         ready = [worker for worker in self.workers if worker.connection is not None]
         if not ready:
-            raise EngineError("no engine is ready; one is being started, try again")
+            raise EngineError("lost", "no engine is ready; one is being started, try again", RETRY_SEC)
         if len(requests) > self.max_rows + self.max_waiting:
-            raise Refused(f"{len(requests)} samples at once are more than this server's rows and queue hold")
+            raise EngineError("refused", f"{len(requests)} samples at once are more than this server's rows and queue "
+                              "hold")
         num_active = sum(len(worker.answers) for worker in ready)
         if num_active + len(requests) > len(ready) * self.max_rows + self.max_waiting:
-            raise Busy(self._estimate_wait_sec())
+            rounds = self.max_waiting / (self.max_rows * len(self.workers))  # of answers, until the queue is empty
+            raise EngineError("busy", "all rows are taken and the queue is full; try again later",
+                              min(max(1, math.ceil(rounds * median(self.answer_secs or [1.0]))), 60))
         # Among equally free engines the prompt's prefix decides, so that a conversation finds its cached prefix again
         prefix_hash = zlib.crc32(json.dumps(list(requests[0].tokens[:AFFINITY_TOKENS])).encode())
         worker = min(ready, key=lambda worker: (len(worker.answers),
                                                 (worker.worker_idx - prefix_hash) % len(self.workers)))
         answer = Answer(self, worker, requests, timeout_sec)
-        for request_id, request in zip(answer.samples, requests, strict=True):
+        for request_id, request in zip(answer.request_ids, requests, strict=True):
             worker.answers[request_id] = answer
             worker.send(("submit", request_id, request))
         return answer
 
-    def _estimate_wait_sec(self) -> int:
-        """Seconds until the request at the end of a full queue is answered, roughly."""
-        answer_sec = median(self.answer_secs) if self.answer_secs else 1.0
-        return min(max(1, math.ceil(answer_sec * self.max_waiting / (self.max_rows * len(self.workers)))), 60)
-
-    def count_tokens(self, num_tokens: int) -> None:
-        second = int(time.monotonic())
-        if self.tokens_by_second and self.tokens_by_second[-1][0] == second:
-            num_tokens += self.tokens_by_second.pop()[1]
-        self.tokens_by_second.append((second, num_tokens))
-
     def get_stats(self) -> dict:
         """Rows, queue, tokens per second and latencies, for /stats."""
-        oldest = int(time.monotonic()) - RATE_WINDOW_SEC
-        num_tokens = sum(number for second, number in self.tokens_by_second if second >= oldest)
+        oldest_sec = time.monotonic() - RATE_WINDOW_SEC
+        num_tokens = sum(number for time_sec, number in self.token_counts if time_sec >= oldest_sec)
         workers = [{"worker": worker.worker_idx, "ready": worker.connection is not None,
                     "device": worker.description, "restarts": worker.num_restarts,
                     "running": min(len(worker.answers), self.max_rows),

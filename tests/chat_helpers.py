@@ -25,10 +25,12 @@ class ScriptedModel(nn.Module):
         self.cos = range(1000)  # positions
         self.step_sec = step_sec
         self.num_read = 0       # tokens
-        self.transformer = SimpleNamespace(wte=lambda token: torch.zeros(1))
 
     def get_device(self):
         return torch.device("cpu")
+
+    def embed_tokens(self, token):
+        return torch.zeros(1)
 
     def forward_trunk(self, idx, kv_cache):
         start = int(kv_cache.cache_seqlens[0])

@@ -3,7 +3,7 @@
 import pytest
 from server_helpers import TOKENIZER
 
-from nanochat.engine_request import ChatTokens, Generation, Request, TextStream, stream_text
+from nanochat.engine import ChatTokens, Generation, Request, TextStream
 
 PROMPT = [256, 1, 2]
 
@@ -60,9 +60,12 @@ def test_stop_strings_are_held_back_however_they_are_cut():
 
 
 def test_only_whole_characters_are_streamed():
+    def stream_text(tokens):
+        stream = TextStream(TOKENIZER)
+        pieces = [*(stream.feed(token) for token in tokens), stream.flush()]
+        return [piece for piece in pieces if piece]
     text = "naïve 한국어 😀 ok"
-    pieces = list(stream_text(TOKENIZER, TOKENIZER.encode(text)))
-    assert pieces == list(text)
-    assert list(stream_text(TOKENIZER, [*b"a\xf0\x9f"])) == ["a", "\ufffd"]        # cut within a character
-    assert "".join(stream_text(TOKENIZER, [*b"\xff\xc3a\x80"])) == "\ufffd\ufffda\ufffd"  # not UTF-8
-    assert list(stream_text(TOKENIZER, [])) == []
+    assert stream_text(TOKENIZER.encode(text)) == list(text)
+    assert stream_text([*b"a\xf0\x9f"]) == ["a", "\ufffd"]                   # cut within a character
+    assert "".join(stream_text([*b"\xff\xc3a\x80"])) == "\ufffd\ufffda\ufffd"  # not UTF-8
+    assert stream_text([]) == []
