@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from nanochat.common import UserError, write_atomic
@@ -60,12 +61,13 @@ def format_value(label: str, value: object) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, dict):
-        return cut(", ".join(f"{key} {format_value('', item)}" for key, item in value.items()), MAX_CELL_CHARS)
+        value = ", ".join(f"{key} {format_value('', item)}" for key, item in value.items())
     if not isinstance(value, int | float) or not math.isfinite(value):
         return cut(str(value), MAX_CELL_CHARS)
     if label.endswith("_bytes"):
-        unit, name = choose_unit(value, BYTE_UNITS)
-        return f"{value / unit:,.4g} {name}"
+        return scale_value(value, BYTE_UNITS, 4)
+    if label.endswith("_dollars"):
+        return f"${value:,.2f}"
     if label.endswith("_sec") and not label.endswith("_per_sec"):
         minutes, seconds = divmod(round(value), 60)
         if minutes >= 60:
@@ -86,13 +88,13 @@ def format_label(label: object) -> str:
 
 def format_count(count: float) -> str:
     """1.2 K, 3.4 M, 5.6 B."""
-    unit, name = choose_unit(count, COUNT_UNITS)
-    return f"{count / unit:.3g} {name}".rstrip()
+    return scale_value(count, COUNT_UNITS, 3)
 
 
-def choose_unit(value: float, units: tuple[tuple[float, str], ...]) -> tuple[float, str]:
-    """The largest unit that `value` reaches, else the smallest."""
-    return next((unit for unit in units if abs(value) >= unit[0]), units[-1])
+def scale_value(value: float, units: tuple[tuple[float, str], ...], digits: int) -> str:
+    """A value in the largest unit that it reaches, else in the smallest."""
+    size, unit = next((pair for pair in units if abs(value) >= pair[0]), units[-1])
+    return f"{value / size:,.{digits}g} {unit}".rstrip()
 
 
 def format_rows(table: Table) -> list[list[str]]:
@@ -250,12 +252,11 @@ def html_section(section: Section) -> str:
     if section.curve:
         parts.append(f'<div class="scroll">{draw_curve(section.curve)}</div>')
     for table in section.tables:
-        title = escape_html(table.title)
+        title, cells = escape_html(table.title), html_table(table)
         if table.folded:
-            parts.append(f"<details><summary>{title}</summary>{html_table(table)}</details>")
+            parts.append(f"<details><summary>{title}</summary>{cells}</details>")
         else:
-            parts += [f"<h3>{title}</h3>"] if title else []
-            parts.append(html_table(table))
+            parts += [f"<h3>{title}</h3>", cells] if title else [cells]
     for prompt, text in map(split_sample, section.samples):
         parts.append(f"<pre><b>{escape_html(prompt)}</b>{escape_html(text)}</pre>")
     parts += [f'<p class="note">{escape_html(cut(note, MAX_SAMPLE_CHARS))}</p>' for note in section.notes]
@@ -271,17 +272,16 @@ def html_values(values: dict, css_class: str) -> str:
 
 def html_table(table: Table) -> str:
     """A table that scrolls by itself on a narrow screen; columns of numbers are aligned right."""
-    texts = format_rows(table)
-    numeric = [all(isinstance(row[i], int | float) or row[i] is None for row in table.rows if i < len(row))
-               for i in range(len(table.columns))]
+    classes = [' class="number"' if all(isinstance(cell, int | float | None) for cell in cells[1:]) else ""
+               for cells in zip_longest(table.columns, *table.rows)] if table.columns else ["", ""]
 
     def line(tag: str, cells: list[str]) -> str:
-        classes = [' class="number"' if i < len(numeric) and numeric[i] else "" for i in range(len(cells))]
-        filled = (f"<{tag}{c}>{escape_html(text)}</{tag}>" for c, text in zip(classes, cells, strict=True))
-        return f"<tr>{''.join(filled)}</tr>"
+        return "<tr>" + "".join(f"<{tag}{css_class}>{escape_html(cell)}</{tag}>"
+                                for css_class, cell in zip(classes, cells, strict=False)) + "</tr>"
 
     head = line("th", [format_label(column) for column in table.columns]) if table.columns else ""
-    return f'<div class="scroll"><table>{head}{"".join(line("td", cells) for cells in texts)}</table></div>'
+    body = "".join(line("td", cells) for cells in format_rows(table))
+    return f'<div class="scroll"><table>{head}{body}</table></div>'
 
 
 def escape_html(text: object) -> str:
@@ -297,17 +297,13 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 820, 340, 52, 768, 40, 292    # of the
 def draw_curve(curve: Curve) -> str:
     """An SVG of the train values (left scale) and the validation values (right scale) against steps."""
     last_step = max(1, *(step for step, _ in curve.train + curve.val))
-    parts = []
-    for tick in make_ticks(0, last_step, 6):
-        if tick <= last_step:
-            x = place(tick, 0, last_step, LEFT, RIGHT)
-            parts.append(f'<text x="{x}" y="{BOTTOM + 20}" text-anchor="middle">{tick:,.0f}</text>')
+    parts = [f'<text x="{place(tick, 0, last_step, LEFT, RIGHT)}" y="{BOTTOM + 20}" text-anchor="middle">'
+             f"{tick:,.0f}</text>" for tick in make_ticks(0, last_step, 6) if tick <= last_step]
     parts.append(f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 40}" text-anchor="middle">step</text>')
-    train_line = smooth(curve.train)
-    for name, label, points, line in (("train", curve.labels[0], curve.train, train_line),
+    for name, label, points, line in (("train", curve.labels[0], curve.train, smooth(curve.train)),
                                       ("val", curve.labels[1], curve.val, curve.val)):
         if points:
-            values = [value for _, value in (train_line + curve.val if curve.has_one_scale else line)]
+            values = [value for _, value in (smooth(curve.train) + curve.val if curve.has_one_scale else line)]
             parts += draw_series(name, label, points, line, last_step, make_ticks(min(values), max(values), 5))
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{curve.labels[0]}">{"".join(parts)}</svg>'
 
@@ -323,22 +319,17 @@ def draw_series(name: str, label: str, points: list, line: list, last_step: int,
     def trace(css_class: str, points: list) -> str:
         return f'<path class="{css_class}" d="M{"L".join("{} {}".format(*locate(*point)) for point in thin(points))}"/>'
 
-    parts = []
     axis_x, anchor, legend_x = (LEFT - 8, "end", LEFT) if name == "train" else (RIGHT + 8, "start", LEFT + 225)
-    for tick in ticks:
-        y = place(tick, ticks[0], ticks[-1], BOTTOM, TOP)
-        parts.append(f'<text class="{name}Text" x="{axis_x}" y="{y + 4}" text-anchor="{anchor}">{tick:.10g}</text>')
-        if name == "train":
-            parts.append(f'<path class="grid" d="M{LEFT} {y}H{RIGHT}"/>')
+    heights = [locate(0, tick)[1] for tick in ticks]
+    parts = [f'<text class="{name}Text" x="{axis_x}" y="{y + 4}" text-anchor="{anchor}">{tick:.10g}</text>'
+             for tick, y in zip(ticks, heights, strict=True)]
     if name == "train":
-        parts.append(trace("train raw", points))
-    parts.append(trace(name, line))
-    if name == "val":
-        for step, value in thin(points):
-            x, y = locate(step, value)
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3.5"><title>step {step:,}: {value:.4f}</title></circle>')
-    parts.append(f'<path class="{name}" d="M{legend_x} 14h22"/><text x="{legend_x + 29}" y="18">{label}</text>')
-    return parts
+        parts += [f'<path class="grid" d="M{LEFT} {y}H{RIGHT}"/>' for y in heights]
+        parts += [trace("train raw", points), trace(name, line)]
+    else:
+        dot = '<circle cx="{}" cy="{}" r="3.5"><title>step {:,}: {:.4f}</title></circle>'
+        parts += [trace(name, line), *(dot.format(*locate(*point), *point) for point in thin(points))]
+    return parts + [f'<path class="{name}" d="M{legend_x} 14h22"/><text x="{legend_x + 29}" y="18">{label}</text>']
 
 
 def place(value: float, low: float, high: float, start: float, end: float) -> float:
