@@ -16,7 +16,7 @@ import re
 import shlex
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +34,6 @@ MAX_EVAL_ROWS = 12    # in the table of a run's evaluations
 GPU_PRICES = (("b300", 6.0), ("b200", 5.0), ("h200", 3.5), ("h100", 3.0), ("a100", 1.8), ("l40s", 1.0), ("4090", 0.5),
               ("t4", 0.35))
 REPO_DIR = Path(__file__).resolve().parents[1]
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
 
 
 def write_section(name: str, section: dict) -> None:
@@ -95,17 +92,14 @@ def read_run(run_dir: Path) -> RunFiles:
     """
     if not (run_dir / "run.json").is_file():
         return RunFiles()
-    metrics: dict[str, dict[int, list[dict]]] = {}
-    last_step = -1
+    metrics: dict[str, dict[int, list[dict]]] = defaultdict(dict)
     for line in read_metrics(run_dir):
         kind, step = line["kind"], line["step"]
-        if kind == "train":
-            if step <= last_step:
-                metrics = {key: {s: rows for s, rows in steps.items() if s <= step} for key, steps in metrics.items()}
-            last_step = step
-        rows = metrics.setdefault(kind, {}).setdefault(step, [])
+        if kind == "train" and step <= next(reversed(metrics["train"]), -1):
+            metrics |= {name: {s: rows for s, rows in steps.items() if s <= step} for name, steps in metrics.items()}
         # The last line of a step counts; but all its samples do, each once, though a resumed run draws them again
-        rows[:] = [old for old in rows if kind == "sample" and old != line] + [line]
+        others = [other for other in metrics[kind].get(step, ()) if kind == "sample" and other != line]
+        metrics[kind][step] = [*others, line]
     metrics = {kind: dict(sorted(steps.items())) for kind, steps in metrics.items()}
     return RunFiles(read_json(run_dir / "run.json"), metrics)
 
@@ -126,9 +120,11 @@ def build_card(base_dir: Path, price_per_hour: float | None) -> Card:
     if not chain:
         raise UserError(f"nothing to report yet: no section and no run in {base_dir}; start with: "
                         "bash runs/quickstart.sh")
-    sections, tiles, commands, environments, wall_sec = [], {}, [], {}, 0.0
-    for record, run_path in chain:
-        run = read_run(base_dir / run_path) if run_path in runs else RunFiles()
+    sections, shown, tiles, commands, created, wall_sec = compare_stages(chain), set(), {}, {}, [], 0.0
+    environments: dict[str, tuple[str, dict]] = {}    # as JSON -> (the first run with it, environment)
+    for record in chain:
+        run_path = record.get("run") or ""
+        run = read_run(base_dir / run_path) if run_path in runs.keys() - shown else RunFiles()
         section = Section(str(record.get("title", run_path)), dict(record.get("values") or record.get("metrics") or {}),
                           [Table(t.get("title", ""), t["columns"], t["rows"]) for t in record.get("tables") or ()],
                           list(record.get("samples") or ()), [str(note) for note in record.get("notes") or ()])
@@ -142,45 +138,44 @@ def build_card(base_dir: Path, price_per_hour: float | None) -> Card:
                      "tokens trained on": tokens and format_count(tokens)}
             # the first stage's figures: a chat has other bits per byte
             tiles = {key: value for key, value in facts.items() if value} | tiles
-        elif run_path:
+        elif run_path and run_path not in shown:
             section.notes.append(f"{run_path} isn't there any more, so its curve and settings are missing here")
+        shown.add(run_path)    # a run belongs to the first section that names it
         # the time of an evaluation, in its own section, and the time of the run where the run is shown
         run_sec = max(run.info.get("wall_sec") or 0.0, run.get_last("train", "elapsed_sec") or 0.0)
         wall_sec += (record.get("wall_sec") or 0.0) + run_sec
         sections.append(section)
-        commands += [format_command(argv) for argv in (record.get("argv") or run.info.get("argv"),) if argv]
-    shown = {run_path for _, run_path in chain}
-    sections[:0] = compare_stages([record for record, _ in chain])
+        created += [record.get("created"), run.info.get("created")]
+        if argv := record.get("argv") or run.info.get("argv"):
+            commands[format_command(argv)] = None    # each once, in order
     others = [[path, info.get("status"), info.get("created")] for path, info in runs.items() if path not in shown]
     if others:
         sections.append(Section("Other runs on this disk", tables=[Table("", ["run", "status", "created"], others)]))
-    known = list(environments.values())
-    price, why = find_price([environment for _, environment in known], price_per_hour)
+    price, why = find_price([environment for _, environment in environments.values()], price_per_hour)
     tiles["wall-clock time"] = format_value("_sec", wall_sec)
     tiles["cost"] = "unknown" if price is None else format_value("_dollars", wall_sec / 3600 * price)
-    sections += [describe_code(), describe_environments(known)]
+    sections += [describe_code(), describe_environments(list(environments.values()))]
     sections[-1].notes.append(f"Cost: {why}." if price is None else f"Cost: at ${price:,.2f} per hour, {why}.")
-    records = [record for record, _ in chain] + [runs.get(run_path, {}) for _, run_path in chain]
-    latest = max((str(record["created"]) for record in records if record.get("created")), default="")
-    return Card(latest, tiles, sections, list(dict.fromkeys(commands)))
+    if commands:
+        sections.append(Section("Commands", code="\n".join(commands)))
+    return Card(max(map(str, filter(None, created)), default=""), tiles, sections)
 
 
-def choose_chain(saved: dict[str, dict], runs: dict[str, dict]) -> list[tuple[dict, str]]:
-    """(section, path of its run or '') in reading order: the saved ones, and each other stage's newest run."""
-    def rank(name: str) -> int:
-        return next((10 * i for i, prefix in enumerate(SECTION_ORDER, 1) if name.startswith(prefix)), 1000)
+def choose_chain(saved: dict[str, dict], runs: dict[str, dict]) -> list[dict]:
+    """Sections in reading order: the saved ones, and one for each other stage's newest run."""
+    def place(item: tuple[str, dict]) -> tuple[int, int, str]:
+        name, section = item
+        rank = next((10 * i for i, prefix in enumerate(SECTION_ORDER, 1) if name.startswith(prefix)), 1000)
+        stage = {stage: i for i, stage in enumerate(STAGES, 1)}.get(section.get("stage"), 0)    # 0: comes first
+        return section.get("order", rank), stage, str(section.get("created"))
 
-    chain = [(record.get("order", rank(name)), record, record.get("run") or "") for name, record in saved.items()]
-    told_stages = {run_path.split("/")[1] for _, _, run_path in chain if run_path.count("/") == 2}
+    run_paths = [section.get("run") or "" for section in saved.values()]
+    told_stages = {path.split("/")[1] for path in run_paths if path.count("/") == 2}
     newest = {path.split("/")[1]: path for path in sorted(runs, key=lambda path: str(runs[path].get("created")))}
-    for stage in [stage for stage in newest if stage not in told_stages]:
-        info = runs[newest[stage]]
-        title = f"{STAGES.get(stage, stage)} {info.get('tag', '')} ({info.get('status', 'unknown')})"
-        chain.append((rank(f"{stage}_train"), {"title": title}, newest[stage]))
-    places = {stage: place for place, stage in enumerate(STAGES, 1)}    # a section without a stage comes first
-    chain.sort(key=lambda item: (item[0], places.get(item[1].get("stage"), 0), str(item[1].get("created"))))
-    seen: set[str] = set()  # a run belongs to the first section that names it
-    return [(record, "" if run_path in seen else seen.add(run_path) or run_path) for _, record, run_path in chain]
+    untold = {f"{stage}_train, not saved": {
+        "title": f"{STAGES.get(stage, stage)} {runs[path].get('tag', '')} ({runs[path].get('status', 'unknown')})",
+        "run": path} for stage, path in newest.items() if stage not in told_stages}
+    return [section for _, section in sorted((saved | untold).items(), key=place)]
 
 
 def complete_section(section: Section, run: RunFiles, price_per_hour: float | None) -> None:
@@ -207,8 +202,8 @@ def complete_section(section: Section, run: RunFiles, price_per_hour: float | No
     folded = {"Packing of the data": packing, "Model": run.info.get("model_config"), "Plan": run.info.get("plan"),
               "Data": run.info.get("data"), "Tokenizer": run.info.get("tokenizer")}
     section.tables += [Table(title, [], list(facts.items()), folded=True) for title, facts in folded.items() if facts]
-    if run.info.get("decisions"):
-        rows = [[d.get("what"), d.get("value"), d.get("why")] for d in run.info["decisions"]]
+    rows = [[d.get("what"), d.get("value"), d.get("why")] for d in run.info.get("decisions") or ()]
+    if rows:
         section.tables.append(Table("Decided automatically", ["what", "value", "why"], rows, folded=True))
     if not section.samples and run.metrics.get("sample"):
         step, section.samples = list(run.metrics["sample"].items())[-1]
@@ -240,14 +235,14 @@ def compare_with_plan(section: Section, run: RunFiles, price_per_hour: float | N
     if "train_sec" in predicted:  # of the whole plan, while the run may not have reached its end
         predicted["train_sec"] *= num_steps / run.info["plan"]["num_iterations"]
     price, _ = find_price([run.info.get("environment") or {}], price_per_hour)
-    rows = []
-    for key, label in (("peak_memory_bytes", "peak memory"), ("train_sec", f"time of {num_steps:,} steps"),
-                       ("tokens_per_sec", "tokens per sec"), ("mfu_pct", "MFU")):
-        rows.append((key, label, predicted.get(key), actual.get(key)))
-    if price is not None:
-        rows.append(("_dollars", "cost of that time", *(sec and sec / 3600 * price for sec in rows[1][2:])))
-    rows = [[label, *("" if value is None else format_value(key, value) for value in pair),
-             f"{pair[1] / pair[0]:.2f}" if all(pair) else ""] for key, label, *pair in rows if pair != [None, None]]
+    for values in (predicted, actual):
+        if price is not None and "train_sec" in values:
+            values["train_dollars"] = values["train_sec"] / 3600 * price
+    labels = {"peak_memory_bytes": "peak memory", "train_sec": f"time of {num_steps:,} steps",
+              "tokens_per_sec": "tokens per sec", "mfu_pct": "MFU", "train_dollars": "cost of that time"}
+    pairs = {key: (predicted.get(key), actual.get(key)) for key in labels}
+    rows = [[labels[key], *("" if value is None else format_value(key, value) for value in pair),
+             f"{pair[1] / pair[0]:.2f}" if all(pair) else ""] for key, pair in pairs.items() if pair != (None, None)]
     section.tables.append(Table("Plan against actual", ["", "predicted", "actual", "actual / predicted"], rows))
     sources = (f"{what}: {predicted[key]}" for what, key in (("MFU", "mfu_source"), ("memory", "memory_source"))
                if key in predicted)
@@ -288,8 +283,7 @@ def describe_code() -> Section:
     for folder in ("nanochat", "scripts", "tasks", "runs", "tests", "dev"):
         texts = [path.read_text(encoding="utf-8") for path in sorted((REPO_DIR / folder).rglob("*"))
                  if path.suffix in (".py", ".sh", ".html")]
-        if texts:
-            rows.append([folder, len(texts), sum(text.count("\n") for text in texts), sum(map(len, texts))])
+        rows += [[folder, len(texts), sum(text.count("\n") for text in texts), sum(map(len, texts))]] if texts else []
     rows.append(["all", *(sum(row[i] for row in rows) for i in (1, 2, 3))])
     section = Section("Code", tables=[Table("", ["folder", "files", "lines", "characters"], rows)])
     lock, project = REPO_DIR / "requirements.lock", REPO_DIR / "pyproject.toml"
@@ -302,14 +296,12 @@ def describe_code() -> Section:
 
 def describe_environments(environments: list[tuple[str, dict]]) -> Section:
     """Hardware and versions; one table for all runs that agree."""
-    section = Section("Environment")
+    tables = []
     for run_path, environment in environments:
         flat = environment | {"hardware": None, "host": None} | (environment.get("hardware") or {})
         rows = [[key, value] for key, value in flat.items() if value is not None]
-        section.tables.append(Table("" if len(environments) == 1 else f"from {run_path} on", [], rows))
-    if not environments:
-        section.notes.append("No run has recorded one yet.")
-    return section
+        tables.append(Table("" if len(environments) == 1 else f"from {run_path} on", [], rows))
+    return Section("Environment", tables=tables, notes=[] if tables else ["No run has recorded one yet."])
 
 
 def format_command(argv: list) -> str:
@@ -319,10 +311,6 @@ def format_command(argv: list) -> str:
     if path.suffix == ".py":
         words[:1] = ["python", "-m", f"{path.parent.name}.{path.stem}"]
     return shlex.join(words)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The commands
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
