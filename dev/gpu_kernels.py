@@ -12,7 +12,7 @@ from dev.timing import time_in_turn
 from nanochat import flash_attention
 from nanochat.compilation import set_compile_kernels
 from nanochat.cross_entropy import LOGIT_SOFTCAP, linear_cross_entropy
-from nanochat.flash_attention import BACKENDS, flash_attn, plain_attention, probe_report
+from nanochat.flash_attention import flash_attn, plain_attention, probe_report
 from nanochat.optim import adamw_update, as_scalars, muon_update
 
 # Relative errors against float64. bf16 keeps 8 bits: one rounding is 2e-3 on average, a wrong mask or layout over 0.3
@@ -29,7 +29,7 @@ HYPERS = {"adamw": (0.02, 0.8, 0.95, 1e-10, 0.1, 3), "muon": (0.02, 0.95, 0.9, 0
 
 def check_attention(setup: Setup) -> Iterator[Check]:
     """Every backend that this device has: windows, grouped heads, odd lengths, backward, and decoding from a cache."""
-    for name, works, reason in probe_report(setup.device, setup.dtype, BACKENDS):
+    for name, works, reason in probe_report(setup.device, setup.dtype):
         if not works:
             # a backend that isn't there, or isn't for this device, is no fault; one that is there and fails is
             absent = reason.startswith(("needs ", "is for ", "no package "))
