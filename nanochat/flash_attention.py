@@ -75,8 +75,7 @@ def flash_attn_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tens
     if k is not None:
         write_to_cache(k_cache[None], 0, k, positions)
         write_to_cache(v_cache[None], 0, v, positions)
-    keys, mask = find_mask(positions, T, window_size[0], q.size(2) // k_cache.size(2),
-                           torch.promote_types(q.dtype, k_cache.dtype), q.device)
+    keys, mask = find_mask(positions, q, k_cache, window_size[0])
     return attend_to_cache(q, k_cache[:, keys], v_cache[:, keys], mask).to(q.dtype)
 
 
@@ -314,15 +313,13 @@ def find_positions(lengths: Tensor, num_new: int, capacity: int) -> Positions:
     return Positions(first, end, lengths[:, None].long() + torch.arange(num_new, device=lengths.device))
 
 
-def find_mask(positions: Positions, num_new: int, window: int, num_groups: int, dtype: torch.dtype,
-              device: torch.device) -> tuple[slice, Tensor | None]:
+def find_mask(positions: Positions, q: Tensor, k_cache: Tensor, window: int) -> tuple[slice, Tensor | None]:
     """Which keys of a cache any new token sees, and the mask of these; the same in all layers with one window.
 
-    The mask is added to scores (B, Hk, G * T, keys) of this dtype; traced, it is boolean and true where they count.
-    None where all queries see all keys.
-
-    num_groups: G, query heads of a key/value head
+    The mask is added to scores (B, Hk, G * T, keys), G query heads of each key/value head, in the wider dtype of q and
+    the cache; traced, it is boolean and true where they count. None where all queries see all keys.
     """
+    num_new, num_groups, device = q.size(1), q.size(2) // k_cache.size(-2), q.device
     first = max(0, positions.first - window) if window >= 0 else 0
     if positions.by_row is None:
         if num_new == 1:
@@ -334,6 +331,7 @@ def find_mask(positions: Positions, num_new: int, window: int, num_groups: int, 
         seen = seen.repeat(1, num_groups, 1)[:, None]            # (B, 1, G * T, keys)
     if torch.compiler.is_compiling():
         return slice(None), seen  # which are all
+    dtype = torch.promote_types(q.dtype, k_cache.dtype)
     mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -float("inf"))
     return slice(first, positions.end), mask
 

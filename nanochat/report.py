@@ -104,10 +104,6 @@ def read_run(run_dir: Path) -> RunFiles:
     return RunFiles(read_json(run_dir / "run.json"), metrics)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From files to a card
-
-
 def build_card(base_dir: Path, price_per_hour: float | None) -> Card:
     """The card of all sections and runs below `base_dir`.
 
@@ -253,14 +249,14 @@ def find_price(environments: list[dict], price_per_hour: float | None) -> tuple[
     """US dollars per hour of the machine that the runs used, and its source; None where the price is unknown."""
     if price_per_hour is not None:
         return price_per_hour, "as given"
-    machines = {(hardware.get("gpu"), hardware.get("num_gpus")) for hardware in
-                (environment.get("hardware") or {} for environment in environments)}
+    hardwares = [environment.get("hardware") or {} for environment in environments]
+    machines = {(hardware.get("gpu"), hardware.get("num_gpus") or 1) for hardware in hardwares}
     if len(machines) != 1:
         return None, "give --price-per-hour, for " + ("several machines were used" if machines else "no run says where")
     gpu, num_gpus = machines.pop()
     for key, price in GPU_PRICES if gpu else ():
         if re.search(rf"\b{key}\b", str(gpu).lower()):
-            return price * (num_gpus or 1), f"assumed for {num_gpus or 1} x {key} (another: --price-per-hour)"
+            return price * num_gpus, f"assumed for {num_gpus} x {key} (another: --price-per-hour)"
     return None, f"give --price-per-hour, for no price is known for {gpu or 'a CPU'}"
 
 
