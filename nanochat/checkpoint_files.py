@@ -65,6 +65,21 @@ def make_empty(run_dir: Path, temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
+def publish(run_dir: Path, step: int, meta: dict) -> None:
+    """Make a whole checkpoint of the files that lie in step_<step>.tmp, and the latest one."""
+    temporary, final = run_dir / f"{get_step_name(step)}.tmp", run_dir / get_step_name(step)
+    write_atomic(temporary / META_NAME, json.dumps(meta | {"checksum": hash_meta(meta)}, indent=2))
+    earlier = [other for other in list_steps(run_dir) if other != step]
+    if earlier and read_latest(run_dir) == step:  # once more: until it is whole, an earlier step is the latest
+        write_atomic(run_dir / "latest", get_step_name(earlier[-1]) + "\n")
+    sync_folder(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(temporary, final)
+    sync_folder(run_dir)
+    write_atomic(run_dir / "latest", final.name + "\n")
+    sync_folder(run_dir)
+
+
 def write_files(folder: Path, files: dict[str, tuple[dict[str, Tensor], dict]]) -> dict[str, str]:
     """Write safetensors files, given as (tensors, ranges), synced to disk; returns the sha256 of each.
 
@@ -82,21 +97,6 @@ def write_files(folder: Path, files: dict[str, tuple[dict[str, Tensor], dict]]) 
         with open(folder / name, "rb") as file:
             os.fsync(file.fileno())
     return {name: hash_file(folder / name) for name in files}
-
-
-def publish(run_dir: Path, step: int, meta: dict) -> None:
-    """Make a whole checkpoint of the files that lie in step_<step>.tmp, and the latest one."""
-    temporary, final = run_dir / f"{get_step_name(step)}.tmp", run_dir / get_step_name(step)
-    write_atomic(temporary / META_NAME, json.dumps(meta | {"checksum": hash_meta(meta)}, indent=2))
-    earlier = [other for other in list_steps(run_dir) if other != step]
-    if earlier and read_latest(run_dir) == step:  # once more: until it is whole, an earlier step is the latest
-        write_atomic(run_dir / "latest", get_step_name(earlier[-1]) + "\n")
-    sync_folder(temporary)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(temporary, final)
-    sync_folder(run_dir)
-    write_atomic(run_dir / "latest", final.name + "\n")
-    sync_folder(run_dir)
 
 
 def remove_old_checkpoints(run_dir: Path, keep_last: int, keep_every: int = -1) -> None:
