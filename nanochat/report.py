@@ -42,7 +42,7 @@ def write_section(name: str, section: dict) -> None:
     section: title, values {label: number | str}, tables [{title, columns, rows}], samples [{prompt, text}],
              notes [str], argv, created, order (number), run (path of the run directory below the base folder),
              wall_sec, and for the comparison of stages: stage (a key of STAGES) and metrics {name: number}.
-             All are optional. Labels end in their unit (_bytes, _sec, _ms, _pct, _frac), where they have one.
+             All are optional. Labels end in their unit (_bytes, _sec, _ms, _pct, _frac, _dollars), where they have one.
     """
     if not re.fullmatch(r"[a-z0-9_-]+", name):
         raise ValueError(f"{name!r} can't name a section")
@@ -240,9 +240,9 @@ def compare_with_plan(section: Section, run: RunFiles, price_per_hour: float | N
     rows = [[labels[key], *("" if value is None else format_value(key, value) for value in pair),
              f"{pair[1] / pair[0]:.2f}" if all(pair) else ""] for key, pair in pairs.items() if pair != (None, None)]
     section.tables.append(Table("Plan against actual", ["", "predicted", "actual", "actual / predicted"], rows))
-    sources = (f"{what}: {predicted[key]}" for what, key in (("MFU", "mfu_source"), ("memory", "memory_source"))
-               if key in predicted)
-    section.notes.append("; ".join(("Predicted when the run began", *sources)) + ".")
+    sources = {"MFU": predicted.get("mfu_source"), "memory": predicted.get("memory_source")}
+    notes = ["Predicted when the run began", *(f"{what}: {source}" for what, source in sources.items() if source)]
+    section.notes.append("; ".join(notes) + ".")
 
 
 def find_price(environments: list[dict], price_per_hour: float | None) -> tuple[float | None, str]:

@@ -79,7 +79,7 @@ def format_value(label: str, value: object) -> str:
 
 def format_label(label: object) -> str:
     """A label without its unit, which format_value writes after the value."""
-    return re.sub(r"(?<!_per)_(bytes|sec|ms|pct|frac)$", "", str(label)).replace("_", " ")
+    return re.sub(r"(?<!_per)_(bytes|sec|ms|pct|frac|dollars)$", "", str(label)).replace("_", " ")
 
 
 def format_count(count: float) -> str:
