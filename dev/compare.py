@@ -25,7 +25,7 @@ from dev.timing import print_table
 from nanochat.choices import FREE_FLAGS, MACHINE_FLAGS
 from nanochat.common import UserError, get_base_dir, print0, run_script, write_json
 from nanochat.report import read_run
-from nanochat.report_render import Table, format_rows
+from nanochat.report_render import format_rows
 
 # The kind and key of a line of metrics.jsonl; the loss is the running mean, as a single step's is noise
 METRICS = {"val_bpb": ("eval", "val_bpb"), "train_loss": ("train", "loss_smooth")}
@@ -239,7 +239,7 @@ def print_results(results: dict) -> None:
             row += [f"{needed:.3g}" if needed else "not reached",
                     *(format_multiplier(group[f"{axis}_to_reach"]) for axis in ("flops", "seconds"))]
         rows.append(row + [None] * (len(columns) - len(row)))
-    print_table(columns, format_rows(Table("", columns, rows)))
+    print_table(columns, format_rows(columns, rows))
     for name, group in results["groups"].items():
         inverse = group.get("base_flops_to_reach")
         if inverse and not group["flops_to_reach"]["multiplier"] and inverse["multiplier"]:

@@ -20,16 +20,7 @@ from dev.laws import INTERVAL_PCT, MIN_PARAMETRIC_RUNS, Law, ParametricLaw, fit_
 from dev.results import CONVENTIONS, MAIN_CONVENTION, group_budgets, load_results
 from dev.timing import print_table
 from nanochat.common import now, print0, run_script, write_atomic, write_json
-from nanochat.report_render import (
-    Section,
-    Table,
-    format_count,
-    format_pairs,
-    format_rows,
-    html_page,
-    html_section,
-    html_values,
-)
+from nanochat.report_render import Section, Table, format_count, format_rows, html_page, html_section, html_values
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -160,9 +151,9 @@ def print_section(section: Section) -> None:
     """A section as text in columns."""
     print0(f"\n{section.title}")
     if section.values:
-        print_table([], format_pairs(section.values.items()))
+        print_table([], format_rows([], section.values.items()))
     for table in section.tables:
-        print_table(table.columns, format_rows(table))
+        print_table(table.columns, format_rows(table.columns, table.rows))
     for note in section.notes:
         print0(note)
 

@@ -219,15 +219,20 @@ def train_rank(tag: str) -> None:
     base_train.main(["--model-tag", tag, *TRAIN_ARGS])
 
 
-def make_data(tag: str) -> None:
-    """Text of random words under a simple grammar, and a tokenizer."""
-    rng = random.Random(0)
+def write_texts(folder: Path, seed: int, num_docs: int) -> None:
+    """Documents of random words under a grammar simple enough that a tiny model learns some of it."""
+    rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(80)]
-    folder = get_base_dir() / "texts"
     folder.mkdir()
-    for doc in range(NUM_DOCS):
+    for doc in range(num_docs):
         sentences = [f"The {rng.choice(words)} {rng.choice(words)}s the {rng.choice(words)}." for _ in range(20)]
         (folder / f"{doc:03d}.txt").write_text(" ".join(sentences))
+
+
+def make_data(tag: str) -> None:
+    """A toy corpus and a tokenizer."""
+    folder = get_base_dir() / "texts"
+    write_texts(folder, 0, NUM_DOCS)
     dataset.main(["--source", "files", "--path", str(folder), "--name", "toy"])
     tok_train.main(["--data", "toy", "--vocab-size", "320"])
 

@@ -49,10 +49,6 @@ def read_latest(run_dir: Path) -> int | None:
                         f"{', '.join(map(str, steps)) or 'none'}") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Write
-
-
 def check_finite(weights: dict[str, Tensor], step: int) -> None:
     """Refuse to keep a model that can't be trained further: its loss would be found out a step too late."""
     bad = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
@@ -68,25 +64,13 @@ def make_empty(run_dir: Path, temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def write_files(folder: Path, files: dict[str, tuple[dict[str, Tensor], dict]]) -> dict[str, str]:
-    """Write safetensors files, given as (tensors, ranges), synced to disk; returns the sha256 of each.
-
-    ranges: of tensors that are rows [first, end) of a larger one: name -> (first, end, rows of the whole)
-    """
-    for name, (tensors, ranges) in files.items():
-        # one entry, because the library writes several in another order each time
-        save_tensors(folder / name, tensors, {RANGES_KEY: json.dumps(ranges)} if ranges else None)
-    return {name: hash_file(folder / name) for name in files}
-
-
 def publish(run_dir: Path, step: int, meta: dict) -> None:
     """Make a whole checkpoint of the files that lie in step_<step>.tmp, and the latest one."""
     temporary, final = run_dir / f"{get_step_name(step)}.tmp", run_dir / get_step_name(step)
     write_atomic(temporary / META_NAME, json.dumps(meta | {"checksum": hash_meta(meta)}, indent=2))
-    if read_latest(run_dir) == step:  # the same step once more: until it is whole, an earlier one is the latest
-        earlier = [other for other in list_steps(run_dir) if other != step]
-        if earlier:
-            write_atomic(run_dir / "latest", get_step_name(earlier[-1]) + "\n")
+    earlier = [other for other in list_steps(run_dir) if other != step]
+    if earlier and read_latest(run_dir) == step:  # once more: until it is whole, an earlier step is the latest
+        write_atomic(run_dir / "latest", get_step_name(earlier[-1]) + "\n")
     sync_folder(temporary)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(temporary, final)
@@ -95,17 +79,23 @@ def publish(run_dir: Path, step: int, meta: dict) -> None:
     sync_folder(run_dir)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file and sync it to disk."""
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:
-        # safetensors wraps the system's error; a full disk, or a used up quota, must be known as one
-        if number := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-        raise
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def write_files(folder: Path, files: dict[str, tuple[dict[str, Tensor], dict]]) -> dict[str, str]:
+    """Write safetensors files, given as (tensors, ranges), synced to disk; returns the sha256 of each.
+
+    ranges: of tensors that are rows [first, end) of a larger one: name -> (first, end, rows of the whole)
+    """
+    for name, (tensors, ranges) in files.items():
+        try:
+            # one entry, because the library writes several in another order each time
+            save_file(tensors, folder / name, {RANGES_KEY: json.dumps(ranges)} if ranges else None)
+        except SafetensorError as error:
+            # safetensors wraps the system's error; a full disk, or a used up quota, must be known as one
+            if number := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder / name)) from error
+            raise
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())
+    return {name: hash_file(folder / name) for name in files}
 
 
 def remove_old_checkpoints(run_dir: Path, keep_last: int | None, keep_every: int | None = None) -> None:
@@ -118,24 +108,18 @@ def remove_old_checkpoints(run_dir: Path, keep_last: int | None, keep_every: int
             shutil.rmtree(run_dir / get_step_name(step))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Read
-
-
 def load_meta(run_dir: Path, step: int) -> dict:
     """A checkpoint's meta.json; one that is damaged, or that a newer nanochat wrote, is refused."""
     path = run_dir / get_step_name(step) / META_NAME
     try:
         meta = json.loads(path.read_text())
-        version, checksum = int(meta.get("format", 1)), meta.pop("checksum", None)
+        if (version := int(meta.get("format", 1))) > FORMAT_VERSION:
+            raise UserError(f"the checkpoint {path.parent} has format {version}, but this nanochat reads up to "
+                            f"{FORMAT_VERSION}; update nanochat, or use the version that wrote it")
+        if meta.pop("checksum", None) not in (None, hash_meta(meta)):  # the first checkpoints had none
+            raise ValueError("its checksum doesn't match")
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the checkpoint file {path} is damaged ({error}); {advise_steps(run_dir, step)}") from None
-    if version > FORMAT_VERSION:
-        raise UserError(f"the checkpoint {path.parent} has format {version}, but this nanochat reads up to "
-                        f"{FORMAT_VERSION}; update nanochat, or use the version that wrote it")
-    if checksum not in (None, hash_meta(meta)):  # the first checkpoints had none
-        raise UserError(f"the checkpoint file {path} is damaged (its checksum doesn't match); "
-                        f"{advise_steps(run_dir, step)}")
     return meta
 
 

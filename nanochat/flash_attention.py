@@ -35,17 +35,13 @@ MIN_BLOCK_QUERIES, MAX_BLOCKS = 256, 8  # blocks: short ones skip more of the ke
 
 _override_impl: str | None = None       # a test's choice, before any other
 _chosen: dict[str, str] = {}            # device type -> backend
-_fa3_module, _fa3_searched = None, False
+_fa3_module = None                      # found by _load_fa3; a plain global, which torch.compile can trace
 
 
 def __getattr__(name: str):
     if name == "HAS_FA3":  # asked for by name, not at import, since finding it loads libraries
         return _load_fa3() is not None
     raise AttributeError(name)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The calls
 
 
 def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool = True,
@@ -71,10 +67,16 @@ def flash_attn_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tens
     if cache_seqlens is None:
         cache_seqlens = torch.zeros(q.size(0), dtype=torch.int32, device=q.device)
     if uses_fa3(q):
-        out = _get_fa3().flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens,
+        out = _fa3_module.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens,
                                                   causal=True, window_size=(window_size[0], 0))
         return out[0] if isinstance(out, tuple) else out
-    return _cached_sdpa(q, k_cache, v_cache, k, v, cache_seqlens, window_size[0])
+    T = q.size(1)
+    positions = find_positions(cache_seqlens if k is not None else cache_seqlens - T, T, k_cache.size(1))
+    if k is not None:
+        write_to_cache(k_cache[None], 0, k, positions)
+        write_to_cache(v_cache[None], 0, v, positions)
+    keys, mask = find_mask(positions, q, k_cache, window_size[0])
+    return attend_to_cache(q, k_cache[:, keys], v_cache[:, keys], mask).to(q.dtype)
 
 
 flash_attn = SimpleNamespace(flash_attn_func=flash_attn_func, flash_attn_with_kvcache=flash_attn_with_kvcache)
@@ -93,11 +95,9 @@ def _backend_of(q: Tensor) -> str:
         return "sdpa"  # or each length of a prompt would be compiled for
     if backend == "blocks" and not q.requires_grad:
         return "sdpa"  # whose forward pass is the fast half
+    if backend == "fa3" and _fa3_module is None:
+        raise UserError(f"fa3 was asked for, but there is no package {' or '.join(FA3_PACKAGES)} and no hub kernel")
     return backend
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Choosing
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, num_tokens: int | None = None, *,
@@ -110,10 +110,7 @@ def choose_backend(device: torch.device, dtype: torch.dtype, num_tokens: int | N
         raise UserError(f"--attention {wanted} is not one of auto, {', '.join(BACKENDS)}")
     reasons = []
     for name in BACKENDS if wanted == "auto" else (wanted,):
-        if name == "flex" and num_tokens is not None and num_tokens % FLEX_BLOCK:
-            works, reason = False, f"needs a context of a multiple of {FLEX_BLOCK}"
-        else:
-            works, reason = probe_backend(name, device, dtype)
+        works, reason = probe_backend(name, device, dtype, num_tokens)
         if works:
             _chosen[device.type] = name
             return name, "; ".join([*reasons, f"{name} {reason}"])
@@ -121,13 +118,13 @@ def choose_backend(device: torch.device, dtype: torch.dtype, num_tokens: int | N
     raise UserError(f"no attention backend works here: {'; '.join(reasons)}")
 
 
-def probe_report(device: torch.device, dtype: torch.dtype,
-                 backends: tuple[str, ...] = BACKENDS) -> list[tuple[str, bool, str]]:
+def probe_report(device: torch.device, dtype: torch.dtype) -> list[tuple[str, bool, str]]:
     """(name, works, reason) for each backend, from a small forward and backward pass on the device itself."""
-    return [(name, *probe_backend(name, device, dtype)) for name in backends]
+    return [(name, *probe_backend(name, device, dtype)) for name in BACKENDS]
 
 
-def probe_backend(name: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+def probe_backend(name: str, device: torch.device, dtype: torch.dtype,
+                  num_tokens: int | None = None) -> tuple[bool, str]:
     """Does this backend compute attention here? Compares output and gradients, windowed and not, with fp32."""
     if name == "blocks" and device.type != "cpu":
         return False, f"is for CPUs, this is {device.type}"
@@ -136,6 +133,8 @@ def probe_backend(name: str, device: torch.device, dtype: torch.dtype) -> tuple[
             return False, f"needs a CUDA device, this is {device.type}"
         if dtype not in (torch.bfloat16, torch.float16):
             return False, f"needs bf16 or fp16, this is {dtype}"
+    if name == "flex" and (num_tokens or 0) % FLEX_BLOCK:
+        return False, f"needs a context of a multiple of {FLEX_BLOCK}"
     if name == "fa3" and _load_fa3() is None:
         return False, f"no package {' or '.join(FA3_PACKAGES)}, and no kernel from the hub"
     if device.type == "cuda":
@@ -159,9 +158,9 @@ def probe_backend(name: str, device: torch.device, dtype: torch.dtype) -> tuple[
 
 
 def _run_probe(call: Callable, values: list[Tensor], device: torch.device, dtype: torch.dtype, window: int):
-    q, k, v = (t.to(device, dtype).requires_grad_() for t in values[:3])
-    out = call(q, k, v, window)
-    return out.detach(), *torch.autograd.grad(out, (q, k, v), values[3].to(device, dtype))
+    *qkv, grad = (t.to(device, dtype) for t in values)
+    out = call(*(t.requires_grad_() for t in qkv), window)
+    return out.detach(), *torch.autograd.grad(out, qkv, grad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,6 +180,11 @@ def _window_mask(num_queries: int, num_keys: int, window: int, device: torch.dev
     """(queries, keys) bool: the last queries of the keys see themselves and `window` keys before them."""
     query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
     key = torch.arange(num_keys, device=device)[None]
+    return _sees(query, key, window)
+
+
+def _sees(query: Tensor, key: Tensor, window: int) -> Tensor:
+    """Whether the query at one position sees the key at another."""
     return (key <= query) & (key >= query - window) if window >= 0 else key <= query
 
 
@@ -231,66 +235,53 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def _fa3(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    out = _get_fa3().flash_attn_func(q, k, v, causal=True, window_size=(window, 0 if window >= 0 else -1))
+    out = _fa3_module.flash_attn_func(q, k, v, causal=True, window_size=(window, 0 if window >= 0 else -1))
     return out[0] if isinstance(out, tuple) else out
 
 
-def _get_fa3():
-    """The module that _load_fa3 found; a plain global, which torch.compile can trace."""
-    if _fa3_module is None:
-        raise UserError(f"fa3 was asked for, but there is no package {' or '.join(FA3_PACKAGES)} and no hub kernel")
-    return _fa3_module
-
-
+@functools.cache
 def _load_fa3():
-    """Find the module with flash_attn_func and flash_attn_with_kvcache, or None; looks for it once."""
-    global _fa3_module, _fa3_searched
-    if not _fa3_searched:
-        _fa3_module, _fa3_searched = _search_fa3(), True
+    """Find the module with flash_attn_func and flash_attn_with_kvcache, or None; looks for it once.
+
+    A package may be broken, the hub out of reach or without this build of torch: then the next one is tried.
+    """
+    global _fa3_module
+    if torch.cuda.is_available() and not torch.version.hip:
+        finders = [(importlib.import_module, name) for name in FA3_PACKAGES]
+        if torch.cuda.get_device_capability() == (9, 0):  # the hub's FlashAttention 3 is built for Hopper
+            finders += [(_get_kernel, name) for name in FA3_KERNELS]
+        for find, name in finders:
+            with contextlib.suppress(Exception):
+                module = find(name)
+                if hasattr(module, "flash_attn_with_kvcache"):
+                    _fa3_module = module
+                    break
     return _fa3_module
 
 
-def _search_fa3():
-    if not torch.cuda.is_available() or torch.version.hip:
-        return None
-    for name in FA3_PACKAGES:
-        with contextlib.suppress(ImportError, OSError, RuntimeError):
-            module = importlib.import_module(name)
-            if hasattr(module, "flash_attn_with_kvcache"):
-                return module
-    if torch.cuda.get_device_capability() == (9, 0):  # the hub's FlashAttention 3 is built for Hopper
-        with contextlib.suppress(ImportError):
-            from kernels import get_kernel
-            for repo in FA3_KERNELS:
-                # offline, unknown torch build, no such file: whatever the hub raises, the next backend serves
-                with contextlib.suppress(Exception):
-                    kernel = get_kernel(repo)
-                    return getattr(kernel, "flash_attn_interface", kernel)
-    return None
+def _get_kernel(name: str):
+    from kernels import get_kernel
+    kernel = get_kernel(name)
+    return getattr(kernel, "flash_attn_interface", kernel)
+
+
+_compile_once = functools.cache(functools.partial(torch.compile, dynamic=False))
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
-    call = _compiled_flex() if q.device.type == "cuda" else flex_attention
+    call = _compile_once(flex_attention) if q.device.type == "cuda" else flex_attention
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
     y = call(q, k, v, block_mask=_flex_mask(q.size(2), window, q.device), enable_gqa=q.size(1) != k.size(1))
     return y.transpose(1, 2)
 
 
 @functools.cache
-def _compiled_flex() -> Callable:
-    from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention, dynamic=False)
-
-
-@functools.cache
 def _flex_mask(num_tokens: int, window: int, device: torch.device):
     from torch.nn.attention.flex_attention import create_block_mask
-
-    def sees(b, h, query, key):
-        return (key <= query) & (key >= query - window) if window >= 0 else key <= query
     with torch.inference_mode(False):  # or a mask first made in evaluation could not serve training
-        return create_block_mask(sees, None, None, num_tokens, num_tokens, device=device)
+        return create_block_mask(lambda b, h, query, key: _sees(query, key, window), None, None, num_tokens, num_tokens,
+                                 device=device)
 
 
 _TRAIN_CALLS = {"fa3": _fa3, "flex": _flex, "blocks": _blocks, "sdpa": _sdpa}
@@ -322,15 +313,13 @@ def find_positions(lengths: Tensor, num_new: int, capacity: int) -> Positions:
     return Positions(first, end, lengths[:, None].long() + torch.arange(num_new, device=lengths.device))
 
 
-def find_mask(positions: Positions, num_new: int, window: int, num_groups: int, dtype: torch.dtype,
-              device: torch.device) -> tuple[slice, Tensor | None]:
+def find_mask(positions: Positions, q: Tensor, k_cache: Tensor, window: int) -> tuple[slice, Tensor | None]:
     """Which keys of a cache any new token sees, and the mask of these; the same in all layers with one window.
 
-    The mask is added to scores (B, Hk, G * T, keys) of this dtype; traced, it is boolean and true where they count.
-    None where all queries see all keys.
-
-    num_groups: G, query heads of a key/value head
+    The mask is added to scores (B, Hk, G * T, keys), G query heads of each key/value head, in the wider dtype of q and
+    the cache; traced, it is boolean and true where they count. None where all queries see all keys.
     """
+    num_new, num_groups, device = q.size(1), q.size(2) // k_cache.size(-2), q.device
     first = max(0, positions.first - window) if window >= 0 else 0
     if positions.by_row is None:
         if num_new == 1:
@@ -338,12 +327,11 @@ def find_mask(positions: Positions, num_new: int, window: int, num_groups: int, 
         seen = _window_mask(num_new, positions.end - first, window, device).repeat(num_groups, 1)
     else:
         keys = torch.arange(first, positions.end, device=device)
-        seen = keys <= positions.by_row[..., None]  # (B, T, keys)
-        if window >= 0:
-            seen = seen & (keys >= positions.by_row[..., None] - window)
-        seen = seen.repeat(1, num_groups, 1)[:, None]  # (B, 1, G * T, keys)
+        seen = _sees(positions.by_row[..., None], keys, window)  # (B, T, keys)
+        seen = seen.repeat(1, num_groups, 1)[:, None]            # (B, 1, G * T, keys)
     if torch.compiler.is_compiling():
         return slice(None), seen  # which are all
+    dtype = torch.promote_types(q.dtype, k_cache.dtype)
     mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -float("inf"))
     return slice(first, positions.end), mask
 
@@ -384,16 +372,3 @@ def _attend_with_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
     y = (weights[..., None] * v.float().transpose(1, 2)[:, :, None]).sum(3)       # (B, Hk, G, D)
     return (y / weights.sum(-1, keepdim=True)).view(B, 1, H, D)
-
-
-def _cached_sdpa(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None,
-                 cache_seqlens: Tensor, window: int) -> Tensor:
-    """Attention on a cache, each row with its own length."""
-    T = q.size(1)
-    positions = find_positions(cache_seqlens if k is not None else cache_seqlens - T, T, k_cache.size(1))
-    if k is not None:
-        write_to_cache(k_cache[None], 0, k, positions)
-        write_to_cache(v_cache[None], 0, v, positions)
-    keys, mask = find_mask(positions, T, window, q.size(2) // k_cache.size(2),
-                           torch.promote_types(q.dtype, k_cache.dtype), q.device)
-    return attend_to_cache(q, k_cache[:, keys], v_cache[:, keys], mask).to(q.dtype)

@@ -54,7 +54,7 @@ class KVCache:
     def begin(self, num_tokens: int) -> None:
         """Begin a forward pass over `num_tokens` new tokens of each row."""
         self.reserve(num_tokens)
-        self.num_new, self.masks = num_tokens, {}
+        self.masks: dict[int, tuple[slice, Tensor | None]] = {}    # by window
         self.positions = find_positions(self.cache_seqlens, num_tokens, self.k_cache.size(2))
 
     def get_positions(self) -> Tensor | slice:
@@ -70,8 +70,7 @@ class KVCache:
         write_to_cache(self.k_cache, layer, k, self.positions)
         write_to_cache(self.v_cache, layer, v, self.positions)
         if window not in self.masks:  # of all layers with this window
-            self.masks[window] = find_mask(self.positions, self.num_new, window, q.size(2) // k.size(2),
-                                           torch.promote_types(q.dtype, self.k_cache.dtype), q.device)
+            self.masks[window] = find_mask(self.positions, q, self.k_cache, window)
         keys, mask = self.masks[window]
         k_cache, v_cache = self.get_layer_cache(layer)
         return attend_to_cache(q, k_cache[:, keys], v_cache[:, keys], mask).to(q.dtype)

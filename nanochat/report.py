@@ -9,12 +9,14 @@ files alone. This module gathers what is shown; report_render.py turns it into t
 """
 
 import argparse
+import contextlib
 import json
 import math
 import re
 import shlex
 import statistics
 import time
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,9 +35,6 @@ GPU_PRICES = (("b300", 6.0), ("b200", 5.0), ("h200", 3.5), ("h100", 3.0), ("a100
               ("t4", 0.35))
 REPO_DIR = Path(__file__).resolve().parents[1]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
 
 def write_section(name: str, section: dict) -> None:
     """Leave one section for the report card; a later call with the same name replaces it. Rank 0 writes.
@@ -43,7 +42,7 @@ def write_section(name: str, section: dict) -> None:
     section: title, values {label: number | str}, tables [{title, columns, rows}], samples [{prompt, text}],
              notes [str], argv, created, order (number), run (path of the run directory below the base folder),
              wall_sec, and for the comparison of stages: stage (a key of STAGES) and metrics {name: number}.
-             All are optional. Labels end in their unit (_bytes, _sec, _ms, _pct, _frac), where they have one.
+             All are optional. Labels end in their unit (_bytes, _sec, _ms, _pct, _frac, _dollars), where they have one.
     """
     if not re.fullmatch(r"[a-z0-9_-]+", name):
         raise ValueError(f"{name!r} can't name a section")
@@ -55,14 +54,12 @@ def write_section(name: str, section: dict) -> None:
 
 def read_json(path: Path, keys: Sequence[str] = ()) -> dict:
     """A JSON object with all of these keys, from a file that this project wrote."""
-    try:
+    value = None
+    with contextlib.suppress(ValueError):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        value = None
-    problem = "not a JSON object" if not isinstance(value, dict) else \
-        ", ".join(f"no {key}" for key in keys if key not in value)
-    if problem:
-        raise UserError(f"{path} is damaged ({problem}); delete it, or repeat the command that wrote it")
+    problems = [f"no {key}" for key in keys if key not in value] if isinstance(value, dict) else ["not a JSON object"]
+    if problems:
+        raise UserError(f"{path} is damaged ({', '.join(problems)}); delete it, or repeat the command that wrote it")
     return value
 
 
@@ -72,10 +69,14 @@ class RunFiles:
     info:    dict = field(default_factory=dict)                               # run.json
     metrics: dict[str, dict[int, list[dict]]] = field(default_factory=dict)   # metrics.jsonl as {kind: {step: lines}}
 
+    def get_lines(self, kind: str) -> list[dict]:
+        """The last line of each step."""
+        return [rows[-1] for rows in self.metrics.get(kind, {}).values()]
+
     def get_series(self, kind: str, key: str) -> list[tuple[int, float]]:
         """(step, value) of one logged quantity, finite numbers only."""
-        return [(step, float(rows[-1][key])) for step, rows in self.metrics.get(kind, {}).items()
-                if isinstance(rows[-1].get(key), int | float) and math.isfinite(rows[-1][key])]
+        return [(line["step"], float(line[key])) for line in self.get_lines(kind)
+                if isinstance(line.get(key), int | float) and math.isfinite(line[key])]
 
     def get_last(self, kind: str, key: str) -> float | None:
         """The last value of one logged quantity."""
@@ -84,34 +85,23 @@ class RunFiles:
 
 
 def read_run(run_dir: Path) -> RunFiles:
-    """The files of a run; UserError where run.json is damaged."""
-    if not (run_dir / "run.json").is_file():
-        return RunFiles()
-    return RunFiles(read_json(run_dir / "run.json"), group_metrics(read_metrics(run_dir)))
-
-
-def group_metrics(lines: list[dict]) -> dict[str, dict[int, list[dict]]]:
-    """Lines of metrics.jsonl as {kind: {step: lines}}, without the steps that a resumed run has repeated.
+    """The files of a run, without the steps that a resumed run has repeated; UserError where run.json is damaged.
 
     A train line whose step isn't beyond the last one starts a resumed run: everything that the earlier attempt logged
     after that step is dropped.
     """
-    metrics: dict[str, dict[int, list[dict]]] = {}
-    last_step = -1
-    for line in lines:
+    if not (run_dir / "run.json").is_file():
+        return RunFiles()
+    metrics: dict[str, dict[int, list[dict]]] = defaultdict(dict)
+    for line in read_metrics(run_dir):
         kind, step = line["kind"], line["step"]
-        if kind == "train":
-            if step <= last_step:
-                metrics = {key: {s: rows for s, rows in steps.items() if s <= step} for key, steps in metrics.items()}
-            last_step = step
-        rows = metrics.setdefault(kind, {}).setdefault(step, [])
+        if kind == "train" and step <= next(reversed(metrics["train"]), -1):
+            metrics |= {name: {s: rows for s, rows in steps.items() if s <= step} for name, steps in metrics.items()}
         # The last line of a step counts; but all its samples do, each once, though a resumed run draws them again
-        rows[:] = [old for old in rows if kind == "sample" and old != line] + [line]
-    return {kind: dict(sorted(steps.items())) for kind, steps in metrics.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From files to a card
+        others = [other for other in metrics[kind].get(step, ()) if kind == "sample" and other != line]
+        metrics[kind][step] = [*others, line]
+    metrics = {kind: dict(sorted(steps.items())) for kind, steps in metrics.items()}
+    return RunFiles(read_json(run_dir / "run.json"), metrics)
 
 
 def build_card(base_dir: Path, price_per_hour: float | None) -> Card:
@@ -126,53 +116,62 @@ def build_card(base_dir: Path, price_per_hour: float | None) -> Card:
     if not chain:
         raise UserError(f"nothing to report yet: no section and no run in {base_dir}; start with: "
                         "bash runs/quickstart.sh")
-    sections, tiles, commands, environments, wall_sec = [], {}, [], {}, 0.0
-    for record, run_path in chain:
-        run = read_run(base_dir / run_path) if run_path in runs else RunFiles()
+    sections, shown, tiles, commands, created, wall_sec = compare_stages(chain), set(), {}, {}, [], 0.0
+    environments: dict[str, tuple[str, dict]] = {}    # as JSON -> (the first run with it, environment)
+    for record in chain:
+        run_path = record.get("run") or ""
+        run = read_run(base_dir / run_path) if run_path in runs.keys() - shown else RunFiles()
         section = Section(str(record.get("title", run_path)), dict(record.get("values") or record.get("metrics") or {}),
                           [Table(t.get("title", ""), t["columns"], t["rows"]) for t in record.get("tables") or ()],
                           list(record.get("samples") or ()), [str(note) for note in record.get("notes") or ()])
         if run.info:
             complete_section(section, run, price_per_hour)
-            environments.setdefault(json.dumps(run.info.get("environment")), (run_path, run.info.get("environment")))
-            tiles = describe_model(run) | tiles  # the first stage's figures: a chat has other bits per byte
-        elif run_path:
+            if environment := run.info.get("environment"):
+                environments.setdefault(json.dumps(environment), (run_path, environment))
+            tokens = run.get_last("train", "tokens")
+            facts = {"validation bpb": run.get_last("eval", "val_bpb"),
+                     "layers": (run.info.get("model_config") or {}).get("n_layer"),
+                     "tokens trained on": tokens and format_count(tokens)}
+            # the first stage's figures: a chat has other bits per byte
+            tiles = {key: value for key, value in facts.items() if value} | tiles
+        elif run_path and run_path not in shown:
             section.notes.append(f"{run_path} isn't there any more, so its curve and settings are missing here")
+        shown.add(run_path)    # a run belongs to the first section that names it
         # the time of an evaluation, in its own section, and the time of the run where the run is shown
         run_sec = max(run.info.get("wall_sec") or 0.0, run.get_last("train", "elapsed_sec") or 0.0)
         wall_sec += (record.get("wall_sec") or 0.0) + run_sec
         sections.append(section)
-        commands += [format_command(argv) for argv in (record.get("argv") or run.info.get("argv"),) if argv]
-    shown = {run_path for _, run_path in chain}
-    sections[:0] = compare_stages([record for record, _ in chain])
-    sections += list_other_runs({path: info for path, info in runs.items() if path not in shown})
-    known = [pair for pair in environments.values() if pair[1]]
-    price, why = find_price([environment for _, environment in known], price_per_hour)
+        created += [record.get("created"), run.info.get("created")]
+        if argv := record.get("argv") or run.info.get("argv"):
+            commands[format_command(argv)] = None    # each once, in order
+    others = [[path, info.get("status"), info.get("created")] for path, info in runs.items() if path not in shown]
+    if others:
+        sections.append(Section("Other runs on this disk", tables=[Table("", ["run", "status", "created"], others)]))
+    price, why = find_price([environment for _, environment in environments.values()], price_per_hour)
     tiles["wall-clock time"] = format_value("_sec", wall_sec)
-    tiles["cost"] = "unknown" if price is None else f"${wall_sec / 3600 * price:,.2f}"
-    sections += [describe_code(), describe_environments(known)]
+    tiles["cost"] = "unknown" if price is None else format_value("_dollars", wall_sec / 3600 * price)
+    sections += [describe_code(), describe_environments(list(environments.values()))]
     sections[-1].notes.append(f"Cost: {why}." if price is None else f"Cost: at ${price:,.2f} per hour, {why}.")
-    records = [record for record, _ in chain] + [runs.get(run_path, {}) for _, run_path in chain]
-    latest = max((str(record["created"]) for record in records if record.get("created")), default="")
-    return Card(latest, tiles, sections, list(dict.fromkeys(commands)))
+    if commands:
+        sections.append(Section("Commands", code="\n".join(commands)))
+    return Card(max(map(str, filter(None, created)), default=""), tiles, sections)
 
 
-def choose_chain(saved: dict[str, dict], runs: dict[str, dict]) -> list[tuple[dict, str]]:
-    """(section, path of its run or '') in reading order: the saved ones, and each other stage's newest run."""
-    def rank(name: str) -> int:
-        return next((10 * i for i, prefix in enumerate(SECTION_ORDER, 1) if name.startswith(prefix)), 1000)
+def choose_chain(saved: dict[str, dict], runs: dict[str, dict]) -> list[dict]:
+    """Sections in reading order: the saved ones, and one for each other stage's newest run."""
+    def place(item: tuple[str, dict]) -> tuple[int, int, str]:
+        name, section = item
+        rank = next((10 * i for i, prefix in enumerate(SECTION_ORDER, 1) if name.startswith(prefix)), 1000)
+        stage = {stage: i for i, stage in enumerate(STAGES, 1)}.get(section.get("stage"), 0)    # 0: comes first
+        return section.get("order", rank), stage, str(section.get("created"))
 
-    chain = [(record.get("order", rank(name)), record, record.get("run") or "") for name, record in saved.items()]
-    told_stages = {run_path.split("/")[1] for _, _, run_path in chain if run_path.count("/") == 2}
+    run_paths = [section.get("run") or "" for section in saved.values()]
+    told_stages = {path.split("/")[1] for path in run_paths if path.count("/") == 2}
     newest = {path.split("/")[1]: path for path in sorted(runs, key=lambda path: str(runs[path].get("created")))}
-    for stage in [stage for stage in newest if stage not in told_stages]:
-        info = runs[newest[stage]]
-        title = f"{STAGES.get(stage, stage)} {info.get('tag', '')} ({info.get('status', 'unknown')})"
-        chain.append((rank(f"{stage}_train"), {"title": title}, newest[stage]))
-    places = {stage: place for place, stage in enumerate(STAGES, 1)}    # a section without a stage comes first
-    chain.sort(key=lambda item: (item[0], places.get(item[1].get("stage"), 0), str(item[1].get("created"))))
-    seen: set[str] = set()  # a run belongs to the first section that names it
-    return [(record, "" if run_path in seen else seen.add(run_path) or run_path) for _, record, run_path in chain]
+    untold = {f"{stage}_train, not saved": {
+        "title": f"{STAGES.get(stage, stage)} {runs[path].get('tag', '')} ({runs[path].get('status', 'unknown')})",
+        "run": path} for stage, path in newest.items() if stage not in told_stages}
+    return [section for _, section in sorted((saved | untold).items(), key=place)]
 
 
 def complete_section(section: Section, run: RunFiles, price_per_hour: float | None) -> None:
@@ -191,15 +190,16 @@ def complete_section(section: Section, run: RunFiles, price_per_hour: float | No
     section.curve = curve if len(curve.train) > 1 or len(curve.val) > 1 else None
     if run.info.get("predicted") and run.metrics.get("train"):
         compare_with_plan(section, run, price_per_hour)
-    section.tables += tabulate_evals(run)
-    packing = [rows[-1] for rows in run.metrics.get("data", {}).values()][-1:]
-    for title, facts in (("Packing of the data", {k: v for row in packing for k, v in row.items() if k != "kind"}),
-                         ("Model", run.info.get("model_config")), ("Plan", run.info.get("plan")),
-                         ("Data", run.info.get("data")), ("Tokenizer", run.info.get("tokenizer"))):
-        if facts:
-            section.tables.append(Table(title, [], [[k, v] for k, v in facts.items()], folded=True))
-    if run.info.get("decisions"):
-        rows = [[d.get("what"), d.get("value"), d.get("why")] for d in run.info["decisions"]]
+    if evals := run.get_lines("eval"):
+        columns = list(dict.fromkeys(key for line in evals for key in line if key != "kind"))
+        rows = [[line.get(key) for key in columns] for line in thin(evals, MAX_EVAL_ROWS)]
+        section.tables.append(Table("Evaluations", columns, rows))
+    packing = {key: value for line in run.get_lines("data")[-1:] for key, value in line.items() if key != "kind"}
+    folded = {"Packing of the data": packing, "Model": run.info.get("model_config"), "Plan": run.info.get("plan"),
+              "Data": run.info.get("data"), "Tokenizer": run.info.get("tokenizer")}
+    section.tables += [Table(title, [], list(facts.items()), folded=True) for title, facts in folded.items() if facts]
+    rows = [[d.get("what"), d.get("value"), d.get("why")] for d in run.info.get("decisions") or ()]
+    if rows:
         section.tables.append(Table("Decided automatically", ["what", "value", "why"], rows, folded=True))
     if not section.samples and run.metrics.get("sample"):
         step, section.samples = list(run.metrics["sample"].items())[-1]
@@ -208,26 +208,21 @@ def complete_section(section: Section, run: RunFiles, price_per_hour: float | No
 
 def measure_run(run: RunFiles) -> dict[str, float]:
     """Tokens, speed, memory and time of the training as a whole, under the keys of run.json's predictions."""
-    measured = {}
-    for key, name, choose in (("tokens", "tokens", max), ("tokens_per_sec", "tokens_per_sec", statistics.median),
-                              ("mfu_pct", "mfu_pct", statistics.median),
-                              ("peak_memory_bytes", "peak_memory_bytes", max), ("train_sec", "elapsed_sec", max)):
-        if values := [value for _, value in run.get_series("train", name)]:
-            measured[key] = choose(values)
-    return measured
+    choices = {"tokens": max, "tokens_per_sec": statistics.median, "mfu_pct": statistics.median,
+               "peak_memory_bytes": max, "elapsed_sec": max}
+    series = {key: [value for _, value in run.get_series("train", key)] for key in choices}
+    return {key.replace("elapsed", "train"): choices[key](values) for key, values in series.items() if values}
 
 
 def get_held_out_reward(run: RunFiles) -> list[tuple[int, float]]:
     """(step, mean reward over the held-out questions of all tasks) of each evaluation of RL, sampled as in training."""
-    tasks = {key.removesuffix("_reward") for rows in run.metrics.get("eval", {}).values() for key in rows[-1]
-             if key.endswith("_reward")}
-    sums: dict[int, tuple[float, float]] = {}    # {step: (rewards, questions)}
-    for task in tasks:
-        counts = dict(run.get_series("eval", f"{task}_problems"))
-        for step, reward in run.get_series("eval", f"{task}_reward"):
-            total, num_questions = sums.get(step, (0.0, 0.0))
-            sums[step] = total + reward * counts.get(step, 0.0), num_questions + counts.get(step, 0.0)
-    return [(step, total / num_questions) for step, (total, num_questions) in sorted(sums.items()) if num_questions]
+    rewards, questions = Counter(), Counter()    # {step: number}
+    for key in sorted({key for line in run.get_lines("eval") for key in line if key.endswith("_reward")}):
+        counts = dict(run.get_series("eval", key.removesuffix("_reward") + "_problems"))
+        for step, reward in run.get_series("eval", key):
+            rewards[step] += reward * counts.get(step, 0)
+            questions[step] += counts.get(step, 0)
+    return [(step, rewards[step] / questions[step]) for step in sorted(questions) if questions[step]]
 
 
 def compare_with_plan(section: Section, run: RunFiles, price_per_hour: float | None) -> None:
@@ -238,71 +233,44 @@ def compare_with_plan(section: Section, run: RunFiles, price_per_hour: float | N
     price, _ = find_price([run.info.get("environment") or {}], price_per_hour)
     for values in (predicted, actual):
         if price is not None and "train_sec" in values:
-            values["dollars"] = values["train_sec"] / 3600 * price
-    rows = []
-    for key, label in (("peak_memory_bytes", "peak memory"), ("train_sec", f"time of {num_steps:,} steps"),
-                       ("tokens_per_sec", "tokens per sec"), ("mfu_pct", "MFU"), ("dollars", "cost of that time")):
-        pair = [values.get(key) for values in (predicted, actual)]
-        if pair != [None, None]:
-            cells = ["" if value is None else f"${value:,.2f}" if key == "dollars" else format_value(key, value)
-                     for value in pair]
-            rows.append([label, *cells, f"{pair[1] / pair[0]:.2f}" if all(pair) else ""])
+            values["train_dollars"] = values["train_sec"] / 3600 * price
+    labels = {"peak_memory_bytes": "peak memory", "train_sec": f"time of {num_steps:,} steps",
+              "tokens_per_sec": "tokens per sec", "mfu_pct": "MFU", "train_dollars": "cost of that time"}
+    pairs = {key: (predicted.get(key), actual.get(key)) for key in labels}
+    rows = [[labels[key], *("" if value is None else format_value(key, value) for value in pair),
+             f"{pair[1] / pair[0]:.2f}" if all(pair) else ""] for key, pair in pairs.items() if pair != (None, None)]
     section.tables.append(Table("Plan against actual", ["", "predicted", "actual", "actual / predicted"], rows))
-    sources = (f"{what}: {predicted[key]}" for what, key in (("MFU", "mfu_source"), ("memory", "memory_source"))
-               if key in predicted)
-    section.notes.append("; ".join(("Predicted when the run began", *sources)) + ".")
-
-
-def tabulate_evals(run: RunFiles) -> list[Table]:
-    """The evaluations of a run: every key that was logged, at most MAX_EVAL_ROWS steps, spread evenly."""
-    evals = [rows[-1] for rows in run.metrics.get("eval", {}).values()]
-    columns = list(dict.fromkeys(key for row in evals for key in row if key != "kind"))
-    rows = [[row.get(key) for key in columns] for row in thin(evals, MAX_EVAL_ROWS)]
-    return [Table("Evaluations", columns, rows)] if evals else []
-
-
-def describe_model(run: RunFiles) -> dict:
-    """The figures at the head of the card."""
-    tokens = run.get_last("train", "tokens")
-    facts = {"validation bpb": run.get_last("eval", "val_bpb"),
-             "layers": (run.info.get("model_config") or {}).get("n_layer"),
-             "tokens trained on": tokens and format_count(tokens)}
-    return {key: value for key, value in facts.items() if value}
+    sources = {"MFU": predicted.get("mfu_source"), "memory": predicted.get("memory_source")}
+    notes = ["Predicted when the run began", *(f"{what}: {source}" for what, source in sources.items() if source)]
+    section.notes.append("; ".join(notes) + ".")
 
 
 def find_price(environments: list[dict], price_per_hour: float | None) -> tuple[float | None, str]:
     """US dollars per hour of the machine that the runs used, and its source; None where the price is unknown."""
     if price_per_hour is not None:
         return price_per_hour, "as given"
-    machines = {(hardware.get("gpu"), hardware.get("num_gpus")) for hardware in
-                (environment.get("hardware") or {} for environment in environments)}
+    hardwares = [environment.get("hardware") or {} for environment in environments]
+    machines = {(hardware.get("gpu"), hardware.get("num_gpus") or 1) for hardware in hardwares}
     if len(machines) != 1:
         return None, "give --price-per-hour, for " + ("several machines were used" if machines else "no run says where")
     gpu, num_gpus = machines.pop()
     for key, price in GPU_PRICES if gpu else ():
         if re.search(rf"\b{key}\b", str(gpu).lower()):
-            return price * (num_gpus or 1), f"assumed for {num_gpus or 1} x {key} (another: --price-per-hour)"
+            return price * num_gpus, f"assumed for {num_gpus} x {key} (another: --price-per-hour)"
     return None, f"give --price-per-hour, for no price is known for {gpu or 'a CPU'}"
 
 
 def compare_stages(records: list[dict]) -> list[Section]:
     """One table of all metrics over the stages; where two sections of a stage state a metric, the later one counts."""
-    columns: dict[str, dict] = {}
+    columns: dict[str, dict] = {stage: {} for stage in STAGES}
     for record in records:
         metrics = {name: value for name, value in (record.get("metrics") or {}).items() if value is not None}
-        if record.get("stage") in STAGES and metrics:
-            columns.setdefault(record["stage"], {}).update(metrics)
-    stages = [stage for stage in STAGES if stage in columns]
-    names = list(dict.fromkeys(name for stage in stages for name in columns[stage]))
-    rows = [[name, *(columns[stage].get(name) for stage in stages)] for name in names]
-    heads = ["metric", *(STAGES[stage] for stage in stages)]
-    return [Section("Stage by stage", tables=[Table("", heads, rows)])] if stages else []
-
-
-def list_other_runs(runs: dict[str, dict]) -> list[Section]:
-    """The runs that the card doesn't show."""
-    rows = [[path, info.get("status"), info.get("created")] for path, info in runs.items()]
-    return [Section("Other runs on this disk", tables=[Table("", ["run", "status", "created"], rows)])] if rows else []
+        columns.get(record.get("stage"), {}).update(metrics)
+    columns = {stage: metrics for stage, metrics in columns.items() if metrics}
+    rows = [[name, *(metrics.get(name) for metrics in columns.values())]
+            for name in dict.fromkeys(name for metrics in columns.values() for name in metrics)]
+    heads = ["metric", *(STAGES[stage] for stage in columns)]
+    return [Section("Stage by stage", tables=[Table("", heads, rows)])] if rows else []
 
 
 def describe_code() -> Section:
@@ -311,8 +279,7 @@ def describe_code() -> Section:
     for folder in ("nanochat", "scripts", "tasks", "runs", "tests", "dev"):
         texts = [path.read_text(encoding="utf-8") for path in sorted((REPO_DIR / folder).rglob("*"))
                  if path.suffix in (".py", ".sh", ".html")]
-        if texts:
-            rows.append([folder, len(texts), sum(text.count("\n") for text in texts), sum(map(len, texts))])
+        rows += [[folder, len(texts), sum(text.count("\n") for text in texts), sum(map(len, texts))]] if texts else []
     rows.append(["all", *(sum(row[i] for row in rows) for i in (1, 2, 3))])
     section = Section("Code", tables=[Table("", ["folder", "files", "lines", "characters"], rows)])
     lock, project = REPO_DIR / "requirements.lock", REPO_DIR / "pyproject.toml"
@@ -325,14 +292,12 @@ def describe_code() -> Section:
 
 def describe_environments(environments: list[tuple[str, dict]]) -> Section:
     """Hardware and versions; one table for all runs that agree."""
-    section = Section("Environment")
+    tables = []
     for run_path, environment in environments:
         flat = environment | {"hardware": None, "host": None} | (environment.get("hardware") or {})
         rows = [[key, value] for key, value in flat.items() if value is not None]
-        section.tables.append(Table("" if len(environments) == 1 else f"from {run_path} on", [], rows))
-    if not environments:
-        section.notes.append("No run has recorded one yet.")
-    return section
+        tables.append(Table("" if len(environments) == 1 else f"from {run_path} on", [], rows))
+    return Section("Environment", tables=tables, notes=[] if tables else ["No run has recorded one yet."])
 
 
 def format_command(argv: list) -> str:
@@ -342,10 +307,6 @@ def format_command(argv: list) -> str:
     if path.suffix == ".py":
         words[:1] = ["python", "-m", f"{path.parent.name}.{path.stem}"]
     return shlex.join(words)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The commands
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from nanochat.common import UserError, write_atomic
@@ -41,6 +42,7 @@ class Section:
     samples: list[dict] = field(default_factory=list)    # {"prompt", "text"}: model-written, untrusted
     notes:   list[str] = field(default_factory=list)
     curve:   Curve | None = None
+    code:    str = ""
 
 
 @dataclass
@@ -48,11 +50,6 @@ class Card:
     subtitle: str
     tiles:    dict
     sections: list[Section]
-    commands: list[str]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Values as text
 
 
 def format_value(label: str, value: object) -> str:
@@ -60,12 +57,13 @@ def format_value(label: str, value: object) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "–"}[value]
     if isinstance(value, dict):
-        return cut(", ".join(f"{key} {format_value('', item)}" for key, item in value.items()), MAX_CELL_CHARS)
+        value = ", ".join(f"{key} {format_value('', item)}" for key, item in value.items())
     if not isinstance(value, int | float) or not math.isfinite(value):
         return cut(str(value), MAX_CELL_CHARS)
     if label.endswith("_bytes"):
-        unit, name = choose_unit(value, BYTE_UNITS)
-        return f"{value / unit:,.4g} {name}"
+        return scale_value(value, BYTE_UNITS, 4)
+    if label.endswith("_dollars"):
+        return f"${value:,.2f}"
     if label.endswith("_sec") and not label.endswith("_per_sec"):
         minutes, seconds = divmod(round(value), 60)
         if minutes >= 60:
@@ -81,31 +79,25 @@ def format_value(label: str, value: object) -> str:
 
 def format_label(label: object) -> str:
     """A label without its unit, which format_value writes after the value."""
-    return re.sub(r"(?<!_per)_(bytes|sec|ms|pct|frac)$", "", str(label)).replace("_", " ")
+    return re.sub(r"(?<!_per)_(bytes|sec|ms|pct|frac|dollars)$", "", str(label)).replace("_", " ")
 
 
 def format_count(count: float) -> str:
     """1.2 K, 3.4 M, 5.6 B."""
-    unit, name = choose_unit(count, COUNT_UNITS)
-    return f"{count / unit:.3g} {name}".rstrip()
+    return scale_value(count, COUNT_UNITS, 3)
 
 
-def choose_unit(value: float, units: tuple[tuple[float, str], ...]) -> tuple[float, str]:
-    """The largest unit that `value` reaches, else the smallest."""
-    return next((unit for unit in units if abs(value) >= unit[0]), units[-1])
+def scale_value(value: float, units: tuple[tuple[float, str], ...], digits: int) -> str:
+    """A value in the largest unit that it reaches, else in the smallest."""
+    size, unit = next((pair for pair in units if abs(value) >= pair[0]), units[-1])
+    return f"{value / size:,.{digits}g} {unit}".rstrip()
 
 
-def format_rows(table: Table) -> list[list[str]]:
+def format_rows(columns: Sequence[str], rows: Iterable[Sequence]) -> list[list[str]]:
     """A table's cells as text; a table without columns is a list of (label, value)."""
-    if not table.columns:
-        return format_pairs(table.rows)
-    return [[format_value(str(column), cell) for column, cell in zip(table.columns, row, strict=False)]
-            for row in table.rows]
-
-
-def format_pairs(pairs: Iterable[Sequence]) -> list[list[str]]:
-    """(label, value) pairs as text."""
-    return [[format_label(label), format_value(str(label), value)] for label, value in pairs]
+    if not columns:
+        return [[format_label(label), format_value(str(label), value)] for label, value in rows]
+    return [[format_value(str(column), cell) for column, cell in zip(columns, row, strict=False)] for row in rows]
 
 
 def cut(text: str, max_chars: int) -> str:
@@ -117,46 +109,34 @@ def cut(text: str, max_chars: int) -> str:
 
 def write_card(card: Card, out: Path) -> tuple[Path, Path]:
     """Write the card to the folder `out` as report.md and report.html."""
-    paths = out / "report.md", out / "report.html"
+    page = html_values(card.tiles, "tiles") + "".join(map(html_section, card.sections))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for path, text in zip(paths, (render_markdown(card), render_html(card)), strict=True):
-            write_atomic(path, text)
+        write_atomic(out / "report.md", render_markdown(card))
+        write_atomic(out / "report.html", html_page("nanochat report card", card.subtitle, page))
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(f"the report can't be written to {out} ({error.strerror}); "
                         "choose a folder with --out") from None
-    return paths
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Markdown
+    return out / "report.md", out / "report.html"
 
 
 def render_markdown(card: Card) -> str:
     """The card as GitHub-flavoured markdown."""
     lines = ["# nanochat report card", "", escape_markdown(card.subtitle), ""]
-    lines += markdown_table(["", ""], format_pairs(card.tiles.items()))
-    for section in card.sections:
-        lines += [f"## {escape_markdown(section.title)}", ""]
-        if section.values:
-            lines += markdown_table(["", ""], format_pairs(section.values.items()))
-        for table in section.tables:
+    for section in (Section("", card.tiles), *card.sections):
+        lines += [f"## {escape_markdown(section.title)}", ""] if section.title else []
+        values = [Table("", [], list(section.values.items()))] if section.values else []
+        for table in values + section.tables:
             lines += [f"### {escape_markdown(table.title)}", ""] if table.title else []
-            lines += markdown_table([format_label(c) for c in table.columns] or ["", ""], format_rows(table))
-        for sample in section.samples:
-            prompt, text = split_sample(sample)
+            head = [format_label(column) for column in table.columns] or ["", ""]
+            rows = [head, *format_rows(table.columns, table.rows)]
+            rows = [f"| {' | '.join(map(escape_markdown, row))} |" for row in rows]
+            lines += [rows[0], "|" + " --- |" * len(head), *rows[1:], ""]
+        for prompt, text in map(split_sample, section.samples):
             lines += [f"**Prompt:** {escape_markdown(prompt) or '(none)'}", "", *fence(text), ""]
-        lines += [f"- {escape_markdown(cut(note, MAX_SAMPLE_CHARS))}" for note in section.notes] + [""]
-    if card.commands:
-        lines += ["## Commands", "", *fence("\n".join(card.commands)), ""]
+        lines += [f"- {escape_markdown(cut(note, MAX_SAMPLE_CHARS))}" for note in section.notes]
+        lines += ["", *(fence(section.code) if section.code else ()), ""]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
-
-
-def markdown_table(columns: list[str], rows: list[list[str]]) -> list[str]:
-    """The lines of a table and an empty line."""
-    def line(cells: list[str]) -> str:
-        return f"| {' | '.join(map(escape_markdown, cells))} |"
-    return [line(columns), "|" + " --- |" * len(columns), *map(line, rows), ""]
 
 
 def escape_markdown(text: str) -> str:
@@ -190,17 +170,16 @@ body { margin: 0 auto; padding: 2.5rem 1rem 4rem; max-width: 56rem; background: 
 h1 { margin: 0; font-size: 1.9rem; letter-spacing: -.02em; line-height: 1.2 }
 h2 { margin: 0 0 .9rem; font-size: 1.2rem }
 h3 { margin: 1.5rem 0 .5rem; font-size: .95rem } header p, .note { color: var(--faint); margin: .35rem 0 0 }
-section { margin-top: 1.1rem; padding: 1.3rem 1.4rem; background: var(--paper); border: 1px solid var(--line);
-  border-radius: 14px }
+section, .tiles div { background: var(--paper); border: 1px solid var(--line); border-radius: 14px }
+section { margin-top: 1.1rem; padding: 1.3rem 1.4rem } .tiles div { padding: .8rem 1.1rem }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.6rem, 1fr)); gap: .8rem; margin: 1.5rem 0 0 }
-.tiles div { padding: .8rem 1.1rem; background: var(--paper); border: 1px solid var(--line); border-radius: 14px }
 dt { color: var(--faint); font-size: .82rem } dd { margin: 0; font-weight: 600; overflow-wrap: anywhere }
-.tiles dd { font-size: 1.5rem; letter-spacing: -.01em }
+.tiles dd { font-size: 1.5rem; letter-spacing: -.01em } .scroll { overflow-x: auto }
 .values { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)); gap: .7rem 1.2rem; margin: 0 }
-.scroll { overflow-x: auto } svg { display: block; width: 100%; min-width: 34rem; margin-top: 1.1rem }
-table { border-collapse: collapse; width: 100%; font-size: .9rem }
+svg { display: block; width: 100%; min-width: 34rem; margin-top: 1.1rem }
+table { border-collapse: collapse; width: 100%; font-size: .9rem } tr:last-child td { border-bottom: 0 }
 th, td { padding: .4rem .9rem .4rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
-th { color: var(--faint); font-weight: 500; white-space: nowrap } tr:last-child td { border-bottom: 0 }
+th { color: var(--faint); font-weight: 500; white-space: nowrap }
 td.number, th.number { text-align: right; white-space: nowrap }
 summary { cursor: pointer; margin-top: .9rem; color: var(--faint); font-size: .92rem }
 summary:hover { color: var(--ink) }
@@ -216,72 +195,54 @@ svg .trainText { fill: var(--train) } svg .valText { fill: var(--val) }
 """
 
 
-def render_html(card: Card) -> str:
-    """The card as one page."""
-    body = html_values(card.tiles, "tiles") + "".join(map(html_section, card.sections))
-    if card.commands:
-        body += f"<section><h2>Commands</h2><pre>{escape_html(chr(10).join(card.commands))}</pre></section>\n"
-    return html_page("nanochat report card", card.subtitle, body)
-
-
 def html_page(title: str, subtitle: str, body: str) -> str:
     """A page that needs no other file; the policy in its head forbids the browser to load or run anything."""
     return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{title}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<header><h1>{title}</h1><p>{escape_html(subtitle)}</p></header>
-{body}</body>
-</html>
+<title>{title}</title><style>{STYLE}</style></head>
+<body><header><h1>{title}</h1><p>{escape_html(subtitle)}</p></header>
+{body}</body></html>
 """
 
 
 def html_section(section: Section) -> str:
     """A heading and everything below it."""
     parts = [f"<h2>{escape_html(section.title)}</h2>"]
-    if section.values:
-        parts.append(html_values(section.values, "values"))
-    if section.curve:
-        parts.append(f'<div class="scroll">{draw_curve(section.curve)}</div>')
+    parts += [html_values(section.values, "values")] if section.values else []
+    parts += [f'<div class="scroll">{draw_curve(section.curve)}</div>'] if section.curve else []
     for table in section.tables:
-        title = escape_html(table.title)
+        title, cells = escape_html(table.title), html_table(table)
         if table.folded:
-            parts.append(f"<details><summary>{title}</summary>{html_table(table)}</details>")
+            parts.append(f"<details><summary>{title}</summary>{cells}</details>")
         else:
-            parts += [f"<h3>{title}</h3>"] if title else []
-            parts.append(html_table(table))
+            parts += [f"<h3>{title}</h3>", cells] if title else [cells]
     for prompt, text in map(split_sample, section.samples):
         parts.append(f"<pre><b>{escape_html(prompt)}</b>{escape_html(text)}</pre>")
     parts += [f'<p class="note">{escape_html(cut(note, MAX_SAMPLE_CHARS))}</p>' for note in section.notes]
+    parts += [f"<pre>{escape_html(section.code)}</pre>"] if section.code else []
     return "<section>" + "\n".join(parts) + "</section>\n"
 
 
 def html_values(values: dict, css_class: str) -> str:
     """A list of labels and values."""
     items = "".join(f"<div><dt>{escape_html(label)}</dt><dd>{escape_html(value)}</dd></div>"
-                    for label, value in format_pairs(values.items()))
+                    for label, value in format_rows([], values.items()))
     return f'<dl class="{css_class}">{items}</dl>'
 
 
 def html_table(table: Table) -> str:
     """A table that scrolls by itself on a narrow screen; columns of numbers are aligned right."""
-    texts = format_rows(table)
-    numeric = [all(isinstance(row[i], int | float) or row[i] is None for row in table.rows if i < len(row))
-               for i in range(len(table.columns))]
+    classes = [' class="number"' if all(isinstance(cell, int | float | None) for cell in cells[1:]) else ""
+               for cells in zip_longest(table.columns, *table.rows)] if table.columns else ["", ""]
 
     def line(tag: str, cells: list[str]) -> str:
-        classes = [' class="number"' if i < len(numeric) and numeric[i] else "" for i in range(len(cells))]
-        filled = (f"<{tag}{c}>{escape_html(text)}</{tag}>" for c, text in zip(classes, cells, strict=True))
-        return f"<tr>{''.join(filled)}</tr>"
+        return "<tr>" + "".join(f"<{tag}{css_class}>{escape_html(cell)}</{tag}>"
+                                for css_class, cell in zip(classes, cells, strict=False)) + "</tr>"
 
     head = line("th", [format_label(column) for column in table.columns]) if table.columns else ""
-    return f'<div class="scroll"><table>{head}{"".join(line("td", cells) for cells in texts)}</table></div>'
+    body = "".join(line("td", cells) for cells in format_rows(table.columns, table.rows))
+    return f'<div class="scroll"><table>{head}{body}</table></div>'
 
 
 def escape_html(text: object) -> str:
@@ -297,17 +258,13 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 820, 340, 52, 768, 40, 292    # of the
 def draw_curve(curve: Curve) -> str:
     """An SVG of the train values (left scale) and the validation values (right scale) against steps."""
     last_step = max(1, *(step for step, _ in curve.train + curve.val))
-    parts = []
-    for tick in make_ticks(0, last_step, 6):
-        if tick <= last_step:
-            x = place(tick, 0, last_step, LEFT, RIGHT)
-            parts.append(f'<text x="{x}" y="{BOTTOM + 20}" text-anchor="middle">{tick:,.0f}</text>')
+    parts = [f'<text x="{place(tick, 0, last_step, LEFT, RIGHT)}" y="{BOTTOM + 20}" text-anchor="middle">'
+             f"{tick:,.0f}</text>" for tick in make_ticks(0, last_step, 6) if tick <= last_step]
     parts.append(f'<text x="{(LEFT + RIGHT) / 2}" y="{BOTTOM + 40}" text-anchor="middle">step</text>')
-    train_line = smooth(curve.train)
-    for name, label, points, line in (("train", curve.labels[0], curve.train, train_line),
+    for name, label, points, line in (("train", curve.labels[0], curve.train, smooth(curve.train)),
                                       ("val", curve.labels[1], curve.val, curve.val)):
         if points:
-            values = [value for _, value in (train_line + curve.val if curve.has_one_scale else line)]
+            values = [value for _, value in (smooth(curve.train) + curve.val if curve.has_one_scale else line)]
             parts += draw_series(name, label, points, line, last_step, make_ticks(min(values), max(values), 5))
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{curve.labels[0]}">{"".join(parts)}</svg>'
 
@@ -323,22 +280,17 @@ def draw_series(name: str, label: str, points: list, line: list, last_step: int,
     def trace(css_class: str, points: list) -> str:
         return f'<path class="{css_class}" d="M{"L".join("{} {}".format(*locate(*point)) for point in thin(points))}"/>'
 
-    parts = []
     axis_x, anchor, legend_x = (LEFT - 8, "end", LEFT) if name == "train" else (RIGHT + 8, "start", LEFT + 225)
-    for tick in ticks:
-        y = place(tick, ticks[0], ticks[-1], BOTTOM, TOP)
-        parts.append(f'<text class="{name}Text" x="{axis_x}" y="{y + 4}" text-anchor="{anchor}">{tick:.10g}</text>')
-        if name == "train":
-            parts.append(f'<path class="grid" d="M{LEFT} {y}H{RIGHT}"/>')
+    heights = [locate(0, tick)[1] for tick in ticks]
+    parts = [f'<text class="{name}Text" x="{axis_x}" y="{y + 4}" text-anchor="{anchor}">{tick:.10g}</text>'
+             for tick, y in zip(ticks, heights, strict=True)]
     if name == "train":
-        parts.append(trace("train raw", points))
-    parts.append(trace(name, line))
-    if name == "val":
-        for step, value in thin(points):
-            x, y = locate(step, value)
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3.5"><title>step {step:,}: {value:.4f}</title></circle>')
-    parts.append(f'<path class="{name}" d="M{legend_x} 14h22"/><text x="{legend_x + 29}" y="18">{label}</text>')
-    return parts
+        parts += [f'<path class="grid" d="M{LEFT} {y}H{RIGHT}"/>' for y in heights]
+        parts += [trace("train raw", points), trace(name, line)]
+    else:
+        dot = '<circle cx="{}" cy="{}" r="3.5"><title>step {:,}: {:.4f}</title></circle>'
+        parts += [trace(name, line), *(dot.format(*locate(*point), *point) for point in thin(points))]
+    return parts + [f'<path class="{name}" d="M{legend_x} 14h22"/><text x="{legend_x + 29}" y="18">{label}</text>']
 
 
 def place(value: float, low: float, high: float, start: float, end: float) -> float:

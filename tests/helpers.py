@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dev.torture import PER_PROCESS_KEYS, write_texts
 from nanochat import dataset
 from nanochat.config import GPTConfig
 from nanochat.gpt import GPT
@@ -20,10 +20,6 @@ from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 from scripts import tok_train
 
 REPO_DIR = Path(__file__).resolve().parents[1]
-# What differs between two runs of the same steps
-PER_PROCESS_KEYS = {"step_ms", "tokens_per_sec", "mfu_pct", "elapsed_sec", "eval_sec", "peak_memory_bytes"}
-
-
 # One token per byte, then the special tokens
 BYTE_TOKENIZER = RustBPETokenizer(SPLIT_PATTERN, {bytes([byte]): byte for byte in range(256)},
                                   {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
@@ -46,16 +42,6 @@ def make_model(config=CONFIG, dtype=torch.float32, seed=0, model_class=GPT):
 def make_prompt(num_tokens, seed=0):
     """Bytes at random."""
     return torch.randint(0, 256, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def write_texts(folder, seed, num_docs=400):
-    """Documents of random words under a grammar simple enough that a tiny model learns some of it."""
-    rng = random.Random(seed)
-    words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(80)]
-    folder.mkdir()
-    for doc in range(num_docs):
-        sentences = [f"The {rng.choice(words)} {rng.choice(words)}s the {rng.choice(words)}." for _ in range(20)]
-        (folder / f"{doc:03d}.txt").write_text(" ".join(sentences))
 
 
 def make_base(base_dir, patch, names=("toy",), num_docs=400):

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import dataset, doctor
+from nanochat import dataset
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer_dir
+from scripts import doctor
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 CLOSED_PORT = "http://127.0.0.1:9"
@@ -32,7 +33,7 @@ def states(result: dict) -> dict[str, str]:
 
 def run_doctor(tmp_path: Path, **changes: str) -> subprocess.CompletedProcess:
     env = os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path / "base"), "HF_ENDPOINT": CLOSED_PORT} | changes
-    return subprocess.run([sys.executable, "-m", "nanochat.doctor", "--quick", "--device-type", "cpu"], cwd=REPO_DIR,
+    return subprocess.run([sys.executable, "-m", "scripts.doctor", "--quick", "--device-type", "cpu"], cwd=REPO_DIR,
                           env=env, capture_output=True, text=True, timeout=120)
 
 

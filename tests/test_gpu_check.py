@@ -68,9 +68,9 @@ def test_a_wrong_mask_at_odd_lengths_fails(tmp_path, monkeypatch):
 
 
 def test_decoding_that_ignores_lengths_fails(tmp_path, monkeypatch):
-    right = flash_attention._cached_sdpa
-    monkeypatch.setattr(flash_attention, "_cached_sdpa", lambda q, k_cache, v_cache, k, v, lengths, window: right(
-        q, k_cache, v_cache, k, v, torch.full_like(lengths, int(lengths.min())), window))
+    right = flash_attention.find_positions
+    monkeypatch.setattr(flash_attention, "find_positions", lambda lengths, num_new, capacity: right(
+        torch.full_like(lengths, int(lengths.min())), num_new, capacity))
     assert get_statuses(run_checks(tmp_path, "--only", "attention"))["attention/sdpa decode"] == "FAIL"
 
 

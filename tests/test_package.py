@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import doctor
+from scripts import doctor
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 LOCKS = ("requirements.lock", "requirements-py310.lock")

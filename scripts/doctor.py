@@ -1,9 +1,9 @@
 """Is this machine ready to train? One line per check: the finding, and the remedy.
 
-    python -m nanochat.doctor [--quick] [--json] [--device-type cpu]
+    python -m scripts.doctor [--quick] [--json] [--device-type cpu]
 
-Exit code 0 if training can start, else 2. Missing and broken packages are findings too: therefore torch, and every
-module that needs it, is imported inside the checks.
+Exit code 0 if training can start, else 2. Missing and broken packages are findings too: torch, and every module that
+needs it, is therefore imported inside the checks, and nanochat.common, which needs a package, only where it is there.
 """
 
 import argparse
@@ -19,6 +19,11 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+
+try:
+    from nanochat import common
+except Exception:    # a half-installed package may raise any error
+    common = None
 
 PACKAGES = ("torch", "numpy", "tiktoken", "rustbpe", "pyarrow", "datasets", "safetensors", "requests", "filelock",
             "yaml", "matplotlib", "fastapi", "starlette", "pydantic", "uvicorn")
@@ -39,7 +44,7 @@ class Finding:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m nanochat.doctor", description="Is this machine ready to train?")
+    parser = argparse.ArgumentParser(prog="python -m scripts.doctor", description="Is this machine ready to train?")
     parser.add_argument("--quick", action="store_true", help="skip the trial of torch.compile, 10-60 s")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     parser.add_argument("--device-type", default="", help="cuda | xpu | mps | cpu (default: the best there is)")
@@ -54,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict:
         if not args.json:
             advice = finding.advice and f"  -> {finding.advice}"
             print(f"{finding.state:<4}  {finding.name:<9}  {finding.what}{advice}", flush=True)
-    num_fails = sum(finding.state == "FAIL" for finding in findings)
+    num_fails = [finding.state for finding in findings].count("FAIL")
     result = {"ready": num_fails == 0, "checks": [asdict(finding) for finding in findings]}
     if args.json:
         print(json.dumps(result, indent=2))
@@ -70,14 +75,15 @@ def examine(device_type: str, quick: bool) -> Iterator[Finding]:
     yield (disk := guard("disk", check_disk))
     if packages.state == "FAIL":
         return
-    from nanochat.common import UserError, get_compute_dtype, get_device, get_ranks
     from nanochat.execution import check_isolation
+    from nanochat.shards import load_shards
+    from nanochat.tokenizer import get_tokenizer
     try:
-        device = get_device(device_type, get_ranks())
-    except UserError as error:
+        device = common.get_device(device_type, common.get_ranks())
+    except common.UserError as error:
         yield Finding("device", "FAIL", str(error))
         return
-    dtype, why = get_compute_dtype("auto", device)
+    dtype, why = common.get_compute_dtype("auto", device)
     yield guard("device", lambda: check_device(device))
     yield guard("matmul", lambda: check_matmul(device, dtype, why))
     yield guard("memory", lambda: check_memory(device))
@@ -87,8 +93,12 @@ def examine(device_type: str, quick: bool) -> Iterator[Finding]:
     yield guard("sandbox", lambda: Finding("sandbox", "ok", check_isolation()), broken="note")
     yield guard("network", check_network)
     if disk.state != "FAIL":
-        yield guard("data", check_data)
-        yield guard("tokenizer", check_tokenizer)
+        yield guard("data", lambda: check_saved(
+            "data", "*/manifest.json", lambda name: f"{len(load_shards(name).train)} shards + validation",
+            "python -m nanochat.dataset --source python-docs"))
+        yield guard("tokenizer", lambda: check_saved(
+            "tokenizer", "*/tokenizer.json", lambda name: f"{get_tokenizer(name).get_vocab_size():,} tokens",
+            "python -m scripts.tok_train"))
 
 
 def guard(name: str, check: Callable[[], Finding], broken: str = "FAIL") -> Finding:
@@ -100,13 +110,9 @@ def guard(name: str, check: Callable[[], Finding], broken: str = "FAIL") -> Find
 
 
 def describe_error(error: Exception) -> str:
-    """The first line of an error, with its type unless it is a UserError."""
+    """The first line of an error, with its type unless that is UserError."""
     message = (str(error).strip().splitlines() or ["no message"])[0][:300]
     return message if type(error).__name__ == "UserError" else f"{type(error).__name__}: {message}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The installation
 
 
 def check_python(version: tuple[int, int]) -> Finding:
@@ -121,7 +127,7 @@ def check_packages() -> Finding:
     for name in PACKAGES:
         try:
             importlib.import_module(name)
-        except Exception as error:  # a half-installed package may raise any error
+        except Exception as error:
             broken.append(name if isinstance(error, ModuleNotFoundError) else f"{name} ({describe_error(error)})")
     if broken:
         return Finding("packages", "FAIL", f"missing or broken: {', '.join(broken)}", SET_UP)
@@ -133,18 +139,15 @@ def check_packages() -> Finding:
 
 def check_compile(device, quick: bool) -> Finding:
     """A C++ compiler, and a tiny function through torch.compile: training works without, but slower."""
-    compilers = [name for name in ("g++", "clang++", "c++", "cl") if shutil.which(name)]
-    if not compilers:
+    if not (compilers := [name for name in ("g++", "clang++", "c++", "cl") if shutil.which(name)]):
         return Finding("compile", "note", "no C++ compiler, so training runs eager and slower",
                        "install one (Debian, Ubuntu: apt install g++)")
     if quick:
         return Finding("compile", "ok", f"{compilers[0]} is there; torch.compile not tried (--quick)")
-    from nanochat.common import keep_compiled_kernels
     from nanochat.compilation import probe_compiler
-    keep_compiled_kernels()
+    common.keep_compiled_kernels()
     start = time.perf_counter()
-    reason = probe_compiler(device)
-    if reason:
+    if reason := probe_compiler(device):
         return Finding("compile", "note", f"torch.compile fails, so training runs eager and slower: {reason}",
                        "delete the folder 'compiled' in the base folder and try again")
     return Finding("compile", "ok", f"torch.compile works with {compilers[0]}, {time.perf_counter() - start:.0f} s")
@@ -157,22 +160,16 @@ def check_attention(device, dtype) -> Finding:
     others = "; ".join(f"{name}: {reason}" for name, works, reason in probes if not works)
     if not working:
         return Finding("attention", "FAIL", f"no backend works: {others}", SET_UP)
-    not_working = f"; not: {others}" if others else ""
-    return Finding("attention", "ok", f"uses {working[0]}; works: {', '.join(working)}{not_working}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The machine
+    what = f"uses {working[0]}; works: {', '.join(working)}"
+    return Finding("attention", "ok", f"{what}; not: {others}" if others else what)
 
 
 def check_device(device) -> Finding:
     import torch
-
-    from nanochat.common import count_cpus, get_cpu_name
     if device.type in ("cuda", "xpu"):
         module = torch.get_device_module(device)
         return Finding("device", "ok", f"{module.device_count()} x {module.get_device_name(device)}")
-    what = f"{get_cpu_name()}, {count_cpus()} cores" if device.type == "cpu" else device.type
+    what = f"{common.get_cpu_name()}, {common.count_cpus()} cores" if device.type == "cpu" else device.type
     if device.type == "cpu" and shutil.which("nvidia-smi") and not torch.version.cuda:
         return Finding("device", "note", f"{what}; nvidia-smi is there, but this torch is built for CPUs only",
                        f"if there is a GPU: rm -r .venv && {SET_UP}")
@@ -182,30 +179,25 @@ def check_device(device) -> Finding:
 def check_matmul(device, dtype, why: str) -> Finding:
     """The dtype that training would choose, and the rate of a large matrix product with it."""
     import torch
-
-    from nanochat.common import get_peak_flops, synchronize
-    peak_flops, source = get_peak_flops(device, dtype)
+    peak_flops, source = common.get_peak_flops(device, dtype)
     rate = peak_flops
     if device.type != "cpu":
         size, num_products = 4096, 10
         matrix = torch.randn(size, size, device=device, dtype=dtype)
         for _ in range(2):  # the first round warms up
-            synchronize(device)
+            common.synchronize(device)
             start = time.perf_counter()
             for _ in range(num_products):
                 torch.mm(matrix, matrix)
-            synchronize(device)
+            common.synchronize(device)
             rate = num_products * 2 * size**3 / (time.perf_counter() - start)
-        source = f"{source}, {peak_flops / 1e12:.0f} TFLOP/s" if peak_flops else source
-        why = f"{why}; {source}"
+        why += f"; {source}, {peak_flops / 1e12:.0f} TFLOP/s" if peak_flops else f"; {source}"
     return Finding("matmul", "ok", f"{rate / 1e12:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')}: {why}")
 
 
 def check_memory(device) -> Finding:
     import torch
-
-    from nanochat.common import get_ram_bytes
-    ram_bytes = get_ram_bytes()
+    ram_bytes = common.get_ram_bytes()
     what = f"{ram_bytes / 2**30:.0f} GiB of RAM" if ram_bytes else "RAM unknown"
     lowest = ram_bytes or LOW_MEMORY_BYTES
     if device.type in ("cuda", "xpu"):
@@ -219,11 +211,9 @@ def check_memory(device) -> Finding:
 
 def check_disk() -> Finding:
     """Whether the base folder can be written, and its disk has room."""
-    try:
-        from nanochat.common import get_base_dir
-    except ImportError:
+    if common is None:
         return Finding("disk", "note", "not checked, packages are missing", SET_UP)
-    base_dir = get_base_dir()
+    base_dir = common.get_base_dir()
     try:
         with tempfile.TemporaryFile(dir=base_dir) as file:
             file.write(b"x")
@@ -240,10 +230,9 @@ def check_disk() -> Finding:
 
 def check_network() -> Finding:
     """Whether the hub answers; only downloads need it."""
-    from nanochat.common import get_hub_endpoint, get_mirror_dir
-    if get_mirror_dir():
-        return Finding("network", "ok", f"not needed: the hub's files come from {get_mirror_dir()}")
-    endpoint = get_hub_endpoint()
+    if common.get_mirror_dir():
+        return Finding("network", "ok", f"not needed: the hub's files come from {common.get_mirror_dir()}")
+    endpoint = common.get_hub_endpoint()
     answers = threading.Event()
 
     def connect() -> None:
@@ -260,31 +249,14 @@ def check_network() -> Finding:
                    "not needed for --source python-docs and your own files; for downloads see HF_ENDPOINT")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The data and the tokenizers
-
-
-def check_data() -> Finding:
-    from nanochat.shards import load_shards
-    return check_saved("data", "*/manifest.json", lambda name: f"{len(load_shards(name).train)} shards + validation",
-                       "python -m nanochat.dataset --source python-docs")
-
-
-def check_tokenizer() -> Finding:
-    from nanochat.tokenizer import get_tokenizer
-    return check_saved("tokenizer", "*/tokenizer.json", lambda name: f"{get_tokenizer(name).get_vocab_size():,} tokens",
-                       "python -m scripts.tok_train")
-
-
 def check_saved(kind: str, pattern: str, describe: Callable[[str], str], advice: str) -> Finding:
     """Everything of a kind in the base folder: described by its name, or damaged."""
-    from nanochat.common import UserError, get_base_dir
     found, damaged = [], []
-    for path in sorted((get_base_dir() / kind).glob(pattern)):
+    for path in sorted((common.get_base_dir() / kind).glob(pattern)):
         name = path.parent.name
         try:
             found.append(f"{name} ({describe(name)})")
-        except UserError as error:
+        except common.UserError as error:
             damaged.append(f"{name}: {error}")
     if not found:
         return Finding(kind, "FAIL", "; ".join(damaged) or "none yet", advice)
