@@ -182,8 +182,8 @@ def test_a_damaged_grid_is_said_so(base_dir):
 def test_a_run_of_another_command_is_not_taken_for_a_point(base_dir):
     run_dir = get_run_dir("base", "other-depth1")
     run_dir.mkdir(parents=True)
-    (run_dir / "run.json").write_text(json.dumps({"status": "finished", "argv": ["base_train.py", "--depth", "1"]}))
-    with pytest.raises(UserError, match="the run other-depth1 was made by another command .--depth 1.; delete"):
+    (run_dir / "run.json").write_text(json.dumps({"status": "finished", "argv": ["base_train.py", "--depth", "2"]}))
+    with pytest.raises(UserError, match="the run other-depth1 was made by another command .--depth 2.; delete"):
         sweep.main(["--name", "other", "--grid", "depth=1"])
 
 
