@@ -31,7 +31,6 @@ MAX_TOKENS = 4_096
 MAX_TEMPERATURE = 2
 MAX_TOP_K = 200
 MAX_TOP_LOGPROBS = 20
-CLIENT_GONE = 499              # status of an aborted request, for the log alone
 
 # Unsupported fields -> their values that change nothing, beside null
 UNSUPPORTED = {"tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
@@ -55,7 +54,8 @@ class ApiError(Exception):
 
 # Kind of an engine's error -> status, type and code of the API's
 ENGINE_ERRORS = {"refused": (400, "invalid_request_error", None), "busy": (429, "rate_limit_error", "queue_full"),
-                 "lost": (503, "server_error", "engine_lost"), "timeout": (504, "timeout_error", "timeout")}
+                 "lost": (503, "server_error", "engine_lost"), "timeout": (504, "timeout_error", "timeout"),
+                 "gone": (499, "invalid_request_error", None)}  # for the log alone
 
 
 def convert_error(error: Exception) -> ApiError:
