@@ -253,6 +253,7 @@ class Choice:
         self.index, self.tokenizer = index, tokenizer
         self.special_tokens = frozenset(tokenizer.get_special_tokens().values())
         self.chat_tokens = ChatTokens(tokenizer)
+        self.content = ""                 # visible text, without tool calls
         self.parts: list[dict] = []       # as in a conversation
         self.in_tool = False              # the last part is an unfinished tool call or output
         self.deltas: list[dict] = []      # for a stream: text at once, a tool's part when complete, {} at the end
@@ -270,6 +271,7 @@ class Choice:
             if event.token in (self.chat_tokens.python_end, self.chat_tokens.output_end) or event.finish_reason:
                 self._end_tool(self.parts[-1])
         elif event.text:
+            self.content += event.text
             if not (self.deltas and "content" in self.deltas[-1]):
                 self.deltas.append({"content": ""})
             self.deltas[-1]["content"] += event.text
@@ -287,11 +289,6 @@ class Choice:
     def _describe_token(self, token: int, logprob: float) -> dict:
         return {"token": self.tokenizer.decode([token]), "bytes": list(self.tokenizer.decode_bytes([token])),
                 "logprob": max(logprob, -9999.0)}  # OpenAI's stand-in for minus infinity, which JSON lacks
-
-    @property
-    def content(self) -> str:
-        """The visible text, without tool calls."""
-        return "".join(part["text"] for part in self.parts if part["type"] == "text")
 
 
 def to_sse(data: dict) -> str:
