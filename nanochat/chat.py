@@ -105,14 +105,11 @@ class ChatSession:
         self.turns: list[Turn] = []
         self.num_dropped = 0          # turns that were dropped from the last prompt
 
-    def ask(self, question: str, max_tokens: int, **sampling) -> Iterator[Event]:
-        """The answer, token by token; closing it early keeps the tokens so far. UserError at the first event.
-
-        sampling: temperature, top_k, top_p and seed, as in engine.Request
-        """
+    def ask(self, question: str, max_tokens: int, **fields_of_request) -> Iterator[Event]:
+        """The answer, token by token; closing it early keeps the tokens so far. UserError at the first event."""
         prompt, self.num_dropped = self.build_prompt(question, max_tokens)
         max_tokens = min(max_tokens, self.context_tokens - len(prompt))
-        request_id = self.engine.submit(Request(prompt, max_tokens=max_tokens, **sampling))
+        request_id = self.engine.submit(Request(prompt, max_tokens=max_tokens, **fields_of_request))
         turn = Turn(question, tokens=[])
         self.turns = [turn] if self.is_base else [*self.turns, turn]
         try:

@@ -18,7 +18,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,7 @@ MAX_BODY_BYTES = 2**20
 MAX_DISCARDED_BYTES = 2**25    # of a body that is too large: read, so that the client gets the error before the cut
 BODY_TIMEOUT_SEC = 30          # for a body to arrive
 OPEN_PATHS = {"/", "/health", "/openapi.json"}  # no key needed
+CLIENT_GONE = "the client has gone"
 SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 
 
@@ -74,16 +75,17 @@ class Service:
         format_ = format_type(body, self.settings.model_name, answer.worker.worker_idx, num_dropped)
         choices = {request_id: api.Choice(i, self.tokenizer) for i, request_id in enumerate(answer.request_ids)}
         headers = {"X-Dropped-Messages": str(num_dropped)} if num_dropped else {}
-        if body.stream:
-            await unless_gone(http, answer.wait())
-            return StreamingResponse(self._stream(http, answer, choices, format_), media_type="text/event-stream",
-                                     headers=headers | {"Cache-Control": "no-store"})
-
-        async def collect() -> None:
+        watcher = asyncio.ensure_future(fail_when_gone(http, answer))
+        try:
+            if body.stream:
+                await answer.wait()
+                return StreamingResponse(self._stream(http, answer, choices, format_), media_type="text/event-stream",
+                                         headers=headers | {"Cache-Control": "no-store"})
             async for events in answer.iterate():
                 for event in events:
                     choices[event.request_id].add(event)
-        await unless_gone(http, collect())
+        finally:
+            watcher.cancel()
         self._log_answer(http, choices)
         return JSONResponse(format_.format_whole(list(choices.values())), headers=headers)
 
@@ -143,20 +145,11 @@ class Service:
             http.state.record["answers"] = [choice.parts for choice in choices.values()]
 
 
-async def unless_gone(http: Request, work: Awaitable[None]) -> None:
-    """Await `work`; ApiError if the client disconnects first."""
-    async def wait_for_end() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(wait_for_end())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise api.ApiError(api.CLIENT_GONE, "the client has gone")
-        tasks[0].result()
-    finally:
-        for task in tasks:
-            task.cancel()
+async def fail_when_gone(http: Request, answer: Answer) -> None:
+    """Wait for the client to disconnect."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+    answer.fail(EngineError("gone", CLIENT_GONE))
 
 
 def log_line(**fields) -> None:
@@ -239,7 +232,7 @@ async def read_body(request: Request) -> Receive:
     except asyncio.TimeoutError:
         raise api.ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_SEC} s") from None
     except ClientDisconnect:
-        raise api.ApiError(api.CLIENT_GONE, "the client has gone") from None
+        raise api.convert_error(EngineError("gone", CLIENT_GONE)) from None
 
     async def receive_again() -> Message:
         return messages.pop() if messages else await request.receive()

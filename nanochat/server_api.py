@@ -31,7 +31,6 @@ MAX_TOKENS = 4_096
 MAX_TEMPERATURE = 2
 MAX_TOP_K = 200
 MAX_TOP_LOGPROBS = 20
-CLIENT_GONE = 499              # status of an aborted request, for the log alone
 
 # Unsupported fields -> their values that change nothing, beside null
 UNSUPPORTED = {"tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
@@ -55,7 +54,8 @@ class ApiError(Exception):
 
 # Kind of an engine's error -> status, type and code of the API's
 ENGINE_ERRORS = {"refused": (400, "invalid_request_error", None), "busy": (429, "rate_limit_error", "queue_full"),
-                 "lost": (503, "server_error", "engine_lost"), "timeout": (504, "timeout_error", "timeout")}
+                 "lost": (503, "server_error", "engine_lost"), "timeout": (504, "timeout_error", "timeout"),
+                 "gone": (499, "invalid_request_error", None)}  # for the log alone
 
 
 def convert_error(error: Exception) -> ApiError:
@@ -253,6 +253,7 @@ class Choice:
         self.index, self.tokenizer = index, tokenizer
         self.special_tokens = frozenset(tokenizer.get_special_tokens().values())
         self.chat_tokens = ChatTokens(tokenizer)
+        self.content = ""                 # visible text, without tool calls
         self.parts: list[dict] = []       # as in a conversation
         self.in_tool = False              # the last part is an unfinished tool call or output
         self.deltas: list[dict] = []      # for a stream: text at once, a tool's part when complete, {} at the end
@@ -270,6 +271,7 @@ class Choice:
             if event.token in (self.chat_tokens.python_end, self.chat_tokens.output_end) or event.finish_reason:
                 self._end_tool(self.parts[-1])
         elif event.text:
+            self.content += event.text
             if not (self.deltas and "content" in self.deltas[-1]):
                 self.deltas.append({"content": ""})
             self.deltas[-1]["content"] += event.text
@@ -287,11 +289,6 @@ class Choice:
     def _describe_token(self, token: int, logprob: float) -> dict:
         return {"token": self.tokenizer.decode([token]), "bytes": list(self.tokenizer.decode_bytes([token])),
                 "logprob": max(logprob, -9999.0)}  # OpenAI's stand-in for minus infinity, which JSON lacks
-
-    @property
-    def content(self) -> str:
-        """The visible text, without tool calls."""
-        return "".join(part["text"] for part in self.parts if part["type"] == "text")
 
 
 def to_sse(data: dict) -> str:

@@ -148,7 +148,7 @@ def run_engine(engine: Engine, connection: Connection, description: str = "") ->
 
 
 class EngineError(Exception):
-    """An answer that no engine can give, or finish. Kinds: 'refused', 'busy', 'timeout', 'lost' (the engine itself)."""
+    """An answer that no engine can give, or finish; kind: refused, busy, timeout, lost (engine), gone (client)."""
 
     def __init__(self, kind: str, message: str, retry_after_sec: int | None = None):
         super().__init__(message)
