@@ -72,20 +72,18 @@ def load_shards(name_or_folder: str, verify: bool = False, train_files: Sequence
     """
     while True:
         folder = find_folder(name_or_folder)
-        try:
-            manifest, problem = read_manifest(folder), None
+        # Another process may rebuild the data meanwhile: the result counts only if the manifest still agrees
+        with contextlib.suppress(FileNotFoundError):
+            manifest = read_manifest(folder)
             try:
                 used = check_shards(folder, manifest, verify, train_files)
-            except UserError as error:
-                problem = error
+            except UserError:
+                if read_manifest(folder) == manifest:
+                    raise
+                continue
             after = read_manifest(folder)
-        except FileNotFoundError:
-            continue  # another process is replacing it
-        # Another process may rebuild the data meanwhile: the result counts only if the manifest still agrees
-        if problem and after == manifest:
-            raise problem
-        if not problem and {*used} <= {*after.train, after.val}:
-            break
+            if {*used} <= {*after.train, after.val}:
+                break
     train, val = tuple(folder / shard.file for shard in used[:-1]), folder / used[-1].file
     expected_sha256.update({folder / shard.file: shard.sha256 for shard in used})
     identity = [(shard.file, shard.sha256) for shard in used]
@@ -100,10 +98,8 @@ def check_shards(folder: Path, manifest: Manifest, verify: bool, train_files: Se
         raise UserError(f"{folder} has no training shard yet; fetch some with: {manifest.command}")
     shards = [shard for shard in manifest.train if train_files is None or shard.file in train_files] + [manifest.val]
     for shard in shards:
-        try:
+        with naming_shard(folder / shard.file):
             check_shard(folder / shard.file, shard, verify)
-        except CorruptFile as error:
-            raise corrupt_error(folder / shard.file, error) from None
     return shards
 
 
@@ -149,12 +145,11 @@ def check_shard(path: Path, shard: Shard, verify: bool) -> None:
 def inspect_shard(path: Path) -> tuple[int, int, int]:
     """Rows, row groups and characters of a file, which is read completely; raises CorruptFile where it is damaged."""
     num_chars = 0
-    with open_shard(path) as file:
+    with open_shard(path) as file, reading_parquet():
         for group_idx in range(file.num_row_groups):
-            with reading_parquet():
-                texts = file.read_row_group(group_idx, columns=["text"], use_threads=False).column(0)
-                texts.validate(full=True)
-                num_chars += pc.sum(pc.utf8_length(texts)).as_py() or 0
+            texts = file.read_row_group(group_idx, columns=["text"], use_threads=False).column(0)
+            texts.validate(full=True)
+            num_chars += pc.sum(pc.utf8_length(texts)).as_py() or 0
             if texts.null_count:
                 raise CorruptFile(f"row group {group_idx} has {texts.null_count} rows without text")
         if not num_chars:
@@ -182,11 +177,15 @@ def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-def corrupt_error(path: Path, reason: CorruptFile) -> UserError:
-    """The error for a damaged shard: which one, how, and the command that makes it again."""
-    has_manifest = (path.parent / "manifest.json").is_file()
-    advice = f"make it again with: {read_manifest(path.parent).command} --verify" if has_manifest else "make it again"
-    return UserError(f"shard {path} is damaged ({reason}); {advice}")
+@contextlib.contextmanager
+def naming_shard(path: Path) -> Iterator[None]:
+    """Turn CorruptFile into a UserError: which shard, how it is damaged, and the command that makes it again."""
+    try:
+        yield
+    except CorruptFile as error:
+        command = f" with: {read_manifest(path.parent).command} --verify" if (path.parent / "manifest.json").is_file() \
+            else ""
+        raise UserError(f"shard {path} is damaged ({error}); make it again{command}") from None
 
 
 expected_sha256: dict[Path, str] = {}                    # as load_shards saw it in the manifest
@@ -206,8 +205,7 @@ def require_unchanged(path: Path) -> None:
         stamp = (sha256, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if verified.get(path) == stamp:
             return
-        found_sha256 = hash_file(path)
-        if found_sha256 == sha256:
+        if (found_sha256 := hash_file(path)) == sha256:
             verified[path] = stamp
             return
     manifest = read_manifest(path.parent)
@@ -219,23 +217,17 @@ def require_unchanged(path: Path) -> None:
 
 def count_groups(path: Path) -> int:
     """Row groups of a shard. Safe to call from several threads."""
-    try:
-        with open_shard(path) as file:
-            return file.num_row_groups
-    except CorruptFile as error:
-        raise corrupt_error(path, error) from None
+    with naming_shard(path), open_shard(path) as file:
+        return file.num_row_groups
 
 
 def read_group(path: Path, group_idx: int) -> list[str]:
     """The documents of one row group of a shard. Safe to call from several threads."""
-    try:
-        with reading_parquet():
-            require_unchanged(path)
-        with open_shard(path) as file, reading_parquet():
+    with naming_shard(path), reading_parquet():
+        require_unchanged(path)
+        with open_shard(path) as file:
             # No threads: the callers are threads themselves
             return file.read_row_group(group_idx, columns=["text"], use_threads=False).column(0).to_pylist()
-    except CorruptFile as error:
-        raise corrupt_error(path, error) from None
 
 
 def iter_documents(paths: Sequence[Path], max_chars: float = math.inf) -> Iterator[str]:
@@ -270,7 +262,7 @@ def write_shards(folder: Path, documents: Iterable[str], shard_chars: int = SHAR
         shards.append(write_shard(path, itertools.chain([first], documents), shard_chars))
 
 
-def write_shard(path: Path, documents: Iterator[str], shard_chars: int = SHARD_CHARS) -> Shard:
+def write_shard(path: Path, documents: Iterator[str], shard_chars: float = math.inf) -> Shard:
     """Write one parquet file in row groups of GROUP_ROWS; takes no more of `documents` than it writes."""
     part = path.with_name(path.name + ".part")
     rows = groups = chars = 0
@@ -292,15 +284,13 @@ def sole_writer(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`, after waiting for it; repairs first what a killed writer left."""
     lock = file_lock(folder)
     try:
-        lock.acquire(blocking=False)
+        held = lock.acquire(blocking=False)
     except filelock.Timeout:
         print0(f"waiting for another process that works on {folder}")
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         clear_leftovers(folder)
         yield
-    finally:
-        lock.release()
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -339,7 +329,4 @@ def rebuilt_folder(folder: Path) -> Iterator[Path]:
         new.rename(folder)
         sync_folder(folder.parent)
     finally:
-        if old.exists() and not folder.exists():  # stopped between the two renames
-            old.rename(folder)
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        clear_leftovers(folder)  # where it stopped between the two renames, the old folder comes back
