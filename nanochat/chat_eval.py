@@ -30,7 +30,6 @@ from tasks.common import Task
 
 CHOICE_BASELINE = 0.25      # accuracy of guessing one of four letters; that of writing an answer by chance is 0
 ORDER_SEED = 1337           # shuffles the problems: the first n are a fair sample, and part of any larger one
-NORMAL_95 = 1.959964        # 95% of a normal distribution lie within so many standard deviations
 # Failures of one task (data, disk, memory), after which the other tasks are still evaluated
 FAILURES = (UserError, OSError, RuntimeError, MemoryError)
 
@@ -68,12 +67,9 @@ class Solver:
 class Problem:
     """One conversation of a task, its last message the reference answer."""
     index:        int     # in the task
-    id:           str     # a hash of its content
+    id:           str     # a hash of its content; a record belongs to the problem of its index and id
     conversation: dict
     prompt:       tuple[int, ...]   # all tokens up to the answer
-
-    def get_key(self) -> tuple[int, str]:
-        return self.index, self.id
 
 
 def check_task_names(names: Sequence[str]) -> None:
@@ -85,12 +81,12 @@ def check_task_names(names: Sequence[str]) -> None:
         raise UserError(f"name each task once, not {', '.join(names) or 'none'}")
 
 
-def load_problems(task: Task, name: str, tokenizer, max_problems: int) -> list[Problem]:
+def load_problems(task: Task, name: str, tokenizer, max_problems: int | None) -> list[Problem]:
     """The problems to solve, shuffled with ORDER_SEED; UserError where one is damaged."""
     order = list(range(len(task)))
     random.Random(ORDER_SEED).shuffle(order)
     problems = []
-    for index in order if max_problems == -1 else order[:max_problems]:
+    for index in order[:max_problems]:
         try:
             conversation = task[index]
             content = json.dumps(conversation, sort_keys=True)
@@ -112,8 +108,8 @@ def crop_prompt(prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def choose_letters(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Problem, str]]:
-    """Each problem with the likeliest of its letters. Problems of similar length share a batch."""
+def choose_letters(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Problem, list[str], int]]:
+    """Each problem with the likeliest of its letters, as sample_answers. Problems of similar length share a batch."""
     model, device = solver.model, solver.model.get_device()
     batch_tokens = BATCH_TOKENS.get(device.type, DEFAULT_BATCH_TOKENS)
     prompts = [crop_prompt(problem.prompt, model.config.sequence_len) for problem in problems]
@@ -131,7 +127,7 @@ def choose_letters(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Pr
         logits = model.unembed(x, tokens).tolist()                                                  # (R, letters)
         for i, row in zip(batch, logits, strict=True):
             values = dict(zip(letters, row, strict=True))
-            yield problems[i], max(problems[i].conversation["letters"], key=values.__getitem__)
+            yield problems[i], [max(problems[i].conversation["letters"], key=values.__getitem__)], 0
 
 
 def sample_answers(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Problem, list[str], int]]:
@@ -169,10 +165,7 @@ def sample_answers(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Pr
 def solve(solver: Solver, task: Task, problems: list[Problem]) -> Iterator[dict]:
     """A record of each problem: {index, id, answers, scores, num_cut}, lists over the samples."""
     task.check_grading(solver.allow_unsafe)
-    if task.eval_type == "categorical":
-        answers = ((problem, [letter], 0) for problem, letter in choose_letters(solver, problems))
-    else:
-        answers = sample_answers(solver, problems)
+    answers = (choose_letters if task.eval_type == "categorical" else sample_answers)(solver, problems)
     while group := list(itertools.islice(answers, task.grade_batch)):
         pairs = [(problem.conversation, text) for problem, texts, _ in group for text in texts]
         scores = iter(task.grade(*zip(*pairs, strict=True), solver.allow_unsafe))
@@ -212,18 +205,17 @@ def failing_together() -> Iterator[None]:
     try:
         yield
     except FAILURES as error:
-        lines = str(error).splitlines() or ["no details"]
-        reason = lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0]}"
-    reasons = [reason for reason in gather(reason) if reason]
-    if reasons:
-        raise UserError(reasons[0])
+        first_line = (str(error).splitlines() or ["no details"])[0]
+        reason = first_line if isinstance(error, UserError) else f"{type(error).__name__}: {first_line}"
+    if reason := next(filter(None, gather(reason)), None):
+        raise UserError(reason)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A task, and all of them
 
 
-def evaluate_task(solver: Solver, name: str, max_problems: int = -1, records_dir: Path | None = None) -> dict:
+def evaluate_task(solver: Solver, name: str, max_problems: int | None = None, records_dir: Path | None = None) -> dict:
     """{accuracy, low, high, centered, num_problems, num_cut, pass_any} of one task. Collective: all ranks call it.
 
     low, high:   of the 95% interval of the accuracy
@@ -232,9 +224,9 @@ def evaluate_task(solver: Solver, name: str, max_problems: int = -1, records_dir
     records_dir: a folder for this checkpoint and these settings alone; problems with a record there are skipped
     Raises UserError, on all ranks, where the task can't be evaluated: no data, no sandbox, no memory ...
     """
-    if max_problems != -1 and max_problems < 1 or solver.batch_rows < 1:
-        raise UserError(f"{max_problems} problems in batches of {solver.batch_rows} leave nothing to evaluate; give at "
-                        "least 1 of each, or -1 for all problems")
+    if max_problems is not None and max_problems < 1 or solver.batch_rows < 1:
+        raise UserError(f"{'all' if max_problems is None else max_problems} problems in batches of {solver.batch_rows} "
+                        "leave nothing to evaluate; give at least 1 of each")
     ranks = get_ranks()
     with failing_together():
         task = get_task(name, "test")
@@ -246,7 +238,8 @@ def evaluate_task(solver: Solver, name: str, max_problems: int = -1, records_dir
             if records:
                 write_records(records_dir, name, list(records.values()))
     records, *_ = gather(records)
-    mine = [problem for problem in problems if problem.get_key() not in records][ranks.rank::ranks.world_size]
+    mine = [problem for problem in problems if (problem.index, problem.id) not in records]
+    mine = mine[ranks.rank::ranks.world_size]
     solved, was_training = [], solver.model.training
     solver.model.eval()
     with failing_together(), contextlib.ExitStack() as stack:
@@ -261,8 +254,8 @@ def evaluate_task(solver: Solver, name: str, max_problems: int = -1, records_dir
     if records_dir and ranks.rank == 0:
         with contextlib.suppress(OSError):  # the parts still exist
             write_records(records_dir, name, list(records.values()))
-    return summarize_records([records[problem.get_key()] for problem in problems], task,
-                     num_different=len({problem.prompt for problem in problems}))
+    return summarize_records([records[problem.index, problem.id] for problem in problems], task,
+                             num_different=len({problem.prompt for problem in problems}))
 
 
 def summarize_records(records: list[dict], task: Task, num_different: int) -> dict:
@@ -281,12 +274,13 @@ def summarize_records(records: list[dict], task: Task, num_different: int) -> di
     return result
 
 
-def wilson_interval(mean: float, count: int, z: float = NORMAL_95) -> tuple[float, float]:
+def wilson_interval(mean: float, count: int) -> tuple[float, float]:
     """The 95% confidence interval of a share measured on `count` problems (E. B. Wilson, JASA 1927).
 
     Unlike mean +- 2 sigma it stays within 0 and 1 and has a width at both. For scores between 0 and 1, and for means of
     several samples, it is wider than necessary: those vary less than right and wrong answers of the same mean.
     """
+    z = 1.959964  # 95% of a normal distribution lie within so many standard deviations
     middle = (mean + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
     return max(0.0, min(middle - half, mean)), min(1.0, max(middle + half, mean))  # rounding must not exclude the mean

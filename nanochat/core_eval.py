@@ -59,11 +59,11 @@ class CoreTask:
     baseline_pct: float          # accuracy of guessing
     rows:         list[dict]
 
-    def choose_rows(self, max_per_task: int) -> list[dict]:
-        """The rows to evaluate, shuffled; -1 = all. Shots are drawn from the same rows."""
+    def choose_rows(self, max_per_task: int | None) -> list[dict]:
+        """The rows to evaluate, shuffled; None = all. Shots are drawn from the same rows."""
         rows = self.rows.copy()
         random.Random(DATA_SEED).shuffle(rows)
-        return rows if max_per_task == -1 else rows[:max_per_task]
+        return rows[:max_per_task]
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,8 @@ class Item:
 
 def load_tasks(bundle_dir: Path | None = None) -> list[CoreTask]:
     """All tasks of a bundle in its own order. Every row is checked now, not after an hour of evaluation."""
-    bundle_dir = find_bundle(bundle_dir)
-    path = bundle_dir / "core.yaml"
-    baselines = load_baselines(bundle_dir)
-    tasks = []
+    bundle_dir, tasks = find_bundle(bundle_dir), []
+    path, baselines = bundle_dir / "core.yaml", load_baselines(bundle_dir)
     with reading_bundle(path, bundle_dir):
         for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]:
             label, kind = str(entry["label"]), entry["icl_task_type"]
@@ -153,17 +151,14 @@ def load_baselines(bundle_dir: Path) -> dict[str, float]:
 
 def load_task_rows(bundle_dir: Path, label: str, kind: str, uri: str) -> list[dict]:
     """The checked rows of one task."""
-    path = bundle_dir / "eval_data" / uri
+    path, rows = bundle_dir / "eval_data" / uri, []
     with reading_bundle(f"the data of the CORE task {label}, {path},", bundle_dir):
         lines = path.read_bytes().splitlines()
         if not any(lines):
             raise ValueError("it is empty")
-    rows = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         with reading_bundle(f"the data of the CORE task {label}, line {number} of {path},", bundle_dir):
-            rows.append(check_row(json.loads(line), kind))
+            rows += [check_row(json.loads(line), kind)] if line.strip() else []
     return rows
 
 
@@ -174,20 +169,16 @@ def check_row(row: dict, kind: str) -> dict:
             raise ValueError(f"{value!r:.60} is no text")
         return str(value)
 
-    checked = {}
-    for name in ROW_FIELDS[kind]:
-        value = row[name]
-        if name != OPTIONS_FIELD.get(kind):
-            checked[name] = value if name == "gold" else to_text(value)
-        elif isinstance(value, list):
-            checked[name] = [to_text(option) for option in value]
-        else:
-            raise ValueError(f"{name} is no list")
-    if kind in OPTIONS_FIELD:
-        num_options = len(checked[OPTIONS_FIELD[kind]])
-        if checked["gold"] not in range(num_options):
-            raise ValueError(f"gold is {checked['gold']!r:.60}, but there are {num_options} options")
-    return checked
+    checked = {name: row[name] for name in ROW_FIELDS[kind]}
+    options_field = OPTIONS_FIELD.get(kind)
+    if options_field:
+        gold, options = checked["gold"], checked[options_field]
+        if not isinstance(options, list):
+            raise ValueError(f"{options_field} is no list")
+        if gold not in range(len(options)):
+            raise ValueError(f"gold is {gold!r:.60}, but there are {len(options)} options")
+    return {name: value if name == "gold" else list(map(to_text, value)) if name == options_field else to_text(value)
+            for name, value in checked.items()}
 
 
 @contextlib.contextmanager
@@ -344,10 +335,10 @@ def count_correct(model, items: list[Item]) -> int:
 
 
 @torch.no_grad()
-def evaluate_task(model, tokenizer, task: CoreTask, max_per_task: int = -1) -> dict:
+def evaluate_task(model, tokenizer, task: CoreTask, max_per_task: int | None = None) -> dict:
     """{accuracy, centered, num_items} of one task. Collective: all ranks call it, each answers its share of items."""
-    if max_per_task != -1 and max_per_task < 1:
-        raise UserError(f"max-per-task {max_per_task} must be -1 (all items) or at least 1")
+    if max_per_task is not None and max_per_task < 1:
+        raise UserError(f"--max-per-task {max_per_task} must be at least 1, or all")
     ranks = get_ranks()
     device, rows = model.get_device(), task.choose_rows(max_per_task)
     mine = list(range(ranks.rank, len(rows), ranks.world_size))
@@ -373,11 +364,11 @@ def compute_core(results: dict[str, dict]) -> dict:
             "num_tasks": len(results), "tasks": results}
 
 
-def evaluate_core(model, tokenizer, *, max_per_task: int = -1, bundle_dir: Path | None = None) -> dict:
+def evaluate_core(model, tokenizer, *, max_per_task: int | None = None, bundle_dir: Path | None = None) -> dict:
     """{core_metric, num_tasks, tasks: {label: {accuracy, centered, num_items}}}. Collective: all ranks call it.
 
-    max_per_task: items of each task at most, also as shots; -1 = all
+    max_per_task: items of each task at most, also as shots; None = all
     bundle_dir:   default $NANOCHAT_BASE_DIR/eval_bundle
     """
-    return compute_core({task.label: evaluate_task(model, tokenizer, task, max_per_task)
-                          for task in load_tasks(bundle_dir)})
+    tasks = load_tasks(bundle_dir)
+    return compute_core({task.label: evaluate_task(model, tokenizer, task, max_per_task) for task in tasks})

@@ -9,6 +9,7 @@ lane.
 B rows, T tokens a row feeds to the model (a packed row holds T+1), R rows of a group, L lanes.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -40,18 +41,14 @@ class Groups:
 
     identity: all that the rows follow from, as JSON can store it
     empty:    the error where no group has a row: what is wrong and what to do
+
+    A subclass has a length, its number of groups, and load_rows(group), which returns the group's rows (R, T+1) and
+    PackStats, always the same, and is called in threads.
     """
 
     def __init__(self, name: str, tokenizer, T: int, identity: dict, empty: str):
         self.name, self.tokenizer, self.T, self.identity, self.empty = name, tokenizer, T, identity, empty
         self.bos_id = tokenizer.get_bos_token_id()
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def load_rows(self, group: int) -> tuple[np.ndarray, PackStats]:
-        """The rows (R, T+1) of a group, always the same. Called in threads."""
-        raise NotImplementedError
 
 
 class TextGroups(Groups):
@@ -106,10 +103,8 @@ class ConversationGroups(Groups):
         docs = [self._render(idx) for idx in indices]
         # Tokens beyond a row are cut off, so an answer that begins there can't be learned
         useful = [doc for doc in docs if max(doc[1:self.T + 1], default=-1) >= 0]
-        if self.keep_whole:
-            rows, stats = pack_whole(useful, self.T + 1)
-        else:
-            rows, stats = pack_documents(useful, self.T + 1, long_docs="crop")
+        pack = pack_whole if self.keep_whole else partial(pack_documents, long_docs="crop")
+        rows, stats = pack(useful, self.T + 1)
         num_docs, num_tokens = len(docs) - len(useful), sum(map(len, docs)) - sum(map(len, useful))
         return rows, stats + PackStats(in_tokens=num_tokens, piece_tokens=num_tokens, num_docs=num_docs,
                                        skipped_docs=num_docs)
@@ -172,28 +167,34 @@ class Lane:
     """One of the L sequences of groups that a step draws from."""
     serial: int                                            # index of the open group in the endless list of groups
     row:    int                                            # rows of that group handed out so far
+    pack_stats: PackStats                                  # of all groups opened so far
+    is_counted: bool                                       # a saved state's pack_stats include the open group
     rows:   np.ndarray | None = None                       # (R, T+1) of that group; None until the first is needed
     ahead:  Callable[[], tuple[np.ndarray, PackStats]] | None = None   # the result of the group to open next
-    pack_stats: PackStats = PackStats()                    # of all groups opened so far
-    is_counted: bool = False                               # a saved state's pack_stats include the open group
 
 
-class TrainLoader:
+@dataclass(frozen=True)
+class RowOrder:
+    """All that the order of a run's rows follows from, besides the groups."""
+    rows_per_step:  int                # of all ranks together
+    seed:           int
+    num_lanes:      int | None = None  # None: the state's, else chosen. With one, an epoch ends before the next begins
+    num_epochs:     int | None = None  # after so many epochs all rows are padding; needs one lane
+    allow_mismatch: bool = False       # a state of another order starts the data anew instead of raising UserError
+
+
+class TrainLoader(contextlib.AbstractContextManager):
     """Endless training rows, one whole optimizer step at a time; the next group of each lane is prepared in threads.
 
-    rows_per_step: of all ranks together
-    num_lanes:     None: the state's, else chosen. With one lane all rows of an epoch come before those of the next
-    num_epochs:    after so many epochs all rows are padding; needs one lane
-    state:         from `state_dict`, of any number of ranks; the rows continue exactly there
-    allow_mismatch: a state of another order of rows starts the data anew instead of raising UserError
-    num_threads:   read, tokenize and pack ahead; 0: the caller does it, when a row is needed
+    state:       from `state_dict`, of any number of ranks; the rows continue exactly there
+    num_threads: read, tokenize and pack ahead; 0: the caller does it, when a row is needed
 
-    Use it as a context manager or `close` it, so that no thread prepares a group when the process ends.
+    Its threads end with its context: none prepares a group when the process ends.
     """
 
-    def __init__(self, groups: Groups, rows_per_step: int, seed: int, ranks: Ranks, *, num_lanes: int | None = None,
-                 num_epochs: int | None = None, state: dict | None = None, allow_mismatch: bool = False,
+    def __init__(self, groups: Groups, order: RowOrder, ranks: Ranks, *, state: dict | None = None,
                  num_threads: int | None = None, pin_memory: bool = False):
+        rows_per_step, seed, num_lanes, num_epochs = order.rows_per_step, order.seed, order.num_lanes, order.num_epochs
         if num_lanes is None:
             num_lanes = state["num_lanes"] if state else choose_num_lanes(rows_per_step)
         for count, what in ((ranks.world_size, "ranks"), (num_lanes, "lanes of the run")):
@@ -207,17 +208,15 @@ class TrainLoader:
         self.groups, self.T, self.ranks, self.seed, self.pin_memory = groups, groups.T, ranks, seed, pin_memory
         self.end = math.inf if num_epochs is None else num_epochs * len(groups)   # of the list of groups
         self.identity = groups.identity | {"seed": seed, "rows_per_step": rows_per_step, "num_lanes": num_lanes}
-        if state and differs_from_saved(state, self.identity, allow_mismatch):
+        if state and differs_from_saved(state, self.identity, order.allow_mismatch):
             state = None
 
         self.num_lanes, self.rows_per_step = num_lanes, rows_per_step
         self.lanes: dict[int, Lane] = {}                   # those that this rank's rows come from
         for idx in sorted({row % num_lanes for row in range(ranks.rank, rows_per_step, ranks.world_size)}):
             epoch, ordinal, row = state["lanes"][idx] if state else (0, idx, 0)
-            self.lanes[idx] = Lane(epoch * len(self.groups) + ordinal, row)
-            if state:
-                self.lanes[idx].pack_stats = PackStats(*state["pack_stats"][idx])
-                self.lanes[idx].is_counted = self.lanes[idx].pack_stats.num_docs > 0
+            pack_stats = PackStats(*state["pack_stats"][idx]) if state else PackStats()
+            self.lanes[idx] = Lane(epoch * len(groups) + ordinal, row, pack_stats, is_counted=pack_stats.num_docs > 0)
         self.epoch = max(map(self._get_epoch, self.lanes.values())) if state else 0
         self.empty_groups: set[int] = set()
         self.places = self.places_before = self._get_places()
@@ -259,16 +258,10 @@ class TrainLoader:
         pack_stats = sum((lane.pack_stats for lane in self.lanes.values()), PackStats())
         return pack_stats.fractions() | {"epoch": self.epoch, "repeated_groups": repeated_groups}
 
-    def close(self) -> None:
+    def __exit__(self, *_) -> None:
         """Stop preparing groups: drop those that wait; each thread ends after its current one."""
         if self.pool:
             self.pool.shutdown(wait=False, cancel_futures=True)
-
-    def __enter__(self) -> "TrainLoader":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
     def _get_epoch(self, lane: Lane) -> int:
         """The epoch of the lane's group; padding after the last epoch belongs to that one."""
@@ -285,10 +278,9 @@ class TrainLoader:
         """The lane's next rows, (num_rows, T+1), from one or more groups."""
         parts = []
         while num_rows:
+            if lane.rows is not None and lane.row >= len(lane.rows):
+                lane.serial, lane.row, lane.rows = lane.serial + self.num_lanes, 0, None
             if lane.rows is None:
-                self._open_group(lane)
-            elif lane.row >= len(lane.rows):
-                lane.serial, lane.row = lane.serial + self.num_lanes, 0
                 self._open_group(lane)
             parts.append(lane.rows[lane.row:lane.row + num_rows])
             lane.row += len(parts[-1])
@@ -415,21 +407,21 @@ class ValidationBatches:
         return replace(self, batch_rows=min(batch_rows, len(self.rows)))
 
 
-def validation_batches(shards: ShardList, tokenizer, T: int, num_rows: int | None = None, *, batch_rows: int,
-                       ranks: Ranks, split: str = "val") -> ValidationBatches:
-    """The first `num_rows` rows (None: all) of the 'val' or 'train' split, the same for any batch and ranks.
+def validation_batches(shards: ShardList, tokenizer, T: int, num_rows: int | None, ranks: Ranks,
+                       split: str = "val") -> ValidationBatches:
+    """The first `num_rows` rows (None: all) of the 'val' or 'train' split as one batch, the same for any ranks.
 
     One rule, whatever the training uses (the rule alone moves bpb by 0.03-0.05): best-fit, long documents split, the
     last row of each group padded.
     """
     groups = TextGroups(shards, tokenizer, T, split=split, keep_tail=True)
     rule = f"{split} split, best-fit, long documents split, last rows padded"
-    return take_first_rows(groups, num_rows, rule, batch_rows, ranks)
+    return take_first_rows(groups, num_rows, rule, ranks)
 
 
-def validation_conversations(name: str, conversations: Sequence[dict], tokenizer, T: int, num_rows: int, *,
-                             batch_rows: int, ranks: Ranks) -> ValidationBatches | None:
-    """A fixed set of held-out conversations, by one rule for all stages; None where none are held out.
+def validation_conversations(name: str, conversations: Sequence[dict], tokenizer, T: int, num_rows: int,
+                             ranks: Ranks) -> ValidationBatches | None:
+    """A fixed set of held-out conversations as one batch, by one rule for all stages; None where none are held out.
 
     The rule: whole conversations, truncated to T+1 tokens, rows padded, only what the assistant writes counts.
     """
@@ -437,26 +429,22 @@ def validation_conversations(name: str, conversations: Sequence[dict], tokenizer
         return None
     groups = ConversationGroups(name, conversations, tokenizer, T, keep_whole=True)
     rule = f"held-out conversations of {name}; what the assistant writes; whole, truncated to the context, padded"
-    return take_first_rows(groups, num_rows, rule, batch_rows, ranks)
+    return take_first_rows(groups, num_rows, rule, ranks)
 
 
-def take_first_rows(groups: Groups, num_rows: int | None, rule: str, batch_rows: int,
-                    ranks: Ranks) -> ValidationBatches:
+def take_first_rows(groups: Groups, num_rows: int | None, rule: str, ranks: Ranks) -> ValidationBatches:
     """The first `num_rows` rows (None: all) of the groups in their order. Row i of the set goes to rank i % world.
 
     The rows of each group are shuffled in one fixed way: else a part of a group would be its longest documents.
     """
-    parts, total = [], 0
+    parts = []
     for group in range(len(groups)):
-        if num_rows is None or total < num_rows:
+        if num_rows is None or sum(map(len, parts)) < num_rows:
             group_rows, _ = groups.load_rows(group)
             parts.append(group_rows[make_generator(0, 0, 1 + group).permutation(len(group_rows))])
-            total += len(group_rows)
-    if total == 0:
+    if not any(map(len, parts)):
         raise UserError(groups.empty)
     rows = np.concatenate(parts)[:num_rows]
     padded = np.full((-(-len(rows) // ranks.world_size), groups.T + 1), PAD, np.int32)
-    mine = rows[ranks.rank::ranks.world_size]
-    padded[:len(mine)] = mine
-    return ValidationBatches(padded, batch_rows, len(rows), f"{rule}, T {groups.T}, {len(rows)} rows",
-                             groups.bos_id).cut(batch_rows)
+    padded[:len(rows[ranks.rank::ranks.world_size])] = rows[ranks.rank::ranks.world_size]
+    return ValidationBatches(padded, len(padded), len(rows), f"{rule}, T {groups.T}, {len(rows)} rows", groups.bos_id)

@@ -78,8 +78,8 @@ def test_base_eval_does_not_mix_results_of_other_settings(run, tmp_path, capsys)
 
 
 def test_base_eval_says_what_is_missing(run, tmp_path):
-    with pytest.raises(UserError, match="max-per-task -2 must be"):
-        run("--max-per-task", "-2")
+    with pytest.raises(UserError, match="max-per-task 0 must be"):
+        run("--max-per-task", "0")
     with pytest.raises(UserError, match="no checkpoint of step 7"):
         run("-s", "7")
     with pytest.raises(UserError, match="base_eval --fetch, or unpack https://"):
