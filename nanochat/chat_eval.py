@@ -138,28 +138,26 @@ def sample_answers(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Pr
     settings, context_tokens = solver.settings, solver.model.config.sequence_len
     room_tokens = max(context_tokens - settings.max_new_tokens, context_tokens // 2, 2)  # the rest is for the answer
     engine = Engine(solver.model, solver.tokenizer, max_rows=solver.batch_rows)
-    owners, samples = {}, {}    # request -> (problem, sample);  (problem, sample) -> tokens of the answer
-    open_samples = [settings.num_samples] * len(problems)
-    num_cut = [0] * len(problems)
+    owners = {}                                 # request -> index of its problem, tokens of its sample
+    samples = [[] for _ in problems]            # of each problem: the tokens of each sample
+    endings = [[] for _ in problems]            # of each problem: the reasons why its finished samples ended
     for i, problem in enumerate(problems):
         prompt = crop_prompt(problem.prompt, room_tokens)
         max_tokens = min(settings.max_new_tokens, context_tokens + 1 - len(prompt))  # untrained positions follow
         for sample in range(settings.num_samples):
             request = Request(prompt, max_tokens, settings.temperature, settings.top_k,
                               seed=settings.seed + problem.index, sample=sample)
-            owners[engine.submit(request)] = i, sample
-            samples[i, sample] = []
+            samples[i].append([])
+            owners[engine.submit(request)] = i, samples[i][-1]
     while engine.has_work():
         for event in engine.step():
-            i, sample = owners[event.request_id]
+            i, tokens = owners[event.request_id]
             if event.token not in engine.end_tokens:
-                samples[i, sample].append(event.token)
+                tokens.append(event.token)
             if event.finish_reason:
-                open_samples[i] -= 1
-                num_cut[i] += event.finish_reason == "length"
-                if not open_samples[i]:
-                    texts = [solver.tokenizer.decode(samples.pop((i, s))) for s in range(settings.num_samples)]
-                    yield problems[i], texts, num_cut[i]
+                endings[i].append(event.finish_reason)
+                if len(endings[i]) == settings.num_samples:
+                    yield problems[i], list(map(solver.tokenizer.decode, samples[i])), endings[i].count("length")
 
 
 def solve(solver: Solver, task: Task, problems: list[Problem]) -> Iterator[dict]:

@@ -259,16 +259,15 @@ def make_items(task: CoreTask, tokenizer, rows: list[dict], indices: list[int], 
 
 def make_batches(items: list[Item], batch_tokens: int, tail_tokens: int) -> Iterator[list[Item]]:
     """Group items of similar length, within the token limits of a batch, padding included."""
-    batch, num_rows, longest_prefix, longest_tail = [], 0, 0, 0
+    batch, num_rows, longest_tail = [], 0, 0
     for item in sorted(items, key=Item.get_lengths, reverse=True):  # the longest first: out of memory shows early
-        prefix, tail = item.get_lengths()
-        rows = num_rows + len(item.options)
-        prefix, tail = max(prefix, longest_prefix), max(tail, longest_tail)
+        rows, (prefix, _) = num_rows + len(item.options), (batch or [item])[0].get_lengths()
+        tail = max(longest_tail, item.get_lengths()[1])
         if batch and (rows * (prefix + tail) > batch_tokens or rows * tail > tail_tokens):
             yield batch
-            batch, rows, (prefix, tail) = [], len(item.options), item.get_lengths()
+            batch, rows, tail = [], len(item.options), item.get_lengths()[1]
         batch.append(item)
-        num_rows, longest_prefix, longest_tail = rows, prefix, tail
+        num_rows, longest_tail = rows, tail
     if batch:
         yield batch
 
@@ -326,10 +325,9 @@ def score_options(model, options: list[Option]) -> list[tuple[float, bool]]:
 def count_correct(model, items: list[Item]) -> int:
     """The number of items of one batch that the model gets right; of equally good options the first is its answer."""
     options = list(dict.fromkeys(option for item in items for option in item.options))  # equal options must tie exactly
-    scores = dict(zip(options, score_options(model, options), strict=True))
-    num_correct = 0
+    scores, num_correct = dict(zip(options, score_options(model, options), strict=True)), 0
     for item in items:
-        losses, exact = zip(*(scores[option] for option in item.options), strict=True)
+        losses, exact = zip(*map(scores.__getitem__, item.options), strict=True)
         num_correct += exact[0] if item.gold is None else losses.index(min(losses)) == item.gold
     return num_correct
 

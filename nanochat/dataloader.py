@@ -26,7 +26,7 @@ from nanochat.packing import PAD, PackStats, hide, pack_documents, pack_whole
 from nanochat.shards import ShardList, count_groups, read_group
 from nanochat.train import Batch
 
-MAX_LANES  = 8      # a power of two
+MAX_LANES  = 8      # a power of two. More ranks share lanes, and each tokenizes and packs all groups of its own
 PACKINGS   = {"best-fit": ("split", "crop"), "stream": ("split",)}   # each with the long_docs that it can do
 GROUP_SIZE = 1024   # conversations of a group
 MAX_HASHED = 1024   # conversations, evenly spread, that identify a list; hashing all of it would take minutes
@@ -59,11 +59,10 @@ class TextGroups(Groups):
         if long_docs not in PACKINGS.get(packing, ()):
             raise UserError(f"--packing {packing} doesn't go with --long-docs {long_docs}; choose best-fit with split "
                             "or crop, or stream with split")
-        super().__init__(shards.name, tokenizer, T,
-                         {"data": shards.hash, "T": T, "packing": packing, "long_docs": long_docs},
-                         f"the {split} split of {shards.name} has no text; make it again with "
-                         "python -m nanochat.dataset")
-        self.options = {"packing": packing, "long_docs": long_docs, "keep_tail": keep_tail}
+        options = {"packing": packing, "long_docs": long_docs}
+        super().__init__(shards.name, tokenizer, T, {"data": shards.hash, "T": T} | options,
+                         f"the {split} split of {shards.name} has no text; make it again: python -m nanochat.dataset")
+        self.pack = partial(pack_documents, row_tokens=T + 1, keep_tail=keep_tail, **options)
         paths = (shards.val,) if split == "val" else shards.train
         self.places = [(path, idx) for path in paths for idx in range(count_groups(path))]
 
@@ -73,8 +72,7 @@ class TextGroups(Groups):
     def load_rows(self, group: int) -> tuple[np.ndarray, PackStats]:
         path, group_idx = self.places[group]
         try:
-            docs = self.tokenizer.encode(read_group(path, group_idx), prepend=self.bos_id, num_threads=1)
-            return pack_documents(docs, self.T + 1, **self.options)
+            return self.pack(self.tokenizer.encode(read_group(path, group_idx), prepend=self.bos_id, num_threads=1))
         except UserError:
             raise
         except Exception as error:
@@ -93,7 +91,8 @@ class ConversationGroups(Groups):
         super().__init__(name, tokenizer, T, {"data": hash_conversations(conversations), "T": T,
                                               "supervise": "assistant", "keep_whole": keep_whole},
                          f"there is nothing to learn in {name}: no conversation has an answer within {T} tokens")
-        self.conversations, self.keep_whole = conversations, keep_whole
+        self.conversations = conversations
+        self.pack = pack_whole if keep_whole else partial(pack_documents, long_docs="crop")
 
     def __len__(self) -> int:
         return -(-len(self.conversations) // GROUP_SIZE)
@@ -103,8 +102,7 @@ class ConversationGroups(Groups):
         docs = [self._render(idx) for idx in indices]
         # Tokens beyond a row are cut off, so an answer that begins there can't be learned
         useful = [doc for doc in docs if max(doc[1:self.T + 1], default=-1) >= 0]
-        pack = pack_whole if self.keep_whole else partial(pack_documents, long_docs="crop")
-        rows, stats = pack(useful, self.T + 1)
+        rows, stats = self.pack(useful, self.T + 1)
         num_docs, num_tokens = len(docs) - len(useful), sum(map(len, docs)) - sum(map(len, useful))
         return rows, stats + PackStats(in_tokens=num_tokens, piece_tokens=num_tokens, num_docs=num_docs,
                                        skipped_docs=num_docs)
@@ -144,10 +142,7 @@ def make_batch(rows: np.ndarray, bos_id: int, pin_memory: bool = False) -> Batch
 
 
 def choose_num_lanes(rows_per_step: int) -> int:
-    """The largest power of two up to MAX_LANES that divides the rows of a step: a rule without the ranks in it.
-
-    Above MAX_LANES ranks, several read the same lane, and each tokenizes and packs all of its groups.
-    """
+    """The largest power of two up to MAX_LANES that divides the rows of a step: a rule without the ranks in it."""
     return math.gcd(rows_per_step, MAX_LANES)
 
 
@@ -246,8 +241,7 @@ class TrainLoader(contextlib.AbstractContextManager):
 
         Collective: all ranks call it, since a rank knows only the lanes of its own rows.
         """
-        places = self.places if self.ranks.world_size == 1 else np.max(gather(self.places), axis=0)
-        places = places.tolist()
+        places = (self.places if self.ranks.world_size == 1 else np.max(gather(self.places), axis=0)).tolist()
         return self.identity | {"lanes": [place[:3] for place in places], "pack_stats": [place[3:] for place in places]}
 
     @property
@@ -283,23 +277,20 @@ class TrainLoader(contextlib.AbstractContextManager):
             if lane.rows is None:
                 self._open_group(lane)
             parts.append(lane.rows[lane.row:lane.row + num_rows])
-            lane.row += len(parts[-1])
-            num_rows -= len(parts[-1])
+            lane.row, num_rows = lane.row + len(parts[-1]), num_rows - len(parts[-1])
         return np.concatenate(parts)
 
     def _open_group(self, lane: Lane) -> None:
         """Wait for the lane's group, start preparing the one after it, and count its statistics."""
         lane.rows, pack_stats = lane.ahead()
         lane.ahead = self._prepare(lane.serial + self.num_lanes)
-        if not lane.is_counted:
-            lane.pack_stats += pack_stats
-        lane.is_counted = False
+        lane.pack_stats, lane.is_counted = lane.pack_stats + (PackStats() if lane.is_counted else pack_stats), False
         if len(lane.rows) == 0:
             self.empty_groups.add(self._find_group(lane.serial)[1])
             if len(self.empty_groups) == len(self.groups):
                 raise UserError(self.groups.empty)
-        if self._get_epoch(lane) > self.epoch:
-            self.epoch = self._get_epoch(lane)
+        if (epoch := self._get_epoch(lane)) > self.epoch:
+            self.epoch = epoch
             print0(f"data: all {len(self.groups)} groups of {self.groups.name} were begun, they repeat from here "
                    f"(epoch {self.epoch + 1})")
 
@@ -364,15 +355,14 @@ def count_epoch(groups: ConversationGroups, ranks: Ranks, device: torch.device) 
         packed = pool.map(groups.load_rows, range(ranks.rank, len(groups), ranks.world_size))
         sums = sum((np.array([len(rows), *astuple(stats)]) for rows, stats in packed),
                    np.zeros(1 + len(astuple(PackStats())), np.int64))
-    num_rows, *stats = sum_over_ranks(torch.from_numpy(sums).to(device)).tolist()
+    num_rows, *sums = sum_over_ranks(torch.from_numpy(sums).to(device)).tolist()
     if not num_rows:
         raise UserError(groups.empty)
-    epoch = Epoch(num_rows, PackStats(*stats))
-    fractions = epoch.stats.fractions()
-    print0(f"conversations: {epoch.stats.num_docs:,} an epoch, in {num_rows:,} rows of {groups.T} tokens; "
-           f"{epoch.stats.cropped_docs:,} shortened ({fractions['crop_frac']:.2%} of the tokens), "
-           f"{epoch.stats.skipped_docs:,} with nothing to learn, padding {fractions['pad_frac']:.2%}")
-    return epoch
+    stats = PackStats(*sums)
+    print0(f"conversations: {stats.num_docs:,} an epoch, in {num_rows:,} rows of {groups.T} tokens; "
+           f"{stats.cropped_docs:,} shortened ({stats.fractions()['crop_frac']:.2%} of the tokens), "
+           f"{stats.skipped_docs:,} with nothing to learn, padding {stats.fractions()['pad_frac']:.2%}")
+    return Epoch(num_rows, stats)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,10 +387,7 @@ class ValidationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self.rows), self.batch_rows):
-            rows = np.full((self.batch_rows, self.rows.shape[1]), PAD, np.int32)
-            part = self.rows[start:start + self.batch_rows]
-            rows[:len(part)] = part
-            yield make_batch(rows, self.bos_id)
+            yield make_batch(pad_rows(self.rows[start:start + self.batch_rows], self.batch_rows), self.bos_id)
 
     def cut(self, batch_rows: int) -> "ValidationBatches":
         """The same rows in batches of `batch_rows`, or fewer where there are fewer rows."""
@@ -445,6 +432,11 @@ def take_first_rows(groups: Groups, num_rows: int | None, rule: str, ranks: Rank
     if not any(map(len, parts)):
         raise UserError(groups.empty)
     rows = np.concatenate(parts)[:num_rows]
-    padded = np.full((-(-len(rows) // ranks.world_size), groups.T + 1), PAD, np.int32)
-    padded[:len(rows[ranks.rank::ranks.world_size])] = rows[ranks.rank::ranks.world_size]
-    return ValidationBatches(padded, len(padded), len(rows), f"{rule}, T {groups.T}, {len(rows)} rows", groups.bos_id)
+    rank_rows = -(-len(rows) // ranks.world_size)
+    return ValidationBatches(pad_rows(rows[ranks.rank::ranks.world_size], rank_rows), rank_rows, len(rows),
+                             f"{rule}, T {groups.T}, {len(rows)} rows", groups.bos_id)
+
+
+def pad_rows(rows: np.ndarray, num_rows: int) -> np.ndarray:
+    """Rows of padding after `rows`, (num_rows, T+1) in all."""
+    return np.pad(rows, ((0, num_rows - len(rows)), (0, 0)), constant_values=PAD)

@@ -68,15 +68,12 @@ def make_from_files(folder: Path, path: Path, text_column: str, seed: int, comma
         texts = (text for file in files for text in corpus.read_documents(file, text_column))
         num_buckets = min(MAX_BUCKETS, 1 + sum(size for _, size, _ in stats) // BUCKET_BYTES)
         buckets, num_docs, num_chars = spill_documents(texts, new, num_buckets, seed)
-        if num_docs < 2:
-            raise UserError(f"--path {path} holds {num_docs} documents; at least two are needed, one of them for "
-                            f"validation")
         documents = read_spilled(buckets)
         val = take_val(documents, num_docs, num_chars)
-        train = write_shards(new, documents)
-        if not train:
-            raise UserError(f"--path {path} holds the same document {num_docs} times; at least two different ones are "
-                            f"needed, one of them for validation")
+        if not (train := write_shards(new, documents)):
+            found = f"the same document {num_docs} times" if num_docs > 1 else f"{num_docs} documents"
+            raise UserError(f"--path {path} holds {found}; at least two different ones are needed, one of them for "
+                            "validation")
         num_kept = len(val) + sum(shard.rows for shard in train)
         if num_kept < num_docs:
             print0(f"left out {num_docs - num_kept:,} of {num_docs:,} documents: exact repeats of others")

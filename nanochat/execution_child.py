@@ -149,8 +149,8 @@ def change_root(paths: list[str]) -> None:
     call("mount", b"tmpfs", f"{ROOT}/tmp".encode(), b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC,
          f"size={SCRATCH_BYTES},nr_inodes=4096,mode=1777".encode())
     os.chdir(ROOT)
-    pivot_root = REFUSED["pivot_root"][get_machine()[0]]
-    call("syscall", pivot_root, b".", b".")  # puts the old root on top of the new, see pivot_root(2)
+    # Puts the old root on top of the new, see pivot_root(2)
+    call("syscall", REFUSED["pivot_root"][get_machine()[0]], b".", b".")
     call("umount2", b".", MNT_DETACH)
     os.chdir("/tmp")
 
@@ -183,8 +183,7 @@ def drop_capabilities() -> None:
 
 def get_machine() -> tuple[int, int, int]:
     """This machine's row of MACHINES; OSError where there is none."""
-    name = os.uname().machine
-    if name not in MACHINES:
+    if (name := os.uname().machine) not in MACHINES:
         raise OSError(errno.ENOSYS, f"the numbers of the system calls of {name} aren't known here")
     return MACHINES[name]
 
@@ -220,7 +219,7 @@ def run(code: str, status_fd: int, nonce: str) -> None:
     "finished" is sent before the program's remaining threads and exit handlers; the exit code tells how those end.
     """
     write, leave, show = os.write, os._exit, sys.excepthook  # before the program can replace them
-    started, finished, no_memory = (f"{nonce}{word}".encode() for word in ("started", "finished", "memory"))
+    started, finished, no_memory = (f"{nonce}{word}".encode() for word in ("started", "finished", "MemoryError"))
     module = type(sys)("__main__")
     sys.modules["__main__"] = module
     sys.argv = [""]

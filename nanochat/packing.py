@@ -124,8 +124,7 @@ def place_best_fit(sizes: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.n
 
 def fold_rows(packed: np.ndarray, row_tokens: int, keep_tail: bool) -> tuple[np.ndarray, int]:
     """Fold tokens into rows (R, row_tokens); an incomplete last row is dropped (returns its tokens) or padded."""
-    tail_tokens = len(packed) % row_tokens
-    num_full = len(packed) // row_tokens
+    num_full, tail_tokens = divmod(len(packed), row_tokens)
     if tail_tokens and not keep_tail and num_full >= MIN_ROWS_TO_DROP:
         return packed[:-tail_tokens].reshape(num_full, row_tokens), tail_tokens
     rows = np.full((num_full + (tail_tokens > 0), row_tokens), PAD, np.int32)
@@ -138,14 +137,11 @@ def pack_whole(docs: Sequence[Sequence[int]], row_tokens: int) -> tuple[np.ndarr
 
     Each row takes repeatedly the longest document that fits (first-fit decreasing), then PAD.
     """
-    left = sorted((doc[:row_tokens] for doc in docs if len(doc)), key=len)
-    left_sizes = list(map(len, left))
-    rows: list[list[int]] = [[]]
+    left, rows = sorted((doc[:row_tokens] for doc in docs if len(doc)), key=len), [[]]
     while left:
-        i = bisect_right(left_sizes, row_tokens - len(rows[-1])) - 1
+        i = bisect_right(left, row_tokens - len(rows[-1]), key=len) - 1
         if i >= 0:
             rows[-1].extend(left.pop(i))
-            del left_sizes[i]
         else:
             rows.append([])
     packed = np.full((len(rows) if rows[0] else 0, row_tokens), PAD, np.int32)

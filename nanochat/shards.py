@@ -84,18 +84,17 @@ def load_shards(name_or_folder: str, verify: bool = False, train_files: Sequence
             after = read_manifest(folder)
             if {*used} <= {*after.train, after.val}:
                 break
-    train, val = tuple(folder / shard.file for shard in used[:-1]), folder / used[-1].file
     expected_sha256.update({folder / shard.file: shard.sha256 for shard in used})
-    identity = [(shard.file, shard.sha256) for shard in used]
-    return ShardList(folder.name, train, val, hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16])
+    *train, val = [folder / shard.file for shard in used]
+    identity = json.dumps([(shard.file, shard.sha256) for shard in used])
+    return ShardList(folder.name, tuple(train), val, hashlib.sha256(identity.encode()).hexdigest()[:16])
 
 
 def check_shards(folder: Path, manifest: Manifest, verify: bool, train_files: Sequence[str] | None) -> list[Shard]:
     """The training shards to use, then the validation shard; UserError if one is missing or damaged."""
-    if manifest.val is None:
-        raise UserError(f"{folder} has no validation shard yet; fetch it with: {manifest.command}")
-    if not manifest.train:
-        raise UserError(f"{folder} has no training shard yet; fetch some with: {manifest.command}")
+    if not manifest.val or not manifest.train:
+        missing = "training" if manifest.val else "validation"
+        raise UserError(f"{folder} has no {missing} shard yet; fetch it with: {manifest.command}")
     shards = [shard for shard in manifest.train if train_files is None or shard.file in train_files] + [manifest.val]
     for shard in shards:
         with naming_shard(folder / shard.file):
@@ -121,9 +120,8 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder."""
     try:
         content = json.loads((folder / "manifest.json").read_text())
-        train = tuple(Shard(**shard) for shard in content.pop("train"))
-        val = content.pop("val")
-        return Manifest(**content, train=train, val=Shard(**val) if val else None)
+        train, val = tuple(Shard(**shard) for shard in content["train"]), content["val"]
+        return Manifest(**content | {"train": train, "val": Shard(**val) if val else None})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'manifest.json'} is damaged ({error}); delete {folder} and run nanochat.dataset "
                         f"again") from None
@@ -237,12 +235,11 @@ def iter_documents(paths: Sequence[Path], max_chars: float = math.inf) -> Iterat
     """
     num_chars = 0
     for path in paths:
-        for group_idx in range(count_groups(path)):
-            for text in read_group(path, group_idx):
-                yield text
-                num_chars += len(text)
-                if num_chars >= max_chars:
-                    return
+        for text in itertools.chain.from_iterable(read_group(path, idx) for idx in range(count_groups(path))):
+            yield text
+            num_chars += len(text)
+            if num_chars >= max_chars:
+                return
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,11 +252,10 @@ def write_shards(folder: Path, documents: Iterable[str], shard_chars: int = SHAR
     shard_chars: a shard ends with the row group that reaches it
     """
     documents, shards = iter(documents), []
-    for shard_idx in itertools.count():
-        if (first := next(documents, None)) is None:
-            return tuple(shards)
-        path = folder / f"shard_{shard_idx:05d}.parquet"
+    for first in documents:
+        path = folder / f"shard_{len(shards):05d}.parquet"
         shards.append(write_shard(path, itertools.chain([first], documents), shard_chars))
+    return tuple(shards)
 
 
 def write_shard(path: Path, documents: Iterator[str], shard_chars: float = math.inf) -> Shard:
