@@ -108,6 +108,7 @@ REPEAT_CHARS    = 80    # longer paragraphs, and definitions of twice this, are 
 MAX_COMPRESSION = 8.0   # zlib compresses sources 3 to 5 times; tables more
 MAX_DIGIT_FRAC  = 0.12  # of the characters that aren't blanks
 MAX_LINE_CHARS  = 1_000 # minified or embedded data
+DEFINITIONS     = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 GENERATED       = re.compile(r"(?i)(auto(matically)?[- ]?generated|generated (by|from|automatically)|do not edit)")
 LICENCE         = re.compile(r"(?i)copyright|licen[cs]e|all rights reserved|spdx-")
 
@@ -131,8 +132,7 @@ def build_python_docs(packages: list[Package]) -> tuple[list[str], list[str]]:
     for package in packages:
         budget_chars = MAX_PACKAGE_CHARS
         for path in sorted(package.paths, key=lambda path: hash_path(package.name, path)):
-            text = read_clean(package.root / path)
-            if text is None:
+            if (text := read_clean(package.root / path)) is None:
                 continue
             budget_chars -= len(text)
             if budget_chars < 0:
@@ -219,16 +219,13 @@ def move_docstrings(tree: ast.Module, module: str, lines: list[str]) -> list[str
     passages = []
 
     def visit(node: ast.AST, name: str) -> None:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            name = f"{name}.{node.name}"
-        elif not isinstance(node, ast.Module):
-            return
         doc = ast.get_docstring(node, clean=False)
         if doc and len(doc) >= PROSE_CHARS and shorten_docstring(node.body[0], lines):
             signature = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
             passages.append(f"{name}{signature}\n\n{clean_doc(doc)}")
         for child in node.body:
-            visit(child, name)
+            if isinstance(child, DEFINITIONS):
+                visit(child, f"{name}.{child.name}")
 
     visit(tree, module)
     return passages
@@ -249,17 +246,14 @@ def shorten_docstring(node: ast.Expr, lines: list[str]) -> bool:
 def clean_doc(doc: str) -> str:
     """A docstring without its indentation, and with one blank line between paragraphs."""
     doc = doc.encode(errors="ignore").decode()  # drops lone surrogates
-    doc = "\n".join(line.rstrip() for line in doc.expandtabs().split("\n"))
-    indents = [len(line) - len(line.lstrip()) for line in doc.split("\n")[1:] if line]
-    margin = min(indents, default=0)
-    first, *rest = doc.split("\n")
+    first, *rest = [line.rstrip() for line in doc.expandtabs().split("\n")]
+    margin = min((len(line) - len(line.lstrip()) for line in rest if line), default=0)
     return re.sub(r"\n{3,}", "\n\n", "\n".join([first.lstrip(), *(line[margin:] for line in rest)])).strip("\n")
 
 
 def split_definitions(tree: ast.Module, lines: list[str]) -> list[str]:
     """The source as passages that end with a top-level class or function, without a licence comment at its head."""
-    ends = [node.end_lineno for node in tree.body
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    ends = [node.end_lineno for node in tree.body if isinstance(node, DEFINITIONS)]
     head = next((idx for idx, line in enumerate(lines) if line is None or not line.startswith("#")), len(lines))
     if LICENCE.search("\n".join(lines[:head])):
         lines[:head] = [None] * head
@@ -303,12 +297,11 @@ BLOCK_CHARS   = 2**24  # of a text file in memory at once
 
 def find_text_files(folder: Path) -> list[Path]:
     """All files of FILE_SUFFIXES below `folder`, or that one file, sorted by relative path."""
-    if not folder.exists():
-        raise UserError(f"--path {folder} isn't there; give the folder that holds your {' '.join(FILE_SUFFIXES)} files")
     paths = [folder / path for path in list_files(folder)] if folder.is_dir() else [folder]
     paths = [path for path in paths if path.name.lower().endswith(FILE_SUFFIXES)]
-    if not paths:
-        raise UserError(f"--path {folder} holds no {' '.join(FILE_SUFFIXES)} file; give a folder that does")
+    if not folder.exists() or not paths:
+        problem = f"holds no {' '.join(FILE_SUFFIXES)} file" if folder.exists() else "isn't there"
+        raise UserError(f"--path {folder} {problem}; give the folder that holds your {' '.join(FILE_SUFFIXES)} files")
     return paths
 
 

@@ -203,9 +203,14 @@ class TrainLoader(contextlib.AbstractContextManager):
         self.groups, self.T, self.ranks, self.seed, self.pin_memory = groups, groups.T, ranks, seed, pin_memory
         self.end = math.inf if num_epochs is None else num_epochs * len(groups)   # of the list of groups
         self.identity = groups.identity | {"seed": seed, "rows_per_step": rows_per_step, "num_lanes": num_lanes}
-        if state and differs_from_saved(state, self.identity, order.allow_mismatch):
+        other = next((key for key, ours in self.identity.items() if state and state.get(key) != ours), None)
+        if other:
+            sides = f"the saved position in the data belongs to {other} {state.get(other)}, but this run has {other} " \
+                    f"{self.identity[other]}"
+            if not order.allow_mismatch:
+                raise UserError(f"{sides}; continue with the saved setting or start a new run")
+            print0(f"warning: {sides}, so the data begins anew (--allow-mismatch)")
             state = None
-
         self.num_lanes, self.rows_per_step = num_lanes, rows_per_step
         self.lanes: dict[int, Lane] = {}                   # those that this rank's rows come from
         for idx in sorted({row % num_lanes for row in range(ranks.rank, rows_per_step, ranks.world_size)}):
@@ -310,18 +315,6 @@ class TrainLoader(contextlib.AbstractContextManager):
         epoch, group = self._find_group(serial)
         rows, pack_stats = self.groups.load_rows(group)
         return rows[make_generator(self.seed, epoch, 1 + group).permutation(len(rows))], pack_stats
-
-
-def differs_from_saved(state: dict, identity: dict, allow_mismatch: bool) -> bool:
-    """Whether a saved position belongs to another order of rows: UserError unless allowed, then a warning."""
-    for key, ours in identity.items():
-        if state.get(key) != ours:
-            sides = f"the saved position in the data belongs to {key} {state.get(key)}, but this run has {key} {ours}"
-            if not allow_mismatch:
-                raise UserError(f"{sides}; continue with the saved setting or start a new run")
-            print0(f"warning: {sides}, so the data begins anew (--allow-mismatch)")
-            return True
-    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------

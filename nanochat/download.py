@@ -11,6 +11,7 @@ import re
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -57,26 +58,9 @@ class Job:
 
 @dataclass
 class Transfer:
-    """Counters and the stop event that the threads of one download share."""
-    num_files: int
-    num_done:  int = 0
-    new_bytes: int = 0
-    start:     float = field(default_factory=time.perf_counter)
-    lock:      threading.Lock = field(default_factory=threading.Lock)
+    """What the threads of one download share."""
+    new_bytes: Counter[Path] = field(default_factory=Counter)   # of each file; one thread alone writes each count
     stop:      threading.Event = field(default_factory=threading.Event)
-
-    def add_bytes(self, num_bytes: int) -> None:
-        with self.lock:
-            self.new_bytes += num_bytes
-
-    def describe(self) -> str:
-        """One line of progress; the ETA assumes that the remaining files are as long as the finished ones."""
-        seconds = time.perf_counter() - self.start
-        line = f"{self.num_done}/{self.num_files} files, {self.new_bytes / 1e6:,.0f} MB, " \
-               f"{self.new_bytes / 1e6 / seconds:.1f} MB/s"
-        if 0 < self.num_done < self.num_files:
-            line += f", ETA {seconds / self.num_done * (self.num_files - self.num_done):,.0f} s"
-        return line
 
 
 def download_all(jobs: list[Job], num_workers: int, check: Callable[[Path], Any],
@@ -86,7 +70,8 @@ def download_all(jobs: list[Job], num_workers: int, check: Callable[[Path], Any]
     check:   inspects a complete file before it gets its final name; raises CorruptFile
     on_done: called in this thread for each finished file, with its sha256 and the result of `check`
     """
-    transfer, failed, last_report = Transfer(len(jobs)), {}, time.perf_counter()
+    transfer, failed, num_done, start = Transfer(), {}, 0, time.perf_counter()
+    last_report = start
     with ThreadPoolExecutor(num_workers) as pool:
         running = {pool.submit(fetch, job, check, transfer, token): job for job in jobs}
         try:
@@ -96,13 +81,16 @@ def download_all(jobs: list[Job], num_workers: int, check: Callable[[Path], Any]
                     job = running.pop(future)
                     try:
                         on_done(job, *future.result())
-                        transfer.num_done += 1
+                        num_done += 1
                     except DownloadError as error:
                         failed[job.path.name] = str(error)
                         print0(f"{job.path.name}: failed, {error}")
                 if not running or time.perf_counter() - last_report >= REPORT_SECONDS:
                     last_report = time.perf_counter()
-                    print0(transfer.describe())
+                    seconds, num_mb = last_report - start, sum(list(transfer.new_bytes.values())) / 1e6
+                    left = len(jobs) - num_done     # assumed to be as long as the finished ones
+                    eta = f", ETA {seconds / num_done * left:,.0f} s" if num_done and left else ""
+                    print0(f"{num_done}/{len(jobs)} files, {num_mb:,.0f} MB, {num_mb / seconds:.1f} MB/s{eta}")
         finally:  # Ctrl-C or a full disk: the threads end at their next chunk, the .part files stay
             transfer.stop.set()
             pool.shutdown(cancel_futures=True)
@@ -143,7 +131,7 @@ def copy_local(job: Job, check: Callable[[Path], Any], transfer: Transfer) -> tu
     part = job.path.with_name(job.path.name + ".copy")
     try:
         shutil.copyfile(job.source, part)
-        transfer.add_bytes(count_bytes(part))
+        transfer.new_bytes[part] = count_bytes(part)
         return complete(part, job.path, check, None)
     except CorruptFile as error:
         raise DownloadError(f"{job.source} is corrupt ({error})") from None
@@ -190,7 +178,7 @@ def fetch_rest(url: str, part: Path, transfer: Transfer, token: str | None) -> s
                     if transfer.stop.is_set():
                         raise DownloadError("stopped")
                     file.write(chunk)
-                    transfer.add_bytes(len(chunk))
+                    transfer.new_bytes[part] += len(chunk)
     except NO_ADDRESS as error:
         raise DownloadError(str(error)) from None  # a retry can't mend a malformed address
     except requests.RequestException as error:
@@ -213,12 +201,10 @@ def read_facts(response: requests.Response) -> tuple[int | None, str | None]:
             size_bytes = int(headers["X-Linked-Size"])
         if re.fullmatch(r'"?[0-9a-f]{64}"?', headers.get("X-Linked-Etag", "")):
             sha256 = headers["X-Linked-Etag"].strip('"')
-    total = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
-    if size_bytes is None and total:
-        size_bytes = int(total[1])
-    if size_bytes is None and response.status_code == 200 and "Content-Length" in response.headers:
-        size_bytes = int(response.headers["Content-Length"])
-    return size_bytes, sha256
+    stated = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
+    if not stated and response.status_code == 200:
+        stated = re.fullmatch(r"(\d+)", response.headers.get("Content-Length", ""))
+    return int(stated[1]) if size_bytes is None and stated else size_bytes, sha256
 
 
 def require_success(response: requests.Response, part: Path, have_bytes: int) -> None:

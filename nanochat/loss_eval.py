@@ -56,11 +56,7 @@ def evaluate_loss(model, batches: Iterable[Batch], token_bytes: Tensor, num_toke
 
 
 def evaluate_bpb(model, batches: Iterable[Batch], num_tokens: int | None, token_bytes: Tensor) -> float:
-    """Bits per byte on `batches`, comparable across tokenizers; lower is better. Collective: all ranks call it.
-
-    num_tokens:  tokens to evaluate, all ranks together; rounded down to whole batches; None = all
-    token_bytes: (V,) int32, UTF-8 length of each token, 0 = not counted
-    """
+    """Bits per byte on `batches`, comparable across tokenizers; lower is better. Arguments as of evaluate_loss."""
     return evaluate_loss(model, batches, token_bytes, num_tokens).bpb
 
 

@@ -81,8 +81,12 @@ def pack_documents(docs: Sequence[Sequence[int]], row_tokens: int, *, packing: s
     if packing == "best-fit":
         packed[np.cumsum(kept) - kept] = flat[:1]                   # further pieces start with bos too
 
-    rows, tail_tokens = fold_rows(packed, row_tokens, keep_tail)
+    num_full, tail_tokens = divmod(len(packed), row_tokens)
+    if keep_tail or num_full < MIN_ROWS_TO_DROP:
+        tail_tokens = 0
     kept_tokens = len(packed) - tail_tokens
+    rows = np.full((-(-kept_tokens // row_tokens), row_tokens), PAD, np.int32)
+    rows.reshape(-1)[:kept_tokens] = packed[:kept_tokens]
     return rows, PackStats(
         in_tokens=doc_tokens + int(np.count_nonzero(nth)), row_tokens=kept_tokens,
         crop_tokens=crop_tokens + int(np.sum(sizes[placed] - kept)), tail_tokens=tail_tokens,
@@ -120,16 +124,6 @@ def place_best_fit(sizes: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.n
         kept.append(min(left_sizes.pop(i), gap))
         gap = gap - kept[-1] or row_tokens
     return np.array(placed, np.int64), np.array(kept, np.int64)
-
-
-def fold_rows(packed: np.ndarray, row_tokens: int, keep_tail: bool) -> tuple[np.ndarray, int]:
-    """Fold tokens into rows (R, row_tokens); an incomplete last row is dropped (returns its tokens) or padded."""
-    num_full, tail_tokens = divmod(len(packed), row_tokens)
-    if tail_tokens and not keep_tail and num_full >= MIN_ROWS_TO_DROP:
-        return packed[:-tail_tokens].reshape(num_full, row_tokens), tail_tokens
-    rows = np.full((num_full + (tail_tokens > 0), row_tokens), PAD, np.int32)
-    rows.reshape(-1)[:len(packed)] = packed
-    return rows, 0
 
 
 def pack_whole(docs: Sequence[Sequence[int]], row_tokens: int) -> tuple[np.ndarray, PackStats]:

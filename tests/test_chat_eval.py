@@ -241,7 +241,7 @@ def test_chatcore_is_the_mean_over_its_six_tasks():
 
 
 def test_fewer_problems_are_part_of_more(hub, tokenizer):
-    few, more, everything = (load_problems(get_task("MMLU", "test"), "MMLU", tokenizer, n) for n in (3, 8, -1))
+    few, more, everything = (load_problems(get_task("MMLU", "test"), "MMLU", tokenizer, n) for n in (3, 8, None))
     assert few == more[:3] and more == everything[:8]
     assert sorted(p.index for p in everything) == list(range(14)) != [p.index for p in everything]
 
