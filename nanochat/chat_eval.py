@@ -98,10 +98,6 @@ def load_problems(task: Task, name: str, tokenizer, max_problems: int | None) ->
     return problems
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers
-
-
 def crop_prompt(prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
     """A prompt over `max_tokens` cropped to its first token, bos, and its last ones."""
     return prompt if len(prompt) <= max_tokens else prompt[:1] + prompt[len(prompt) - max_tokens + 1:]
@@ -172,12 +168,8 @@ def solve(solver: Solver, task: Task, problems: list[Problem]) -> Iterator[dict]
                    "scores": [next(scores) for _ in texts], "num_cut": num_cut}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records on disk: <task>.jsonl, and <task>.part<rank>.jsonl while it is being evaluated
-
-
 def read_records(records_dir: Path, name: str) -> dict[tuple[int, str], dict]:
-    """The records of a task by problem, from its file and from the parts of a killed evaluation."""
+    """The records of a task by problem, from <task>.jsonl and the <task>.part<rank>.jsonl of a killed evaluation."""
     records = {}
     for path in (records_dir / f"{name}.jsonl", *sorted(records_dir.glob(f"{name}.part*.jsonl"))):
         for line in path.read_bytes().splitlines() if path.exists() else ():
@@ -207,10 +199,6 @@ def failing_together() -> Iterator[None]:
         reason = first_line if isinstance(error, UserError) else f"{type(error).__name__}: {first_line}"
     if reason := next(filter(None, gather(reason)), None):
         raise UserError(reason)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A task, and all of them
 
 
 def evaluate_task(solver: Solver, name: str, max_problems: int | None = None, records_dir: Path | None = None) -> dict:

@@ -84,12 +84,8 @@ class Item:
         return max(len(option.prefix) for option in self.options), max(len(option.tail) for option in self.options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The bundle: core.yaml, eval_meta_data.csv, eval_data/**.jsonl
-
-
 def load_tasks(bundle_dir: Path | None = None) -> list[CoreTask]:
-    """All tasks of a bundle in its own order. Every row is checked now, not after an hour of evaluation."""
+    """All tasks of a bundle in the order of its core.yaml. Each row is checked now, not after an hour of evaluation."""
     bundle_dir, tasks = find_bundle(bundle_dir), []
     path, baselines = bundle_dir / "core.yaml", load_baselines(bundle_dir)
     with reading_bundle(path, bundle_dir):
@@ -99,10 +95,9 @@ def load_tasks(bundle_dir: Path | None = None) -> list[CoreTask]:
                 raise ValueError(f"the type of {label} is {kind!r}, which is none of {', '.join(ROW_FIELDS)}")
             if label not in baselines:
                 raise ValueError(f"eval_meta_data.csv has no usable random baseline for {label}")
-            tasks.append(CoreTask(
-                label, kind, num_shots=int(entry["num_fewshot"][0]),  # a list in the format; CORE has one number in it
-                delimiter=str(entry.get("continuation_delimiter", " ")), baseline_pct=baselines[label],
-                rows=load_task_rows(bundle_dir, label, kind, entry["dataset_uri"])))
+            num_shots = int(entry["num_fewshot"][0])  # a list in the format; CORE has one number in it
+            tasks.append(CoreTask(label, kind, num_shots, str(entry.get("continuation_delimiter", " ")),
+                                  baselines[label], load_task_rows(bundle_dir, label, kind, entry["dataset_uri"])))
         if not tasks:
             raise ValueError("it names no task")
     return tasks
@@ -153,8 +148,7 @@ def load_task_rows(bundle_dir: Path, label: str, kind: str, uri: str) -> list[di
     """The checked rows of one task."""
     path, rows = bundle_dir / "eval_data" / uri, []
     with reading_bundle(f"the data of the CORE task {label}, {path},", bundle_dir):
-        lines = path.read_bytes().splitlines()
-        if not any(lines):
+        if not any(lines := path.read_bytes().splitlines()):
             raise ValueError("it is empty")
     for number, line in enumerate(lines, start=1):
         with reading_bundle(f"the data of the CORE task {label}, line {number} of {path},", bundle_dir):
@@ -197,15 +191,10 @@ def reading_bundle(what: object, bundle_dir: Path) -> Iterator[None]:
     raise UserError(f"{what} {reason}; unpack {BUNDLE_URL} to {bundle_dir} again")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From rows to tokens
-
-
 def choose_shots(task: CoreTask, rows: list[dict], index: int) -> list[dict]:
     """Solved examples for the row at `index`, drawn from the other rows; fewer than num_shots if those are fewer."""
-    others = [i for i in range(len(rows)) if i != index]
-    chosen = random.Random(SHOT_SEED + index).sample(others, min(task.num_shots, len(others)))
-    return [rows[i] for i in chosen]
+    others = rows[:index] + rows[index + 1:]
+    return random.Random(SHOT_SEED + index).sample(others, min(task.num_shots, len(others)))
 
 
 def render_prompts(task: CoreTask, row: dict, shots: list[dict]) -> list[str]:
@@ -261,8 +250,8 @@ def make_batches(items: list[Item], batch_tokens: int, tail_tokens: int) -> Iter
     """Group items of similar length, within the token limits of a batch, padding included."""
     batch, num_rows, longest_tail = [], 0, 0
     for item in sorted(items, key=Item.get_lengths, reverse=True):  # the longest first: out of memory shows early
-        rows, (prefix, _) = num_rows + len(item.options), (batch or [item])[0].get_lengths()
-        tail = max(longest_tail, item.get_lengths()[1])
+        prefix, tail = (batch or [item])[0].get_lengths()[0], max(longest_tail, item.get_lengths()[1])
+        rows = num_rows + len(item.options)
         if batch and (rows * (prefix + tail) > batch_tokens or rows * tail > tail_tokens):
             yield batch
             batch, rows, tail = [], len(item.options), item.get_lengths()[1]
@@ -270,10 +259,6 @@ def make_batches(items: list[Item], batch_tokens: int, tail_tokens: int) -> Iter
         num_rows, longest_tail = rows, tail
     if batch:
         yield batch
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From tokens to answers
 
 
 def pad_rows(rows: list[tuple[int, ...]], padding: int, device: torch.device) -> torch.Tensor:

@@ -394,9 +394,8 @@ def validation_batches(shards: ShardList, tokenizer, T: int, num_rows: int | Non
     One rule, whatever the training uses (the rule alone moves bpb by 0.03-0.05): best-fit, long documents split, the
     last row of each group padded.
     """
-    groups = TextGroups(shards, tokenizer, T, split=split, keep_tail=True)
     rule = f"{split} split, best-fit, long documents split, last rows padded"
-    return take_first_rows(groups, num_rows, rule, ranks)
+    return take_first_rows(TextGroups(shards, tokenizer, T, split=split, keep_tail=True), num_rows, rule, ranks)
 
 
 def validation_conversations(name: str, conversations: Sequence[dict], tokenizer, T: int, num_rows: int,
@@ -405,11 +404,9 @@ def validation_conversations(name: str, conversations: Sequence[dict], tokenizer
 
     The rule: whole conversations, truncated to T+1 tokens, rows padded, only what the assistant writes counts.
     """
-    if not len(conversations):
-        return None
-    groups = ConversationGroups(name, conversations, tokenizer, T, keep_whole=True)
     rule = f"held-out conversations of {name}; what the assistant writes; whole, truncated to the context, padded"
-    return take_first_rows(groups, num_rows, rule, ranks)
+    groups = ConversationGroups(name, conversations, tokenizer, T, keep_whole=True)
+    return take_first_rows(groups, num_rows, rule, ranks) if len(conversations) else None
 
 
 def take_first_rows(groups: Groups, num_rows: int | None, rule: str, ranks: Ranks) -> ValidationBatches:

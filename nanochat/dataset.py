@@ -26,7 +26,6 @@ from nanochat.common import UserError, get_base_dir, print0, timed
 from nanochat.download import CorruptFile, Job, download_all
 from nanochat.shards import Manifest, Shard, load_shards, read_manifest, rebuilt_folder, write_shard, write_shards
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Sources that are built here: python-docs and files
 
 CORPUS_VERSION = 1          # incremented when the rules below or in corpus.py change: old data is made again
@@ -93,10 +92,8 @@ def is_done(folder: Path, settings: dict, verify: bool) -> bool:
 
 
 def spill_documents(texts: Iterable[str], folder: Path, num_buckets: int, seed: int) -> tuple[list[Path], int, int]:
-    """First pass of the shuffle: append each text to the bucket of its key, a file in `folder`.
-
-    Returns the buckets in the order of their keys, and the numbers of documents and characters.
-    """
+    """First pass of the shuffle: append each text to the bucket of its key, a file in `folder`. Returns the buckets in
+    the order of their keys, and the numbers of documents and characters."""
     paths = [folder / f"bucket_{idx:03d}" for idx in range(num_buckets)]
     num_docs = num_chars = 0
     with contextlib.ExitStack() as stack:
@@ -134,10 +131,7 @@ def take_val(documents: Iterator[str], num_docs: int, num_chars: int) -> list[st
     return val
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources on the hub
-
-# repository, and how many shards it has; the last one is validation
+# Sources on the hub: repository, and how many shards it has; the last one is validation
 HUB_SOURCES = {"climbmix":    ("karpathy/climbmix-400b-shuffle", 6543),
                "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1823)}
 DEFAULT_NUM_SHARDS, DEFAULT_NUM_WORKERS, DEFAULT_SEED = 8, 4, 42
@@ -186,10 +180,6 @@ def fetch_from_hub(folder: Path, source: str, num_shards: int | None, num_worker
                             for name, reason in failed.items())
         raise UserError(f"{len(failed)} of {len(jobs)} shards could not be fetched ({reasons}); what came is kept, "
                         f"fetch the rest with: {command}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -105,14 +105,12 @@ def fetch(job: Job, check: Callable[[Path], Any], transfer: Transfer, token: str
     while True:
         had_bytes = count_bytes(part)
         try:
-            expected_sha256 = fetch_rest(job.source, part, transfer, token)
+            sha256 = fetch_rest(job.source, part, transfer, token)
             try:
-                facts = complete(part, job.path, check, expected_sha256)
+                return complete(part, job.path, check, sha256)
             except CorruptFile as error:
                 part.unlink()
                 raise TryAgain(f"what came is corrupt ({error})") from None
-            etag_path(part).unlink(missing_ok=True)
-            return facts
         except TryAgain as problem:
             failures = 1 if count_bytes(part) - had_bytes >= CHUNK_BYTES else failures + 1
             if failures >= MAX_FAILURES:
@@ -146,6 +144,7 @@ def complete(part: Path, path: Path, check: Callable[[Path], Any], expected_sha2
         raise CorruptFile(f"its sha256 is {sha256[:12]}..., not {expected_sha256[:12]}...")
     checked = check(part)
     put_in_place(part, path)
+    etag_path(part).unlink(missing_ok=True)
     return sha256, checked
 
 

@@ -73,7 +73,6 @@ def execute_many(codes: Sequence[str], timeout: float = 5.0, maximum_memory_byte
         return list(pool.map(lambda code: execute_code(code, timeout, maximum_memory_bytes, allow_unsafe), codes))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Does the isolation hold on this machine?
 
 # Tries everything that the sandbox must prevent; succeeds only if every attempt fails. _probe fills in the {}
@@ -147,10 +146,6 @@ def _probe(method: str) -> str:
             return str(error)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One call
-
-
 def _execute(method: str, code: str, timeout: float, maximum_memory_bytes: int | None) -> ExecutionResult:
     """Start the process, collect its output, kill all that is left. RuntimeError if the program couldn't start."""
     nonce = secrets.token_hex(16)
@@ -180,7 +175,10 @@ def _execute(method: str, code: str, timeout: float, maximum_memory_bytes: int |
     if not limit and messages[-1] not in ("started", "finished"):
         error = messages[-1]
     elif not limit and (messages[-1] == "started" or process.returncode):
-        error = f"ended before its end, {_describe_exit(process.returncode)}"
+        # Signal n arrives as -n, or as 128 + n through a process in between
+        number = -process.returncode if process.returncode < 0 else process.returncode - 128
+        error = "ended before its end, " + (f"killed by {signal.Signals(number).name}"
+                                            if number in set(signal.Signals) else f"exit code {process.returncode}")
     return ExecutionResult(error is None, stdout, stderr, error, timeout=limit == TIMEOUT,
                            memory_exceeded=error == "MemoryError")
 
@@ -196,12 +194,9 @@ def _make_command(method: str, status_fd: int, timeout: float, maximum_memory_by
                  "--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp",
                  "--ro-bind", str(CHILD), "/execution_child.py", "--ro-bind", str(PYTHON), str(PYTHON)]
         for path in find_paths():
-            if path.startswith("/dev"):
-                bwrap += ["--dev-bind", path, path]
-            elif os.path.islink(path):
-                bwrap += ["--symlink", os.readlink(path), path]
-            else:
-                bwrap += ["--ro-bind", path, path]
+            is_link, is_device = os.path.islink(path), path.startswith("/dev")
+            bwrap += ["--symlink", os.readlink(path), path] if is_link and not is_device else \
+                ["--dev-bind" if is_device else "--ro-bind", path, path]
         return [*bwrap, "--remount-ro", "/", *python, "/execution_child.py", *args]
     return [*python, str(CHILD), *args, *find_paths()]
 
@@ -236,9 +231,3 @@ def _collect(pipes: dict[str, BinaryIO], timeout: float) -> tuple[dict[str, byte
             if output["status"] and not is_started:
                 deadline = time.monotonic() + timeout
     return output, None
-
-
-def _describe_exit(code: int) -> str:
-    """'killed by SIGSEGV' or 'exit code 3'. Signal n arrives as -n, or as 128 + n through a process in between."""
-    number = -code if code < 0 else code - 128
-    return f"killed by {signal.Signals(number).name}" if number in set(signal.Signals) else f"exit code {code}"

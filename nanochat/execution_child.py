@@ -32,7 +32,7 @@ CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWCGROUP, CLONE_THREAD = 0x20000000, 0x400000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 0x1000, 0x4000, 0x40000
 AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MNT_DETACH = -100, 0x8000, 1, 2, 2
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
-CAPABILITY_VERSION_3 = 0x20080522
+NO_CAPABILITIES = struct.pack("Ii", 0x20080522, 0), bytes(24)   # _LINUX_CAPABILITY_VERSION_3
 SYS_MOUNT_SETATTR, SYS_CLONE3 = 442, 435
 
 # System calls that the filter refuses, by the machine: (number on x86_64, number on aarch64; None = it has none)
@@ -84,10 +84,6 @@ def call(name: str, *args: object) -> None:
         raise OSError(code, f"{name}: {os.strerror(code)}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Isolation: namespaces and a root of its own
-
-
 def enter_namespaces(paths: list[str]) -> None:
     """Move into new namespaces: `paths`, an empty /tmp, no network, no other process. Returns in the inner process."""
     os.umask(0o022)
@@ -110,7 +106,7 @@ def enter_namespaces(paths: list[str]) -> None:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-    drop_capabilities()
+    call("capset", *NO_CAPABILITIES)
     call("prctl", PR_SET_PDEATHSIG, SIGKILL)  # after the change of user, which clears it ...
     os.set_blocking(outside_reader, False)
     try:
@@ -155,10 +151,6 @@ def change_root(paths: list[str]) -> None:
     os.chdir("/tmp")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Limits
-
-
 def set_limits(memory_bytes: int, cpu_seconds: int) -> None:
     """Set the kernel's resource limits; `memory_bytes` 0 is no limit on memory."""
     import resource  # not on Windows, where execution.py imports this file and says what is missing
@@ -169,16 +161,12 @@ def set_limits(memory_bytes: int, cpu_seconds: int) -> None:
 
 def give_up_rights() -> None:
     """Drop all capabilities, forbid new ones, refuse the system calls in REFUSED. The kernel never undoes this."""
-    drop_capabilities()
+    call("capset", *NO_CAPABILITIES)
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     instructions = make_filter(*get_machine())
     buffer = ctypes.create_string_buffer(b"".join(instructions))
     program = struct.pack("HxxxxxxQ", len(instructions), ctypes.addressof(buffer))  # struct sock_fprog
     call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0)
-
-
-def drop_capabilities() -> None:
-    call("capset", struct.pack("Ii", CAPABILITY_VERSION_3, 0), bytes(24))
 
 
 def get_machine() -> tuple[int, int, int]:
@@ -207,10 +195,6 @@ def make_filter(column: int, arch: int, clone: int) -> list[bytes]:
     return steps + [step(equal, clone, 0, 3), step(load, flags_offset), step(any_bit, CLONE_THREAD, 1, 0),
                     step(end, refuse + errno.EPERM),  # threads yes, processes no
                     step(end, allow)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The program
 
 
 def run(code: str, status_fd: int, nonce: str) -> None:

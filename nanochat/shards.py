@@ -1,9 +1,7 @@
-"""Datasets on disk: parquet shards, the manifest that lists what is complete, and reading them group by group.
-
-<base dir>/data/<name>/shard_00000.parquet ... val.parquet, and manifest.json.
-"""
+"""Datasets on disk, see dataset.py: parquet shards, the manifest that lists what is complete, reading by groups."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -26,10 +24,6 @@ SOURCES     = ("python-docs", "climbmix", "fineweb-edu", "files")  # what nanoch
 GROUP_ROWS  = 1024         # documents per row group: the unit of packing, of shuffling and of resuming
 SHARD_CHARS = 250_000_000  # as long as the shards of the hub's repositories; a shard ends with a whole row group
 SCHEMA      = pa.schema([("text", pa.string())])
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is on disk
-
 
 @dataclass(frozen=True)
 class Shard:
@@ -186,9 +180,9 @@ def naming_shard(path: Path) -> Iterator[None]:
         raise UserError(f"shard {path} is damaged ({error}); make it again{command}") from None
 
 
-expected_sha256: dict[Path, str] = {}                    # as load_shards saw it in the manifest
-verified: dict[Path, tuple[str, int, int, int]] = {}    # sha256, inode, bytes, modification time of verified files
+expected_sha256: dict[Path, str] = {}   # as load_shards saw it in the manifest
 verifying = threading.Lock()
+hash_once = functools.cache(lambda path, inode, num_bytes, modified_ns: hash_file(path))
 
 
 def require_unchanged(path: Path) -> None:
@@ -200,12 +194,9 @@ def require_unchanged(path: Path) -> None:
         return
     with verifying:
         stat = path.stat()
-        stamp = (sha256, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if verified.get(path) == stamp:
-            return
-        if (found_sha256 := hash_file(path)) == sha256:
-            verified[path] = stamp
-            return
+        found_sha256 = hash_once(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if found_sha256 == sha256:
+        return
     manifest = read_manifest(path.parent)
     if found_sha256 in {shard.sha256 for shard in (*manifest.train, manifest.val) if shard}:
         raise UserError(f"{path} was replaced with other text since this run loaded {path.parent}; begin a new run, or "
@@ -229,10 +220,7 @@ def read_group(path: Path, group_idx: int) -> list[str]:
 
 
 def iter_documents(paths: Sequence[Path], max_chars: float = math.inf) -> Iterator[str]:
-    """The documents of the shards in order, up to the one that reaches `max_chars` characters in all.
-
-    One row group is in memory at a time.
-    """
+    """The documents of the shards in order, a row group in memory at a time, up to the one that reaches `max_chars`."""
     num_chars = 0
     for path in paths:
         for text in itertools.chain.from_iterable(read_group(path, idx) for idx in range(count_groups(path))):
@@ -242,15 +230,8 @@ def iter_documents(paths: Sequence[Path], max_chars: float = math.inf) -> Iterat
                 return
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing shards
-
-
 def write_shards(folder: Path, documents: Iterable[str], shard_chars: int = SHARD_CHARS) -> tuple[Shard, ...]:
-    """Write documents in order as shard_00000.parquet, shard_00001.parquet, ...; each appears when complete.
-
-    shard_chars: a shard ends with the row group that reaches it
-    """
+    """Write documents in order as shard_00000.parquet, ..., each up to the row group that reaches `shard_chars`."""
     documents, shards = iter(documents), []
     for first in documents:
         path = folder / f"shard_{len(shards):05d}.parquet"
@@ -269,10 +250,6 @@ def write_shard(path: Path, documents: Iterator[str], shard_chars: float = math.
             rows, groups, chars = rows + len(group), groups + 1, chars + sum(map(len, group))
     put_in_place(part, path)
     return Shard(path.name, hash_file(path), path.stat().st_size, rows, groups, chars)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One writer at a time, and no partial result
 
 
 @contextlib.contextmanager

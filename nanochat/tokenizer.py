@@ -62,9 +62,7 @@ class RustBPETokenizer:
     def __init__(self, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
         """ranks: the bytes of each ordinary token -> its id, which is also its order among the merges."""
         check_vocabulary(ranks, special_tokens)
-        self.pattern = pattern
-        self.ranks = ranks
-        self.special_tokens = special_tokens
+        self.pattern, self.ranks, self.special_tokens = pattern, ranks, special_tokens
         self.bos_token = "<|bos|>" if "<|bos|>" in special_tokens else "<|endoftext|>"
         self.encoding = tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=special_tokens)
@@ -76,8 +74,7 @@ class RustBPETokenizer:
         if vocab_size < MIN_VOCAB_SIZE:
             raise UserError(f"a vocabulary of {vocab_size} tokens is too small: {NUM_BYTES} bytes and "
                             f"{len(SPECIAL_TOKENS)} special tokens are always in it; ask for {MIN_VOCAB_SIZE} or more")
-        trainer = rustbpe.Tokenizer()
-        pieces = (piece for text in text_iterator for piece in cut_blanks(text))
+        trainer, pieces = rustbpe.Tokenizer(), (piece for text in text_iterator for piece in cut_blanks(text))
         trainer.train_from_iterator(pieces, vocab_size - len(SPECIAL_TOKENS), buffer_size=TRAIN_BUFFER_DOCUMENTS,
                                     pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
@@ -170,7 +167,7 @@ class RustBPETokenizer:
             with ThreadPoolExecutor(num_threads) as pool:   # tiktoken works outside the interpreter's lock
                 rows = list(pool.map(self._encode_one, texts))
         else:
-            rows = [self._encode_one(item) for item in texts]
+            rows = list(map(self._encode_one, texts))
         before, after = ([self.encode_special(token) if isinstance(token, str) else token] if token is not None else []
                          for token in (prepend, append))
         rows = [before + row + after for row in rows] if before or after else rows
