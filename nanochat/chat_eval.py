@@ -83,9 +83,8 @@ def check_task_names(names: Sequence[str]) -> None:
 
 def load_problems(task: Task, name: str, tokenizer, max_problems: int | None) -> list[Problem]:
     """The problems to solve, shuffled with ORDER_SEED; UserError where one is damaged."""
-    order = list(range(len(task)))
+    order, problems = list(range(len(task))), []
     random.Random(ORDER_SEED).shuffle(order)
-    problems = []
     for index in order[:max_problems]:
         try:
             conversation = task[index]
@@ -213,11 +212,10 @@ def evaluate_task(solver: Solver, name: str, max_problems: int | None = None, re
     if max_problems is not None and max_problems < 1 or solver.batch_rows < 1:
         raise UserError(f"{'all' if max_problems is None else max_problems} problems in batches of {solver.batch_rows} "
                         "leave nothing to evaluate; give at least 1 of each")
-    ranks = get_ranks()
+    ranks, records = get_ranks(), {}
     with failing_together():
         task = get_task(name, "test")
         problems = load_problems(task, name, solver.tokenizer, max_problems)
-        records = {}
         if records_dir and ranks.rank == 0:
             records_dir.mkdir(parents=True, exist_ok=True)
             records = read_records(records_dir, name)

@@ -128,10 +128,13 @@ def is_new(passage: str, seen: set[bytes], min_chars: int = REPEAT_CHARS) -> boo
 def build_python_docs(packages: list[Package]) -> tuple[list[str], list[str]]:
     """Training and validation documents. All documents of a source file are on one side, and repeated passages are kept
     once, so that no validation text is in training."""
+    def hash_path(path: str) -> bytes:
+        return hashlib.sha256(path.encode()).digest()
+
     documents, seen = {}, set()  # source file -> its documents; passages, see is_new
     for package in packages:
         budget_chars = MAX_PACKAGE_CHARS
-        for path in sorted(package.paths, key=lambda path: hash_path(package.name, path)):
+        for path in sorted(package.paths, key=lambda path: hash_path(f"{package.name}/{path}")):
             if (text := read_clean(package.root / path)) is None:
                 continue
             budget_chars -= len(text)
@@ -150,10 +153,6 @@ def build_python_docs(packages: list[Package]) -> tuple[list[str], list[str]]:
         else:
             train += documents[source]
     return train, val
-
-
-def hash_path(*names: str) -> bytes:
-    return hashlib.sha256("/".join(names).encode()).digest()
 
 
 def read_clean(path: Path) -> str | None:
@@ -265,14 +264,12 @@ def split_definitions(tree: ast.Module, lines: list[str]) -> list[str]:
 
 def join_passages(passages: Iterable[str], separator: str) -> list[str]:
     """Documents of about FULL_DOC_CHARS, cut between passages, without those under MIN_DOC_CHARS."""
-    documents, current, num_chars = [], [], 0
+    documents = [""]
     for passage in itertools.chain.from_iterable(map(cut_text, passages)):
-        if current and num_chars + len(passage) > FULL_DOC_CHARS:
-            documents.append(separator.join(current))
-            current, num_chars = [], 0
-        current.append(passage)
-        num_chars += len(passage) + len(separator)
-    documents.append(separator.join(current))
+        if documents[-1] and len(documents[-1]) + len(passage) > FULL_DOC_CHARS:
+            documents.append("")
+        documents[-1] += passage + separator
+    documents = [doc.removesuffix(separator) for doc in documents]
     return [doc.strip("\n") for doc in documents if len(doc) >= MIN_DOC_CHARS]
 
 

@@ -32,10 +32,6 @@ GROUP_SIZE = 1024   # conversations of a group
 MAX_HASHED = 1024   # conversations, evenly spread, that identify a list; hashing all of it would take minutes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where rows come from
-
-
 class Groups:
     """A list of groups of texts or conversations. Each group is packed into rows on its own.
 
@@ -98,24 +94,21 @@ class ConversationGroups(Groups):
         return -(-len(self.conversations) // GROUP_SIZE)
 
     def load_rows(self, group: int) -> tuple[np.ndarray, PackStats]:
-        indices = range(group * GROUP_SIZE, min((group + 1) * GROUP_SIZE, len(self.conversations)))
-        docs = [self._render(idx) for idx in indices]
+        docs = []    # all tokens of each conversation, those not to be learned hidden
+        for idx in range(group * GROUP_SIZE, min((group + 1) * GROUP_SIZE, len(self.conversations))):
+            conversation = self.conversations[idx]
+            try:
+                ids, mask = self.tokenizer.render_conversation(conversation, max_tokens=None)
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"a conversation of {self.name} can't be learned from: {error}; it begins "
+                                f"{json.dumps(conversation, ensure_ascii=False, default=str)[:100]}") from None
+            docs.append([token if learned else hide(token) for token, learned in zip(ids, mask, strict=True)])
         # Tokens beyond a row are cut off, so an answer that begins there can't be learned
         useful = [doc for doc in docs if max(doc[1:self.T + 1], default=-1) >= 0]
         rows, stats = self.pack(useful, self.T + 1)
         num_docs, num_tokens = len(docs) - len(useful), sum(map(len, docs)) - sum(map(len, useful))
         return rows, stats + PackStats(in_tokens=num_tokens, piece_tokens=num_tokens, num_docs=num_docs,
                                        skipped_docs=num_docs)
-
-    def _render(self, idx: int) -> list[int]:
-        """All tokens of a conversation, those not to be learned hidden."""
-        conversation = self.conversations[idx]
-        try:
-            ids, mask = self.tokenizer.render_conversation(conversation, max_tokens=None)
-        except (ValueError, TypeError, KeyError) as error:
-            text = json.dumps(conversation, ensure_ascii=False, default=str)[:100]
-            raise UserError(f"a conversation of {self.name} can't be learned from: {error}; it begins {text}") from None
-        return [token if learned else hide(token) for token, learned in zip(ids, mask, strict=True)]
 
 
 def hash_conversations(conversations: Sequence[dict]) -> str:
@@ -135,10 +128,6 @@ def make_batch(rows: np.ndarray, bos_id: int, pin_memory: bool = False) -> Batch
     if pin_memory:
         inputs, targets = inputs.pin_memory(), targets.pin_memory()
     return Batch(inputs, targets, None)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training: an endless list of groups, handed out a whole optimizer step at a time
 
 
 def choose_num_lanes(rows_per_step: int) -> int:
@@ -317,10 +306,6 @@ class TrainLoader(contextlib.AbstractContextManager):
         return rows[make_generator(self.seed, epoch, 1 + group).permutation(len(rows))], pack_stats
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# An epoch of conversations, counted before a run
-
-
 @dataclass(frozen=True)
 class Epoch:
     """The rows of one pass over all groups, and what packing did to the conversations."""
@@ -356,10 +341,6 @@ def count_epoch(groups: ConversationGroups, ranks: Ranks, device: torch.device) 
            f"{stats.cropped_docs:,} shortened ({stats.fractions()['crop_frac']:.2%} of the tokens), "
            f"{stats.skipped_docs:,} with nothing to learn, padding {stats.fractions()['pad_frac']:.2%}")
     return Epoch(num_rows, stats)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation: a fixed set of rows
 
 
 @dataclass(frozen=True)

@@ -81,14 +81,13 @@ def make_from_files(folder: Path, path: Path, text_column: str, seed: int, comma
 
 def is_done(folder: Path, settings: dict, verify: bool) -> bool:
     """Whether `folder` holds an undamaged dataset of these settings."""
-    if not (folder / "manifest.json").is_file() or read_manifest(folder).settings != settings:
-        return False
-    try:
-        load_shards(str(folder), verify)
-    except UserError as error:
-        print0(f"building it again: {error}")
-        return False
-    return True
+    if (folder / "manifest.json").is_file() and read_manifest(folder).settings == settings:
+        try:
+            load_shards(str(folder), verify)
+            return True
+        except UserError as error:
+            print0(f"building it again: {error}")
+    return False
 
 
 def spill_documents(texts: Iterable[str], folder: Path, num_buckets: int, seed: int) -> tuple[list[Path], int, int]:

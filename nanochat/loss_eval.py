@@ -38,8 +38,7 @@ def evaluate_loss(model, batches: Iterable[Batch], token_bytes: Tensor, num_toke
     num_seen, world_size, was_training = 0, get_ranks().world_size, model.training
     model.eval()
     # On a CPU, compiling for the shapes of an evaluation takes longer than most evaluations
-    eager = torch.compiler.set_stance("force_eager") if device.type == "cpu" else contextlib.nullcontext()
-    with eager:
+    with torch.compiler.set_stance("force_eager") if device.type == "cpu" else contextlib.nullcontext():
         for batch in batches:
             num_seen += batch.inputs.numel() * world_size
             if num_tokens is not None and num_seen > num_tokens:

@@ -141,8 +141,7 @@ def pack_whole(docs: Sequence[Sequence[int]], row_tokens: int) -> tuple[np.ndarr
     packed = np.full((len(rows) if rows[0] else 0, row_tokens), PAD, np.int32)
     for packed_row, row in zip(packed, rows, strict=False):
         packed_row[:len(row)] = row
-    in_tokens, row_tokens_sum = sum(map(len, docs)), sum(map(len, rows))
+    in_tokens, kept_tokens = sum(map(len, docs)), sum(map(len, rows))
     return packed, PackStats(
-        in_tokens=in_tokens, row_tokens=row_tokens_sum, crop_tokens=in_tokens - row_tokens_sum,
-        pad_tokens=packed.size - row_tokens_sum, cropped_docs=sum(len(doc) > row_tokens for doc in docs),
-        num_docs=len(docs))
+        in_tokens=in_tokens, row_tokens=kept_tokens, crop_tokens=in_tokens - kept_tokens, num_docs=len(docs),
+        pad_tokens=packed.size - kept_tokens, cropped_docs=sum(len(doc) > row_tokens for doc in docs))
