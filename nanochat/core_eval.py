@@ -180,15 +180,10 @@ def reading_bundle(what: object, bundle_dir: Path) -> Iterator[None]:
     """Turn errors of reading into a UserError that names the damaged part of the bundle."""
     try:
         yield
-    except OSError as error:
-        reason = f"can't be read ({error.strerror})"
-    except KeyError as error:
-        reason = f"is damaged ({error} is missing)"
-    except (yaml.YAMLError, csv.Error, LookupError, TypeError, ValueError, AttributeError) as error:
-        reason = f"is damaged ({' '.join(str(error).split())})"
-    else:
-        return
-    raise UserError(f"{what} {reason}; unpack {BUNDLE_URL} to {bundle_dir} again")
+    except (OSError, yaml.YAMLError, csv.Error, LookupError, TypeError, ValueError, AttributeError) as error:
+        details = " ".join(str(error).split()) + (" is missing" if isinstance(error, KeyError) else "")
+        reason = f"can't be read ({error.strerror})" if isinstance(error, OSError) else f"is damaged ({details})"
+        raise UserError(f"{what} {reason}; unpack {BUNDLE_URL} to {bundle_dir} again") from None
 
 
 def choose_shots(task: CoreTask, rows: list[dict], index: int) -> list[dict]:

@@ -391,10 +391,8 @@ def validation_conversations(name: str, conversations: Sequence[dict], tokenizer
 
 
 def take_first_rows(groups: Groups, num_rows: int | None, rule: str, ranks: Ranks) -> ValidationBatches:
-    """The first `num_rows` rows (None: all) of the groups in their order. Row i of the set goes to rank i % world.
-
-    The rows of each group are shuffled in one fixed way: else a part of a group would be its longest documents.
-    """
+    """The first `num_rows` rows (None: all) of the groups in their order, each group shuffled in one fixed way: else a
+    part of it would be its longest documents. Row i of the set goes to rank i % world."""
     parts = []
     for group in range(len(groups)):
         if num_rows is None or sum(map(len, parts)) < num_rows:

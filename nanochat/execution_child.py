@@ -68,8 +68,7 @@ def main() -> None:
     if method == "namespaces":
         enter_namespaces(paths)
     try:
-        set_limits(int(memory_bytes), int(cpu_seconds))
-        give_up_rights()
+        give_up_rights(int(memory_bytes), int(cpu_seconds))
     except (OSError, ValueError, AttributeError):  # the last: no prctl in this C library
         if method != "none":
             raise
@@ -151,16 +150,13 @@ def change_root(paths: list[str]) -> None:
     os.chdir("/tmp")
 
 
-def set_limits(memory_bytes: int, cpu_seconds: int) -> None:
-    """Set the kernel's resource limits; `memory_bytes` 0 is no limit on memory."""
+def give_up_rights(memory_bytes: int, cpu_seconds: int) -> None:
+    """Set the kernel's resource limits, drop all capabilities, forbid new ones, refuse the system calls in REFUSED. The
+    kernel never undoes this. `memory_bytes` 0 is no limit on memory."""
     import resource  # not on Windows, where execution.py imports this file and says what is missing
     limits = {"CORE": 0, "CPU": cpu_seconds, "FSIZE": SCRATCH_BYTES, "NOFILE": MAX_OPEN_FILES, "NPROC": MAX_THREADS}
     for name, value in (limits | ({"AS": memory_bytes} if memory_bytes else {})).items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-
-
-def give_up_rights() -> None:
-    """Drop all capabilities, forbid new ones, refuse the system calls in REFUSED. The kernel never undoes this."""
     call("capset", *NO_CAPABILITIES)
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     instructions = make_filter(*get_machine())

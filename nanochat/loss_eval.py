@@ -50,8 +50,8 @@ def evaluate_loss(model, batches: Iterable[Batch], token_bytes: Tensor, num_toke
             sums += torch.stack([(nll * counted).sum().to(sums.device).double(), num_bytes.sum().to(sums.device),
                                  counted.sum().to(sums.device)])
     model.train(was_training)
-    nats, num_bytes, count = sum_over_ranks(sums).tolist()
-    return LossEval(nats, int(num_bytes), int(count))
+    nats, num_bytes, num_counted = sum_over_ranks(sums).tolist()
+    return LossEval(nats, int(num_bytes), int(num_counted))
 
 
 def evaluate_bpb(model, batches: Iterable[Batch], num_tokens: int | None, token_bytes: Tensor) -> float:

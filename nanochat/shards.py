@@ -267,10 +267,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Restore a folder that `rebuilt_folder` had moved aside, and delete unfinished files.
-
-    A download's .part stays: the next download continues it.
-    """
+    """Restore a folder that `rebuilt_folder` had moved aside, and delete unfinished files, but not a download's .part:
+    the next download continues it."""
     new, old = aside(folder)
     if old.exists() and not folder.exists():
         old.rename(folder)

@@ -275,8 +275,7 @@ def check_messages(conversation: dict) -> list[dict]:
         system, first, *rest = messages
         messages = [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
     for i, message in enumerate(messages):
-        expected = ("user", "assistant")[i % 2]
-        if message["role"] != expected:
+        if message["role"] != (expected := ("user", "assistant")[i % 2]):
             raise ValueError(f"message {i}, system aside, has role {message['role']!r} where {expected!r} is due")
     return messages
 
