@@ -30,8 +30,6 @@ from tasks.common import Task
 
 CHOICE_BASELINE = 0.25      # accuracy of guessing one of four letters; that of writing an answer by chance is 0
 ORDER_SEED = 1337           # shuffles the problems: the first n are a fair sample, and part of any larger one
-# Failures of one task (data, disk, memory), after which the other tasks are still evaluated
-FAILURES = (UserError, OSError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -126,10 +124,8 @@ def choose_letters(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Pr
 
 
 def sample_answers(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Problem, list[str], int]]:
-    """Each problem with its samples' texts and the number of samples that were cut short, as they finish.
-
-    A sample depends on the problem's index and the settings alone, not on the other problems of the batch.
-    """
+    """Each problem with its samples' texts and the number of samples that were cut short, as they finish. A sample
+    depends on the problem's index and the settings alone, not on the other problems of the batch."""
     settings, context_tokens = solver.settings, solver.model.config.sequence_len
     room_tokens = max(context_tokens - settings.max_new_tokens, context_tokens // 2, 2)  # the rest is for the answer
     engine = Engine(solver.model, solver.tokenizer, max_rows=solver.batch_rows)
@@ -193,7 +189,7 @@ def failing_together() -> Iterator[None]:
     reason = None
     try:
         yield
-    except FAILURES as error:
+    except (UserError, OSError, RuntimeError, MemoryError) as error:    # data, disk, memory: other tasks can go on
         first_line = (str(error).splitlines() or ["no details"])[0]
         reason = first_line if isinstance(error, UserError) else f"{type(error).__name__}: {first_line}"
     if reason := next(filter(None, gather(reason)), None):
@@ -222,8 +218,7 @@ def evaluate_task(solver: Solver, name: str, max_problems: int | None = None, re
             if records:
                 write_records(records_dir, name, list(records.values()))
     records, *_ = gather(records)
-    mine = [problem for problem in problems if (problem.index, problem.id) not in records]
-    mine = mine[ranks.rank::ranks.world_size]
+    mine = [problem for problem in problems if (problem.index, problem.id) not in records][ranks.rank::ranks.world_size]
     solved, was_training = [], solver.model.training
     solver.model.eval()
     with failing_together(), contextlib.ExitStack() as stack:
@@ -243,10 +238,8 @@ def evaluate_task(solver: Solver, name: str, max_problems: int | None = None, re
 
 
 def summarize_records(records: list[dict], task: Task, num_different: int) -> dict:
-    """The figures of one task from the records of its problems.
-
-    num_different: different questions, on which the interval rests: a generated task may repeat a question
-    """
+    """The figures of one task from the records of its problems. The interval rests on the `num_different` questions,
+    since a generated task may repeat a question."""
     means = [sum(record["scores"]) / len(record["scores"]) for record in records]
     accuracy = sum(means) / len(means)
     low, high = wilson_interval(accuracy, num_different)

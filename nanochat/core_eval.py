@@ -280,10 +280,8 @@ def cache_prefixes(model: GPT, prefixes: list[tuple[int, ...]], row_of: list[int
 
 
 def score_options(model, options: list[Option]) -> list[tuple[float, bool]]:
-    """For each option its mean loss per scored token, in nats, and whether each of them was the likeliest.
-
-    A GPT computes shared prefixes once; any other model, called with (R, T) tokens for (R, T, V) logits, whole rows.
-    """
+    """For each option its mean loss per scored token, in nats, and whether each of them was the likeliest. A GPT
+    computes shared prefixes once; any other model, called with (R, T) tokens for (R, T, V) logits, whole rows."""
     device = model.get_device()
     targets = pad_rows([option.tail[1:] for option in options], -1, device)  # (R, S)
     if isinstance(model, GPT):

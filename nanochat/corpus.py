@@ -31,7 +31,6 @@ from nanochat.common import UserError
 
 MAX_DOC_CHARS = 50_000  # longer texts are cut; most modules stay whole and a row group of 1,024 documents small
 
-# ---------------------------------------------------------------------------------------------------------------------
 # python-docs: which files
 
 # nanochat's own dependencies, and through them theirs. Other installed packages are ignored, so that the corpus is the
@@ -98,7 +97,6 @@ def list_files(root: Path, skipped_folders: Iterable[str] = ()) -> list[str]:
     return sorted(paths)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # python-docs: documents
 
 FULL_DOC_CHARS  = 8_000 # a source's documents are filled up to this: a row of 2,048 tokens, and enough row groups
@@ -114,10 +112,8 @@ LICENCE         = re.compile(r"(?i)copyright|licen[cs]e|all rights reserved|spdx
 
 
 def is_new(passage: str, seen: set[bytes], min_chars: int = REPEAT_CHARS) -> bool:
-    """Whether `passage` is not in `seen`, where it is put; short ones always count as new.
-
-    Letters alone count: a passage with another date, number or indentation is still a repeat.
-    """
+    """Whether `passage` is not in `seen`, where it is put, by its letters alone: another date, number or indentation is
+    still a repeat. Short ones always count as new."""
     if len(passage) < min_chars:
         return True
     letters, num_seen = "".join(re.findall(r"[^\W\d_]+", passage)).lower(), len(seen)
@@ -285,7 +281,6 @@ def cut_text(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # files: a person's own folder
 
 FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")

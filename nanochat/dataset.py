@@ -138,10 +138,8 @@ DEFAULT_NUM_SHARDS, DEFAULT_NUM_WORKERS, DEFAULT_SEED = 8, 4, 42
 
 def fetch_from_hub(folder: Path, source: str, num_shards: int | None, num_workers: int, command: str,
                    verify: bool) -> None:
-    """Download the validation shard and the first training shards, where they are missing or damaged.
-
-    num_shards: training shards to have at least; None: as many as the last time, at first DEFAULT_NUM_SHARDS
-    """
+    """Download the validation shard and at least the first `num_shards` training shards (None: as many as the last
+    time, at first DEFAULT_NUM_SHARDS), where they are missing or damaged."""
     repo, num_in_repo = HUB_SOURCES[source]
     if num_shards and num_shards >= num_in_repo:
         raise UserError(f"--num-shards {num_shards}: {repo} has {num_in_repo - 1:,} training shards")

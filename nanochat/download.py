@@ -190,10 +190,8 @@ def fetch_rest(url: str, part: Path, transfer: Transfer, token: str | None) -> s
 
 
 def read_facts(response: requests.Response) -> tuple[int | None, str | None]:
-    """The whole file's size and sha256 by the headers, None where they lack it.
-
-    The hub states both on the redirect to its storage: X-Linked-Etag is the file's sha256 in its large-file store.
-    """
+    """The whole file's size and sha256 by the headers, None where they lack it. The hub states both on the redirect to
+    its storage: X-Linked-Etag is the file's sha256 in its large-file store."""
     size_bytes = sha256 = None
     for headers in [answer.headers for answer in [response, *response.history]]:
         if re.fullmatch(r"\d+", headers.get("X-Linked-Size", "")):

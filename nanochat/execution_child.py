@@ -194,10 +194,8 @@ def make_filter(column: int, arch: int, clone: int) -> list[bytes]:
 
 
 def run(code: str, status_fd: int, nonce: str) -> None:
-    """Run `code` as __main__ and report to the caller on `status_fd`: started, then finished or the error.
-
-    "finished" is sent before the program's remaining threads and exit handlers; the exit code tells how those end.
-    """
+    """Run `code` as __main__ and report to the caller on `status_fd`: started, then finished or the error. "finished"
+    is sent before the program's remaining threads and exit handlers; the exit code tells how those end."""
     write, leave, show = os.write, os._exit, sys.excepthook  # before the program can replace them
     started, finished, no_memory = (f"{nonce}{word}".encode() for word in ("started", "finished", "MemoryError"))
     module = type(sys)("__main__")

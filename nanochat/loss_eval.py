@@ -72,7 +72,7 @@ def compute_byte_bpb(train_texts: Iterable[str], val_texts: Iterable[str]) -> di
     for text in val_texts:
         data = np.frombuffer(text.encode(), np.uint8).astype(np.int64)
         if len(data):
-            first = unigram_bits[data[0]]
-            sums += unigram_bits[data].sum(), first + bigram_bits[data[:-1], data[1:]].sum(), len(data)
+            pair_bits = unigram_bits[data[0]] + bigram_bits[data[:-1], data[1:]].sum()
+            sums += unigram_bits[data].sum(), pair_bits, len(data)
     num_bytes = max(sums[2], 1)
     return {"unigram_byte_bpb": sums[0] / num_bytes, "bigram_byte_bpb": sums[1] / num_bytes}

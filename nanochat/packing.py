@@ -97,9 +97,7 @@ def pack_documents(docs: Sequence[Sequence[int]], row_tokens: int, *, packing: s
 
 def cut_documents(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut documents that lie end to end into pieces of at most a row; returns (starts, sizes, nth), (P,) int64 each.
-
-    Piece `nth` of a document begins with the last token of the piece before it, which packing replaces by bos.
-    """
+    Piece `nth` of a document begins with the last token of the piece before it, which packing replaces by bos."""
     stride = row_tokens - 1
     num_pieces = np.maximum(1, -(-(lengths - 1) // stride)) * (lengths > 0)
     doc_idx = np.repeat(np.arange(len(lengths)), num_pieces)
@@ -127,10 +125,8 @@ def place_best_fit(sizes: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.n
 
 
 def pack_whole(docs: Sequence[Sequence[int]], row_tokens: int) -> tuple[np.ndarray, PackStats]:
-    """Pack documents into rows (R, row_tokens) int32 without cutting them; one longer than a row is truncated.
-
-    Each row takes repeatedly the longest document that fits (first-fit decreasing), then PAD.
-    """
+    """Pack documents into rows (R, row_tokens) int32 without cutting them; one longer than a row is truncated. Each row
+    takes repeatedly the longest document that fits (first-fit decreasing), then PAD."""
     left, rows = sorted((doc[:row_tokens] for doc in docs if len(doc)), key=len), [[]]
     while left:
         i = bisect_right(left, row_tokens - len(rows[-1]), key=len) - 1

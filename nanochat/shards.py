@@ -186,10 +186,8 @@ hash_once = functools.cache(lambda path, inode, num_bytes, modified_ns: hash_fil
 
 
 def require_unchanged(path: Path) -> None:
-    """Verify a file's sha256 on a process's first read, and again whenever the file was replaced.
-
-    Parquet itself misses most damage: 105 of 200 flipped bits in a shard of prose gave other text without an error.
-    """
+    """Verify a file's sha256 on a process's first read, and again whenever the file was replaced. Parquet itself misses
+    most damage: 105 of 200 flipped bits in a shard of prose gave other text without an error."""
     if (sha256 := expected_sha256.get(path)) is None:
         return
     with verifying:
@@ -286,10 +284,8 @@ def aside(folder: Path) -> tuple[Path, Path]:
 
 @contextlib.contextmanager
 def rebuilt_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder that replaces `folder` on success; until then the old one stays whole.
-
-    Only within `sole_writer(folder)`, which also repairs what a kill in here leaves.
-    """
+    """An empty folder that replaces `folder` on success; until then the old one stays whole. Only within
+    `sole_writer(folder)`, which also repairs what a kill in here leaves."""
     new, old = aside(folder)
     new.mkdir()
     try:

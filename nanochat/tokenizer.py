@@ -251,10 +251,8 @@ def cut_blanks(text: str) -> Iterator[str]:
 
 
 def check_messages(conversation: dict) -> list[dict]:
-    """The checked messages, user and assistant in turn; a system message is put before the user's first one.
-
-    A content is text or, from the assistant, a list of PARTS. ValueError says what is wrong.
-    """
+    """The messages, user and assistant in turn; a system message is put before the user's first one. ValueError where
+    they aren't, or a content is neither text nor, from the assistant, a list of PARTS."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError('a conversation is {"messages": [...]} with at least one message')
