@@ -442,6 +442,10 @@ def test_script(run, hub, tmp_path, capsys, monkeypatch):
         run("-x", "4", "-m", "13")  # other settings have other records
 
 
+def test_all_problems_by_a_word():
+    assert [script.parse_args(["-i", "sft", "-x", word]).max_problems for word in ("all", "-1", "7")] == [None, None, 7]
+
+
 def test_tasks_evaluated_one_by_one_are_one_evaluation(run, tmp_path):
     parts = [run("-x", "4", "-a", name) for name in ("GSM8K", "SpellingBee", "GSM8K")]
     whole = run("-x", "4", "-a", "GSM8K", "SpellingBee")
