@@ -16,7 +16,7 @@ import numpy as np
 
 from dev.timing import print_rows
 from nanochat.common import Ranks, UserError, count_cpus, run_script
-from nanochat.dataloader import TextGroups, TrainLoader
+from nanochat.dataloader import RowOrder, TextGroups, TrainLoader
 from nanochat.packing import PackStats, cut_documents, pack_documents, place_best_fit
 from nanochat.shards import ShardList, load_shards, read_group
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
@@ -84,7 +84,8 @@ def measure_loader(shards: ShardList, tokenizer, T: int, num_threads: int, step_
     """The loader end to end: its rate, then the wait for each step beside a training of `step_ms` a step."""
     rows_per_step, num_steps = 32, 100
     start = time.perf_counter()
-    with TrainLoader(TextGroups(shards, tokenizer, T), rows_per_step, 0, Ranks(), num_threads=num_threads) as loader:
+    groups, order = TextGroups(shards, tokenizer, T), RowOrder(rows_per_step, seed=0)
+    with TrainLoader(groups, order, Ranks(), num_threads=num_threads) as loader:
         loader.next_step()
         first_ms = 1e3 * (time.perf_counter() - start)
         num_fast_steps = int(MIN_LOADER_TOKENS / rows_per_step / T)

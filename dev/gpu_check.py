@@ -98,11 +98,11 @@ def make_setup(args: argparse.Namespace, device: torch.device) -> tuple[Setup, d
 def read_rows(args: argparse.Namespace, sizes: Sizes) -> tuple[Sizes, torch.Tensor]:
     """Rows of real text, and the sizes with its tokenizer's vocabulary."""
     # imported here: only real text needs the tokenizer's packages
-    from nanochat.dataloader import TextGroups, TrainLoader
+    from nanochat.dataloader import RowOrder, TextGroups, TrainLoader
     from nanochat.shards import load_shards
     from nanochat.tokenizer import get_tokenizer
     tokenizer = get_tokenizer(args.tokenizer)
-    with TrainLoader(TextGroups(load_shards(args.data), tokenizer, sizes.T), DATA_ROWS, 0, Ranks()) as loader:
+    with TrainLoader(TextGroups(load_shards(args.data), tokenizer, sizes.T), RowOrder(DATA_ROWS, 0), Ranks()) as loader:
         batch = loader.next_step()
     # a target of -1 is padding after the end of the text, which these checks train on as if it were token 0
     rows = torch.cat((batch.inputs, batch.targets[:, -1:]), dim=1).clamp(min=0)

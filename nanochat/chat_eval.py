@@ -30,9 +30,6 @@ from tasks.common import Task
 
 CHOICE_BASELINE = 0.25      # accuracy of guessing one of four letters; that of writing an answer by chance is 0
 ORDER_SEED = 1337           # shuffles the problems: the first n are a fair sample, and part of any larger one
-NORMAL_95 = 1.959964        # 95% of a normal distribution lie within so many standard deviations
-# Failures of one task (data, disk, memory), after which the other tasks are still evaluated
-FAILURES = (UserError, OSError, RuntimeError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -68,12 +65,9 @@ class Solver:
 class Problem:
     """One conversation of a task, its last message the reference answer."""
     index:        int     # in the task
-    id:           str     # a hash of its content
+    id:           str     # a hash of its content; a record belongs to the problem of its index and id
     conversation: dict
     prompt:       tuple[int, ...]   # all tokens up to the answer
-
-    def get_key(self) -> tuple[int, str]:
-        return self.index, self.id
 
 
 def check_task_names(names: Sequence[str]) -> None:
@@ -85,12 +79,11 @@ def check_task_names(names: Sequence[str]) -> None:
         raise UserError(f"name each task once, not {', '.join(names) or 'none'}")
 
 
-def load_problems(task: Task, name: str, tokenizer, max_problems: int) -> list[Problem]:
+def load_problems(task: Task, name: str, tokenizer, max_problems: int | None) -> list[Problem]:
     """The problems to solve, shuffled with ORDER_SEED; UserError where one is damaged."""
-    order = list(range(len(task)))
+    order, problems = list(range(len(task))), []
     random.Random(ORDER_SEED).shuffle(order)
-    problems = []
-    for index in order if max_problems == -1 else order[:max_problems]:
+    for index in order[:max_problems]:
         try:
             conversation = task[index]
             content = json.dumps(conversation, sort_keys=True)
@@ -102,18 +95,14 @@ def load_problems(task: Task, name: str, tokenizer, max_problems: int) -> list[P
     return problems
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers
-
-
 def crop_prompt(prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
     """A prompt over `max_tokens` cropped to its first token, bos, and its last ones."""
     return prompt if len(prompt) <= max_tokens else prompt[:1] + prompt[len(prompt) - max_tokens + 1:]
 
 
 @torch.no_grad()
-def choose_letters(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Problem, str]]:
-    """Each problem with the likeliest of its letters. Problems of similar length share a batch."""
+def choose_letters(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Problem, list[str], int]]:
+    """Each problem with the likeliest of its letters, as sample_answers. Problems of similar length share a batch."""
     model, device = solver.model, solver.model.get_device()
     batch_tokens = BATCH_TOKENS.get(device.type, DEFAULT_BATCH_TOKENS)
     prompts = [crop_prompt(problem.prompt, model.config.sequence_len) for problem in problems]
@@ -131,48 +120,41 @@ def choose_letters(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Pr
         logits = model.unembed(x, tokens).tolist()                                                  # (R, letters)
         for i, row in zip(batch, logits, strict=True):
             values = dict(zip(letters, row, strict=True))
-            yield problems[i], max(problems[i].conversation["letters"], key=values.__getitem__)
+            yield problems[i], [max(problems[i].conversation["letters"], key=values.__getitem__)], 0
 
 
 def sample_answers(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Problem, list[str], int]]:
-    """Each problem with its samples' texts and the number of samples that were cut short, as they finish.
-
-    A sample depends on the problem's index and the settings alone, not on the other problems of the batch.
-    """
+    """Each problem with its samples' texts and the number of samples that were cut short, as they finish. A sample
+    depends on the problem's index and the settings alone, not on the other problems of the batch."""
     settings, context_tokens = solver.settings, solver.model.config.sequence_len
     room_tokens = max(context_tokens - settings.max_new_tokens, context_tokens // 2, 2)  # the rest is for the answer
     engine = Engine(solver.model, solver.tokenizer, max_rows=solver.batch_rows)
-    owners, samples = {}, {}    # request -> (problem, sample);  (problem, sample) -> tokens of the answer
-    open_samples = [settings.num_samples] * len(problems)
-    num_cut = [0] * len(problems)
+    owners = {}                                 # request -> index of its problem, tokens of its sample
+    samples = [[] for _ in problems]            # of each problem: the tokens of each sample
+    endings = [[] for _ in problems]            # of each problem: the reasons why its finished samples ended
     for i, problem in enumerate(problems):
         prompt = crop_prompt(problem.prompt, room_tokens)
         max_tokens = min(settings.max_new_tokens, context_tokens + 1 - len(prompt))  # untrained positions follow
         for sample in range(settings.num_samples):
             request = Request(prompt, max_tokens, settings.temperature, settings.top_k,
                               seed=settings.seed + problem.index, sample=sample)
-            owners[engine.submit(request)] = i, sample
-            samples[i, sample] = []
+            samples[i].append([])
+            owners[engine.submit(request)] = i, samples[i][-1]
     while engine.has_work():
         for event in engine.step():
-            i, sample = owners[event.request_id]
+            i, tokens = owners[event.request_id]
             if event.token not in engine.end_tokens:
-                samples[i, sample].append(event.token)
+                tokens.append(event.token)
             if event.finish_reason:
-                open_samples[i] -= 1
-                num_cut[i] += event.finish_reason == "length"
-                if not open_samples[i]:
-                    texts = [solver.tokenizer.decode(samples.pop((i, s))) for s in range(settings.num_samples)]
-                    yield problems[i], texts, num_cut[i]
+                endings[i].append(event.finish_reason)
+                if len(endings[i]) == settings.num_samples:
+                    yield problems[i], list(map(solver.tokenizer.decode, samples[i])), endings[i].count("length")
 
 
 def solve(solver: Solver, task: Task, problems: list[Problem]) -> Iterator[dict]:
     """A record of each problem: {index, id, answers, scores, num_cut}, lists over the samples."""
     task.check_grading(solver.allow_unsafe)
-    if task.eval_type == "categorical":
-        answers = ((problem, [letter], 0) for problem, letter in choose_letters(solver, problems))
-    else:
-        answers = sample_answers(solver, problems)
+    answers = (choose_letters if task.eval_type == "categorical" else sample_answers)(solver, problems)
     while group := list(itertools.islice(answers, task.grade_batch)):
         pairs = [(problem.conversation, text) for problem, texts, _ in group for text in texts]
         scores = iter(task.grade(*zip(*pairs, strict=True), solver.allow_unsafe))
@@ -181,12 +163,8 @@ def solve(solver: Solver, task: Task, problems: list[Problem]) -> Iterator[dict]
                    "scores": [next(scores) for _ in texts], "num_cut": num_cut}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records on disk: <task>.jsonl, and <task>.part<rank>.jsonl while it is being evaluated
-
-
 def read_records(records_dir: Path, name: str) -> dict[tuple[int, str], dict]:
-    """The records of a task by problem, from its file and from the parts of a killed evaluation."""
+    """The records of a task by problem, from <task>.jsonl and the <task>.part<rank>.jsonl of a killed evaluation."""
     records = {}
     for path in (records_dir / f"{name}.jsonl", *sorted(records_dir.glob(f"{name}.part*.jsonl"))):
         for line in path.read_bytes().splitlines() if path.exists() else ():
@@ -211,19 +189,14 @@ def failing_together() -> Iterator[None]:
     reason = None
     try:
         yield
-    except FAILURES as error:
-        lines = str(error).splitlines() or ["no details"]
-        reason = lines[0] if isinstance(error, UserError) else f"{type(error).__name__}: {lines[0]}"
-    reasons = [reason for reason in gather(reason) if reason]
-    if reasons:
-        raise UserError(reasons[0])
+    except (UserError, OSError, RuntimeError, MemoryError) as error:    # data, disk, memory: other tasks can go on
+        first_line = (str(error).splitlines() or ["no details"])[0]
+        reason = first_line if isinstance(error, UserError) else f"{type(error).__name__}: {first_line}"
+    if reason := next(filter(None, gather(reason)), None):
+        raise UserError(reason)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A task, and all of them
-
-
-def evaluate_task(solver: Solver, name: str, max_problems: int = -1, records_dir: Path | None = None) -> dict:
+def evaluate_task(solver: Solver, name: str, max_problems: int | None = None, records_dir: Path | None = None) -> dict:
     """{accuracy, low, high, centered, num_problems, num_cut, pass_any} of one task. Collective: all ranks call it.
 
     low, high:   of the 95% interval of the accuracy
@@ -232,21 +205,20 @@ def evaluate_task(solver: Solver, name: str, max_problems: int = -1, records_dir
     records_dir: a folder for this checkpoint and these settings alone; problems with a record there are skipped
     Raises UserError, on all ranks, where the task can't be evaluated: no data, no sandbox, no memory ...
     """
-    if max_problems != -1 and max_problems < 1 or solver.batch_rows < 1:
-        raise UserError(f"{max_problems} problems in batches of {solver.batch_rows} leave nothing to evaluate; give at "
-                        "least 1 of each, or -1 for all problems")
-    ranks = get_ranks()
+    if max_problems is not None and max_problems < 1 or solver.batch_rows < 1:
+        raise UserError(f"{'all' if max_problems is None else max_problems} problems in batches of {solver.batch_rows} "
+                        "leave nothing to evaluate; give at least 1 of each")
+    ranks, records = get_ranks(), {}
     with failing_together():
         task = get_task(name, "test")
         problems = load_problems(task, name, solver.tokenizer, max_problems)
-        records = {}
         if records_dir and ranks.rank == 0:
             records_dir.mkdir(parents=True, exist_ok=True)
             records = read_records(records_dir, name)
             if records:
                 write_records(records_dir, name, list(records.values()))
     records, *_ = gather(records)
-    mine = [problem for problem in problems if problem.get_key() not in records][ranks.rank::ranks.world_size]
+    mine = [problem for problem in problems if (problem.index, problem.id) not in records][ranks.rank::ranks.world_size]
     solved, was_training = [], solver.model.training
     solver.model.eval()
     with failing_together(), contextlib.ExitStack() as stack:
@@ -261,15 +233,13 @@ def evaluate_task(solver: Solver, name: str, max_problems: int = -1, records_dir
     if records_dir and ranks.rank == 0:
         with contextlib.suppress(OSError):  # the parts still exist
             write_records(records_dir, name, list(records.values()))
-    return summarize_records([records[problem.get_key()] for problem in problems], task,
-                     num_different=len({problem.prompt for problem in problems}))
+    return summarize_records([records[problem.index, problem.id] for problem in problems], task,
+                             num_different=len({problem.prompt for problem in problems}))
 
 
 def summarize_records(records: list[dict], task: Task, num_different: int) -> dict:
-    """The figures of one task from the records of its problems.
-
-    num_different: different questions, on which the interval rests: a generated task may repeat a question
-    """
+    """The figures of one task from the records of its problems. The interval rests on the `num_different` questions,
+    since a generated task may repeat a question."""
     means = [sum(record["scores"]) / len(record["scores"]) for record in records]
     accuracy = sum(means) / len(means)
     low, high = wilson_interval(accuracy, num_different)
@@ -281,12 +251,13 @@ def summarize_records(records: list[dict], task: Task, num_different: int) -> di
     return result
 
 
-def wilson_interval(mean: float, count: int, z: float = NORMAL_95) -> tuple[float, float]:
+def wilson_interval(mean: float, count: int) -> tuple[float, float]:
     """The 95% confidence interval of a share measured on `count` problems (E. B. Wilson, JASA 1927).
 
     Unlike mean +- 2 sigma it stays within 0 and 1 and has a width at both. For scores between 0 and 1, and for means of
     several samples, it is wider than necessary: those vary less than right and wrong answers of the same mean.
     """
+    z = 1.959964  # 95% of a normal distribution lie within so many standard deviations
     middle = (mean + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
     return max(0.0, min(middle - half, mean)), min(1.0, max(middle + half, mean))  # rounding must not exclude the mean

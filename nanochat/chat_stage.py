@@ -84,9 +84,8 @@ def run_chat_stage(stage: ChatStage, settings: ChatSettings, flags: StageFlags, 
         describe_changes(setup, settings)
         loader = setup.make_loader(groups, num_lanes=1,
                                    num_epochs=settings.num_epochs if recipe.plan.horizon == "epochs" else None)
-        val_batches = validation_conversations(
-            settings.mixture.name, settings.mixture.val, recipe.tokenizer, recipe.T, setup.count_eval_rows(),
-            batch_rows=setup.choices.micro_rows, ranks=ranks)
+        val_batches = validation_conversations(settings.mixture.name, settings.mixture.val, recipe.tokenizer, recipe.T,
+                                               setup.count_eval_rows(), ranks)
         run = begin_run(setup, make_state(setup), loader)
         if setup.first_step == 0:
             run.log.write("data", 0, **epoch.describe())

@@ -59,11 +59,11 @@ class CoreTask:
     baseline_pct: float          # accuracy of guessing
     rows:         list[dict]
 
-    def choose_rows(self, max_per_task: int) -> list[dict]:
-        """The rows to evaluate, shuffled; -1 = all. Shots are drawn from the same rows."""
+    def choose_rows(self, max_per_task: int | None) -> list[dict]:
+        """The rows to evaluate, shuffled; None = all. Shots are drawn from the same rows."""
         rows = self.rows.copy()
         random.Random(DATA_SEED).shuffle(rows)
-        return rows if max_per_task == -1 else rows[:max_per_task]
+        return rows[:max_per_task]
 
 
 @dataclass(frozen=True)
@@ -84,16 +84,10 @@ class Item:
         return max(len(option.prefix) for option in self.options), max(len(option.tail) for option in self.options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The bundle: core.yaml, eval_meta_data.csv, eval_data/**.jsonl
-
-
 def load_tasks(bundle_dir: Path | None = None) -> list[CoreTask]:
-    """All tasks of a bundle in its own order. Every row is checked now, not after an hour of evaluation."""
-    bundle_dir = find_bundle(bundle_dir)
-    path = bundle_dir / "core.yaml"
-    baselines = load_baselines(bundle_dir)
-    tasks = []
+    """All tasks of a bundle in the order of its core.yaml. Each row is checked now, not after an hour of evaluation."""
+    bundle_dir, tasks = find_bundle(bundle_dir), []
+    path, baselines = bundle_dir / "core.yaml", load_baselines(bundle_dir)
     with reading_bundle(path, bundle_dir):
         for entry in yaml.safe_load(path.read_text(encoding="utf-8"))["icl_tasks"]:
             label, kind = str(entry["label"]), entry["icl_task_type"]
@@ -101,10 +95,9 @@ def load_tasks(bundle_dir: Path | None = None) -> list[CoreTask]:
                 raise ValueError(f"the type of {label} is {kind!r}, which is none of {', '.join(ROW_FIELDS)}")
             if label not in baselines:
                 raise ValueError(f"eval_meta_data.csv has no usable random baseline for {label}")
-            tasks.append(CoreTask(
-                label, kind, num_shots=int(entry["num_fewshot"][0]),  # a list in the format; CORE has one number in it
-                delimiter=str(entry.get("continuation_delimiter", " ")), baseline_pct=baselines[label],
-                rows=load_task_rows(bundle_dir, label, kind, entry["dataset_uri"])))
+            num_shots = int(entry["num_fewshot"][0])  # a list in the format; CORE has one number in it
+            tasks.append(CoreTask(label, kind, num_shots, str(entry.get("continuation_delimiter", " ")),
+                                  baselines[label], load_task_rows(bundle_dir, label, kind, entry["dataset_uri"])))
         if not tasks:
             raise ValueError("it names no task")
     return tasks
@@ -153,17 +146,13 @@ def load_baselines(bundle_dir: Path) -> dict[str, float]:
 
 def load_task_rows(bundle_dir: Path, label: str, kind: str, uri: str) -> list[dict]:
     """The checked rows of one task."""
-    path = bundle_dir / "eval_data" / uri
+    path, rows = bundle_dir / "eval_data" / uri, []
     with reading_bundle(f"the data of the CORE task {label}, {path},", bundle_dir):
-        lines = path.read_bytes().splitlines()
-        if not any(lines):
+        if not any(lines := path.read_bytes().splitlines()):
             raise ValueError("it is empty")
-    rows = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         with reading_bundle(f"the data of the CORE task {label}, line {number} of {path},", bundle_dir):
-            rows.append(check_row(json.loads(line), kind))
+            rows += [check_row(json.loads(line), kind)] if line.strip() else []
     return rows
 
 
@@ -174,20 +163,16 @@ def check_row(row: dict, kind: str) -> dict:
             raise ValueError(f"{value!r:.60} is no text")
         return str(value)
 
-    checked = {}
-    for name in ROW_FIELDS[kind]:
-        value = row[name]
-        if name != OPTIONS_FIELD.get(kind):
-            checked[name] = value if name == "gold" else to_text(value)
-        elif isinstance(value, list):
-            checked[name] = [to_text(option) for option in value]
-        else:
-            raise ValueError(f"{name} is no list")
-    if kind in OPTIONS_FIELD:
-        num_options = len(checked[OPTIONS_FIELD[kind]])
-        if checked["gold"] not in range(num_options):
-            raise ValueError(f"gold is {checked['gold']!r:.60}, but there are {num_options} options")
-    return checked
+    checked = {name: row[name] for name in ROW_FIELDS[kind]}
+    options_field = OPTIONS_FIELD.get(kind)
+    if options_field:
+        gold, options = checked["gold"], checked[options_field]
+        if not isinstance(options, list):
+            raise ValueError(f"{options_field} is no list")
+        if gold not in range(len(options)):
+            raise ValueError(f"gold is {gold!r:.60}, but there are {len(options)} options")
+    return {name: value if name == "gold" else list(map(to_text, value)) if name == options_field else to_text(value)
+            for name, value in checked.items()}
 
 
 @contextlib.contextmanager
@@ -195,26 +180,16 @@ def reading_bundle(what: object, bundle_dir: Path) -> Iterator[None]:
     """Turn errors of reading into a UserError that names the damaged part of the bundle."""
     try:
         yield
-    except OSError as error:
-        reason = f"can't be read ({error.strerror})"
-    except KeyError as error:
-        reason = f"is damaged ({error} is missing)"
-    except (yaml.YAMLError, csv.Error, LookupError, TypeError, ValueError, AttributeError) as error:
-        reason = f"is damaged ({' '.join(str(error).split())})"
-    else:
-        return
-    raise UserError(f"{what} {reason}; unpack {BUNDLE_URL} to {bundle_dir} again")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From rows to tokens
+    except (OSError, yaml.YAMLError, csv.Error, LookupError, TypeError, ValueError, AttributeError) as error:
+        details = " ".join(str(error).split()) + (" is missing" if isinstance(error, KeyError) else "")
+        reason = f"can't be read ({error.strerror})" if isinstance(error, OSError) else f"is damaged ({details})"
+        raise UserError(f"{what} {reason}; unpack {BUNDLE_URL} to {bundle_dir} again") from None
 
 
 def choose_shots(task: CoreTask, rows: list[dict], index: int) -> list[dict]:
     """Solved examples for the row at `index`, drawn from the other rows; fewer than num_shots if those are fewer."""
-    others = [i for i in range(len(rows)) if i != index]
-    chosen = random.Random(SHOT_SEED + index).sample(others, min(task.num_shots, len(others)))
-    return [rows[i] for i in chosen]
+    others = rows[:index] + rows[index + 1:]
+    return random.Random(SHOT_SEED + index).sample(others, min(task.num_shots, len(others)))
 
 
 def render_prompts(task: CoreTask, row: dict, shots: list[dict]) -> list[str]:
@@ -268,22 +243,17 @@ def make_items(task: CoreTask, tokenizer, rows: list[dict], indices: list[int], 
 
 def make_batches(items: list[Item], batch_tokens: int, tail_tokens: int) -> Iterator[list[Item]]:
     """Group items of similar length, within the token limits of a batch, padding included."""
-    batch, num_rows, longest_prefix, longest_tail = [], 0, 0, 0
+    batch, num_rows, longest_tail = [], 0, 0
     for item in sorted(items, key=Item.get_lengths, reverse=True):  # the longest first: out of memory shows early
-        prefix, tail = item.get_lengths()
+        prefix, tail = (batch or [item])[0].get_lengths()[0], max(longest_tail, item.get_lengths()[1])
         rows = num_rows + len(item.options)
-        prefix, tail = max(prefix, longest_prefix), max(tail, longest_tail)
         if batch and (rows * (prefix + tail) > batch_tokens or rows * tail > tail_tokens):
             yield batch
-            batch, rows, (prefix, tail) = [], len(item.options), item.get_lengths()
+            batch, rows, tail = [], len(item.options), item.get_lengths()[1]
         batch.append(item)
-        num_rows, longest_prefix, longest_tail = rows, prefix, tail
+        num_rows, longest_tail = rows, tail
     if batch:
         yield batch
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From tokens to answers
 
 
 def pad_rows(rows: list[tuple[int, ...]], padding: int, device: torch.device) -> torch.Tensor:
@@ -310,10 +280,8 @@ def cache_prefixes(model: GPT, prefixes: list[tuple[int, ...]], row_of: list[int
 
 
 def score_options(model, options: list[Option]) -> list[tuple[float, bool]]:
-    """For each option its mean loss per scored token, in nats, and whether each of them was the likeliest.
-
-    A GPT computes shared prefixes once; any other model, called with (R, T) tokens for (R, T, V) logits, whole rows.
-    """
+    """For each option its mean loss per scored token, in nats, and whether each of them was the likeliest. A GPT
+    computes shared prefixes once; any other model, called with (R, T) tokens for (R, T, V) logits, whole rows."""
     device = model.get_device()
     targets = pad_rows([option.tail[1:] for option in options], -1, device)  # (R, S)
     if isinstance(model, GPT):
@@ -335,19 +303,18 @@ def score_options(model, options: list[Option]) -> list[tuple[float, bool]]:
 def count_correct(model, items: list[Item]) -> int:
     """The number of items of one batch that the model gets right; of equally good options the first is its answer."""
     options = list(dict.fromkeys(option for item in items for option in item.options))  # equal options must tie exactly
-    scores = dict(zip(options, score_options(model, options), strict=True))
-    num_correct = 0
+    scores, num_correct = dict(zip(options, score_options(model, options), strict=True)), 0
     for item in items:
-        losses, exact = zip(*(scores[option] for option in item.options), strict=True)
+        losses, exact = zip(*map(scores.__getitem__, item.options), strict=True)
         num_correct += exact[0] if item.gold is None else losses.index(min(losses)) == item.gold
     return num_correct
 
 
 @torch.no_grad()
-def evaluate_task(model, tokenizer, task: CoreTask, max_per_task: int = -1) -> dict:
+def evaluate_task(model, tokenizer, task: CoreTask, max_per_task: int | None = None) -> dict:
     """{accuracy, centered, num_items} of one task. Collective: all ranks call it, each answers its share of items."""
-    if max_per_task != -1 and max_per_task < 1:
-        raise UserError(f"max-per-task {max_per_task} must be -1 (all items) or at least 1")
+    if max_per_task is not None and max_per_task < 1:
+        raise UserError(f"--max-per-task {max_per_task} must be at least 1, or all")
     ranks = get_ranks()
     device, rows = model.get_device(), task.choose_rows(max_per_task)
     mine = list(range(ranks.rank, len(rows), ranks.world_size))
@@ -373,11 +340,11 @@ def compute_core(results: dict[str, dict]) -> dict:
             "num_tasks": len(results), "tasks": results}
 
 
-def evaluate_core(model, tokenizer, *, max_per_task: int = -1, bundle_dir: Path | None = None) -> dict:
+def evaluate_core(model, tokenizer, *, max_per_task: int | None = None, bundle_dir: Path | None = None) -> dict:
     """{core_metric, num_tasks, tasks: {label: {accuracy, centered, num_items}}}. Collective: all ranks call it.
 
-    max_per_task: items of each task at most, also as shots; -1 = all
+    max_per_task: items of each task at most, also as shots; None = all
     bundle_dir:   default $NANOCHAT_BASE_DIR/eval_bundle
     """
-    return compute_core({task.label: evaluate_task(model, tokenizer, task, max_per_task)
-                          for task in load_tasks(bundle_dir)})
+    tasks = load_tasks(bundle_dir)
+    return compute_core({task.label: evaluate_task(model, tokenizer, task, max_per_task) for task in tasks})

@@ -21,33 +21,11 @@ from pathlib import Path
 
 import torch
 
-from nanochat import corpus
-from nanochat.common import (
-    UserError,
-    get_base_dir,
-    get_hub_endpoint,
-    get_hub_token,
-    get_mirror_dir,
-    print0,
-    run_script,
-    timed,
-)
+from nanochat import common, corpus, shards
+from nanochat.common import UserError, get_base_dir, print0, timed
 from nanochat.download import CorruptFile, Job, download_all
-from nanochat.shards import (
-    SOURCES,
-    Manifest,
-    Shard,
-    check_shard,
-    inspect_shard,
-    load_shards,
-    read_manifest,
-    rebuilt_folder,
-    sole_writer,
-    write_shard,
-    write_shards,
-)
+from nanochat.shards import Manifest, Shard, load_shards, read_manifest, rebuilt_folder, write_shard, write_shards
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Sources that are built here: python-docs and files
 
 CORPUS_VERSION = 1          # incremented when the rules below or in corpus.py change: old data is made again
@@ -72,7 +50,8 @@ def make_python_docs(folder: Path, seed: int, command: str, verify: bool) -> Non
     with timed("collecting Python's documentation and sources"), rebuilt_folder(folder) as new:
         train, val = ([text for _, text in sorted((order_key(text.encode(), seed), text) for text in side)]
                       for side in corpus.build_python_docs(packages))
-        Manifest("python-docs", settings, command, write_shards(new, train), write_val(new, val)).save(new)
+        train_shards, val_shard = write_shards(new, train), write_shard(new / "val.parquet", iter(val))
+        Manifest("python-docs", settings, command, train_shards, val_shard).save(new)
 
 
 def make_from_files(folder: Path, path: Path, text_column: str, seed: int, command: str, verify: bool) -> None:
@@ -88,42 +67,32 @@ def make_from_files(folder: Path, path: Path, text_column: str, seed: int, comma
         texts = (text for file in files for text in corpus.read_documents(file, text_column))
         num_buckets = min(MAX_BUCKETS, 1 + sum(size for _, size, _ in stats) // BUCKET_BYTES)
         buckets, num_docs, num_chars = spill_documents(texts, new, num_buckets, seed)
-        if num_docs < 2:
-            raise UserError(f"--path {path} holds {num_docs} documents; at least two are needed, one of them for "
-                            f"validation")
         documents = read_spilled(buckets)
         val = take_val(documents, num_docs, num_chars)
-        train = write_shards(new, documents)
-        if not train:
-            raise UserError(f"--path {path} holds the same document {num_docs} times; at least two different ones are "
-                            f"needed, one of them for validation")
+        if not (train := write_shards(new, documents)):
+            found = f"the same document {num_docs} times" if num_docs > 1 else f"{num_docs} documents"
+            raise UserError(f"--path {path} holds {found}; at least two different ones are needed, one of them for "
+                            "validation")
         num_kept = len(val) + sum(shard.rows for shard in train)
         if num_kept < num_docs:
             print0(f"left out {num_docs - num_kept:,} of {num_docs:,} documents: exact repeats of others")
-        Manifest("files", settings, command, train, write_val(new, val)).save(new)
+        Manifest("files", settings, command, train, write_shard(new / "val.parquet", iter(val))).save(new)
 
 
 def is_done(folder: Path, settings: dict, verify: bool) -> bool:
     """Whether `folder` holds an undamaged dataset of these settings."""
-    if not (folder / "manifest.json").is_file() or read_manifest(folder).settings != settings:
-        return False
-    try:
-        load_shards(str(folder), verify)
-    except UserError as error:
-        print0(f"building it again: {error}")
-        return False
-    return True
-
-
-def write_val(folder: Path, documents: list[str]) -> Shard:
-    return write_shard(folder / "val.parquet", iter(documents), shard_chars=2**62)
+    if (folder / "manifest.json").is_file() and read_manifest(folder).settings == settings:
+        try:
+            load_shards(str(folder), verify)
+            return True
+        except UserError as error:
+            print0(f"building it again: {error}")
+    return False
 
 
 def spill_documents(texts: Iterable[str], folder: Path, num_buckets: int, seed: int) -> tuple[list[Path], int, int]:
-    """First pass of the shuffle: append each text to the bucket of its key, a file in `folder`.
-
-    Returns the buckets in the order of their keys, and the numbers of documents and characters.
-    """
+    """First pass of the shuffle: append each text to the bucket of its key, a file in `folder`. Returns the buckets in
+    the order of their keys, and the numbers of documents and characters."""
     paths = [folder / f"bucket_{idx:03d}" for idx in range(num_buckets)]
     num_docs = num_chars = 0
     with contextlib.ExitStack() as stack:
@@ -161,10 +130,7 @@ def take_val(documents: Iterator[str], num_docs: int, num_chars: int) -> list[st
     return val
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources on the hub
-
-# repository, and how many shards it has; the last one is validation
+# Sources on the hub: repository, and how many shards it has; the last one is validation
 HUB_SOURCES = {"climbmix":    ("karpathy/climbmix-400b-shuffle", 6543),
                "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1823)}
 DEFAULT_NUM_SHARDS, DEFAULT_NUM_WORKERS, DEFAULT_SEED = 8, 4, 42
@@ -172,46 +138,40 @@ DEFAULT_NUM_SHARDS, DEFAULT_NUM_WORKERS, DEFAULT_SEED = 8, 4, 42
 
 def fetch_from_hub(folder: Path, source: str, num_shards: int | None, num_workers: int, command: str,
                    verify: bool) -> None:
-    """Download the validation shard and the first training shards, where they are missing or damaged.
-
-    num_shards: training shards to have at least; None: as many as the last time, at first DEFAULT_NUM_SHARDS
-    """
+    """Download the validation shard and at least the first `num_shards` training shards (None: as many as the last
+    time, at first DEFAULT_NUM_SHARDS), where they are missing or damaged."""
     repo, num_in_repo = HUB_SOURCES[source]
     if num_shards and num_shards >= num_in_repo:
         raise UserError(f"--num-shards {num_shards}: {repo} has {num_in_repo - 1:,} training shards")
     folder.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(folder) if (folder / "manifest.json").is_file() else \
         Manifest(source, {"repo": repo, "num_shards": DEFAULT_NUM_SHARDS}, command)
-    if num_shards:
-        manifest = replace(manifest, settings=manifest.settings | {"num_shards": num_shards})
-    shards = {shard.file: shard for shard in (*manifest.train, manifest.val) if shard}
-    names = [f"shard_{idx:05d}.parquet" for idx in range(manifest.settings["num_shards"])]
-    remote_names = dict(zip(names, names, strict=True))
-    remote_names |= {"val.parquet": f"shard_{num_in_repo - 1:05d}.parquet"}
-    for name in list(shards):
+    settings = manifest.settings | ({"num_shards": num_shards} if num_shards else {})
+    # Names on this disk -> names on the hub; validation comes first: without it the rest is useless
+    remote_names = {"val.parquet": f"shard_{num_in_repo - 1:05d}.parquet"}
+    remote_names |= {f"shard_{idx:05d}.parquet": f"shard_{idx:05d}.parquet" for idx in range(settings["num_shards"])}
+    complete = {}
+    for shard in filter(None, (*manifest.train, manifest.val)):
         try:
-            check_shard(folder / name, shards[name], verify)
+            shards.check_shard(folder / shard.file, shard, verify)
+            complete[shard.file] = shard
         except CorruptFile as error:
-            print0(f"{folder / name}: {error}; fetching it again")
-            remote_names.setdefault(name, name)
-            del shards[name]
+            print0(f"{folder / shard.file}: {error}; fetching it again")
+            remote_names.setdefault(shard.file, shard.file)
 
     def save() -> None:
-        train = tuple(shard for name, shard in sorted(shards.items()) if name != "val.parquet")
-        replace(manifest, train=train, val=shards.get("val.parquet")).save(folder)
+        train = tuple(shard for name, shard in sorted(complete.items()) if name != "val.parquet")
+        replace(manifest, settings=settings, train=train, val=complete.get("val.parquet")).save(folder)
 
     def keep(job: Job, sha256: str, facts: tuple[int, int, int]) -> None:
-        shards[job.path.name] = Shard(job.path.name, sha256, job.path.stat().st_size, *facts)
+        complete[job.path.name] = Shard(job.path.name, sha256, job.path.stat().st_size, *facts)
         save()
 
     save()
-    mirror_dir = get_mirror_dir()
-    # Validation first: without it the rest is useless
-    jobs = [Job(mirror_dir / repo / remote if mirror_dir else
-                f"{get_hub_endpoint()}/datasets/{repo}/resolve/main/{remote}", folder / name)
-            for name, remote in sorted(remote_names.items(), key=lambda names: (names[0] != "val.parquet", names))
-            if name not in shards]
-    failed = download_all(jobs, num_workers, inspect_shard, keep, get_hub_token()) if jobs else {}
+    root = common.get_mirror_dir() or f"{common.get_hub_endpoint()}/datasets"
+    jobs = [Job(root / repo / remote if isinstance(root, Path) else f"{root}/{repo}/resolve/main/{remote}",
+                folder / name) for name, remote in remote_names.items() if name not in complete]
+    failed = download_all(jobs, num_workers, shards.inspect_shard, keep, common.get_hub_token()) if jobs else {}
     if failed:
         reasons = "; ".join(f"{remote_names[name]}{' (validation)' if name == 'val.parquet' else ''}: {reason}"
                             for name, reason in failed.items())
@@ -219,22 +179,18 @@ def fetch_from_hub(folder: Path, source: str, num_shards: int | None, num_worker
                         f"fetch the rest with: {command}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Bring text onto this machine as parquet shards.")
-    parser.add_argument("--source", choices=SOURCES, help="default: climbmix with a CUDA device, else python-docs")
-    parser.add_argument("--name", help="folder under <base dir>/data (default: the source's name)")
-    parser.add_argument("-n", "--num-shards", type=int, help="hub sources: training shards to have at least "
-                        f"(default: as many as the last time, at first {DEFAULT_NUM_SHARDS})")
-    parser.add_argument("-w", "--num-workers", type=int, help="hub sources: downloads at once "
-                        f"(default {DEFAULT_NUM_WORKERS})")
-    parser.add_argument("--path", type=Path, help="files: the folder to read")
-    parser.add_argument("--text-column", help="files: field of .jsonl and column of .parquet (default text)")
-    parser.add_argument("--seed", type=int, help=f"python-docs, files: of the shuffle (default {DEFAULT_SEED})")
-    parser.add_argument("--verify", action="store_true", help="check every sha256, make damaged shards again")
+    add = parser.add_argument
+    add("--source", choices=shards.SOURCES, help="default: climbmix with a CUDA device, else python-docs")
+    add("--name", help="folder under <base dir>/data (default: the source's name)")
+    add("-n", "--num-shards", type=int, help="hub sources: training shards to have at least (default: as many as the "
+        f"last time, at first {DEFAULT_NUM_SHARDS})")
+    add("-w", "--num-workers", type=int, help=f"hub sources: downloads at once (default {DEFAULT_NUM_WORKERS})")
+    add("--path", type=Path, help="files: the folder to read")
+    add("--text-column", help="files: field of .jsonl and column of .parquet (default text)")
+    add("--seed", type=int, help=f"python-docs, files: of the shuffle (default {DEFAULT_SEED})")
+    add("--verify", action="store_true", help="check every sha256, make damaged shards again")
     args = parser.parse_args(argv)
     if not args.source:
         args.source = default_source()
@@ -250,11 +206,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"{flag} {value} is out of range; give a positive number")
     if args.source == "files" and args.path is None:
         raise UserError("--source files needs --path FOLDER, the folder with your texts")
-    if args.name is not None and (args.name in ("", ".", "..") or Path(args.name).name != args.name):
-        raise UserError(f"--name {args.name!r} must be a plain folder name; it is made under {get_base_dir() / 'data'}")
-    if args.name and args.name.endswith((".new", ".old", ".lock")):
-        raise UserError(f"--name {args.name} is what a folder is called while it is made; choose one that doesn't end "
-                        "in .new, .old or .lock")
+    if args.name is not None and (Path(args.name).name != args.name or
+                                  args.name.endswith(("..", ".new", ".old", ".lock")) or not args.name):
+        raise UserError(f"--name {args.name!r} must be a plain folder name, made under {get_base_dir() / 'data'}; it "
+                        "can't end in .new, .old or .lock, the names of a folder while it is made")
     return args
 
 
@@ -268,27 +223,27 @@ def main(argv: list[str] | None = None) -> dict:
     source, folder = args.source, get_base_dir() / "data" / (args.name or args.source)
     command = f"python -m nanochat.dataset --source {source}" + (f" --name {args.name}" if args.name else "")
     seed = DEFAULT_SEED if args.seed is None else args.seed
-    with sole_writer(folder):
+    with shards.sole_writer(folder):
         if (folder / "manifest.json").is_file() and (made_from := read_manifest(folder).source) != source:
             raise UserError(f"{folder} holds data from {made_from}; choose another --name for {source}")
         if source in HUB_SOURCES:
-            num_workers = args.num_workers or DEFAULT_NUM_WORKERS
-            fetch_from_hub(folder, source, args.num_shards, num_workers, command, args.verify)
+            fetch_from_hub(folder, source, args.num_shards, args.num_workers or DEFAULT_NUM_WORKERS, command,
+                           args.verify)
         elif source == "files":
             path, text_column = args.path.expanduser().resolve(), args.text_column or "text"
             command += f" --path {shlex.quote(str(path))} --text-column {shlex.quote(text_column)} --seed {seed}"
             make_from_files(folder, path, text_column, seed, command, args.verify)
         else:
             make_python_docs(folder, seed, f"{command} --seed {seed}", args.verify)
-        shards, manifest = load_shards(str(folder)), read_manifest(folder)
+        data_hash, manifest = load_shards(str(folder)).hash, read_manifest(folder)
     if args.verify:
         print0("every sha256 agrees with the manifest")
     num_docs, num_chars = (sum(getattr(shard, unit) for shard in manifest.train) for unit in ("rows", "chars"))
-    print0(f"{folder}: {len(shards.train)} training shards of {num_docs:,} documents ({num_chars / 1e6:,.1f} M "
+    print0(f"{folder}: {len(manifest.train)} training shards of {num_docs:,} documents ({num_chars / 1e6:,.1f} M "
            f"characters), validation {manifest.val.rows:,} documents ({manifest.val.chars / 1e6:,.1f} M), "
-           f"hash {shards.hash}")
-    return {"folder": str(folder), "hash": shards.hash, "num_shards": len(shards.train), "num_chars": num_chars}
+           f"hash {data_hash}")
+    return {"folder": str(folder), "hash": data_hash, "num_shards": len(manifest.train), "num_chars": num_chars}
 
 
 if __name__ == "__main__":
-    run_script(main)
+    common.run_script(main)

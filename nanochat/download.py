@@ -11,6 +11,7 @@ import re
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ class CorruptFile(Exception):
 class TryAgain(Exception):
     """A failure worth a retry, after the `wait_seconds` that the server asked for, if any."""
 
-    def __init__(self, reason: str, wait_seconds: float | None = None):
+    def __init__(self, reason: str, wait_seconds: float = 0):
         super().__init__(reason)
         self.wait_seconds = wait_seconds
 
@@ -57,26 +58,9 @@ class Job:
 
 @dataclass
 class Transfer:
-    """Counters and the stop event that the threads of one download share."""
-    num_files: int
-    num_done:  int = 0
-    new_bytes: int = 0
-    start:     float = field(default_factory=time.perf_counter)
-    lock:      threading.Lock = field(default_factory=threading.Lock)
+    """What the threads of one download share."""
+    new_bytes: Counter[Path] = field(default_factory=Counter)   # of each file; one thread alone writes each count
     stop:      threading.Event = field(default_factory=threading.Event)
-
-    def add_bytes(self, num_bytes: int) -> None:
-        with self.lock:
-            self.new_bytes += num_bytes
-
-    def describe(self) -> str:
-        """One line of progress; the ETA assumes that the remaining files are as long as the finished ones."""
-        seconds = time.perf_counter() - self.start
-        line = f"{self.num_done}/{self.num_files} files, {self.new_bytes / 1e6:,.0f} MB, " \
-               f"{self.new_bytes / 1e6 / seconds:.1f} MB/s"
-        if 0 < self.num_done < self.num_files:
-            line += f", ETA {seconds / self.num_done * (self.num_files - self.num_done):,.0f} s"
-        return line
 
 
 def download_all(jobs: list[Job], num_workers: int, check: Callable[[Path], Any],
@@ -86,24 +70,27 @@ def download_all(jobs: list[Job], num_workers: int, check: Callable[[Path], Any]
     check:   inspects a complete file before it gets its final name; raises CorruptFile
     on_done: called in this thread for each finished file, with its sha256 and the result of `check`
     """
-    transfer, failed = Transfer(len(jobs)), {}
+    transfer, failed, num_done, start = Transfer(), {}, 0, time.perf_counter()
+    last_report = start
     with ThreadPoolExecutor(num_workers) as pool:
         running = {pool.submit(fetch, job, check, transfer, token): job for job in jobs}
         try:
-            last_report = time.perf_counter()
             while running:
                 done, _ = wait(running, timeout=REPORT_SECONDS, return_when=FIRST_COMPLETED)
                 for future in done:
                     job = running.pop(future)
                     try:
                         on_done(job, *future.result())
-                        transfer.num_done += 1
+                        num_done += 1
                     except DownloadError as error:
                         failed[job.path.name] = str(error)
                         print0(f"{job.path.name}: failed, {error}")
                 if not running or time.perf_counter() - last_report >= REPORT_SECONDS:
                     last_report = time.perf_counter()
-                    print0(transfer.describe())
+                    seconds, num_mb = last_report - start, sum(list(transfer.new_bytes.values())) / 1e6
+                    left = len(jobs) - num_done     # assumed to be as long as the finished ones
+                    eta = f", ETA {seconds / num_done * left:,.0f} s" if num_done and left else ""
+                    print0(f"{num_done}/{len(jobs)} files, {num_mb:,.0f} MB, {num_mb / seconds:.1f} MB/s{eta}")
         finally:  # Ctrl-C or a full disk: the threads end at their next chunk, the .part files stay
             transfer.stop.set()
             pool.shutdown(cancel_futures=True)
@@ -113,43 +100,51 @@ def download_all(jobs: list[Job], num_workers: int, check: Callable[[Path], Any]
 def fetch(job: Job, check: Callable[[Path], Any], transfer: Transfer, token: str | None) -> tuple[str, Any]:
     """Fetch one file; returns its sha256 and the result of `check`. Raises DownloadError."""
     if isinstance(job.source, Path):
-        return copy_local(job.source, job.path, check, transfer)
+        return copy_local(job, check, transfer)
     part, failures = job.path.with_name(job.path.name + ".part"), 0
     while True:
-        had_bytes = part.stat().st_size if part.exists() else 0
+        had_bytes = count_bytes(part)
         try:
-            expected_sha256 = fetch_rest(job.source, part, transfer, token)
-            sha256, checked = verify(part, expected_sha256, check)
-            put_in_place(part, job.path)
-            etag_path(part).unlink(missing_ok=True)
-            return sha256, checked
+            sha256 = fetch_rest(job.source, part, transfer, token)
+            try:
+                return complete(part, job.path, check, sha256)
+            except CorruptFile as error:
+                part.unlink()
+                raise TryAgain(f"what came is corrupt ({error})") from None
         except TryAgain as problem:
-            grown_bytes = (part.stat().st_size if part.exists() else 0) - had_bytes
-            failures = 1 if grown_bytes >= CHUNK_BYTES else failures + 1
+            failures = 1 if count_bytes(part) - had_bytes >= CHUNK_BYTES else failures + 1
             if failures >= MAX_FAILURES:
                 raise DownloadError(f"{problem} ({failures} times in a row, {job.source})") from None
             backoff_seconds = BACKOFF_SECONDS * 2 ** (failures - 1) * random.uniform(0.5, 1.0)
-            wait_seconds = min(MAX_WAIT_SECONDS, max(backoff_seconds, problem.wait_seconds or 0))
+            wait_seconds = min(MAX_WAIT_SECONDS, max(backoff_seconds, problem.wait_seconds))
             print0(f"{job.path.name}: {problem}; trying again in {wait_seconds:.1f} s")
             if transfer.stop.wait(wait_seconds):
                 raise DownloadError("stopped") from None
 
 
-def copy_local(source: Path, path: Path, check: Callable[[Path], Any], transfer: Transfer) -> tuple[str, Any]:
+def copy_local(job: Job, check: Callable[[Path], Any], transfer: Transfer) -> tuple[str, Any]:
     """Offline: copy the file from a mirror folder, with the same checks."""
-    if not source.is_file():
-        raise DownloadError(f"{source} isn't there")
-    part = path.with_name(path.name + ".copy")
+    if not job.source.is_file():
+        raise DownloadError(f"{job.source} isn't there")
+    part = job.path.with_name(job.path.name + ".copy")
     try:
-        shutil.copyfile(source, part)
-        transfer.add_bytes(part.stat().st_size)
-        checked = check(part)
-        sha256 = hash_file(part)
-        put_in_place(part, path)
+        shutil.copyfile(job.source, part)
+        transfer.new_bytes[part] = count_bytes(part)
+        return complete(part, job.path, check, None)
     except CorruptFile as error:
-        raise DownloadError(f"{source} is corrupt ({error})") from None
+        raise DownloadError(f"{job.source} is corrupt ({error})") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def complete(part: Path, path: Path, check: Callable[[Path], Any], expected_sha256: str | None) -> tuple[str, Any]:
+    """Check a whole file and give it its final name; its sha256 and the result of `check`. Raises CorruptFile."""
+    sha256 = hash_file(part)
+    if expected_sha256 not in (None, sha256):
+        raise CorruptFile(f"its sha256 is {sha256[:12]}..., not {expected_sha256[:12]}...")
+    checked = check(part)
+    put_in_place(part, path)
+    etag_path(part).unlink(missing_ok=True)
     return sha256, checked
 
 
@@ -163,7 +158,7 @@ def put_in_place(part: Path, path: Path) -> None:
 def fetch_rest(url: str, part: Path, transfer: Transfer, token: str | None) -> str | None:
     """Append the missing bytes to `part`; returns the server's sha256, if it states one. Raises TryAgain."""
     etag = etag_path(part).read_text() if etag_path(part).exists() else ""
-    have_bytes = part.stat().st_size if etag and part.exists() else 0
+    have_bytes = count_bytes(part) if etag else 0
     headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
     if have_bytes:
         # With If-Range a server whose file has changed sends the whole new file, so that two versions never mix
@@ -175,56 +170,51 @@ def fetch_rest(url: str, part: Path, transfer: Transfer, token: str | None) -> s
                 return sha256  # complete: killed between the last byte and the rename
             require_success(response, part, have_bytes)
             with open(part, "ab" if response.status_code == 206 else "wb") as file:
-                remember_etag(response, part)
+                if response.status_code == 200:  # for a later If-Range; without a strong ETag the file starts again
+                    etag = response.headers.get("ETag", "")
+                    etag_path(part).write_text(etag if etag.startswith('"') else "")
                 for chunk in response.iter_content(CHUNK_BYTES):
                     if transfer.stop.is_set():
                         raise DownloadError("stopped")
                     file.write(chunk)
-                    transfer.add_bytes(len(chunk))
+                    transfer.new_bytes[part] += len(chunk)
     except NO_ADDRESS as error:
         raise DownloadError(str(error)) from None  # a retry can't mend a malformed address
     except requests.RequestException as error:
         raise TryAgain(describe_error(error)) from None
-    arrived_bytes = part.stat().st_size
-    if size_bytes is not None and arrived_bytes < size_bytes:
-        raise TryAgain(f"only {arrived_bytes:,} of {size_bytes:,} bytes came")
-    if size_bytes is not None and arrived_bytes > size_bytes:
-        part.unlink()
+    if size_bytes not in (None, arrived_bytes := count_bytes(part)):
+        if arrived_bytes > size_bytes:
+            part.unlink()
         raise TryAgain(f"{arrived_bytes:,} bytes came where {size_bytes:,} were announced")
     return sha256
 
 
 def read_facts(response: requests.Response) -> tuple[int | None, str | None]:
-    """The whole file's size and sha256 by the headers, None where they lack it.
-
-    The hub states both on the redirect to its storage: X-Linked-Etag is the file's sha256 in its large-file store.
-    """
+    """The whole file's size and sha256 by the headers, None where they lack it. The hub states both on the redirect to
+    its storage: X-Linked-Etag is the file's sha256 in its large-file store."""
     size_bytes = sha256 = None
     for headers in [answer.headers for answer in [response, *response.history]]:
         if re.fullmatch(r"\d+", headers.get("X-Linked-Size", "")):
             size_bytes = int(headers["X-Linked-Size"])
         if re.fullmatch(r'"?[0-9a-f]{64}"?', headers.get("X-Linked-Etag", "")):
             sha256 = headers["X-Linked-Etag"].strip('"')
-    total = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
-    if size_bytes is None and total:
-        size_bytes = int(total[1])
-    if size_bytes is None and response.status_code == 200 and "Content-Length" in response.headers:
-        size_bytes = int(response.headers["Content-Length"])
-    return size_bytes, sha256
+    stated = re.fullmatch(r"bytes (?:\d+-\d+|\*)/(\d+)", response.headers.get("Content-Range", ""))
+    if not stated and response.status_code == 200:
+        stated = re.fullmatch(r"(\d+)", response.headers.get("Content-Length", ""))
+    return int(stated[1]) if size_bytes is None and stated else size_bytes, sha256
 
 
 def require_success(response: requests.Response, part: Path, have_bytes: int) -> None:
-    """Check that the body is the requested range; else raise DownloadError (final) or TryAgain."""
+    """Check that the body is the file or the requested range of it; else raise DownloadError (final) or TryAgain."""
     status = response.status_code
-    if status == 200:
-        return
-    if status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have_bytes}-"):
+    starts_right = response.headers.get("Content-Range", "").startswith(f"bytes {have_bytes}-")
+    if status == 200 or status == 206 and starts_right:
         return
     if status in (206, 416):
         part.unlink(missing_ok=True)
         raise TryAgain("the server can't continue the file from here, starting again")
     if status in PASSING_STATUS:
-        raise TryAgain(f"the server answered {status} {response.reason}", read_retry_after(response))
+        raise TryAgain(f"the server answered {status} {response.reason}", read_retry_after(response) or 0)
     advice = "; set HF_TOKEN to a token that may read it" if status in (401, 403) else ""
     raise DownloadError(f"the server answered {status} {response.reason} for {response.url}{advice}")
 
@@ -252,24 +242,5 @@ def etag_path(part: Path) -> Path:
     return part.with_name(part.name + ".etag")
 
 
-def remember_etag(response: requests.Response, part: Path) -> None:
-    """Keep the ETag for a later If-Range; without a strong one the file can only start again."""
-    etag = response.headers.get("ETag", "")
-    if response.status_code == 206:
-        return
-    if etag.startswith('"'):
-        etag_path(part).write_text(etag)
-    else:
-        etag_path(part).unlink(missing_ok=True)
-
-
-def verify(part: Path, expected_sha256: str | None, check: Callable[[Path], Any]) -> tuple[str, Any]:
-    """The complete file's sha256 and the result of `check`; a wrong file is deleted and fetched again."""
-    sha256 = hash_file(part)
-    try:
-        if expected_sha256 not in (None, sha256):
-            raise CorruptFile(f"its sha256 is {sha256[:12]}..., not {expected_sha256[:12]}...")
-        return sha256, check(part)
-    except CorruptFile as error:
-        part.unlink()
-        raise TryAgain(f"what came is corrupt ({error})") from None
+def count_bytes(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0

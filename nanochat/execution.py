@@ -73,7 +73,6 @@ def execute_many(codes: Sequence[str], timeout: float = 5.0, maximum_memory_byte
         return list(pool.map(lambda code: execute_code(code, timeout, maximum_memory_bytes, allow_unsafe), codes))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Does the isolation hold on this machine?
 
 # Tries everything that the sandbox must prevent; succeeds only if every attempt fails. _probe fills in the {}
@@ -105,9 +104,9 @@ open("/tmp/mine", "w").write("fine")
 @functools.cache
 def find_method() -> tuple[str, str]:
     """The first of METHODS that withstands the probe here, else 'none'; and why each of them failed."""
-    reasons = []
     if sys.platform != "linux":
         return "none", f"{sys.platform} has no namespaces"
+    reasons = []
     for method in METHODS:
         if not (reason := _probe(method)):
             return method, ""
@@ -119,16 +118,14 @@ def check_isolation() -> str:
     """Test on this machine that programs are isolated and limited; one sentence on how. UserError where they aren't."""
     execute_code("")  # raises where there is no isolation; probes once, so that later calls are faster
     method, _ = find_method()
-    start = time.perf_counter()
-    num_calls = 5
+    start, num_calls = time.perf_counter(), 5
     holds = {"no limit":  all(execute_code("").success for _ in range(num_calls))}
     call_ms = (time.perf_counter() - start) * 1000 / num_calls
     holds |= {"memory": execute_code("bytes(2**30)").memory_exceeded,
               "time":   execute_code("while True: pass", timeout=0.3).timeout,
               "output": (execute_code("while True: print('a' * 9999)").error or "").startswith("more than")}
-    if failed := [name for name, is_held in holds.items() if not is_held]:
-        raise UserError(f"programs are isolated by {method}, but their limits fail on this machine: "
-                        f"{', '.join(failed)}")
+    if failed := ", ".join(name for name, is_held in holds.items() if not is_held):
+        raise UserError(f"programs are isolated by {method}, but their limits fail on this machine: {failed}")
     return (f"{method}: no network, files, processes or environment; memory, time and output limited; "
             f"{call_ms:.0f} ms a program")
 
@@ -144,14 +141,9 @@ def _probe(method: str) -> str:
         os.chmod(secret, 0o666)
         code = PROBE.format(port=server.getsockname()[1], path=str(secret), pid=os.getpid())
         try:
-            result = _execute(method, code, timeout=10, maximum_memory_bytes=256 * 2**20)
+            return _execute(method, code, timeout=10, maximum_memory_bytes=256 * 2**20).error or ""
         except (OSError, RuntimeError) as error:
             return str(error)
-    return result.error or ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One call
 
 
 def _execute(method: str, code: str, timeout: float, maximum_memory_bytes: int | None) -> ExecutionResult:
@@ -179,17 +171,14 @@ def _execute(method: str, code: str, timeout: float, maximum_memory_bytes: int |
     if not messages:
         reason = stderr.strip().splitlines()[-1:] or [limit or f"exit code {process.returncode}"]
         raise RuntimeError(f"the sandbox didn't start: {reason[0]}")
-    last = messages[-1]
-    if limit:
-        error = limit
-    elif last == "memory":
-        error = "MemoryError"
-    elif last not in ("started", "finished"):
-        error = last
-    elif last == "started" or process.returncode:
-        error = f"ended before its end, {_describe_exit(process.returncode)}"
-    else:
-        error = None
+    error = limit
+    if not limit and messages[-1] not in ("started", "finished"):
+        error = messages[-1]
+    elif not limit and (messages[-1] == "started" or process.returncode):
+        # Signal n arrives as -n, or as 128 + n through a process in between
+        number = -process.returncode if process.returncode < 0 else process.returncode - 128
+        error = "ended before its end, " + (f"killed by {signal.Signals(number).name}"
+                                            if number in set(signal.Signals) else f"exit code {process.returncode}")
     return ExecutionResult(error is None, stdout, stderr, error, timeout=limit == TIMEOUT,
                            memory_exceeded=error == "MemoryError")
 
@@ -205,12 +194,9 @@ def _make_command(method: str, status_fd: int, timeout: float, maximum_memory_by
                  "--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp",
                  "--ro-bind", str(CHILD), "/execution_child.py", "--ro-bind", str(PYTHON), str(PYTHON)]
         for path in find_paths():
-            if path.startswith("/dev"):
-                bwrap += ["--dev-bind", path, path]
-            elif os.path.islink(path):
-                bwrap += ["--symlink", os.readlink(path), path]
-            else:
-                bwrap += ["--ro-bind", path, path]
+            is_link, is_device = os.path.islink(path), path.startswith("/dev")
+            bwrap += ["--symlink", os.readlink(path), path] if is_link and not is_device else \
+                ["--dev-bind" if is_device else "--ro-bind", path, path]
         return [*bwrap, "--remount-ro", "/", *python, "/execution_child.py", *args]
     return [*python, str(CHILD), *args, *find_paths()]
 
@@ -245,11 +231,3 @@ def _collect(pipes: dict[str, BinaryIO], timeout: float) -> tuple[dict[str, byte
             if output["status"] and not is_started:
                 deadline = time.monotonic() + timeout
     return output, None
-
-
-def _describe_exit(code: int) -> str:
-    """'killed by SIGSEGV' or 'exit code 3'. Signal n arrives as -n, or as 128 + n through a process in between."""
-    number = -code if code < 0 else code - 128
-    if number in set(signal.Signals):
-        return f"killed by {signal.Signals(number).name}"
-    return f"exit code {code}"

@@ -32,7 +32,7 @@ CLONE_NEWPID, CLONE_NEWNET, CLONE_NEWCGROUP, CLONE_THREAD = 0x20000000, 0x400000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 0x1000, 0x4000, 0x40000
 AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MNT_DETACH = -100, 0x8000, 1, 2, 2
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
-CAPABILITY_VERSION_3 = 0x20080522
+NO_CAPABILITIES = struct.pack("Ii", 0x20080522, 0), bytes(24)   # _LINUX_CAPABILITY_VERSION_3
 SYS_MOUNT_SETATTR, SYS_CLONE3 = 442, 435
 
 # System calls that the filter refuses, by the machine: (number on x86_64, number on aarch64; None = it has none)
@@ -68,8 +68,7 @@ def main() -> None:
     if method == "namespaces":
         enter_namespaces(paths)
     try:
-        set_limits(int(memory_bytes), int(cpu_seconds))
-        give_up_rights()
+        give_up_rights(int(memory_bytes), int(cpu_seconds))
     except (OSError, ValueError, AttributeError):  # the last: no prctl in this C library
         if method != "none":
             raise
@@ -82,10 +81,6 @@ def call(name: str, *args: object) -> None:
     if getattr(libc, name)(*(ctypes.c_ulong(arg) if isinstance(arg, int) else arg for arg in args)) < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Isolation: namespaces and a root of its own
 
 
 def enter_namespaces(paths: list[str]) -> None:
@@ -110,7 +105,7 @@ def enter_namespaces(paths: list[str]) -> None:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-    drop_capabilities()
+    call("capset", *NO_CAPABILITIES)
     call("prctl", PR_SET_PDEATHSIG, SIGKILL)  # after the change of user, which clears it ...
     os.set_blocking(outside_reader, False)
     try:
@@ -149,27 +144,20 @@ def change_root(paths: list[str]) -> None:
     call("mount", b"tmpfs", f"{ROOT}/tmp".encode(), b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC,
          f"size={SCRATCH_BYTES},nr_inodes=4096,mode=1777".encode())
     os.chdir(ROOT)
-    pivot_root = REFUSED["pivot_root"][get_machine()[0]]
-    call("syscall", pivot_root, b".", b".")  # puts the old root on top of the new, see pivot_root(2)
+    # Puts the old root on top of the new, see pivot_root(2)
+    call("syscall", REFUSED["pivot_root"][get_machine()[0]], b".", b".")
     call("umount2", b".", MNT_DETACH)
     os.chdir("/tmp")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Limits
-
-
-def set_limits(memory_bytes: int, cpu_seconds: int) -> None:
-    """Set the kernel's resource limits; `memory_bytes` 0 is no limit on memory."""
+def give_up_rights(memory_bytes: int, cpu_seconds: int) -> None:
+    """Set the kernel's resource limits, drop all capabilities, forbid new ones, refuse the system calls in REFUSED. The
+    kernel never undoes this. `memory_bytes` 0 is no limit on memory."""
     import resource  # not on Windows, where execution.py imports this file and says what is missing
     limits = {"CORE": 0, "CPU": cpu_seconds, "FSIZE": SCRATCH_BYTES, "NOFILE": MAX_OPEN_FILES, "NPROC": MAX_THREADS}
     for name, value in (limits | ({"AS": memory_bytes} if memory_bytes else {})).items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-
-
-def give_up_rights() -> None:
-    """Drop all capabilities, forbid new ones, refuse the system calls in REFUSED. The kernel never undoes this."""
-    drop_capabilities()
+    call("capset", *NO_CAPABILITIES)
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     instructions = make_filter(*get_machine())
     buffer = ctypes.create_string_buffer(b"".join(instructions))
@@ -177,14 +165,9 @@ def give_up_rights() -> None:
     call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0)
 
 
-def drop_capabilities() -> None:
-    call("capset", struct.pack("Ii", CAPABILITY_VERSION_3, 0), bytes(24))
-
-
 def get_machine() -> tuple[int, int, int]:
     """This machine's row of MACHINES; OSError where there is none."""
-    name = os.uname().machine
-    if name not in MACHINES:
+    if (name := os.uname().machine) not in MACHINES:
         raise OSError(errno.ENOSYS, f"the numbers of the system calls of {name} aren't known here")
     return MACHINES[name]
 
@@ -210,17 +193,11 @@ def make_filter(column: int, arch: int, clone: int) -> list[bytes]:
                     step(end, allow)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The program
-
-
 def run(code: str, status_fd: int, nonce: str) -> None:
-    """Run `code` as __main__ and report to the caller on `status_fd`: started, then finished or the error.
-
-    "finished" is sent before the program's remaining threads and exit handlers; the exit code tells how those end.
-    """
+    """Run `code` as __main__ and report to the caller on `status_fd`: started, then finished or the error. "finished"
+    is sent before the program's remaining threads and exit handlers; the exit code tells how those end."""
     write, leave, show = os.write, os._exit, sys.excepthook  # before the program can replace them
-    started, finished, no_memory = (f"{nonce}{word}".encode() for word in ("started", "finished", "memory"))
+    started, finished, no_memory = (f"{nonce}{word}".encode() for word in ("started", "finished", "MemoryError"))
     module = type(sys)("__main__")
     sys.modules["__main__"] = module
     sys.argv = [""]

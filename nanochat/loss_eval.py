@@ -38,8 +38,7 @@ def evaluate_loss(model, batches: Iterable[Batch], token_bytes: Tensor, num_toke
     num_seen, world_size, was_training = 0, get_ranks().world_size, model.training
     model.eval()
     # On a CPU, compiling for the shapes of an evaluation takes longer than most evaluations
-    eager = torch.compiler.set_stance("force_eager") if device.type == "cpu" else contextlib.nullcontext()
-    with eager:
+    with torch.compiler.set_stance("force_eager") if device.type == "cpu" else contextlib.nullcontext():
         for batch in batches:
             num_seen += batch.inputs.numel() * world_size
             if num_tokens is not None and num_seen > num_tokens:
@@ -51,16 +50,12 @@ def evaluate_loss(model, batches: Iterable[Batch], token_bytes: Tensor, num_toke
             sums += torch.stack([(nll * counted).sum().to(sums.device).double(), num_bytes.sum().to(sums.device),
                                  counted.sum().to(sums.device)])
     model.train(was_training)
-    nats, num_bytes, count = sum_over_ranks(sums).tolist()
-    return LossEval(nats, int(num_bytes), int(count))
+    nats, num_bytes, num_counted = sum_over_ranks(sums).tolist()
+    return LossEval(nats, int(num_bytes), int(num_counted))
 
 
 def evaluate_bpb(model, batches: Iterable[Batch], num_tokens: int | None, token_bytes: Tensor) -> float:
-    """Bits per byte on `batches`, comparable across tokenizers; lower is better. Collective: all ranks call it.
-
-    num_tokens:  tokens to evaluate, all ranks together; rounded down to whole batches; None = all
-    token_bytes: (V,) int32, UTF-8 length of each token, 0 = not counted
-    """
+    """Bits per byte on `batches`, comparable across tokenizers; lower is better. Arguments as of evaluate_loss."""
     return evaluate_loss(model, batches, token_bytes, num_tokens).bpb
 
 
@@ -77,7 +72,7 @@ def compute_byte_bpb(train_texts: Iterable[str], val_texts: Iterable[str]) -> di
     for text in val_texts:
         data = np.frombuffer(text.encode(), np.uint8).astype(np.int64)
         if len(data):
-            first = unigram_bits[data[0]]
-            sums += unigram_bits[data].sum(), first + bigram_bits[data[:-1], data[1:]].sum(), len(data)
+            pair_bits = unigram_bits[data[0]] + bigram_bits[data[:-1], data[1:]].sum()
+            sums += unigram_bits[data].sum(), pair_bits, len(data)
     num_bytes = max(sums[2], 1)
     return {"unigram_byte_bpb": sums[0] / num_bytes, "bigram_byte_bpb": sums[1] / num_bytes}

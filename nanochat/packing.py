@@ -81,8 +81,12 @@ def pack_documents(docs: Sequence[Sequence[int]], row_tokens: int, *, packing: s
     if packing == "best-fit":
         packed[np.cumsum(kept) - kept] = flat[:1]                   # further pieces start with bos too
 
-    rows, tail_tokens = fold_rows(packed, row_tokens, keep_tail)
+    num_full, tail_tokens = divmod(len(packed), row_tokens)
+    if keep_tail or num_full < MIN_ROWS_TO_DROP:
+        tail_tokens = 0
     kept_tokens = len(packed) - tail_tokens
+    rows = np.full((-(-kept_tokens // row_tokens), row_tokens), PAD, np.int32)
+    rows.reshape(-1)[:kept_tokens] = packed[:kept_tokens]
     return rows, PackStats(
         in_tokens=doc_tokens + int(np.count_nonzero(nth)), row_tokens=kept_tokens,
         crop_tokens=crop_tokens + int(np.sum(sizes[placed] - kept)), tail_tokens=tail_tokens,
@@ -93,9 +97,7 @@ def pack_documents(docs: Sequence[Sequence[int]], row_tokens: int, *, packing: s
 
 def cut_documents(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut documents that lie end to end into pieces of at most a row; returns (starts, sizes, nth), (P,) int64 each.
-
-    Piece `nth` of a document begins with the last token of the piece before it, which packing replaces by bos.
-    """
+    Piece `nth` of a document begins with the last token of the piece before it, which packing replaces by bos."""
     stride = row_tokens - 1
     num_pieces = np.maximum(1, -(-(lengths - 1) // stride)) * (lengths > 0)
     doc_idx = np.repeat(np.arange(len(lengths)), num_pieces)
@@ -122,37 +124,20 @@ def place_best_fit(sizes: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.n
     return np.array(placed, np.int64), np.array(kept, np.int64)
 
 
-def fold_rows(packed: np.ndarray, row_tokens: int, keep_tail: bool) -> tuple[np.ndarray, int]:
-    """Fold tokens into rows (R, row_tokens); an incomplete last row is dropped (returns its tokens) or padded."""
-    tail_tokens = len(packed) % row_tokens
-    num_full = len(packed) // row_tokens
-    if tail_tokens and not keep_tail and num_full >= MIN_ROWS_TO_DROP:
-        return packed[:-tail_tokens].reshape(num_full, row_tokens), tail_tokens
-    rows = np.full((num_full + (tail_tokens > 0), row_tokens), PAD, np.int32)
-    rows.reshape(-1)[:len(packed)] = packed
-    return rows, 0
-
-
 def pack_whole(docs: Sequence[Sequence[int]], row_tokens: int) -> tuple[np.ndarray, PackStats]:
-    """Pack documents into rows (R, row_tokens) int32 without cutting them; one longer than a row is truncated.
-
-    Each row takes repeatedly the longest document that fits (first-fit decreasing), then PAD.
-    """
-    left = sorted((doc[:row_tokens] for doc in docs if len(doc)), key=len)
-    left_sizes = list(map(len, left))
-    rows: list[list[int]] = [[]]
+    """Pack documents into rows (R, row_tokens) int32 without cutting them; one longer than a row is truncated. Each row
+    takes repeatedly the longest document that fits (first-fit decreasing), then PAD."""
+    left, rows = sorted((doc[:row_tokens] for doc in docs if len(doc)), key=len), [[]]
     while left:
-        i = bisect_right(left_sizes, row_tokens - len(rows[-1])) - 1
+        i = bisect_right(left, row_tokens - len(rows[-1]), key=len) - 1
         if i >= 0:
             rows[-1].extend(left.pop(i))
-            del left_sizes[i]
         else:
             rows.append([])
     packed = np.full((len(rows) if rows[0] else 0, row_tokens), PAD, np.int32)
     for packed_row, row in zip(packed, rows, strict=False):
         packed_row[:len(row)] = row
-    in_tokens, row_tokens_sum = sum(map(len, docs)), sum(map(len, rows))
+    in_tokens, kept_tokens = sum(map(len, docs)), sum(map(len, rows))
     return packed, PackStats(
-        in_tokens=in_tokens, row_tokens=row_tokens_sum, crop_tokens=in_tokens - row_tokens_sum,
-        pad_tokens=packed.size - row_tokens_sum, cropped_docs=sum(len(doc) > row_tokens for doc in docs),
-        num_docs=len(docs))
+        in_tokens=in_tokens, row_tokens=kept_tokens, crop_tokens=in_tokens - kept_tokens, num_docs=len(docs),
+        pad_tokens=packed.size - kept_tokens, cropped_docs=sum(len(doc) > row_tokens for doc in docs))

@@ -1,9 +1,7 @@
-"""Datasets on disk: parquet shards, the manifest that lists what is complete, and reading them group by group.
-
-<base dir>/data/<name>/shard_00000.parquet ... val.parquet, and manifest.json.
-"""
+"""Datasets on disk, see dataset.py: parquet shards, the manifest that lists what is complete, reading by groups."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -26,10 +24,6 @@ SOURCES     = ("python-docs", "climbmix", "fineweb-edu", "files")  # what nanoch
 GROUP_ROWS  = 1024         # documents per row group: the unit of packing, of shuffling and of resuming
 SHARD_CHARS = 250_000_000  # as long as the shards of the hub's repositories; a shard ends with a whole row group
 SCHEMA      = pa.schema([("text", pa.string())])
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is on disk
-
 
 @dataclass(frozen=True)
 class Shard:
@@ -72,38 +66,33 @@ def load_shards(name_or_folder: str, verify: bool = False, train_files: Sequence
     """
     while True:
         folder = find_folder(name_or_folder)
-        try:
-            manifest, problem = read_manifest(folder), None
+        # Another process may rebuild the data meanwhile: the result counts only if the manifest still agrees
+        with contextlib.suppress(FileNotFoundError):
+            manifest = read_manifest(folder)
             try:
                 used = check_shards(folder, manifest, verify, train_files)
-            except UserError as error:
-                problem = error
+            except UserError:
+                if read_manifest(folder) == manifest:
+                    raise
+                continue
             after = read_manifest(folder)
-        except FileNotFoundError:
-            continue  # another process is replacing it
-        # Another process may rebuild the data meanwhile: the result counts only if the manifest still agrees
-        if problem and after == manifest:
-            raise problem
-        if not problem and {*used} <= {*after.train, after.val}:
-            break
-    train, val = tuple(folder / shard.file for shard in used[:-1]), folder / used[-1].file
+            if {*used} <= {*after.train, after.val}:
+                break
     expected_sha256.update({folder / shard.file: shard.sha256 for shard in used})
-    identity = [(shard.file, shard.sha256) for shard in used]
-    return ShardList(folder.name, train, val, hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16])
+    *train, val = [folder / shard.file for shard in used]
+    identity = json.dumps([(shard.file, shard.sha256) for shard in used])
+    return ShardList(folder.name, tuple(train), val, hashlib.sha256(identity.encode()).hexdigest()[:16])
 
 
 def check_shards(folder: Path, manifest: Manifest, verify: bool, train_files: Sequence[str] | None) -> list[Shard]:
     """The training shards to use, then the validation shard; UserError if one is missing or damaged."""
-    if manifest.val is None:
-        raise UserError(f"{folder} has no validation shard yet; fetch it with: {manifest.command}")
-    if not manifest.train:
-        raise UserError(f"{folder} has no training shard yet; fetch some with: {manifest.command}")
+    if not manifest.val or not manifest.train:
+        missing = "training" if manifest.val else "validation"
+        raise UserError(f"{folder} has no {missing} shard yet; fetch it with: {manifest.command}")
     shards = [shard for shard in manifest.train if train_files is None or shard.file in train_files] + [manifest.val]
     for shard in shards:
-        try:
+        with naming_shard(folder / shard.file):
             check_shard(folder / shard.file, shard, verify)
-        except CorruptFile as error:
-            raise corrupt_error(folder / shard.file, error) from None
     return shards
 
 
@@ -125,9 +114,8 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder."""
     try:
         content = json.loads((folder / "manifest.json").read_text())
-        train = tuple(Shard(**shard) for shard in content.pop("train"))
-        val = content.pop("val")
-        return Manifest(**content, train=train, val=Shard(**val) if val else None)
+        train, val = tuple(Shard(**shard) for shard in content["train"]), content["val"]
+        return Manifest(**content | {"train": train, "val": Shard(**val) if val else None})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'manifest.json'} is damaged ({error}); delete {folder} and run nanochat.dataset "
                         f"again") from None
@@ -149,12 +137,11 @@ def check_shard(path: Path, shard: Shard, verify: bool) -> None:
 def inspect_shard(path: Path) -> tuple[int, int, int]:
     """Rows, row groups and characters of a file, which is read completely; raises CorruptFile where it is damaged."""
     num_chars = 0
-    with open_shard(path) as file:
+    with open_shard(path) as file, reading_parquet():
         for group_idx in range(file.num_row_groups):
-            with reading_parquet():
-                texts = file.read_row_group(group_idx, columns=["text"], use_threads=False).column(0)
-                texts.validate(full=True)
-                num_chars += pc.sum(pc.utf8_length(texts)).as_py() or 0
+            texts = file.read_row_group(group_idx, columns=["text"], use_threads=False).column(0)
+            texts.validate(full=True)
+            num_chars += pc.sum(pc.utf8_length(texts)).as_py() or 0
             if texts.null_count:
                 raise CorruptFile(f"row group {group_idx} has {texts.null_count} rows without text")
         if not num_chars:
@@ -182,34 +169,32 @@ def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-def corrupt_error(path: Path, reason: CorruptFile) -> UserError:
-    """The error for a damaged shard: which one, how, and the command that makes it again."""
-    has_manifest = (path.parent / "manifest.json").is_file()
-    advice = f"make it again with: {read_manifest(path.parent).command} --verify" if has_manifest else "make it again"
-    return UserError(f"shard {path} is damaged ({reason}); {advice}")
+@contextlib.contextmanager
+def naming_shard(path: Path) -> Iterator[None]:
+    """Turn CorruptFile into a UserError: which shard, how it is damaged, and the command that makes it again."""
+    try:
+        yield
+    except CorruptFile as error:
+        command = f" with: {read_manifest(path.parent).command} --verify" if (path.parent / "manifest.json").is_file() \
+            else ""
+        raise UserError(f"shard {path} is damaged ({error}); make it again{command}") from None
 
 
-expected_sha256: dict[Path, str] = {}                    # as load_shards saw it in the manifest
-verified: dict[Path, tuple[str, int, int, int]] = {}    # sha256, inode, bytes, modification time of verified files
+expected_sha256: dict[Path, str] = {}   # as load_shards saw it in the manifest
 verifying = threading.Lock()
+hash_once = functools.cache(lambda path, inode, num_bytes, modified_ns: hash_file(path))
 
 
 def require_unchanged(path: Path) -> None:
-    """Verify a file's sha256 on a process's first read, and again whenever the file was replaced.
-
-    Parquet itself misses most damage: 105 of 200 flipped bits in a shard of prose gave other text without an error.
-    """
+    """Verify a file's sha256 on a process's first read, and again whenever the file was replaced. Parquet itself misses
+    most damage: 105 of 200 flipped bits in a shard of prose gave other text without an error."""
     if (sha256 := expected_sha256.get(path)) is None:
         return
     with verifying:
         stat = path.stat()
-        stamp = (sha256, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        if verified.get(path) == stamp:
-            return
-        found_sha256 = hash_file(path)
-        if found_sha256 == sha256:
-            verified[path] = stamp
-            return
+        found_sha256 = hash_once(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if found_sha256 == sha256:
+        return
     manifest = read_manifest(path.parent)
     if found_sha256 in {shard.sha256 for shard in (*manifest.train, manifest.val) if shard}:
         raise UserError(f"{path} was replaced with other text since this run loaded {path.parent}; begin a new run, or "
@@ -219,58 +204,40 @@ def require_unchanged(path: Path) -> None:
 
 def count_groups(path: Path) -> int:
     """Row groups of a shard. Safe to call from several threads."""
-    try:
-        with open_shard(path) as file:
-            return file.num_row_groups
-    except CorruptFile as error:
-        raise corrupt_error(path, error) from None
+    with naming_shard(path), open_shard(path) as file:
+        return file.num_row_groups
 
 
 def read_group(path: Path, group_idx: int) -> list[str]:
     """The documents of one row group of a shard. Safe to call from several threads."""
-    try:
-        with reading_parquet():
-            require_unchanged(path)
-        with open_shard(path) as file, reading_parquet():
+    with naming_shard(path), reading_parquet():
+        require_unchanged(path)
+        with open_shard(path) as file:
             # No threads: the callers are threads themselves
             return file.read_row_group(group_idx, columns=["text"], use_threads=False).column(0).to_pylist()
-    except CorruptFile as error:
-        raise corrupt_error(path, error) from None
 
 
 def iter_documents(paths: Sequence[Path], max_chars: float = math.inf) -> Iterator[str]:
-    """The documents of the shards in order, up to the one that reaches `max_chars` characters in all.
-
-    One row group is in memory at a time.
-    """
+    """The documents of the shards in order, a row group in memory at a time, up to the one that reaches `max_chars`."""
     num_chars = 0
     for path in paths:
-        for group_idx in range(count_groups(path)):
-            for text in read_group(path, group_idx):
-                yield text
-                num_chars += len(text)
-                if num_chars >= max_chars:
-                    return
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing shards
+        for text in itertools.chain.from_iterable(read_group(path, idx) for idx in range(count_groups(path))):
+            yield text
+            num_chars += len(text)
+            if num_chars >= max_chars:
+                return
 
 
 def write_shards(folder: Path, documents: Iterable[str], shard_chars: int = SHARD_CHARS) -> tuple[Shard, ...]:
-    """Write documents in order as shard_00000.parquet, shard_00001.parquet, ...; each appears when complete.
-
-    shard_chars: a shard ends with the row group that reaches it
-    """
+    """Write documents in order as shard_00000.parquet, ..., each up to the row group that reaches `shard_chars`."""
     documents, shards = iter(documents), []
-    for shard_idx in itertools.count():
-        if (first := next(documents, None)) is None:
-            return tuple(shards)
-        path = folder / f"shard_{shard_idx:05d}.parquet"
+    for first in documents:
+        path = folder / f"shard_{len(shards):05d}.parquet"
         shards.append(write_shard(path, itertools.chain([first], documents), shard_chars))
+    return tuple(shards)
 
 
-def write_shard(path: Path, documents: Iterator[str], shard_chars: int = SHARD_CHARS) -> Shard:
+def write_shard(path: Path, documents: Iterator[str], shard_chars: float = math.inf) -> Shard:
     """Write one parquet file in row groups of GROUP_ROWS; takes no more of `documents` than it writes."""
     part = path.with_name(path.name + ".part")
     rows = groups = chars = 0
@@ -283,31 +250,23 @@ def write_shard(path: Path, documents: Iterator[str], shard_chars: int = SHARD_C
     return Shard(path.name, hash_file(path), path.stat().st_size, rows, groups, chars)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One writer at a time, and no partial result
-
-
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`, after waiting for it; repairs first what a killed writer left."""
     lock = file_lock(folder)
     try:
-        lock.acquire(blocking=False)
+        held = lock.acquire(blocking=False)
     except filelock.Timeout:
         print0(f"waiting for another process that works on {folder}")
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         clear_leftovers(folder)
         yield
-    finally:
-        lock.release()
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Restore a folder that `rebuilt_folder` had moved aside, and delete unfinished files.
-
-    A download's .part stays: the next download continues it.
-    """
+    """Restore a folder that `rebuilt_folder` had moved aside, and delete unfinished files, but not a download's .part:
+    the next download continues it."""
     new, old = aside(folder)
     if old.exists() and not folder.exists():
         old.rename(folder)
@@ -325,10 +284,8 @@ def aside(folder: Path) -> tuple[Path, Path]:
 
 @contextlib.contextmanager
 def rebuilt_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder that replaces `folder` on success; until then the old one stays whole.
-
-    Only within `sole_writer(folder)`, which also repairs what a kill in here leaves.
-    """
+    """An empty folder that replaces `folder` on success; until then the old one stays whole. Only within
+    `sole_writer(folder)`, which also repairs what a kill in here leaves."""
     new, old = aside(folder)
     new.mkdir()
     try:
@@ -339,7 +296,4 @@ def rebuilt_folder(folder: Path) -> Iterator[Path]:
         new.rename(folder)
         sync_folder(folder.parent)
     finally:
-        if old.exists() and not folder.exists():  # stopped between the two renames
-            old.rename(folder)
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        clear_leftovers(folder)  # where it stopped between the two renames, the old folder comes back

@@ -17,7 +17,7 @@ from nanochat.checkpoint_manager import Checkpoint, Checkpointer
 from nanochat.choices import FREE_FLAGS, OUTCOME_FLAGS, Choices, StageFlags, StepRows, choose_how, predict_run
 from nanochat.common import Ranks, UserError, get_base_dir, get_environment, get_peak_memory_bytes, now, print0
 from nanochat.compilation import set_compile_kernels
-from nanochat.dataloader import Groups, TrainLoader, ValidationBatches
+from nanochat.dataloader import Groups, RowOrder, TrainLoader, ValidationBatches
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import evaluate_loss
@@ -94,8 +94,9 @@ class Setup:
     def make_loader(self, groups: Groups, **lanes) -> TrainLoader:
         """The rows of the run, from where its checkpoint left them."""
         recipe, flags = self.recipe, self.recipe.flags
-        return TrainLoader(groups, recipe.rows_per_step, flags.seed, self.ranks, allow_mismatch=flags.allow_mismatch,
-                           state=recipe.get_saved("loader"), pin_memory=self.device.type == "cuda", **lanes)
+        order = RowOrder(recipe.rows_per_step, flags.seed, allow_mismatch=flags.allow_mismatch, **lanes)
+        return TrainLoader(groups, order, self.ranks, state=recipe.get_saved("loader"),
+                           pin_memory=self.device.type == "cuda")
 
     def count_eval_rows(self) -> int:
         """Rows of a validation loss, all ranks together."""

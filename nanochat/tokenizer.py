@@ -24,6 +24,9 @@ SPECIAL_TOKENS = ("<|bos|>",                                    # begins every d
                   "<|python_start|>",    "<|python_end|>",      # the assistant calls the interpreter
                   "<|output_start|>",    "<|output_end|>")      # what the interpreter answered
 
+# The parts of an assistant's message: the name in their special tokens, and whether they are learned
+PARTS = {"text": (None, 1), "python": ("python", 1), "python_output": ("output", 0)}
+
 # GPT-4's pattern, but numbers are cut into one or two digits: three-digit tokens cost too much of a small vocabulary.
 SPLIT_PATTERN = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"""
                  r"""|\s*[\r\n]|\s+(?!\S)|\s+""")
@@ -59,9 +62,7 @@ class RustBPETokenizer:
     def __init__(self, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
         """ranks: the bytes of each ordinary token -> its id, which is also its order among the merges."""
         check_vocabulary(ranks, special_tokens)
-        self.pattern = pattern
-        self.ranks = ranks
-        self.special_tokens = special_tokens
+        self.pattern, self.ranks, self.special_tokens = pattern, ranks, special_tokens
         self.bos_token = "<|bos|>" if "<|bos|>" in special_tokens else "<|endoftext|>"
         self.encoding = tiktoken.Encoding("nanochat", pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=special_tokens)
@@ -73,8 +74,7 @@ class RustBPETokenizer:
         if vocab_size < MIN_VOCAB_SIZE:
             raise UserError(f"a vocabulary of {vocab_size} tokens is too small: {NUM_BYTES} bytes and "
                             f"{len(SPECIAL_TOKENS)} special tokens are always in it; ask for {MIN_VOCAB_SIZE} or more")
-        trainer = rustbpe.Tokenizer()
-        pieces = (piece for text in text_iterator for piece in cut_blanks(text))
+        trainer, pieces = rustbpe.Tokenizer(), (piece for text in text_iterator for piece in cut_blanks(text))
         trainer.train_from_iterator(pieces, vocab_size - len(SPECIAL_TOKENS), buffer_size=TRAIN_BUFFER_DOCUMENTS,
                                     pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
@@ -103,8 +103,7 @@ class RustBPETokenizer:
         if name not in PUBLISHED_TABLES:
             raise UserError(f"{name!r} is no published vocabulary; choose one of {', '.join(PUBLISHED_TABLES)}")
         file_name, cache_name, pattern, special_tokens = PUBLISHED_TABLES[name]
-        tables_dir = Path(tables_dir)
-        path = tables_dir / file_name if (tables_dir / file_name).exists() else tables_dir / cache_name
+        path = Path(tables_dir, file_name) if Path(tables_dir, file_name).exists() else Path(tables_dir, cache_name)
         try:
             if file_name.endswith(".json"):
                 vocab = json.loads(path.read_text(encoding="utf-8"))
@@ -168,13 +167,10 @@ class RustBPETokenizer:
             with ThreadPoolExecutor(num_threads) as pool:   # tiktoken works outside the interpreter's lock
                 rows = list(pool.map(self._encode_one, texts))
         else:
-            rows = [self._encode_one(item) for item in texts]
-        before, after = (self.encode_special(token) if isinstance(token, str) else token for token in (prepend, append))
-        for row in rows:
-            if before is not None:
-                row.insert(0, before)
-            if after is not None:
-                row.append(after)
+            rows = list(map(self._encode_one, texts))
+        before, after = ([self.encode_special(token) if isinstance(token, str) else token] if token is not None else []
+                         for token in (prepend, append))
+        rows = [before + row + after for row in rows] if before or after else rows
         return rows[0] if isinstance(text, str) else rows
 
     def _encode_one(self, text: str) -> list[int]:
@@ -199,9 +195,9 @@ class RustBPETokenizer:
         special = self.encode_special
         ids, mask = [self.get_bos_token_id()], [0]
 
-        def add(new_ids: list[int], supervised: int) -> None:
+        def add(new_ids: list[int], learned: int) -> None:
             ids.extend(new_ids)
-            mask.extend([supervised] * len(new_ids))
+            mask.extend([learned] * len(new_ids))
 
         for message in check_messages(conversation):
             content = message["content"]
@@ -210,13 +206,10 @@ class RustBPETokenizer:
                 continue
             add([special("<|assistant_start|>")], 0)
             for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                text_ids = self.encode(part["text"])
-                if part["type"] == "text":
-                    add(text_ids, 1)
-                elif part["type"] == "python":
-                    add([special("<|python_start|>"), *text_ids, special("<|python_end|>")], 1)
-                else:
-                    add([special("<|output_start|>"), *text_ids, special("<|output_end|>")], 0)
+                part_ids, (name, learned) = self.encode(part["text"]), PARTS[part["type"]]
+                if name:
+                    part_ids = [special(f"<|{name}_start|>"), *part_ids, special(f"<|{name}_end|>")]
+                add(part_ids, learned)
             add([special("<|assistant_end|>")], 1)
         return ids[:max_tokens], mask[:max_tokens]
 
@@ -258,37 +251,31 @@ def cut_blanks(text: str) -> Iterator[str]:
 
 
 def check_messages(conversation: dict) -> list[dict]:
-    """The checked messages, user and assistant in turn; a system message is put before the user's first one."""
+    """The messages, user and assistant in turn; a system message is put before the user's first one. ValueError where
+    they aren't, or a content is neither text nor, from the assistant, a list of PARTS."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError('a conversation is {"messages": [...]} with at least one message')
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not message.keys() >= {"role", "content"}:
             raise ValueError(f'message {i} is not {{"role": ..., "content": ...}}')
-        check_content(message, i)
+        parts, role = message["content"], message["role"]
+        if not isinstance(parts, str) and (role != "assistant" or not isinstance(parts, list)):
+            raise ValueError(f"the content of message {i} ({role}) is not text")
+        for part in parts if isinstance(parts, list) else ():
+            if not isinstance(part, dict) or part.get("type") not in list(PARTS):
+                raise ValueError(f"a part of message {i} has none of the types {', '.join(PARTS)}")
+            if not isinstance(part.get("text"), str):
+                raise ValueError(f"a {part['type']} part of message {i} holds no text")
     if messages[0]["role"] == "system":
         if len(messages) < 2 or messages[1]["role"] != "user":
             raise ValueError("the system message is not followed by a message of the user")
         system, first, *rest = messages
         messages = [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
     for i, message in enumerate(messages):
-        expected = ("user", "assistant")[i % 2]
-        if message["role"] != expected:
+        if message["role"] != (expected := ("user", "assistant")[i % 2]):
             raise ValueError(f"message {i}, system aside, has role {message['role']!r} where {expected!r} is due")
     return messages
-
-
-def check_content(message: dict, message_idx: int) -> None:
-    """Raise ValueError unless the content is text or, from the assistant, a list of text, python and python_output."""
-    if isinstance(message["content"], str):
-        return
-    if message["role"] != "assistant" or not isinstance(message["content"], list):
-        raise ValueError(f"the content of message {message_idx} ({message['role']}) is not text")
-    for part in message["content"]:
-        if not isinstance(part, dict) or part.get("type") not in ("text", "python", "python_output"):
-            raise ValueError(f"a part of message {message_idx} has none of the types text, python, python_output")
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"a {part['type']} part of message {message_idx} holds no text")
 
 
 def check_vocabulary(ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
@@ -346,11 +333,9 @@ def build_tokenizer_json(pattern: str, ranks: dict[bytes, int], special_tokens: 
 
 def parse_tokenizer_json(content: dict) -> tuple[str, dict[bytes, int], dict[str, int]]:
     """Pattern, ranks and specials of `build_tokenizer_json`'s result; ValueError for what would give other ids."""
-    model = content["model"]
-    split = content["pre_tokenizer"]["pretokenizers"][0]
+    model, pattern = content["model"], content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
     ranks = {unspell_bytes(spelling): token_id for spelling, token_id in model["vocab"].items()}
-    special_tokens = {token["content"]: token["id"] for token in content["added_tokens"]}
-    merged = []
+    special_tokens, merged = {token["content"]: token["id"] for token in content["added_tokens"]}, []
     for merge in model["merges"]:
         left, right = map(unspell_bytes, merge.split(" ") if isinstance(merge, str) else merge)
         merged.append(ranks[left + right])
@@ -358,8 +343,8 @@ def parse_tokenizer_json(content: dict) -> tuple[str, dict[bytes, int], dict[str
             raise ValueError(f"the merge {merge!r} comes before its parts")
     if merged != sorted(rank for token, rank in ranks.items() if len(token) > 1):
         raise ValueError("the merges are not those of the vocabulary, in its order")
-    same_settings = build_tokenizer_json(split["pattern"]["Regex"], {}, special_tokens)
+    same_settings = build_tokenizer_json(pattern, {}, special_tokens)
     for key in ("normalizer", "pre_tokenizer", "post_processor", "added_tokens"):
         if content[key] != same_settings[key]:
             raise ValueError(f"its {key} is not one that nanochat runs")
-    return split["pattern"]["Regex"], ranks, special_tokens
+    return pattern, ranks, special_tokens

@@ -34,6 +34,7 @@ from nanochat.common import (
     get_mirror_dir,
     hash_file,
     init_compute,
+    int_or_all,
     print0,
     run_script,
     write_json,
@@ -60,7 +61,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("-g", "--model-tag", help="folder of the run (default: the latest)")
     add("-s", "--step", type=int, help="optimizer step of the checkpoint (default: the latest)")
     add("--hf-path", help="evaluate this Hugging Face model instead: a folder, or a name on the hub")
-    add("--max-per-task", type=int, default=-1, help="items of each task; -1 = all")
+    add("--max-per-task", type=int_or_all, help="items of each task, or all (default: all)")
     add("--bundle", type=Path, help="folder with the tasks (default: eval_bundle in the base folder)")
     add("--fetch", action="store_true", help="only download the tasks to the base folder, where they aren't there")
     add("--fresh", action="store_true", help="evaluate again what has been evaluated before")
@@ -90,8 +91,8 @@ def main(argv: list[str] | None = None) -> dict:
         name, path = folder.name, folder / f"core_{step:06d}.json"
         print0(f"{name}, step {step}, on {device} in {dtype} ({reason}), attention {backend}")
 
-    settings = {"max_per_task": args.max_per_task, "bundle": hash_tasks(tasks), "model": weights,
-                "dtype": str(dtype).removeprefix("torch.")}
+    settings = {"max_per_task": -1 if args.max_per_task is None else args.max_per_task, "bundle": hash_tasks(tasks),
+                "model": weights, "dtype": str(dtype).removeprefix("torch.")}
     results = load_results(path, settings, args.fresh, ranks)
     print0(f"{'task':32s} {'accuracy':>8s} {'centered':>8s} {'items':>6s} {'seconds':>8s}")
     for task in tasks:
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> dict:
         print0(f"{task.label:32s} {values['accuracy']:8.4f} {values['centered']:8.4f} {values['num_items']:6d} {took}")
 
     core = compute_core({task.label: results[task.label] for task in tasks})
-    what = f"mean over {core['num_tasks']} tasks" + ("" if args.max_per_task == -1 else
+    what = f"mean over {core['num_tasks']} tasks" + ("" if args.max_per_task is None else
                                                      f" of at most {args.max_per_task} items")
     print0(f"{'CORE':32s} {'':8s} {core['core_metric']:8.4f}   ({what})")
     if core["num_tasks"] != NUM_CORE_TASKS:

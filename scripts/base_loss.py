@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> dict:
     shards = find_training_data(args.data, meta["data"])
 
     num_rows, batch_rows = -(-args.eval_tokens // T), args.device_batch_size or max(1, BATCH_TOKENS // T)
-    batches = {split: validation_batches(shards, tokenizer, T, num_rows, batch_rows=batch_rows, ranks=ranks,
-                                         split=split) for split in ("val", "train")}
+    batches = {split: validation_batches(shards, tokenizer, T, num_rows, ranks, split).cut(batch_rows)
+               for split in ("val", "train")}
     losses = {}
     for split in batches:
         with timed(f"{split}: evaluating {batches[split].num_rows:,} rows of {T} tokens"):
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> dict:
     results = {f"{split}_{key}": value for split, loss in losses.items() for key, value in
                (("bpb", loss.bpb), ("bytes", loss.num_bytes), ("tokens", loss.num_tokens))}
     if ranks.rank == 0:
-        all_rows = validation_batches(shards, tokenizer, T, num_rows, batch_rows=batch_rows, ranks=Ranks())
+        all_rows = validation_batches(shards, tokenizer, T, num_rows, Ranks())
         with timed("byte models: fitting and evaluating"):
             results |= compute_byte_bpb(iter_documents(shards.train, FIT_CHARS), iter_texts(all_rows, tokenizer))
         results["samples"] = draw_samples(Engine(model, tokenizer), tokenizer)

@@ -80,8 +80,7 @@ def main(argv: list[str] | None = None) -> dict:
             describe_short_rows(setup)
             groups = TextGroups(shards, recipe.tokenizer, recipe.T, packing=args.packing, long_docs=args.long_docs)
             loader = setup.make_loader(groups)
-            val_batches = validation_batches(shards, recipe.tokenizer, recipe.T, setup.count_eval_rows(),
-                                             batch_rows=setup.choices.micro_rows, ranks=ranks)
+            val_batches = validation_batches(shards, recipe.tokenizer, recipe.T, setup.count_eval_rows(), ranks)
             info = train(begin_run(setup, make_state(setup), loader), val_batches, args)
         else:
             info = read_info(run_dir)
@@ -173,8 +172,7 @@ def set_schedules(optimizer: MuonAdamW, step: int, num_iterations: int, args: ar
 def evaluate_core_metric(run: Run, step: int, max_per_task: int | None) -> dict:
     """The CORE metric, where its data is on disk; an evaluation never costs the run."""
     try:
-        values = evaluate_core(run.state.model, run.setup.recipe.tokenizer,
-                               max_per_task=-1 if max_per_task is None else max_per_task)
+        values = evaluate_core(run.state.model, run.setup.recipe.tokenizer, max_per_task=max_per_task)
     except UserError as error:
         print0(f"CORE was not evaluated: {error}")
         return {}

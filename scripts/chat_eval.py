@@ -21,7 +21,16 @@ from pathlib import Path
 
 from nanochat.chat_eval import ChatSettings, Solver, check_task_names, compute_chatcore, evaluate_task
 from nanochat.checkpoint_manager import MODEL_NAME, STAGES, load_model
-from nanochat.common import UserError, get_base_dir, get_compute_dtype, init_compute, print0, run_script, write_json
+from nanochat.common import (
+    UserError,
+    get_base_dir,
+    get_compute_dtype,
+    init_compute,
+    int_or_all,
+    print0,
+    run_script,
+    write_json,
+)
 from nanochat.flash_attention import choose_backend
 from nanochat.report import write_section
 from tasks.catalog import CHATCORE_TASKS
@@ -35,7 +44,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("-s", "--step", type=int, help="optimizer step of the checkpoint (default: the latest)")
     add("-a", "--task-name", nargs="+", default=list(CHATCORE_TASKS), metavar="TASK",
         help="tasks by name (default: the six of ChatCORE)")
-    add("-x", "--max-problems", type=int, default=-1, help="problems of each task; -1 = all")
+    add("-x", "--max-problems", type=int_or_all, help="problems of each task, or all (default: all)")
     add("-t", "--temperature", type=float, default=ChatSettings.temperature, help="0 takes the likeliest token")
     add("-k", "--top-k", type=int, default=ChatSettings.top_k, help="sample among the k likeliest tokens; 0 = all")
     add("-n", "--num-samples", type=int, default=ChatSettings.num_samples, help="answers to each problem")
@@ -87,7 +96,8 @@ def main(argv: list[str] | None = None) -> dict:
     if not results:
         raise UserError(f"none of the tasks could be evaluated; the first, {args.task_name[0]}: "
                         f"{missing[args.task_name[0]]}")
-    earlier = read_earlier(records_dir / "results.json", args.task_name, args.max_problems)
+    max_problems = -1 if args.max_problems is None else args.max_problems   # as results.json has it
+    earlier = read_earlier(records_dir / "results.json", args.task_name, max_problems)
     for name, result in earlier.items():
         print0(format_result(name, result) + f" {'before':>8s}")
     chat = compute_chatcore(earlier | results, missing)
@@ -95,7 +105,7 @@ def main(argv: list[str] | None = None) -> dict:
     if chat["chatcore"] is not None:
         print0(f"{what:34s} {chat['chatcore']:16.4f}")
     if ranks.rank == 0:
-        write_json(records_dir / "results.json", chat | {"max_problems": args.max_problems})
+        write_json(records_dir / "results.json", chat | {"max_problems": max_problems})
         report_answers(chat, args.source, run_dir, step, made_with, sys.argv if argv is None else argv,
                      time.perf_counter() - start_time)
     return {"run_dir": str(run_dir), "step": step, "records_dir": str(records_dir), **chat}

@@ -77,9 +77,15 @@ def test_base_eval_does_not_mix_results_of_other_settings(run, tmp_path, capsys)
     assert run("--max-per-task", "3")[1] == ["odd", "dogs", "count"] and "damaged" in capsys.readouterr().out
 
 
+def test_all_items_by_a_word(run):
+    everything, evaluated = run()
+    assert len(evaluated) == 3 and json.loads(run.path.read_text())["core_metric"] == everything["core_metric"]
+    assert run("--max-per-task", "all") == run("--max-per-task", "-1") == (everything, [])
+
+
 def test_base_eval_says_what_is_missing(run, tmp_path):
-    with pytest.raises(UserError, match="max-per-task -2 must be"):
-        run("--max-per-task", "-2")
+    with pytest.raises(UserError, match="max-per-task 0 must be"):
+        run("--max-per-task", "0")
     with pytest.raises(UserError, match="no checkpoint of step 7"):
         run("-s", "7")
     with pytest.raises(UserError, match="base_eval --fetch, or unpack https://"):

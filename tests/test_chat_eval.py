@@ -86,7 +86,7 @@ def model():
     return make_random_model(CONFIG).eval()
 
 
-def evaluate_chat(solver: Solver, names: tuple[str, ...], max_problems: int = -1) -> dict:
+def evaluate_chat(solver: Solver, names: tuple[str, ...], max_problems: int | None = None) -> dict:
     """As scripts.chat_eval does, without a checkpoint."""
     results, missing = {}, {}
     for name in names:
@@ -115,17 +115,17 @@ def test_letters_equal_one_at_a_time(hub, model, tokenizer, batch_rows):
     model = copy.deepcopy(model)
     for block in model.transformer.h:
         block.attn.c_proj.weight.data *= 20
-    problems = load_problems(get_task("MMLU", "test"), "MMLU", tokenizer, -1)
+    problems = load_problems(get_task("MMLU", "test"), "MMLU", tokenizer, None)
     lengths = [len(problem.prompt) for problem in problems]
     assert min(lengths) < CONFIG.sequence_len < max(lengths)
     solver = Solver(model, tokenizer, batch_rows=batch_rows)
-    letters = {problem.index: letter for problem, letter in choose_letters(solver, problems)}
+    letters = {problem.index: letter for problem, [letter], _ in choose_letters(solver, problems)}
     assert letters == {problem.index: choose_slowly(model, tokenizer, problem) for problem in problems}
     assert len(set(letters.values())) > 1
 
 
 def test_a_crop_keeps_bos_and_the_answers_place(hub, tokenizer):
-    [*_, problem] = sorted(load_problems(get_task("MMLU", "test"), "MMLU", tokenizer, -1), key=lambda p: len(p.prompt))
+    problem = max(load_problems(get_task("MMLU", "test"), "MMLU", tokenizer, None), key=lambda p: len(p.prompt))
     cropped = crop_prompt(problem.prompt, 50)
     assert len(cropped) == 50 and cropped[0] == tokenizer.get_bos_token_id() and cropped[1:] == problem.prompt[-49:]
     assert cropped[-1] == tokenizer.encode_special("<|assistant_start|>")
@@ -134,7 +134,7 @@ def test_a_crop_keeps_bos_and_the_answers_place(hub, tokenizer):
 
 def test_answers_equal_one_at_a_time(hub, model, tokenizer):
     settings = ChatSettings(num_samples=3, temperature=1.0, top_k=30, max_new_tokens=20)
-    problems = load_problems(get_task("GSM8K", "test"), "GSM8K", tokenizer, -1)
+    problems = load_problems(get_task("GSM8K", "test"), "GSM8K", tokenizer, None)
     expected = {}
     for problem in problems:
         rows, _ = Engine(model, tokenizer).generate_batch(list(problem.prompt), 3, 20, 1.0, 30, seed=42 + problem.index)
@@ -177,7 +177,7 @@ def test_the_calculator_is_in_the_loop(hub, model, tokenizer, monkeypatch):
     def sample(logits, samplings, token_idxs):
         return torch.tensor([next(script_tokens)])
     monkeypatch.setattr("nanochat.engine.sample_rows", sample)
-    problems = load_problems(Arithmetic("test", size=1), "Arithmetic", tokenizer, -1)
+    problems = load_problems(Arithmetic("test", size=1), "Arithmetic", tokenizer, None)
     [(_, [text], num_cut)] = sample_answers(Solver(model, tokenizer, SHORT, 1), problems)
     assert text == "<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>" and num_cut == 0
 
@@ -203,7 +203,7 @@ def test_wilson_interval_solves_its_equation(mean, count):
 
 def answer_always(monkeypatch, letter: str) -> None:
     monkeypatch.setattr(chat_eval, "choose_letters", lambda solver, problems: (
-        (problem, letter) for problem in problems))
+        (problem, [letter], 0) for problem in problems))
 
 
 def test_accuracy_is_counted_and_centered(hub, model, tokenizer, monkeypatch):
@@ -241,7 +241,7 @@ def test_chatcore_is_the_mean_over_its_six_tasks():
 
 
 def test_fewer_problems_are_part_of_more(hub, tokenizer):
-    few, more, everything = (load_problems(get_task("MMLU", "test"), "MMLU", tokenizer, n) for n in (3, 8, -1))
+    few, more, everything = (load_problems(get_task("MMLU", "test"), "MMLU", tokenizer, n) for n in (3, 8, None))
     assert few == more[:3] and more == everything[:8]
     assert sorted(p.index for p in everything) == list(range(14)) != [p.index for p in everything]
 
@@ -440,6 +440,10 @@ def test_script(run, hub, tmp_path, capsys, monkeypatch):
         run("-x", "4", "--fresh")
     with pytest.raises(pytest.fail.Exception):
         run("-x", "4", "-m", "13")  # other settings have other records
+
+
+def test_all_problems_by_a_word():
+    assert [script.parse_args(["-i", "sft", "-x", word]).max_problems for word in ("all", "-1", "7")] == [None, None, 7]
 
 
 def test_tasks_evaluated_one_by_one_are_one_evaluation(run, tmp_path):

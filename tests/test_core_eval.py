@@ -73,7 +73,7 @@ def evaluate_slowly(model, tokenizer, task: CoreTask, max_per_task: int) -> tupl
     """(accuracy, [(mean losses of the options, all exact) of each item]), straight from the definition."""
     rows = list(task.rows)
     random.Random(1337).shuffle(rows)
-    rows = rows[:max_per_task] if max_per_task > 0 else rows
+    rows = rows[:max_per_task]
     details, num_correct = [], 0
     for index, row in enumerate(rows):
         others = [other for other in range(len(rows)) if other != index]
@@ -156,7 +156,7 @@ def test_batched_equals_one_at_a_time(tokenizer, tmp_path, monkeypatch, sequence
     lengths = [len(tokenizer.encode(text)) for task in tasks for text in
                render_prompts(task, task.rows[0], choose_shots(task, task.rows, 0))]
     assert (max(lengths) >= sequence_len) == (sequence_len == 96)
-    check_against_slow(model, tokenizer, tasks, -1, monkeypatch)
+    check_against_slow(model, tokenizer, tasks, None, monkeypatch)
 
 
 def test_batched_equals_one_at_a_time_on_real_tasks(monkeypatch):
@@ -198,7 +198,7 @@ def test_a_shared_prefix_is_computed_once(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(model, "forward_trunk", count)
     evaluate_task(model, tokenizer, task)
     longest = [max(len(tokenizer.encode(text)) for text in render_prompts(task, row, choose_shots(task, rows, i)))
-               for rows in [task.choose_rows(-1)] for i, row in enumerate(rows)]
+               for rows in [task.choose_rows(None)] for i, row in enumerate(rows)]
     assert num_tokens < 1.7 * sum(longest)  # three whole rows an item would be 3 times as many
 
 
@@ -280,7 +280,7 @@ def test_rows_are_shuffled_then_capped():
     task = make_task("language_modeling", [{"n": n} for n in range(30)])
     shuffled = list(range(30))
     random.Random(1337).shuffle(shuffled)
-    assert [row["n"] for row in task.choose_rows(-1)] == shuffled
+    assert [row["n"] for row in task.choose_rows(None)] == shuffled
     assert [row["n"] for row in task.choose_rows(7)] == shuffled[:7]
     assert len(task.choose_rows(100)) == 30 and task.rows[0] == {"n": 0}
 

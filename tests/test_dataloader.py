@@ -226,7 +226,7 @@ def test_mistakes_are_told(shards, tmp_path):
     with pytest.raises(UserError, match="train split of letters has no text"):
         make_loader(replace(shards, train=(empty,))).next_step()
     with pytest.raises(UserError, match="val split of letters has no text"):
-        validation_batches(replace(shards, val=empty), ByteTokenizer(), 32, batch_rows=4, ranks=ALONE)
+        validation_batches(replace(shards, val=empty), ByteTokenizer(), 32, None, ALONE)
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
@@ -258,8 +258,8 @@ def test_close_drops_what_waits(shards, monkeypatch):
     read_group = dataloader.read_group
     monkeypatch.setattr(dataloader, "read_group",
                         lambda *args: started.append(args) or time.sleep(0.05) or read_group(*args))
-    loader = make_loader(shards, num_threads=1)
-    loader.close()
+    with make_loader(shards, num_threads=1) as loader:
+        pass
     time.sleep(0.3)
     assert len(started) <= 1                                         # of 8 lanes
     assert not any(thread.is_alive() for thread in loader.pool._threads)
@@ -283,8 +283,8 @@ def test_connected_ranks_agree_on_the_state(shards, tmp_path):
 @pytest.mark.parametrize("split", ["val", "train"])
 def test_validation_rows_are_the_same_however_divided(shards, num_rows, split):
     def read(world_size: int, batch_rows: int) -> list[tuple]:
-        sets = [validation_batches(shards, ByteTokenizer(), 32, num_rows, batch_rows=batch_rows, split=split,
-                                   ranks=Ranks(rank, rank, world_size)) for rank in range(world_size)]
+        sets = [validation_batches(shards, ByteTokenizer(), 32, num_rows, Ranks(rank, rank, world_size),
+                                   split).cut(batch_rows) for rank in range(world_size)]
         shapes = [[batch.inputs.shape for batch in batches] for batches in sets]
         assert all(rank_shapes == shapes[0] for rank_shapes in shapes) and len(set(shapes[0])) == 1
         assert [len(batches) for batches in sets] == [len(shapes[0])] * world_size and shapes[0][0][0] <= batch_rows
@@ -300,7 +300,7 @@ def test_validation_rows_are_the_same_however_divided(shards, num_rows, split):
 
 
 def test_validation_holds_every_token_of_its_groups(shards):
-    batches = validation_batches(shards, ByteTokenizer(), 256, batch_rows=4, ranks=ALONE)
+    batches = validation_batches(shards, ByteTokenizer(), 256, None, ALONE).cut(4)
     docs = [doc for _, idx in TextGroups(shards, ByteTokenizer(), 256, split="val").places
             for doc in ByteTokenizer().encode(dataloader.read_group(shards.val, idx), BOS, 1)]
     targets = torch.cat([batch.targets for batch in batches])

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loader_helpers import order_rows
 
 from nanochat.common import Ranks, UserError
-from nanochat.dataloader import ConversationGroups, Epoch, TrainLoader, count_epoch, validation_conversations
+from nanochat.dataloader import ConversationGroups, Epoch, count_epoch, validation_conversations
 from nanochat.packing import PackStats
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 
@@ -45,8 +46,7 @@ def make_groups(conversations, T=32, keep_whole=True):
 
 
 def make_loader(groups, ranks=ALONE, **options):
-    return TrainLoader(groups, ranks=ranks, num_lanes=1, **({"rows_per_step": 12, "seed": 3, "num_threads": 0,
-                                                             "num_epochs": 1} | options))
+    return order_rows(groups, ranks, {"num_lanes": 1, "rows_per_step": 12, "seed": 3, "num_epochs": 1} | options)
 
 
 def read_steps(loader, num_steps):
@@ -147,7 +147,7 @@ def test_bad_conversation_and_empty_lists():
         count_epoch(make_groups(conversations), ALONE, CPU)
     with pytest.raises(UserError, match="nothing to learn in toy"):
         count_epoch(make_groups([]), ALONE, CPU)
-    assert validation_conversations("toy", [], PlainTokenizer(), 32, 8, batch_rows=4, ranks=ALONE) is None
+    assert validation_conversations("toy", [], PlainTokenizer(), 32, 8, ALONE) is None
 
 
 def test_other_conversations_have_another_hash():
@@ -159,7 +159,7 @@ def test_other_conversations_have_another_hash():
 
 def test_validation_counts_answers_only():
     conversations = make_conversations(300)
-    batches = validation_conversations("toy", conversations, PlainTokenizer(), 32, 10, batch_rows=4, ranks=ALONE)
+    batches = validation_conversations("toy", conversations, PlainTokenizer(), 32, 10, ALONE).cut(4)
     answers = {token for c in conversations for token, on in zip(c["ids"], c["mask"], strict=True) if on}
     pairs = list_pairs(batches)
     assert batches.num_rows == 10 and pairs and {target for _, target in pairs} <= answers

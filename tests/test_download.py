@@ -32,7 +32,7 @@ def no_check(path):
 
 def get(server, folder, check=no_check, token=None):
     path = folder / "file.bin"
-    sha256, checked = fetch(Job(server.url, path), check, Transfer(1), token)
+    sha256, checked = fetch(Job(server.url, path), check, Transfer(), token)
     assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert sorted(file.name for file in folder.iterdir()) == ["file.bin"]
     assert checked == path.stat().st_size
@@ -151,7 +151,7 @@ def test_check_decides(server, tmp_path):
 
 def test_nobody_listens(tmp_path):
     with pytest.raises(DownloadError, match="refused"):
-        fetch(Job("http://127.0.0.1:9/file.bin", tmp_path / "file.bin"), no_check, Transfer(1), None)
+        fetch(Job("http://127.0.0.1:9/file.bin", tmp_path / "file.bin"), no_check, Transfer(), None)
 
 
 def test_download_all_keeps_the_good_ones(server, tmp_path, capsys):

@@ -101,8 +101,7 @@ def test_chain(base_dir, whole, capsys):
 def test_evaluated_text_is_the_rows_text(base_dir, whole):
     """The byte models are scored on as many bytes as the model was."""
     model, tokenizer, _ = base_loss.load_model("base", base_loss.init_compute("cpu")[0], tag="whole")
-    batches = base_loss.validation_batches(dataset.load_shards("toy"), tokenizer, T, 40, batch_rows=7,
-                                           ranks=base_loss.Ranks())
+    batches = base_loss.validation_batches(dataset.load_shards("toy"), tokenizer, T, 40, base_loss.Ranks()).cut(7)
     num_bytes = sum(len(text.encode()) for text in base_loss.iter_texts(batches, tokenizer))
     assert num_bytes == base_loss.evaluate_loss(model, batches, tokenizer.count_token_bytes()).num_bytes > 1000
 

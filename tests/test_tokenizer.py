@@ -55,7 +55,7 @@ def data_dir(base_dir) -> Path:
     folder.mkdir(parents=True)
     texts = read_sources()
     dataset.Manifest("files", {}, "", dataset.write_shards(folder, texts[:-1]),
-                     dataset.write_val(folder, texts[-1:])).save(folder)
+                     dataset.write_shard(folder / "val.parquet", iter(texts[-1:]))).save(folder)
     return folder
 
 

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from nanochat.common import Ranks, run_script
-from nanochat.dataloader import TextGroups, TrainLoader
+from nanochat.dataloader import RowOrder, TextGroups, TrainLoader
 from nanochat.shards import ShardList
 from tests.loader_helpers import ByteTokenizer
 
@@ -18,7 +18,7 @@ class SlowTokenizer(ByteTokenizer):
 
 def main(argv):
     shards = ShardList("letters", (Path(sys.argv[1]),), Path(sys.argv[1]), "abc")
-    loader = TrainLoader(TextGroups(shards, SlowTokenizer(), T=32), rows_per_step=8, seed=0, ranks=Ranks(),
+    loader = TrainLoader(TextGroups(shards, SlowTokenizer(), T=32), RowOrder(rows_per_step=8, seed=0), Ranks(),
                          num_threads=1)
     loader.next_step()
     print("stepped", time.time(), flush=True)
