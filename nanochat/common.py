@@ -17,7 +17,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,9 +33,6 @@ import filelock
 if TYPE_CHECKING:
     import torch
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Mistakes, and how a script ends
-
 
 class UserError(Exception):
     """A person's mistake. The message is one sentence: what is wrong, where, and what to do instead."""
@@ -52,6 +48,12 @@ def int_or_word(text: str, word: str) -> int | None:
 
 int_or_never = functools.partial(int_or_word, word="never")    # steps between events
 int_or_all = functools.partial(int_or_word, word="all")        # the largest number of something
+
+
+def add_compute_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of each script that computes with a model."""
+    parser.add_argument("--device-type", default="auto", help="cuda, cpu, mps, xpu; auto: the best that is there")
+    parser.add_argument("-d", "--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
 
 
 def prepare_process() -> None:
@@ -96,14 +98,14 @@ def run_script(main: Callable[[list[str] | None], object]) -> None:
     except (RuntimeError, MemoryError) as error:
         dist = sys.modules.get("torch.distributed")  # where it isn't loaded, none of its errors can be raised
         if dist and (isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error).lower())):
-            first_line = (str(error).splitlines() or ["no details"])[0]
             exit_with(1, f"error: rank {get_ranks().rank} can't reach the other ranks any more: one of them has ended "
-                         f"(what it said stands above) or did not answer for {get_collective_timeout_sec():g} s; run "
-                         f"the same command again to go on from the last checkpoint ({first_line})")
+                         "(what it said stands above) or did not answer for "
+                         f"{get_collective_timeout().total_seconds():g} s; run the same command again to go on from "
+                         f"the last checkpoint ({get_first_line(error)})")
         if not is_out_of_memory(error):
             raise
-        exit_with(2, f"error: out of memory ({(str(error).splitlines() or ['no details'])[0]}); set a smaller "
-                     "--device-batch-size, where the script has it")
+        exit_with(2, f"error: out of memory ({get_first_line(error)}); set a smaller --device-batch-size, where the "
+                     "script has it")
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
             exit_with(2, f"error: no permission for {error.filename} ({error.strerror}); change it, or set "
@@ -120,6 +122,10 @@ def is_out_of_memory(error: Exception) -> bool:
     texts = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or \
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def get_first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no details"])[0]
 
 
 def end_process() -> None:
@@ -153,9 +159,9 @@ def get_base_dir() -> Path:
     return base_dir
 
 
-def get_hub_endpoint() -> str:
-    """Where Hugging Face files are fetched from: $HF_ENDPOINT (a mirror), by default the hub itself."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+def get_hub() -> tuple[str, str | None]:
+    """Where Hugging Face files are fetched from ($HF_ENDPOINT, a mirror) and the person's token ($HF_TOKEN), if any."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"), os.environ.get("HF_TOKEN") or None
 
 
 SPIN_COUNT = "600"    # GOMP_SPINCOUNT of training, see prepare_process
@@ -183,20 +189,13 @@ def get_worker_env(worker: int, num_workers: int, num_gpus: int) -> dict[str, st
     return env
 
 
-def get_hub_token() -> str | None:
-    """The person's Hugging Face token ($HF_TOKEN), if any."""
-    return os.environ.get("HF_TOKEN") or None
-
-
-def get_collective_timeout_sec() -> float:
+def get_collective_timeout() -> timedelta:
     """How long a rank waits for the others before it gives up: $NANOCHAT_TIMEOUT_SEC, by default half an hour."""
-    try:
-        seconds = float(os.environ.get("NANOCHAT_TIMEOUT_SEC") or 1800)
-    except ValueError:
-        seconds = -1
-    if seconds <= 0:
-        raise UserError(f"NANOCHAT_TIMEOUT_SEC={os.environ['NANOCHAT_TIMEOUT_SEC']} must be a number of seconds")
-    return seconds
+    seconds = os.environ.get("NANOCHAT_TIMEOUT_SEC") or "1800"
+    with contextlib.suppress(ValueError):
+        if float(seconds) > 0:
+            return timedelta(seconds=float(seconds))
+    raise UserError(f"NANOCHAT_TIMEOUT_SEC={seconds} must be a number of seconds")
 
 
 def get_mirror_dir() -> Path | None:
@@ -319,14 +318,10 @@ def print0(*values: object) -> None:
 # Device and dtype
 
 COMPUTE_DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}  # name in torch -> bytes
-# Above this a tensor that is freed goes back to the system, and the next step pays for its pages again: a product
-# with a 256 MiB result was 1.8 times slower (dev/LOG.md, "Freed memory"). The threshold must exceed the largest
-# temporary of a step.
-MALLOC_KEEP_BYTES = 2**31 - 1
 
 
-def init_compute(device_type: str = "", deterministic: bool = False) -> tuple[torch.device, Ranks]:
-    """Choose the device ('' = the best there is), join the other ranks, set process-wide torch options.
+def init_compute(device_type: str = "auto", deterministic: bool = False) -> tuple[torch.device, Ranks]:
+    """Choose the device, join the other ranks, set process-wide torch options.
 
     deterministic: only algorithms that give the same bits each time; for a GPU, a CPU has no others here
     """
@@ -348,7 +343,7 @@ def init_compute(device_type: str = "", deterministic: bool = False) -> tuple[to
     if ranks.world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 device_id=device if device.type == "cuda" else None,
-                                timeout=timedelta(seconds=get_collective_timeout_sec()))
+                                timeout=get_collective_timeout())
     return device, ranks
 
 
@@ -358,19 +353,17 @@ def keep_compiled_kernels() -> None:
 
 
 def get_device(device_type: str, ranks: Ranks) -> torch.device:
-    """The torch device of this rank; '' chooses the accelerator that torch sees, else the CPU."""
+    """The torch device of this rank; 'auto' chooses the accelerator that torch sees, else the CPU."""
     import torch
-    if not device_type:
+    if device_type in ("auto", ""):
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device_type = accelerator.type if accelerator else "cpu"
     try:
         # MPS has one device only and takes no number; numbering is for CUDA, ROCm ("cuda" to torch) and XPU
-        device = torch.device(device_type, ranks.local_rank) if device_type in ("cuda", "xpu") else \
-            torch.device(device_type)
+        device = torch.device(device_type, *((ranks.local_rank,) if device_type in ("cuda", "xpu") else ()))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--device-type {device_type} can't be used here: {reason}") from None
+        raise UserError(f"--device-type {device_type} can't be used here: {get_first_line(error)}") from None
     return device
 
 
@@ -427,18 +420,18 @@ def get_peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | No
     return None, f"no peak figure is known for {device.type}"
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Make glibc keep large freed blocks for the next step instead of returning them to the system.
 
-    True where it took effect; other C libraries have no such switch.
+    Above the threshold a block that is freed goes back, and the next step pays for its pages again: a product with a
+    256 MiB result was 1.8 times slower (dev/LOG.md, "Freed memory"). It must exceed the largest temporary of a step.
     """
-    m_trim_threshold, m_top_pad, m_mmap_threshold, m_arena_max = -1, -2, -3, -8  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        settings = ((m_mmap_threshold, MALLOC_KEEP_BYTES), (m_trim_threshold, MALLOC_KEEP_BYTES),
-                    (m_top_pad, 64 * 2**20), (m_arena_max, 1))
-        return all([libc.mallopt(key, value) for key, value in settings])
-    return False
+    m_trim_threshold, m_top_pad, m_mmap_threshold, m_arena_max, keep_bytes = -1, -2, -3, -8, 2**31 - 1  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no such switch
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for key, value in ((m_mmap_threshold, keep_bytes), (m_trim_threshold, keep_bytes), (m_top_pad, 64 * 2**20),
+                           (m_arena_max, 1)):
+            mallopt(key, value)
 
 
 def count_cpus() -> int:
@@ -486,8 +479,7 @@ def get_environment(device: torch.device) -> dict:
     for name in ("torch", "numpy", "pyarrow", "tiktoken", "rustbpe", "safetensors", "triton", "kernels"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
-    hardware = {"device": device.type, "cpu": get_cpu_name(), "num_cpus": count_cpus(),
-                "ram_bytes": get_ram_bytes()}
+    hardware = {"device": device.type, "cpu": get_cpu_name(), "num_cpus": count_cpus(), "ram_bytes": get_ram_bytes()}
     if device.type in ("cuda", "xpu"):
         properties = torch.get_device_module(device).get_device_properties(device)
         hardware |= {"gpu": properties.name, "gpu_bytes": properties.total_memory,
@@ -510,11 +502,6 @@ def get_ram_bytes() -> int | None:
     with contextlib.suppress(ValueError, OSError, AttributeError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None
-
-
-def get_free_disk_bytes(path: Path) -> int:
-    """Free space on the disk that holds `path`."""
-    return shutil.disk_usage(path).free
 
 
 def now() -> str:

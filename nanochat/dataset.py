@@ -22,16 +22,7 @@ from pathlib import Path
 import torch
 
 from nanochat import corpus
-from nanochat.common import (
-    UserError,
-    get_base_dir,
-    get_hub_endpoint,
-    get_hub_token,
-    get_mirror_dir,
-    print0,
-    run_script,
-    timed,
-)
+from nanochat.common import UserError, get_base_dir, get_hub, get_mirror_dir, print0, run_script, timed
 from nanochat.download import CorruptFile, Job, download_all
 from nanochat.shards import (
     SOURCES,
@@ -205,13 +196,13 @@ def fetch_from_hub(folder: Path, source: str, num_shards: int | None, num_worker
         save()
 
     save()
-    mirror_dir = get_mirror_dir()
+    mirror_dir, (endpoint, token) = get_mirror_dir(), get_hub()
     # Validation first: without it the rest is useless
     jobs = [Job(mirror_dir / repo / remote if mirror_dir else
-                f"{get_hub_endpoint()}/datasets/{repo}/resolve/main/{remote}", folder / name)
+                f"{endpoint}/datasets/{repo}/resolve/main/{remote}", folder / name)
             for name, remote in sorted(remote_names.items(), key=lambda names: (names[0] != "val.parquet", names))
             if name not in shards]
-    failed = download_all(jobs, num_workers, inspect_shard, keep, get_hub_token()) if jobs else {}
+    failed = download_all(jobs, num_workers, inspect_shard, keep, token) if jobs else {}
     if failed:
         reasons = "; ".join(f"{remote_names[name]}{' (validation)' if name == 'val.parquet' else ''}: {reason}"
                             for name, reason in failed.items())

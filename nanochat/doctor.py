@@ -240,10 +240,10 @@ def check_disk() -> Finding:
 
 def check_network() -> Finding:
     """Whether the hub answers; only downloads need it."""
-    from nanochat.common import get_hub_endpoint, get_mirror_dir
+    from nanochat.common import get_hub, get_mirror_dir
     if get_mirror_dir():
         return Finding("network", "ok", f"not needed: the hub's files come from {get_mirror_dir()}")
-    endpoint = get_hub_endpoint()
+    endpoint, _ = get_hub()
     answers = threading.Event()
 
     def connect() -> None:

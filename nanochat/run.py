@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
 import uuid
@@ -12,28 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat.common import (
-    Ranks,
-    UserError,
-    gather,
-    get_peak_memory_bytes,
-    get_process_group,
-    get_ranks,
-    now,
-    print0,
-    write_atomic,
-    write_json,
-)
+from nanochat import common
+from nanochat.common import Ranks, UserError, gather, get_ranks, now, print0
 from nanochat.scaling import Plan
 
 if TYPE_CHECKING:
     import torch
 
     from nanochat.train import StepStats
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Records
 
 
 class RunLog:
@@ -56,7 +43,7 @@ class RunLog:
             # the step's own training line stands; its evaluations come after the checkpoint and are done again
             kept = [line for line in read_metrics(run_dir) if line["step"] < resume_step or
                     (line["step"] == resume_step and line["kind"] == "train")]
-            write_atomic(metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+            common.write_atomic(metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(metrics_path, "a" if resume_step is not None else "w", buffering=1)
         self.update(status="running")
 
@@ -64,7 +51,7 @@ class RunLog:
         """Change entries of run.json."""
         self.info = self.info | info
         if self.active:
-            write_json(self.run_dir / "run.json", self.info)
+            common.write_json(self.run_dir / "run.json", self.info)
 
     def add_decision(self, what: str, value: object, why: str) -> None:
         """Record a decision that is made while the run is under way."""
@@ -115,8 +102,7 @@ def read_info(run_dir: Path) -> dict:
 
 def continue_info(info: dict, run_dir: Path, step: int) -> dict:
     """run.json of a run that is continued: the beginning stays as it was, this process's part is added to `resumed`."""
-    before = read_info(run_dir)
-    if not before:
+    if not (before := read_info(run_dir)):
         return info
     own_keys = ("created", "argv", "decisions", "predicted", "environment")
     part = {"step": step, **{key: info[key] for key in own_keys if key in info}}
@@ -152,10 +138,6 @@ def init_wandb(name: str, info: dict, run_dir: Path):
         raise UserError(f"--run {name}: wandb can't be used ({error}); log in, or drop --run") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Progress
-
-
 class Progress:
     """Smoothed loss, speed, memory and time of a run, and the console line that shows them.
 
@@ -182,13 +164,12 @@ class Progress:
             self.loss_ema = 0.9 * self.loss_ema + 0.1 * stats.loss
         self.elapsed_sec += step_sec
         self.recent_sec = [*self.recent_sec[-49:], step_sec]
-        tokens_per_sec = self.plan.batch_tokens / step_sec
         flops = self.plan.batch_tokens * self.plan.flops_per_token if flops is None else flops
-        mfu = flops / step_sec / self.peak_flops if self.peak_flops else None
         return {**asdict(stats), "loss_smooth": self.get_smooth_loss(), "num_skipped": self.num_skipped,
-                "step_ms": step_sec * 1e3, "tokens_per_sec": tokens_per_sec,
-                "mfu_pct": None if mfu is None else 100 * mfu, "elapsed_sec": self.elapsed_sec,
-                "peak_memory_bytes": get_peak_memory_bytes(self.device)}
+                "step_ms": step_sec * 1e3, "tokens_per_sec": self.plan.batch_tokens / step_sec,
+                "mfu_pct": 100 * (flops / step_sec / self.peak_flops) if self.peak_flops else None,
+                "elapsed_sec": self.elapsed_sec,
+                "peak_memory_bytes": common.get_peak_memory_bytes(self.device)}
 
     def get_smooth_loss(self) -> float:
         """The running mean of the loss, debiased by the number of losses in it."""
@@ -196,7 +177,7 @@ class Progress:
 
     def estimate_left_min(self, step: int) -> float:
         """Minutes to the end of the plan, by the median of the last steps."""
-        return (self.plan.num_iterations - step) * sorted(self.recent_sec)[len(self.recent_sec) // 2] / 60
+        return (self.plan.num_iterations - step) * statistics.median_high(self.recent_sec) / 60
 
     def format_line(self, step: int, values: dict) -> str:
         mfu = "" if values["mfu_pct"] is None else f" | mfu {values['mfu_pct']:.1f}%"
@@ -207,13 +188,9 @@ class Progress:
                 (f" | SKIPPED: {values['skipped']}" if values["skipped"] else ""))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Is it the same run?
-
-
 def check_ranks(run_dir: Path, settings: dict) -> None:
     """Refuse ranks that were started with other settings than rank 0, or don't see its folder. Collective."""
-    if not get_process_group():
+    if not common.get_process_group():
         return
     rank = get_ranks().rank
     name, expected = gather((f"{run_dir.name}.{uuid.uuid4().hex}.tmp", settings))[0]
@@ -266,14 +243,8 @@ def describe_differences(saved: dict, current: dict, then: str = "saved", now: s
 
 def flatten(settings: dict) -> dict:
     """{"plan": {"a": 1}} as {"plan.a": 1}."""
-    flat = {}
-    for key, value in settings.items():
-        flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stopping
+    return {f"{key}.{name}" if name else key: inner for key, value in settings.items()
+            for name, inner in (value if isinstance(value, dict) else {"": value}).items()}
 
 
 ECHO_SEC = 3  # a signal may come twice: to all processes of a terminal or a job, and once more from torchrun

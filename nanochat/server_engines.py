@@ -116,7 +116,8 @@ def load_engine(worker_idx: int, settings: EngineSettings) -> tuple[Engine, str]
 def choose_device(device_type: str, worker_idx: int) -> str:
     """The device of a worker; the workers are distributed over the GPUs in turn."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    device_type = device_type or (accelerator.type if accelerator else "cpu")
+    if device_type in ("auto", ""):
+        device_type = accelerator.type if accelerator else "cpu"
     if device_type not in ("cuda", "xpu"):
         return device_type
     return f"{device_type}:{worker_idx % max(1, torch.accelerator.device_count())}"
