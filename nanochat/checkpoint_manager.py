@@ -5,12 +5,13 @@ ranks reads what any other number saved, each its own rows.
 """
 
 import argparse
+import collections
 import contextlib
 import math
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,42 +144,41 @@ class Checkpointer:
 
     def _write(self, step: int, files: dict, meta: dict) -> None:
         """The thread: every rank writes its files, rank 0 makes a checkpoint of them, and all learn how it went."""
-        temporary = self.run_dir / f"{get_step_name(step)}.tmp"
+        temporary, is_first = self.run_dir / f"{get_step_name(step)}.tmp", self.ranks.rank == 0
+
+        def prepare() -> None:
+            if is_first:
+                disk.check_finite(files[MODEL_NAME][0], step)
+                disk.make_empty(self.run_dir, temporary)
+
+        def publish() -> None:
+            if is_first:
+                disk.publish(self.run_dir, step, meta)
+                disk.remove_old_checkpoints(self.run_dir, self.rules.keep_last, self.rules.keep_every)
         try:
-            if self.ranks.rank == 0:
-                self._attempt(disk.check_finite, files[MODEL_NAME][0], step)
-                self._attempt(disk.make_empty, self.run_dir, temporary)
-            self._agree()
-            hashes = self._attempt(disk.write_files, temporary, files)
-            all_hashes = self._agree(hashes)
-            if self.ranks.rank == 0:
-                meta["files"] = dict(sorted(item for hashes in all_hashes for item in hashes.items()))
-                self._attempt(disk.publish, self.run_dir, step, meta)
-                self._attempt(disk.remove_old_checkpoints, self.run_dir, self.rules.keep_last, self.rules.keep_every)
-            self._agree()
+            self._together(prepare)
+            hashes = self._together(lambda: disk.write_files(temporary, files))
+            meta["files"] = dict(sorted(collections.ChainMap(*hashes).items()))
+            self._together(publish)
             print0(f"saved step {step} in {self.run_dir}")
         except Exception as error:  # told to the training thread, which raises it
             self.error = error
-            if self.ranks.rank == 0:
+            if is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
 
-    def _attempt(self, work, *args) -> object:
-        """Call `work`; its error is kept until all ranks have heard of it."""
-        if self.error is None:
-            try:
-                return work(*args)
-            except (OSError, UserError) as error:
-                self.error = error
-            except Exception as error:  # any other may not be made to be sent to the other ranks
-                self.error = RuntimeError(f"{type(error).__name__}: {error}")
-        return None
-
-    def _agree(self, value: object = None) -> list:
-        """Every rank's value on every rank; raises the first rank's error, if one has any."""
-        answers = gather((value, self.error), self.group)
+    def _together(self, work: Callable[[], object]) -> list:
+        """Every rank's result of `work`; the first rank's error, if one has any, is raised on all."""
+        result = error = None
+        try:
+            result = work()
+        except (OSError, UserError) as problem:
+            error = problem
+        except Exception as problem:  # any other may not be made to be sent to the other ranks
+            error = RuntimeError(f"{type(problem).__name__}: {problem}")
+        answers = gather((result, error), self.group)
         if errors := [error for _, error in answers if error is not None]:
             raise errors[0]
-        return [value for value, _ in answers]
+        return [result for result, _ in answers]
 
 
 def save_checkpoint(run_dir: Path, step: int, model, optimizer, meta: dict, *, keep_last: int | None = 2) -> None:
@@ -218,11 +218,9 @@ def claim_folder(run_dir: Path, step: int | None) -> None:
 @contextlib.contextmanager
 def locked_run(run_dir: Path) -> Iterator[None]:
     """Keep other processes from training in the same folder; rank 0 holds the lock for all."""
-    if get_ranks().rank > 0:
-        yield
-        return
+    is_first = get_ranks().rank == 0
     try:
-        with common.file_lock(run_dir).acquire(blocking=False):
+        with common.file_lock(run_dir).acquire(blocking=False) if is_first else contextlib.nullcontext():
             yield
     except filelock.Timeout:
         raise UserError(f"another process trains in {run_dir}; wait for it, or use another --model-tag") from None

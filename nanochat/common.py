@@ -333,16 +333,16 @@ def init_compute(device_type: str = "auto", deterministic: bool = False) -> tupl
         torch.use_deterministic_algorithms(True)
     device = get_device(device_type, ranks)
     keep_compiled_kernels()
+    is_cuda = device.type == "cuda"
     if device.type == "cpu":
         keep_freed_memory()
         if ranks.world_size > 1:
             torch.set_num_threads(max(1, count_cpus() // count_local_ranks()))
-    elif device.type == "cuda":
+    elif is_cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if ranks.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                device_id=device if device.type == "cuda" else None,
+        dist.init_process_group("nccl" if is_cuda else "gloo", device_id=device if is_cuda else None,
                                 timeout=get_collective_timeout())
     return device, ranks
 

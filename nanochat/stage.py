@@ -29,13 +29,6 @@ from nanochat.scaling import Plan
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import LossScaler, TrainState
 
-EVAL_TOKENS = {"cpu": 2**17}      # tokens of an evaluation by default, by device
-DEFAULT_EVAL_TOKENS = 20 * 2**19
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What to train
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -75,10 +68,6 @@ def take_identity(flags: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in flags.items() if name not in FREE_FLAGS | OUTCOME_FLAGS}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run, from its beginning to its end
-
-
 @dataclass(frozen=True)
 class Setup:
     """A recipe, and how it is carried out here."""
@@ -99,7 +88,7 @@ class Setup:
 
     def count_eval_rows(self) -> int:
         """Rows of a validation loss, all ranks together."""
-        tokens = self.recipe.flags.eval_tokens or EVAL_TOKENS.get(self.device.type, DEFAULT_EVAL_TOKENS)
+        tokens = self.recipe.flags.eval_tokens or (2**17 if self.device.type == "cpu" else 20 * 2**19)
         return -(-tokens // self.recipe.T)
 
 
@@ -147,8 +136,8 @@ def make_state(setup: Setup, narrow: Callable[[MuonAdamW], MuonAdamW] | None = N
         checkpoints.load_weights(model, begin.run_dir, begin.step)
     elif begin:
         checkpoints.restore(begin.run_dir, begin.step, model, optimizer)
-        if scaler and begin.meta["scaler"]:
-            vars(scaler).update(begin.meta["scaler"])
+        if scaler:
+            vars(scaler).update(begin.meta["scaler"] or {})
     set_compile_kernels(machine.is_compiled)
     if machine.is_compiled:
         model.compile_blocks()

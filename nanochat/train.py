@@ -67,10 +67,6 @@ class StepStats:
                             "lower learning rate")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The step
-
-
 def train_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
                scaler: "LossScaler | None" = None) -> StepStats:
     """One optimizer step on this rank's rows of it. Collective: all ranks call it.
@@ -158,10 +154,6 @@ class LossScaler:
                                 "checkpoint is intact, go on with another --dtype")
         elif self.num_good_steps % self.growth_steps == 0:
             self.scale *= 2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Out of memory
 
 
 class OutOfMemory(Exception):
