@@ -37,10 +37,6 @@ def get_run_dir(stage: str, tag: str) -> Path:
     return get_base_dir() / "runs" / stage / tag
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Save
-
-
 @dataclass(frozen=True)
 class SaveRules:
     """When checkpoints are written, and which are kept."""
@@ -187,10 +183,6 @@ def save_checkpoint(run_dir: Path, step: int, model, optimizer, meta: dict, *, k
         checkpointer.save(step, model, optimizer, meta)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Find
-
-
 def find_step(run_dir: Path, step: int | None = None) -> int:
     """The asked step, or with None the one that `latest` names; UserError if it isn't there."""
     step = read_latest(run_dir) if step is None else step
@@ -277,10 +269,6 @@ def find_checkpoint(stage: str, tag: str | None = None, step: int | None = None)
         raise UserError(f"the checkpoint {run_dir / get_step_name(step)} is of stage {meta['stage']}, not {stage}; "
                         f"put that run into {run_dir.parent.with_name(meta['stage'])}, or choose another")
     return Checkpoint(stage, run_dir, step, meta)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Load
 
 
 def build_model(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> GPT:

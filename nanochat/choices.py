@@ -21,9 +21,7 @@ from nanochat.memory import GIB, Machine, list_divisors, measure_free_bytes
 from nanochat.run import decide
 from nanochat.scaling import Plan
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags. Each is part of a run's identity, which a continued run must have as before, unless it stands in FREE_FLAGS
-
+# Each flag is part of a run's identity, which a continued run must have as before, unless it stands in FREE_FLAGS
 MACHINE_FLAGS = {"device_type", "dtype", "attention", "compile", "device_batch_size", "sample_rows"}    # last bits only
 # Flags that don't change what is learned: the one list, which resume, comparisons and sweeps read
 FREE_FLAGS = MACHINE_FLAGS | {
@@ -37,8 +35,7 @@ OUTCOME_FLAGS = {"data", "tokenizer", "depth", "aspect_ratio", "head_dim", "max_
 LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")    # later stages take over the base run's
 
 
-def add_stage_args(parser: argparse.ArgumentParser, *, eval_every: int, sample_every: int,
-                   has_rows: bool = True) -> None:
+def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_every: int, has_rows: bool = True) -> None:
     """The flags that every stage has; has_rows: it learns from rows of data, and is evaluated on them."""
     add = parser.add_argument
     add("--run", default="none", help="log to wandb under this name (default: %(default)s, no wandb)")
@@ -122,9 +119,6 @@ def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: 
         None if args.run in ("none", "dummy") else args.run,
         **{f.name: given[f.name] for f in fields(StageFlags) if f.name in given})
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the run decides for itself
 
 EAGER_MFU = 0.3    # measured at depth 4 (dev/LOG.md, "The whole step"); only to tell short runs from long ones
 
@@ -230,9 +224,9 @@ def choose_micro_rows(wanted: Wanted, rows: StepRows, machine: Machine, free_byt
         why = f"at most {max_tokens:,} tokens"
     else:
         why = "largest that fits"
-    needed_bytes = rows.predict(chosen, machine)
-    free = "an unknown number" if free_bytes is None else f"{free_bytes / GIB:.2f}"
-    warning = " and may not fit" if free_bytes is not None and needed_bytes > free_bytes else ""
+    needed_bytes, free, warning = rows.predict(chosen, machine), "an unknown number", ""
+    if free_bytes is not None:
+        free, warning = f"{free_bytes / GIB:.2f}", " and may not fit" if needed_bytes > free_bytes else ""
     return chosen, f"{why}: {needed_bytes / GIB:.2f} of {free} GiB predicted{warning}; {rows.num // chosen} a step"
 
 

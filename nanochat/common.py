@@ -1,7 +1,6 @@
 """What every other file needs: where state lives, which device and dtype, which rank, and how a mistake is reported.
 
-The only file that reads the environment. Loading torch takes seconds, so it is imported where it is used: scripts.plan
-does without.
+The only file that reads the environment. Loading torch takes seconds, so only functions import it.
 """
 
 from __future__ import annotations
@@ -145,10 +144,6 @@ def exit_with(code: int, message: str) -> None:
     sys.exit(code)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The environment
-
-
 def get_base_dir() -> Path:
     """The folder of all state on disk: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. Created if missing."""
     base_dir = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
@@ -183,8 +178,7 @@ def get_worker_env(worker: int, num_workers: int, num_gpus: int) -> dict[str, st
     env = dict(os.environ)
     if num_workers > 1:
         visible = env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_workers * num_gpus)))
-        own = visible.split(",")[worker * num_gpus:(worker + 1) * num_gpus]
-        env |= {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[worker * num_gpus:(worker + 1) * num_gpus])
         env.setdefault("OMP_NUM_THREADS", str(max(1, count_cpus() // (num_workers * num_gpus))))
     return env
 
@@ -202,10 +196,6 @@ def get_mirror_dir() -> Path | None:
     """A local folder that stands in for the hub ($NANOCHAT_MIRROR_DIR/<owner>/<repo>/<file>), if any."""
     mirror_dir = os.environ.get("NANOCHAT_MIRROR_DIR")
     return Path(mirror_dir).expanduser() if mirror_dir else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -248,10 +238,6 @@ def hash_file(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranks
 
 
 @dataclass(frozen=True)
@@ -313,9 +299,6 @@ def print0(*values: object) -> None:
     if get_ranks().rank == 0:
         print(" ".join(map(str, values)) + "\n", end="", flush=True)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Device and dtype
 
 COMPUTE_DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}  # name in torch -> bytes
 
@@ -456,10 +439,6 @@ def get_peak_memory_bytes(device: torch.device) -> int:
     import resource  # not on Windows
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run was made with
 
 
 def get_git_revision() -> str | None:

@@ -7,8 +7,8 @@ import os
 import signal
 import statistics
 import sys
+import tempfile
 import time
-import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -192,20 +192,15 @@ def check_ranks(run_dir: Path, settings: dict) -> None:
     """Refuse ranks that were started with other settings than rank 0, or don't see its folder. Collective."""
     if not common.get_process_group():
         return
-    rank = get_ranks().rank
-    name, expected = gather((f"{run_dir.name}.{uuid.uuid4().hex}.tmp", settings))[0]
-    probe = run_dir.parent / name
-    if rank == 0:
-        probe.touch()
-    gather(None)  # the file is there
-    sides = describe_differences(expected, settings, "rank 0", f"rank {rank}").split("; ")[0]  # the first one is enough
-    answers = gather((sides, probe.exists()))
-    if rank == 0:
-        probe.unlink()
+    rank, folder = get_ranks().rank, run_dir.parent
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp") if rank == 0 else contextlib.nullcontext() as probe:
+        name, expected = gather((probe and Path(probe.name).name, settings))[0]
+        sides = describe_differences(expected, settings, "rank 0", f"rank {rank}").split("; ")[0]  # the first is enough
+        answers = gather((sides, (folder / name).exists()))
     for other, (sides, sees_folder) in enumerate(answers):
         if not sees_folder:
-            raise UserError(f"rank {other} doesn't see the folder {run_dir.parent} of rank 0; set NANOCHAT_BASE_DIR to "
-                            "a disk that all nodes share")
+            raise UserError(f"rank {other} doesn't see the folder {folder} of rank 0; set NANOCHAT_BASE_DIR to a disk "
+                            "that all nodes share")
         if sides:
             raise UserError(f"the ranks were started with different settings ({sides}); start all with the same "
                             "command, code and data")
