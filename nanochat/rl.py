@@ -13,6 +13,8 @@ second model. They are sampled at temperature 1 from the whole distribution: any
 Q questions, S answers each, B rows, T tokens.
 """
 
+import bisect
+import itertools
 import math
 import operator
 import time
@@ -160,13 +162,9 @@ def round_up(number: int, multiple: int) -> int:
 
 def choose_probe(groups: Sequence[Sequence[Answer]]) -> list[Answer]:
     """One answer to each question, up to PROBE_TOKENS: a fair sample of the step at a fraction of its cost."""
-    probe, num_tokens = [], 0
-    for answer, *_ in groups:
-        num_tokens += sum(answer.masks)
-        if probe and num_tokens > PROBE_TOKENS:
-            break
-        probe.append(answer)
-    return probe
+    firsts = [group[0] for group in groups]
+    totals = list(itertools.accumulate(sum(answer.masks) for answer in firsts))
+    return firsts[:max(1, bisect.bisect_right(totals, PROBE_TOKENS))]
 
 
 @torch.no_grad()

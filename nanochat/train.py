@@ -76,7 +76,9 @@ def train_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
     step that runs out of memory before the optimizer's update: all ranks raise OutOfMemory. Smaller micro-batches don't
     make the update smaller, so there the allocator's own error ends a rank, with a part of the parameters updated.
     """
-    num_targets, num_weighted = count_targets(batch)
+    is_target = batch.targets >= 0
+    has_weight = is_target if batch.weights is None else is_target & (batch.weights != 0)
+    num_targets, num_weighted = sum_over_ranks(torch.stack((is_target.sum(), has_weight.sum()))).tolist()
     if num_targets == 0 or num_weighted == 0:
         return StepStats(0.0, 0.0, num_targets, "no weights" if num_targets else "no targets")
     scale, overflowed = scaler.scale if scaler else 1.0, False
@@ -101,13 +103,6 @@ def train_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
     # read back last: a GPU must not run dry while Python waits for a number
     return StepStats(float(sum_over_ranks(loss)) / scale, float(grad_norm), num_targets,
                      "fp16 overflow" if overflowed else "")
-
-
-def count_targets(batch: Batch) -> list[int]:
-    """[supervised tokens of the step, those with a weight], all ranks together."""
-    is_target = batch.targets >= 0
-    has_weight = is_target if batch.weights is None else is_target & (batch.weights != 0)
-    return sum_over_ranks(torch.stack((is_target.sum(), has_weight.sum()))).tolist()
 
 
 def add_gradients(model: GPT, batch: Batch, micro_rows: int, factor: float) -> tuple[Tensor, str | None]:
