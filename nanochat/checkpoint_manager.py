@@ -95,8 +95,7 @@ class Checkpointer:
         files = {f"optim_{self.ranks.rank}.safetensors": (self._copy("optim", tensors), ranges)}
         if self.ranks.rank == 0:
             files[MODEL_NAME] = (self._copy("model", model.state_dict()), {})
-        if model.get_device().type != "cpu":
-            torch.accelerator.synchronize()  # the copies are under way
+        common.synchronize(model.get_device())  # the copies are under way
         meta = meta | {"format": disk.FORMAT_VERSION, "step": step, "world_size": self.ranks.world_size}
         # a daemon: a second Ctrl-C must end the process at once; an orderly end waits in __exit__
         self.thread = threading.Thread(target=self._write, args=(step, files, meta), name="checkpoint", daemon=True)

@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m nanochat.doctor", description="Is this machine ready to train?")
     parser.add_argument("--quick", action="store_true", help="skip the trial of torch.compile, 10-60 s")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
-    parser.add_argument("--device-type", default="", help="cuda | xpu | mps | cpu (default: the best there is)")
+    parser.add_argument("--device-type", default="auto", help="cuda, cpu, mps, xpu; auto: the best that is there")
     return parser.parse_args(argv)
 
 

@@ -210,10 +210,8 @@ def compare_with_saved(saved: dict, meta: dict, defaults: dict, run_dir: Path, a
     """Compare the identity and the environment of a run with those of the checkpoint that it continues.
 
     Another identity (data, model, schedule, flags) is refused, both sides named, unless it is allowed. Returns the
-    differences that are not refused, printed, as decisions for run.json.
-
-    saved, meta: of the checkpoint and of this process, with "identity" and "environment"
-    defaults:    of flags; a flag that the checkpoint doesn't know had its default
+    differences that are not refused, printed, as decisions for run.json. A flag that the checkpoint doesn't know had
+    its default.
     """
     sides = describe_differences(defaults | saved["identity"], meta["identity"])
     if sides and not allow_mismatch:
