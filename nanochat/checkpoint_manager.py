@@ -293,20 +293,17 @@ def load_model(stage: str, device: torch.device, *, tag: str | None = None, step
     return model.eval(), tokenizer, found.meta | {"stage": stage, "run_dir": str(found.run_dir)}
 
 
-def add_model_flags(parser: argparse.ArgumentParser, has_stage: bool = True,
-                    help: str = "stage of the model (default: the last trained one)", **stage) -> None:
-    """The flags of scripts that use a trained model, see load_for; help, stage: of the flag for its stage."""
-    add = parser.add_argument
-    if has_stage:
-        add("-i", "--source", choices=STAGES, help=help, **stage)
-    add("-g", "--model-tag", help="folder of the run (default: the latest)")
-    add("-s", "--step", type=int, help="optimizer step of the checkpoint (default: the latest)")
+def add_model_flags(parser: argparse.ArgumentParser, **stage) -> None:
+    """The flags that name a trained model for load_for; stage: settings of -i that differ from the usual ones."""
+    usual = {"choices": STAGES, "help": "stage of the model (default: the last trained one)"}
+    parser.add_argument("-i", "--source", **usual | stage)
+    parser.add_argument("-g", "--model-tag", help="folder of the run (default: the latest)")
+    parser.add_argument("-s", "--step", type=int, help="optimizer step of the checkpoint (default: the latest)")
 
 
 def load_for(stage: str | None, tag: str | None, step: int | None, dtype: str,
              device_type: str) -> tuple[GPT, object, dict, str]:
-    """What load_model returns for the values of these flags and those of common.add_compute_flags, and its place:
-    device and dtype in words. Collective, since it joins the ranks."""
+    """load_model for the values of these flags and of common.add_compute_flags', with device and dtype in words."""
     device, _ = common.init_compute(device_type)
     compute_dtype, reason = common.get_compute_dtype(dtype, device)
     model, tokenizer, meta = load_model(stage or find_last_stage(tag), device, tag=tag, step=step, dtype=compute_dtype)

@@ -279,13 +279,12 @@ class Rollouts:
             **sum_pass_at(groups, self.sampling.num_samples)})
         num_questions, num_answers, row_tokens = sums["questions"], sums["answers"], int(sums["row_tokens"])
         self.num_tokens += row_tokens
-        self.stats = {"reward": sums["reward"] / num_answers,
-                      **{key: value / num_questions for key, value in sums.items() if key.startswith("pass_at_")},
-                      "answer_tokens": sums["answer_tokens"] / num_answers,
-                      "entropy_nats": sums["entropy"] / sums["probe_tokens"],
-                      "truncated_frac": sums["truncated"] / num_answers,
-                      "zero_variance_frac": sums["equal"] / num_questions, "row_tokens": row_tokens,
-                      "sample_sec": sample_sec, "sample_tokens_per_sec": sums["answer_tokens"] / sample_sec}
+        passed = {key: value / num_questions for key, value in sums.items() if key.startswith("pass_at_")}
+        self.stats = {
+            "reward": sums["reward"] / num_answers, **passed, "answer_tokens": sums["answer_tokens"] / num_answers,
+            "entropy_nats": sums["entropy"] / sums["probe_tokens"], "truncated_frac": sums["truncated"] / num_answers,
+            "zero_variance_frac": sums["equal"] / num_questions, "row_tokens": row_tokens, "sample_sec": sample_sec,
+            "sample_tokens_per_sec": sums["answer_tokens"] / sample_sec}
 
 
 def sum_pass_at(groups: Sequence[Sequence[Answer]], num_samples: int) -> dict[str, float]:

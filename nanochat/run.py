@@ -168,8 +168,7 @@ class Progress:
         return {**asdict(stats), "loss_smooth": self.get_smooth_loss(), "num_skipped": self.num_skipped,
                 "step_ms": step_sec * 1e3, "tokens_per_sec": self.plan.batch_tokens / step_sec,
                 "mfu_pct": 100 * (flops / step_sec / self.peak_flops) if self.peak_flops else None,
-                "elapsed_sec": self.elapsed_sec,
-                "peak_memory_bytes": common.get_peak_memory_bytes(self.device)}
+                "elapsed_sec": self.elapsed_sec, "peak_memory_bytes": common.get_peak_memory_bytes(self.device)}
 
     def get_smooth_loss(self) -> float:
         """The running mean of the loss, debiased by the number of losses in it."""

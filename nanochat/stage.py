@@ -183,10 +183,9 @@ class Run:
     def finish(self, step: int, results: dict) -> dict:
         """Record the results of a run that came to its last step; returns run.json."""
         plan, flags, progress = self.setup.recipe.plan, self.setup.recipe.flags, self.progress
-        results = {"train_loss": progress.get_smooth_loss(), "train_sec": progress.elapsed_sec, "step": step,
-                   "tokens": step * plan.batch_tokens,
-                   "peak_memory_bytes": get_peak_memory_bytes(self.setup.device), **results}
-        self.log.update(results=results, wall_sec=time.perf_counter() - flags.start_time)
+        own = {"train_loss": progress.get_smooth_loss(), "train_sec": progress.elapsed_sec, "step": step,
+               "tokens": step * plan.batch_tokens, "peak_memory_bytes": get_peak_memory_bytes(self.setup.device)}
+        self.log.update(results=own | results, wall_sec=time.perf_counter() - flags.start_time)
         self.log.close("finished" if step == plan.num_iterations else "stopped")
         return self.log.info
 
@@ -195,10 +194,10 @@ def begin_run(setup: Setup, state: TrainState, loader) -> Run:
     """Claim the folder, open the log, and print the plan. Collective."""
     recipe, flags, config, plan = setup.recipe, setup.recipe.flags, setup.recipe.config, setup.recipe.plan
     resume_step = recipe.saved.step if recipe.saved else None
-    params, tokenizer = state.model.num_scaling_params(), setup.meta["tokenizer"]
+    params, data, tokenizer = state.model.num_scaling_params(), recipe.data, setup.meta["tokenizer"]
     info = {"stage": recipe.stage, "tag": recipe.run_dir.name, "created": now(), "argv": flags.argv,
             "args": flags.given, "model_config": asdict(config), "params": params, "plan": asdict(plan),
-            "predicted": predict_run(recipe.stage, setup.choices, config, plan), "data": recipe.data,
+            "predicted": predict_run(recipe.stage, setup.choices, config, plan), "data": data,
             "tokenizer": tokenizer, "environment": setup.meta["environment"], "decisions": setup.decisions,
             **({"source": recipe.source.describe()} if recipe.source else {})}
     saver = Checkpointer(recipe.run_dir, flags.saving, last_step=setup.last_step, saved_step=resume_step)
@@ -207,11 +206,9 @@ def begin_run(setup: Setup, state: TrainState, loader) -> Run:
     log = RunLog(recipe.run_dir, info, setup.ranks, resume_step=resume_step, wandb_name=flags.wandb_name)
     print0(f"model: depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, context "
            f"{config.sequence_len}, vocabulary {config.vocab_size:,}: {params['total']:,} parameters\n"
-           f"plan: {plan.num_iterations:,} steps of {plan.batch_tokens:,} tokens = {plan.total_tokens:,} "
-           f"({plan.tokens_per_param:.1f} per scaling parameter, horizon by {plan.horizon}), "
-           f"{plan.total_flops:.2e} FLOPs\n"
-           f"data: {recipe.data['name']} ({recipe.data['hash']}), tokenizer: {tokenizer['name']} "
-           f"({tokenizer['hash']})\n"
+           f"plan: {plan.num_iterations:,} steps of {plan.batch_tokens:,} tokens = {plan.total_tokens:,} (horizon by "
+           f"{plan.horizon}, {plan.tokens_per_param:.1f} per scaling parameter), {plan.total_flops:.2e} FLOPs\n"
+           f"data: {data['name']} ({data['hash']}), tokenizer: {tokenizer['name']} ({tokenizer['hash']})\n"
            f"run: {recipe.run_dir}" + (f", continued at step {setup.first_step}" if setup.first_step else ""))
     if setup.choices.machine.is_compiled:
         print0("compiling the step: up to a minute the first time, a few seconds after that ...")

@@ -58,7 +58,7 @@ DEFAULT_CONTEXT = 2048   # of a Hugging Face model whose configuration names non
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add_model_flags(parser, has_stage=False)
+    add_model_flags(parser, choices=("base",), default="base", help="stage of the model (%(default)s)")
     add_compute_flags(parser)
     add("--hf-path", help="evaluate this Hugging Face model instead: a folder, or a name on the hub")
     add("--max-per-task", type=int, default=-1, help="items of each task; -1 = all")

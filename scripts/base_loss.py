@@ -42,7 +42,7 @@ FIT_CHARS = 20_000_000                           # of training text that the byt
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add_model_flags(parser, has_stage=False)
+    add_model_flags(parser, choices=("base",), default="base", help="stage of the model (%(default)s)")
     add_compute_flags(parser)
     add("--data", help="folder or name of the text that the model was trained on (default: as then)")
     add("--eval-tokens", type=int, default=2**19, help="tokens of each split, rounded up to whole rows (%(default)s)")
