@@ -175,13 +175,12 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
         value, why = gather(find(kept[name] if is_kept else asked))[0]
         return decide(decisions, name, value, wanted.kept_why if is_kept else why)
 
-    def find_attention(name: str) -> tuple[str, str]:
-        if name == "auto" and wanted.deterministic and device.type == "cuda":
-            name = "sdpa"  # the only backend there whose backward pass repeats bit for bit
-        return choose_backend(device, dtype, rows.T, wanted=name)
     world_size = common.get_ranks().world_size
     dtype = choose("dtype", lambda name: common.get_compute_dtype(name, device))
-    attention = choose("attention", find_attention)
+    # sdpa is the only backend of a GPU whose backward pass repeats bit for bit
+    auto = "sdpa" if wanted.deterministic and device.type == "cuda" else "auto"
+    attention = choose("attention", lambda name: choose_backend(
+        device, dtype, rows.T, wanted=auto if name == "auto" else name))
     peak_flops = decide(decisions, "peak FLOP/s of one device", *get_peak_flops(device, dtype))
     peak_flops = peak_flops and peak_flops * world_size
     eager_sec = num_flops / (EAGER_MFU * peak_flops) if peak_flops else None

@@ -315,7 +315,8 @@ def init_compute(device_type: str = "auto", deterministic: bool = False) -> tupl
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     device = get_device(device_type, ranks)
-    keep_compiled_kernels()
+    # compiled kernels stay with the rest of the state: /tmp, torch's choice, doesn't outlive a reboot
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(get_base_dir() / "compiled"))
     is_cuda = device.type == "cuda"
     if device.type == "cpu":
         keep_freed_memory()
@@ -328,11 +329,6 @@ def init_compute(device_type: str = "auto", deterministic: bool = False) -> tupl
         dist.init_process_group("nccl" if is_cuda else "gloo", device_id=device if is_cuda else None,
                                 timeout=get_collective_timeout())
     return device, ranks
-
-
-def keep_compiled_kernels() -> None:
-    """Keep compiled kernels with the rest of the state: /tmp, torch's choice, doesn't outlive a reboot."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(get_base_dir() / "compiled"))
 
 
 def get_device(device_type: str, ranks: Ranks) -> torch.device:

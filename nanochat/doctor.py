@@ -139,9 +139,9 @@ def check_compile(device, quick: bool) -> Finding:
                        "install one (Debian, Ubuntu: apt install g++)")
     if quick:
         return Finding("compile", "ok", f"{compilers[0]} is there; torch.compile not tried (--quick)")
-    from nanochat.common import keep_compiled_kernels
+    from nanochat.common import init_compute
     from nanochat.compilation import probe_compiler
-    keep_compiled_kernels()
+    init_compute(device.type)  # as a run would, so that the kernels are kept for it
     start = time.perf_counter()
     reason = probe_compiler(device)
     if reason:
