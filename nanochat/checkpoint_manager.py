@@ -83,9 +83,7 @@ class Checkpointer:
 
     def save(self, step: int, model, optimizer, meta: dict) -> None:
         """Start to save a step; returns when parameters and optimizer may change again. Waits for an earlier save.
-
-        meta: JSON-able; the configuration, the loader's state, all else that the run needs to continue
-        """
+        meta: JSON-able; the configuration, the loader's state, all else that the run needs to continue"""
         self.wait()
         self.last_save_time, self.saved_step = time.monotonic(), step
         state = optimizer.get_named_state()
@@ -283,9 +281,7 @@ def build_model(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> 
 def load_model(stage: str, device: torch.device, *, tag: str | None = None, step: int | None = None,
                dtype: torch.dtype = torch.float32) -> tuple[GPT, object, dict]:
     """A trained model in eval mode, its tokenizer and its meta.json; the latest run and step unless asked otherwise.
-
-    dtype: of the activations; bf16 weights load into any
-    """
+    dtype: of the activations; bf16 weights load into any"""
     found = find_checkpoint(stage, tag, step)
     tokenizer = load_run_tokenizer(found.meta)
     model = build_model(GPTConfig(**found.meta["model_config"]), dtype, device)
@@ -318,9 +314,7 @@ def load_weights(model: GPT, run_dir: Path, step: int) -> None:
 
 def restore(run_dir: Path, step: int, model: GPT, optimizer) -> None:
     """Put a checkpoint's weights and optimizer state into a model and optimizer that training goes on with.
-
-    Collective: every rank calls it, and reads of the state just the rows that it will update.
-    """
+    Collective: every rank calls it, and reads of the state just the rows that it will update."""
     meta = load_meta(run_dir, step)
     names = [name for name in meta["files"] if name.startswith("optim_")]
     disk.verify_files(run_dir, step, names)

@@ -161,9 +161,7 @@ class Choices:
 def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.device,
                decisions: list[dict]) -> Choices:
     """Decide how a run computes, each choice printed and kept in `decisions`. Collective.
-
-    num_flops: model FLOPs that the run still has before it, all ranks together
-    """
+    num_flops: model FLOPs that the run still has before it, all ranks together"""
     kept = dict(wanted.kept)
     if "use_compile" in kept:
         kept["compile"] = "on" if kept["use_compile"] else "off"

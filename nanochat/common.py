@@ -77,9 +77,7 @@ def prepare_process() -> None:
 
 def run_script(main: Callable[[list[str] | None], object]) -> None:
     """Run a script's `main` and turn how it ended into an exit code: 0 done, 2 a person's mistake, 130 Ctrl-C.
-
-    Any other error is a bug and keeps its traceback.
-    """
+    Any other error is a bug and keeps its traceback."""
     try:
         main(None)
         if dist := get_process_group():
@@ -305,9 +303,7 @@ COMPUTE_DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}  # na
 
 def init_compute(device_type: str = "auto", deterministic: bool = False) -> tuple[torch.device, Ranks]:
     """Choose the device, join the other ranks, set process-wide torch options.
-
-    deterministic: only algorithms that give the same bits each time; for a GPU, a CPU has no others here
-    """
+    deterministic: only algorithms that give the same bits each time; for a GPU, a CPU has no others here"""
     import torch
     import torch.distributed as dist
     ranks = get_ranks()
@@ -384,9 +380,7 @@ def measure_matmul_rate(dtype: torch.dtype, size: int) -> float:
 
 def get_peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
     """FLOP/s that MFU is measured against, and where the figure comes from; None when nothing is known.
-
-    A GPU's is its maker's figure for dense bf16; a CPU's is the measured rate of a large product in `dtype`.
-    """
+    A GPU's is its maker's figure for dense bf16; a CPU's is the measured rate of a large product in `dtype`."""
     import torch
     if device.type == "cpu":
         return measure_matmul_rate(dtype, 2048 if dtype == torch.bfloat16 else 1024), "measured matmul rate"

@@ -116,9 +116,7 @@ def compute_pass_at(num_samples: int, num_passed: int, k: int) -> float:
 
 def compute_advantages(rewards: Tensor) -> Tensor:
     """(Q, S) rewards -> (Q, S) advantages: each one's distance from its group's mean; exactly 0 where all are equal.
-
-    Exactly, because a mean is rounded: otherwise the optimizer would take a step on rounding errors alone.
-    """
+    Exactly, because a mean is rounded: otherwise the optimizer would take a step on rounding errors alone."""
     is_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (Q, 1)
     return (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(is_equal, 0)
 
@@ -253,9 +251,7 @@ class Rollouts:
 
     def measure_step(self, model: GPT, micro_rows: int) -> None:
         """Add to `stats` the KL of the policy before the step from that after it, in nats an answer. Collective.
-
-        A healthy step moves hundredths of a nat (assumption, not studied); above tenths, rewards fell.
-        """
+        A healthy step moves hundredths of a nat (assumption, not studied); above tenths, rewards fell."""
         kl = sum_kl(self.probe_logprobs, compute_logprobs(model, self.probe, micro_rows))
         sums = add_up({"kl": kl, "answers": len(self.probe.inputs)})
         self.stats["kl_nats"] = sums["kl"] / sums["answers"]
@@ -302,9 +298,7 @@ def add_up(values: dict[str, float]) -> dict[str, float]:
 
 def evaluate_answers(model: GPT, tokenizer, questions: Sequence[Question], sampling: Sampling, ranks: Ranks) -> dict:
     """Rewards on held-out questions: of greedy answers, and of samples at temperature 1. Collective.
-
-    The samples are drawn with the same random numbers each time, so that two evaluations differ by the model alone.
-    """
+    The samples are drawn with the same random numbers each time, so that two evaluations differ by the model alone."""
     engine, values = Engine(model, tokenizer, sampling.sample_rows), {}
     num_samples, max_new_tokens, seed = sampling.num_samples, sampling.max_new_tokens, sampling.seed
     for name in dict.fromkeys(question.task_name for question in questions):

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 class RunLog:
     """run.json (what the run is) and metrics.jsonl (what happened, one line per event); wandb too when a name is given.
-
-    Only rank 0 writes. A log that is reopened at a step drops the lines of later steps: they are written again.
-    """
+    Only rank 0 writes. A log that is reopened at a step drops the lines of later steps: they are written again."""
 
     def __init__(self, run_dir: Path, info: dict, ranks: Ranks, *, resume_step: int | None = None,
                  wandb_name: str | None = None):
@@ -112,9 +110,7 @@ def continue_info(info: dict, run_dir: Path, step: int) -> dict:
 
 def read_metrics(run_dir: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl, each with its kind and step; [] without the file.
-
-    Lines that can't be read are left out, such as the last one of a run that was killed while it wrote.
-    """
+    Lines that can't be read are left out, such as the last one of a run that was killed while it wrote."""
     path, lines = run_dir / "metrics.jsonl", []
     for text in path.read_bytes().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):

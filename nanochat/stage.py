@@ -94,9 +94,7 @@ class Setup:
 
 def prepare_run(recipe: Recipe, device: torch.device, ranks: Ranks) -> Setup | None:
     """Compare a run with the one that it continues, and choose how it computes; None where nothing is left to do.
-
-    Collective. Nothing on disk changes before begin_run.
-    """
+    Collective. Nothing on disk changes before begin_run."""
     flags, plan, run_dir, decisions = recipe.flags, recipe.plan, recipe.run_dir, []
     first_step, meta = recipe.saved.step if recipe.saved else 0, recipe.get_meta(device)
     check_ranks(run_dir, {"step": first_step, "flags": flags.given, **meta["identity"]})
@@ -118,9 +116,7 @@ def prepare_run(recipe: Recipe, device: torch.device, ranks: Ranks) -> Setup | N
 
 def make_state(setup: Setup, narrow: Callable[[MuonAdamW], MuonAdamW] | None = None) -> TrainState:
     """Model, optimizer and (fp16) loss scaler: initialised from the seed, or as a checkpoint left them. Collective.
-
-    narrow: takes parameters from the optimizer; of the stage before, only the weights are taken over then
-    """
+    narrow: takes parameters from the optimizer; of the stage before, only the weights are taken over then"""
     recipe, plan, machine = setup.recipe, setup.recipe.plan, setup.choices.machine
     dtype, begin = getattr(torch, machine.dtype), recipe.saved or recipe.source
     torch.manual_seed(recipe.flags.seed)
@@ -246,9 +242,7 @@ def print_samples(run: Run, step: int, prompts: dict[str, list[int]], max_tokens
 
 def write_report(section: str, title: str, run_dir: Path, info: dict, metrics: dict, values: dict) -> None:
     """The section of the report card.
-
-    metrics: compared with other stages'; values: shown after those that all stages have
-    """
+    metrics: compared with other stages'; values: shown after those that all stages have"""
     plan, params, results, source = info["plan"], info["params"], info["results"], info.get("source")
     begun = {"begun with": f"{source['stage']} {source['tag']}, step {source['step']}"} if source else {}
     write_section(section, {

@@ -107,9 +107,7 @@ def train_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
 
 def add_gradients(model: GPT, batch: Batch, micro_rows: int, factor: float) -> tuple[Tensor, str | None]:
     """Gradients of sum(factor * weights * nll) of this rank's rows, micro-batch by micro-batch, without other ranks.
-
-    Returns that sum, and the first line of the allocator's error where memory ran out, else None.
-    """
+    Returns that sum, and the first line of the allocator's error where memory ran out, else None."""
     device = model.get_device()
     loss_dtype = torch.float64 if model.compute_dtype == torch.float64 else torch.float32
     loss = torch.zeros((), device=device, dtype=loss_dtype)  # the same on a rank that has no rows
