@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dev.gpu_setup import Check, Setup, free_memory, judge
 from nanochat import flash_attention
-from nanochat.common import get_free_disk_bytes, get_peak_flops, get_peak_memory_bytes, synchronize
+from nanochat.common import get_peak_flops, get_peak_memory_bytes, synchronize
 from nanochat.compilation import set_compile_kernels
 from nanochat.config import estimate_flops
 from nanochat.cross_entropy import linear_cross_entropy
@@ -310,7 +310,7 @@ def check_saves(setup: Setup) -> Iterator[Check]:
         optimizer.step()
         set_compile_kernels(setup.use_compile)
         num_bytes = sum(t.nbytes for t in clone_state(model, optimizer).values())
-        if get_free_disk_bytes(setup.out_dir) < 1.2 * num_bytes:
+        if shutil.disk_usage(setup.out_dir).free < 1.2 * num_bytes:
             yield Check(f"d{depth}", "skipped", f"{num_bytes / 1e9:.1f} GB don't fit on the disk of {setup.out_dir}")
             continue
         figures = {"num_bytes": num_bytes, **time_checkpoint(setup, model, optimizer)}

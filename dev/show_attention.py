@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dev.figures import FAINT, add_out, make_panels, save_figure, styled
 from dev.timing import print_rows
-from nanochat.checkpoint_manager import STAGES, find_last_stage, load_model
+from nanochat.checkpoint_manager import add_model_flags, load_for
 from nanochat.common import UserError, print0, run_script
 from nanochat.flash_attention import _expand_heads, _window_mask, flash_attn
 
@@ -41,9 +41,7 @@ class LayerAttention:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("-i", "--source", choices=STAGES, help="stage of the model (default: the last one there is)")
-    add("-g", "--model-tag", help="folder of the run (default: the latest)")
-    add("-s", "--step", type=int, help="optimizer step of the checkpoint (default: the latest)")
+    add_model_flags(parser)
     add("-p", "--prompt", required=True, help="the text; bos is put before it")
     add("--layers", type=int, nargs="+", help="layers to draw (default: all)")
     add_out(parser)
@@ -52,8 +50,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    stage = args.source or find_last_stage(args.model_tag)
-    model, tokenizer, meta = load_model(stage, torch.device("cpu"), tag=args.model_tag, step=args.step)
+    model, tokenizer, meta, _ = load_for(args.source, args.model_tag, args.step, "float32", "cpu")
     config = model.config
     ids = tokenizer.encode(args.prompt, prepend=tokenizer.get_bos_token_id())
     if not 2 < len(ids) <= config.sequence_len:
@@ -70,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict:
     print_rows(rows)
     error = max(attention.error for attention in attentions)
     print0(f"weights @ values differs from the model's own attention by {error:.1e} of its largest value, at most")
-    title = f"Attention of {stage} {Path(meta['run_dir']).name}, step {meta['step']}: queries down, keys across"
+    title = f"Attention of {meta['stage']} {Path(meta['run_dir']).name}, step {meta['step']}: queries down, keys across"
     texts = [spell_token(tokenizer, token_id) for token_id in ids]
     figure = draw_attention([attentions[layer] for layer in layers], texts, rows, title)
     return {"heads": rows, "error": error, "figure": str(save_figure(figure, "attention", args.out))}

@@ -147,12 +147,11 @@ def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run
     batch_tokens = before["plan"]["batch_tokens"] if flags.total_batch_size is None else flags.total_batch_size
     plan = make_chat_plan(config, estimate_flops(config), epoch_rows=epoch.num_rows, num_epochs=settings.num_epochs,
                           num_iterations=settings.num_iterations, batch_tokens=batch_tokens, scales_lr=stage.scales_lr)
-    identity = {"source": source.describe(), "tasks": mixture.parts, "conversations": groups.identity}
     return groups, epoch, Recipe(
-        stage.name, run_dir, flags, saved, source=source, tokenizer=tokenizer,
-        tokenizer_name=source.meta["tokenizer"]["name"], config=config, plan=plan, T=T,
+        stage.name, run_dir, flags, saved, source, tokenizer, source.meta["tokenizer"]["name"], config, plan, T,
         rows_per_step=count_rows(plan.batch_tokens, T, ranks.world_size), lrs={name: before[name] for name in LR_NAMES},
-        data={"name": mixture.name, "hash": groups.identity["data"], "tasks": mixture.parts}, identity=identity,
+        data={"name": mixture.name, "hash": groups.identity["data"], "tasks": mixture.parts},
+        identity={"source": source.describe(), "tasks": mixture.parts, "conversations": groups.identity},
         notes={"epoch": epoch.to_json()})
 
 

@@ -4,14 +4,15 @@ Saving copies everything to host memory and writes beside the training (checkpoi
 ranks reads what any other number saved, each its own rows.
 """
 
+import argparse
+import collections
 import contextlib
 import math
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import filelock
@@ -19,35 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.checkpoint_files import (
-    FORMAT_VERSION,
-    MODEL_NAME,
-    SavedState,
-    check_finite,
-    get_step_name,
-    list_steps,
-    load_meta,
-    load_tensors,
-    make_empty,
-    publish,
-    read_latest,
-    remove_old_checkpoints,
-    verify_files,
-    write_files,
-)
-from nanochat.common import (
-    Ranks,
-    UserError,
-    any_rank,
-    file_lock,
-    gather,
-    get_base_dir,
-    get_collective_timeout_sec,
-    get_free_disk_bytes,
-    get_ranks,
-    print0,
-    write_atomic,
-)
+from nanochat import checkpoint_files as disk
+from nanochat import common
+from nanochat.checkpoint_files import MODEL_NAME, get_step_name, list_steps, load_meta, read_latest
+from nanochat.common import Ranks, UserError, any_rank, gather, get_base_dir, get_ranks, print0
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import get_tokenizer
 
@@ -59,10 +35,6 @@ def get_run_dir(stage: str, tag: str) -> Path:
     if not tag or Path(tag).name != tag or tag.startswith("."):
         raise UserError(f"--model-tag {tag!r} must be a plain folder name, such as d12")
     return get_base_dir() / "runs" / stage / tag
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Save
 
 
 @dataclass(frozen=True)
@@ -88,7 +60,7 @@ class Checkpointer:
         self.run_dir, self.rules, self.last_step, self.saved_step = run_dir, rules, last_step, saved_step
         self.last_save_time = time.monotonic()
         # the thread's collectives need a group of their own: those of the step must not get between them
-        timeout = timedelta(seconds=get_collective_timeout_sec())
+        timeout = common.get_collective_timeout()
         self.group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         self.ranks = get_ranks() if self.group else Ranks()
         self.copies: dict[str, Tensor] = {}   # host memory, used again by the next save
@@ -111,9 +83,7 @@ class Checkpointer:
 
     def save(self, step: int, model, optimizer, meta: dict) -> None:
         """Start to save a step; returns when parameters and optimizer may change again. Waits for an earlier save.
-
-        meta: JSON-able; the configuration, the loader's state, all else that the run needs to continue
-        """
+        meta: JSON-able; the configuration, the loader's state, all else that the run needs to continue"""
         self.wait()
         self.last_save_time, self.saved_step = time.monotonic(), step
         state = optimizer.get_named_state()
@@ -123,9 +93,8 @@ class Checkpointer:
         files = {f"optim_{self.ranks.rank}.safetensors": (self._copy("optim", tensors), ranges)}
         if self.ranks.rank == 0:
             files[MODEL_NAME] = (self._copy("model", model.state_dict()), {})
-        if model.get_device().type != "cpu":
-            torch.accelerator.synchronize()  # the copies are under way
-        meta = meta | {"format": FORMAT_VERSION, "step": step, "world_size": self.ranks.world_size}
+        common.synchronize(model.get_device())  # the copies are under way
+        meta = meta | {"format": disk.FORMAT_VERSION, "step": step, "world_size": self.ranks.world_size}
         # a daemon: a second Ctrl-C must end the process at once; an orderly end waits in __exit__
         self.thread = threading.Thread(target=self._write, args=(step, files, meta), name="checkpoint", daemon=True)
         self.thread.start()
@@ -143,7 +112,7 @@ class Checkpointer:
     def check_disk(self, model, optimizer) -> None:
         """Refuse to begin a run whose first checkpoint wouldn't fit on the disk."""
         needed_bytes = sum(tensor.nbytes for tensor in model.state_dict().values()) + optimizer.count_state_bytes()
-        free_bytes = get_free_disk_bytes(self.run_dir.parent)
+        free_bytes = shutil.disk_usage(self.run_dir.parent).free
         if needed_bytes > free_bytes:
             raise UserError(f"a checkpoint takes {needed_bytes / 1e9:.2f} GB, but {self.run_dir.parent} has only "
                             f"{free_bytes / 1e9:.2f} GB free; make room, or set NANOCHAT_BASE_DIR to another disk")
@@ -153,8 +122,8 @@ class Checkpointer:
         if self.thread is not None:
             self.thread.join()
             self.thread = None
-        if self.error is not None:
-            error, self.error = self.error, None
+        error, self.error = self.error, None
+        if error is not None:
             raise error
 
     def __enter__(self) -> "Checkpointer":
@@ -168,43 +137,41 @@ class Checkpointer:
 
     def _write(self, step: int, files: dict, meta: dict) -> None:
         """The thread: every rank writes its files, rank 0 makes a checkpoint of them, and all learn how it went."""
-        temporary = self.run_dir / f"{get_step_name(step)}.tmp"
+        temporary, is_first = self.run_dir / f"{get_step_name(step)}.tmp", self.ranks.rank == 0
+
+        def prepare() -> None:
+            if is_first:
+                disk.check_finite(files[MODEL_NAME][0], step)
+                disk.make_empty(self.run_dir, temporary)
+
+        def publish() -> None:
+            if is_first:
+                disk.publish(self.run_dir, step, meta)
+                disk.remove_old_checkpoints(self.run_dir, self.rules.keep_last, self.rules.keep_every)
         try:
-            if self.ranks.rank == 0:
-                self._attempt(check_finite, files[MODEL_NAME][0], step)
-                self._attempt(make_empty, self.run_dir, temporary)
-            self._agree()
-            hashes = self._attempt(write_files, temporary, files)
-            all_hashes = self._agree(hashes)
-            if self.ranks.rank == 0:
-                meta["files"] = dict(sorted(item for hashes in all_hashes for item in hashes.items()))
-                self._attempt(publish, self.run_dir, step, meta)
-                self._attempt(remove_old_checkpoints, self.run_dir, self.rules.keep_last, self.rules.keep_every)
-            self._agree()
+            self._together(prepare)
+            hashes = self._together(lambda: disk.write_files(temporary, files))
+            meta["files"] = dict(sorted(collections.ChainMap(*hashes).items()))
+            self._together(publish)
             print0(f"saved step {step} in {self.run_dir}")
         except Exception as error:  # told to the training thread, which raises it
             self.error = error
-            if self.ranks.rank == 0:
+            if is_first:
                 shutil.rmtree(temporary, ignore_errors=True)
 
-    def _attempt(self, work, *args) -> object:
-        """Call `work`; its error is kept until all ranks have heard of it."""
-        if self.error is None:
-            try:
-                return work(*args)
-            except (OSError, UserError) as error:
-                self.error = error
-            except Exception as error:  # any other may not be made to be sent to the other ranks
-                self.error = RuntimeError(f"{type(error).__name__}: {error}")
-        return None
-
-    def _agree(self, value: object = None) -> list:
-        """Every rank's value on every rank; raises the first rank's error, if one has any."""
-        answers = gather((value, self.error), self.group)
-        for _, error in answers:
-            if error is not None:
-                raise error
-        return [value for value, _ in answers]
+    def _together(self, work: Callable[[], object]) -> list:
+        """Every rank's result of `work`; the first rank's error, if one has any, is raised on all."""
+        result = error = None
+        try:
+            result = work()
+        except (OSError, UserError) as problem:
+            error = problem
+        except Exception as problem:  # any other may not be made to be sent to the other ranks
+            error = RuntimeError(f"{type(problem).__name__}: {problem}")
+        answers = gather((result, error), self.group)
+        if errors := [error for _, error in answers if error is not None]:
+            raise errors[0]
+        return [result for result, _ in answers]
 
 
 def save_checkpoint(run_dir: Path, step: int, model, optimizer, meta: dict, *, keep_last: int | None = 2) -> None:
@@ -213,18 +180,12 @@ def save_checkpoint(run_dir: Path, step: int, model, optimizer, meta: dict, *, k
         checkpointer.save(step, model, optimizer, meta)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Find
-
-
 def find_step(run_dir: Path, step: int | None = None) -> int:
     """The asked step, or with None the one that `latest` names; UserError if it isn't there."""
-    steps = list_steps(run_dir)
-    if step is None:
-        step = read_latest(run_dir)
+    step = read_latest(run_dir) if step is None else step
     if step is None:
         raise UserError(f"there is no checkpoint in {run_dir}")
-    if step not in steps:
+    if step not in (steps := list_steps(run_dir)):
         raise UserError(f"there is no checkpoint of step {step} in {run_dir}; it has "
                         f"{', '.join(map(str, steps)) or 'none'}")
     return step
@@ -235,7 +196,7 @@ def claim_folder(run_dir: Path, step: int | None) -> None:
     if get_ranks().rank > 0:
         return
     if step is not None:
-        write_atomic(run_dir / "latest", get_step_name(step) + "\n")
+        common.write_atomic(run_dir / "latest", get_step_name(step) + "\n")
     elif (run_dir / "latest").exists() or list_steps(run_dir):
         names = (run_dir.with_name(f"{run_dir.name}~{i}") for i in range(1, 10**6))
         kept = next(path for path in names if not path.exists())
@@ -246,11 +207,9 @@ def claim_folder(run_dir: Path, step: int | None) -> None:
 @contextlib.contextmanager
 def locked_run(run_dir: Path) -> Iterator[None]:
     """Keep other processes from training in the same folder; rank 0 holds the lock for all."""
-    if get_ranks().rank > 0:
-        yield
-        return
+    is_first = get_ranks().rank == 0
     try:
-        with file_lock(run_dir).acquire(blocking=False):
+        with common.file_lock(run_dir).acquire(blocking=False) if is_first else contextlib.nullcontext():
             yield
     except filelock.Timeout:
         raise UserError(f"another process trains in {run_dir}; wait for it, or use another --model-tag") from None
@@ -263,19 +222,6 @@ def find_last_stage(tag: str | None) -> str:
         if any((run_dir / "latest").exists() for run_dir in runs):
             return stage
     return STAGES[0]
-
-
-def find_tag(stage: str, tag: str | None = None) -> str:
-    """The asked tag, or with None the stage's most recently saved run."""
-    if tag is not None:
-        get_run_dir(stage, tag)
-        return tag
-    saved = sorted((get_base_dir() / "runs" / stage).glob("*/latest"), key=lambda path: path.stat().st_mtime)
-    if not saved:
-        script = {"base": "base_train", "mid": "mid_train"}.get(stage, f"chat_{stage}")
-        raise UserError(f"there is no {stage} model in {get_base_dir()}; train one with python -m scripts.{script}"
-                        + ("" if stage == "base" else ", or name another stage with -i"))
-    return saved[-1].parent.name
 
 
 @dataclass(frozen=True)
@@ -305,9 +251,14 @@ def find_saved(stage: str, run_dir: Path, resume: str) -> Checkpoint | None:
 
 def find_checkpoint(stage: str, tag: str | None = None, step: int | None = None) -> Checkpoint:
     """The latest run and step of a stage unless asked otherwise; one that is of another stage is refused."""
-    run_dir = get_run_dir(stage, find_tag(stage, tag))
+    saved = sorted((get_base_dir() / "runs" / stage).glob("*/latest"), key=lambda path: path.stat().st_mtime)
+    if tag is None and not saved:
+        script = {"base": "base_train", "mid": "mid_train"}.get(stage, f"chat_{stage}")
+        raise UserError(f"there is no {stage} model in {get_base_dir()}; train one with python -m scripts.{script}"
+                        + ("" if stage == "base" else ", or name another stage with -i"))
+    run_dir = saved[-1].parent if tag is None else get_run_dir(stage, tag)
     if not run_dir.exists():
-        others = ", ".join(sorted(path.parent.name for path in run_dir.parent.glob("*/latest"))) or "none"
+        others = ", ".join(sorted(path.parent.name for path in saved)) or "none"
         raise UserError(f"there is no {stage} run {tag!r}; {run_dir.parent} has {others}")
     step = find_step(run_dir, step)
     meta = load_meta(run_dir, step)
@@ -315,10 +266,6 @@ def find_checkpoint(stage: str, tag: str | None = None, step: int | None = None)
         raise UserError(f"the checkpoint {run_dir / get_step_name(step)} is of stage {meta['stage']}, not {stage}; "
                         f"put that run into {run_dir.parent.with_name(meta['stage'])}, or choose another")
     return Checkpoint(stage, run_dir, step, meta)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Load
 
 
 def build_model(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> GPT:
@@ -334,34 +281,46 @@ def build_model(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> 
 def load_model(stage: str, device: torch.device, *, tag: str | None = None, step: int | None = None,
                dtype: torch.dtype = torch.float32) -> tuple[GPT, object, dict]:
     """A trained model in eval mode, its tokenizer and its meta.json; the latest run and step unless asked otherwise.
-
-    dtype: of the activations; bf16 weights load into any
-    """
+    dtype: of the activations; bf16 weights load into any"""
     found = find_checkpoint(stage, tag, step)
     tokenizer = load_run_tokenizer(found.meta)
     model = build_model(GPTConfig(**found.meta["model_config"]), dtype, device)
     load_weights(model, found.run_dir, found.step)
-    return model.eval(), tokenizer, found.meta | {"run_dir": str(found.run_dir)}
+    return model.eval(), tokenizer, found.meta | {"stage": stage, "run_dir": str(found.run_dir)}
+
+
+def add_model_flags(parser: argparse.ArgumentParser, **stage) -> None:
+    """The flags that name a trained model for load_for; stage: settings of -i that differ from the usual ones."""
+    usual = {"choices": STAGES, "help": "stage of the model (default: the last trained one)"}
+    parser.add_argument("-i", "--source", **usual | stage)
+    parser.add_argument("-g", "--model-tag", help="folder of the run (default: the latest)")
+    parser.add_argument("-s", "--step", type=int, help="optimizer step of the checkpoint (default: the latest)")
+
+
+def load_for(stage: str | None, tag: str | None, step: int | None, dtype: str,
+             device_type: str) -> tuple[GPT, object, dict, str]:
+    """load_model for the values of these flags and of common.add_compute_flags', with device and dtype in words."""
+    device, _ = common.init_compute(device_type)
+    compute_dtype, reason = common.get_compute_dtype(dtype, device)
+    model, tokenizer, meta = load_model(stage or find_last_stage(tag), device, tag=tag, step=step, dtype=compute_dtype)
+    return model, tokenizer, meta, f"on {device} in {compute_dtype} ({reason})"
 
 
 def load_weights(model: GPT, run_dir: Path, step: int) -> None:
     """Copy saved weights into the model, cast to its dtypes; every parameter must be there. Collective."""
-    verify_files(run_dir, step, [MODEL_NAME])
-    path = run_dir / get_step_name(step) / MODEL_NAME
-    model.load_state_dict(load_tensors(path, model.get_device()), strict=True)
+    disk.verify_files(run_dir, step, [MODEL_NAME])
+    model.load_state_dict(disk.load_tensors(run_dir / get_step_name(step) / MODEL_NAME, model.get_device()))
 
 
 def restore(run_dir: Path, step: int, model: GPT, optimizer) -> None:
     """Put a checkpoint's weights and optimizer state into a model and optimizer that training goes on with.
-
-    Collective: every rank calls it, and reads of the state just the rows that it will update.
-    """
+    Collective: every rank calls it, and reads of the state just the rows that it will update."""
     meta = load_meta(run_dir, step)
     names = [name for name in meta["files"] if name.startswith("optim_")]
-    verify_files(run_dir, step, names)
+    disk.verify_files(run_dir, step, names)
     try:
         load_weights(model, run_dir, step)
-        optimizer.load_named_state(SavedState(run_dir / get_step_name(step), names).read, meta["optimizer_steps"])
+        optimizer.load_named_state(disk.SavedState(run_dir / get_step_name(step), names).read, meta["optimizer_steps"])
     except (RuntimeError, ValueError) as error:  # torch's own for weights, ours for state
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"the checkpoint {run_dir / get_step_name(step)} is of another model ({reason}); train with "
@@ -370,9 +329,9 @@ def restore(run_dir: Path, step: int, model: GPT, optimizer) -> None:
 
 def load_run_tokenizer(meta: dict):
     """The tokenizer that a checkpoint was trained with; one of the same name but other content is refused."""
-    tokenizer = get_tokenizer(meta["tokenizer"]["name"])
-    if tokenizer.hash != meta["tokenizer"]["hash"]:
-        name, saved_hash = meta["tokenizer"]["name"], meta["tokenizer"]["hash"]
+    name, saved_hash = meta["tokenizer"]["name"], meta["tokenizer"]["hash"]
+    tokenizer = get_tokenizer(name)
+    if tokenizer.hash != saved_hash:
         raise UserError(f"the model was trained with tokenizer {name} {saved_hash}, but the one on disk is "
                         f"{tokenizer.hash}; put the old one back or train again")
     return tokenizer

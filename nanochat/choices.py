@@ -6,43 +6,22 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
+from nanochat import common, memory
 from nanochat.checkpoint_manager import Checkpoint, SaveRules
-from nanochat.common import (
-    UserError,
-    gather,
-    get_compute_dtype,
-    get_peak_flops,
-    get_peak_memory_bytes,
-    get_ranks,
-    int_or_all,
-    int_or_never,
-)
+from nanochat.common import UserError, gather, get_peak_flops, int_or_all, int_or_never
 from nanochat.compilation import choose_compile
 from nanochat.cross_entropy import LOSSES
 from nanochat.flash_attention import choose_backend
 from nanochat.gpt import GPTConfig
-from nanochat.memory import (
-    GIB,
-    Machine,
-    expect_mfu,
-    find_gpu,
-    get_max_micro_tokens,
-    largest_micro_rows,
-    list_divisors,
-    measure_free_bytes,
-    predict_memory,
-    rows_or_auto,
-)
+from nanochat.memory import GIB, Machine, list_divisors, measure_free_bytes
 from nanochat.run import decide
 from nanochat.scaling import Plan
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags. Each is part of a run's identity, which a continued run must have as before, unless it stands in FREE_FLAGS
-
+# Each flag is part of a run's identity, which a continued run must have as before, unless it stands in FREE_FLAGS
 MACHINE_FLAGS = {"device_type", "dtype", "attention", "compile", "device_batch_size", "sample_rows"}    # last bits only
 # Flags that don't change what is learned: the one list, which resume, comparisons and sweeps read
 FREE_FLAGS = MACHINE_FLAGS | {
@@ -56,8 +35,7 @@ OUTCOME_FLAGS = {"data", "tokenizer", "depth", "aspect_ratio", "head_dim", "max_
 LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")    # later stages take over the base run's
 
 
-def add_stage_args(parser: argparse.ArgumentParser, *, eval_every: int, sample_every: int,
-                   has_rows: bool = True) -> None:
+def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_every: int, has_rows: bool = True) -> None:
     """The flags that every stage has; has_rows: it learns from rows of data, and is evaluated on them."""
     add = parser.add_argument
     add("--run", default="none", help="log to wandb under this name (default: %(default)s, no wandb)")
@@ -65,7 +43,7 @@ def add_stage_args(parser: argparse.ArgumentParser, *, eval_every: int, sample_e
     if has_rows:
         add("--total-batch-size", type=int, help="tokens of a step, all ranks together (default: chosen)")
         add("--eval-tokens", type=int, help="tokens of a validation loss (default: chosen)")
-    add("--device-batch-size", type=rows_or_auto, default="auto", metavar="ROWS",
+    add("--device-batch-size", type=memory.rows_or_auto, default="auto", metavar="ROWS",
         help="rows of a forward pass; auto: the largest micro-batch that fits (default: %(default)s)")
     # evaluation and saving
     add("--eval-every", type=int_or_never, default=eval_every, help="steps between evaluations, or never")
@@ -80,8 +58,7 @@ def add_stage_args(parser: argparse.ArgumentParser, *, eval_every: int, sample_e
     add("--allow-mismatch", action="store_true",
         help="go on though tokenizer, data or settings aren't those of the saved run (recorded in run.json)")
     # machine
-    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best that is there)")
-    add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
+    common.add_compute_flags(parser)
     add("--compile", choices=("auto", "on", "off"), default="auto")
     add("--attention", default="auto", help="auto, or one backend of nanochat.flash_attention")
     add("--loss", choices=tuple(LOSSES), default="fused", help="fused saves memory, plain is easy to change")
@@ -112,21 +89,21 @@ class Wanted:
 @dataclass(frozen=True)
 class StageFlags:
     """What a person asked for with the flags of every stage."""
+    given:            dict[str, object]    # all flags of the stage by name, for run.json
+    defaults:         dict[str, object]
+    argv:             list[str]
+    saving:           SaveRules
+    wanted:           Wanted
+    wandb_name:       str | None
     seed:             int
-    total_batch_size: int | None           # tokens; None: chosen, or those of the stage before
-    eval_tokens:      int | None           # None: chosen by device
     eval_every:       int | None           # steps; None: never
     sample_every:     int | None
     resume:           str
     stop_at:          int | None
     allow_mismatch:   bool
-    saving:           SaveRules
-    wanted:           Wanted
-    wandb_name:       str | None
-    given:            dict[str, object]    # all flags of the stage by name, for run.json
-    defaults:         dict[str, object]
-    argv:             list[str]
-    start_time:       float                # by time.perf_counter, when the flags were read
+    total_batch_size: int | None = None    # tokens; None: chosen, or those of the stage before
+    eval_tokens:      int | None = None    # None: chosen by device
+    start_time:       float = field(default_factory=time.perf_counter)    # when the flags were read
 
 
 def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[str] | None) -> StageFlags:
@@ -135,18 +112,13 @@ def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: 
     for name, least in (("seed", 0), ("eval_tokens", 1), ("stop_at", 1)):
         if given.get(name) is not None and given[name] < least:
             raise UserError(f"--{name.replace('_', '-')} {given[name]} must be at least {least}")
-    plain = "seed total_batch_size eval_tokens eval_every sample_every resume stop_at allow_mismatch".split()
     return StageFlags(
-        **{name: given.get(name) for name in plain},
-        saving=SaveRules(args.save_every, args.save_every_minutes, args.keep_last, args.keep_every),
-        wanted=Wanted(args.dtype, args.attention, args.compile, args.loss, args.device_batch_size, args.deterministic),
-        wandb_name=None if args.run in ("none", "dummy") else args.run, given=given,
-        defaults={name: parser.get_default(name) for name in given}, argv=sys.argv if argv is None else argv,
-        start_time=time.perf_counter())
+        given, {name: parser.get_default(name) for name in given}, sys.argv if argv is None else argv,
+        SaveRules(args.save_every, args.save_every_minutes, args.keep_last, args.keep_every),
+        Wanted(args.dtype, args.attention, args.compile, args.loss, args.device_batch_size, args.deterministic),
+        None if args.run in ("none", "dummy") else args.run,
+        **{f.name: given[f.name] for f in fields(StageFlags) if f.name in given})
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the run decides for itself
 
 EAGER_MFU = 0.3    # measured at depth 4 (dev/LOG.md, "The whole step"); only to tell short runs from long ones
 
@@ -169,7 +141,7 @@ class StepRows:
 
     def predict(self, micro_rows: int, machine: Machine) -> int:
         """Bytes that a step needs in micro-batches of so many rows."""
-        return predict_memory(self.config, self.T, micro_rows, machine, self.num // micro_rows).needed
+        return memory.predict_memory(self.config, self.T, micro_rows, machine, self.num // micro_rows).needed
 
 
 @dataclass(frozen=True)
@@ -189,9 +161,7 @@ class Choices:
 def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.device,
                decisions: list[dict]) -> Choices:
     """Decide how a run computes, each choice printed and kept in `decisions`. Collective.
-
-    num_flops: model FLOPs that the run still has before it, all ranks together
-    """
+    num_flops: model FLOPs that the run still has before it, all ranks together"""
     kept = dict(wanted.kept)
     if "use_compile" in kept:
         kept["compile"] = "on" if kept["use_compile"] else "off"
@@ -203,13 +173,12 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
         value, why = gather(find(kept[name] if is_kept else asked))[0]
         return decide(decisions, name, value, wanted.kept_why if is_kept else why)
 
-    def find_attention(name: str) -> tuple[str, str]:
-        if name == "auto" and wanted.deterministic and device.type == "cuda":
-            name = "sdpa"  # the only backend there whose backward pass repeats bit for bit
-        return choose_backend(device, dtype, rows.T, wanted=name)
-    world_size = get_ranks().world_size
-    dtype = choose("dtype", lambda name: get_compute_dtype(name, device))
-    attention = choose("attention", find_attention)
+    world_size = common.get_ranks().world_size
+    dtype = choose("dtype", lambda name: common.get_compute_dtype(name, device))
+    # sdpa is the only backend of a GPU whose backward pass repeats bit for bit
+    auto = "sdpa" if wanted.deterministic and device.type == "cuda" else "auto"
+    attention = choose("attention", lambda name: choose_backend(
+        device, dtype, rows.T, wanted=auto if name == "auto" else name))
     peak_flops = decide(decisions, "peak FLOP/s of one device", *get_peak_flops(device, dtype))
     peak_flops = peak_flops and peak_flops * world_size
     eager_sec = num_flops / (EAGER_MFU * peak_flops) if peak_flops else None
@@ -221,7 +190,7 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
     decide(decisions, "loss", machine.loss, ", ".join(
         f"{rows.predict(micro_rows, replace(machine, loss=loss)) / GIB:.2f} GiB with {loss}" for loss in LOSSES))
     # a CPU's measured peak is that of the whole process, with Python and all libraries
-    loaded_bytes = get_peak_memory_bytes(device) if device.type == "cpu" else 0
+    loaded_bytes = common.get_peak_memory_bytes(device) if device.type == "cpu" else 0
     return Choices(machine, peak_flops, micro_rows, rows.predict(micro_rows, machine) + loaded_bytes)
 
 
@@ -231,8 +200,8 @@ def choose_micro_rows(wanted: Wanted, rows: StepRows, machine: Machine, free_byt
     As asked for; else as kept, where that is possible; else the largest that fits, up to the tokens beyond which more
     gain nothing.
     """
-    divisors, max_tokens = list_divisors(rows.num), get_max_micro_tokens(machine.device_type)
-    fitting = largest_micro_rows(rows.config, rows.T, machine, free_bytes, rows.num)
+    divisors, max_tokens = list_divisors(rows.num), memory.get_max_micro_tokens(machine.device_type)
+    fitting = memory.largest_micro_rows(rows.config, rows.T, machine, free_bytes, rows.num)
     kept, chosen = wanted.kept.get("micro_rows"), fitting or 1
     if wanted.micro_rows != "auto":
         chosen, why = wanted.micro_rows, "asked for"
@@ -252,9 +221,9 @@ def choose_micro_rows(wanted: Wanted, rows: StepRows, machine: Machine, free_byt
         why = f"at most {max_tokens:,} tokens"
     else:
         why = "largest that fits"
-    needed_bytes = rows.predict(chosen, machine)
-    free = "an unknown number" if free_bytes is None else f"{free_bytes / GIB:.2f}"
-    warning = " and may not fit" if free_bytes is not None and needed_bytes > free_bytes else ""
+    needed_bytes, free, warning = rows.predict(chosen, machine), "an unknown number", ""
+    if free_bytes is not None:
+        free, warning = f"{free_bytes / GIB:.2f}", " and may not fit" if needed_bytes > free_bytes else ""
     return chosen, f"{why}: {needed_bytes / GIB:.2f} of {free} GiB predicted{warning}; {rows.num // chosen} a step"
 
 
@@ -269,7 +238,7 @@ def predict_run(stage: str, choices: Choices, config: GPTConfig, plan: Plan) -> 
         why = "without compilation" if choices.peak_flops else f"on {machine.device_type} devices"
         return predicted | {"mfu_source": f"unknown, for nothing was measured {why}"}
     name = "cpu" if machine.device_type == "cpu" else torch.get_device_module(machine.device_type).get_device_name(None)
-    mfu, source = expect_mfu((find_gpu(name) or (name,))[0], config.n_layer)
+    mfu, source = memory.expect_mfu((memory.find_gpu(name) or (name,))[0], config.n_layer)
     train_sec = plan.total_flops / (mfu * choices.peak_flops)
     return predicted | {"mfu_source": source, "mfu_pct": 100 * mfu, "train_sec": train_sec,
                         "tokens_per_sec": plan.total_tokens / train_sec}

@@ -1,7 +1,6 @@
 """What every other file needs: where state lives, which device and dtype, which rank, and how a mistake is reported.
 
-The only file that reads the environment. Loading torch takes seconds, so it is imported where it is used: scripts.plan
-does without.
+The only file that reads the environment. Loading torch takes seconds, so only functions import it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,9 +32,6 @@ import filelock
 if TYPE_CHECKING:
     import torch
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Mistakes, and how a script ends
-
 
 class UserError(Exception):
     """A person's mistake. The message is one sentence: what is wrong, where, and what to do instead."""
@@ -52,6 +47,12 @@ def int_or_word(text: str, word: str) -> int | None:
 
 int_or_never = functools.partial(int_or_word, word="never")    # steps between events
 int_or_all = functools.partial(int_or_word, word="all")        # the largest number of something
+
+
+def add_compute_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of each script that computes with a model."""
+    parser.add_argument("--device-type", default="auto", help="cuda, cpu, mps, xpu; auto: the best that is there")
+    parser.add_argument("-d", "--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
 
 
 def prepare_process() -> None:
@@ -76,9 +77,7 @@ def prepare_process() -> None:
 
 def run_script(main: Callable[[list[str] | None], object]) -> None:
     """Run a script's `main` and turn how it ended into an exit code: 0 done, 2 a person's mistake, 130 Ctrl-C.
-
-    Any other error is a bug and keeps its traceback.
-    """
+    Any other error is a bug and keeps its traceback."""
     try:
         main(None)
         if dist := get_process_group():
@@ -96,14 +95,14 @@ def run_script(main: Callable[[list[str] | None], object]) -> None:
     except (RuntimeError, MemoryError) as error:
         dist = sys.modules.get("torch.distributed")  # where it isn't loaded, none of its errors can be raised
         if dist and (isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error).lower())):
-            first_line = (str(error).splitlines() or ["no details"])[0]
             exit_with(1, f"error: rank {get_ranks().rank} can't reach the other ranks any more: one of them has ended "
-                         f"(what it said stands above) or did not answer for {get_collective_timeout_sec():g} s; run "
-                         f"the same command again to go on from the last checkpoint ({first_line})")
+                         "(what it said stands above) or did not answer for "
+                         f"{get_collective_timeout().total_seconds():g} s; run the same command again to go on from "
+                         f"the last checkpoint ({get_first_line(error)})")
         if not is_out_of_memory(error):
             raise
-        exit_with(2, f"error: out of memory ({(str(error).splitlines() or ['no details'])[0]}); set a smaller "
-                     "--device-batch-size, where the script has it")
+        exit_with(2, f"error: out of memory ({get_first_line(error)}); set a smaller --device-batch-size, where the "
+                     "script has it")
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
             exit_with(2, f"error: no permission for {error.filename} ({error.strerror}); change it, or set "
@@ -120,6 +119,10 @@ def is_out_of_memory(error: Exception) -> bool:
     texts = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or \
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def get_first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no details"])[0]
 
 
 def end_process() -> None:
@@ -139,10 +142,6 @@ def exit_with(code: int, message: str) -> None:
     sys.exit(code)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The environment
-
-
 def get_base_dir() -> Path:
     """The folder of all state on disk: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. Created if missing."""
     base_dir = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
@@ -153,9 +152,9 @@ def get_base_dir() -> Path:
     return base_dir
 
 
-def get_hub_endpoint() -> str:
-    """Where Hugging Face files are fetched from: $HF_ENDPOINT (a mirror), by default the hub itself."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+def get_hub() -> tuple[str, str | None]:
+    """Where Hugging Face files are fetched from ($HF_ENDPOINT, a mirror) and the person's token ($HF_TOKEN), if any."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"), os.environ.get("HF_TOKEN") or None
 
 
 SPIN_COUNT = "600"    # GOMP_SPINCOUNT of training, see prepare_process
@@ -177,36 +176,24 @@ def get_worker_env(worker: int, num_workers: int, num_gpus: int) -> dict[str, st
     env = dict(os.environ)
     if num_workers > 1:
         visible = env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(num_workers * num_gpus)))
-        own = visible.split(",")[worker * num_gpus:(worker + 1) * num_gpus]
-        env |= {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[worker * num_gpus:(worker + 1) * num_gpus])
         env.setdefault("OMP_NUM_THREADS", str(max(1, count_cpus() // (num_workers * num_gpus))))
     return env
 
 
-def get_hub_token() -> str | None:
-    """The person's Hugging Face token ($HF_TOKEN), if any."""
-    return os.environ.get("HF_TOKEN") or None
-
-
-def get_collective_timeout_sec() -> float:
+def get_collective_timeout() -> timedelta:
     """How long a rank waits for the others before it gives up: $NANOCHAT_TIMEOUT_SEC, by default half an hour."""
-    try:
-        seconds = float(os.environ.get("NANOCHAT_TIMEOUT_SEC") or 1800)
-    except ValueError:
-        seconds = -1
-    if seconds <= 0:
-        raise UserError(f"NANOCHAT_TIMEOUT_SEC={os.environ['NANOCHAT_TIMEOUT_SEC']} must be a number of seconds")
-    return seconds
+    seconds = os.environ.get("NANOCHAT_TIMEOUT_SEC") or "1800"
+    with contextlib.suppress(ValueError):
+        if float(seconds) > 0:
+            return timedelta(seconds=float(seconds))
+    raise UserError(f"NANOCHAT_TIMEOUT_SEC={seconds} must be a number of seconds")
 
 
 def get_mirror_dir() -> Path | None:
     """A local folder that stands in for the hub ($NANOCHAT_MIRROR_DIR/<owner>/<repo>/<file>), if any."""
     mirror_dir = os.environ.get("NANOCHAT_MIRROR_DIR")
     return Path(mirror_dir).expanduser() if mirror_dir else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -249,10 +236,6 @@ def hash_file(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranks
 
 
 @dataclass(frozen=True)
@@ -315,21 +298,12 @@ def print0(*values: object) -> None:
         print(" ".join(map(str, values)) + "\n", end="", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Device and dtype
-
 COMPUTE_DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}  # name in torch -> bytes
-# Above this a tensor that is freed goes back to the system, and the next step pays for its pages again: a product
-# with a 256 MiB result was 1.8 times slower (dev/LOG.md, "Freed memory"). The threshold must exceed the largest
-# temporary of a step.
-MALLOC_KEEP_BYTES = 2**31 - 1
 
 
-def init_compute(device_type: str = "", deterministic: bool = False) -> tuple[torch.device, Ranks]:
-    """Choose the device ('' = the best there is), join the other ranks, set process-wide torch options.
-
-    deterministic: only algorithms that give the same bits each time; for a GPU, a CPU has no others here
-    """
+def init_compute(device_type: str = "auto", deterministic: bool = False) -> tuple[torch.device, Ranks]:
+    """Choose the device, join the other ranks, set process-wide torch options.
+    deterministic: only algorithms that give the same bits each time; for a GPU, a CPU has no others here"""
     import torch
     import torch.distributed as dist
     ranks = get_ranks()
@@ -337,40 +311,34 @@ def init_compute(device_type: str = "", deterministic: bool = False) -> tuple[to
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     device = get_device(device_type, ranks)
-    keep_compiled_kernels()
+    # compiled kernels stay with the rest of the state: /tmp, torch's choice, doesn't outlive a reboot
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(get_base_dir() / "compiled"))
+    is_cuda = device.type == "cuda"
     if device.type == "cpu":
         keep_freed_memory()
         if ranks.world_size > 1:
             torch.set_num_threads(max(1, count_cpus() // count_local_ranks()))
-    elif device.type == "cuda":
+    elif is_cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if ranks.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                device_id=device if device.type == "cuda" else None,
-                                timeout=timedelta(seconds=get_collective_timeout_sec()))
+        dist.init_process_group("nccl" if is_cuda else "gloo", device_id=device if is_cuda else None,
+                                timeout=get_collective_timeout())
     return device, ranks
 
 
-def keep_compiled_kernels() -> None:
-    """Keep compiled kernels with the rest of the state: /tmp, torch's choice, doesn't outlive a reboot."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(get_base_dir() / "compiled"))
-
-
 def get_device(device_type: str, ranks: Ranks) -> torch.device:
-    """The torch device of this rank; '' chooses the accelerator that torch sees, else the CPU."""
+    """The torch device of this rank; 'auto' chooses the accelerator that torch sees, else the CPU."""
     import torch
-    if not device_type:
+    if device_type in ("auto", ""):
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device_type = accelerator.type if accelerator else "cpu"
     try:
         # MPS has one device only and takes no number; numbering is for CUDA, ROCm ("cuda" to torch) and XPU
-        device = torch.device(device_type, ranks.local_rank) if device_type in ("cuda", "xpu") else \
-            torch.device(device_type)
+        device = torch.device(device_type, *((ranks.local_rank,) if device_type in ("cuda", "xpu") else ()))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--device-type {device_type} can't be used here: {reason}") from None
+        raise UserError(f"--device-type {device_type} can't be used here: {get_first_line(error)}") from None
     return device
 
 
@@ -412,9 +380,7 @@ def measure_matmul_rate(dtype: torch.dtype, size: int) -> float:
 
 def get_peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
     """FLOP/s that MFU is measured against, and where the figure comes from; None when nothing is known.
-
-    A GPU's is its maker's figure for dense bf16; a CPU's is the measured rate of a large product in `dtype`.
-    """
+    A GPU's is its maker's figure for dense bf16; a CPU's is the measured rate of a large product in `dtype`."""
     import torch
     if device.type == "cpu":
         return measure_matmul_rate(dtype, 2048 if dtype == torch.bfloat16 else 1024), "measured matmul rate"
@@ -427,18 +393,18 @@ def get_peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | No
     return None, f"no peak figure is known for {device.type}"
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Make glibc keep large freed blocks for the next step instead of returning them to the system.
 
-    True where it took effect; other C libraries have no such switch.
+    Above the threshold a block that is freed goes back, and the next step pays for its pages again: a product with a
+    256 MiB result was 1.8 times slower (dev/LOG.md, "Freed memory"). It must exceed the largest temporary of a step.
     """
-    m_trim_threshold, m_top_pad, m_mmap_threshold, m_arena_max = -1, -2, -3, -8  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        settings = ((m_mmap_threshold, MALLOC_KEEP_BYTES), (m_trim_threshold, MALLOC_KEEP_BYTES),
-                    (m_top_pad, 64 * 2**20), (m_arena_max, 1))
-        return all([libc.mallopt(key, value) for key, value in settings])
-    return False
+    m_trim_threshold, m_top_pad, m_mmap_threshold, m_arena_max, keep_bytes = -1, -2, -3, -8, 2**31 - 1  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no such switch
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        for key, value in ((m_mmap_threshold, keep_bytes), (m_trim_threshold, keep_bytes), (m_top_pad, 64 * 2**20),
+                           (m_arena_max, 1)):
+            mallopt(key, value)
 
 
 def count_cpus() -> int:
@@ -465,10 +431,6 @@ def get_peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a run was made with
-
-
 def get_git_revision() -> str | None:
     """The commit of this checkout, with '+changes' when files differ from it; None outside a checkout."""
     def git(*words: str) -> str:
@@ -486,8 +448,7 @@ def get_environment(device: torch.device) -> dict:
     for name in ("torch", "numpy", "pyarrow", "tiktoken", "rustbpe", "safetensors", "triton", "kernels"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
-    hardware = {"device": device.type, "cpu": get_cpu_name(), "num_cpus": count_cpus(),
-                "ram_bytes": get_ram_bytes()}
+    hardware = {"device": device.type, "cpu": get_cpu_name(), "num_cpus": count_cpus(), "ram_bytes": get_ram_bytes()}
     if device.type in ("cuda", "xpu"):
         properties = torch.get_device_module(device).get_device_properties(device)
         hardware |= {"gpu": properties.name, "gpu_bytes": properties.total_memory,
@@ -510,11 +471,6 @@ def get_ram_bytes() -> int | None:
     with contextlib.suppress(ValueError, OSError, AttributeError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None
-
-
-def get_free_disk_bytes(path: Path) -> int:
-    """Free space on the disk that holds `path`."""
-    return shutil.disk_usage(path).free
 
 
 def now() -> str:

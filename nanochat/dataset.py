@@ -168,10 +168,10 @@ def fetch_from_hub(folder: Path, source: str, num_shards: int | None, num_worker
         save()
 
     save()
-    root = common.get_mirror_dir() or f"{common.get_hub_endpoint()}/datasets"
-    jobs = [Job(root / repo / remote if isinstance(root, Path) else f"{root}/{repo}/resolve/main/{remote}",
+    mirror_dir, (endpoint, token) = common.get_mirror_dir(), common.get_hub()
+    jobs = [Job(mirror_dir / repo / remote if mirror_dir else f"{endpoint}/datasets/{repo}/resolve/main/{remote}",
                 folder / name) for name, remote in remote_names.items() if name not in complete]
-    failed = download_all(jobs, num_workers, shards.inspect_shard, keep, common.get_hub_token()) if jobs else {}
+    failed = download_all(jobs, num_workers, shards.inspect_shard, keep, token) if jobs else {}
     if failed:
         reasons = "; ".join(f"{remote_names[name]}{' (validation)' if name == 'val.parquet' else ''}: {reason}"
                             for name, reason in failed.items())

@@ -13,10 +13,13 @@ second model. They are sampled at temperature 1 from the whole distribution: any
 Q questions, S answers each, B rows, T tokens.
 """
 
+import bisect
+import itertools
 import math
+import operator
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -32,13 +35,6 @@ PASS_AT = (1, 4, 16)       # k of pass@k
 PROBE_TOKENS = 1024        # whose distributions are compared before and after a step; at least those of one answer
 SAMPLE_ROWS = {"cpu": 64}  # answers that are sampled at once by default, by device
 DEFAULT_SAMPLE_ROWS = 256
-# Rows are padded to a multiple of this; where kernels are compiled for a length, few lengths matter more than padding
-LENGTH_MULTIPLE = {"cpu": 16}
-DEFAULT_LENGTH_MULTIPLE = 128
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Questions
 
 
 @dataclass(frozen=True)
@@ -70,13 +66,10 @@ def make_questions(tasks: Mapping[str, object], tokenizer, max_prompt_tokens: in
 
 def choose_questions(num_questions: int, num: int, seed: int, step: int) -> list[int]:
     """The questions of a step: the next `num` of an endless list, in which each epoch has an order of its own."""
-    chosen = []
-    for n in range(step * num, (step + 1) * num):
-        epoch, place = divmod(n, num_questions)
-        if not chosen or place == 0:
-            order = np.random.default_rng((seed, epoch)).permutation(num_questions)
-        chosen.append(int(order[place]))
-    return chosen
+    epoch, place = divmod(step * num, num_questions)
+    num_epochs = -(-(place + num) // num_questions)
+    orders = [np.random.default_rng((seed, epoch + i)).permutation(num_questions) for i in range(num_epochs)]
+    return np.concatenate(orders)[place:place + num].tolist()
 
 
 def get_sampling_seed(seed: int, step: int, question: int) -> int:
@@ -87,10 +80,6 @@ def get_sampling_seed(seed: int, step: int, question: int) -> int:
 def take_share(num: int, ranks: Ranks) -> range:
     """This rank's share of `num` items: neighbours, as many as the other ranks have, or one fewer."""
     return range(num * ranks.rank // ranks.world_size, num * (ranks.rank + 1) // ranks.world_size)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers
 
 
 @dataclass(frozen=True)
@@ -125,15 +114,9 @@ def compute_pass_at(num_samples: int, num_passed: int, k: int) -> float:
     return 1 - math.comb(num_samples - num_passed, k) / math.comb(num_samples, k)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Learning from them
-
-
 def compute_advantages(rewards: Tensor) -> Tensor:
     """(Q, S) rewards -> (Q, S) advantages: each one's distance from its group's mean; exactly 0 where all are equal.
-
-    Exactly, because a mean is rounded: otherwise the optimizer would take a step on rounding errors alone.
-    """
+    Exactly, because a mean is rounded: otherwise the optimizer would take a step on rounding errors alone."""
     is_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (Q, 1)
     return (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(is_equal, 0)
 
@@ -154,7 +137,7 @@ class PolicyBatch(Batch):
             if micro.weights.any():
                 longest = int((micro.targets >= 0).any(dim=0).nonzero()[-1]) + 1
                 tokens = slice(0, round_up(longest, self.length_multiple))
-                yield Batch(micro.inputs[:, tokens], micro.targets[:, tokens], micro.weights[:, tokens])
+                yield micro.map(operator.itemgetter((slice(None), tokens)))
 
 
 def make_batch(answers: Sequence[Answer], advantages: Sequence[float], length_multiple: int) -> PolicyBatch:
@@ -177,13 +160,9 @@ def round_up(number: int, multiple: int) -> int:
 
 def choose_probe(groups: Sequence[Sequence[Answer]]) -> list[Answer]:
     """One answer to each question, up to PROBE_TOKENS: a fair sample of the step at a fraction of its cost."""
-    probe, num_tokens = [], 0
-    for answer, *_ in groups:
-        num_tokens += sum(answer.masks)
-        if probe and num_tokens > PROBE_TOKENS:
-            break
-        probe.append(answer)
-    return probe
+    firsts = [group[0] for group in groups]
+    totals = list(itertools.accumulate(sum(answer.masks) for answer in firsts))
+    return firsts[:max(1, bisect.bisect_right(totals, PROBE_TOKENS))]
 
 
 @torch.no_grad()
@@ -220,10 +199,6 @@ def keep_matrices(optimizer: MuonAdamW) -> MuonAdamW:
                      optimizer.matmul_dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A step's answers
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How answers are sampled."""
@@ -233,23 +208,21 @@ class Sampling:
     sample_rows:     int    # answers that a rank samples at once
 
 
+@dataclass
 class Rollouts:
-    """Asks the model the questions of each step, this rank its share. Questions and answers follow from seed and step.
-
-    num_questions: of a step, all ranks together
-    state:         what `state_dict` returned
-    """
-
-    def __init__(self, questions: Sequence[Question], tokenizer, sampling: Sampling, num_questions: int, ranks: Ranks,
-                 *, length_multiple: int, state: dict | None = None):
-        self.questions, self.tokenizer, self.sampling = questions, tokenizer, sampling
-        self.num_questions, self.ranks, self.length_multiple = num_questions, ranks, length_multiple
-        self.num_tokens = state["num_tokens"] if state else 0
-        self.stats: dict = {}      # of the last step, all ranks together, but for times, which are this rank's
-        self.sample: dict = {}     # the first of its answers
+    """Asks the model each step's questions, this rank its share. Questions and answers follow from seed and step."""
+    questions:       Sequence[Question]
+    tokenizer:       object
+    sampling:        Sampling
+    num_questions:   int     # of a step, all ranks together
+    ranks:           Ranks
+    length_multiple: int
+    num_tokens:      int = 0                               # that have been learned from
+    stats:           dict = field(default_factory=dict)    # of the last step, all ranks together but for times
+    sample:          dict = field(default_factory=dict)    # the first of its answers
 
     def state_dict(self) -> dict:
-        """The tokens that have been learned from; all else follows from the step."""
+        """What a continued run needs to know; all else follows from the step."""
         return {"num_tokens": self.num_tokens}
 
     def give_back(self) -> None:
@@ -269,22 +242,19 @@ class Rollouts:
         self.sample = {"prompt": asked[0].conversation["messages"][-2]["content"], "text": first.text,
                        "reward": first.reward}
         rewards = torch.tensor([[answer.reward for answer in group] for group in groups], dtype=torch.float64)
-        answers = [answer for group in groups for answer in group]
         sample_sec = time.perf_counter() - start_time
         probe = choose_probe(groups)
         self.probe = make_batch(probe, [0.0] * len(probe), self.length_multiple)
         self.probe_logprobs = compute_logprobs(model, self.probe, micro_rows)
         self._count(groups, sample_sec)
-        return make_batch(answers, compute_advantages(rewards).flatten().tolist(), self.length_multiple)
+        return make_batch(sum(groups, []), compute_advantages(rewards).flatten().tolist(), self.length_multiple)
 
     def measure_step(self, model: GPT, micro_rows: int) -> None:
         """Add to `stats` the KL of the policy before the step from that after it, in nats an answer. Collective.
-
-        A healthy step moves hundredths of a nat (assumption, not studied); above tenths, rewards fell.
-        """
+        A healthy step moves hundredths of a nat (assumption, not studied); above tenths, rewards fell."""
         kl = sum_kl(self.probe_logprobs, compute_logprobs(model, self.probe, micro_rows))
-        kl, num_answers = add_up([kl, len(self.probe.inputs)])
-        self.stats["kl_nats"] = kl / num_answers
+        sums = add_up({"kl": kl, "answers": len(self.probe.inputs)})
+        self.stats["kl_nats"] = sums["kl"] / sums["answers"]
 
     def get_values(self, step_sec: float) -> dict:
         """The values to log for a step that took so long. Tokens are those of prompts and answers, without padding."""
@@ -294,70 +264,58 @@ class Rollouts:
 
     def _count(self, groups: list[list[Answer]], sample_sec: float) -> None:
         """Set `stats`."""
-        answers = [answer for group in groups for answer in group]
-        equal = sum(len({answer.reward for answer in group}) == 1 for group in groups)
-        pass_at = get_pass_at(self.sampling.num_samples)
-        sums = [len(groups), len(answers), sum(answer.reward for answer in answers),
-                sum(answer.is_truncated for answer in answers),
-                sum(len(answer.tokens) - answer.num_prompt for answer in answers),
-                sum(len(answer.tokens) for answer in answers), equal, sum_entropy(self.probe_logprobs),
-                len(self.probe_logprobs),
-                *sum_pass_at(groups, pass_at)]
-        (num_groups, num_answers, reward, truncated, answer_tokens, row_tokens, equal, entropy, probe_tokens,
-         *passed) = add_up(sums)
-        self.num_tokens += int(row_tokens)
-        self.stats = {"reward": reward / num_answers,
-                      **{f"pass_at_{k}": value / num_groups for k, value in zip(pass_at, passed, strict=True)},
-                      "answer_tokens": answer_tokens / num_answers, "entropy_nats": entropy / probe_tokens,
-                      "truncated_frac": truncated / num_answers, "zero_variance_frac": equal / num_groups,
-                      "row_tokens": int(row_tokens), "sample_sec": sample_sec,
-                      "sample_tokens_per_sec": answer_tokens / sample_sec}
+        answers = sum(groups, [])
+        sums = add_up({
+            "questions": len(groups), "answers": len(answers), "reward": sum(answer.reward for answer in answers),
+            "truncated": sum(answer.is_truncated for answer in answers),
+            "answer_tokens": sum(len(answer.tokens) - answer.num_prompt for answer in answers),
+            "row_tokens": sum(len(answer.tokens) for answer in answers),
+            "equal": sum(len({answer.reward for answer in group}) == 1 for group in groups),
+            "entropy": sum_entropy(self.probe_logprobs), "probe_tokens": len(self.probe_logprobs),
+            **sum_pass_at(groups, self.sampling.num_samples)})
+        num_questions, num_answers, row_tokens = sums["questions"], sums["answers"], int(sums["row_tokens"])
+        self.num_tokens += row_tokens
+        passed = {key: value / num_questions for key, value in sums.items() if key.startswith("pass_at_")}
+        self.stats = {
+            "reward": sums["reward"] / num_answers, **passed, "answer_tokens": sums["answer_tokens"] / num_answers,
+            "entropy_nats": sums["entropy"] / sums["probe_tokens"], "truncated_frac": sums["truncated"] / num_answers,
+            "zero_variance_frac": sums["equal"] / num_questions, "row_tokens": row_tokens, "sample_sec": sample_sec,
+            "sample_tokens_per_sec": sums["answer_tokens"] / sample_sec}
 
 
-def get_pass_at(num_samples: int) -> list[int]:
-    """The k of pass@k that can be estimated from so many samples."""
-    return [k for k in PASS_AT if k <= num_samples]
+def sum_pass_at(groups: Sequence[Sequence[Answer]], num_samples: int) -> dict[str, float]:
+    """For each k that so many samples allow, pass@k summed over the questions; a reward of 1 is a pass."""
+    num_passed = [sum(answer.reward >= 1 for answer in group) for group in groups]
+    return {f"pass_at_{k}": sum(compute_pass_at(num_samples, n, k) for n in num_passed)
+            for k in PASS_AT if k <= num_samples}
 
 
-def sum_pass_at(groups: Sequence[Sequence[Answer]], pass_at: Sequence[int]) -> list[float]:
-    """For each k, pass@k summed over the questions; an answer passes with a reward of 1."""
-    return [sum(compute_pass_at(len(group), sum(answer.reward >= 1 for answer in group), k) for group in groups)
-            for k in pass_at]
-
-
-def add_up(values: Sequence[float]) -> list[float]:
+def add_up(values: dict[str, float]) -> dict[str, float]:
     """Each value summed over all ranks. Collective."""
-    return sum_over_ranks(torch.tensor(values, dtype=torch.float64)).tolist()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
+    sums = sum_over_ranks(torch.tensor(list(values.values()), dtype=torch.float64)).tolist()
+    return dict(zip(values, sums, strict=True))
 
 
 def evaluate_answers(model: GPT, tokenizer, questions: Sequence[Question], sampling: Sampling, ranks: Ranks) -> dict:
     """Rewards on held-out questions: of greedy answers, and of samples at temperature 1. Collective.
-
-    The samples are drawn with the same random numbers each time, so that two evaluations differ by the model alone.
-    """
+    The samples are drawn with the same random numbers each time, so that two evaluations differ by the model alone."""
     engine, values = Engine(model, tokenizer, sampling.sample_rows), {}
     num_samples, max_new_tokens, seed = sampling.num_samples, sampling.max_new_tokens, sampling.seed
-    pass_at = get_pass_at(num_samples)
     for name in dict.fromkeys(question.task_name for question in questions):
         of_task = [question for question in questions if question.task_name == name]
         share = take_share(len(of_task), ranks)
         asked = [of_task[i] for i in share]
         greedy = write_answers(engine, asked, 1, max_new_tokens, 0.0, seed)
         drawn = write_answers(engine, asked, num_samples, max_new_tokens, 1.0, get_sampling_seed(seed, 0, share.start))
-        cut = sum(answer.is_truncated for group in greedy for answer in group)
-        reward = sum(answer.reward for group in drawn for answer in group)
-        sums = add_up([*sum_pass_at(greedy, [1]), cut, reward, *sum_pass_at(drawn, pass_at)])
-        values |= {f"{name}_problems": len(of_task), f"{name}_greedy_frac": sums[0] / len(of_task),
-                   f"{name}_greedy_truncated_frac": sums[1] / len(of_task),
-                   f"{name}_reward": sums[2] / len(of_task) / num_samples,
-                   **{f"{name}_pass_at_{k}": value / len(of_task) for k, value in zip(pass_at, sums[3:], strict=True)}}
+        sums = add_up({"greedy_frac": sum_pass_at(greedy, 1)["pass_at_1"],
+                       "greedy_truncated_frac": sum(answer.is_truncated for answer in sum(greedy, [])),
+                       "reward": sum(answer.reward for answer in sum(drawn, [])), **sum_pass_at(drawn, num_samples)})
+        values |= {f"{name}_problems": len(of_task), **{f"{name}_{key}": n / len(of_task) for key, n in sums.items()}}
+        values[f"{name}_reward"] /= num_samples
     return values
 
 
 def get_length_multiple(device: torch.device, use_compile: bool) -> int:
-    """The number that the length of rows is a multiple of, see LENGTH_MULTIPLE."""
-    return DEFAULT_LENGTH_MULTIPLE if use_compile else LENGTH_MULTIPLE.get(device.type, DEFAULT_LENGTH_MULTIPLE)
+    """The number that the length of rows is padded to a multiple of: where kernels are compiled for a length, few
+    lengths matter more than padding."""
+    return 16 if device.type == "cpu" and not use_compile else 128

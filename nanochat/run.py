@@ -5,25 +5,16 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
+import tempfile
 import time
-import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat.common import (
-    Ranks,
-    UserError,
-    gather,
-    get_peak_memory_bytes,
-    get_process_group,
-    get_ranks,
-    now,
-    print0,
-    write_atomic,
-    write_json,
-)
+from nanochat import common
+from nanochat.common import Ranks, UserError, gather, get_ranks, now, print0
 from nanochat.scaling import Plan
 
 if TYPE_CHECKING:
@@ -32,15 +23,9 @@ if TYPE_CHECKING:
     from nanochat.train import StepStats
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records
-
-
 class RunLog:
     """run.json (what the run is) and metrics.jsonl (what happened, one line per event); wandb too when a name is given.
-
-    Only rank 0 writes. A log that is reopened at a step drops the lines of later steps: they are written again.
-    """
+    Only rank 0 writes. A log that is reopened at a step drops the lines of later steps: they are written again."""
 
     def __init__(self, run_dir: Path, info: dict, ranks: Ranks, *, resume_step: int | None = None,
                  wandb_name: str | None = None):
@@ -56,7 +41,7 @@ class RunLog:
             # the step's own training line stands; its evaluations come after the checkpoint and are done again
             kept = [line for line in read_metrics(run_dir) if line["step"] < resume_step or
                     (line["step"] == resume_step and line["kind"] == "train")]
-            write_atomic(metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
+            common.write_atomic(metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(metrics_path, "a" if resume_step is not None else "w", buffering=1)
         self.update(status="running")
 
@@ -64,7 +49,7 @@ class RunLog:
         """Change entries of run.json."""
         self.info = self.info | info
         if self.active:
-            write_json(self.run_dir / "run.json", self.info)
+            common.write_json(self.run_dir / "run.json", self.info)
 
     def add_decision(self, what: str, value: object, why: str) -> None:
         """Record a decision that is made while the run is under way."""
@@ -115,8 +100,7 @@ def read_info(run_dir: Path) -> dict:
 
 def continue_info(info: dict, run_dir: Path, step: int) -> dict:
     """run.json of a run that is continued: the beginning stays as it was, this process's part is added to `resumed`."""
-    before = read_info(run_dir)
-    if not before:
+    if not (before := read_info(run_dir)):
         return info
     own_keys = ("created", "argv", "decisions", "predicted", "environment")
     part = {"step": step, **{key: info[key] for key in own_keys if key in info}}
@@ -126,9 +110,7 @@ def continue_info(info: dict, run_dir: Path, step: int) -> dict:
 
 def read_metrics(run_dir: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl, each with its kind and step; [] without the file.
-
-    Lines that can't be read are left out, such as the last one of a run that was killed while it wrote.
-    """
+    Lines that can't be read are left out, such as the last one of a run that was killed while it wrote."""
     path, lines = run_dir / "metrics.jsonl", []
     for text in path.read_bytes().splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -150,10 +132,6 @@ def init_wandb(name: str, info: dict, run_dir: Path):
         return wandb.init(project="nanochat", name=name, id=id_path.read_text(), resume="allow", config=info)
     except wandb.Error as error:
         raise UserError(f"--run {name}: wandb can't be used ({error}); log in, or drop --run") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Progress
 
 
 class Progress:
@@ -182,13 +160,11 @@ class Progress:
             self.loss_ema = 0.9 * self.loss_ema + 0.1 * stats.loss
         self.elapsed_sec += step_sec
         self.recent_sec = [*self.recent_sec[-49:], step_sec]
-        tokens_per_sec = self.plan.batch_tokens / step_sec
         flops = self.plan.batch_tokens * self.plan.flops_per_token if flops is None else flops
-        mfu = flops / step_sec / self.peak_flops if self.peak_flops else None
         return {**asdict(stats), "loss_smooth": self.get_smooth_loss(), "num_skipped": self.num_skipped,
-                "step_ms": step_sec * 1e3, "tokens_per_sec": tokens_per_sec,
-                "mfu_pct": None if mfu is None else 100 * mfu, "elapsed_sec": self.elapsed_sec,
-                "peak_memory_bytes": get_peak_memory_bytes(self.device)}
+                "step_ms": step_sec * 1e3, "tokens_per_sec": self.plan.batch_tokens / step_sec,
+                "mfu_pct": 100 * (flops / step_sec / self.peak_flops) if self.peak_flops else None,
+                "elapsed_sec": self.elapsed_sec, "peak_memory_bytes": common.get_peak_memory_bytes(self.device)}
 
     def get_smooth_loss(self) -> float:
         """The running mean of the loss, debiased by the number of losses in it."""
@@ -196,7 +172,7 @@ class Progress:
 
     def estimate_left_min(self, step: int) -> float:
         """Minutes to the end of the plan, by the median of the last steps."""
-        return (self.plan.num_iterations - step) * sorted(self.recent_sec)[len(self.recent_sec) // 2] / 60
+        return (self.plan.num_iterations - step) * statistics.median_high(self.recent_sec) / 60
 
     def format_line(self, step: int, values: dict) -> str:
         mfu = "" if values["mfu_pct"] is None else f" | mfu {values['mfu_pct']:.1f}%"
@@ -207,28 +183,19 @@ class Progress:
                 (f" | SKIPPED: {values['skipped']}" if values["skipped"] else ""))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Is it the same run?
-
-
 def check_ranks(run_dir: Path, settings: dict) -> None:
     """Refuse ranks that were started with other settings than rank 0, or don't see its folder. Collective."""
-    if not get_process_group():
+    if not common.get_process_group():
         return
-    rank = get_ranks().rank
-    name, expected = gather((f"{run_dir.name}.{uuid.uuid4().hex}.tmp", settings))[0]
-    probe = run_dir.parent / name
-    if rank == 0:
-        probe.touch()
-    gather(None)  # the file is there
-    sides = describe_differences(expected, settings, "rank 0", f"rank {rank}").split("; ")[0]  # the first one is enough
-    answers = gather((sides, probe.exists()))
-    if rank == 0:
-        probe.unlink()
+    rank, folder = get_ranks().rank, run_dir.parent
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp") if rank == 0 else contextlib.nullcontext() as probe:
+        name, expected = gather((probe and Path(probe.name).name, settings))[0]
+        sides = describe_differences(expected, settings, "rank 0", f"rank {rank}").split("; ")[0]  # the first is enough
+        answers = gather((sides, (folder / name).exists()))
     for other, (sides, sees_folder) in enumerate(answers):
         if not sees_folder:
-            raise UserError(f"rank {other} doesn't see the folder {run_dir.parent} of rank 0; set NANOCHAT_BASE_DIR to "
-                            "a disk that all nodes share")
+            raise UserError(f"rank {other} doesn't see the folder {folder} of rank 0; set NANOCHAT_BASE_DIR to a disk "
+                            "that all nodes share")
         if sides:
             raise UserError(f"the ranks were started with different settings ({sides}); start all with the same "
                             "command, code and data")
@@ -238,10 +205,8 @@ def compare_with_saved(saved: dict, meta: dict, defaults: dict, run_dir: Path, a
     """Compare the identity and the environment of a run with those of the checkpoint that it continues.
 
     Another identity (data, model, schedule, flags) is refused, both sides named, unless it is allowed. Returns the
-    differences that are not refused, printed, as decisions for run.json.
-
-    saved, meta: of the checkpoint and of this process, with "identity" and "environment"
-    defaults:    of flags; a flag that the checkpoint doesn't know had its default
+    differences that are not refused, printed, as decisions for run.json. A flag that the checkpoint doesn't know had
+    its default.
     """
     sides = describe_differences(defaults | saved["identity"], meta["identity"])
     if sides and not allow_mismatch:
@@ -266,14 +231,8 @@ def describe_differences(saved: dict, current: dict, then: str = "saved", now: s
 
 def flatten(settings: dict) -> dict:
     """{"plan": {"a": 1}} as {"plan.a": 1}."""
-    flat = {}
-    for key, value in settings.items():
-        flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Stopping
+    return {f"{key}.{name}" if name else key: inner for key, value in settings.items()
+            for name, inner in (value if isinstance(value, dict) else {"": value}).items()}
 
 
 ECHO_SEC = 3  # a signal may come twice: to all processes of a terminal or a job, and once more from torchrun

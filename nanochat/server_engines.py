@@ -84,7 +84,9 @@ def run_process(worker_idx: int, settings: EngineSettings, connection: Connectio
         signal.signal(number, signal.SIG_IGN)
     try:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device_type = settings.device_type or (accelerator.type if accelerator else "cpu")
+        device_type = settings.device_type
+        if device_type in ("auto", ""):
+            device_type = accelerator.type if accelerator else "cpu"
         if device_type in ("cuda", "xpu"):  # the workers are distributed over the GPUs in turn
             device_type += f":{worker_idx % max(1, torch.accelerator.device_count())}"
         device, _ = init_compute(device_type)

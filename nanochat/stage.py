@@ -29,13 +29,6 @@ from nanochat.scaling import Plan
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import LossScaler, TrainState
 
-EVAL_TOKENS = {"cpu": 2**17}      # tokens of an evaluation by default, by device
-DEFAULT_EVAL_TOKENS = 20 * 2**19
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What to train
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -75,10 +68,6 @@ def take_identity(flags: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in flags.items() if name not in FREE_FLAGS | OUTCOME_FLAGS}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run, from its beginning to its end
-
-
 @dataclass(frozen=True)
 class Setup:
     """A recipe, and how it is carried out here."""
@@ -100,15 +89,13 @@ class Setup:
 
     def count_eval_rows(self) -> int:
         """Rows of a validation loss, all ranks together."""
-        tokens = self.recipe.flags.eval_tokens or EVAL_TOKENS.get(self.device.type, DEFAULT_EVAL_TOKENS)
+        tokens = self.recipe.flags.eval_tokens or (2**17 if self.device.type == "cpu" else 20 * 2**19)
         return -(-tokens // self.recipe.T)
 
 
 def prepare_run(recipe: Recipe, device: torch.device, ranks: Ranks) -> Setup | None:
     """Compare a run with the one that it continues, and choose how it computes; None where nothing is left to do.
-
-    Collective. Nothing on disk changes before begin_run.
-    """
+    Collective. Nothing on disk changes before begin_run."""
     flags, plan, run_dir, decisions = recipe.flags, recipe.plan, recipe.run_dir, []
     first_step, meta = recipe.saved.step if recipe.saved else 0, recipe.get_meta(device)
     check_ranks(run_dir, {"step": first_step, "flags": flags.given, **meta["identity"]})
@@ -130,9 +117,7 @@ def prepare_run(recipe: Recipe, device: torch.device, ranks: Ranks) -> Setup | N
 
 def make_state(setup: Setup, narrow: Callable[[MuonAdamW], MuonAdamW] | None = None) -> TrainState:
     """Model, optimizer and (fp16) loss scaler: initialised from the seed, or as a checkpoint left them. Collective.
-
-    narrow: takes parameters from the optimizer; of the stage before, only the weights are taken over then
-    """
+    narrow: takes parameters from the optimizer; of the stage before, only the weights are taken over then"""
     recipe, plan, machine = setup.recipe, setup.recipe.plan, setup.choices.machine
     dtype, begin = getattr(torch, machine.dtype), recipe.saved or recipe.source
     torch.manual_seed(recipe.flags.seed)
@@ -148,8 +133,8 @@ def make_state(setup: Setup, narrow: Callable[[MuonAdamW], MuonAdamW] | None = N
         checkpoints.load_weights(model, begin.run_dir, begin.step)
     elif begin:
         checkpoints.restore(begin.run_dir, begin.step, model, optimizer)
-        if scaler and begin.meta["scaler"]:
-            vars(scaler).update(begin.meta["scaler"])
+        if scaler:
+            vars(scaler).update(begin.meta["scaler"] or {})
     set_compile_kernels(machine.is_compiled)
     if machine.is_compiled:
         model.compile_blocks()
@@ -195,10 +180,9 @@ class Run:
     def finish(self, step: int, results: dict) -> dict:
         """Record the results of a run that came to its last step; returns run.json."""
         plan, flags, progress = self.setup.recipe.plan, self.setup.recipe.flags, self.progress
-        results = {"train_loss": progress.get_smooth_loss(), "train_sec": progress.elapsed_sec, "step": step,
-                   "tokens": step * plan.batch_tokens,
-                   "peak_memory_bytes": get_peak_memory_bytes(self.setup.device), **results}
-        self.log.update(results=results, wall_sec=time.perf_counter() - flags.start_time)
+        own = {"train_loss": progress.get_smooth_loss(), "train_sec": progress.elapsed_sec, "step": step,
+               "tokens": step * plan.batch_tokens, "peak_memory_bytes": get_peak_memory_bytes(self.setup.device)}
+        self.log.update(results=own | results, wall_sec=time.perf_counter() - flags.start_time)
         self.log.close("finished" if step == plan.num_iterations else "stopped")
         return self.log.info
 
@@ -207,10 +191,10 @@ def begin_run(setup: Setup, state: TrainState, loader) -> Run:
     """Claim the folder, open the log, and print the plan. Collective."""
     recipe, flags, config, plan = setup.recipe, setup.recipe.flags, setup.recipe.config, setup.recipe.plan
     resume_step = recipe.saved.step if recipe.saved else None
-    params, tokenizer = state.model.num_scaling_params(), setup.meta["tokenizer"]
+    params, data, tokenizer = state.model.num_scaling_params(), recipe.data, setup.meta["tokenizer"]
     info = {"stage": recipe.stage, "tag": recipe.run_dir.name, "created": now(), "argv": flags.argv,
             "args": flags.given, "model_config": asdict(config), "params": params, "plan": asdict(plan),
-            "predicted": predict_run(recipe.stage, setup.choices, config, plan), "data": recipe.data,
+            "predicted": predict_run(recipe.stage, setup.choices, config, plan), "data": data,
             "tokenizer": tokenizer, "environment": setup.meta["environment"], "decisions": setup.decisions,
             **({"source": recipe.source.describe()} if recipe.source else {})}
     saver = Checkpointer(recipe.run_dir, flags.saving, last_step=setup.last_step, saved_step=resume_step)
@@ -219,11 +203,9 @@ def begin_run(setup: Setup, state: TrainState, loader) -> Run:
     log = RunLog(recipe.run_dir, info, setup.ranks, resume_step=resume_step, wandb_name=flags.wandb_name)
     print0(f"model: depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, context "
            f"{config.sequence_len}, vocabulary {config.vocab_size:,}: {params['total']:,} parameters\n"
-           f"plan: {plan.num_iterations:,} steps of {plan.batch_tokens:,} tokens = {plan.total_tokens:,} "
-           f"({plan.tokens_per_param:.1f} per scaling parameter, horizon by {plan.horizon}), "
-           f"{plan.total_flops:.2e} FLOPs\n"
-           f"data: {recipe.data['name']} ({recipe.data['hash']}), tokenizer: {tokenizer['name']} "
-           f"({tokenizer['hash']})\n"
+           f"plan: {plan.num_iterations:,} steps of {plan.batch_tokens:,} tokens = {plan.total_tokens:,} (horizon by "
+           f"{plan.horizon}, {plan.tokens_per_param:.1f} per scaling parameter), {plan.total_flops:.2e} FLOPs\n"
+           f"data: {data['name']} ({data['hash']}), tokenizer: {tokenizer['name']} ({tokenizer['hash']})\n"
            f"run: {recipe.run_dir}" + (f", continued at step {setup.first_step}" if setup.first_step else ""))
     if setup.choices.machine.is_compiled:
         print0("compiling the step: up to a minute the first time, a few seconds after that ...")
@@ -261,9 +243,7 @@ def print_samples(run: Run, step: int, prompts: dict[str, list[int]], max_tokens
 
 def write_report(section: str, title: str, run_dir: Path, info: dict, metrics: dict, values: dict) -> None:
     """The section of the report card.
-
-    metrics: compared with other stages'; values: shown after those that all stages have
-    """
+    metrics: compared with other stages'; values: shown after those that all stages have"""
     plan, params, results, source = info["plan"], info["params"], info["results"], info.get("source")
     begun = {"begun with": f"{source['stage']} {source['tag']}, step {source['step']}"} if source else {}
     write_section(section, {

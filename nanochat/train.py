@@ -8,13 +8,14 @@ B rows, T tokens.
 
 import gc
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nanochat.common import UserError, any_rank, is_out_of_memory, print0, sum_over_ranks
+from nanochat.common import UserError, any_rank, get_first_line, is_out_of_memory, print0, sum_over_ranks
 from nanochat.gpt import GPT
 from nanochat.memory import list_divisors
 from nanochat.optim import MuonAdamW
@@ -28,10 +29,13 @@ class Batch:
     targets: Tensor          # (B, T) int64 next token, -1 where nothing is to be learned
     weights: Tensor | None   # (B, T) float32 factor on each target's loss; None means 1 everywhere
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with each of its tensors changed alike."""
+        return Batch(change(self.inputs), change(self.targets), None if self.weights is None else change(self.weights))
+
     def to(self, device: torch.device) -> "Batch":
         """The same rows on another device; from pinned memory the copy runs beside the computation."""
-        weights = None if self.weights is None else self.weights.to(device, non_blocking=True)
-        return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), weights)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def cut(self, row_tokens: int) -> "Batch":
         """The same tokens as shorter rows, (B * T / row_tokens, row_tokens), for the sequence-length warm-up.
@@ -39,14 +43,12 @@ class Batch:
         No target is lost: the last one of a piece is the first input of the next. A piece starts at position 0 in the
         middle of a document, and sees none of the tokens before it.
         """
-        weights = None if self.weights is None else self.weights.view(-1, row_tokens)
-        return Batch(self.inputs.view(-1, row_tokens), self.targets.view(-1, row_tokens), weights)
+        return self.map(lambda tensor: tensor.view(-1, row_tokens))
 
     def split(self, num_rows: int) -> Iterator["Batch"]:
         """Micro-batches of at most `num_rows` rows."""
         for start in range(0, len(self.inputs), num_rows):
-            rows = slice(start, start + num_rows)
-            yield Batch(self.inputs[rows], self.targets[rows], None if self.weights is None else self.weights[rows])
+            yield self.map(operator.itemgetter(slice(start, start + num_rows)))
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,6 @@ class StepStats:
                             "lower learning rate")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The step
-
-
 def train_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
                scaler: "LossScaler | None" = None) -> StepStats:
     """One optimizer step on this rank's rows of it. Collective: all ranks call it.
@@ -78,22 +76,22 @@ def train_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
     step that runs out of memory before the optimizer's update: all ranks raise OutOfMemory. Smaller micro-batches don't
     make the update smaller, so there the allocator's own error ends a rank, with a part of the parameters updated.
     """
-    device = model.get_device()
-    num_targets, num_weighted = count_targets(batch)
+    is_target = batch.targets >= 0
+    has_weight = is_target if batch.weights is None else is_target & (batch.weights != 0)
+    num_targets, num_weighted = sum_over_ranks(torch.stack((is_target.sum(), has_weight.sum()))).tolist()
     if num_targets == 0 or num_weighted == 0:
         return StepStats(0.0, 0.0, num_targets, "no weights" if num_targets else "no targets")
-    loss, problem = add_gradients(model, batch, micro_rows, (scaler.scale if scaler else 1.0) / num_targets)
+    scale, overflowed = scaler.scale if scaler else 1.0, False
+    loss, problem = add_gradients(model, batch, micro_rows, scale / num_targets)
     # Asked before the gradients are summed over the ranks: a rank that entered that sum would deadlock waiting for the
     # rank that ran out of memory. With several GPUs Python waits here for the backward pass (assumption, not studied:
     # this costs little beside it)
     if any_rank(problem is not None)[0]:
         optimizer.zero_grad()
-        free_memory(device)
+        free_memory(model.get_device())
         raise OutOfMemory(problem or "another rank did")
     optimizer.reduce_gradients()
-    scale, overflowed = 1.0, False
     if scaler:
-        scale = scaler.scale
         torch._foreach_div_(optimizer.wait_gradients(), scale)
         grad_norm = optimizer.get_grad_norm()
         overflowed = not math.isfinite(grad_norm)
@@ -107,18 +105,9 @@ def train_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
                      "fp16 overflow" if overflowed else "")
 
 
-def count_targets(batch: Batch) -> list[int]:
-    """[supervised tokens of the step, those with a weight], all ranks together."""
-    is_target = batch.targets >= 0
-    has_weight = is_target if batch.weights is None else is_target & (batch.weights != 0)
-    return sum_over_ranks(torch.stack((is_target.sum(), has_weight.sum()))).tolist()
-
-
 def add_gradients(model: GPT, batch: Batch, micro_rows: int, factor: float) -> tuple[Tensor, str | None]:
     """Gradients of sum(factor * weights * nll) of this rank's rows, micro-batch by micro-batch, without other ranks.
-
-    Returns that sum, and the first line of the allocator's error where memory ran out, else None.
-    """
+    Returns that sum, and the first line of the allocator's error where memory ran out, else None."""
     device = model.get_device()
     loss_dtype = torch.float64 if model.compute_dtype == torch.float64 else torch.float32
     loss = torch.zeros((), device=device, dtype=loss_dtype)  # the same on a rank that has no rows
@@ -135,7 +124,7 @@ def add_gradients(model: GPT, batch: Batch, micro_rows: int, factor: float) -> t
         if not is_out_of_memory(error):
             raise
         # the text only: the error holds the frames that it came through, and these hold activations
-        return loss, (str(error).splitlines() or ["no details"])[0]
+        return loss, get_first_line(error)
     return loss, None
 
 
@@ -158,10 +147,6 @@ class LossScaler:
                                 "checkpoint is intact, go on with another --dtype")
         elif self.num_good_steps % self.growth_steps == 0:
             self.scale *= 2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Out of memory
 
 
 class OutOfMemory(Exception):

@@ -24,10 +24,11 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from nanochat.checkpoint_manager import MODEL_NAME, load_model
+from nanochat.checkpoint_manager import MODEL_NAME, add_model_flags, load_model
 from nanochat.common import (
     Ranks,
     UserError,
+    add_compute_flags,
     file_lock,
     get_base_dir,
     get_compute_dtype,
@@ -58,15 +59,13 @@ DEFAULT_CONTEXT = 2048   # of a Hugging Face model whose configuration names non
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("-g", "--model-tag", help="folder of the run (default: the latest)")
-    add("-s", "--step", type=int, help="optimizer step of the checkpoint (default: the latest)")
+    add_model_flags(parser, choices=("base",), default="base", help="stage of the model (%(default)s)")
+    add_compute_flags(parser)
     add("--hf-path", help="evaluate this Hugging Face model instead: a folder, or a name on the hub")
     add("--max-per-task", type=int_or_all, help="items of each task, or all (default: all)")
     add("--bundle", type=Path, help="folder with the tasks (default: eval_bundle in the base folder)")
     add("--fetch", action="store_true", help="only download the tasks to the base folder, where they aren't there")
     add("--fresh", action="store_true", help="evaluate again what has been evaluated before")
-    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best that is there)")
-    add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
     return parser.parse_args(argv)
 
 

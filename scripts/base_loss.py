@@ -13,13 +13,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import add_model_flags, load_for
 from nanochat.common import (
     Ranks,
     UserError,
+    add_compute_flags,
     get_base_dir,
-    get_compute_dtype,
-    init_compute,
+    get_ranks,
     print0,
     run_script,
     timed,
@@ -42,11 +42,9 @@ FIT_CHARS = 20_000_000                           # of training text that the byt
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("-g", "--model-tag", help="folder of the run (default: the latest)")
-    add("-s", "--step", type=int, help="optimizer step of the checkpoint (default: the latest)")
+    add_model_flags(parser, choices=("base",), default="base", help="stage of the model (%(default)s)")
+    add_compute_flags(parser)
     add("--data", help="folder or name of the text that the model was trained on (default: as then)")
-    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best that is there)")
-    add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
     add("--eval-tokens", type=int, default=2**19, help="tokens of each split, rounded up to whole rows (%(default)s)")
     add("--device-batch-size", type=int, help=f"rows of a forward pass (default: {BATCH_TOKENS} tokens)")
     args = parser.parse_args(argv)
@@ -59,11 +57,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     start_time = time.perf_counter()
-    device, ranks = init_compute(args.device_type)
-    dtype, reason = get_compute_dtype(args.dtype, device)
-    model, tokenizer, meta = load_model("base", device, tag=args.model_tag, step=args.step, dtype=dtype)
-    run_dir, step, T = Path(meta["run_dir"]), meta["step"], model.config.sequence_len
-    print0(f"{run_dir}, step {step}, on {device} in {dtype} ({reason})")
+    model, tokenizer, meta, place = load_for("base", args.model_tag, args.step, args.dtype, args.device_type)
+    ranks, run_dir, step, T = get_ranks(), Path(meta["run_dir"]), meta["step"], model.config.sequence_len
+    print0(f"{run_dir}, step {step}, {place}")
     shards = find_training_data(args.data, meta["data"])
 
     num_rows, batch_rows = -(-args.eval_tokens // T), args.device_batch_size or max(1, BATCH_TOKENS // T)
@@ -80,7 +76,7 @@ def main(argv: list[str] | None = None) -> dict:
         with timed("byte models: fitting and evaluating"):
             results |= compute_byte_bpb(iter_documents(shards.train, FIT_CHARS), iter_texts(all_rows, tokenizer))
         results["samples"] = draw_samples(Engine(model, tokenizer), tokenizer)
-        results |= {"run_dir": str(run_dir), "step": step, "dtype": str(dtype).removeprefix("torch."),
+        results |= {"run_dir": str(run_dir), "step": step, "dtype": str(model.compute_dtype).removeprefix("torch."),
                     "val_rule": batches["val"].rule, "train_rule": batches["train"].rule}
         write_json(run_dir / f"loss_{step:06d}.json", results)
         report_loss(results, run_dir, sys.argv if argv is None else argv, time.perf_counter() - start_time)

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanochat.chat import ChatSession, format_answer
-from nanochat.checkpoint_manager import STAGES, find_last_stage, load_model
-from nanochat.common import UserError, get_base_dir, get_compute_dtype, init_compute, run_script
+from nanochat.checkpoint_manager import add_model_flags, load_for
+from nanochat.common import UserError, add_compute_flags, get_base_dir, run_script
 from nanochat.engine import Engine, Event
 
 HELP = '''/new                 forget the conversation
@@ -36,16 +36,13 @@ MAX_HISTORY_LINES = 1000
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("-i", "--source", choices=STAGES, help="stage of the model (default: the last trained one)")
-    add("-g", "--model-tag", help="folder of the run (default: the latest)")
-    add("-s", "--step", type=int, help="optimizer step of the checkpoint (default: the latest)")
+    add_model_flags(parser)
+    add_compute_flags(parser)
     add("-t", "--temperature", type=float, default=0.6, help="0 = greedy")
     add("-k", "--top-k", type=int, default=50, help="sample among the k likeliest tokens; 0 = all tokens")
-    add("-d", "--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
     add("-p", "--prompt", help="answer this and end")
     add("--max-tokens", type=int, default=256, help="length of an answer in tokens, at most")
     add("--seed", type=int, default=42, help="seed of the first answer; each further answer adds 1")
-    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best one available)")
     return parser.parse_args(argv)
 
 
@@ -54,14 +51,12 @@ def main(argv: list[str] | None = None) -> dict:
     for stream in (sys.stdin, sys.stdout):  # a pipe may hold invalid text, a terminal may lack characters
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    device, _ = init_compute(args.device_type)
-    dtype, reason = get_compute_dtype(args.dtype, device)
-    stage = args.source or find_last_stage(args.model_tag)
-    model, tokenizer, meta = load_model(stage, device, tag=args.model_tag, step=args.step, dtype=dtype)
+    model, tokenizer, meta, place = load_for(args.source, args.model_tag, args.step, args.dtype, args.device_type)
+    stage = meta["stage"]
     session = ChatSession(Engine(model, tokenizer), model.config.sequence_len, is_base=stage == "base")
     chat = {"temperature": args.temperature, "top_k": args.top_k, "max_tokens": args.max_tokens, "seed": args.seed}
     interactive = args.prompt is None and sys.stdin.isatty()
-    say(f"{stage} model, step {meta['step']}, on {device} in {dtype} ({reason})")
+    say(f"{stage} model, step {meta['step']}, {place}")
     if interactive:
         say("/help lists the commands; anything else goes to the model")
 

@@ -20,12 +20,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nanochat.chat_eval import ChatSettings, Solver, check_task_names, compute_chatcore, evaluate_task
-from nanochat.checkpoint_manager import MODEL_NAME, STAGES, load_model
+from nanochat.checkpoint_manager import MODEL_NAME, add_model_flags, load_for
 from nanochat.common import (
     UserError,
+    add_compute_flags,
     get_base_dir,
-    get_compute_dtype,
-    init_compute,
+    get_ranks,
     int_or_all,
     print0,
     run_script,
@@ -39,9 +39,8 @@ from tasks.catalog import CHATCORE_TASKS
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("-i", "--source", choices=STAGES, required=True, help="stage of the model")
-    add("-g", "--model-tag", help="folder of the run (default: the latest)")
-    add("-s", "--step", type=int, help="optimizer step of the checkpoint (default: the latest)")
+    add_model_flags(parser, help="stage of the model", required=True)
+    add_compute_flags(parser)
     add("-a", "--task-name", nargs="+", default=list(CHATCORE_TASKS), metavar="TASK",
         help="tasks by name (default: the six of ChatCORE)")
     add("-x", "--max-problems", type=int_or_all, help="problems of each task, or all (default: all)")
@@ -53,8 +52,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--allow-unsafe", action="store_true", help="run programs that the model wrote (HumanEval) even where this "
         "machine can't isolate them")
     add("--fresh", action="store_true", help="evaluate again what has been evaluated before")
-    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best that is there)")
-    add("-d", "--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
     return parser.parse_args(argv)
 
 
@@ -63,18 +60,17 @@ def main(argv: list[str] | None = None) -> dict:
     start_time = time.perf_counter()
     check_task_names(args.task_name)
     settings = ChatSettings(args.num_samples, args.temperature, args.top_k, args.max_new_tokens)
-    device, ranks = init_compute(args.device_type)
-    dtype, reason = get_compute_dtype(args.dtype, device)
-    model, tokenizer, meta = load_model(args.source, device, tag=args.model_tag, step=args.step, dtype=dtype)
-    backend, _ = choose_backend(device, dtype)
+    model, tokenizer, meta, place = load_for(args.source, args.model_tag, args.step, args.dtype, args.device_type)
+    backend, _ = choose_backend(model.get_device(), model.compute_dtype)
     run_dir, step = Path(meta["run_dir"]), meta["step"]
-    print0(f"{args.source} model {run_dir.name}, step {step}, on {device} in {dtype} ({reason}), attention {backend}")
+    print0(f"{args.source} model {run_dir.name}, step {step}, {place}, attention {backend}")
 
     # Other weights or settings give other answers, so each combination has records of its own
-    made_with = {"model": meta["files"][MODEL_NAME], "dtype": str(dtype).removeprefix("torch."), **asdict(settings)}
+    made_with = {"model": meta["files"][MODEL_NAME], "dtype": str(model.compute_dtype).removeprefix("torch."),
+                 **asdict(settings)}
     key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:8]
     records_dir = run_dir / "chat_eval" / f"{step:06d}_{key}"
-    if ranks.rank == 0:
+    if get_ranks().rank == 0:
         if args.fresh:
             shutil.rmtree(records_dir, ignore_errors=True)
         records_dir.mkdir(parents=True, exist_ok=True)
@@ -104,7 +100,7 @@ def main(argv: list[str] | None = None) -> dict:
     what = describe_metric(chat)
     if chat["chatcore"] is not None:
         print0(f"{what:34s} {chat['chatcore']:16.4f}")
-    if ranks.rank == 0:
+    if get_ranks().rank == 0:
         write_json(records_dir / "results.json", chat | {"max_problems": max_problems})
         report_answers(chat, args.source, run_dir, step, made_with, sys.argv if argv is None else argv,
                      time.perf_counter() - start_time)

@@ -211,8 +211,8 @@ def make_rollouts(args: argparse.Namespace, setup: Setup, questions: list[Questi
     recipe = setup.recipe
     sampling = Sampling(args.num_samples, recipe.identity["max_new_tokens"], args.seed, recipe.notes["sample_rows"])
     return Rollouts(questions, recipe.tokenizer, sampling, args.examples_per_step, setup.ranks,
-                    length_multiple=get_length_multiple(setup.device, setup.choices.machine.is_compiled),
-                    state=recipe.get_saved("loader"))
+                    get_length_multiple(setup.device, setup.choices.machine.is_compiled),
+                    **(recipe.get_saved("loader") or {}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import uvicorn
 
-from nanochat.checkpoint_manager import STAGES, find_checkpoint, find_last_stage, load_run_tokenizer
-from nanochat.common import UserError, let_threads_spin, print0, run_script
+from nanochat.checkpoint_manager import add_model_flags, find_checkpoint, find_last_stage, load_run_tokenizer
+from nanochat.common import UserError, add_compute_flags, let_threads_spin, print0, run_script
 from nanochat.server import ServerSettings, log_line, make_app
 from nanochat.server_api import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K
 from nanochat.server_engines import EnginePool, EngineSettings, start_process
@@ -31,14 +31,11 @@ LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")    # names of this machine in 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("-i", "--source", choices=STAGES, help="stage of the model (default: the last trained one)")
-    add("-g", "--model-tag", help="folder of the run (default: the latest)")
-    add("-s", "--step", type=int, help="optimizer step of the checkpoint (default: the latest)")
+    add_model_flags(parser)
+    add_compute_flags(parser)
     add("-t", "--temperature", type=float, default=0.6, help="default of requests; 0 = greedy")
     add("-k", "--top-k", type=int, default=50, help="default of requests; 0 = all tokens")
     add("-m", "--max-tokens", type=int, default=512, help="length of an answer in tokens, default of requests")
-    add("-d", "--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
-    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best one available)")
     add("--compile", action="store_true", help="faster decoding on a CPU; the start takes up to half a minute longer")
     add("-p", "--port", type=int, default=8000, help="0 = any free port")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 admits other machines")

@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scripts.doctor", description="Is this machine ready to train?")
     parser.add_argument("--quick", action="store_true", help="skip the trial of torch.compile, 10-60 s")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
-    parser.add_argument("--device-type", default="", help="cuda | xpu | mps | cpu (default: the best there is)")
+    parser.add_argument("--device-type", default="auto", help="cuda, cpu, mps, xpu; auto: the best that is there")
     return parser.parse_args(argv)
 
 
@@ -145,7 +145,7 @@ def check_compile(device, quick: bool) -> Finding:
     if quick:
         return Finding("compile", "ok", f"{compilers[0]} is there; torch.compile not tried (--quick)")
     from nanochat.compilation import probe_compiler
-    common.keep_compiled_kernels()
+    common.init_compute(device.type)  # as a run would, so that the kernels are kept for it
     start = time.perf_counter()
     if reason := probe_compiler(device):
         return Finding("compile", "note", f"torch.compile fails, so training runs eager and slower: {reason}",
@@ -232,7 +232,7 @@ def check_network() -> Finding:
     """Whether the hub answers; only downloads need it."""
     if common.get_mirror_dir():
         return Finding("network", "ok", f"not needed: the hub's files come from {common.get_mirror_dir()}")
-    endpoint = common.get_hub_endpoint()
+    endpoint, _ = common.get_hub()
     answers = threading.Event()
 
     def connect() -> None:

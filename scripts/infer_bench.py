@@ -20,9 +20,10 @@ from statistics import median, quantiles
 
 import torch
 
-from nanochat.checkpoint_manager import build_model, load_model
+from nanochat.checkpoint_manager import add_model_flags, build_model, load_model
 from nanochat.common import (
     UserError,
+    add_compute_flags,
     get_compute_dtype,
     get_peak_flops,
     get_peak_memory_bytes,
@@ -48,14 +49,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--depth", type=int, default=4, help="of a model with random weights")
     add("--vocab-size", type=int, default=32768)
     add("--max-seq-len", type=int, default=2048, help="context in tokens")
-    add("-i", "--source", choices=("base", "mid", "sft", "rl"), help="a trained model of this stage instead")
-    add("-g", "--model-tag", help="folder of its run (default: the latest)")
-    add("-s", "--step", type=int, help="optimizer step of its checkpoint (default: the latest)")
+    add_model_flags(parser, help="a trained model of this stage instead")
+    add_compute_flags(parser)
     add("--rows", type=int, nargs="+", default=[1, 8, 32, 64], help="sequences at once")
     add("--prompt-tokens", type=int, default=128, help="length of each prompt")
     add("--max-tokens", type=int, default=128, help="length of each answer")
-    add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
-    add("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best there is)")
     add("--compile", action="store_true", help="decode with a compiled step, on a CPU; compiling isn't timed")
     add("--compare-single", action="store_true", help="samples of one prompt, at once and one by one, too")
     add("--json", help="write the figures here, too")

@@ -15,6 +15,7 @@ import torch
 from chat_helpers import TOKENIZER, ScriptedModel
 from helpers import REPO_DIR
 
+from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import find_last_stage, save_checkpoint
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
@@ -28,7 +29,8 @@ CONFIG = GPTConfig(sequence_len=64, vocab_size=265, n_layer=1, n_head=1, n_kv_he
 def use_model(monkeypatch, tmp_path):
     """Make chat_cli load the scripted model, of whatever stage."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr(chat_cli, "load_model", lambda *args, **options: (ScriptedModel(), TOKENIZER, {"step": 7}))
+    monkeypatch.setattr(checkpoint_manager, "load_model", lambda stage, *args, **options: (
+        ScriptedModel(), TOKENIZER, {"stage": stage, "step": 7}))
 
 
 def make_model():
@@ -45,7 +47,8 @@ def make_model():
 def test_base_model_continues_a_prompt(monkeypatch, tmp_path, capsys):
     model = make_model()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr(chat_cli, "load_model", lambda *args, **options: (model, TOKENIZER, {"step": 7}))
+    monkeypatch.setattr(checkpoint_manager, "load_model", lambda stage, *args, **options: (
+        model, TOKENIZER, {"stage": stage, "step": 7}))
     for text in ("Once", ""):
         result = chat_cli.main(["-p", text, "-t", "0", "--max-tokens", "20", "-d", "float32"])
         expected = list(model.generate([256, *text.encode()], 20, temperature=0))

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,24 +28,26 @@ from helpers import start_script
 from process_helpers import choose_port, run_program
 from safetensors import SafetensorError
 
-from nanochat import checkpoint_files, checkpoint_manager
-from nanochat.checkpoint_manager import (
+from nanochat import checkpoint_files
+from nanochat.checkpoint_files import (
     FORMAT_VERSION,
     MODEL_NAME,
+    list_steps,
+    load_meta,
+    load_tensors,
+    read_latest,
+    remove_old_checkpoints,
+)
+from nanochat.checkpoint_manager import (
     Checkpointer,
     SaveRules,
     build_model,
     claim_folder,
+    find_checkpoint,
     find_saved,
     find_step,
-    find_tag,
     get_run_dir,
-    list_steps,
-    load_meta,
     load_model,
-    load_tensors,
-    read_latest,
-    remove_old_checkpoints,
     restore,
     save_checkpoint,
 )
@@ -361,9 +364,9 @@ def test_disk_too_small_for_a_checkpoint(monkeypatch):
     model, optimizer = make_trained()
     num_bytes = sum(tensor.nbytes for path in run_dir.glob("*/*.safetensors")
                     for tensor in load_tensors(path, CPU).values())
-    monkeypatch.setattr(checkpoint_manager, "get_free_disk_bytes", lambda path: int(1.05 * num_bytes))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(1.05 * num_bytes)))
     Checkpointer(run_dir).check_disk(model, optimizer)
-    monkeypatch.setattr(checkpoint_manager, "get_free_disk_bytes", lambda path: int(0.95 * num_bytes))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(0.95 * num_bytes)))
     with pytest.raises(UserError, match=r"a checkpoint takes 0\.\d\d GB, but .*/runs/base has only 0\.\d\d GB free; "
                                         "make room, or set NANOCHAT_BASE_DIR"):
         Checkpointer(run_dir).check_disk(model, optimizer)
@@ -490,7 +493,7 @@ def test_most_recent_run_is_found(base_dir):
     for age, tag in enumerate(("new", "old")):
         run_dir = save_run(tag=tag)
         os.utime(run_dir / "latest", (10**9 - age, 10**9 - age))
-    assert find_tag("base") == "new" and find_tag("base", "old") == "old"
+    assert find_checkpoint("base").run_dir.name == "new" and find_checkpoint("base", "old").run_dir.name == "old"
 
 
 @pytest.mark.parametrize("tag", ["", ".", "..", "a/b", "/tmp", ".hidden", "d4/"])

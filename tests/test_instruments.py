@@ -8,6 +8,7 @@ import torch
 
 from dev import bench_gqa, show_attention, show_loss_grid, show_memory
 from dev.bench_memory import trace_step
+from nanochat import checkpoint_manager
 from nanochat.common import UserError
 from nanochat.config import GPTConfig
 from nanochat.flash_attention import flash_attn, plain_attention
@@ -144,8 +145,8 @@ def test_figures_of_a_head():
 
 
 def test_attention_script(monkeypatch, capsys):
-    monkeypatch.setattr(show_attention, "load_model", lambda *args, **kwargs: (
-        make_model(), OneTokenAByte(), {"step": 7, "run_dir": "runs/base/tiny"}))
+    monkeypatch.setattr(checkpoint_manager, "load_model", lambda stage, *args, **kwargs: (
+        make_model(), OneTokenAByte(), {"stage": stage, "step": 7, "run_dir": "runs/base/tiny"}))
     results = show_attention.main(["-i", "base", "--prompt", "costs $5 and\n$6"])
     assert is_png(results["figure"]) and len(results["heads"]) == 2 * 4 + 1 and results["error"] < 1e-5
     assert "on bos %" in capsys.readouterr().out
@@ -157,8 +158,8 @@ def test_attention_script(monkeypatch, capsys):
 
 
 def test_too_many_heads_for_one_picture(monkeypatch):
-    monkeypatch.setattr(show_attention, "load_model", lambda *args, **kwargs: (
-        make_model(), OneTokenAByte(), {"step": 7, "run_dir": "runs/base/tiny"}))
+    monkeypatch.setattr(checkpoint_manager, "load_model", lambda stage, *args, **kwargs: (
+        make_model(), OneTokenAByte(), {"stage": stage, "step": 7, "run_dir": "runs/base/tiny"}))
     monkeypatch.setattr(show_attention, "MAX_PANELS", 4)
     with pytest.raises(UserError, match="2 layers of 4 heads don't fit .* choose at most 1 with --layers"):
         show_attention.main(["-i", "base", "--prompt", "some text"])

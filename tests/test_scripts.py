@@ -17,6 +17,7 @@ from helpers import REPO_DIR, assert_same_runs, make_base, out_of_memory_at, rea
 from process_helpers import send_signal_at
 
 from nanochat import choices, dataset
+from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, count_cpus
 from nanochat.compilation import probe_compiler, set_compile_kernels
 from nanochat.gpt import GPT
@@ -100,7 +101,7 @@ def test_chain(base_dir, whole, capsys):
 
 def test_evaluated_text_is_the_rows_text(base_dir, whole):
     """The byte models are scored on as many bytes as the model was."""
-    model, tokenizer, _ = base_loss.load_model("base", base_loss.init_compute("cpu")[0], tag="whole")
+    model, tokenizer, _ = load_model("base", torch.device("cpu"), tag="whole")
     batches = base_loss.validation_batches(dataset.load_shards("toy"), tokenizer, T, 40, base_loss.Ranks()).cut(7)
     num_bytes = sum(len(text.encode()) for text in base_loss.iter_texts(batches, tokenizer))
     assert num_bytes == base_loss.evaluate_loss(model, batches, tokenizer.count_token_bytes()).num_bytes > 1000

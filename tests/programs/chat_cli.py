@@ -2,9 +2,11 @@
 
 import sys
 
+from nanochat import checkpoint_manager
 from nanochat.common import run_script
 from scripts import chat_cli
 from tests.chat_helpers import TOKENIZER, ScriptedModel
 
-chat_cli.load_model = lambda *args, **options: (ScriptedModel(step_sec=0.01), TOKENIZER, {"step": 7})
+checkpoint_manager.load_model = lambda stage, *args, **options: (
+    ScriptedModel(step_sec=0.01), TOKENIZER, {"stage": stage, "step": 7})
 run_script(lambda _: chat_cli.main(sys.argv[1:]))

@@ -1,16 +1,17 @@
 """Save step 2 on a disk of which all but 100 KB are taken: python -m tests.programs.full_disk DISK"""
 
 import os
+import shutil
 import sys
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat.common import get_free_disk_bytes, run_script
+from nanochat.common import run_script
 from nanochat.tokenizer import get_tokenizer_dir
 from tests import checkpoint_helpers as helpers
 
 
 def save_on_full_disk(argv):
-    (run_dir / "filling").write_bytes(bytes(get_free_disk_bytes(run_dir) - 100_000))
+    (run_dir / "filling").write_bytes(bytes(shutil.disk_usage(run_dir).free - 100_000))
     helpers.save_run(steps=(2,))
 
 
