@@ -111,10 +111,9 @@ def predict_memory(config: GPTConfig, T: int, micro_rows: int, machine: Machine,
     phases = {phase: max(sum(parts.values()) for (other, _), parts in usages if other == phase)
               for phase in ("loss", "backward", "update")}
     parts = next(parts for (phase, _), parts in usages if phase == "loss")
-    parameters, optimizer = parts["parameters"], parts["optimizer state"]
-    return Memory(parameters, optimizer, gradients=usages[-1][1]["gradients"],
-                  activations={kind: parts[kind] for kind in ACTIVATIONS}, loss=parts["logits and loss"],
-                  checkpoint=parameters + optimizer if machine.device_type == "cpu" else 0, phases=phases)
+    checkpoint = parts["parameters"] + parts["optimizer state"] if machine.device_type == "cpu" else 0
+    return Memory(parts["parameters"], parts["optimizer state"], usages[-1][1]["gradients"],
+                  {kind: parts[kind] for kind in ACTIVATIONS}, parts["logits and loss"], checkpoint, phases)
 
 
 def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
@@ -129,8 +128,7 @@ def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
     embedding = N * (machine.eager_norm_bytes * C + 3 * a * C + 20)
     last_is_middle = config.n_layer // 2 == config.n_layer - 1  # so that no later block keeps it
     final_norm = N * (machine.eager_norm_bytes * C + machine.master_bytes + a * C * last_is_middle)
-    # the most temporaries of a block's backward pass are in its MLP, where tensors are 4 C wide
-    num_copies = 8 if machine.is_compiled else 12
+    num_copies = 8 if machine.is_compiled else 12  # of temporaries: most are in the MLP, whose tensors are 4 C wide
     block_backward = N * num_copies * a * C + 4 * C * C * (machine.master_bytes + machine.cast_bytes)
     blocks = [count_block_bytes(config, layer, rows, T, machine) for layer in range(config.n_layer)]
     parts = Counter({"parameters": gradients + rope, "optimizer state": count_optimizer_bytes(config, machine),

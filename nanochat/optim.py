@@ -88,17 +88,12 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             is_muon = group["kind"] == "muon"
             for params in [group["params"]] if is_muon else [[param] for param in group["params"]]:
-                num, shape = (len(params), params[0].shape) if is_muon else (len(params[0]), params[0].shape[1:])
+                num = len(params) if is_muon else len(params[0])
                 num_own = -(-num // self.world_size) if is_muon else \
-                    count_own_rows(num, math.prod(shape), self.world_size)
+                    count_own_rows(num, params[0].numel() // num, self.world_size)
                 is_sharded = is_muon or num_own < num
                 start = min(self.rank * num_own, num) if is_sharded else 0
                 self.parts.append(Part(group, params, is_muon, is_sharded, start, min(start + num_own, num), num_own))
-                # one stack of state for all matrices of a shape, kept with the first of them
-                self.state[params[0]] = {key: params[0].new_zeros(state_shape) for key, state_shape
-                                         in list_state(group["kind"], (num_own, *shape)).items()}
-
-    # ----- gradients
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
@@ -140,8 +135,6 @@ class MuonAdamW(torch.optim.Optimizer):
             part.wait()
             part.grad = None
 
-    # ----- the step
-
     @torch.no_grad()
     def step(self) -> Tensor:
         """Update all parameters from their gradients, drop these, and return their norm. Collective.
@@ -161,7 +154,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _update(self, part: Part) -> Callable[[], None] | None:
         """Update this rank's rows or matrices; returns the end of their gather, None where nothing is sent."""
-        params, group, state = part.params, part.group, self.state[part.params[0]].values()
+        params, group, state = part.params, part.group, self._get_state(part).values()
         grad, is_sent = part.wait(), part.is_sharded and self.world_size > 1
         if part.is_muon:
             rows, cols = params[0].shape
@@ -185,13 +178,11 @@ class MuonAdamW(torch.optim.Optimizer):
                 torch._foreach_copy_(params, list(whole[:len(params)].unbind(0)))
         return finish if is_sent else finish()
 
-    # ----- state
-
     def get_named_state(self) -> dict[str, StateSlice]:
         """This rank's state as a checkpoint holds it: `<parameter>.<state>`, Muon's matrix by matrix."""
         named = {}
         for part in self.parts:
-            for key, tensor in self.state[part.params[0]].items():
+            for key, tensor in self._get_state(part).items():
                 params, slices = part.params, [StateSlice(tensor, part.start, part.stop, len(part.params[0]),
                                                           part.is_sharded or self.rank == 0)]
                 if part.is_muon:
@@ -212,6 +203,14 @@ class MuonAdamW(torch.optim.Optimizer):
             if rows.shape != piece.tensor.shape:  # copy_ would broadcast it
                 raise ValueError(f"{name} has shape {tuple(rows.shape)}, not {tuple(piece.tensor.shape)}")
             piece.tensor.copy_(rows)
+
+    def _get_state(self, part: Part) -> dict[str, Tensor]:
+        """Zeros at first; one stack for all matrices of a shape, kept with the first of them."""
+        param = part.params[0]
+        if not self.state[param]:
+            shapes = list_state(part.group["kind"], (part.num_own, *(param.shape if part.is_muon else param.shape[1:])))
+            self.state[param] = {key: param.new_zeros(shape) for key, shape in shapes.items()}
+        return self.state[param]
 
     def count_state_bytes(self) -> int:
         """Bytes of the state of all ranks together, as a checkpoint holds it."""
