@@ -20,27 +20,22 @@ def set_compile_kernels(enabled: bool) -> None:
     """Whether functions marked @fused run compiled from now on; off at first, since compiling takes seconds."""
     global _compile_kernels
     _compile_kernels = enabled
-    if not enabled:
-        return
-    # After 8 variants of a function torch goes on eagerly, without a word. A block has more: with value embeddings and
-    # without, the first layer, two windows, with gradients and without, full batches and a last smaller one; and
-    # --seq-len-warmup multiplies those by the lengths of its rows
-    torch._dynamo.config.recompile_limit = 128
+    if enabled:
+        # After 8 variants of a function torch goes on eagerly, without a word. A block has more: with value embeddings
+        # and without, the first layer, two windows, with gradients and without, full batches and a last smaller one;
+        # and --seq-len-warmup multiplies those by the lengths of its rows
+        torch._dynamo.config.recompile_limit = 128
 
 
 def choose_compile(wanted: str, device: torch.device, eager_sec: float | None) -> tuple[bool, str]:
-    """Whether to compile the model, and why; `wanted` is auto, on or off.
-
-    eager_sec: seconds of the run without compiling, None if unknown
-    """
+    """Whether to compile the model, and why; `wanted` is auto, on or off, `eager_sec` the run's seconds without."""
     if wanted == "off":
         return False, "asked for"
     if wanted == "auto" and device.type not in ("cpu", "cuda", "xpu"):
         return False, f"not known to pay on {device.type}"
     if wanted == "auto" and eager_sec is not None and eager_sec * COMPILE_SAVING < COMPILE_SEC:
         return False, f"the run is too short to pay for compiling: about {eager_sec:.0f} s"
-    broken = remove_broken_kernels()
-    if broken:
+    if broken := remove_broken_kernels():
         print0(f"deleted {broken} half-written compiled kernels that a killed process left behind")
     reason = probe_compiler(device)
     if reason and wanted == "on":
@@ -78,14 +73,11 @@ def remove_broken_kernels() -> int:
 
 def fused(function: Callable) -> Callable:
     """Mark a function whose operations become one kernel when compilation is on; otherwise it runs eagerly."""
-    compiled = None
+    compile_once = functools.cache(lambda: torch.compile(function, dynamic=False, fullgraph=True))
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        nonlocal compiled
         if not _compile_kernels or torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        if compiled is None:
-            compiled = torch.compile(function, dynamic=False, fullgraph=True)
-        return compiled(*args, **kwargs)
+        return compile_once()(*args, **kwargs)
     return call

@@ -12,6 +12,7 @@ from nanochat.common import UserError
 VE_GATE_CHANNELS = 12         # channels that gate the value embeddings
 SMEAR_GATE_CHANNELS = 24      # channels that gate the smear
 VOCAB_MULTIPLE = 64           # the vocabulary is padded to this, for the matrix units
+ROPE_LENGTHS = 10             # of the rotary table, in contexts: chats may outgrow the training context
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,10 @@ class GPTConfig:
         return layer % 2 == (self.n_layer - 1) % 2
 
     def window(self, layer: int) -> int:
-        """Number of tokens before itself that a token of this layer sees; from the context, not the input's length."""
+        """Number of tokens before itself that a token of this layer sees; from the context, not the input's length.
+
+        Short windows (as in Gemma 2, arXiv 2408.00118) save attention's FLOPs. From half the context to a quarter, with
+        smear, backout and ratio 8: 1.80 -> 1.65 hours (see gpt.py)."""
         is_long = layer == self.n_layer - 1 or self.window_pattern[layer % len(self.window_pattern)] == "L"
         return self.sequence_len if is_long else math.ceil(self.sequence_len / 4 / 128) * 128
 
@@ -78,11 +82,8 @@ def count_params(config: GPTConfig) -> dict[str, int]:
 
 
 def estimate_flops(config: GPTConfig, row_tokens: int | None = None) -> float:
-    """Training FLOPs per token, forward and backward: 6 per matrix parameter, 12 * H * D per key of the window.
-
-    Keys hidden by the causal mask are counted, as is usual for MFU (PaLM, arXiv 2204.02311, appendix B).
-    row_tokens: length of rows that are shorter than the context
-    """
+    """Training FLOPs per token, in rows of the context or of row_tokens: 6 per matrix parameter, 12 * H * D per key of
+    the window, those hidden by the causal mask included, as is usual for MFU (PaLM, arXiv 2204.02311, appendix B)."""
     counts = count_params(config)
     matmul_params = counts["transformer_matrices"] + counts["lm_head"] + SMEAR_GATE_CHANNELS
     keys_seen = sum(min(config.window(i), row_tokens or config.sequence_len) for i in range(config.n_layer))

@@ -24,18 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.common import UserError, print0
+from nanochat.memory import list_query_blocks
 
 BACKENDS = ("fa3", "flex", "blocks", "sdpa")
 FA3_PACKAGES = ("flash_attn_interface", "flash_attn")                                # installed packages
 FA3_KERNELS = ("varunneal/flash-attention-3", "kernels-community/flash-attn3")       # repositories of the kernels hub
 PROBE_TOLERANCE = 0.03  # relative error of bf16 or fp16 attention against fp32; a wrong mask or layout gives over 0.3
 
-FLEX_BLOCK = 128                        # flex works on whole blocks of so many queries
-MIN_BLOCK_QUERIES, MAX_BLOCKS = 256, 8  # blocks: short ones skip more of the keys, many take long to compile
+FLEX_BLOCK = 128                   # flex works on whole blocks of so many queries
 
-_override_impl: str | None = None       # a test's choice, before any other
-_chosen: dict[str, str] = {}            # device type -> backend
-_fa3_module = None                      # found by _load_fa3; a plain global, which torch.compile can trace
+_override_impl: str | None = None  # a test's choice, before any other
+_chosen: dict[str, str] = {}       # device type -> backend
+_fa3_module = None                 # found by _load_fa3; a plain global, which torch.compile can trace
 
 
 def __getattr__(name: str):
@@ -220,12 +220,8 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     k, v = _expand_heads(q, k, v)
     B, T, H, D = q.shape
     q, k, v = (t.transpose(1, 2).reshape(B * H, T, D) for t in (q, k, v))
-    num_blocks = min(MAX_BLOCKS, -(-T // MIN_BLOCK_QUERIES))
-    block_queries = -(-T // num_blocks)
     outputs = []
-    for start in range(0, T, block_queries):
-        end = min(start + block_queries, T)
-        first = max(0, start - window) if window >= 0 else 0
+    for start, end, first in list_query_blocks(T, window):
         scores = torch.bmm(q[:, start:end], k[:, first:end].mT)  # (B * H, queries, keys)
         scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * D**-0.5
         mask = _window_mask(end - start, end - first, window, q.device)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.config import SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
+from nanochat.config import ROPE_LENGTHS, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 from nanochat.cross_entropy import LOSSES, softcap
 from nanochat.flash_attention import flash_attn
 from nanochat.optim import MuonAdamW
@@ -30,7 +30,6 @@ from nanochat.scaling import EMBEDDING_LR, MATRIX_LR, SCALAR_LR, UNEMBEDDING_LR,
 
 NORM_EPS = torch.finfo(torch.float32).eps  # also for bf16 input: bf16's own eps would flatten small activations
 ROPE_BASE = 100_000  # from 10,000: slower turns tell far positions apart; with tuned rates and inits 2.02 -> 1.80 hours
-ROPE_LENGTHS = 10    # positions that the rotary table holds, in context lengths: chats may outgrow the training context
 QK_SCALE = 1.2       # on queries and keys once normed: attention sharpened by 1.44 (no figure of its own in the record)
 
 

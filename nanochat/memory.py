@@ -2,8 +2,7 @@
 
 B rows, T tokens, N = B * T, C channels, H query heads, Hk key/value heads, D head dim, V vocabulary.
 
-The formulas count what gpt.py, cross_entropy.py and optim.py allocate: parameters and optimizer state, activations that
-the backward pass needs (block by block), and temporaries. The peak is in one of three phases:
+The formulas count what gpt.py, cross_entropy.py and optim.py allocate. The peak is in one of three phases:
 
     loss      all activations, the logits (fused: a chunk of them), the gradients of head and activations
     backward  activations are freed, gradients are made, beside one block's temporaries
@@ -18,23 +17,30 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanochat.common import COMPUTE_DTYPES, UserError, count_local_ranks
-from nanochat.config import GPTConfig, count_params, list_matrices
+from nanochat.config import ROPE_LENGTHS, GPTConfig, count_params, list_matrices
 
 if TYPE_CHECKING:
     import torch
 
 GIB = 2**30
-# Constants of the modules that allocate, which need torch; a test compares them
-ROPE_LENGTHS, SMALL_PARAM = 10, 1024
-CHUNK_TOKENS, CPU_EXP_TOKENS = {"cpu": 2048, "cuda": 8192}, 256
+# Sizes that memory depends on, here since the modules that allocate by them need torch
+# optim.py: elements; smaller parameters are neither sharded nor given a compiled kernel
+SMALL_PARAM = 1024
+# cross_entropy.py: tokens of a chunk, enough to keep the matrix units busy, few enough that its logits stay small
+# (dev/LOG.md, "Head and loss"; on GPUs an assumption, not studied)
+CHUNK_TOKENS = defaultdict(lambda: 4096, cpu=2048, cuda=8192)
+# cross_entropy.py: tokens that a CPU exponentiates at once, since its kernel keeps all of e for a second loop, the sum
+CPU_EXP_TOKENS = 256
+# flash_attention.py, blocks: short ones skip more of the keys, many take long to compile
 MIN_BLOCK_QUERIES, MAX_BLOCKS = 256, 8
 # Parts of the activations
 ACTIVATIONS = ("residual stream", "attention", "MLP", "weights in the compute dtype", "embedding, final norm")
@@ -55,28 +61,23 @@ class Machine:
             raise UserError(f"--dtype {self.dtype} is not one of {', '.join(COMPUTE_DTYPES)}")
 
     @property
-    def act_bytes(self) -> int:
-        """Of an element of the activations."""
+    def act_bytes(self) -> int:      # of an element of the activations
         return COMPUTE_DTYPES[self.dtype]
 
     @property
-    def master_bytes(self) -> int:
-        """Of an element of the matrices, and of sums that need precision."""
+    def master_bytes(self) -> int:   # of the matrices, and of sums that need precision
         return max(4, self.act_bytes)
 
     @property
-    def embed_bytes(self) -> int:
-        """Of an element of the embeddings, which live in the compute dtype unless that is fp16."""
+    def embed_bytes(self) -> int:    # of the embeddings, which live in the compute dtype unless that is fp16
         return self.master_bytes if self.dtype == "float16" else self.act_bytes
 
     @property
-    def cast_bytes(self) -> int:
-        """Of an element of the copy that a linear layer makes of its weight; 0 where it needs none."""
+    def cast_bytes(self) -> int:     # of the copy that a linear layer makes of its weight; 0 where it needs none
         return self.act_bytes if self.act_bytes < self.master_bytes else 0
 
     @property
-    def eager_norm_bytes(self) -> int:
-        """Of an element of what an eager norm keeps: its input, on a CPU a copy of it in fp32."""
+    def eager_norm_bytes(self) -> int:  # of what an eager norm keeps: its input, on a CPU a copy of it in fp32
         return self.master_bytes if self.device_type == "cpu" else self.act_bytes
 
 
@@ -96,8 +97,7 @@ class Memory:
         return max(self.phases.values())
 
     @property
-    def needed(self) -> int:
-        """Bytes that a run must have: the peak of a step, while a checkpoint is written."""
+    def needed(self) -> int:         # by a run: the peak of a step, while a checkpoint is written
         return self.peak + self.checkpoint
 
     @property
@@ -111,48 +111,54 @@ def predict_memory(config: GPTConfig, T: int, micro_rows: int, machine: Machine,
     phases = {phase: max(sum(parts.values()) for (other, _), parts in usages if other == phase)
               for phase in ("loss", "backward", "update")}
     parts = next(parts for (phase, _), parts in usages if phase == "loss")
-    parameters, optimizer = parts["parameters"], parts["optimizer state"]
-    return Memory(parameters, optimizer, gradients=count_parameter_bytes(config, machine)[1],
-                  activations={kind: parts[kind] for kind in ACTIVATIONS}, loss=parts["logits and loss"],
-                  checkpoint=parameters + optimizer if machine.device_type == "cpu" else 0, phases=phases)
+    checkpoint = parts["parameters"] + parts["optimizer state"] if machine.device_type == "cpu" else 0
+    return Memory(parts["parameters"], parts["optimizer state"], usages[-1][1]["gradients"],
+                  {kind: parts[kind] for kind in ACTIVATIONS}, parts["logits and loss"], checkpoint, phases)
 
 
 def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
                num_micro: int = 1) -> list[tuple[tuple[str, str], dict[str, int]]]:
     """((phase, layer), bytes by part) in the order of a step, each at the worst of its layer, in the last micro-batch.
     The temporaries of the forward pass are left out: the loss always takes more."""
-    head_grad = config.padded_vocab_size * config.n_embd * machine.master_bytes
-    parameters, gradients = count_parameter_bytes(config, machine)
-    embedding, final_norm = count_end_bytes(config, rows * T, machine)
+    gradients = count_params(config)["transformer_matrices"] * machine.master_bytes + \
+        sum(num_bytes for num_bytes, *_ in list_adamw(config, machine))
+    rope = 2 * ROPE_LENGTHS * config.sequence_len * config.head_dim // 2 * machine.act_bytes
+    N, a, C = rows * T, machine.act_bytes, config.n_embd
+    # outside the blocks nothing is compiled. Before them: normed, shifted, smeared; ids, targets, their weights
+    embedding = N * (machine.eager_norm_bytes * C + 3 * a * C + 20)
+    last_is_middle = config.n_layer // 2 == config.n_layer - 1  # so that no later block keeps it
+    final_norm = N * (machine.eager_norm_bytes * C + machine.master_bytes + a * C * last_is_middle)
+    num_copies = 8 if machine.is_compiled else 12  # of temporaries: most are in the MLP, whose tensors are 4 C wide
+    block_backward = N * num_copies * a * C + 4 * C * C * (machine.master_bytes + machine.cast_bytes)
     blocks = [count_block_bytes(config, layer, rows, T, machine) for layer in range(config.n_layer)]
-    parts = {"parameters": parameters, "optimizer state": count_optimizer_bytes(config, machine),
-             "gradients": gradients if num_micro > 1 else 0, **dict.fromkeys(ACTIVATIONS, 0), "logits and loss": 0,
-             "workspace": 0}
+    parts = Counter({"parameters": gradients + rope, "optimizer state": count_optimizer_bytes(config, machine),
+                     "gradients": gradients if num_micro > 1 else 0, **dict.fromkeys(ACTIVATIONS, 0),
+                     "logits and loss": 0, "workspace": 0})
     usages = []
 
     def add(phase: str, layer: str = "", part: str = "workspace", extra: int = 0) -> None:
-        usages.append(((phase, layer), parts | {part: parts[part] + extra}))
+        usages.append(((phase, layer), {**parts, part: parts[part] + extra}))
     parts["embedding, final norm"] += embedding
     add("forward", "embed")
     for layer, block in enumerate(blocks):
-        for kind, num_bytes in block.items():
-            parts[kind] += num_bytes
+        parts.update(block)
         add("forward", str(layer))
     parts["embedding, final norm"] += final_norm
     add("forward", "norm")
-    add("loss", part="logits and loss", extra=count_loss_bytes(config, rows * T, machine))
+    add("loss", part="logits and loss", extra=count_loss_bytes(config, N, machine))
     parts["embedding, final norm"] -= final_norm
-    parts["gradients"] += head_grad
-    parts["workspace"] = 3 * rows * T * config.n_embd * machine.act_bytes  # gradients of x, x0, middle block's output
+    parts["gradients"] += config.padded_vocab_size * C * machine.master_bytes  # the head's
+    parts["workspace"] = 3 * N * C * a  # gradients of x, x0, middle block's output
     add("backward", "norm")
     for layer in reversed(range(config.n_layer)):
-        add("backward", str(layer), extra=count_backward_bytes(config, layer, rows, T, machine))
-        for kind, num_bytes in blocks[layer].items():
-            parts[kind] -= num_bytes
+        add("backward", str(layer), extra=block_backward)
+        parts.subtract(blocks[layer])
         if num_micro == 1:
-            parts["gradients"] += count_block_gradients(config, layer, machine)
+            parts["gradients"] += sum(map(math.prod, list_matrices(config, layer))) * machine.master_bytes
+            if config.has_value_embed(layer):
+                parts["gradients"] += config.padded_vocab_size * config.kv_dim * machine.embed_bytes
     add("backward", "embed")
-    parts |= dict.fromkeys([*ACTIVATIONS, "workspace"], 0) | {"gradients": gradients}
+    parts = {**parts, **dict.fromkeys([*ACTIVATIONS, "workspace"], 0), "gradients": gradients}
     add("update", extra=count_update_bytes(config, machine) - gradients)
     return usages
 
@@ -163,16 +169,12 @@ def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
 
 def largest_micro_rows(config: GPTConfig, T: int, machine: Machine, memory_bytes: float | None,
                        rows_per_rank: int) -> int:
-    """The most rows of a micro-batch that fit, a divisor of the rank's rows of a step; 0 if one row doesn't fit.
-
-    memory_bytes: of the device, or this rank's share of a CPU's; None where unknown: only tokens are bounded then
-    """
-    limit = get_max_micro_tokens(machine.device_type) // T
-    for rows in list_divisors(rows_per_rank)[::-1]:
-        if rows <= max(1, limit) and (memory_bytes is None or predict_memory(
-                config, T, rows, machine, rows_per_rank // rows).needed <= get_usable_frac(machine) * memory_bytes):
-            return rows
-    return 0
+    """The most rows of a micro-batch that fit, a divisor of the rank's rows of a step; 0 if one row doesn't fit. Only
+    tokens are bounded where `memory_bytes`, of the device or this rank's share of a CPU's, is None: unknown."""
+    limit = max(1, get_max_micro_tokens(machine.device_type) // T)
+    usable_bytes = math.inf if memory_bytes is None else get_usable_frac(machine) * memory_bytes
+    return next((rows for rows in reversed(list_divisors(rows_per_rank)) if rows <= limit and
+                 predict_memory(config, T, rows, machine, rows_per_rank // rows).needed <= usable_bytes), 0)
 
 
 def get_usable_frac(machine: Machine) -> float:
@@ -208,12 +210,6 @@ def rows_or_auto(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text} must be a number of rows, or auto") from None
 
 
-def describe_peak(measured_bytes: int, predicted_bytes: int) -> str:
-    """One line on the first step's memory: what was measured beside what was predicted."""
-    return f"peak memory of the first step: {measured_bytes / GIB:.2f} GiB, {predicted_bytes / GIB:.2f} predicted " \
-           f"({100 * (predicted_bytes / measured_bytes - 1):+.0f}%)"
-
-
 def measure_free_bytes(device: torch.device) -> int | None:
     """Memory of the device that this rank could still take, of a CPU's its share; None where the system doesn't say."""
     import torch
@@ -232,9 +228,8 @@ def measure_free_bytes(device: torch.device) -> int | None:
 def read_available_bytes(path: Path = Path("/proc/meminfo")) -> int | None:
     """Memory that Linux could give to new processes without swapping."""
     with contextlib.suppress(OSError):
-        for line in path.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+        lines = path.read_text().splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
     return None
 
 
@@ -263,7 +258,7 @@ def read_cgroup_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = Path("
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Activations: what autograd keeps for the backward pass
+# Activations, which autograd keeps for the backward pass; temporaries; the optimizer's part
 
 
 def count_block_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine: Machine) -> dict[str, int]:
@@ -286,7 +281,8 @@ def count_attention_bytes(config: GPTConfig, layer: int, rows: int, T: int, mach
     a, C, H, window = machine.act_bytes, config.n_embd, config.n_head, config.window(layer)
     is_windowed = window < T - 1
     if machine.attention == "blocks":
-        pairs = [queries * keys for queries, keys in list_query_blocks(T, window if is_windowed else -1)]
+        pairs = [(end - start) * (end - first)
+                 for start, end, first in list_query_blocks(T, window if is_windowed else -1)]
         pair_bytes, mask = sum(pairs) * (machine.master_bytes + machine.cast_bytes), sum(pairs)
         if machine.is_compiled:  # scores and probabilities in the compute dtype, but for the last block's scores
             pair_bytes, mask = pair_bytes - sum(pairs[:-1]) * (machine.master_bytes - a), 0
@@ -299,24 +295,16 @@ def count_attention_bytes(config: GPTConfig, layer: int, rows: int, T: int, mach
     return rows * T * (4 * a * C + machine.master_bytes * H)
 
 
-def list_query_blocks(T: int, window: int) -> list[tuple[int, int]]:
-    """(queries, keys) of each product of the 'blocks' attention; window -1 is the whole past."""
-    num_blocks = min(MAX_BLOCKS, -(-T // MIN_BLOCK_QUERIES))
-    size = -(-T // num_blocks)
-    spans = [(start, min(start + size, T)) for start in range(0, T, size)]
-    return [(end - start, end - max(0, start - window) if window >= 0 else end) for start, end in spans]
+def list_query_blocks(T: int, window: int) -> list[tuple[int, int, int]]:
+    """The products of 'blocks': queries [start, end) with keys [first, end); window -1 is the whole past."""
+    size = get_even_size(T, max(MIN_BLOCK_QUERIES, -(-T // MAX_BLOCKS)))
+    return [(start, min(start + size, T), max(0, start - window) if window >= 0 else 0) for start in range(0, T, size)]
 
 
-def count_end_bytes(config: GPTConfig, N: int, machine: Machine) -> tuple[int, int]:
-    """Activations before the first block and after the last, which are never compiled."""
-    a, C, normed = machine.act_bytes, config.n_embd, machine.eager_norm_bytes
-    last_is_middle = config.n_layer // 2 == config.n_layer - 1  # so that no later block keeps it
-    embedding = N * (normed * C + 3 * a * C + 20)  # normed, shifted, smeared; ids, targets, their weights
-    return embedding, N * (normed * C + machine.master_bytes + a * C * last_is_middle)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Temporaries
+def get_even_size(num: int, most: int) -> int:
+    """Size of each of the fewest chunks of `num` that hold at most `most`; equal sizes, so that few shapes compile."""
+    num_chunks = -(-num // most) or 1
+    return -(-num // num_chunks) or 1
 
 
 def count_loss_bytes(config: GPTConfig, N: int, machine: Machine) -> int:
@@ -324,11 +312,11 @@ def count_loss_bytes(config: GPTConfig, N: int, machine: Machine) -> int:
     a, master, C, V = machine.act_bytes, machine.master_bytes, config.n_embd, config.vocab_size
     is_cpu, head = machine.device_type == "cpu", machine.cast_bytes * V * C
     if machine.loss == "plain":
-        if not machine.is_compiled:  # the sigmoid, the log-probabilities and the gradients of both
-            return a * C * N + head + 4 * master * N * V
-        return a * C * N + head + (a + (master if is_cpu else a)) * N * V  # a CPU's sum has exp in a buffer
+        # eager: the sigmoid, the log-probabilities and the gradients of both; compiled, a CPU's sum has exp in a buffer
+        copies = a + (master if is_cpu else a) if machine.is_compiled else 4 * master
+        return a * C * N + head + copies * N * V
     gradients = a * C * N + master * config.padded_vocab_size * C
-    chunk = get_even_size(N, CHUNK_TOKENS.get(machine.device_type, 4096))
+    chunk = get_even_size(N, CHUNK_TOKENS[machine.device_type])
     exp_tokens = get_even_size(chunk, CPU_EXP_TOKENS) if is_cpu else chunk
     num_copies = int(is_cpu)  # of the logits while they become e (1 - t^2)
     if not machine.is_compiled:  # tanh of bf16 on a CPU is a fraction with two polynomials
@@ -337,24 +325,11 @@ def count_loss_bytes(config: GPTConfig, N: int, machine: Machine) -> int:
             + max(num_copies * master * exp_tokens * V, a * V * C))
 
 
-def get_even_size(num: int, most: int) -> int:
-    """Size of each of the fewest equal chunks of `num` that hold at most `most`."""
-    return -(-num // -(-num // most))
-
-
-def count_backward_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine: Machine) -> int:
-    """Temporaries of a block's backward pass: the most are in its MLP, where tensors are 4 C wide."""
-    C = config.n_embd
-    num_copies = 8 if machine.is_compiled else 12
-    return rows * T * num_copies * machine.act_bytes * C + 4 * C * C * (machine.master_bytes + machine.cast_bytes)
-
-
 def count_update_bytes(config: GPTConfig, machine: Machine) -> int:
     """Gradients, stacks, gathered parameters and temporaries of the optimizer's step, in the optimizer's order."""
     a, master, world = machine.act_bytes, machine.master_bytes, machine.world_size
-    # bytes of the gradients, of this rank's share of them, and of an element
-    adamw = [(rows * cols * size, shard(rows, cols, world) * size, size)
-             for rows, cols, size in list_adamw(config, machine)]
+    adamw = list_adamw(config, machine)
+    # bytes of the gradients of a shape, and of this rank's share of them
     muon = [(K * rows * cols * master, -(-K // world) * rows * cols * master)
             for (rows, cols), K in sorted(count_shapes(config).items())]
     live = peak = sum(grads for grads, *_ in [*adamw, *muon]) + sum(own for grads, own, _ in adamw if own < grads)
@@ -375,51 +350,33 @@ def count_update_bytes(config: GPTConfig, machine: Machine) -> int:
     return max(peak, live)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parameters
-
-
-def count_parameter_bytes(config: GPTConfig, machine: Machine) -> tuple[int, int]:
-    """Bytes of the parameters with the rotary tables, and of their gradients."""
-    counts = count_params(config)
-    embeds = counts["wte"] + counts["value_embeds"]
-    num_bytes = (counts["total"] - embeds) * machine.master_bytes + embeds * machine.embed_bytes
-    rope = 2 * ROPE_LENGTHS * config.sequence_len * config.head_dim // 2 * machine.act_bytes
-    return num_bytes + rope, num_bytes
-
-
 def count_optimizer_bytes(config: GPTConfig, machine: Machine) -> int:
     """This rank's state: AdamW's two moments; Muon's momentum, and its variance of each row or column."""
-    world, master = machine.world_size, machine.master_bytes
-    adamw = sum(2 * shard(rows, cols, world) * size for rows, cols, size in list_adamw(config, machine))
-    muon = sum(-(-K // world) * (rows * cols + max(rows, cols)) * master
+    adamw = sum(2 * own for _, own, _ in list_adamw(config, machine))
+    muon = sum(-(-K // machine.world_size) * (rows * cols + max(rows, cols)) * machine.master_bytes
                for (rows, cols), K in count_shapes(config).items())
     return adamw + muon
 
 
 def list_adamw(config: GPTConfig, machine: Machine) -> list[tuple[int, int, int]]:
-    """(rows, columns, bytes of an element) of each AdamW parameter, the few scalars together as the last."""
-    V, C, kv_dim = config.padded_vocab_size, config.n_embd, config.kv_dim
-    num_ve = sum(config.has_value_embed(layer) for layer in range(config.n_layer))
-    return [(V, C, machine.master_bytes), (V, C, machine.embed_bytes)] + [(V, kv_dim, machine.embed_bytes)] * num_ve + \
-        [(1, count_params(config)["scalars"], machine.master_bytes)]
+    """Bytes of each AdamW parameter, of the part that one rank updates, and of an element; the few scalars as one."""
+    V, C, master, embed = config.padded_vocab_size, config.n_embd, machine.master_bytes, machine.embed_bytes
+    num_ve = sum(map(config.has_value_embed, range(config.n_layer)))
+    params = [(V, C, master), (V, C, embed), *[(V, config.kv_dim, embed)] * num_ve,
+              (1, count_params(config)["scalars"], master)]
+    return [(rows * cols * size, count_own_rows(rows, cols, machine.world_size) * cols * size, size)
+            for rows, cols, size in params]
 
 
-def shard(num_rows: int, num_cols: int, world_size: int) -> int:
-    """Elements of an AdamW parameter that one rank updates."""
+def count_own_rows(num_rows: int, num_cols: int, world_size: int) -> int:
+    """Rows of an AdamW parameter that one rank updates: all, where they are small or don't split."""
     is_sharded = num_rows * num_cols >= SMALL_PARAM and num_rows % world_size == 0
-    return num_rows * num_cols // (world_size if is_sharded else 1)
+    return num_rows // (world_size if is_sharded else 1)
 
 
 def count_shapes(config: GPTConfig) -> dict[tuple[int, int], int]:
     """Muon's matrices: {(rows, cols): how many}."""
     return Counter(shape for layer in range(config.n_layer) for shape in list_matrices(config, layer))
-
-
-def count_block_gradients(config: GPTConfig, layer: int, machine: Machine) -> int:
-    """Gradients that a block's backward pass makes: its matrices', and its value embeddings'."""
-    value_embed = config.padded_vocab_size * config.kv_dim * machine.embed_bytes if config.has_value_embed(layer) else 0
-    return sum(map(math.prod, list_matrices(config, layer))) * machine.master_bytes + value_embed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,10 +417,8 @@ def expect_mfu(gpu: str, depth: int) -> tuple[float, str]:
     """MFU to expect of a compiled run, and what it rests on; `gpu` may be 'cpu'."""
     if gpu == "cpu":
         return CPU_MFU, "measured at depths 4 and 6 on a 2-core machine: 51-61% of its matmul rate"
-    (first_depth, first), *_, (last_depth, last) = PUBLISHED_MFU
-    mfu = first if depth <= first_depth else last  # beyond the table its nearest end, within it a straight line
-    for (d0, mfu0), (d1, mfu1) in zip(PUBLISHED_MFU, PUBLISHED_MFU[1:], strict=False):
-        if d0 <= depth <= d1:
-            mfu = mfu0 + (mfu1 - mfu0) * (depth - d0) / (d1 - d0)
+    depth = min(max(depth, PUBLISHED_MFU[0][0]), PUBLISHED_MFU[-1][0])  # beyond the table its nearest end
+    (d0, mfu0), (d1, mfu1) = next(pair for pair in itertools.pairwise(PUBLISHED_MFU) if depth <= pair[1][0])
+    mfu = mfu0 + (mfu1 - mfu0) * (depth - d0) / (d1 - d0)
     source = "published for 8 H100 in bf16: " + ", ".join(f"{100 * m:.0f}% at depth {d}" for d, m in PUBLISHED_MFU)
     return mfu, source + ("" if gpu == "h100" else f"; assumed to hold on {gpu} as well, not measured there")

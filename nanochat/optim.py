@@ -14,7 +14,7 @@ K matrices of one shape make one stack: n = ceil(K / world) on each rank, the la
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanochat.compilation import fused
+from nanochat.memory import SMALL_PARAM, count_own_rows
 
 # (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X, iteration by iteration (arXiv 2505.16932)
 POLAR_EXPRESS = (
@@ -31,7 +32,6 @@ POLAR_EXPRESS = (
     (3.285753657755655,  -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-SMALL_PARAM = 1024  # elements; smaller parameters are neither sharded nor given a compiled kernel
 # torch 2.13 has new names for these two, and warns about the old ones
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -42,9 +42,11 @@ class Part:
     """The unit of reduction and update: an AdamW parameter, or all Muon matrices of one shape."""
     group:      dict
     params:     list[nn.Parameter]
+    is_muon:    bool
     is_sharded: bool
     start:      int                      # this rank's first row of the parameter, or first of the matrices
     stop:       int
+    num_own:    int                      # rows, or matrices of this rank's stack, missing ones included
     grad:       Tensor | None = None     # of this rank's rows or matrices, summed over the ranks
     work:       dist.Work | None = None  # the reduction, until it is waited for
     source:     Tensor | None = None     # the reduction's input, kept alive until then
@@ -80,30 +82,18 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in groups:
             group["initial_lr"], group["initial_weight_decay"] = group["lr"], group["weight_decay"]
         super().__init__(groups, defaults={})
-        self.names = names or {}
-        self.matmul_dtype = matmul_dtype
-        self.num_steps = 0
+        self.names, self.matmul_dtype, self.num_steps = names or {}, matmul_dtype, 0
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.parts = [part for group in self.param_groups for part in self._make_parts(group)]
-
-    def _make_parts(self, group: dict) -> Iterator[Part]:
-        if group["kind"] == "muon":
-            K, n = len(group["params"]), self._count_own(group["params"])
-            yield Part(group, group["params"], True, min(self.rank * n, K), min((self.rank + 1) * n, K))
-            return
-        for param in group["params"]:
-            num_rows = len(param)
-            if param.numel() < SMALL_PARAM or num_rows % self.world_size:
-                yield Part(group, [param], False, 0, num_rows)
-            else:
-                start = self.rank * num_rows // self.world_size
-                yield Part(group, [param], True, start, start + num_rows // self.world_size)
-
-    def _count_own(self, params: Sequence[nn.Parameter]) -> int:
-        """n: the matrices of each rank's stack, missing ones included."""
-        return -(-len(params) // self.world_size)
-
-    # ----- gradients
+        self.parts: list[Part] = []
+        for group in self.param_groups:
+            is_muon = group["kind"] == "muon"
+            for params in [group["params"]] if is_muon else [[param] for param in group["params"]]:
+                num = len(params) if is_muon else len(params[0])
+                num_own = -(-num // self.world_size) if is_muon else \
+                    count_own_rows(num, params[0].numel() // num, self.world_size)
+                is_sharded = is_muon or num_own < num
+                start = min(self.rank * num_own, num) if is_sharded else 0
+                self.parts.append(Part(group, params, is_muon, is_sharded, start, min(start + num_own, num), num_own))
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
@@ -112,25 +102,16 @@ class MuonAdamW(torch.optim.Optimizer):
         A sum, not a mean: the loss is divided by the whole step's targets already.
         """
         for part in self.parts:
-            source = self._take_gradient(part)
-            if self.world_size == 1:
-                part.grad = source
-            elif part.is_sharded:
-                part.grad = source.new_empty(len(source) // self.world_size, *source.shape[1:])
-                part.work = reduce_scatter(part.grad, source, async_op=True)
-                part.source = source
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part.params]  # None counts as zero
+            for param in part.params:
+                param.grad = None
+            grad = stack_padded(grads, part.num_own * self.world_size, grads[0]) if part.is_muon else grads[0]
+            del grads
+            if self.world_size > 1 and part.is_sharded:
+                part.source, part.grad = grad, grad.new_empty(part.num_own, *grad.shape[1:])
+                part.work = reduce_scatter(part.grad, grad, async_op=True)
             else:
-                part.grad = source
-                part.work = dist.all_reduce(part.grad, async_op=True)
-
-    def _take_gradient(self, part: Part) -> Tensor:
-        """The gradient of a parameter, or of the matrices as a stack (n * world, rows, cols); None counts as zero."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part.params]
-        for param in part.params:
-            param.grad = None
-        if part.group["kind"] == "adamw":
-            return grads[0]
-        return stack_padded(grads, self._count_own(part.params) * self.world_size)
+                part.grad, part.work = grad, dist.all_reduce(grad, async_op=True) if self.world_size > 1 else None
 
     def wait_gradients(self) -> list[Tensor]:
         """This rank's gradients, summed over the ranks; `step` uses them, changes in place included."""
@@ -138,9 +119,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def get_grad_norm(self) -> Tensor:
         """The Euclidean norm of all gradients together, accumulated in at least fp32. Collective."""
-        # gradients that all ranks hold are counted once
-        counted = [part.wait() for part in self.parts if part.is_sharded or self.rank == 0]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in counted]
+        norms = [torch.linalg.vector_norm(grad := part.wait(), dtype=torch.promote_types(grad.dtype, torch.float32))
+                 for part in self.parts if part.is_sharded or self.rank == 0]  # what all ranks hold counts once
         norm = torch.linalg.vector_norm(torch.stack(norms))
         if self.world_size == 1:
             return norm
@@ -155,12 +135,9 @@ class MuonAdamW(torch.optim.Optimizer):
             part.wait()
             part.grad = None
 
-    # ----- the step
-
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Update every parameter from its gradient (None counts as zero), drop the gradients, and return their norm.
-        Collective.
+        """Update all parameters from their gradients, drop these, and return their norm. Collective.
 
         Three phases, so that one part's communication runs beside another's update: start all reductions (unless
         `reduce_gradients` did), update part by part and start its gather, wait for the gathers.
@@ -168,59 +145,51 @@ class MuonAdamW(torch.optim.Optimizer):
         if self.parts[0].grad is None:
             self.reduce_gradients()
         self.num_steps += 1
-        gathers = []
-        for part in self.parts:
-            self._init_state(part)
-            part.wait()
-            update = self._step_adamw if part.group["kind"] == "adamw" else self._step_muon
-            gathers.append(update(part))
+        gathers = [self._update(part) for part in self.parts]
         grad_norm = self.get_grad_norm()
         for finish in filter(None, gathers):
             finish()
         self.zero_grad()
         return grad_norm
 
-    def _step_adamw(self, part: Part) -> Callable[[], None] | None:
-        """Update this rank's rows; returns the end of their gather, None where nothing is sent."""
-        param, group = part.params[0], part.group
-        state = self.state[param]
-        own = param[part.start:part.stop]
-        beta1, beta2 = group["betas"]
-        hyper = [group["lr"], beta1, beta2, group["eps"], group["weight_decay"], self.num_steps]
-        update = adamw_update if param.numel() >= SMALL_PARAM else adamw_update.__wrapped__
-        update(own, part.grad, state["exp_avg"], state["exp_avg_sq"], *as_scalars(hyper))
-        if not part.is_sharded or self.world_size == 1:
-            return None
-        own = own.clone()  # gloo doesn't promise to gather in place
-        work = all_gather(param.data, own, async_op=True)
-        return lambda: (work.wait(), own)
+    def _update(self, part: Part) -> Callable[[], None] | None:
+        """Update this rank's rows or matrices; returns the end of their gather, None where nothing is sent."""
+        params, group, state = part.params, part.group, self._get_state(part).values()
+        grad, is_sent = part.wait(), part.is_sharded and self.world_size > 1
+        if part.is_muon:
+            rows, cols = params[0].shape
+            own = stack_padded(params[part.start:part.stop], part.num_own, params[0])  # (n, rows, cols)
+            lr = group["lr"] * max(1.0, rows / cols) ** 0.5  # so that outputs move as much, whatever the shape
+            muon_update(own, grad, *state, group["ns_steps"], self.matmul_dtype or own.dtype,
+                        *as_scalars([lr, group["momentum"], group["beta2"], group["weight_decay"]]))
+            whole = own.new_empty(part.num_own * self.world_size, rows, cols) if is_sent else own
+        else:
+            own, whole = params[0][part.start:part.stop], params[0].data
+            update = adamw_update if whole.numel() >= SMALL_PARAM else adamw_update.__wrapped__
+            update(own, grad, *state,
+                   *as_scalars([group["lr"], *group["betas"], group["eps"], group["weight_decay"], self.num_steps]))
+            own = own.clone() if is_sent else own  # gloo doesn't promise to gather in place
+        work = all_gather(whole, own, async_op=True) if is_sent else None
 
-    def _step_muon(self, part: Part) -> Callable[[], None] | None:
-        """Update this rank's matrices; returns the end of their gather, None where nothing is sent."""
-        group, params = part.group, part.params
-        n, (rows, cols) = self._count_own(params), params[0].shape
-        stack = stack_padded(params[part.start:part.stop], n, like=params[0])  # (n, rows, cols)
-        state = self.state[params[0]]
-        lr = group["lr"] * max(1.0, rows / cols) ** 0.5  # so that outputs move as much, whatever the shape
-        muon_update(stack, part.grad, state["momentum"], state["second_moment"], group["ns_steps"],
-                    self.matmul_dtype or stack.dtype,
-                    *as_scalars([lr, group["momentum"], group["beta2"], group["weight_decay"]]))
-        if self.world_size == 1:
-            torch._foreach_copy_(params, list(stack.unbind(0)))
-            return None
-        whole = stack.new_empty(n * self.world_size, rows, cols)
-        work = all_gather(whole, stack, async_op=True)
-
-        def finish(sent: Tensor = stack) -> None:  # kept alive while the gather reads it
-            work.wait()
-            torch._foreach_copy_(params, list(whole[:len(params)].unbind(0)))
-        return finish
-
-    # ----- state
+        def finish(sent: Tensor = own) -> None:  # kept alive while the gather reads it
+            if work:
+                work.wait()
+            if part.is_muon:
+                torch._foreach_copy_(params, list(whole[:len(params)].unbind(0)))
+        return finish if is_sent else finish()
 
     def get_named_state(self) -> dict[str, StateSlice]:
         """This rank's state as a checkpoint holds it: `<parameter>.<state>`, Muon's matrix by matrix."""
-        return {name: piece for part in self.parts for name, piece in self._iterate_state(part)}
+        named = {}
+        for part in self.parts:
+            for key, tensor in self._get_state(part).items():
+                params, slices = part.params, [StateSlice(tensor, part.start, part.stop, len(part.params[0]),
+                                                          part.is_sharded or self.rank == 0)]
+                if part.is_muon:
+                    params = part.params[part.start:part.stop]  # without padding
+                    slices = [StateSlice(matrix, 0, len(matrix), len(matrix), True) for matrix in tensor[:len(params)]]
+                named |= {f"{self.names[id(param)]}.{key}": piece for param, piece in zip(params, slices, strict=True)}
+        return named
 
     @torch.no_grad()
     def load_named_state(self, read: Callable[[str, int, int, int], Tensor], num_steps: int) -> None:
@@ -229,33 +198,19 @@ class MuonAdamW(torch.optim.Optimizer):
         read: (name, first row, end row, rows of the whole) -> these rows; called only for rows that this rank keeps
         """
         self.num_steps = num_steps
-        for part in self.parts:
-            for name, piece in self._iterate_state(part):
-                rows = read(name, piece.start, piece.stop, piece.num_rows)
-                if rows.shape != piece.tensor.shape:  # copy_ would broadcast it
-                    raise ValueError(f"{name} has shape {tuple(rows.shape)}, not {tuple(piece.tensor.shape)}")
-                piece.tensor.copy_(rows)
+        for name, piece in self.get_named_state().items():
+            rows = read(name, piece.start, piece.stop, piece.num_rows)
+            if rows.shape != piece.tensor.shape:  # copy_ would broadcast it
+                raise ValueError(f"{name} has shape {tuple(rows.shape)}, not {tuple(piece.tensor.shape)}")
+            piece.tensor.copy_(rows)
 
-    def _iterate_state(self, part: Part) -> Iterator[tuple[str, StateSlice]]:
-        """(name, slice) of a part's state; that of a matrix is its slice of the stack."""
-        self._init_state(part)  # a run saved before its first step goes on with zeros
-        is_ours = part.is_sharded or self.rank == 0
-        for key, tensor in self.state[part.params[0]].items():
-            if part.group["kind"] == "adamw":
-                param = part.params[0]
-                yield f"{self.names[id(param)]}.{key}", StateSlice(tensor, part.start, part.stop, len(param), is_ours)
-            else:
-                for param, matrix in zip(part.params[part.start:part.stop], tensor, strict=False):  # without padding
-                    yield (f"{self.names[id(param)]}.{key}",
-                           StateSlice(matrix, 0, len(matrix), len(matrix), is_ours))
-
-    def _init_state(self, part: Part) -> None:
-        """Zero state where there is none yet; one stack for all matrices of a shape, kept with the first of them."""
-        param, is_muon = part.params[0], part.group["kind"] == "muon"
+    def _get_state(self, part: Part) -> dict[str, Tensor]:
+        """Zeros at first; one stack for all matrices of a shape, kept with the first of them."""
+        param = part.params[0]
         if not self.state[param]:
-            shape = (self._count_own(part.params), *param.shape) if is_muon else param[part.start:part.stop].shape
-            self.state[param] = {key: param.new_zeros(state_shape)
-                                 for key, state_shape in list_state(part.group["kind"], shape).items()}
+            shapes = list_state(part.group["kind"], (part.num_own, *(param.shape if part.is_muon else param.shape[1:])))
+            self.state[param] = {key: param.new_zeros(shape) for key, shape in shapes.items()}
+        return self.state[param]
 
     def count_state_bytes(self) -> int:
         """Bytes of the state of all ranks together, as a checkpoint holds it."""
@@ -272,10 +227,9 @@ def list_state(kind: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
     return {"momentum": tuple(shape), "second_moment": (*stack, rows, 1) if rows >= cols else (*stack, 1, cols)}
 
 
-def stack_padded(tensors: Sequence[Tensor], num: int, like: Tensor | None = None) -> Tensor:
-    """A stack of `num` tensors: the given ones, then zeros like the first (or `like`)."""
-    zeros = torch.zeros_like(tensors[0] if like is None else like)
-    return torch.stack([*tensors, *[zeros] * (num - len(tensors))])
+def stack_padded(tensors: Sequence[Tensor], num: int, like: Tensor) -> Tensor:
+    """A stack of `num` tensors: the given ones, then zeros."""
+    return torch.stack([*tensors, *[torch.zeros_like(like)] * (num - len(tensors))])
 
 
 def as_scalars(values: Sequence[float]) -> list[Tensor]:

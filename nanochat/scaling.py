@@ -111,9 +111,8 @@ def make_short_rows(text: str, config: GPTConfig) -> list[ShortRows]:
     if num_steps < num_stages:
         raise UserError(f"--seq-len-warmup {text}: STEPS must be at least {num_stages}, one for each length from "
                         f"{start} to {T // 2}")
-    lengths = [start << k for k in range(num_stages)]
-    return [ShortRows((k + 1) * num_steps // num_stages, length, estimate_flops(config, length))
-            for k, length in enumerate(lengths)]
+    return [ShortRows((k + 1) * num_steps // num_stages, start << k, estimate_flops(config, start << k))
+            for k in range(num_stages)]
 
 
 def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int | None = None,
@@ -125,7 +124,6 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
     The horizon is the first given of num_iterations, target_flops, target_param_data_ratio (tokens per scaling param).
     The batch follows from ratio and size alone, whatever the horizon. Known to be wrong for small budgets: depth 4 on
     3.28 M tokens is better with 4,096 tokens a batch than with 16,384, and this rule gives 131,072 (public record).
-    seq_len_warmup: START:STEPS, see make_short_rows
     """
     for flag, value in (("--target-param-data-ratio", target_param_data_ratio), ("--target-flops", target_flops)):
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -137,8 +135,8 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
     if target_tokens < 1:
         raise UserError(f"--target-param-data-ratio {target_param_data_ratio:g} gives less than one token")
     if batch_tokens is None:
-        batch_tokens = REFERENCE_BATCH_TOKENS * (target_tokens / reference_tokens) ** BATCH_EXPONENT
-        batch_tokens = 2 ** round(math.log2(batch_tokens))
+        growth = (target_tokens / reference_tokens) ** BATCH_EXPONENT
+        batch_tokens = 2 ** round(math.log2(REFERENCE_BATCH_TOKENS * growth))
     if batch_tokens < 1:
         raise UserError(f"--total-batch-size {batch_tokens} must be a positive number of tokens")
     short_rows = make_short_rows(seq_len_warmup, config) if seq_len_warmup is not None else None
@@ -164,35 +162,35 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
 
 
 def get_batch_lr_scale(batch_tokens: int) -> float:
-    """Factor on learning rates: Adam's and Muon's steps grow with the square root of the batch (arXiv 2205.10287)."""
+    """Factor on learning rates, the square root of the batch: Adam's (arXiv 2205.10287) and, by assumption, Muon's."""
     return math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
 
 
-def _fill_plan(config: GPTConfig, flops_per_token: float, **decided) -> Plan:
+def check_counts(**counts: int | None) -> None:
+    """Refuse a number below 1; each is named as its flag."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
+def _fill_plan(config: GPTConfig, flops_per_token: float, *, weight_decay: float = 0.0, **decided) -> Plan:
     """A plan with the totals that follow from what was decided."""
     total_tokens = decided["num_iterations"] * decided["batch_tokens"]
     saved_flops = count_saved_flops(decided.get("short_rows"), flops_per_token, decided["batch_tokens"])
-    return Plan(flops_per_token=flops_per_token, total_tokens=total_tokens,
+    return Plan(flops_per_token=flops_per_token, total_tokens=total_tokens, weight_decay=weight_decay,
                 total_flops=flops_per_token * total_tokens - saved_flops,
                 tokens_per_param=total_tokens / count_scaling_params(config), **decided)
 
 
 def make_chat_plan(config: GPTConfig, flops_per_token: float, *, epoch_rows: int, num_epochs: int = 1,
                    num_iterations: int | None = None, batch_tokens: int, scales_lr: bool = True) -> Plan:
-    """Horizon of midtraining or SFT: num_iterations, or else whole epochs of `epoch_rows` rows. No Muon weight decay.
-
-    scales_lr: whether learning rates are scaled to the batch, as in pretraining
-    The last step of the last epoch takes the rows that are left, fewer than the others.
-    """
-    for flag, value in (("--num-iterations", num_iterations), ("--num-epochs", num_epochs),
-                        ("--total-batch-size", batch_tokens)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} {value} must be at least 1")
+    """Horizon of midtraining or SFT: num_iterations, or else whole epochs of `epoch_rows` rows, of which the last step
+    takes what is left. No Muon weight decay. scales_lr: whether learning rates are scaled to the batch."""
+    check_counts(num_iterations=num_iterations, num_epochs=num_epochs, total_batch_size=batch_tokens)
     T, num_rows = config.sequence_len, num_epochs * epoch_rows
-    horizon = "iterations" if num_iterations else "epochs"
-    return _fill_plan(config, flops_per_token, horizon=horizon, batch_tokens=batch_tokens, weight_decay=0.0,
+    return _fill_plan(config, flops_per_token, horizon="iterations" if num_iterations else "epochs",
                       num_iterations=num_iterations or -(-num_rows // (batch_tokens // T or 1)),
-                      target_tokens=num_rows * T,
+                      batch_tokens=batch_tokens, target_tokens=num_rows * T,
                       batch_lr_scale=get_batch_lr_scale(batch_tokens) if scales_lr else 1.0)
 
 
@@ -204,17 +202,15 @@ def make_rl_plan(config: GPTConfig, flops_per_token: float, *, num_questions: in
     Tokens are counted as if every answer had max_new_tokens. An answer teaches a few bits, however long it is, so
     learning rates aren't scaled to this batch: batch_lr_scale is that of the stage before.
     """
-    for flag, value, least in (("--num-iterations", num_iterations, 1), ("--num-epochs", num_epochs, 1),
-                               ("--examples-per-step", examples_per_step, 1), ("--num-samples", num_samples, 2)):
-        if value is not None and value < least:
-            raise UserError(f"{flag} {value} must be at least {least}" + (
-                ": an answer is compared with the others to its question" if flag == "--num-samples" else ""))
+    check_counts(num_iterations=num_iterations, num_epochs=num_epochs, examples_per_step=examples_per_step)
+    if num_samples < 2:
+        raise UserError(f"--num-samples {num_samples} must be at least 2: an answer is compared with the others to its "
+                        "question")
     question_tokens = num_samples * max_new_tokens
-    horizon = "iterations" if num_iterations else "epochs"
-    return _fill_plan(config, flops_per_token, horizon=horizon, batch_tokens=examples_per_step * question_tokens,
+    return _fill_plan(config, flops_per_token, horizon="iterations" if num_iterations else "epochs",
                       num_iterations=num_iterations or -(-num_epochs * num_questions // examples_per_step),
-                      target_tokens=num_epochs * num_questions * question_tokens, weight_decay=0.0,
-                      batch_lr_scale=batch_lr_scale)
+                      batch_tokens=examples_per_step * question_tokens,
+                      target_tokens=num_epochs * num_questions * question_tokens, batch_lr_scale=batch_lr_scale)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,18 +220,18 @@ def make_rl_plan(config: GPTConfig, flops_per_token: float, *, num_questions: in
 def get_lr_frac(it: int, n: int, *, warmup_steps: int = WARMUP_STEPS, warmdown_ratio: float = WARMDOWN_RATIO,
                 final_lr_frac: float = FINAL_LR_FRAC) -> float:
     """Learning-rate factor of all stages: linear warm-up, constant, linear warm-down to `final_lr_frac` (a trapezoid,
-    arXiv 2405.18392).
-
-    The warm-up is at most a tenth of the run, so that a short run isn't all warm-up.
-    """
-    warmup = min(warmup_steps, n // 10)
-    warmdown = round(warmdown_ratio * n)
+    arXiv 2405.18392)."""
+    warmup = min(warmup_steps, n // 10)  # so that a short run isn't all warm-up
     if it < warmup:
         return (it + 1) / warmup
-    if it <= n - warmdown:
-        return 1.0
-    progress = (n - it) / warmdown
+    progress = get_warmdown(it, n, warmdown_ratio)
     return progress + (1 - progress) * final_lr_frac
+
+
+def get_warmdown(it: int, n: int, ratio: float) -> float:
+    """1 until the last `ratio` of the run, then linearly towards 0."""
+    num_steps = round(ratio * n)
+    return 1.0 if it <= n - num_steps else (n - it) / num_steps
 
 
 def get_muon_momentum(it: int, n: int, *, warmdown_ratio: float = WARMDOWN_RATIO) -> float:
@@ -243,14 +239,10 @@ def get_muon_momentum(it: int, n: int, *, warmdown_ratio: float = WARMDOWN_RATIO
 
     The ramps are modded-nanogpt's. Why they help, a guess: early gradients turn fast, and so outdate an average.
     """
-    ramp_steps = 400 if n >= 1143 else max(1, round(0.35 * n))  # 1143 steps: where .35 n reaches 400
+    ramp_steps = min(400, max(1, round(0.35 * n)))
     if it < ramp_steps:
         return 0.85 + (0.97 - 0.85) * it / ramp_steps
-    warmdown = round(warmdown_ratio * n)
-    if it <= n - warmdown:
-        return 0.97
-    progress = (n - it) / warmdown
-    return 0.90 + (0.97 - 0.90) * progress
+    return 0.90 + (0.97 - 0.90) * get_warmdown(it, n, warmdown_ratio)
 
 
 def get_weight_decay_frac(it: int, n: int) -> float:

@@ -10,25 +10,15 @@ The flags of the model and the horizon are those of scripts.base_train, and mean
 """
 
 import argparse
+import contextlib
 import json
 import math
 from dataclasses import asdict, dataclass
 
+from nanochat import memory
 from nanochat.common import UserError, print0, run_script
 from nanochat.config import GPTConfig, count_params, estimate_flops
-from nanochat.memory import (
-    GIB,
-    GPUS,
-    Machine,
-    Memory,
-    count_shapes,
-    expect_mfu,
-    find_gpu,
-    get_usable_frac,
-    largest_micro_rows,
-    predict_memory,
-    rows_or_auto,
-)
+from nanochat.memory import GIB, Machine, Memory, get_usable_frac, rows_or_auto
 from nanochat.scaling import Plan, make_config, make_plan
 
 DOLLARS_PER_GPU_HOUR = 3.0    # of an H100 on the market, $24 an hour for a node of eight
@@ -105,12 +95,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     output.add_argument("--shards", action="store_true",
                         help="print only the number of climbmix shards, for the depth that reads most")
     args = parser.parse_args(argv)
-    for flag, value in (("--nproc", args.nproc), ("--vocab-size", args.vocab_size), ("--tflops", args.tflops),
-                        ("--gb", args.gb), ("--mfu", args.mfu), ("--max-hours", args.max_hours),
-                        ("--max-cost", args.max_cost),
-                        ("--device-batch-size", None if args.device_batch_size == "auto" else args.device_batch_size)):
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{flag} {value:g} must be a positive number")
+    for name in ("nproc", "vocab_size", "tflops", "gb", "mfu", "max_hours", "max_cost", "device_batch_size"):
+        value = getattr(args, name)
+        if value not in (None, "auto") and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value:g} must be a positive number")
     if not 0 <= args.price < math.inf:
         raise UserError(f"--price {args.price:g} must be dollars per GPU hour, 0 or more")
     if args.depth and (args.max_hours or args.max_cost):
@@ -120,50 +108,39 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    hardware = choose_hardware(args)
-    machine = choose_machine(args, hardware)
+    hardware, machine = choose_hardware(args)
     if args.max_hours or args.max_cost:
         estimates = [find_deepest(args, hardware, machine)]
     else:
         estimates = [estimate_run(args, depth, hardware, machine) for depth in args.depth or [20]]
     results = {"hardware": asdict(hardware), "compute": asdict(machine), "runs": [asdict(e) for e in estimates]}
     for result, estimate in zip(results["runs"], estimates, strict=True):
-        result["memory"] |= {"peak": estimate.memory.peak, "worst_phase": estimate.memory.worst_phase,
-                             "needed": estimate.memory.needed}
+        result["memory"] |= {name: getattr(estimate.memory, name) for name in ("peak", "worst_phase", "needed")}
     if args.shards:
         print0(max(estimate.num_shards for estimate in estimates))
     elif args.json:
         print0(json.dumps(results, indent=2))
     else:
-        print_table(estimates, hardware, get_usable_frac(machine) * hardware.memory_gib)
-        print_notes(estimates, hardware, machine)
+        print_table(estimates, hardware, machine)
     return results
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Estimating
-
-
-def choose_hardware(args: argparse.Namespace) -> Hardware:
-    """The GPU from the table, or as the person describes it."""
-    gpu = find_gpu(args.gpu)
+def choose_hardware(args: argparse.Namespace) -> tuple[Hardware, Machine]:
+    """The GPU from the table, or as described; dtype, attention and compilation as training would choose them there."""
+    gpu = memory.find_gpu(args.gpu)
     if not gpu and not (args.tflops and args.gb):
-        known = ", ".join(name for name, *_ in GPUS)
+        known = ", ".join(name for name, *_ in memory.GPUS)
         raise UserError(f"--gpu {args.gpu} is not in the table; add --tflops (dense bf16 TFLOP/s of one) and --gb (its "
                         f"memory), or choose one of {known}")
     name, peak_flops, memory_gib = gpu or (args.gpu.lower(), None, None)
-    return Hardware(name, args.nproc, args.tflops * 1e12 if args.tflops else peak_flops, args.gb or memory_gib,
-                    args.price)
-
-
-def choose_machine(args: argparse.Namespace, hardware: Hardware) -> Machine:
-    """Dtype, attention and compilation as training would choose them there."""
-    is_cpu = hardware.name == "cpu"
-    dtype = args.dtype if args.dtype != "auto" else "float16" if hardware.name in WITHOUT_BF16 else "bfloat16"
-    attention = args.attention
+    hardware = Hardware(name, args.nproc, args.tflops * 1e12 if args.tflops else peak_flops, args.gb or memory_gib,
+                        args.price)
+    is_cpu, dtype, attention = name == "cpu", args.dtype, args.attention
+    if dtype == "auto":
+        dtype = "float16" if name in WITHOUT_BF16 else "bfloat16"
     if attention == "auto":
-        attention = "blocks" if is_cpu else "fa3" if hardware.name.split()[0] in HOPPER else "flex"
-    return Machine(dtype, attention, args.compile == "on", "cpu" if is_cpu else "cuda", args.nproc, args.loss)
+        attention = "blocks" if is_cpu else "fa3" if name.split()[0] in HOPPER else "flex"
+    return hardware, Machine(dtype, attention, args.compile == "on", "cpu" if is_cpu else "cuda", args.nproc, args.loss)
 
 
 def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, machine: Machine) -> Estimate:
@@ -185,12 +162,12 @@ def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, machi
     memory_bytes = hardware.memory_gib * GIB
     micro_rows = args.device_batch_size
     if micro_rows == "auto":
-        micro_rows = largest_micro_rows(config, T, machine, memory_bytes, rows) or 1
-    memory = predict_memory(config, T, micro_rows, machine, rows // micro_rows)
-    mfu, source = (args.mfu / 100, "asked for") if args.mfu else expect_mfu(hardware.name, depth)
+        micro_rows = memory.largest_micro_rows(config, T, machine, memory_bytes, rows) or 1
+    predicted = memory.predict_memory(config, T, micro_rows, machine, rows // micro_rows)
+    mfu, source = (args.mfu / 100, "asked for") if args.mfu else memory.expect_mfu(hardware.name, depth)
     hours = plan.total_flops / (mfu * hardware.peak_flops * hardware.num_gpus) / 3600
-    fits = memory.needed <= get_usable_frac(machine) * memory_bytes
-    return Estimate(config, plan, fits, micro_rows, rows // micro_rows, memory,
+    fits = predicted.needed <= get_usable_frac(machine) * memory_bytes
+    return Estimate(config, plan, fits, micro_rows, rows // micro_rows, predicted,
                     count_hardware_flops(config, plan, hardware.num_gpus), mfu, source, hours,
                     hours * hardware.num_gpus * hardware.dollars,
                     math.ceil(SPARE_DATA * plan.total_tokens / TOKENS_PER_SHARD))
@@ -210,7 +187,7 @@ def count_hardware_flops(config: GPTConfig, plan: Plan, num_gpus: int) -> float:
         per_token = config.n_head * config.head_dim * (14 * keys - 12 * model_keys)
         flops, first_step = flops + per_token * (end_step - first_step) * plan.batch_tokens, end_step
     muon = 0
-    for shape, num in count_shapes(config).items():
+    for shape, num in memory.count_shapes(config).items():
         short, long = sorted(shape)
         muon += -(-num // num_gpus) * num_gpus * MUON_STEPS * (4 * short**2 * long + 2 * short**3)  # padding included
     return flops + muon * plan.num_iterations
@@ -218,34 +195,27 @@ def count_hardware_flops(config: GPTConfig, plan: Plan, num_gpus: int) -> float:
 
 def find_deepest(args: argparse.Namespace, hardware: Hardware, machine: Machine) -> Estimate:
     """The deepest model whose run fits the memory and the budget."""
-    best = shallowest = None
+    estimates = []
     for depth in range(1, MAX_DEPTH + 1):
-        try:
-            estimate = estimate_run(args, depth, hardware, machine)
-        except UserError:  # a shallow model's batch may have fewer rows than there are ranks
-            continue
-        shallowest = shallowest or estimate
-        if estimate.fits and estimate.hours <= (args.max_hours or math.inf) \
-                and estimate.dollars <= (args.max_cost or math.inf):
-            best = estimate
-    if best:
-        return best
-    if not shallowest:
+        with contextlib.suppress(UserError):  # a shallow model's batch may have fewer rows than there are ranks
+            estimates.append(estimate_run(args, depth, hardware, machine))
+    if not estimates:
         return estimate_run(args, MAX_DEPTH, hardware, machine)  # raises: no depth can take these flags
-    limits = ([f"{args.max_hours:g} hours"] if args.max_hours else []) + \
-        ([f"${args.max_cost:g}"] if args.max_cost else [])
+    max_hours, max_dollars = args.max_hours or math.inf, args.max_cost or math.inf
+    within = [estimate for estimate in estimates
+              if estimate.fits and estimate.hours <= max_hours and estimate.dollars <= max_dollars]
+    if within:
+        return within[-1]
+    shallowest = estimates[0]
+    limits = [text.format(most) for text, most in (("{:g} hours", args.max_hours), ("${:g}", args.max_cost)) if most]
     raise UserError(f"no depth trains within {' and '.join(limits)} on {hardware.num_gpus} {hardware.name}: depth "
                     f"{shallowest.config.n_layer} takes {format_hours(shallowest.hours)}, "
                     f"{format_dollars(shallowest.dollars)} and {shallowest.memory.peak / GIB:.1f} GiB on each; allow "
                     "more, or shorten the run with --target-param-data-ratio")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Showing
-
-
-def print_table(estimates: list[Estimate], hardware: Hardware, usable_gib: float) -> None:
-    """One column a depth."""
+def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine) -> None:
+    """One column a depth, then the sources of the figures."""
     def gib(num_bytes: float) -> str:
         return f"{num_bytes / GIB:.2f}"
     rows: list[tuple[str, list[str]]] = []
@@ -265,9 +235,8 @@ def print_table(estimates: list[Estimate], hardware: Hardware, usable_gib: float
     add("micro-batches of a step (gradient accumulation)", lambda e: str(e.num_micro))
     add("climbmix shards to download", lambda e: f"{e.num_shards:,}")
     rows.append(("GiB on each device", [""] * len(estimates)))
-    add("  parameters", lambda e: gib(e.memory.parameters))
-    add("  gradients", lambda e: gib(e.memory.gradients))
-    add("  optimizer state", lambda e: gib(e.memory.optimizer))
+    for label, part in (("parameters", "parameters"), ("gradients", "gradients"), ("optimizer state", "optimizer")):
+        add(f"  {label}", lambda e, part=part: gib(getattr(e.memory, part)))
     add("  activations", lambda e: gib(sum(e.memory.activations.values())))
     for part in estimates[0].memory.activations:
         add(f"    {part}", lambda e, part=part: gib(e.memory.activations[part]))
@@ -276,7 +245,7 @@ def print_table(estimates: list[Estimate], hardware: Hardware, usable_gib: float
         add(f"  in use, {phase}", lambda e, phase=phase: gib(e.memory.phases[phase]))
     if hardware.name == "cpu":
         add("  a checkpoint's copy in memory", lambda e: gib(e.memory.checkpoint))
-    add(f"  peak, of {usable_gib:.1f} that can be used",
+    add(f"  peak, of {get_usable_frac(machine) * hardware.memory_gib:.1f} that can be used",
         lambda e: gib(e.memory.needed) + ("" if e.fits else " DOES NOT FIT"))
     add("model FLOPs", lambda e: f"{e.plan.total_flops:.3g}")
     add("hardware FLOPs", lambda e: f"{e.hardware_flops:.3g}")
@@ -289,17 +258,12 @@ def print_table(estimates: list[Estimate], hardware: Hardware, usable_gib: float
     widths = [max(len(cells[i]) for _, cells in rows) for i in range(len(estimates))]
     for label, cells in rows:
         print0(f"{label:{label_width}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)))
-
-
-def print_notes(estimates: list[Estimate], hardware: Hardware, machine: Machine) -> None:
-    """The sources of the figures."""
     print0(f"\nMFU: {estimates[0].mfu_source}.")
     print0("Time is training alone: evaluation, compiling and downloads come on top.")
     compared = "compared with tensors counted one by one; the process grows by up to twice as much" \
         if machine.device_type == "cpu" else "not yet compared with a GPU"
     print0(f"Memory: {machine.dtype}, attention {machine.attention}, {machine.loss} loss, "
-           f"{'' if machine.is_compiled else 'not '}compiled; "
-           f"predicted, {compared}.")
+           f"{'' if machine.is_compiled else 'not '}compiled; predicted, {compared}.")
     print0(f"Shards: about {TOKENS_PER_SHARD / 1e6:.0f} M tokens each (assumption, for a vocabulary of 32K), and "
            f"{100 * (SPARE_DATA - 1):.0f}% to spare.")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanochat import flash_attention
+from nanochat import flash_attention, memory
 from nanochat.common import UserError
 from nanochat.flash_attention import choose_backend, flash_attn, plain_attention, probe_backend
 
@@ -61,7 +61,7 @@ def test_the_definition_equals_loops(heads):
 @pytest.mark.parametrize("backend", ["sdpa", "blocks"])
 def test_backend_equals_the_definition(backend, T, monkeypatch):
     monkeypatch.setattr(flash_attention, "_override_impl", backend)
-    monkeypatch.setattr(flash_attention, "MIN_BLOCK_QUERIES", 32)  # 300 tokens are then more blocks than there may be
+    monkeypatch.setattr(memory, "MIN_BLOCK_QUERIES", 32)  # 300 tokens are then more blocks than there may be
     q, k, v = make_qkv(T)
     for window in get_windows(T):
         assert_equals_plain(lambda q, k, v, w=window: flash_attn.flash_attn_func(q, k, v, window_size=(w, 0)),

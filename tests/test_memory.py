@@ -11,13 +11,12 @@ import torch
 from helpers import measure_peak_bytes
 
 from dev.bench_memory import fake_step, join_phases, trace_step
-from nanochat import compilation, cross_entropy, flash_attention, gpt, memory, optim
+from nanochat import compilation, flash_attention, gpt, memory
 from nanochat.common import UserError
 from nanochat.config import GPTConfig, count_params
 from nanochat.memory import (
     GIB,
     Machine,
-    describe_peak,
     find_gpu,
     get_max_micro_tokens,
     get_usable_frac,
@@ -147,14 +146,6 @@ def test_compiled_step_takes_what_is_predicted(loss, monkeypatch):
     assert predicted.peak - predicted.parameters - predicted.optimizer == pytest.approx(measured, rel=0.1)
 
 
-def test_constants_are_those_of_the_modules_that_allocate():
-    assert memory.ROPE_LENGTHS == gpt.ROPE_LENGTHS and memory.SMALL_PARAM == optim.SMALL_PARAM
-    assert memory.CHUNK_TOKENS == cross_entropy.CHUNK_TOKENS
-    assert memory.CPU_EXP_TOKENS == cross_entropy.CPU_EXP_TOKENS
-    assert (memory.MIN_BLOCK_QUERIES, memory.MAX_BLOCKS) == (flash_attention.MIN_BLOCK_QUERIES,
-                                                              flash_attention.MAX_BLOCKS)
-
-
 def test_sharding_divides_what_it_should():
     config = make_config(12, vocab_size=32768, sequence_len=2048)
     one, eight = (predict_memory(config, 2048, 8, Machine(world_size=world)) for world in (1, 8))
@@ -208,10 +199,6 @@ def test_divisors_of_a_huge_number_take_no_time():
     """A mistyped --total-batch-size must not hang."""
     assert [list_divisors(n) for n in (1, 12, 49, 97)] == [[1], [1, 2, 3, 4, 6, 12], [1, 7, 49], [1, 97]]
     assert len(list_divisors(2**44)) == 45
-
-
-def test_peak_is_described_beside_its_prediction():
-    assert describe_peak(2 * GIB, GIB) == "peak memory of the first step: 2.00 GiB, 1.00 predicted (-50%)"
 
 
 @pytest.mark.parametrize(("name", "expected"), [
