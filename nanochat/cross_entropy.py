@@ -21,7 +21,8 @@ from torch import Tensor
 from nanochat.compilation import fused
 from nanochat.memory import CHUNK_TOKENS, CPU_EXP_TOKENS, get_even_size
 
-# The softcap (Gemma 2, arXiv 2408.00118) bounds every logit by +-15: none runs away, and exp can't overflow fp32
+# The softcap (Gemma 2, arXiv 2408.00118) bounds every logit by +-15: none runs away, and exp can't overflow fp32. In
+# nanochat's public log (2026-03-02) 20 was better than 15 by 0.001 nats at depth 24; not tried here
 LOGIT_SOFTCAP = 15.0
 
 

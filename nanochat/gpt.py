@@ -8,9 +8,10 @@ B rows, T tokens, C = n_embd channels, H query heads, Hk key/value heads, D head
     logits = softcap(lm_head(norm(x)))
 
 To change the model, change it here: decoding.py compiles or captures this code, memory and FLOPs are tested against it.
-Each trick says what it is for, where it comes from, and what it gained there. The public record (nanochat, 2026: hours
-on 8 H100 to GPT-2's CORE) measured them in groups: "with" names the others of the group. Weights are fp32 and cast to
-the activations' dtype where they are used; embeddings, which are only looked up, live in the compute dtype.
+Each trick says what it is for, where it comes from, and what it gained in the public record, nanochat's log of 2026
+(github.com/karpathy/nanochat, dev/LOG.md and its leaderboard), by the date of the entry; hours are those that 8 H100
+take to GPT-2's CORE. Weights are fp32 and cast to the activations' dtype where they are used. Embeddings are stored in
+the compute dtype, bf16 without an fp32 master, which swallows small updates: loss-neutral there (2026-08-22).
 """
 
 import functools
@@ -29,8 +30,8 @@ from nanochat.sampling import Sampling, sample_rows
 from nanochat.scaling import EMBEDDING_LR, MATRIX_LR, SCALAR_LR, UNEMBEDDING_LR, WEIGHT_DECAY
 
 NORM_EPS = torch.finfo(torch.float32).eps  # also for bf16 input: bf16's own eps would flatten small activations
-ROPE_BASE = 100_000  # from 10,000: slower turns tell far positions apart; with tuned rates and inits 2.02 -> 1.80 hours
-QK_SCALE = 1.2       # on queries and keys once normed: attention sharpened by 1.44 (no figure of its own in the record)
+ROPE_BASE = 100_000  # slow turns tell far positions apart; from 10,000, with tuned rates and inits 2.02 -> 1.80 hours
+QK_SCALE = 1.2       # on normed queries and keys: scores 1.44 times as large, attention sharper (no figure of its own)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -48,9 +49,10 @@ def get_eps(dtype: torch.dtype) -> Tensor:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[d], x[d + D/2]) of (B, T, H, D) by minus their position's angles (B or 1, T, 1, D/2).
+    """Rotate the pairs (x[d], x[d + D/2]) of (B, T, H, D) by the negative of their angles, (B or 1, T, 1, D/2).
 
-    Scores then depend on distances alone (RoPE, arXiv 2104.09864). The sign is free as long as it is everyone's.
+    Scores then depend on distances alone (RoPE, arXiv 2104.09864). Either direction gives the same scores, since
+    queries and keys share it; checkpoints fix this one.
     """
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
@@ -68,7 +70,7 @@ class Linear(nn.Linear):
 
 class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
-        if not self.weight.is_meta:  # where it would do nothing, but load torch's compiler, which takes 1.5 s
+        if not self.weight.is_meta:  # on the meta device it would only import torch's compiler, which takes 1.5 s
             super().reset_parameters()
 
 
@@ -88,7 +90,7 @@ class CausalSelfAttention(nn.Module):
         self.c_qkv = None
 
     def fuse(self) -> None:
-        """Make one product of c_q, c_k and c_v, for decoding: their weights can't be trained after it."""
+        """Fuse c_q, c_k and c_v into one matrix, for decoding: not trainable afterwards."""
         weight = torch.cat([linear.weight.detach() for linear in (self.c_q, self.c_k, self.c_v)])
         with torch.device("meta"):  # nothing to initialise
             self.c_qkv = Linear(weight.size(1), weight.size(0), weight.dtype)
@@ -96,7 +98,7 @@ class CausalSelfAttention(nn.Module):
         del self.c_q, self.c_k, self.c_v
 
     def project(self, x: Tensor) -> tuple[Sequence[Tensor], Tensor]:
-        """(B, T, C) -> queries (B, T, H, D) and keys (B, T, Hk, D), one tensor of both once fused; values."""
+        """(B, T, C) -> (queries (B, T, H, D), keys (B, T, Hk, D)), or both in one tensor after fuse(); values."""
         B, T, _ = x.shape
         H, Hk, D = self.n_head, self.n_kv_head, self.head_dim
         if self.c_qkv is None:
@@ -108,11 +110,12 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qk, v = self.project(x)
         if ve is not None:
-            # Value embeddings (modded-nanogpt; arXiv 2410.17897): a table per layer gives each token a value of its
-            # own, about half of all parameters at hardly a FLOP; the gate lets each head take 0 to 3 times of it
+            # Value embeddings (modded-nanogpt, after arXiv 2410.17897): in every other layer a table gives each token a
+            # value of its own, half of all parameters at hardly a FLOP; each key/value head scales it by 0 to 3. Every
+            # other layer was best, each way of sharing or factorising the tables lost (2026-01-17)
             gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, Hk)
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        # QK norm (arXiv 2010.04245) bounds the scores whatever the weights do, which Muon's large steps need
+        # QK norm (arXiv 2010.04245) bounds the scores whatever the weights do
         qk = [norm(apply_rotary(heads, *cos_sin)) * QK_SCALE for heads in qk]
         q, k = qk if self.c_qkv is None else qk[0].split((self.n_head, self.n_kv_head), dim=2)
         if kv_cache is None:
@@ -123,8 +126,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """relu^2 (Primer, arXiv 2109.08668): as cheap as relu, sparse, about 1-2% better than GELU in modded-nanogpt's
-    record; SwiGLU at equal FLOPs lost in the public record."""
+    """relu^2 (Primer, arXiv 2109.08668): as cheap as relu, sparse, about 1-2% better than GELU in modded-nanogpt;
+    SwiGLU lost in the public record."""
 
     def __init__(self, config: GPTConfig, dtype: torch.dtype):
         super().__init__()
@@ -139,7 +142,7 @@ class Block(nn.Module):
     """Pre-norm attention and MLP on a residual stream that each layer rescales and mixes with its input x0.
 
     resid and x0 lambdas (modded-nanogpt) are two learned numbers a layer: x0 hands every layer the token itself, so
-    that the stream needn't carry it (no figure of its own in the record).
+    that the stream needn't carry it: -0.010 bits per byte at depth 8, -0.004 at 20; resid adds little (2026-01-11).
     """
 
     def __init__(self, config: GPTConfig, layer: int, dtype: torch.dtype):
@@ -155,8 +158,6 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    loss = "fused"  # a key of cross_entropy.LOSSES
-
     def __init__(self, config: GPTConfig, dtype: torch.dtype = torch.float32):
         """`dtype` is the activations'; the weights are not initialised (see init_weights)."""
         super().__init__()
@@ -167,7 +168,7 @@ class GPT(nn.Module):
         C, V, L = config.n_embd, config.padded_vocab_size, config.n_layer
         kv_dim = config.n_kv_head * config.head_dim
         self.compute_dtype = dtype
-        self.loss = "fused"  # a key of cross_entropy.LOSSES
+        self.loss = "fused"  # of training: a key of cross_entropy.LOSSES
         self.transformer = nn.ModuleDict({
             "wte": Embedding(V, C, dtype=embed),
             "h": nn.ModuleList(Block(config, i, master) for i in range(L)),
@@ -188,8 +189,8 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Set every parameter and buffer; a model built on the meta device holds garbage until then.
 
-        Uniform rather than normal keeps outliers out; a small head starts from near-uniform predictions; zero
-        projections (Fixup, arXiv 1901.09321; muP practice) start each block as the identity; tuned with the rates.
+        A small head starts from near-uniform predictions; with zero projections (Fixup, arXiv 1901.09321) attention and
+        MLP add nothing at first. The bounds were tuned with the rates: 2.02 -> 1.80 hours together.
         """
         C, L = self.config.n_embd, self.config.n_layer
         bound = math.sqrt(3 / C)  # uniform on +-bound has standard deviation 1/sqrt(C)
@@ -250,8 +251,8 @@ class GPT(nn.Module):
                         weight_decay: float = WEIGHT_DECAY, batch_lr_scale: float = 1.0) -> MuonAdamW:
         """AdamW for embeddings, head and scalars, Muon for the matrices of the blocks (optim.py).
 
-        Rates and betas as the public record tuned them at 768 channels; AdamW's fall with the root of the width, and
-        `batch_lr_scale` multiplies all but that of smear and backout (scaling.make_plan).
+        Rates and betas as the public record tuned them at 768 channels; those of head and embeddings fall with the root
+        of the width, and `batch_lr_scale` multiplies all but that of smear and backout (scaling.make_plan).
         """
         width_scale = (self.config.n_embd / 768) ** -0.5 * batch_lr_scale
         s = batch_lr_scale
@@ -284,8 +285,8 @@ class GPT(nn.Module):
     def embed(self, idx: Tensor, kv_cache=None) -> Tensor:
         """The blocks' input: normed embeddings, each smeared with the one before it. (B, T) -> (B, T, C)
 
-        Smear (modded-nanogpt): a gated part of the previous token, so that pairs of tokens are there from the first
-        layer on, without a head that looks one back; with backout, shorter windows and ratio 8: 1.80 -> 1.65 hours.
+        Smear (modded-nanogpt): a gated part of the previous token, so that the first layer sees pairs of tokens without
+        a previous-token head. Alone negligible (2026-01-16); with backout, shorter windows, ratio 8 1.80 -> 1.65 hours.
         """
         x = self.embed_tokens(idx)
         # The first token of a sequence has none before it: zero adds nothing
@@ -318,13 +319,14 @@ class GPT(nn.Module):
                 middle = x
         if kv_cache is not None:
             kv_cache.advance(T)
-        # Backout (modded-nanogpt): what the first half needed only to work with is taken out before the head reads x
+        # Backout (modded-nanogpt): subtracts what only the first half of the layers needed. Alone no gain (2026-01-16);
+        # for the gain with smear and others see `embed`
         return norm(x - self.backout_lambda[0] * middle)
 
     def unembed(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Softcapped logits in fp32 of what forward_trunk returns: (..., C) -> (..., V)
 
-        tokens: (N,) the only ones that are asked for, in an fp32 product, so that two are hardly ever equal: (..., N)
+        tokens: (N,) score these token ids only, in fp32, which avoids ties: (..., N)
         """
         if tokens is not None:
             return softcap(F.linear(x.float(), self.lm_head.weight[tokens].float()))
@@ -336,7 +338,7 @@ class GPT(nn.Module):
 
         idx:            (B, T) token ids
         targets:        (B, T) next tokens; None returns the logits, (B, T, V) fp32, softcapped
-        kv_cache:       engine.KVCache to read from and append to; the tokens continue what it holds
+        kv_cache:       kv_cache.KVCache to read from and append to; the tokens continue what it holds
         loss_reduction: 'mean' over the targets that count, a scalar (0 where none counts); 'sum' of weights * nll, a
                         scalar; 'none', (B, T), 0 where ignored
         weights:        (B, T) factor on each target's loss, for 'sum'
@@ -344,8 +346,9 @@ class GPT(nn.Module):
         x = self.forward_trunk(idx, kv_cache)
         if targets is None:
             return self.unembed(x)
-        return LOSSES[self.loss](x, self.lm_head.weight, targets, self.config.vocab_size, reduction=loss_reduction,
-                                 weights=weights)
+        # Evaluation takes each token's loss: always the cross-entropy, so that bits per byte stay comparable
+        loss = LOSSES["fused" if loss_reduction == "none" else self.loss]
+        return loss(x, self.lm_head.weight, targets, self.config.vocab_size, reduction=loss_reduction, weights=weights)
 
     @torch.inference_mode()
     def generate(self, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None,

@@ -3,7 +3,8 @@
 AdamW (arXiv 1711.05101): decoupled weight decay, bias-corrected, arithmetic in fp32 whatever the storage.
 Muon (K. Jordan 2024, kellerjordan.github.io/posts/muon): momentum whose singular values are all moved to 1, so that
 rare directions of a gradient count as much as common ones; about twice AdamW's efficiency at scale (arXiv 2502.16982).
-Its six steps here have their sources beside their lines; what each gains in this model has not been measured alone.
+Its six steps here have their sources beside their lines. In nanochat's public log (2026-01-10) Polar Express made no
+visible difference, NorMuon a very small gain, cautious decay a solid one; this code base has not measured them alone.
 
 ZeRO-2 (arXiv 1910.02054): each rank keeps the state of its part only, and updates that part: a range of rows of a large
 AdamW parameter, whole matrices of each shape for Muon. Small AdamW parameters are updated by every rank.
