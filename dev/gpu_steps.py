@@ -12,11 +12,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from dev.gpu_setup import Check, Setup, free_memory, judge
 from nanochat import flash_attention
-from nanochat.common import get_peak_flops, get_peak_memory_bytes, synchronize
+from nanochat.common import get_peak_memory_bytes, synchronize
 from nanochat.compilation import set_compile_kernels
 from nanochat.config import estimate_flops
 from nanochat.cross_entropy import linear_cross_entropy
 from nanochat.flash_attention import probe_report
+from nanochat.memory import get_peak_flops
 from nanochat.train import train_step
 
 WARMUP_STEPS = 3        # not counted: compilation, allocation, rising clocks

@@ -12,12 +12,12 @@ import torch
 
 from nanochat import common, memory
 from nanochat.checkpoint_manager import Checkpoint, SaveRules
-from nanochat.common import UserError, gather, get_peak_flops, int_or_all, int_or_never
+from nanochat.common import UserError, gather, int_or_all, int_or_never
 from nanochat.compilation import choose_compile
 from nanochat.cross_entropy import LOSSES
 from nanochat.flash_attention import choose_backend
 from nanochat.gpt import GPTConfig
-from nanochat.memory import GIB, Machine, list_divisors, measure_free_bytes
+from nanochat.memory import GIB, Machine, get_peak_flops, list_divisors, measure_free_bytes
 from nanochat.run import decide
 from nanochat.scaling import Plan
 
@@ -221,10 +221,11 @@ def choose_micro_rows(wanted: Wanted, rows: StepRows, machine: Machine, free_byt
         why = f"at most {max_tokens:,} tokens"
     else:
         why = "largest that fits"
-    needed_bytes, free, warning = rows.predict(chosen, machine), "an unknown number", ""
+    needed_bytes, free, warning = rows.predict(chosen, machine), "unknown", ""
     if free_bytes is not None:
-        free, warning = f"{free_bytes / GIB:.2f}", " and may not fit" if needed_bytes > free_bytes else ""
-    return chosen, f"{why}: {needed_bytes / GIB:.2f} of {free} GiB predicted{warning}; {rows.num // chosen} a step"
+        free, warning = f"{free_bytes / GIB:.2f} GiB", " and may not fit" if needed_bytes > free_bytes else ""
+    return chosen, (f"{why}: {needed_bytes / GIB:.2f} GiB predicted, {free} free{warning}; "
+                    f"{rows.num // chosen} a step")
 
 
 def predict_run(stage: str, choices: Choices, config: GPTConfig, plan: Plan) -> dict:

@@ -378,21 +378,6 @@ def measure_matmul_rate(dtype: torch.dtype, size: int) -> float:
     return 2 * size**3 / best
 
 
-def get_peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
-    """FLOP/s that MFU is measured against, and where the figure comes from; None when nothing is known.
-    A GPU's is its maker's figure for dense bf16; a CPU's is the measured rate of a large product in `dtype`."""
-    import torch
-    if device.type == "cpu":
-        return measure_matmul_rate(dtype, 2048 if dtype == torch.bfloat16 else 1024), "measured matmul rate"
-    if device.type in ("cuda", "xpu"):
-        name = torch.get_device_module(device).get_device_name(device)
-        from nanochat.memory import find_gpu  # here, since it imports this file
-        if gpu := find_gpu(name):
-            return gpu[1], f"maker's bf16 figure for {gpu[0]}"
-        return None, f"no peak figure is listed for {name}"
-    return None, f"no peak figure is known for {device.type}"
-
-
 def keep_freed_memory() -> None:
     """Make glibc keep large freed blocks for the next step instead of returning them to the system.
 

@@ -2,7 +2,8 @@
 
 N tokens, C channels, V vocabulary.
 
-`plain_cross_entropy` is the definition, and the place to try another loss (a z-loss, label smoothing): --loss plain.
+`plain_cross_entropy` is the definition, and the place to try another training loss (a z-loss, label smoothing): --loss
+plain. Evaluation always computes the fused one, so that bits per byte stay comparable.
 `linear_cross_entropy` is the default: the same loss a chunk of tokens at a time, gradients included. With
 z = x @ weight.T, t = tanh(z / 15), e = exp(15 t), s = sum(e):
 

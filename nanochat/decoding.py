@@ -1,13 +1,12 @@
 """A model made ready to decode: the same modules and the same forward pass, with weights cast, fused and packed once.
 
-Decoding one token reads every weight once, so it is as fast as the weights can be read. Two things are in the way. On
-CPUs torch's own product of one row with a bf16 matrix reads it at a fraction of the memory's rate; oneDNN's, on weights
-in the layout that it likes, at most of it. And each operation takes microseconds to start, on CPUs and GPUs alike,
-however little it does, so that a small model spends most of a token there: a compiled step on a CPU, or a CUDA graph,
-starts them all as one (figures in dev/LOG.md, "One forward pass").
+Decoding is bound by the rate at which weights are read. torch's own product of one row with a bf16 matrix reaches a
+fraction of it on CPUs, oneDNN's on packed weights most of it. Starting operations dominates small models: each takes
+microseconds, on CPUs and GPUs alike. A compiled step on a CPU, or a CUDA graph, starts them all as one (figures in
+dev/LOG.md, "One forward pass").
 
-Nothing here knows the model's architecture: linear layers are replaced one by one, whatever has a `fuse` method is
-asked to, and the step traces or captures `GPT.forward` itself.
+Linear layers are replaced one by one, modules with a `fuse` method are fused, and the step traces or captures
+`GPT.forward` itself. All else that is known of the model here are the cache's tensors: keys, values, last embedding.
 
 B rows, T tokens, C channels, V vocabulary.
 """
@@ -27,7 +26,7 @@ from nanochat.compilation import choose_compile
 from nanochat.gpt import GPT, Linear
 from nanochat.kv_cache import KVCache
 
-MIN_PACKED = 64         # rows and columns; a smaller matrix is worth no product of its own
+MIN_PACKED = 64         # rows and columns; smaller matrices aren't packed
 GRAPH_WARMUP_STEPS = 3  # before a capture, so that libraries have allocated what they need
 _packed_weights: dict[int, Tensor] = {}
 _packed_numbers = itertools.count()
@@ -56,7 +55,7 @@ def copy_for_decoding(model: GPT, keep_weights: bool = False) -> GPT:
 
 
 class DecodingLinear(nn.Module):
-    """A linear layer whose weights stay as they are: cast once, and on a CPU packed by oneDNN where that works."""
+    """A linear layer with frozen weights: cast once, and on a CPU packed by oneDNN where that works."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, keep_weight: bool = False):
         super().__init__()
@@ -122,8 +121,8 @@ def can_pack(dtype: torch.dtype) -> bool:
 def make_cache(model: GPT, num_rows: int, num_tokens: int, is_compiled: bool = False) -> KVCache:
     """An empty cache for a model that decodes, with room for so many tokens in each row.
 
-    On a CPU the cache of a bf16 model that decodes eagerly is fp32: torch's attention of one query is 8 times as fast
-    in it there, which is worth twice the memory; in a compiled graph half the bytes take half the time.
+    On a CPU the cache of a bf16 model that decodes eagerly is fp32: twice the memory, but torch's attention of one
+    query is 8 times as fast in it there; in a compiled graph half the bytes take half the time.
     """
     config, device = model.config, model.get_device()
     is_half = model.compute_dtype in (torch.bfloat16, torch.float16)
@@ -167,8 +166,8 @@ class CompiledStep:
     def __init__(self, model: GPT):
         self.model = model
         self.works = True
-        # A graph belongs to a function's code, and its guards, which find out whose it is, take a tenth of a small step
-        # to check. So each engine has code of its own, and no guard looks at its model, which stays as it is.
+        # Guards on modules cost a tenth of a small step. So each engine compiles its own copy of the code, for a model
+        # that never changes, without them
         code = CompiledStep._compute.__code__.replace()
         compute = types.FunctionType(code, CompiledStep._compute.__globals__, "compute")
         self.compute = torch.compile(types.MethodType(compute, self), fullgraph=True, options={
@@ -184,7 +183,7 @@ class CompiledStep:
         num_keys = max(cache.num_tokens + 1, 2)  # a size of 1 would be compiled anew
         k_cache, v_cache = cache.k_cache[:, :, :num_keys], cache.v_cache[:, :, :num_keys]
         for tensor in (k_cache, v_cache):
-            # A size that no guard may look at: inductor would compile its sums anew, for 6-10 s, from 4,096 keys on
+            # Unbacked: a guard on the size would recompile, for 6-10 s, at 4,096 keys
             torch._dynamo.decorators.mark_unbacked(tensor, 2)
         for tensor, row_dim in ((k_cache, 1), (v_cache, 1), (idx, 0), (cache.cache_seqlens, 0), (cache.last_embed, 0)):
             torch._dynamo.maybe_mark_dynamic(tensor, row_dim)

@@ -24,12 +24,12 @@ from nanochat.flash_attention import (
 class KVCache:
     """Keys and values of the tokens so far, each row with its own length, and the last embedding for the smear.
 
-    Never full: it doubles when a pass needs more room. How long a sequence may get is the rotary table's to say.
+    Grows by doubling when a pass needs more room; the rotary table bounds a sequence's length.
     """
 
     def __init__(self, batch_size: int, num_heads: int, seq_len: int, head_dim: int, num_layers: int,
                  device: torch.device, dtype: torch.dtype):
-        """num_heads: key/value heads; seq_len: tokens to have room for at the start."""
+        """num_heads: key/value heads; seq_len: initial capacity in tokens."""
         shape = (num_layers, batch_size, seq_len, num_heads, head_dim)  # (layers, B, T, H, D)
         self.k_cache, self.v_cache = (make_memory(shape, device, dtype) for _ in range(2))
         self.cache_seqlens = torch.zeros(batch_size, device=device, dtype=torch.int32)  # (B,) tokens of each row
@@ -80,7 +80,7 @@ class KVCache:
         return self.k_cache[layer], self.v_cache[layer]
 
     def shift_embeds(self, x: Tensor) -> Tensor:
-        """Of each new token's embedding x (B, T, C) the one before it, zeros at the start; keeps the last one."""
+        """Embeddings x (B, T, C) shifted by one token: the first is the last one of the pass before, zeros at first."""
         last = x.new_zeros(x.size(0), 1, x.size(2)) if self.last_embed is None else self.last_embed
         previous = torch.cat((last, x[:, :-1]), dim=1)
         if self.last_embed is None:
@@ -124,7 +124,9 @@ class KVCache:
         self.k_cache.zero_()
         self.v_cache.zero_()
         self.cache_seqlens.zero_()
-        self.last_embed, self.num_tokens = None, 0
+        self.num_tokens = 0
+        if self.last_embed is not None:
+            self.last_embed.zero_()
 
     # What follows is for rows that begin and end at different times: the caller knows their lengths
 
@@ -177,8 +179,8 @@ class KVCache:
 def make_memory(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Zeros (layers, B, T, H, D), not garbage: a short row is masked past its end, but a masked NaN is still NaN.
 
-    A compiled step is compiled anew, for seconds, where a stride happens to be a multiple of the keys or rows in use.
-    So a token that is never used lies between rows, and another between layers.
+    A compiled step recompiles, for seconds, where a stride happens to be a multiple of the keys or rows in use. So an
+    unused token pads each row, and another each layer.
     """
     layers, B, T, H, D = shape
     memory = torch.zeros((layers, B * (T + 1) + 1, H, D), device=device, dtype=dtype)

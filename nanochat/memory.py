@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat.common import COMPUTE_DTYPES, UserError, count_local_ranks
+from nanochat.common import COMPUTE_DTYPES, UserError, count_local_ranks, measure_matmul_rate
 from nanochat.config import ROPE_LENGTHS, GPTConfig, count_params, list_matrices
 
 if TYPE_CHECKING:
@@ -422,3 +422,17 @@ def expect_mfu(gpu: str, depth: int) -> tuple[float, str]:
     mfu = mfu0 + (mfu1 - mfu0) * (depth - d0) / (d1 - d0)
     source = "published for 8 H100 in bf16: " + ", ".join(f"{100 * m:.0f}% at depth {d}" for d, m in PUBLISHED_MFU)
     return mfu, source + ("" if gpu == "h100" else f"; assumed to hold on {gpu} as well, not measured there")
+
+
+def get_peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
+    """FLOP/s that MFU is measured against, and where the figure comes from; None when nothing is known.
+    A GPU's is its maker's figure for dense bf16; a CPU's is the measured rate of a large product in `dtype`."""
+    import torch
+    if device.type == "cpu":
+        return measure_matmul_rate(dtype, 2048 if dtype == torch.bfloat16 else 1024), "measured matmul rate"
+    if device.type in ("cuda", "xpu"):
+        name = torch.get_device_module(device).get_device_name(device)
+        if gpu := find_gpu(name):
+            return gpu[1], f"maker's bf16 figure for {gpu[0]}"
+        return None, f"no peak figure is listed for {name}"
+    return None, f"no peak figure is known for {device.type}"

@@ -9,7 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,6 @@ from nanochat.scaling import Plan
 if TYPE_CHECKING:
     import torch
 
-    from nanochat.train import StepStats
 
 
 class RunLog:
@@ -132,6 +131,22 @@ def init_wandb(name: str, info: dict, run_dir: Path):
         return wandb.init(project="nanochat", name=name, id=id_path.read_text(), resume="allow", config=info)
     except wandb.Error as error:
         raise UserError(f"--run {name}: wandb can't be used ({error}); log in, or drop --run") from None
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """The figures of one optimizer step, over all ranks."""
+    loss:        float   # sum(weights * nll) / num_targets, in nats
+    grad_norm:   float   # before the update, over all parameters
+    num_targets: int     # supervised tokens of the step
+    skipped:     str     # why the optimizer was not stepped: '', 'no targets', 'no weights' or 'fp16 overflow'
+
+    def check_finite(self, step: int) -> None:
+        """Stop the run when the loss or the gradient is not a number: no later step could mend that."""
+        if not math.isfinite(self.loss) or not (self.skipped or math.isfinite(self.grad_norm)):
+            raise UserError(f"the loss is {self.loss:g} and the gradient norm {self.grad_norm:g} at step {step}, so "
+                            "the run stopped; the last checkpoint is intact, go on from it with --allow-mismatch and a "
+                            "lower learning rate")
 
 
 class Progress:

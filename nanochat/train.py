@@ -19,7 +19,7 @@ from nanochat.common import UserError, any_rank, get_first_line, is_out_of_memor
 from nanochat.gpt import GPT
 from nanochat.memory import list_divisors
 from nanochat.optim import MuonAdamW
-from nanochat.run import RunLog, StopSignal
+from nanochat.run import RunLog, StepStats, StopSignal
 
 
 @dataclass(frozen=True)
@@ -49,22 +49,6 @@ class Batch:
         """Micro-batches of at most `num_rows` rows."""
         for start in range(0, len(self.inputs), num_rows):
             yield self.map(operator.itemgetter(slice(start, start + num_rows)))
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """The figures of one optimizer step, over all ranks."""
-    loss:        float   # sum(weights * nll) / num_targets, in nats
-    grad_norm:   float   # before the update, over all parameters
-    num_targets: int     # supervised tokens of the step
-    skipped:     str     # why the optimizer was not stepped: '', 'no targets', 'no weights' or 'fp16 overflow'
-
-    def check_finite(self, step: int) -> None:
-        """Stop the run when the loss or the gradient is not a number: no later step could mend that."""
-        if not math.isfinite(self.loss) or not (self.skipped or math.isfinite(self.grad_norm)):
-            raise UserError(f"the loss is {self.loss:g} and the gradient norm {self.grad_norm:g} at step {step}, so "
-                            "the run stopped; the last checkpoint is intact, go on from it with --allow-mismatch and a "
-                            "lower learning rate")
 
 
 def train_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 try:
-    from nanochat import common
+    from nanochat import common, memory
 except Exception:    # a half-installed package may raise any error
     common = None
 
@@ -179,7 +179,7 @@ def check_device(device) -> Finding:
 def check_matmul(device, dtype, why: str) -> Finding:
     """The dtype that training would choose, and the rate of a large matrix product with it."""
     import torch
-    peak_flops, source = common.get_peak_flops(device, dtype)
+    peak_flops, source = memory.get_peak_flops(device, dtype)
     rate = peak_flops
     if device.type != "cpu":
         size, num_products = 4096, 10

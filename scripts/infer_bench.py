@@ -25,7 +25,6 @@ from nanochat.common import (
     UserError,
     add_compute_flags,
     get_compute_dtype,
-    get_peak_flops,
     get_peak_memory_bytes,
     init_compute,
     print0,
@@ -36,6 +35,7 @@ from nanochat.common import (
 from nanochat.config import GPTConfig, count_params
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
+from nanochat.memory import get_peak_flops
 from nanochat.scaling import make_config
 
 READ_BYTES = 2**28      # that are read to measure the memory's rate; more than any cache holds

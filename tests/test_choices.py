@@ -34,14 +34,14 @@ def test_micro_rows_are_what_fits_and_pays():
     assert choose("auto", 12, 100 * GIB)[1].startswith("all of a step: ")
     assert choose("auto", 48, 100 * GIB)[0] == 16 and "at most 8,192 tokens: " in choose("auto", 48, 100 * GIB)[1]
     rows, why = choose("auto", 256, 200 * GIB, device_type="cuda")
-    assert rows == 128 and re.fullmatch(r"at most 65,536 tokens: [\d.]+ of 200.00 GiB predicted; 2 a step", why)
+    assert rows == 128 and re.fullmatch(r"at most 65,536 tokens: [\d.]+ GiB predicted, 200.00 GiB free; 2 a step", why)
     for rows in (1, 7, 12, 100, 257):
         chosen, why = choose("auto", rows, None)
-        assert rows % chosen == 0 and chosen <= 16 and "of an unknown number GiB predicted" in why
+        assert rows % chosen == 0 and chosen <= 16 and "GiB predicted, unknown free" in why
     assert choose("auto", 4, None, T=10**6)[0] == 1  # one row always has to fit
     rows, why = choose("auto", 8, MIB)
     assert rows == 1
-    assert re.fullmatch(r"the fewest there are: [\d.]+ of 0.00 GiB predicted and may not fit; 8 a step", why)
+    assert re.fullmatch(r"the fewest there are: [\d.]+ GiB predicted, 0.00 GiB free and may not fit; 8 a step", why)
 
 
 def test_micro_rows_that_are_asked_for_or_kept():

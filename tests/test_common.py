@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import common
+from nanochat import common, memory
 from nanochat.common import Ranks, UserError, let_threads_spin
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -192,17 +192,17 @@ def test_compute_dtype(monkeypatch):
 ])
 def test_peak_flops_by_name(name, tera_flops, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    flops, reason = common.get_peak_flops(CUDA, torch.bfloat16)
+    flops, reason = memory.get_peak_flops(CUDA, torch.bfloat16)
     assert flops == (None if tera_flops is None else pytest.approx(tera_flops * 1e12))
     if flops is None:
         assert name in reason
 
 
 def test_peak_flops_of_a_cpu_is_measured():
-    rate, reason = common.get_peak_flops(CPU, torch.float32)
+    rate, reason = memory.get_peak_flops(CPU, torch.float32)
     assert 1e8 < rate < 1e14 and reason == "measured matmul rate"
-    assert common.get_peak_flops(CPU, torch.float32)[0] == rate  # once a process
-    assert common.get_peak_flops(torch.device("mps"), torch.float32)[0] is None
+    assert memory.get_peak_flops(CPU, torch.float32)[0] == rate  # once a process
+    assert memory.get_peak_flops(torch.device("mps"), torch.float32)[0] is None
 
 
 def test_peak_memory_of_a_cpu_grows_with_use():

@@ -301,16 +301,16 @@ def test_rows_follow_free_memory(base_dir, capsys):
         part = read_info(run_dir).get("resumed", [read_info(run_dir)])[-1]
         return lines[-1].removeprefix("rows of a micro-batch: "), part["predicted"]
     line, predicted = train_with(2**30, "--stop-at", "1")
-    assert re.fullmatch(r"8 \(all of a step: 0\.0\d of 1\.00 GiB predicted; 1 a step\)", line)
+    assert re.fullmatch(r"8 \(all of a step: 0\.0\d GiB predicted, 1\.00 GiB free; 1 a step\)", line)
     all_bytes = predicted["peak_memory_bytes"]  # with what this process had before
     few_bytes = 2**21
     line, predicted = train_with(few_bytes, "--stop-at", "2")
     rows = int(line.split()[0])
     assert rows < 8 and predicted["peak_memory_bytes"] != all_bytes
-    assert re.search(r"\(8 as the run began would need 0.0\d GiB: 0.00 of 0.00 GiB predicted", line), line
+    assert re.search(r"\(8 as the run began would need 0.0\d GiB: 0.00 GiB predicted, 0.00 GiB free", line), line
     assert train_with(2**30, "--stop-at", "3")[0].startswith(f"{rows} (as the run began: ")
     assert train_with(None, "--stop-at", "4")[0].startswith(f"{rows} (as the run began: ")
-    assert "an unknown number" in train_with(None, "--stop-at", "5", "--device-batch-size", "8")[0]
+    assert "unknown free" in train_with(None, "--stop-at", "5", "--device-batch-size", "8")[0]
     assert "and may not fit" in train_with(10**6, "--stop-at", "6", "--device-batch-size", "8")[0]
 
 
