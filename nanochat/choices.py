@@ -22,7 +22,7 @@ from nanochat.run import decide
 from nanochat.scaling import Plan
 
 # Each flag is part of a run's identity, which a continued run must have as before, unless it stands in FREE_FLAGS
-MACHINE_FLAGS = {"device_type", "dtype", "attention", "compile", "device_batch_size", "sample_rows"}    # last bits only
+MACHINE_FLAGS = {"device_type", "dtype", "attention", "compile", "device_batch_size", "sample_rows"}    # rounding
 # Flags that don't change what is learned: the one list, which resume, comparisons and sweeps read
 FREE_FLAGS = MACHINE_FLAGS | {
     "run", "model_tag", "model_step", "out_tag", "resume", "stop_at", "allow_mismatch", "eval_every", "eval_tokens",

@@ -19,6 +19,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, so that Ctrl-C ends in one sentence
+    from nanochat.common import prepare_process
+    prepare_process()
+
 import torch
 
 from nanochat import common, corpus, shards

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nanochat.common import print0
+from nanochat.common import is_out_of_memory, print0
 from nanochat.compilation import choose_compile
 from nanochat.gpt import GPT, Linear
 from nanochat.kv_cache import KVCache
@@ -190,6 +190,8 @@ class CompiledStep:
         try:
             return self.compute(idx, k_cache, v_cache, cache.cache_seqlens, cache.last_embed)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             self.works = False
             print0(f"decoding eagerly: the step can't be compiled ({(str(error).splitlines() or [''])[0][:200]})")
             return self.model(idx, kv_cache=cache)[:, -1]

@@ -9,12 +9,11 @@ B rows, T tokens, C = n_embd channels, H query heads, Hk key/value heads, D head
 
 To change the model, change it here: decoding.py compiles or captures this code, memory and FLOPs are tested against it.
 Each trick says what it is for, where it comes from, and what it gained in the public record, nanochat's log of 2026
-(github.com/karpathy/nanochat, dev/LOG.md and its leaderboard), by the date of the entry; hours are those that 8 H100
-take to GPT-2's CORE. Weights are fp32 and cast to the activations' dtype where they are used. Embeddings are stored in
-the compute dtype, bf16 without an fp32 master, which swallows small updates: loss-neutral there (2026-08-22).
+(github.com/karpathy/nanochat, and its leaderboard), by the date of the entry; hours are those that 8 H100 take to
+GPT-2's CORE. Weights are fp32 and cast to the activations' dtype where they are used. Embeddings are stored in the
+compute dtype, bf16 without an fp32 master, which swallows small updates: loss-neutral there (2026-08-22).
 """
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -30,6 +29,7 @@ from nanochat.sampling import Sampling, sample_rows
 from nanochat.scaling import EMBEDDING_LR, MATRIX_LR, SCALAR_LR, UNEMBEDDING_LR, WEIGHT_DECAY
 
 NORM_EPS = torch.finfo(torch.float32).eps  # also for bf16 input: bf16's own eps would flatten small activations
+EPS_TENSORS = {dtype: torch.tensor(NORM_EPS, dtype=dtype) for dtype in (torch.float32, torch.float64)}
 ROPE_BASE = 100_000  # slow turns tell far positions apart; from 10,000, with tuned rates and inits 2.02 -> 1.80 hours
 QK_SCALE = 1.2       # on normed queries and keys: scores 1.44 times as large, attention sharper (no figure of its own)
 
@@ -40,12 +40,7 @@ def norm(x: Tensor) -> Tensor:
         return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
     # Eager decoding on a CPU: torch's own is 10 operations, of which each takes longer to start than to compute
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return x * torch.addcmul(get_eps(length.dtype), length, length, value=1 / x.size(-1)).rsqrt_().to(x.dtype)
-
-
-@functools.cache
-def get_eps(dtype: torch.dtype) -> Tensor:
-    return torch.tensor(NORM_EPS, dtype=dtype)
+    return x * torch.addcmul(EPS_TENSORS[length.dtype], length, length, value=1 / x.size(-1)).rsqrt_().to(x.dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -298,6 +293,8 @@ class GPT(nn.Module):
         """cos and sin of the positions of `num_tokens` new tokens, (B or 1, T, 1, D/2)."""
         if kv_cache is not None:
             positions = kv_cache.get_positions()  # a slice where all rows are equally long, else (B, T)
+            if isinstance(positions, slice) and positions.stop > len(self.cos):  # a slice would be cut without a word
+                raise ValueError(f"{positions.stop} tokens exceed the {len(self.cos)} positions of this model")
             cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
             return (cos, sin) if cos.dim() == 4 else (cos[None], sin[None])
         if num_tokens > len(self.cos):

@@ -21,6 +21,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, so that Ctrl-C ends in one sentence
+    from nanochat.common import prepare_process
+    prepare_process()
+
 from nanochat.common import UserError, get_base_dir, get_ranks, print0, run_script, write_json
 from nanochat.report_render import Card, Curve, Section, Table, format_count, format_value, smooth, thin, write_card
 from nanochat.run import read_metrics

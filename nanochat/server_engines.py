@@ -8,7 +8,7 @@ Separate processes keep the engine's steps and the server's event loop from dela
 engine that sends no heartbeat for MAX_SILENT_SEC is killed and replaced. All state but the threads' lives in the event
 loop, so there are no locks.
 
-The messages of a connection are pickled tuples:
+The messages of a connection are pickled tuples, which only these two processes can write: no other has its ends:
     to an engine:    ("submit", id, Request)   ("cancel", id)   None: end
     from an engine:  ("ready", where it runs) or ("failure", reason), once
                      ("events", [Event, ...], [(id, reason of a refusal), ...]) after each step

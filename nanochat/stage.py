@@ -1,4 +1,4 @@
-"""What all training stages share beside the step: the beginning and end of a run, evaluation, records.
+"""What all training stages share besides the step: the beginning and end of a run, evaluation, records.
 
     flags + data -> Recipe (what to train) -> Setup (how this machine does it) -> Run (what the loop works on)
 
@@ -64,7 +64,7 @@ class Recipe:
 
 
 def take_identity(flags: dict[str, object]) -> dict[str, object]:
-    """Those of the flags that are part of a run's identity by their own value."""
+    """The flags that resume compares by value."""
     return {name: value for name, value in flags.items() if name not in FREE_FLAGS | OUTCOME_FLAGS}
 
 

@@ -57,8 +57,8 @@ def train_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
 
     The loss is normalised once, by the targets of the whole step over all micro-batches and ranks, so it doesn't depend
     on how the step is cut. A step with nothing to learn leaves parameters and optimizer alone, on all ranks. So does a
-    step that runs out of memory before the optimizer's update: all ranks raise OutOfMemory. Smaller micro-batches don't
-    make the update smaller, so there the allocator's own error ends a rank, with a part of the parameters updated.
+    step that runs out of memory before the optimizer's update: all ranks raise OutOfMemory. Running out in the update
+    ends the process: smaller micro-batches wouldn't help, and some parameters are updated already.
     """
     is_target = batch.targets >= 0
     has_weight = is_target if batch.weights is None else is_target & (batch.weights != 0)
@@ -84,7 +84,7 @@ def train_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
         optimizer.zero_grad()
     else:
         grad_norm = optimizer.step()
-    # read back last: a GPU must not run dry while Python waits for a number
+    # read back last: a GPU must not idle while Python waits for a number
     return StepStats(float(sum_over_ranks(loss)) / scale, float(grad_norm), num_targets,
                      "fp16 overflow" if overflowed else "")
 
@@ -112,7 +112,7 @@ def add_gradients(model: GPT, batch: Batch, micro_rows: int, factor: float) -> t
     return loss, None
 
 
-MIN_LOSS_SCALE = 2.0**-14  # a gradient that overflows even here is broken, not large
+MIN_LOSS_SCALE = 2.0**-14  # overflow even at this scale means diverged gradients
 
 
 class LossScaler:

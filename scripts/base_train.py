@@ -53,9 +53,9 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     add("--matrix-lr", type=float, default=scaling.MATRIX_LR)
     add("--scalar-lr", type=float, default=scaling.SCALAR_LR)
     add("--weight-decay", type=float, default=scaling.WEIGHT_DECAY, help="Muon's, before scaling to the horizon")
-    add("--warmup-steps", type=int, default=scaling.WARMUP_STEPS, help="at most; a tenth of a short run")
-    add("--warmdown-ratio", type=float, default=scaling.WARMDOWN_RATIO, help="part of the run in which the rate falls")
-    add("--final-lr-frac", type=float, default=scaling.FINAL_LR_FRAC, help="part of the rate that is left at the end")
+    add("--warmup-steps", type=int, default=scaling.WARMUP_STEPS, help="warm-up steps, at most a tenth of the run")
+    add("--warmdown-ratio", type=float, default=scaling.WARMDOWN_RATIO, help="part of the run spent decaying")
+    add("--final-lr-frac", type=float, default=scaling.FINAL_LR_FRAC, help="final rate as a part of the peak")
     add("--seq-len-warmup", metavar="START:STEPS", help="rows of START tokens, doubled until they are whole after so "
         "many steps (default: whole from the first)")
     # data order
@@ -170,7 +170,7 @@ def set_schedules(optimizer: MuonAdamW, step: int, num_iterations: int, args: ar
 
 
 def evaluate_core_metric(run: Run, step: int, max_per_task: int | None) -> dict:
-    """The CORE metric, where its data is on disk; an evaluation never costs the run."""
+    """The CORE metric; where its data is missing the run goes on without."""
     try:
         values = evaluate_core(run.state.model, run.setup.recipe.tokenizer, max_per_task=max_per_task)
     except UserError as error:

@@ -10,6 +10,10 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, so that Ctrl-C ends in one sentence
+    from nanochat.common import prepare_process
+    prepare_process()
+
 from nanochat.common import UserError, file_lock, get_base_dir, get_mirror_dir, print0, run_script, write_atomic
 from nanochat.download import CorruptFile, Job, download_all
 from nanochat.shards import iter_documents, load_shards
@@ -78,13 +82,14 @@ def find_list() -> Path | None:
 
 def read_list(path: Path) -> list[str]:
     """The words of a file with one per line."""
+    advice = "delete it and run python -m tasks.words, or go on without it"
     try:
         with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
             words = sorted({word for word in map(str.strip, file) if is_word(word)})
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, and it is replaced") from None
+        raise UserError(f"{path} is damaged ({error}); {advice}") from None
     if not words:
-        raise UserError(f"{path} holds no words of the letters a-z, one per line; delete it, and it is replaced")
+        raise UserError(f"{path} holds no words of the letters a-z, one per line; {advice}")
     return words
 
 

@@ -28,8 +28,8 @@ def predict(rows, rows_per_rank):
 
 def test_micro_rows_are_what_fits_and_pays():
     room = predict(4, 12) / get_usable_frac(MACHINE)
-    assert choose("auto", 12, room + 1) == (4, f"largest that fits: {predict(4, 12) / GIB:.2f} of {room / GIB:.2f} GiB "
-                                               "predicted; 3 a step")
+    assert choose("auto", 12, room + 1) == (4, f"largest that fits: {predict(4, 12) / GIB:.2f} GiB predicted, "
+                                               f"{room / GIB:.2f} GiB free; 3 a step")
     assert choose("auto", 12, room - 1)[0] == 3
     assert choose("auto", 12, 100 * GIB)[1].startswith("all of a step: ")
     assert choose("auto", 48, 100 * GIB)[0] == 16 and "at most 8,192 tokens: " in choose("auto", 48, 100 * GIB)[1]

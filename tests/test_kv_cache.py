@@ -88,3 +88,13 @@ def test_wrapped_cache_works_on_the_same_memory_and_never_moves():
     torch.testing.assert_close(logits, model(idx)[:, 20:], rtol=0, atol=1e-10)
     assert [tensor.data_ptr() for tensor in tensors] == addresses and cache.cache_seqlens.tolist() == [24, 24]
     assert cache.k_cache[:, :, 23].any() and wrapped.k_cache is cache.k_cache
+
+
+@torch.inference_mode()
+def test_a_pass_beyond_the_rotary_table_is_refused():
+    """With one position left, a slice of the table would be one long, and serve all new tokens alike."""
+    model, prompt = make_model(dtype=torch.float64), make_prompt(len(make_model().cos) + 1)
+    cache = make_cache(1, 8, torch.float64)
+    model(torch.tensor([prompt[:-2]]), kv_cache=cache)
+    with pytest.raises(ValueError, match="641 tokens exceed the 640 positions"):
+        model(torch.tensor([prompt[-2:]]), kv_cache=cache)
