@@ -12,19 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_helpers import (
-    CONFIG,
-    CPU,
-    assert_same_weights,
-    make_batch,
-    make_meta,
-    make_model,
-    make_tokenizer,
-    make_trained,
-    save_run,
-)
-from helpers import start_script
-from process_helpers import choose_port, run_program
 from safetensors import SafetensorError
 
 from nanochat import checkpoint_files, checkpoint_manager
@@ -49,14 +36,28 @@ from nanochat.checkpoint_manager import (
     save_checkpoint,
 )
 from nanochat.common import UserError, run_script
-from nanochat.tokenizer import get_tokenizer_dir
+from nanochat.tokenizer import SPLIT_PATTERN, RustBPETokenizer, get_tokenizer_dir
 from nanochat.train import train_step
+from tests.helpers import (
+    BYTE_TOKENIZER,
+    CPU,
+    TINY,
+    assert_same_weights,
+    choose_port,
+    make_batch,
+    make_meta,
+    make_model,
+    make_trained,
+    run_program,
+    save_run,
+    start_script,
+)
 
 
 @pytest.fixture(autouse=True)
 def base_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    make_tokenizer().save(get_tokenizer_dir())
+    BYTE_TOKENIZER.save(get_tokenizer_dir())
     return tmp_path
 
 
@@ -70,7 +71,7 @@ def test_training_goes_on_as_if_never_stopped(dtype, num_steps):
     model, optimizer = make_trained(dtype, num_steps)
     run_dir = get_run_dir("base", "d2")
     save_checkpoint(run_dir, num_steps, model, optimizer, make_meta(optimizer, loader={"lanes": [[0, 1, 2]]}))
-    other = build_model(CONFIG, dtype, CPU)
+    other = build_model(TINY, dtype, CPU)
     other_optimizer = other.setup_optimizer()
     restore(run_dir, num_steps, other, other_optimizer)
     meta = load_meta(run_dir, num_steps)
@@ -100,8 +101,8 @@ def test_weights_load_into_any_dtype(saved_dtype, dtype):
     save_checkpoint(get_run_dir("base", "d2"), 2, model, optimizer, make_meta(optimizer))
     loaded, tokenizer, meta = load_model("base", CPU, dtype=dtype)
     assert not loaded.training and loaded.compute_dtype == dtype and meta["step"] == 2
-    assert tokenizer.hash == make_tokenizer().hash and meta["run_dir"] == str(get_run_dir("base", "d2"))
-    expected = build_model(CONFIG, dtype, CPU)
+    assert tokenizer.hash == BYTE_TOKENIZER.hash and meta["run_dir"] == str(get_run_dir("base", "d2"))
+    expected = build_model(TINY, dtype, CPU)
     assert {p.dtype for p in loaded.parameters()} == {p.dtype for p in expected.parameters()}
     for (name, a), (_, b) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
         assert torch.equal(a, b.to(a.dtype)), name
@@ -241,7 +242,7 @@ def test_what_changes_after_save_is_not_saved(gate):
         for step in range(10, 13):
             train_step(model, optimizer, make_batch(step), 4)
         gate.opened.set()  # the end of the block waits
-    loaded = make_model(seed=1)
+    loaded = make_model(TINY, seed=1)
     loaded_optimizer = loaded.setup_optimizer()
     restore(run_dir, 2, loaded, loaded_optimizer)
     assert_same_weights(loaded, expected)
@@ -383,7 +384,7 @@ def test_damaged_file_is_named_with_the_steps_left(name, damage):
     path.write_bytes(data if damage == "flipped" else data[:-100])
     if damage == "missing":
         path.unlink()
-    model = make_model()
+    model = make_model(TINY)
     word = "missing" if damage == "missing" else "damaged"
     with pytest.raises(UserError, match=f"step_000002/{name} is {word}; use another step: 1"):
         restore(run_dir, 2, model, model.setup_optimizer())
@@ -422,7 +423,7 @@ def test_newer_format_is_refused():
     path = run_dir / "step_000001" / "meta.json"
     newer = FORMAT_VERSION + 1
     path.write_text(path.read_text().replace(f'"format": {FORMAT_VERSION}', f'"format": {newer}'))
-    model = make_model()
+    model = make_model(TINY)
     for load in (lambda: load_model("base", CPU), lambda: restore(run_dir, 1, model, model.setup_optimizer())):
         with pytest.raises(UserError, match=f"{path.parent} has format {newer}, but this nanochat reads up to "
                                             f"{FORMAT_VERSION}; update nanochat"):
@@ -501,10 +502,12 @@ def test_tag_must_be_a_folder_name(tag):
 
 def test_another_tokenizer_of_the_same_size_is_refused():
     save_run()
-    make_tokenizer(first_byte=1).save(get_tokenizer_dir())
+    ranks = {bytes([(first + 1) % 256]): first for first in range(256)}
+    other = RustBPETokenizer(SPLIT_PATTERN, ranks, BYTE_TOKENIZER.special_tokens)
+    other.save(get_tokenizer_dir())
     with pytest.raises(UserError) as error:
         load_model("base", CPU)
-    assert make_tokenizer().hash in str(error.value) and make_tokenizer(first_byte=1).hash in str(error.value)
+    assert BYTE_TOKENIZER.hash in str(error.value) and other.hash in str(error.value)
     shutil.rmtree(get_tokenizer_dir())
     with pytest.raises(UserError, match="there is no tokenizer at"):
         load_model("base", CPU)

@@ -7,8 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import BYTE_TOKENIZER, REPO_DIR, make_model, make_prompt
-from server_helpers import serving
 from torch.nn import functional as F
 
 from nanochat import decoding
@@ -16,6 +14,8 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT, MLP, Block
 from nanochat.rl import Question, compute_logprobs, make_batch, write_answers
 from nanochat.train import Batch, train_step
+from tests.helpers import BYTE_TOKENIZER, REPO_DIR, make_model, make_prompt
+from tests.server_helpers import serving
 
 # GPT.generate neither ends rows nor calls tools
 NO_CHAT_TOKENS = SimpleNamespace(python_start=None, python_end=None, output_start=None, output_end=None,

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import measure_peak_bytes
 
 from dev.bench_memory import fake_step, join_phases, trace_step
 from nanochat import compilation, cross_entropy, flash_attention, gpt, memory, optim
@@ -32,6 +31,7 @@ from nanochat.memory import (
 from nanochat.scaling import make_config
 from nanochat.train import Batch, train_step
 from scripts import plan
+from tests.helpers import measure_peak_bytes
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 NODE = Machine(world_size=8)    # of H100s

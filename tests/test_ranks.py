@@ -11,8 +11,6 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import REPO_DIR, assert_same_runs, make_base, out_of_memory_at, read_state
-from process_helpers import choose_port, get_rank_env, run_on_ranks
 from safetensors.torch import load_file
 
 from nanochat.common import Ranks, UserError
@@ -20,6 +18,16 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.run import read_metrics
 from nanochat.train import Batch, train_step
 from scripts import base_train
+from tests.helpers import (
+    REPO_DIR,
+    assert_same_runs,
+    choose_port,
+    get_rank_env,
+    make_base,
+    out_of_memory_at,
+    read_state,
+    run_on_ranks,
+)
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=80, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
 NUM_ROWS, NUM_STEPS = 8, 8

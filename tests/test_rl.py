@@ -10,9 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PER_PROCESS_KEYS, make_base, out_of_memory_at, read_state, start_script
-from process_helpers import run_on_ranks, send_signal_at
-from rl_helpers import Vowels, train
 from safetensors.torch import load_file
 
 from dev import rl_curve
@@ -46,6 +43,16 @@ from nanochat.scaling import make_rl_plan
 from nanochat.train import Batch, train_step
 from scripts import base_train, chat_cli, chat_sft
 from tasks.arithmetic import Arithmetic
+from tests.helpers import (
+    PER_PROCESS_KEYS,
+    make_base,
+    out_of_memory_at,
+    read_state,
+    run_on_ranks,
+    send_signal_at,
+    start_script,
+)
+from tests.programs.rl_run import Vowels, train
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=80, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
 # What differs between two runs of the same steps

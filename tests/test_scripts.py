@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPO_DIR, assert_same_runs, make_base, out_of_memory_at, read_state, start_script
-from process_helpers import send_signal_at
 
 from nanochat import choices, dataset
 from nanochat.common import UserError, count_cpus
@@ -22,6 +20,15 @@ from nanochat.compilation import probe_compiler, set_compile_kernels
 from nanochat.gpt import GPT
 from nanochat.run import read_metrics
 from scripts import base_loss, base_train, chat_cli
+from tests.helpers import (
+    REPO_DIR,
+    assert_same_runs,
+    make_base,
+    out_of_memory_at,
+    read_state,
+    send_signal_at,
+    start_script,
+)
 
 T, NUM_STEPS = 64, 20
 SHAPE = ("--depth", "2", "--aspect-ratio", "16", "--head-dim", "16", "--max-seq-len", str(T))

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import out_of_memory_at
 from safetensors.torch import load_file, save_file
 
 from nanochat.common import Ranks, UserError, any_rank, end_process, gather, sum_over_ranks
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.train import Batch, LossScaler, OutOfMemory, StepStats, train_step
+from tests.helpers import out_of_memory_at
 
 CPU = torch.device("cpu")
 CONFIG = GPTConfig(sequence_len=16, vocab_size=80, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")

@@ -14,7 +14,7 @@ import torch
 
 from nanochat import checkpoint_files as files
 from nanochat import checkpoint_manager as checkpoints
-from tests import checkpoint_helpers as helpers
+from tests import helpers
 
 
 def die_before(n):
