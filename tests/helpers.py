@@ -162,10 +162,10 @@ def start_script(*argv):
                             stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def run_program(name, *argv, before=(), timeout=100):
-    """Run tests/programs/<name>.py to its end, after the words of another command."""
+def run_program(name, *argv, before=(), env=None, timeout=100):
+    """Run tests/programs/<name>.py to its end, after the words `before` of another command."""
     return subprocess.run([*before, sys.executable, "-m", f"tests.programs.{name}", *map(str, argv)], cwd=REPO_DIR,
-                          capture_output=True, text=True, timeout=timeout)
+                          capture_output=True, text=True, env=env, timeout=timeout)
 
 
 def send_signal_at(process, step, signum):

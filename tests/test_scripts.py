@@ -515,7 +515,7 @@ def measure_step_ms(tag, num_busy):
     env = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     argv = make_argv(tag, "--aspect-ratio", "64", "--head-dim", "64", "--total-batch-size", "2048", "--eval-every",
                      "-1", "--num-iterations", "30")
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num_busy)]
+    busy = [start_script("tests.programs.spin") for _ in range(num_busy)]
     try:
         subprocess.run([sys.executable, "-m", "scripts.base_train", *argv], cwd=REPO_DIR, env=env, check=True,
                        capture_output=True)
