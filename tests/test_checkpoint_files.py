@@ -24,13 +24,11 @@ def test_keep_last(keep_last, left):
     assert list_steps(save_run(steps=(1, 3, 5), keep_last=keep_last)) == left
 
 
-
 def test_keep_last_never_deletes_what_latest_names():
     run_dir = save_run(steps=(8, 9))
     model, optimizer = make_trained(num_steps=4)
     save_checkpoint(run_dir, 4, model, optimizer, make_meta(optimizer), keep_last=1)
     assert read_latest(run_dir) == 4 and 4 in list_steps(run_dir)
-
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -44,7 +42,6 @@ def test_killed_at_any_call_leaves_a_whole_checkpoint(saved_step):
     assert lines[0]["step"] == 2 and lines[-1] == {"n": len(lines) - 1, "status": 0, "step": saved_step}
 
 
-
 def test_leftovers_of_a_kill_are_passed_over():
     run_dir = save_run(steps=(1,))
     shutil.copytree(run_dir / "step_000001", run_dir / "step_000007.tmp")
@@ -52,7 +49,6 @@ def test_leftovers_of_a_kill_are_passed_over():
     model, optimizer = make_trained(num_steps=7)
     save_checkpoint(run_dir, 7, model, optimizer, make_meta(optimizer))
     assert list_steps(run_dir) == [1, 7] and not (run_dir / "step_000007.tmp").exists()
-
 
 
 @pytest.mark.parametrize("error", ["No space left on device (os error 28)", "Disk quota exceeded (os error 122)"])
@@ -71,7 +67,6 @@ def test_full_disk_is_told_and_loses_nothing(error, monkeypatch, capsys):
     assert load_model("base", CPU)[2]["step"] == 1
 
 
-
 def mount_disk(folder):
     """What to put before a command so that it sees a disk of its own of 2 MB at `folder`."""
     folder.mkdir()
@@ -79,7 +74,6 @@ def mount_disk(folder):
     if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True).returncode:
         pytest.skip("may not mount a file system here")
     return command
-
 
 
 def test_a_disk_that_is_really_full(byte_base):
@@ -91,14 +85,12 @@ def test_a_disk_that_is_really_full(byte_base):
     assert result.stdout.splitlines()[-1] == "['filling', 'latest', 'step_000001'] 1"
 
 
-
 def test_read_only_folder_is_one_sentence(byte_base):
     disk = byte_base / "disk"
     result = run_program("read_only_disk", disk, before=mount_disk(disk))
     assert result.stdout.splitlines()[-2:] == ["2 1", "2 1"], result.stderr
     for line, name in zip(result.stderr.splitlines(), ("d2.lock", "d2/step_000002.tmp"), strict=True):
         assert line.startswith(f"error: no permission for {disk}/runs/base/{name} (Read-only file system); change it")
-
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optim_0.safetensors"])
@@ -118,7 +110,6 @@ def test_damaged_file_is_named_with_the_steps_left(name, damage):
     restore(run_dir, 1, model, model.setup_optimizer())
 
 
-
 def test_damaged_meta_and_pointer_are_named():
     run_dir = save_run(steps=(1,))
     path = run_dir / "step_000001" / "meta.json"
@@ -128,7 +119,6 @@ def test_damaged_meta_and_pointer_are_named():
     (run_dir / "latest").write_text("nonsense\n")
     with pytest.raises(UserError, match="latest doesn't name a step; give one yourself: its folder has 1"):
         load_model("base", CPU)
-
 
 
 def test_no_flipped_bit_of_meta_goes_unnoticed():
@@ -147,7 +137,6 @@ def test_no_flipped_bit_of_meta_goes_unnoticed():
     assert num_refused > 0.6 * len(content)  # the rest is space between the values
 
 
-
 def test_newer_format_is_refused():
     run_dir = save_run(steps=(1,))
     path = run_dir / "step_000001" / "meta.json"
@@ -160,7 +149,6 @@ def test_newer_format_is_refused():
             load()
 
 
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_weights_are_not_saved(value):
     run_dir = save_run(steps=(1,))
@@ -171,7 +159,6 @@ def test_broken_weights_are_not_saved(value):
         save_checkpoint(run_dir, 2, model, optimizer, make_meta(optimizer), keep_last=1)
     assert sorted(path.name for path in run_dir.iterdir()) == ["latest", "step_000001"]
     assert load_model("base", CPU)[2]["step"] == 1
-
 
 
 def test_no_pickle_on_disk():

@@ -5,9 +5,9 @@ import re
 import threading
 
 import pytest
-from browser import BROWSER, WAIT_SEC, Browser, StandIn, content, endless, finish, split_words, tool
 
 from nanochat.server import PAGE_PATH
+from tests.browser import BROWSER, WAIT_SEC, Browser, StandIn, content, endless, finish, split_words, tool
 from tests.server_helpers import ServerProcess, save_toy
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not BROWSER, reason="there is no Chromium on this machine")]
