@@ -15,9 +15,9 @@ import torch
 
 from nanochat.checkpoint_manager import find_last_stage, save_checkpoint
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from scripts import chat_cli
-from tests.helpers import BYTE_TOKENIZER, REPO_DIR
+from tests.helpers import BYTE_TOKENIZER, REPO_DIR, make_model
 from tests.server_helpers import ScriptedModel
 
 WAIT_SEC = 30
@@ -31,19 +31,14 @@ def use_model(monkeypatch, tmp_path):
     monkeypatch.setattr(chat_cli, "load_model", lambda *args, **options: (ScriptedModel(), BYTE_TOKENIZER, {"step": 7}))
 
 
-def make_model():
-    torch.manual_seed(0)
-    model = GPT(CONFIG, torch.float32)
-    model.init_weights()
-    with torch.no_grad():
-        for param in model.parameters():
-            param.normal_(std=0.5)
-        model.lm_head.weight[256:] = 0  # no special tokens
-    return model.eval()
+def make_base_model():
+    model = make_model(CONFIG)
+    torch.nn.init.zeros_(model.lm_head.weight[256:])  # no special tokens
+    return model
 
 
 def test_base_model_continues_a_prompt(monkeypatch, tmp_path, capsys):
-    model = make_model()
+    model = make_base_model()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr(chat_cli, "load_model", lambda *args, **options: (model, BYTE_TOKENIZER, {"step": 7}))
     for text in ("Once", ""):
@@ -66,7 +61,7 @@ def test_the_last_stage_is_loaded(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     assert find_last_stage(None) == "base"
     BYTE_TOKENIZER.save(tmp_path / "tokenizer" / "default")
-    model = make_model()
+    model = make_base_model()
     meta = {"model_config": vars(CONFIG), "tokenizer": {"name": "default", "hash": BYTE_TOKENIZER.hash}}
     for stage, tag in (("base", "d4"), ("sft", "other")):
         save_checkpoint(tmp_path / "runs" / stage / tag, 3, model, model.setup_optimizer(), meta)

@@ -34,12 +34,10 @@ from scripts import chat_eval as script
 from tasks.arithmetic import Arithmetic
 from tasks.catalog import CHATCORE_TASKS, get_task
 from tasks.common import Task
-from tests.eval_helpers import make_tokenizer
-from tests.helpers import make_model, run_program_on_ranks
+from tests.helpers import BYTE_TOKENIZER, REPO_DIR, make_model, run_program_on_ranks
 
-REPO_DIR = Path(__file__).resolve().parents[1]
 REAL_TASKS = REPO_DIR.parent / "shared" / "data" / "tasks"
-CONFIG = GPTConfig(sequence_len=160, vocab_size=268, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, window_pattern="SL")
+CONFIG = GPTConfig(sequence_len=160, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, window_pattern="SL")
 WORDS = ["apple", "banana", "cherry", "grape", "lemon", "melon", "orange", "papaya", "peach", "plum", "quince",
          "raspberry", "strawberry", "tomato", "walnut", "almond", "bread", "butter", "cheese", "garlic"]
 SHORT = ChatSettings(max_new_tokens=12)
@@ -80,7 +78,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer()
+    return BYTE_TOKENIZER
 
 
 @pytest.fixture(scope="module")
