@@ -2,8 +2,19 @@
 
 import signal
 
+import pytest
 import torch
+
+from tests.helpers import BYTE_TOKENIZER
 
 torch.set_num_threads(1)  # threads that share their cores with another process cost more than they gain
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what ends in &, and what that starts inherits
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def byte_base(tmp_path, monkeypatch):
+    """A base folder with nothing in it but the byte tokenizer."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    BYTE_TOKENIZER.save(tmp_path / "tokenizer" / "default")
+    return tmp_path

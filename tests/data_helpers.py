@@ -1,4 +1,4 @@
-"""What the tests of data share: a server that behaves badly, a package to make text of, shards as the hub has them."""
+"""What the tests of data and of tasks share: a server that behaves badly, texts, shards, a loader, conversations."""
 
 import hashlib
 import json
@@ -10,8 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat import dataset
+from nanochat.common import Ranks
+from nanochat.dataloader import Groups, RowOrder, TextGroups, TrainLoader
+from nanochat.shards import ShardList
+from tests.helpers import BYTE_TOKENIZER
 
 REPO, NUM_IN_REPO = dataset.HUB_SOURCES["climbmix"]
+BOS = BYTE_TOKENIZER.get_bos_token_id()
+ALONE = Ranks()
 CONTENT = bytes(range(256)) * 12_000  # 3 MB: 47 chunks
 
 
@@ -141,3 +147,39 @@ def make_files(texts, *extra):
 
 def hash_shards(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.parquet"))}
+
+
+def make_loader(shards: ShardList, ranks: Ranks = ALONE, **options) -> TrainLoader:
+    group_options = {key: options.pop(key) for key in ("packing", "long_docs") if key in options}
+    groups = TextGroups(shards, BYTE_TOKENIZER, options.pop("T", 32), **group_options)
+    return order_rows(groups, ranks, {"rows_per_step": 24, "seed": 1} | options)
+
+
+def order_rows(groups: Groups, ranks: Ranks, options: dict) -> TrainLoader:
+    """A loader whose options are those of RowOrder and its own, by default without threads."""
+    order = {key: value for key, value in options.items() if key in RowOrder.__dataclass_fields__}
+    return TrainLoader(groups, RowOrder(**order), ranks, **({"num_threads": 0} | {
+        key: value for key, value in options.items() if key not in order}))
+
+
+WORDS = ["strawberry", "banana", "mississippi", "apple", "harbour", "quay", "yellow", "winter", "letter", "cloud",
+         "engine", "garden", "pepper", "silver", "ribbon", "coffee", "rabbit", "summer", "tunnel", "window", "zebra",
+         "orange", "purple", "basket", "cotton", "dinner", "flower", "guitar", "hammer", "island", "jacket", "kitten"]
+
+
+def parts_of(conversation):
+    content = conversation["messages"][-1]["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def decode_answer(conversation):
+    """The reference answer as the engine's tokens would be decoded."""
+    forms = {"text": "{}", "python": "<|python_start|>{}<|python_end|>",
+             "python_output": "<|output_start|>{}<|output_end|>"}
+    return "".join(forms[part["type"]].format(part["text"]) for part in parts_of(conversation))
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

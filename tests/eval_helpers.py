@@ -1,17 +1,11 @@
-"""What the tests of evaluations share: a bundle of CORE tasks, a small tokenizer, a model that is random everywhere."""
+"""What the tests of evaluations share: a bundle of CORE tasks, and a tokenizer with merges."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import torch
-
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.config import GPTConfig
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
-REPO_DIR = Path(__file__).resolve().parents[1]
 BOS = 259
 CORE_CONFIG = GPTConfig(sequence_len=96, vocab_size=268, n_layer=3, n_head=4, n_kv_head=2, n_embd=64,
                         window_pattern="SL")
@@ -46,26 +40,7 @@ def write_bundle(folder: Path, tasks: dict = TASKS) -> Path:
 
 
 def make_tokenizer() -> RustBPETokenizer:
-    """One token per byte, three merges (' t', 'th' and ' 1'), then the special tokens."""
+    """One token per byte, three merges (' t', 'th' and ' 1'), then the special tokens: an ending may merge with what
+    stands before it, which bytes alone can't show."""
     ranks = {bytes([byte]): byte for byte in range(256)} | {b" t": 256, b"th": 257, b" 1": 258}
     return RustBPETokenizer(SPLIT_PATTERN, ranks, {name: BOS + i for i, name in enumerate(SPECIAL_TOKENS)})
-
-
-def make_random_model(config: GPTConfig = CORE_CONFIG, seed: int = 0) -> GPT:
-    """Random everywhere: as initialised, attention, smear and backout would hardly matter."""
-    torch.manual_seed(seed)
-    model = GPT(config, torch.float64)
-    model.init_weights()
-    with torch.no_grad():
-        for name, param in model.named_parameters():
-            if name not in ("resid_lambdas", "x0_lambdas"):
-                param.normal_(std=0.8 if param.dim() < 2 or "embed" in name or "wte" in name else 0.15)
-    return model
-
-
-def run_ranks(program: str, folder: Path, world_size: int = 2) -> None:
-    """Run tests/programs/<program>.py once for each rank, in `folder`, which the ranks meet in."""
-    ranks = [subprocess.Popen([sys.executable, "-m", f"tests.programs.{program}", str(folder)], cwd=REPO_DIR,
-                              env=os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
-                                                "WORLD_SIZE": str(world_size)}) for rank in range(world_size)]
-    assert [process.wait(timeout=120) for process in ranks] == [0] * world_size

@@ -1,37 +1,47 @@
-"""What several test files need: a base folder with toy data, and what must be the same of two runs."""
+"""What several test files need: a model, a tokenizer, a base folder, runs, processes."""
 
 import contextlib
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from dev.torture import PER_PROCESS_KEYS, write_texts
 from nanochat import dataset
+from nanochat.checkpoint_manager import get_run_dir, save_checkpoint
 from nanochat.config import GPTConfig
 from nanochat.gpt import GPT
 from nanochat.run import read_metrics
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
+from nanochat.train import Batch, train_step
 from scripts import tok_train
 
 REPO_DIR = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
 # One token per byte, then the special tokens
 BYTE_TOKENIZER = RustBPETokenizer(SPLIT_PATTERN, {bytes([byte]): byte for byte in range(256)},
                                   {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
 # For BYTE_TOKENIZER. L layers see 64 tokens, S layers 128 (the least there is)
 CONFIG = GPTConfig(sequence_len=64, vocab_size=265, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SSL")
+TINY = GPTConfig(sequence_len=16, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
 
 
-def make_model(config=CONFIG, dtype=torch.float32, seed=0, model_class=GPT):
-    """Random everywhere: as initialised, attention, smear and backout would hardly matter."""
+def make_model(config=CONFIG, dtype=torch.float32, seed=0, model_class=GPT, as_initialised=False):
+    """Random everywhere, unless it is to be trained: as initialised, attention, smear and backout hardly matter."""
     torch.manual_seed(seed)
     model = model_class(config, dtype)
     model.init_weights()
+    if as_initialised:
+        return model
     with torch.no_grad():
         for name, param in model.named_parameters():
             if name not in ("resid_lambdas", "x0_lambdas"):
@@ -54,6 +64,42 @@ def make_base(base_dir, patch, names=("toy",), num_docs=400):
         tok_train.main(["--data", name, "--vocab-size", "320", "--name", "default" if name == names[0] else name])
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def make_trained(dtype=torch.float32, num_steps=2):
+    model = make_model(TINY, dtype, as_initialised=True)
+    optimizer = model.setup_optimizer()
+    for step in range(num_steps):
+        train_step(model, optimizer, make_batch(step), 4)
+    return model, optimizer
+
+
+def make_batch(seed):
+    ids = torch.randint(0, 256, (4, 17), generator=torch.Generator().manual_seed(seed))
+    return Batch(ids[:, :-1], ids[:, 1:], None)
+
+
+def make_meta(optimizer, **more):
+    return {"model_config": asdict(TINY), "tokenizer": {"name": "default", "hash": BYTE_TOKENIZER.hash},
+            "optimizer_steps": optimizer.num_steps, **more}
+
+
+def save_run(tag="d2", steps=(1,), stage="base", keep_last=None):
+    """A run whose checkpoint of step s is trained for s steps."""
+    run_dir = get_run_dir(stage, tag)
+    for step in steps:
+        model, optimizer = make_trained(num_steps=step)
+        save_checkpoint(run_dir, step, model, optimizer, make_meta(optimizer), keep_last=keep_last)
+    return run_dir
+
+
+def assert_same_weights(model, other):
+    for (name, a), (_, b) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+
+
 def read_state(run_dir):
     """What must be the same of two runs: the last checkpoint to the bit, and the log but for times and memory."""
     run_dir = Path(run_dir)
@@ -70,11 +116,6 @@ def assert_same_runs(run_dir, expected_dir):
     assert actual["lines"] == expected["lines"]
     assert actual["loader"] == expected["loader"]
     assert actual["model"] == expected["model"] and actual["optimizer"] == expected["optimizer"]
-
-
-def start_script(*argv):
-    return subprocess.Popen([sys.executable, "-u", "-m", *argv], cwd=REPO_DIR, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @contextlib.contextmanager
@@ -97,3 +138,95 @@ def measure_peak_bytes(call):
         call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def start_script(*argv):
+    return subprocess.Popen([sys.executable, "-u", "-m", *argv], cwd=REPO_DIR, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def run_program(name, *argv, before=(), env=None, timeout=100):
+    """Run tests/programs/<name>.py to its end, after the words `before` of another command."""
+    return subprocess.run([*before, sys.executable, "-m", f"tests.programs.{name}", *map(str, argv)], cwd=REPO_DIR,
+                          capture_output=True, text=True, env=env, timeout=timeout)
+
+
+def send_signal_at(process, step, signum):
+    """Wait for the line of a step, send the signal, wait for the end; returns (exit code, stderr)."""
+    try:
+        for line in process.stdout:
+            if line.startswith(f"step {step:05d}/"):
+                process.send_signal(signum)
+                break
+        process.stdout.read()
+        stderr = process.stderr.read()
+        return process.wait(timeout=60), stderr
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def choose_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def get_rank_env(rank, world_size, port):
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+
+
+def run_jobs(rank, jobs, folder):
+    """What each of four processes does: the jobs one after the other, each by the ranks that it is for."""
+    torch.set_num_threads(1)
+    for i, (world_size, port, work, args) in enumerate(jobs):
+        if rank < world_size:
+            os.environ.update(get_rank_env(rank, world_size, port))
+            dist.init_process_group("gloo")
+            result = work(*args)
+            with open(f"{folder}/{i}_{rank}.json", "w") as file:
+                json.dump(result, file)
+            dist.destroy_process_group()
+
+
+def run_on_ranks(jobs, folder):
+    """Run (world size, function, arguments) jobs; returns for each the results of its ranks."""
+    jobs = [(world_size, choose_port(), work, args) for world_size, work, args in jobs]
+    mp.spawn(run_jobs, (jobs, str(folder)), nprocs=max(job[0] for job in jobs))
+    return [[json.loads((folder / f"{i}_{rank}.json").read_text()) for rank in range(job[0])]
+            for i, job in enumerate(jobs)]
+
+
+def run_program_on_ranks(program, folder, world_size=2):
+    """Run tests/programs/<program>.py once for each rank, in `folder`, which the ranks meet in."""
+    ranks = [subprocess.Popen([sys.executable, "-m", f"tests.programs.{program}", str(folder)], cwd=REPO_DIR,
+                              env=os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
+                                                "WORLD_SIZE": str(world_size)}) for rank in range(world_size)]
+    assert [process.wait(timeout=120) for process in ranks] == [0] * world_size
+
+
+def run_forked(function, uid=None):
+    """What `function` returns (JSON) in a fork of this process, as another user if asked."""
+    reader, writer = os.pipe()
+    if not (pid := os.fork()):
+        try:
+            if uid is not None:
+                os.setgroups([])
+                os.setresgid(uid, uid, uid)
+                os.setresuid(uid, uid, uid)
+            os.write(writer, json.dumps(function()).encode())
+        except BaseException as error:
+            os.write(writer, json.dumps(f"{type(error).__name__}: {error}").encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as file:
+        answer = json.load(file)
+    os.waitpid(pid, 0)
+    return answer

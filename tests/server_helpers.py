@@ -1,9 +1,11 @@
-"""What the server's tests share: a tiny model, an engine in a thread, a server in a process."""
+"""What the tests of conversations and of the server share: what answers by a script, an engine in a thread, a server
+in a process."""
 
 import contextlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,38 +13,63 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from starlette.testclient import TestClient
+from torch import nn
 
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.server import ServerSettings, make_app
 from nanochat.server_engines import EnginePool, run_engine
-from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
+from tests.helpers import BYTE_TOKENIZER, REPO_DIR, TINY, make_model
 
-REPO_DIR = Path(__file__).resolve().parents[1]
-CONFIG = GPTConfig(sequence_len=256, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
+CONFIG = replace(TINY, sequence_len=256)
 CHAT, TEXT, LEGACY = "/v1/chat/completions", "/v1/completions", "/chat/completions"
 QUESTION = [{"role": "user", "content": "Hi"}]
 
 
-def make_byte_tokenizer() -> RustBPETokenizer:
-    """One token per byte, then the special tokens."""
-    return RustBPETokenizer(SPLIT_PATTERN, {bytes([byte]): byte for byte in range(256)},
-                            {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
+# A word of the question -> the answer
+SCRIPTS = {"27": "That is <|python_start|>34*27<|python_end|>.", "slow": "tick " * 400, "evil": "\x1b[2Jdone\x07",
+           "": "Hello!"}
 
 
-TOKENIZER = make_byte_tokenizer()
+class ScriptedModel(nn.Module):
+    """Answers each question by its script; its position in the script is that of the tokens in its cache."""
+    config = SimpleNamespace(vocab_size=265, n_layer=1, n_kv_head=1, head_dim=2, n_embd=1, sequence_len=300)
+    compute_dtype = torch.float32
 
+    def __init__(self, step_sec=0.0):
+        super().__init__()
+        self.cos = range(1000)  # positions
+        self.step_sec = step_sec
+        self.num_read = 0       # tokens
 
-def make_tiny_model(config: GPTConfig = CONFIG) -> GPT:
-    torch.manual_seed(0)
-    model = GPT(config, torch.float32)
-    model.init_weights()
-    return model.eval()
+    def get_device(self):
+        return torch.device("cpu")
+
+    def embed_tokens(self, idx):
+        return torch.zeros(*idx.shape, 1)
+
+    def forward_trunk(self, idx, kv_cache):
+        start = int(kv_cache.cache_seqlens[0])
+        kv_cache.k_cache[0, 0, start:start + idx.size(1), 0, 0] = idx[0].float()
+        kv_cache.advance(idx.size(1))
+        self.num_read += idx.size(1)
+
+    def forward(self, idx, kv_cache):
+        self.forward_trunk(idx, kv_cache)
+        time.sleep(self.step_sec)
+        text = BYTE_TOKENIZER.decode(kv_cache.k_cache[0, 0, :int(kv_cache.cache_seqlens[0]), 0, 0].int().tolist())
+        question, answer = text.split("<|user_start|>")[-1].split("<|user_end|><|assistant_start|>")
+        script = next(script for word, script in SCRIPTS.items() if word in question)
+        answer = re.sub(r"<\|output_start\|>.*<\|output_end\|>", "", answer)  # put in by the calculator
+        tokens = BYTE_TOKENIZER.encoding.encode(script + "<|assistant_end|>", allowed_special="all")
+        num_said = len(BYTE_TOKENIZER.encoding.encode(answer, allowed_special="all"))
+        return nn.functional.one_hot(torch.tensor([[tokens[num_said]]]), 265) * 100.0  # (1, 1, V)
 
 
 class ScriptedEngine(Engine):
@@ -109,11 +136,11 @@ def serving(engine: Engine, max_waiting: int = 8, **changes) -> Iterator:
     pool.close()
 
 
-def save_toy(base_dir: Path, config: GPTConfig = CONFIG, stage: str = "sft") -> None:
+def save_toy(base_dir: Path, config=CONFIG, stage: str = "sft") -> None:
     """A checkpoint sft/toy with random weights."""
-    tokenizer, model = make_byte_tokenizer(), make_tiny_model(config)
-    tokenizer.save(base_dir / "tokenizer" / "default")
-    meta = {"model_config": vars(config), "tokenizer": {"name": "default", "hash": tokenizer.hash}}
+    model = make_model(config)
+    BYTE_TOKENIZER.save(base_dir / "tokenizer" / "default")
+    meta = {"model_config": vars(config), "tokenizer": {"name": "default", "hash": BYTE_TOKENIZER.hash}}
     save_checkpoint(base_dir / "runs" / stage / "toy", 3, model, model.setup_optimizer(), meta)
 
 

@@ -3,11 +3,11 @@
 import re
 
 import pytest
-from task_helpers import decode_answer, parts_of
 
 from tasks import arithmetic
 from tasks.arithmetic import Arithmetic, draw_problem, is_test_problem
 from tasks.common import get_reference, make_rng
+from tests.data_helpers import decode_answer, parts_of
 
 
 def find_problem(conversation):

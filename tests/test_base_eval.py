@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_helpers import CORE_CONFIG, TASKS, make_random_model, make_tokenizer, write_bundle
 
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError
 from nanochat.core_eval import evaluate_core, evaluate_task, load_tasks
 from scripts import base_eval
 from scripts.base_eval import HFModel, HFTokenizer, load_hf_model, make_slug
+from tests.eval_helpers import CORE_CONFIG, TASKS, make_tokenizer, write_bundle
+from tests.helpers import make_model
 
 CPU = torch.device("cpu")
 
@@ -27,7 +28,7 @@ def run(tmp_path, monkeypatch):
     tokenizer = make_tokenizer()
     tokenizer.save(tmp_path / "tokenizer" / "default")
     write_bundle(tmp_path / "eval_bundle")
-    model = make_random_model()
+    model = make_model(CORE_CONFIG, torch.float64)
     meta = {"model_config": vars(CORE_CONFIG), "tokenizer": {"name": "default", "hash": tokenizer.hash}}
     save_checkpoint(tmp_path / "runs" / "base" / "d3", 20, model, model.setup_optimizer(), meta)
     evaluated = []
@@ -53,7 +54,8 @@ def test_base_eval_goes_on_where_it_was_stopped(run, tmp_path, capsys):
     assert list(json.loads(run.path.read_text())["tasks"]) == ["odd", "dogs"]
     run.fail_at = None
     result, evaluated = run("--max-per-task", "5")
-    expected = evaluate_core(make_random_model(), make_tokenizer(), max_per_task=5, bundle_dir=tmp_path / "eval_bundle")
+    expected = evaluate_core(make_model(CORE_CONFIG, torch.float64), make_tokenizer(), max_per_task=5,
+                             bundle_dir=tmp_path / "eval_bundle")
     assert evaluated == ["count"] and {key: result[key] for key in expected} == expected
     assert json.loads(run.path.read_text())["core_metric"] == expected["core_metric"]
     assert run("--max-per-task", "5", "-g", "d3", "-s", "20") == (result, [])
@@ -139,7 +141,7 @@ def stand_in(monkeypatch):
         assert use_safetensors  # never a pickle
         if "nowhere" in path:
             raise OSError(f"{path} is not a local folder.\nMore advice.")
-        ours = make_random_model()
+        ours = make_model(CORE_CONFIG, torch.float64)
         model = torch.nn.Module()
         model.ours, model.device = ours, CPU
         model.config = types.SimpleNamespace(n_positions=CORE_CONFIG.sequence_len, _commit_hash="abc")
@@ -171,7 +173,7 @@ def test_same_answers_as_our_own_model(stand_in, base_dir):
 
         def encode(self, texts: list[str], prepend: int) -> list[list[int]]:
             return [[prepend, *text.encode()] for text in texts]
-    expected = evaluate_core(make_random_model(), OurTokenizer(), max_per_task=6)
+    expected = evaluate_core(make_model(CORE_CONFIG, torch.float64), OurTokenizer(), max_per_task=6)
     result = run_hf("--hf-path", "someone/some.model", "--max-per-task", "6")
     assert {key: result[key] for key in expected} == expected
     section = json.loads((base_dir / "report" / "base_eval_hf_someone_some-model.json").read_text())

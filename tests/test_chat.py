@@ -4,16 +4,17 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from chat_helpers import TOKENIZER, ScriptedModel
 
 from nanochat.chat import ChatSession, format_answer
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from tasks.customjson import CustomJSON
+from tests.helpers import BYTE_TOKENIZER
+from tests.server_helpers import ScriptedModel
 
 
 def make_session(**options):
-    return ChatSession(Engine(ScriptedModel(), TOKENIZER), **({"context_tokens": 300} | options))
+    return ChatSession(Engine(ScriptedModel(), BYTE_TOKENIZER), **({"context_tokens": 300} | options))
 
 
 def ask(session, question, max_tokens=60):
@@ -30,7 +31,7 @@ def test_prompts_are_those_of_training():
                     {"type": "text", "text": "That is "}, {"type": "python", "text": "34*27"},
                     {"type": "python_output", "text": "918"}, {"type": "text", "text": "."}]},
                 {"role": "user", "content": "So?"}]
-    assert session.build_prompt("So?", 60) == (TOKENIZER.render_for_completion({"messages": messages}), 0)
+    assert session.build_prompt("So?", 60) == (BYTE_TOKENIZER.render_for_completion({"messages": messages}), 0)
 
 
 def test_the_next_turn_reads_only_what_is_new():
@@ -38,7 +39,7 @@ def test_the_next_turn_reads_only_what_is_new():
     ask(session, "A question of some length, so that it is worth keeping")
     session.engine.model.num_read = 0  # the engine has a copy of its own
     ask(session, "Hi")
-    new = TOKENIZER.render_for_completion({"messages": [{"role": "user", "content": "Hi"}]})[1:]
+    new = BYTE_TOKENIZER.render_for_completion({"messages": [{"role": "user", "content": "Hi"}]})[1:]
     assert session.engine.model.num_read == len(new) + 1 + len("Hello!")  # 1: the end token, sampled but not yet read
 
 
@@ -50,7 +51,7 @@ def test_oldest_turns_are_dropped_where_the_context_ends():
         prompt, _ = session.build_prompt("next", 20)
         assert len(prompt) <= 100
     assert session.num_dropped == 1 and len(session.turns) == 5
-    assert TOKENIZER.decode(prompt).startswith("<|bos|><|user_start|>Be brief.\n\nQuestion 1<|user_end|>")
+    assert BYTE_TOKENIZER.decode(prompt).startswith("<|bos|><|user_start|>Be brief.\n\nQuestion 1<|user_end|>")
     with pytest.raises(UserError, match="leave no room"):
         ask(session, "x" * 1000)
     assert len(session.turns) == 5
@@ -62,7 +63,7 @@ def test_what_was_stopped_stays():
     assert "".join(next(events).text for _ in range(10)) == "tick tick "
     events.close()
     assert not session.engine.has_work()
-    assert TOKENIZER.decode(session.build_prompt("So?", 9)[0]).startswith(
+    assert BYTE_TOKENIZER.decode(session.build_prompt("So?", 9)[0]).startswith(
         "<|bos|><|user_start|>slow<|user_end|><|assistant_start|>tick tick <|assistant_end|><|user_start|>So?")
 
 

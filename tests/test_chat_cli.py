@@ -12,14 +12,14 @@ import time
 
 import pytest
 import torch
-from chat_helpers import TOKENIZER, ScriptedModel
-from helpers import REPO_DIR
 
 from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import find_last_stage, save_checkpoint
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from scripts import chat_cli
+from tests.helpers import BYTE_TOKENIZER, REPO_DIR, make_model
+from tests.server_helpers import ScriptedModel
 
 WAIT_SEC = 30
 CONFIG = GPTConfig(sequence_len=64, vocab_size=265, n_layer=1, n_head=1, n_kv_head=1, n_embd=128)
@@ -30,30 +30,25 @@ def use_model(monkeypatch, tmp_path):
     """Make chat_cli load the scripted model, of whatever stage."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr(checkpoint_manager, "load_model", lambda stage, *args, **options: (
-        ScriptedModel(), TOKENIZER, {"stage": stage, "step": 7}))
+        ScriptedModel(), BYTE_TOKENIZER, {"stage": stage, "step": 7}))
 
 
-def make_model():
-    torch.manual_seed(0)
-    model = GPT(CONFIG, torch.float32)
-    model.init_weights()
-    with torch.no_grad():
-        for param in model.parameters():
-            param.normal_(std=0.5)
-        model.lm_head.weight[256:] = 0  # no special tokens
-    return model.eval()
+def make_base_model():
+    model = make_model(CONFIG)
+    torch.nn.init.zeros_(model.lm_head.weight[256:])  # no special tokens
+    return model
 
 
 def test_base_model_continues_a_prompt(monkeypatch, tmp_path, capsys):
-    model = make_model()
+    model = make_base_model()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr(checkpoint_manager, "load_model", lambda stage, *args, **options: (
-        model, TOKENIZER, {"stage": stage, "step": 7}))
+        model, BYTE_TOKENIZER, {"stage": stage, "step": 7}))
     for text in ("Once", ""):
         result = chat_cli.main(["-p", text, "-t", "0", "--max-tokens", "20", "-d", "float32"])
         expected = list(model.generate([256, *text.encode()], 20, temperature=0))
         assert result == {"source": "base", "step": 7, "num_answers": 1, "num_tokens": 20}
-        assert capsys.readouterr().out == TOKENIZER.decode(expected) + "\n"
+        assert capsys.readouterr().out == BYTE_TOKENIZER.decode(expected) + "\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n/save file"))
     with pytest.raises(UserError, match="for chat models"):
         chat_cli.main(["-d", "float32"])
@@ -68,9 +63,9 @@ def test_bad_values_are_refused(use_model):
 def test_the_last_stage_is_loaded(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     assert find_last_stage(None) == "base"
-    TOKENIZER.save(tmp_path / "tokenizer" / "default")
-    model = make_model()
-    meta = {"model_config": vars(CONFIG), "tokenizer": {"name": "default", "hash": TOKENIZER.hash}}
+    BYTE_TOKENIZER.save(tmp_path / "tokenizer" / "default")
+    model = make_base_model()
+    meta = {"model_config": vars(CONFIG), "tokenizer": {"name": "default", "hash": BYTE_TOKENIZER.hash}}
     for stage, tag in (("base", "d4"), ("sft", "other")):
         save_checkpoint(tmp_path / "runs" / stage / tag, 3, model, model.setup_optimizer(), meta)
     assert find_last_stage(None) == "sft" and find_last_stage("d4") == "base"

@@ -6,11 +6,11 @@ import math
 import shutil
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from eval_helpers import make_random_model, make_tokenizer, run_ranks
 
 from nanochat import chat_eval
 from nanochat.chat_eval import (
@@ -34,10 +34,10 @@ from scripts import chat_eval as script
 from tasks.arithmetic import Arithmetic
 from tasks.catalog import CHATCORE_TASKS, get_task
 from tasks.common import Task
+from tests.helpers import BYTE_TOKENIZER, REPO_DIR, make_model, run_program_on_ranks
 
-REPO_DIR = Path(__file__).resolve().parents[1]
 REAL_TASKS = REPO_DIR.parent / "shared" / "data" / "tasks"
-CONFIG = GPTConfig(sequence_len=160, vocab_size=268, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, window_pattern="SL")
+CONFIG = GPTConfig(sequence_len=160, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, window_pattern="SL")
 WORDS = ["apple", "banana", "cherry", "grape", "lemon", "melon", "orange", "papaya", "peach", "plum", "quince",
          "raspberry", "strawberry", "tomato", "walnut", "almond", "bread", "butter", "cheese", "garlic"]
 SHORT = ChatSettings(max_new_tokens=12)
@@ -78,12 +78,12 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer()
+    return BYTE_TOKENIZER
 
 
 @pytest.fixture(scope="module")
 def model():
-    return make_random_model(CONFIG).eval()
+    return make_model(CONFIG, torch.float64)
 
 
 def evaluate_chat(solver: Solver, names: tuple[str, ...], max_problems: int | None = None) -> dict:
@@ -156,7 +156,7 @@ def test_answers_that_are_cut_are_counted(hub, model, tokenizer):
 
 def test_a_context_shorter_than_prompt_and_answer(hub, tokenizer, monkeypatch):
     """Both are cut: a model isn't asked to go on beyond the positions that it was trained for."""
-    tiny, lengths = make_random_model(GPTConfig(**{**vars(CONFIG), "sequence_len": 16})).eval(), []
+    tiny, lengths = make_model(replace(CONFIG, sequence_len=16), torch.float64), []
 
     def make_request(tokens, max_tokens, *args, **kwargs):
         lengths.append(len(tokens) + max_tokens)
@@ -351,7 +351,7 @@ def test_missing_and_damaged_data_cost_their_task_only(hub, model, tokenizer):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory\nmore"), MemoryError(), OSError(28, "disk full")])
 def test_what_befalls_a_task_does_not_end_a_training(hub, tokenizer, monkeypatch, error):
-    training = make_random_model(CONFIG).train()
+    training = make_model(CONFIG, torch.float64).train()
     monkeypatch.setattr(GPT, "forward_trunk", lambda *args, **kwargs: (_ for _ in ()).throw(error))
     chat = evaluate_chat(Solver(training, tokenizer), ("ARC-Easy",))
     assert type(error).__name__ in chat["missing"]["ARC-Easy"] and "\n" not in chat["missing"]["ARC-Easy"]
@@ -384,7 +384,7 @@ def test_two_ranks_equal_one(hub, model, tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(vars(CONFIG)))
     expected = evaluate_chat(Solver(model, tokenizer, SHORT), ("ARC-Easy", "GSM8K"), max_problems=7)
-    run_ranks("chat_eval_rank", tmp_path)
+    run_program_on_ranks("chat_eval_rank", tmp_path)
     for rank in range(2):
         results = json.loads((tmp_path / f"chat_{rank}.json").read_text())
         assert results == expected["tasks"] | {"MMLU": "this rank has no data"}

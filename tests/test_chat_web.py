@@ -16,7 +16,6 @@ import urllib.request
 import openai
 import pytest
 import requests
-from server_helpers import CONFIG, QUESTION, TOKENIZER, ServerProcess, make_tiny_model, save_toy
 
 from dev import bench_server
 from nanochat.common import UserError
@@ -24,6 +23,8 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
 from nanochat.server_engines import EngineSettings
 from scripts import chat_web
+from tests.helpers import BYTE_TOKENIZER, make_model
+from tests.server_helpers import CONFIG, QUESTION, ServerProcess, save_toy
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 
@@ -68,9 +69,9 @@ def test_official_client(client):
     answer = client.chat.completions.create(model=model.id, messages=QUESTION, max_tokens=5, temperature=0, seed=1,
                                             logprobs=True, top_logprobs=2, stop=["never"], top_p=0.9)
     assert answer.usage.completion_tokens == 5 and answer.choices[0].finish_reason == "length"
-    expected, _ = Engine(make_tiny_model(), TOKENIZER).generate_batch(
-        TOKENIZER.render_for_completion({"messages": QUESTION}), max_tokens=5, temperature=0)
-    text = TOKENIZER.decode(expected[0][-5:])
+    expected, _ = Engine(make_model(CONFIG), BYTE_TOKENIZER).generate_batch(
+        BYTE_TOKENIZER.render_for_completion({"messages": QUESTION}), max_tokens=5, temperature=0)
+    text = BYTE_TOKENIZER.decode(expected[0][-5:])
     assert answer.choices[0].message.content == text and len(answer.choices[0].logprobs.content) == 5
     stream = client.chat.completions.create(model=model.id, messages=QUESTION, max_tokens=5, temperature=0, n=2,
                                             stream=True, stream_options={"include_usage": True})

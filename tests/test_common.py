@@ -13,39 +13,34 @@ import torch
 
 from nanochat import common, memory
 from nanochat.common import Ranks, UserError, let_threads_spin
+from tests.helpers import run_program, start_script
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How a script ends
 
-ENDINGS = {  # what main does -> exit code, what stderr says, whether there is a traceback
-    "raise UserError('no data here')": (2, "error: no data here\n", False),
-    "raise KeyboardInterrupt": (130, "stopped by Ctrl-C\n", False),
-    "open('/dev/full', 'w').write('x' * 10**6)": (2, "error: the disk is full", False),
-    "raise ValueError('a bug')": (1, "ValueError: a bug", True),
+ENDINGS = {  # of tests/programs/script_ending.py -> exit code, what stderr says, whether there is a traceback
+    "error": (2, "error: no data here\n", False),
+    "ctrl_c": (130, "stopped by Ctrl-C\n", False),
+    "full_disk": (2, "error: the disk is full", False),
+    "bug": (1, "ValueError: a bug", True),
 }
 
 
 @pytest.fixture(scope="module")
-def endings(tmp_path_factory):
+def endings():
     """All scripts at once: what they wait for is the import of torch. Ending -> (exit code, stderr)."""
-    processes = {}
-    for i, body in enumerate(ENDINGS):
-        path = tmp_path_factory.mktemp("scripts") / f"script_{i}.py"
-        path.write_text(f"from nanochat.common import UserError, run_script\n"
-                        f"def main(argv):\n    {body}\nif __name__ == '__main__':\n    run_script(main)\n")
-        env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
-        processes[body] = subprocess.Popen([sys.executable, path], stderr=subprocess.PIPE, text=True, env=env)
-    return {body: (process.communicate(timeout=120)[1], process.returncode) for body, process in processes.items()}
+    processes = {ending: start_script("tests.programs.script_ending", ending) for ending in ENDINGS}
+    return {ending: (process.communicate(timeout=120)[1], process.returncode) for ending, process in processes.items()}
 
 
-@pytest.mark.parametrize("body", ENDINGS)
-def test_exit_code_and_message(body, endings):
-    if "/dev/full" in body and not Path("/dev/full").exists():
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_exit_code_and_message(ending, endings):
+    if ending == "full_disk" and not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
-    code, message, has_traceback = ENDINGS[body]
-    stderr, actual_code = endings[body]
+    code, message, has_traceback = ENDINGS[ending]
+    stderr, actual_code = endings[ending]
     assert actual_code == code and message in stderr
     assert ("Traceback" in stderr) == has_traceback
 
@@ -247,8 +242,6 @@ def test_decoding_processes_spin_longer_unless_a_person_chose(monkeypatch, befor
 
 def test_import_of_the_library_changes_nothing():
     """What a process of ours needs before torch is loaded is done where its scripts begin."""
-    code = ("import os, sys; before = dict(os.environ), sys.excepthook; import nanochat, nanochat.common; "
-            "assert (dict(os.environ), sys.excepthook) == before; import scripts; "
-            "assert os.environ['GOMP_SPINCOUNT'] == '600' and sys.excepthook != before[1]")
     env = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
-    subprocess.run([sys.executable, "-c", code], env=env, cwd=Path(__file__).parents[1], check=True)
+    done = run_program("import_library", env=env)
+    assert done.returncode == 0, done.stderr

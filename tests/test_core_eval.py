@@ -5,23 +5,13 @@ import random
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from eval_helpers import (
-    BOS,
-    CORE_CONFIG,
-    LM_ROWS,
-    MC_ROWS,
-    SCHEMA_ROWS,
-    make_random_model,
-    make_tokenizer,
-    run_ranks,
-    write_bundle,
-)
 
 from nanochat import core_eval
 from nanochat.common import UserError
@@ -39,6 +29,8 @@ from nanochat.core_eval import (
 )
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
+from tests.eval_helpers import BOS, CORE_CONFIG, LM_ROWS, MC_ROWS, SCHEMA_ROWS, make_tokenizer, write_bundle
+from tests.helpers import make_model, run_program_on_ranks
 
 MINI_BUNDLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "core" / "mini" / "eval_bundle"
 @pytest.fixture(scope="module")
@@ -151,7 +143,7 @@ def check_against_slow(model, tokenizer, tasks: list[CoreTask], max_per_task: in
 @pytest.mark.parametrize("sequence_len", [96, 400])
 def test_batched_equals_one_at_a_time(tokenizer, tmp_path, monkeypatch, sequence_len):
     """With 96 tokens the prompts with shots are cropped, with 400 none is."""
-    model = make_random_model(GPTConfig(**{**vars(CORE_CONFIG), "sequence_len": sequence_len}))
+    model = make_model(replace(CORE_CONFIG, sequence_len=sequence_len), torch.float64)
     tasks = load_tasks(write_bundle(tmp_path))
     lengths = [len(tokenizer.encode(text)) for task in tasks for text in
                render_prompts(task, task.rows[0], choose_shots(task, task.rows, 0))]
@@ -167,14 +159,14 @@ def test_batched_equals_one_at_a_time_on_real_tasks(monkeypatch):
     tokenizer = RustBPETokenizer.train_from_iterator(
         (path.read_text() for path in sorted(MINI_BUNDLE.rglob("*.jsonl"))), 600)
     monkeypatch.setattr(sys.modules[__name__], "BOS", tokenizer.get_bos_token_id())
-    model = make_random_model(GPTConfig(sequence_len=256, vocab_size=600, n_layer=2, n_head=2, n_kv_head=2, n_embd=64,
-                                 window_pattern="SL"))
+    model = make_model(GPTConfig(sequence_len=256, vocab_size=600, n_layer=2, n_head=2, n_kv_head=2, n_embd=64,
+                                 window_pattern="SL"), torch.float64)
     check_against_slow(model, tokenizer, tasks, 4, monkeypatch)
 
 
 def test_a_model_without_a_cache_scores_the_same(tokenizer, tmp_path):
     """Called with tokens for logits, as any other model would be."""
-    model, tasks = make_random_model(), load_tasks(write_bundle(tmp_path))
+    model, tasks = make_model(CORE_CONFIG, torch.float64), load_tasks(write_bundle(tmp_path))
     items = [item for task in tasks for item in
              core_eval.make_items(task, tokenizer, task.rows, list(range(4)), CORE_CONFIG.sequence_len)]
     options = list(dict.fromkeys(option for item in items for option in item.options))
@@ -187,7 +179,7 @@ def test_a_model_without_a_cache_scores_the_same(tokenizer, tmp_path):
 
 
 def test_a_shared_prefix_is_computed_once(tokenizer, tmp_path, monkeypatch):
-    model = make_random_model(GPTConfig(**{**vars(CORE_CONFIG), "sequence_len": 400}))
+    model = make_model(replace(CORE_CONFIG, sequence_len=400), torch.float64)
     task = load_tasks(write_bundle(tmp_path))[0]
     num_tokens, real = 0, model.forward_trunk
 
@@ -349,7 +341,7 @@ def test_the_mean_decides_not_the_sum(tokenizer):
 
 
 def test_ties_go_to_the_first(tokenizer):
-    for model in (RuleModel(lambda tokens: {}), make_random_model()):
+    for model in (RuleModel(lambda tokens: {}), make_model(CORE_CONFIG, torch.float64)):
         for gold in (0, 1, 2):
             row = {"query": "q", "choices": ["same", "same", "same"], "gold": gold}
             assert is_right(tokenizer, model, "multiple_choice", row) == (gold == 0)
@@ -385,14 +377,15 @@ def test_core_is_the_mean_of_centered_accuracies(tokenizer, tmp_path):
 
 
 def test_fewer_items_than_shots(tokenizer, tmp_path):
-    core = evaluate_core(make_random_model(), tokenizer, max_per_task=1, bundle_dir=write_bundle(tmp_path))
+    core = evaluate_core(make_model(CORE_CONFIG, torch.float64), tokenizer, max_per_task=1,
+                         bundle_dir=write_bundle(tmp_path))
     assert [task["num_items"] for task in core["tasks"].values()] == [1, 1, 1]
     with pytest.raises(UserError, match="max-per-task 0 must be"):
-        evaluate_core(make_random_model(), tokenizer, max_per_task=0, bundle_dir=tmp_path)
+        evaluate_core(make_model(CORE_CONFIG, torch.float64), tokenizer, max_per_task=0, bundle_dir=tmp_path)
 
 
 def test_the_model_stays_in_its_mode(tokenizer):
-    model = make_random_model().train()
+    model = make_model(CORE_CONFIG, torch.float64).train()
     evaluate_task(model, tokenizer, make_task("language_modeling", LM_ROWS), 2)
     assert model.training and all(param.grad is None for param in model.parameters())
 
@@ -400,8 +393,8 @@ def test_the_model_stays_in_its_mode(tokenizer):
 def test_two_ranks_equal_one(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     bundle_dir = write_bundle(tmp_path / "bundle")
-    expected = evaluate_core(make_random_model(), tokenizer, max_per_task=9, bundle_dir=bundle_dir)
-    run_ranks("core_eval_rank", tmp_path)
+    expected = evaluate_core(make_model(CORE_CONFIG, torch.float64), tokenizer, max_per_task=9, bundle_dir=bundle_dir)
+    run_program_on_ranks("core_eval_rank", tmp_path)
     for rank in range(2):
         assert json.loads((tmp_path / f"core_{rank}.json").read_text()) == expected
 

@@ -8,11 +8,11 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import make_package
 
 from nanochat import corpus
 from nanochat.common import UserError
 from nanochat.corpus import Package, build_python_docs, cut_text, find_text_files, is_new, read_documents
+from tests.data_helpers import make_package
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import measure_peak_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import compilation, cross_entropy
 from nanochat.config import GPTConfig
 from nanochat.cross_entropy import LOSSES, linear_cross_entropy, plain_cross_entropy, softcap
 from nanochat.memory import Machine, count_loss_bytes
+from tests.helpers import measure_peak_bytes
 
 V, PADDED_V, C = 70, 128, 32
 

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from task_helpers import write_lines
 
 from nanochat.common import UserError
 from tasks.customjson import CustomJSON
+from tests.data_helpers import write_lines
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 

@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from loader_helpers import ALONE, BOS, ByteTokenizer, make_loader
 
 from nanochat import dataloader
 from nanochat.common import Ranks, UserError
 from nanochat.dataloader import TextGroups, TrainLoader, choose_num_lanes, validation_batches
 from nanochat.packing import PAD, pack_documents
 from nanochat.shards import ShardList
+from tests.data_helpers import ALONE, BOS, make_loader
+from tests.helpers import BYTE_TOKENIZER
 
 REPO = Path(__file__).resolve().parent.parent
 REAL_DATA = REPO.parent / "shared" / "data" / "pretrain_tiny"
@@ -108,8 +109,8 @@ def test_batch_is_inputs_and_next_tokens(shards):
 
 def test_an_epoch_holds_every_row_once(shards):
     expected = []
-    for path, idx in TextGroups(shards, ByteTokenizer(), 32).places:
-        docs = ByteTokenizer().encode(dataloader.read_group(path, idx), BOS, 1)
+    for path, idx in TextGroups(shards, BYTE_TOKENIZER, 32).places:
+        docs = BYTE_TOKENIZER.encode(dataloader.read_group(path, idx), BOS)
         expected += [tuple(row) for row in pack_documents(docs, 33)[0].tolist()]
     loader = make_loader(shards, num_lanes=1, rows_per_step=1)
     rows = []
@@ -194,7 +195,7 @@ def test_stats_are_those_of_the_groups_handed_out(shards):
         assert set(loader.stats.values()) == {0}
         loader.next_step()
         path, idx = loader.groups.places[dataloader.order_groups(1, 0, len(loader.groups))[0]]
-        first = pack_documents(ByteTokenizer().encode(dataloader.read_group(path, idx), BOS, 1), 33)[1]
+        first = pack_documents(BYTE_TOKENIZER.encode(dataloader.read_group(path, idx), BOS), 33)[1]
         assert loader.lanes[0].pack_stats == first and first.num_docs > 2
         assert loader.stats == first.fractions() | {"epoch": 0, "repeated_groups": 0}
         json.dumps(loader.stats)
@@ -226,7 +227,7 @@ def test_mistakes_are_told(shards, tmp_path):
     with pytest.raises(UserError, match="train split of letters has no text"):
         make_loader(replace(shards, train=(empty,))).next_step()
     with pytest.raises(UserError, match="val split of letters has no text"):
-        validation_batches(replace(shards, val=empty), ByteTokenizer(), 32, None, ALONE)
+        validation_batches(replace(shards, val=empty), BYTE_TOKENIZER, 32, None, ALONE)
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
@@ -283,7 +284,7 @@ def test_connected_ranks_agree_on_the_state(shards, tmp_path):
 @pytest.mark.parametrize("split", ["val", "train"])
 def test_validation_rows_are_the_same_however_divided(shards, num_rows, split):
     def read(world_size: int, batch_rows: int) -> list[tuple]:
-        sets = [validation_batches(shards, ByteTokenizer(), 32, num_rows, Ranks(rank, rank, world_size),
+        sets = [validation_batches(shards, BYTE_TOKENIZER, 32, num_rows, Ranks(rank, rank, world_size),
                                    split).cut(batch_rows) for rank in range(world_size)]
         shapes = [[batch.inputs.shape for batch in batches] for batches in sets]
         assert all(rank_shapes == shapes[0] for rank_shapes in shapes) and len(set(shapes[0])) == 1
@@ -300,9 +301,9 @@ def test_validation_rows_are_the_same_however_divided(shards, num_rows, split):
 
 
 def test_validation_holds_every_token_of_its_groups(shards):
-    batches = validation_batches(shards, ByteTokenizer(), 256, None, ALONE).cut(4)
-    docs = [doc for _, idx in TextGroups(shards, ByteTokenizer(), 256, split="val").places
-            for doc in ByteTokenizer().encode(dataloader.read_group(shards.val, idx), BOS, 1)]
+    batches = validation_batches(shards, BYTE_TOKENIZER, 256, None, ALONE).cut(4)
+    docs = [doc for _, idx in TextGroups(shards, BYTE_TOKENIZER, 256, split="val").places
+            for doc in BYTE_TOKENIZER.encode(dataloader.read_group(shards.val, idx), BOS)]
     targets = torch.cat([batch.targets for batch in batches])
     assert torch.equal(targets, torch.cat([batch.targets for batch in batches]))     # as often as needed
     num_cropped = sum(map(len, docs)) - int((targets >= 0).sum()) - batches.num_rows

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loader_helpers import order_rows
 
 from nanochat.common import Ranks, UserError
 from nanochat.dataloader import ConversationGroups, Epoch, count_epoch, validation_conversations
 from nanochat.packing import PackStats
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
+from tests.data_helpers import order_rows
 
 ALONE, CPU, BOS = Ranks(), torch.device("cpu"), 0
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

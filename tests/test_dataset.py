@@ -13,7 +13,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import (
+
+from nanochat import corpus, dataset, download
+from nanochat.common import UserError
+from nanochat.corpus import Package
+from nanochat.dataset import main
+from nanochat.shards import count_groups, iter_documents, load_shards, read_group
+from tests.data_helpers import (
     NUM_IN_REPO,
     REPO,
     Server,
@@ -23,12 +29,6 @@ from data_helpers import (
     make_package,
     write_documents,
 )
-
-from nanochat import corpus, dataset, download
-from nanochat.common import UserError
-from nanochat.corpus import Package
-from nanochat.dataset import main
-from nanochat.shards import count_groups, iter_documents, load_shards, read_group
 
 VAL_NAME = f"shard_{NUM_IN_REPO - 1:05d}.parquet"
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data" / "pretrain"

@@ -1,14 +1,10 @@
 """Decoding runs the model's own forward pass: eager, compiled and captured, of GPT and of what a fork makes of it."""
 
 import functools
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import BYTE_TOKENIZER, REPO_DIR, make_model, make_prompt
-from server_helpers import serving
 from torch.nn import functional as F
 
 from nanochat import decoding
@@ -16,6 +12,8 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT, MLP, Block
 from nanochat.rl import Question, compute_logprobs, make_batch, write_answers
 from nanochat.train import Batch, train_step
+from tests.helpers import BYTE_TOKENIZER, make_model, make_prompt, run_program
+from tests.server_helpers import serving
 
 # GPT.generate neither ends rows nor calls tools
 NO_CHAT_TOKENS = SimpleNamespace(python_start=None, python_end=None, output_start=None, output_end=None,
@@ -43,13 +41,8 @@ def test_decoding_copy_computes_the_same_and_shares_the_rest(dtype):
 
 def test_the_first_token_does_not_wait_for_the_compiler_to_be_loaded():
     """Which takes a second or two of every start, and which nothing here uses."""
-    code = ("import sys, torch; from nanochat import checkpoint_manager, engine; from scripts import infer_bench;"
-            "config = infer_bench.GPTConfig(64, 128, 2, 1, 1, 64);"
-            "model = checkpoint_manager.build_model(config, torch.bfloat16, torch.device('cpu')); model.init_weights();"
-            "engine.Engine(model, infer_bench.NoTokenizer()).generate_batch([1, 2, 3], max_tokens=2);"
-            "print(sorted({'sympy', 'torch._dynamo', 'torch._inductor'} & set(sys.modules)))")
-    result = subprocess.run([sys.executable, "-c", code], cwd=REPO_DIR, capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "[]"
+    result = run_program("first_token")
+    assert result.stdout == "[]\n", result.stderr
 
 
 def test_matrices_that_cannot_be_packed_are_said_so_once(monkeypatch, capsys):

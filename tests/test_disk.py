@@ -16,7 +16,6 @@ import time
 from multiprocessing import forkserver, get_context
 
 import pytest
-from data_helpers import NUM_IN_REPO, REPO, Server, make_hub_shard, make_package
 
 from nanochat import corpus, dataset
 from nanochat.common import UserError, run_script
@@ -24,6 +23,7 @@ from nanochat.corpus import Package
 from nanochat.shards import iter_documents, load_shards
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from scripts import tok_train
+from tests.data_helpers import NUM_IN_REPO, REPO, Server, make_hub_shard, make_package
 
 CHILDREN = get_context("forkserver")  # each child begins with everything imported and no threads
 KINDS = ("files", "python-docs", "download", "tokenizer")

@@ -6,10 +6,10 @@ import threading
 import time
 
 import pytest
-from data_helpers import CONTENT, Server
 
 from nanochat import download
 from nanochat.download import CorruptFile, DownloadError, Job, Transfer, download_all, fetch
+from tests.data_helpers import CONTENT, Server
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import BYTE_TOKENIZER, make_model, make_prompt
 from torch import nn
 
 from nanochat.common import UserError
 from nanochat.engine import HEADROOM_TOKENS, Engine, KVCache, Request, count_common
 from nanochat.tokenizer import SPLIT_PATTERN, RustBPETokenizer
+from tests.helpers import BYTE_TOKENIZER, make_model, make_prompt
 
 CPU = torch.device("cpu")
 NUM_POSITIONS = 640

@@ -1,18 +1,18 @@
 """A request's generation without a model: text, tool calls and the end, from tokens that a test appends."""
 
 import pytest
-from server_helpers import TOKENIZER
 
 from nanochat.engine import ChatTokens, Generation, Request, TextStream
+from tests.helpers import BYTE_TOKENIZER
 
 PROMPT = [256, 1, 2]
 
 
 def generate(text, max_length=100, stop=()):
     """The generation and the events of sampled tokens up to the end."""
-    generation = Generation(7, Request(PROMPT, stop=stop), max_length, TOKENIZER, ChatTokens(TOKENIZER))
+    generation = Generation(7, Request(PROMPT, stop=stop), max_length, BYTE_TOKENIZER, ChatTokens(BYTE_TOKENIZER))
     events = []
-    for token in TOKENIZER.encoding.encode(text, allowed_special="all"):
+    for token in BYTE_TOKENIZER.encoding.encode(text, allowed_special="all"):
         if not generation.finish_reason:
             events += generation.append(token)
     return generation, events
@@ -20,7 +20,7 @@ def generate(text, max_length=100, stop=()):
 
 def test_tool_call_is_answered_by_the_calculator():
     generation, events = generate("It is <|python_start|>34*27<|python_end|>!<|assistant_end|>")
-    assert TOKENIZER.decode(generation.tokens[3:]) == (
+    assert BYTE_TOKENIZER.decode(generation.tokens[3:]) == (
         "It is <|python_start|>34*27<|python_end|><|output_start|>918<|output_end|>!<|assistant_end|>")
     parts = [(part, "".join(event.text for event in events if event.part == part))
              for part in ("text", "python", "python_output")]
@@ -37,7 +37,7 @@ def test_tool_call_is_answered_by_the_calculator():
                                   "<|python_start|><|output_start|>2+3<|output_end|>"])
 def test_what_is_no_call_gets_no_output(call):
     generation, events = generate(call)
-    assert TOKENIZER.decode(generation.tokens[3:]) == call and all(event.mask for event in events)
+    assert BYTE_TOKENIZER.decode(generation.tokens[3:]) == call and all(event.mask for event in events)
 
 
 @pytest.mark.parametrize("text,max_length,stop,shown,reason", [
@@ -52,20 +52,20 @@ def test_end(text, max_length, stop, shown, reason):
 
 
 def test_stop_strings_are_held_back_however_they_are_cut():
-    stream = TextStream(TOKENIZER, ("END", "ENOUGH"))
+    stream = TextStream(BYTE_TOKENIZER, ("END", "ENOUGH"))
     assert [stream.feed(token) for token in b"aENEO"] == ["a", "", "", "EN", "EO"]
     assert [stream.feed(token) for token in b"ENOUGH!"] == [""] * 7 and stream.stopped and stream.flush() == ""
-    stream = TextStream(TOKENIZER, ("END",))
+    stream = TextStream(BYTE_TOKENIZER, ("END",))
     assert [stream.feed(token) for token in b"EN"] == ["", ""] and stream.flush() == "EN"
 
 
 def test_only_whole_characters_are_streamed():
     def stream_text(tokens):
-        stream = TextStream(TOKENIZER)
+        stream = TextStream(BYTE_TOKENIZER)
         pieces = [*(stream.feed(token) for token in tokens), stream.flush()]
         return [piece for piece in pieces if piece]
     text = "naïve 한국어 😀 ok"
-    assert stream_text(TOKENIZER.encode(text)) == list(text)
+    assert stream_text(BYTE_TOKENIZER.encode(text)) == list(text)
     assert stream_text([*b"a\xf0\x9f"]) == ["a", "\ufffd"]                   # cut within a character
     assert "".join(stream_text([*b"\xff\xc3a\x80"])) == "\ufffd\ufffda\ufffd"  # not UTF-8
     assert stream_text([]) == []

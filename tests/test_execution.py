@@ -20,8 +20,8 @@ import pytest
 from nanochat import execution, execution_child
 from nanochat.common import UserError
 from nanochat.execution import ExecutionResult, check_isolation, execute_code, execute_many
+from tests.helpers import REPO_DIR, run_forked
 
-REPO_DIR = Path(__file__).resolve().parents[1]
 HUMANEVAL_PATH = REPO_DIR.parent / "shared" / "data" / "tasks" / "humaneval_dev.jsonl.gz"
 METHOD, REASON = execution.find_method()
 isolated = pytest.mark.skipif(METHOD == "none", reason=f"no isolation on this machine: {REASON}")
@@ -55,27 +55,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     while not (holds := condition()) and time.monotonic() < deadline:
         time.sleep(0.02)
     return holds
-
-
-def run_forked(function: Callable[[], object], uid: int | None = None) -> object:
-    """What `function` returns (JSON) in a fork of this process, as another user if asked."""
-    reader, writer = os.pipe()
-    if not (pid := os.fork()):
-        try:
-            if uid is not None:
-                os.setgroups([])
-                os.setresgid(uid, uid, uid)
-                os.setresuid(uid, uid, uid)
-            os.write(writer, json.dumps(function()).encode())
-        except BaseException as error:
-            os.write(writer, json.dumps(f"{type(error).__name__}: {error}").encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader) as file:
-        answer = json.load(file)
-    os.waitpid(pid, 0)
-    return answer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -436,18 +415,6 @@ def test_unprivileged(monkeypatch, name):
         return check_isolation()
     answer = run_forked(check, execution_child.NOBODY)
     assert answer.startswith(f"{name}: no network"), answer
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-def test_kernel_that_allows_no_namespaces():
-    """The real refusal: a user namespace in which the kernel makes no other."""
-    def attempt() -> tuple[str, str]:
-        execution_child.call("unshare", execution_child.CLONE_NEWUSER)
-        Path("/proc/sys/user/max_user_namespaces").write_text("0")
-        execution.find_method.cache_clear()
-        return execution.find_method()
-    method, reason = run_forked(attempt)
-    assert method == "none" and "namespaces: the sandbox didn't start: OSError" in reason, reason
 
 
 # ---------------------------------------------------------------------------------------------------------------------

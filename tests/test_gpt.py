@@ -11,19 +11,13 @@ from nanochat.config import count_params
 from nanochat.engine import KVCache
 from nanochat.gpt import GPT, GPTConfig, norm
 from nanochat.scaling import make_config
+from tests.helpers import make_model
 
 TINY = dict(vocab_size=70, n_layer=4, n_head=4, n_kv_head=2, n_embd=48, window_pattern="SSL")
 
 
-def make_model(dtype=torch.float64, **changes):
-    """Every parameter random: as initialised, attention, smear and the MLP would hardly matter."""
-    model = GPT(GPTConfig(**{"sequence_len": 64} | TINY | changes), dtype)
-    model.init_weights()
-    rng = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.copy_(torch.randn(param.shape, generator=rng) * (0.7 if param.dim() < 2 else 0.3))
-    return model
+def make_tiny(dtype=torch.float64, **changes):
+    return make_model(GPTConfig(**{"sequence_len": 64} | TINY | changes), dtype)
 
 
 def make_ids(*shape, seed=0, vocab_size=70):
@@ -57,7 +51,7 @@ def test_params_and_flops_of_the_public_record(row):
 
 
 def test_counts_of_a_model_with_padding_and_grouped_heads():
-    model = make_model()
+    model = make_tiny()
     assert count_params(model.config) == model.num_scaling_params()
     assert model.lm_head.weight.shape == (128, 48)
 
@@ -69,7 +63,7 @@ def test_parameter_names():
         names |= {f"transformer.h.{i}.attn.{name}.weight" for name in ("c_q", "c_k", "c_v", "c_proj")}
         names |= {f"transformer.h.{i}.mlp.{name}.weight" for name in ("c_fc", "c_proj")}
     names |= {f"transformer.h.{i}.attn.ve_gate.weight" for i in (1, 3)}
-    model = make_model()
+    model = make_tiny()
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
     assert set(shapes) == set(model.state_dict()) == names
     assert shapes["smear_gate.weight"] == (1, 24) and shapes["transformer.h.3.attn.ve_gate.weight"] == (2, 12)
@@ -143,7 +137,7 @@ def test_init_distributions():
     (torch.float64, torch.float64, torch.float64), (torch.float32, torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16, torch.float32), (torch.float16, torch.float32, torch.float32)])
 def test_storage_dtypes(dtype, embed_dtype, master_dtype):
-    model = make_model(dtype)
+    model = make_tiny(dtype)
     for name, param in model.named_parameters():
         assert param.dtype == (embed_dtype if "wte" in name or "value_embeds" in name else master_dtype), name
     assert model.cos.dtype == model.sin.dtype == dtype
@@ -210,7 +204,7 @@ def slow_logits(model, ids):
     ({"n_layer": 3, "n_kv_head": 4}, 1)])
 @torch.no_grad()
 def test_forward_equals_slow_reference(changes, num_tokens):
-    model, ids = make_model(**changes), make_ids(num_tokens)
+    model, ids = make_tiny(**changes), make_ids(num_tokens)
     expected = slow_logits(model, ids.tolist())
     assert expected.abs().max() > 1  # or the comparison says little
     torch.testing.assert_close(model(ids[None])[0], expected, rtol=0, atol=1e-10)
@@ -220,7 +214,7 @@ def test_forward_equals_slow_reference(changes, num_tokens):
 def test_low_precision_forward_is_near_the_slow_reference():
     ids = make_ids(40)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)):
-        model = make_model(dtype)
+        model = make_tiny(dtype)
         logits, expected = model(ids[None])[0], slow_logits(model, ids.tolist())
         assert logits.dtype == torch.float32 and logits.shape == (40, 70)
         assert (logits - expected).norm() / expected.norm() < tolerance, dtype
@@ -229,7 +223,7 @@ def test_low_precision_forward_is_near_the_slow_reference():
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scalars_do_not_promote_activations(dtype):
-    model, seen = make_model(dtype), []
+    model, seen = make_tiny(dtype), []
     for module in model.modules():
         module.register_forward_pre_hook(lambda module, args: seen.extend(a.dtype for a in args if torch.is_tensor(a)))
         module.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
@@ -247,7 +241,7 @@ def test_norm_uses_the_eps_of_fp32_in_bf16():
 
 def test_a_sequence_longer_than_the_rotary_table_is_refused():
     with pytest.raises(ValueError, match="41 tokens exceed the 40 positions"):
-        make_model(sequence_len=4)(make_ids(1, 41))
+        make_tiny(sequence_len=4)(make_ids(1, 41))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,7 +249,7 @@ def test_a_sequence_longer_than_the_rotary_table_is_refused():
 
 
 def test_loss_reductions():
-    model, idx, targets = make_model(), make_ids(2, 30), make_ids(2, 30, seed=1)
+    model, idx, targets = make_tiny(), make_ids(2, 30), make_ids(2, 30, seed=1)
     targets[0, :7], targets[1, 20:] = -1, -1
     weights = torch.randn(2, 30, dtype=torch.float64)
     logits = model(idx)
@@ -270,7 +264,7 @@ def test_loss_reductions():
 
 
 def test_gradients_through_the_loss_equal_those_through_the_logits():
-    model, idx, targets = make_model(), make_ids(2, 30), make_ids(2, 30, seed=1)
+    model, idx, targets = make_tiny(), make_ids(2, 30), make_ids(2, 30, seed=1)
     targets[0, :7] = -1
     params = list(model.parameters())
     expected = torch.autograd.grad(F.cross_entropy(model(idx).mT, targets, ignore_index=-1), params)
@@ -286,7 +280,7 @@ def test_gradients_through_the_loss_equal_those_through_the_logits():
 @pytest.mark.parametrize("chunks", [(1,) * 90, (70, 1, 19)])
 @torch.inference_mode()
 def test_cached_forward_in_chunks_equals_slow_reference(chunks):
-    model, idx = make_model(), torch.stack((make_ids(90), make_ids(90, seed=1)))
+    model, idx = make_tiny(), torch.stack((make_ids(90), make_ids(90, seed=1)))
     cache = KVCache(2, 2, 90, 12, 4, torch.device("cpu"), torch.float64)
     logits = torch.cat([model(part, kv_cache=cache) for part in idx.split(chunks, dim=1)], dim=1)
     expected = torch.stack([slow_logits(model, row.tolist()) for row in idx])
@@ -294,7 +288,7 @@ def test_cached_forward_in_chunks_equals_slow_reference(chunks):
 
 
 def test_generate_is_reproducible():
-    model, prompt = make_model(torch.float32), [1, 2, 3]
+    model, prompt = make_tiny(torch.float32), [1, 2, 3]
     first, again, other = (list(model.generate(prompt, 20, seed=seed)) for seed in (7, 7, 8))
     assert first == again != other and len(first) == 20 and all(0 <= token < 70 for token in first)
     greedy = list(model.generate(prompt, 20, temperature=0))

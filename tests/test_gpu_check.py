@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +10,8 @@ from dev import bench_memory, gpu_check, gpu_kernels, gpu_steps
 from dev.gpu_setup import TINY, Setup, make_synthetic_rows
 from nanochat import compilation, dataset, flash_attention, memory
 from nanochat.optim import MuonAdamW
-from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer, get_tokenizer_dir
-
-REPO = Path(__file__).parent.parent
+from nanochat.tokenizer import SPECIAL_TOKENS, get_tokenizer_dir
+from tests.helpers import BYTE_TOKENIZER, REPO_DIR
 
 
 @pytest.fixture(autouse=True)
@@ -160,9 +158,7 @@ def test_synthetic_tokens_cover_the_vocabulary_as_text_does():
 
 def test_real_text_gives_rows_of_its_own_tokens(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    specials = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
-    RustBPETokenizer(SPLIT_PATTERN, ranks, specials).save(get_tokenizer_dir("bytes"))
+    BYTE_TOKENIZER.save(get_tokenizer_dir("bytes"))
     (tmp_path / "text").mkdir()
     for i in range(64):
         (tmp_path / "text" / f"{i}.txt").write_text(f"document {i} " + "of some length " * (i % 7 + 40))
@@ -173,6 +169,6 @@ def test_real_text_gives_rows_of_its_own_tokens(tmp_path, monkeypatch):
 
 
 def test_the_shell_script_finds_the_sections():
-    done = subprocess.run(["bash", str(REPO / "dev" / "gpu_check.sh"), "--help"], capture_output=True, text=True,
+    done = subprocess.run(["bash", str(REPO_DIR / "dev" / "gpu_check.sh"), "--help"], capture_output=True, text=True,
                           timeout=60, check=True)
     assert all(name in done.stdout for name in gpu_check.SECTIONS)

@@ -7,9 +7,9 @@ import torch
 
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
+from nanochat.gpt import GPTConfig
 from scripts import infer_bench
+from tests.helpers import BYTE_TOKENIZER, make_model
 
 SMALL = ["--prompt-tokens", "24", "--max-tokens", "6", "--dtype", "float32", "--device-type", "cpu"]
 
@@ -51,13 +51,10 @@ def test_compiled(capsys):
 
 
 def test_trained_model(tmp_path):
-    tokenizer = RustBPETokenizer(SPLIT_PATTERN, {bytes([byte]): byte for byte in range(256)},
-                                 {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
-    tokenizer.save(tmp_path / "tokenizer" / "default")
+    BYTE_TOKENIZER.save(tmp_path / "tokenizer" / "default")
     config = GPTConfig(sequence_len=64, vocab_size=265, n_layer=1, n_head=1, n_kv_head=1, n_embd=64)
-    model = GPT(config)
-    model.init_weights()
-    meta = {"model_config": vars(config), "tokenizer": {"name": "default", "hash": tokenizer.hash}}
+    model = make_model(config)
+    meta = {"model_config": vars(config), "tokenizer": {"name": "default", "hash": BYTE_TOKENIZER.hash}}
     save_checkpoint(tmp_path / "runs" / "base" / "d1", 3, model, model.setup_optimizer(), meta)
     report = infer_bench.main(["-i", "base", "-g", "d1", "--rows", "2", *SMALL])
     assert report["model_config"] == vars(config) and report["results"][0]["decode_tokens_per_sec"] > 0

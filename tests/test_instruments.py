@@ -15,6 +15,7 @@ from nanochat.flash_attention import flash_attn, plain_attention
 from nanochat.gpt import GPT
 from nanochat.memory import ACTIVATIONS, Machine, list_usage, predict_memory
 from nanochat.scaling import make_config
+from tests.helpers import BYTE_TOKENIZER, make_model
 
 
 @pytest.fixture(autouse=True)
@@ -78,31 +79,14 @@ def test_memory_script(capsys):
 # Attention
 
 
-def make_model(**shape: int) -> GPT:
-    """Two layers, the first with a window of 128 tokens and the second without; all weights random."""
-    torch.manual_seed(0)
-    config = GPTConfig(**{"sequence_len": 256, "vocab_size": 300, "n_layer": 2, "n_head": 4, "n_kv_head": 2,
-                          "n_embd": 64, "window_pattern": "SL"} | shape)
-    model = GPT(config)
-    model.init_weights()
-    for param in model.transformer.h.parameters():
-        torch.nn.init.normal_(param, std=0.3)
-    return model.eval()
-
-
-class OneTokenAByte:
-    def encode(self, text: str, prepend: int) -> list[int]:
-        return [prepend, *text.encode()]
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
-
-    def get_bos_token_id(self) -> int:
-        return 256
+def make_windowed(**shape: int) -> GPT:
+    """Two layers, the first with a window of 128 tokens and the second without."""
+    return make_model(GPTConfig(**{"sequence_len": 256, "vocab_size": 300, "n_layer": 2, "n_head": 4, "n_kv_head": 2,
+                                   "n_embd": 64, "window_pattern": "SL"} | shape))
 
 
 def test_weights_give_the_attentions_output():
-    model, idx, inputs, outputs = make_model(), torch.randint(300, (1, 200)), [], []
+    model, idx, inputs, outputs = make_windowed(), torch.randint(300, (1, 200)), [], []
     attn = model.transformer.h[0].attn    # without value embeddings
     attn.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     attn.c_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
@@ -123,7 +107,7 @@ def test_wrong_weights_are_noticed(monkeypatch):
     own_weights = show_attention.compute_weights
     monkeypatch.setattr(show_attention, "compute_weights", lambda q, k, window: own_weights(q, k, window - 1))
     with pytest.raises(RuntimeError, match="layer 0: the weights don't give the attention's output"):
-        show_attention.record_attention(make_model(), torch.randint(300, (1, 200)))
+        show_attention.record_attention(make_windowed(), torch.randint(300, (1, 200)))
 
 
 def test_figures_of_a_head():
@@ -146,7 +130,7 @@ def test_figures_of_a_head():
 
 def test_attention_script(monkeypatch, capsys):
     monkeypatch.setattr(checkpoint_manager, "load_model", lambda stage, *args, **kwargs: (
-        make_model(), OneTokenAByte(), {"stage": stage, "step": 7, "run_dir": "runs/base/tiny"}))
+        make_windowed(), BYTE_TOKENIZER, {"stage": stage, "step": 7, "run_dir": "runs/base/tiny"}))
     results = show_attention.main(["-i", "base", "--prompt", "costs $5 and\n$6"])
     assert is_png(results["figure"]) and len(results["heads"]) == 2 * 4 + 1 and results["error"] < 1e-5
     assert "on bos %" in capsys.readouterr().out
@@ -159,7 +143,7 @@ def test_attention_script(monkeypatch, capsys):
 
 def test_too_many_heads_for_one_picture(monkeypatch):
     monkeypatch.setattr(checkpoint_manager, "load_model", lambda stage, *args, **kwargs: (
-        make_model(), OneTokenAByte(), {"stage": stage, "step": 7, "run_dir": "runs/base/tiny"}))
+        make_windowed(), BYTE_TOKENIZER, {"stage": stage, "step": 7, "run_dir": "runs/base/tiny"}))
     monkeypatch.setattr(show_attention, "MAX_PANELS", 4)
     with pytest.raises(UserError, match="2 layers of 4 heads don't fit .* choose at most 1 with --layers"):
         show_attention.main(["-i", "base", "--prompt", "some text"])

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import CONFIG, make_model, make_prompt
 
 from nanochat.kv_cache import KVCache
+from tests.helpers import CONFIG, make_model, make_prompt
 
 
 def make_cache(batch_size, seq_len, dtype):

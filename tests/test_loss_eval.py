@@ -10,6 +10,7 @@ import torch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import compute_byte_bpb, evaluate_bpb, evaluate_loss
 from nanochat.train import Batch
+from tests.helpers import make_model
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=100, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
 SPECIAL_IDS = (90, 99)
@@ -17,11 +18,7 @@ SPECIAL_IDS = (90, 99)
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = GPT(CONFIG, torch.float64)
-    model.init_weights()
-    torch.nn.init.normal_(model.lm_head.weight, std=0.5)  # far from uniform
-    return model
+    return make_model(CONFIG, torch.float64)
 
 
 def make_batches(num_batches=5, rows=3):

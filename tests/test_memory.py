@@ -2,13 +2,10 @@
 
 import argparse
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import measure_peak_bytes
 
 from dev.bench_memory import fake_step, join_phases, trace_step
 from nanochat import compilation, flash_attention, gpt, memory
@@ -31,8 +28,8 @@ from nanochat.memory import (
 from nanochat.scaling import make_config
 from nanochat.train import Batch, train_step
 from scripts import plan
+from tests.helpers import measure_peak_bytes, run_program
 
-REPO_DIR = Path(__file__).resolve().parents[1]
 NODE = Machine(world_size=8)    # of H100s
 
 
@@ -302,9 +299,8 @@ def test_plan_of_short_rows_counts_what_they_save():
 
 
 def test_plan_needs_no_torch_and_prints_json():
-    code = ("import sys; sys.modules['torch'] = None\n"
-            "from scripts import plan; plan.main(['--depth', '4', '12', '--json'])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO_DIR, capture_output=True, text=True, check=True)
+    done = run_program("plan_without_torch", "--depth", 4, 12, "--json")
+    assert done.returncode == 0, done.stderr
     depths = [run["config"]["n_layer"] for run in json.loads(done.stdout)["runs"]]
     assert depths == [4, 12]
 

@@ -6,18 +6,16 @@ import pytest
 import torch
 
 from nanochat import compilation
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.optim import POLAR_EXPRESS, MuonAdamW, adamw_update, as_scalars, muon_update, orthogonalize
+from tests.helpers import make_model
 
 LR, MU, BETA2, DECAY = (float(s) for s in as_scalars([0.02, 0.95, 0.9, 0.28]))  # as fp32 holds them
 CONFIG = GPTConfig(sequence_len=16, vocab_size=70, n_layer=4, n_head=4, n_kv_head=2, n_embd=64)
 
 
-def make_model(dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    model = GPT(CONFIG, dtype)
-    model.init_weights()
-    return model
+def make_fresh(dtype=torch.float32, seed=0):
+    return make_model(CONFIG, dtype, seed, as_initialised=True)
 
 
 def take_steps(model, optimizer, num_steps, first=0):
@@ -190,7 +188,7 @@ def test_bf16_moments_make_steps_a_few_percent_longer(density):
 
 @pytest.mark.parametrize("batch_lr_scale", [1.0, 0.5])
 def test_groups_of_the_public_record(batch_lr_scale):
-    model = make_model()
+    model = make_fresh()
     optimizer = model.setup_optimizer(batch_lr_scale=batch_lr_scale)
     s, width = batch_lr_scale, (64 / 768) ** -0.5
     scalars = {"smear_gate.weight", "smear_lambda", "backout_lambda"}
@@ -221,7 +219,7 @@ def test_groups_of_the_public_record(batch_lr_scale):
 
 
 def test_rates_that_a_person_chose_reach_their_groups():
-    model = make_model()
+    model = make_fresh()
     optimizer = model.setup_optimizer(unembedding_lr=1.0, embedding_lr=2.0, matrix_lr=3.0, scalar_lr=4.0,
                                       weight_decay=5.0)
     width = (64 / 768) ** -0.5
@@ -233,7 +231,7 @@ def test_rates_that_a_person_chose_reach_their_groups():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_first_steps_of_a_fresh_model_are_finite_and_learn(dtype):
     """c_proj starts at zero, so most gradients are exactly zero at step 1 and some rows still are at step 2."""
-    model = make_model(dtype)
+    model = make_fresh(dtype)
     optimizer = model.setup_optimizer(batch_lr_scale=0.1)
     idx = torch.arange(2 * 17).view(2, 17) % CONFIG.vocab_size
     losses = []
@@ -269,13 +267,13 @@ def make_reader(state):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saved_state_continues_bitwise(dtype):
-    model = make_model(dtype)
+    model = make_fresh(dtype)
     optimizer = model.setup_optimizer()
     take_steps(model, optimizer, 3)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     saved = copy_state(optimizer)
     take_steps(model, optimizer, 3, first=3)
-    resumed = make_model(dtype, seed=1)
+    resumed = make_fresh(dtype, seed=1)
     resumed.load_state_dict(weights)
     resumed_optimizer = resumed.setup_optimizer()
     resumed_optimizer.load_named_state(make_reader(saved), num_steps=3)
@@ -288,7 +286,7 @@ def test_saved_state_continues_bitwise(dtype):
 
 
 def test_saved_state_is_named_after_the_parameters_matrix_by_matrix():
-    model = make_model()
+    model = make_fresh()
     optimizer = model.setup_optimizer()
     take_steps(model, optimizer, 1)
     state, expected = copy_state(optimizer), {}
@@ -304,7 +302,7 @@ def test_saved_state_is_named_after_the_parameters_matrix_by_matrix():
 
 
 def test_state_that_is_missing_or_does_not_fit_is_refused():
-    model = make_model()
+    model = make_fresh()
     optimizer = model.setup_optimizer()
     take_steps(model, optimizer, 1)
     state = copy_state(optimizer)
@@ -312,7 +310,7 @@ def test_state_that_is_missing_or_does_not_fit_is_refused():
                     state | {"x0_lambdas.exp_avg": torch.zeros(5)},    # of a deeper model
                     state | {"x0_lambdas.exp_avg": torch.zeros(1)}):   # copy_ would spread it over all layers
         with pytest.raises((KeyError, RuntimeError, ValueError)):
-            make_model().setup_optimizer().load_named_state(make_reader(changed), num_steps=1)
+            make_fresh().setup_optimizer().load_named_state(make_reader(changed), num_steps=1)
 
 
 def test_compiled_kernels_equal_eager_ones(monkeypatch):

@@ -48,8 +48,7 @@ def find_imports(*folders: str) -> set[str]:
             elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "importorskip")) \
                     and isinstance(node.args[0], ast.Constant):
                 names.add(node.args[0].value.split(".")[0])
-    ours = {*OUR_FOLDERS, *(path.stem for path in (REPO_DIR / "tests").glob("*.py"))}
-    return to_distributions(names - set(sys.stdlib_module_names) - ours)
+    return to_distributions(names - set(sys.stdlib_module_names) - set(OUR_FOLDERS))
 
 
 def find_our_imports(folder: str) -> set[str]:
@@ -68,6 +67,25 @@ def test_imports_point_downwards():
     assert not find_our_imports("nanochat") & {"scripts", "dev", "tests"}
     assert not find_our_imports("tasks") & {"scripts", "dev", "tests"}
     assert not find_our_imports("scripts") & {"scripts", "dev", "tests"}
+
+
+def test_each_module_has_a_test_file():
+    modules = {path.stem for path in (REPO_DIR / "nanochat").glob("*.py")} - {"__init__"}
+    assert not {name for name in modules if not (REPO_DIR / "tests" / f"test_{name}.py").is_file()}
+
+
+def test_test_files_share_by_helpers_and_run_programs_from_files():
+    """What two test files need is in helpers, and a program is a file in tests/programs/, where tools see it."""
+    for path in (REPO_DIR / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            assert not [name for name in names if re.match(r"(tests\.)?test_", name)], path
+            if isinstance(node, ast.List) and len(node.elts) > 1:
+                assert [ast.unparse(word) for word in node.elts[:2]] != ["sys.executable", "'-c'"], path
 
 
 def to_distributions(modules: set[str]) -> set[str]:

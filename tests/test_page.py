@@ -5,10 +5,10 @@ import re
 import threading
 
 import pytest
-from browser import BROWSER, WAIT_SEC, Browser, StandIn, content, endless, finish, split_words, tool
-from server_helpers import ServerProcess, save_toy
 
 from nanochat.server import PAGE_PATH
+from tests.browser import BROWSER, WAIT_SEC, Browser, StandIn, content, endless, finish, split_words, tool
+from tests.server_helpers import ServerProcess, save_toy
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not BROWSER, reason="there is no Chromium on this machine")]
 

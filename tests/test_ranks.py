@@ -11,15 +11,24 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import REPO_DIR, assert_same_runs, make_base, out_of_memory_at, read_state
-from process_helpers import choose_port, get_rank_env, run_on_ranks
 from safetensors.torch import load_file
 
 from nanochat.common import Ranks, UserError
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.run import read_metrics
 from nanochat.train import Batch, train_step
 from scripts import base_train
+from tests.helpers import (
+    REPO_DIR,
+    assert_same_runs,
+    choose_port,
+    get_rank_env,
+    make_base,
+    make_model,
+    out_of_memory_at,
+    read_state,
+    run_on_ranks,
+)
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=80, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
 NUM_ROWS, NUM_STEPS = 8, 8
@@ -42,9 +51,7 @@ def make_batch(seed):
 def take_steps(dtype_name, num_steps, micro_rows):
     """Train on this rank's rows; returns losses, gradient norms, a first gradient and all parameters as lists."""
     ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
-    torch.manual_seed(0)
-    model = GPT(CONFIG, getattr(torch, dtype_name))
-    model.init_weights()
+    model = make_model(CONFIG, getattr(torch, dtype_name), as_initialised=True)
     torch.nn.init.normal_(model.transformer.h[0].mlp.c_proj.weight, std=0.02)  # so that gradients reach everything
     optimizer = model.setup_optimizer(batch_lr_scale=0.1)
     facts = {"losses": [], "norms": [], "grads": compute_gradients(model, ranks)}

@@ -10,9 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PER_PROCESS_KEYS, make_base, out_of_memory_at, read_state, start_script
-from process_helpers import run_on_ranks, send_signal_at
-from rl_helpers import Vowels, train
 from safetensors.torch import load_file
 
 from dev import rl_curve
@@ -20,7 +17,7 @@ from nanochat.chat_stage import set_schedules
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import Ranks, UserError
 from nanochat.engine import Engine
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.rl import (
     Answer,
     Question,
@@ -46,6 +43,17 @@ from nanochat.scaling import make_rl_plan
 from nanochat.train import Batch, train_step
 from scripts import base_train, chat_cli, chat_sft
 from tasks.arithmetic import Arithmetic
+from tests.helpers import (
+    PER_PROCESS_KEYS,
+    make_base,
+    make_model,
+    out_of_memory_at,
+    read_state,
+    run_on_ranks,
+    send_signal_at,
+    start_script,
+)
+from tests.programs.rl_run import Vowels, train
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=80, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
 # What differs between two runs of the same steps
@@ -103,21 +111,16 @@ def test_micro_batches_are_short_and_without_what_teaches_nothing():
     assert list(make_batch([EVEN], [0.0], 4).split(1)) == []
 
 
-def make_model(uniform):
-    torch.manual_seed(0)
-    model = GPT(CONFIG, torch.float64)
-    model.init_weights()
-    with torch.no_grad():
-        for param in model.parameters():
-            param.add_(0.02 * torch.randn_like(param))  # some start as zero, which would hide gradients
-        if uniform:
-            model.lm_head.weight.zero_()                # every token has probability 1 / 80
+def make_policy(uniform):
+    model = make_model(CONFIG, torch.float64)
+    if uniform:
+        torch.nn.init.zeros_(model.lm_head.weight)  # every token has probability 1 / 80
     return model
 
 
 def test_loss_is_normalised_by_the_sampled_tokens_of_the_whole_step():
     """3 tokens of .75, 2 of -.25, 2 of 0, each of log 80 nats: (2.25 - .5) / 7 = 1 / 4 of log 80 = 4.38203."""
-    model = make_model(uniform=True)
+    model = make_policy(uniform=True)
     batch = make_batch([CUT, EVEN, ENDED], [-0.25, 0.0, 0.75], length_multiple=4)
     stats = train_step(model, model.setup_optimizer(), batch, micro_rows=1)
     assert stats.num_targets == 7 and stats.loss == pytest.approx(4.38203 / 4, abs=1e-5)
@@ -129,7 +132,7 @@ def test_step_is_that_of_the_uncut_rows(micro_rows):
     batch = make_batch([CUT, EVEN, ENDED, EVEN], [-0.25, 0.0, 0.75, 0.0], length_multiple=4)
     results = []
     for rows, num in ((batch, micro_rows), (Batch(batch.inputs, batch.targets, batch.weights), 4)):
-        model = make_model(uniform=False)
+        model = make_policy(uniform=False)
         stats = train_step(model, model.setup_optimizer(), rows, num)
         results.append((stats.loss, stats.grad_norm, stats.num_targets))
         assert stats.skipped == "" and stats.grad_norm > 0.01
@@ -138,7 +141,7 @@ def test_step_is_that_of_the_uncut_rows(micro_rows):
 
 def test_gradient_is_reinforce():
     """Against the formula, written down with autograd: - sum over sampled tokens of A log p / number of them."""
-    batch, model = make_batch([CUT, EVEN, ENDED], [-0.25, 0.0, 0.75], length_multiple=4), make_model(uniform=False)
+    batch, model = make_batch([CUT, EVEN, ENDED], [-0.25, 0.0, 0.75], length_multiple=4), make_policy(uniform=False)
     loss = 0.0
     for answer, advantage in ((CUT, -0.25), (EVEN, 0.0), (ENDED, 0.75)):
         logprobs = model(torch.tensor([answer.tokens]))[0].log_softmax(dim=-1)
@@ -157,9 +160,9 @@ def test_gradient_is_reinforce():
 def test_entropy():
     """log 80 at each of the 5 sampled tokens of a uniform model; of another, as its probabilities say."""
     batch = make_batch([ENDED, CUT], [0.0, 0.0], length_multiple=4)
-    uniform = compute_logprobs(make_model(uniform=True), batch, 1)
+    uniform = compute_logprobs(make_policy(uniform=True), batch, 1)
     assert uniform.shape == (5, 80) and sum_entropy(uniform) / 5 == pytest.approx(math.log(80), rel=1e-12)
-    model = make_model(uniform=False)
+    model = make_policy(uniform=False)
     with torch.no_grad():
         model.lm_head.weight.mul_(20)  # far from uniform
     probs = model(torch.tensor([CUT.tokens]))[0].softmax(dim=-1)
@@ -186,7 +189,7 @@ def test_matrices_alone_learn():
     """Muon's parameters move, and they as with the whole optimizer; all others stay, and have no state."""
     batch, models = make_batch([CUT, ENDED], [-0.25, 0.75], length_multiple=4), []
     for choose in (keep_matrices, lambda optimizer: optimizer):
-        model = make_model(uniform=False)
+        model = make_policy(uniform=False)
         optimizer, before = choose(model.setup_optimizer()), copy.deepcopy(dict(model.named_parameters()))
         train_step(model, optimizer, batch, micro_rows=2)
         models.append((dict(model.named_parameters()), before, optimizer))
@@ -198,7 +201,7 @@ def test_matrices_alone_learn():
 
 
 def test_step_without_advantage_is_skipped():
-    model = make_model(uniform=False)
+    model = make_policy(uniform=False)
     optimizer, before = model.setup_optimizer(), [param.clone() for param in model.parameters()]
     stats = train_step(model, optimizer, make_batch([EVEN, EVEN], [0.0, 0.0], 4), micro_rows=1)
     assert stats.skipped == "no weights" and stats.num_targets == 4 and optimizer.num_steps == 0

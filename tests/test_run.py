@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -14,6 +13,7 @@ from nanochat.common import Ranks, UserError
 from nanochat.run import Progress, RunLog, StopSignal, compare_with_saved, read_metrics
 from nanochat.scaling import make_config, make_plan
 from nanochat.train import StepStats
+from tests.helpers import start_script
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The log
@@ -141,17 +141,7 @@ def test_signal_sets_the_flag_and_names_the_exit_code(signum):
 
 @pytest.mark.parametrize("signum, code, said", [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])
 def test_signal_in_a_process_of_its_own(signum, code, said):
-    program = ("import time\nfrom nanochat.common import run_script\nfrom nanochat.run import StopSignal\n"
-               "def main(argv):\n"
-               "    with StopSignal() as stop:\n"
-               "        print('ready', flush=True)\n"
-               "        while not stop.signum:\n"
-               "            time.sleep(0.01)\n"
-               "        print('saved', flush=True)\n"
-               "        stop.end()\n"
-               "run_script(main)\n")
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True) as process:
+    with start_script("tests.programs.stop_signal") as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signum)
         stdout, stderr = process.communicate(timeout=30)

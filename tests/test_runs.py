@@ -13,14 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
-from eval_helpers import write_bundle
 
 from nanochat import dataset
 from nanochat.run import read_metrics
 from nanochat.shards import write_shard
 from scripts import plan
+from tests.eval_helpers import write_bundle
+from tests.helpers import REPO_DIR
 
-REPO_DIR = Path(__file__).resolve().parents[1]
 TOY = {"DEPTH": "2", "SEQ_LEN": "64", "VOCAB_SIZE": "320", "DATA": "toy", "NAME": "toy", "TOK_CHARS": "100000",
        "EXTRA": "--aspect-ratio 16 --head-dim 16 --eval-tokens 2048 --dtype float32 --device-type cpu "
                 "--num-iterations 12 --total-batch-size 512"}

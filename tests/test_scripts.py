@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPO_DIR, assert_same_runs, make_base, out_of_memory_at, read_state, start_script
-from process_helpers import send_signal_at
 
 from nanochat import choices, dataset
 from nanochat.checkpoint_manager import load_model
@@ -23,6 +21,15 @@ from nanochat.compilation import probe_compiler, set_compile_kernels
 from nanochat.gpt import GPT
 from nanochat.run import read_metrics
 from scripts import base_loss, base_train, chat_cli
+from tests.helpers import (
+    REPO_DIR,
+    assert_same_runs,
+    make_base,
+    out_of_memory_at,
+    read_state,
+    send_signal_at,
+    start_script,
+)
 
 T, NUM_STEPS = 64, 20
 SHAPE = ("--depth", "2", "--aspect-ratio", "16", "--head-dim", "16", "--max-seq-len", str(T))
@@ -508,7 +515,7 @@ def measure_step_ms(tag, num_busy):
     env = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     argv = make_argv(tag, "--aspect-ratio", "64", "--head-dim", "64", "--total-batch-size", "2048", "--eval-every",
                      "-1", "--num-iterations", "30")
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num_busy)]
+    busy = [start_script("tests.programs.spin") for _ in range(num_busy)]
     try:
         subprocess.run([sys.executable, "-m", "scripts.base_train", *argv], cwd=REPO_DIR, env=env, check=True,
                        capture_output=True)

@@ -5,14 +5,15 @@ import hashlib
 import json
 
 import pytest
-from server_helpers import CHAT, CONFIG, LEGACY, QUESTION, TEXT, TOKENIZER, ScriptedEngine, make_tiny_model, serving
 
 from nanochat import server
+from tests.helpers import BYTE_TOKENIZER, make_model
+from tests.server_helpers import CHAT, CONFIG, LEGACY, QUESTION, TEXT, ScriptedEngine, serving
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return ScriptedEngine(make_tiny_model(), TOKENIZER, max_rows=4)
+    return ScriptedEngine(make_model(CONFIG), BYTE_TOKENIZER, max_rows=4)
 
 
 def test_api_key(engine):

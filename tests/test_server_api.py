@@ -3,28 +3,19 @@
 import json
 
 import pytest
-from server_helpers import (
-    CHAT,
-    LEGACY,
-    QUESTION,
-    TEXT,
-    TOKENIZER,
-    ScriptedEngine,
-    make_tiny_model,
-    read_stream,
-    serving,
-)
 
 from nanochat.chat import build_prompt
 from nanochat.engine import Engine, Request
 from nanochat.server_api import ApiError, Message, split_turns
+from tests.helpers import BYTE_TOKENIZER, make_model
+from tests.server_helpers import CHAT, CONFIG, LEGACY, QUESTION, TEXT, ScriptedEngine, read_stream, serving
 
-PYTHON_START, PYTHON_END = (TOKENIZER.encode_special(f"<|python_{end}|>") for end in ("start", "end"))
+PYTHON_START, PYTHON_END = (BYTE_TOKENIZER.encode_special(f"<|python_{end}|>") for end in ("start", "end"))
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return ScriptedEngine(make_tiny_model(), TOKENIZER, max_rows=4)
+    return ScriptedEngine(make_model(CONFIG), BYTE_TOKENIZER, max_rows=4)
 
 
 @pytest.fixture
@@ -51,7 +42,7 @@ def test_whole_answer(client):
     (choice,) = answer["choices"]
     assert choice["message"] == {"role": "assistant", "content": "Hello there.", "refusal": None}
     assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "stop", None)
-    prompt = TOKENIZER.render_for_completion({"messages": QUESTION})
+    prompt = BYTE_TOKENIZER.render_for_completion({"messages": QUESTION})
     assert answer["usage"]["prompt_tokens"] == len(prompt) and answer["usage"]["completion_tokens"] == 13
     assert answer["usage"]["total_tokens"] == len(prompt) + 13
 
@@ -71,12 +62,12 @@ def test_stream_is_the_whole_answer(client, engine):
 
 def test_tokens_are_those_of_the_engine():
     """Sampling settings arrive: the same seed gives what the engine gives alone."""
-    model = make_tiny_model()
+    model = make_model(CONFIG)
     settings = {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "seed": 7, "max_tokens": 12}
-    with serving(Engine(model, TOKENIZER, max_rows=4)) as client:
+    with serving(Engine(model, BYTE_TOKENIZER, max_rows=4)) as client:
         asked = client.post(TEXT, json={"prompt": "abc", "n": 2, "logprobs": 1} | settings).json()
-    prompt = TOKENIZER.encode("abc", prepend="<|bos|>")
-    engine = Engine(model, TOKENIZER)
+    prompt = BYTE_TOKENIZER.encode("abc", prepend="<|bos|>")
+    engine = Engine(model, BYTE_TOKENIZER)
     for sample, choice in enumerate(asked["choices"]):
         engine.submit(Request(prompt, sample=sample, **settings))
         text = ""
@@ -122,7 +113,7 @@ def test_tool_calls_are_shown_apart(client, engine):
     # sent back, the model sees its call again
     history = [*QUESTION, {"role": "assistant", "content": parts}, {"role": "user", "content": "Sure?"}]
     asked = client.post(CHAT, json={"messages": history}).json()
-    assert asked["usage"]["prompt_tokens"] == len(TOKENIZER.render_for_completion({"messages": history}))
+    assert asked["usage"]["prompt_tokens"] == len(BYTE_TOKENIZER.render_for_completion({"messages": history}))
 
 
 def test_legacy_stream(client):
@@ -140,9 +131,10 @@ def test_oldest_turns_are_dropped(client):
     num_dropped = response.json()["dropped_messages"]
     assert response.headers["x-dropped-messages"] == str(num_dropped) and num_dropped % 2 == 0
     kept = [body["messages"][0], *body["messages"][1 + num_dropped:]]
-    assert response.json()["usage"]["prompt_tokens"] == len(TOKENIZER.render_for_completion({"messages": kept})) <= 226
+    num_kept = len(BYTE_TOKENIZER.render_for_completion({"messages": kept}))
+    assert response.json()["usage"]["prompt_tokens"] == num_kept <= 226
     more = [body["messages"][0], *body["messages"][num_dropped - 1:]]  # one turn less would not have fitted
-    assert len(TOKENIZER.render_for_completion({"messages": more})) > 226
+    assert len(BYTE_TOKENIZER.render_for_completion({"messages": more})) > 226
     assert read_stream(client.post(CHAT, json=body | {"stream": True}))[0]["dropped_messages"] == num_dropped
     assert "dropped_messages" not in client.post(CHAT, json={"messages": QUESTION}).json()
 
@@ -150,9 +142,9 @@ def test_oldest_turns_are_dropped(client):
 def test_messages_become_turns():
     def render(*turns, is_base=False):
         messages = [Message(role=role, content=content) for role, content in turns]
-        tokens, num_dropped = build_prompt(TOKENIZER, *split_turns(messages), 256, 16, is_base)
+        tokens, num_dropped = build_prompt(BYTE_TOKENIZER, *split_turns(messages), 256, 16, is_base)
         assert num_dropped == 0
-        return TOKENIZER.decode(tokens)
+        return BYTE_TOKENIZER.decode(tokens)
     assert render(("developer", "A"), ("system", "B"), ("user", "c"), ("user", "d")) == (
         "<|bos|><|user_start|>A\n\nB\n\nc\n\nd<|user_end|><|assistant_start|>")
     assert render(("user", "a"), ("assistant", "b"), ("user", "c"), is_base=True) == "<|bos|>a\n\nb\n\nc"

@@ -14,19 +14,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from server_helpers import (
-    CHAT,
-    CONFIG,
-    QUESTION,
-    TOKENIZER,
-    EngineThread,
-    ScriptedEngine,
-    make_settings,
-    make_tiny_model,
-    read_stream,
-    save_toy,
-    serving,
-)
 from starlette.testclient import TestClient
 
 from nanochat import server_engines
@@ -34,11 +21,23 @@ from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
 from nanochat.server import make_app
 from nanochat.server_engines import EnginePool, EngineSettings, start_process
+from tests.helpers import BYTE_TOKENIZER, make_model
+from tests.server_helpers import (
+    CHAT,
+    CONFIG,
+    QUESTION,
+    EngineThread,
+    ScriptedEngine,
+    make_settings,
+    read_stream,
+    save_toy,
+    serving,
+)
 
 
 @pytest.fixture(scope="module")
 def engine():
-    return ScriptedEngine(make_tiny_model(), TOKENIZER, max_rows=4)
+    return ScriptedEngine(make_model(CONFIG), BYTE_TOKENIZER, max_rows=4)
 
 
 def test_stream_sends_tokens_together(engine, monkeypatch):
@@ -105,7 +104,7 @@ def test_long_steps_are_no_hang_but_endless_ones_are(monkeypatch):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(thread.theirs.fileno())) as connection:
             connection.shutdown(socket.SHUT_RDWR)
     monkeypatch.setattr(EngineThread, "kill", kill)
-    engine = ScriptedEngine(make_tiny_model(), TOKENIZER, max_rows=4)
+    engine = ScriptedEngine(make_model(CONFIG), BYTE_TOKENIZER, max_rows=4)
     engine.pause_sec = 1.2
     body = {"messages": QUESTION, "max_tokens": 1}
     with serving(engine) as client:
@@ -120,7 +119,7 @@ def test_long_steps_are_no_hang_but_endless_ones_are(monkeypatch):
 
 def test_conversations_stay_with_their_engine():
     """Where engines are as free, the prompt's beginning decides; else the one that is the least busy gets it."""
-    engines = [ScriptedEngine(make_tiny_model(), TOKENIZER, max_rows=2) for _ in range(2)]
+    engines = [ScriptedEngine(make_model(CONFIG), BYTE_TOKENIZER, max_rows=2) for _ in range(2)]
 
     def start(worker_idx):
         thread = EngineThread(engines[worker_idx])
@@ -128,7 +127,7 @@ def test_conversations_stay_with_their_engine():
     lines = []
     pool = EnginePool(start, 2, 2, 0, lambda **_: None)
     pool.start()
-    with TestClient(make_app(make_settings(), pool, TOKENIZER, lambda **fields: lines.append(fields))) as client:
+    with TestClient(make_app(make_settings(), pool, BYTE_TOKENIZER, lambda **fields: lines.append(fields))) as client:
         for i in range(40):
             question = [{"role": "user", "content": f"{i % 10} Hi"}]
             client.post(CHAT, json={"messages": question, "max_tokens": 2})
@@ -157,7 +156,7 @@ def test_hung_engine_is_replaced(tmp_path, monkeypatch):
                       lambda **fields: lines.append(fields))
     pool.start()
     app_settings = make_settings(context_tokens=4096, max_tokens=3000)
-    with TestClient(make_app(app_settings, pool, TOKENIZER, lambda **_: None)) as client:
+    with TestClient(make_app(app_settings, pool, BYTE_TOKENIZER, lambda **_: None)) as client:
         with concurrent.futures.ThreadPoolExecutor(2) as threads:
             stream = threads.submit(client.post, CHAT, json={"messages": QUESTION, "stream": True})
             while not pool.get_stats()["tokens_per_sec"]:

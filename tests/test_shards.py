@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import hash_shards, make_files, write_documents
 
 from nanochat.common import UserError
 from nanochat.shards import count_groups, inspect_shard, iter_documents, load_shards, read_group, write_shards
+from tests.data_helpers import hash_shards, make_files, write_documents
 
 
 @pytest.fixture

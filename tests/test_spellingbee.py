@@ -3,11 +3,11 @@
 import re
 
 import pytest
-from task_helpers import WORDS, parts_of
 
 from nanochat.common import UserError
 from tasks.common import is_test
 from tasks.spellingbee import SimpleSpelling, SpellingBee
+from tests.data_helpers import WORDS, parts_of
 
 
 @pytest.mark.parametrize("make", [SimpleSpelling, SpellingBee])

@@ -7,7 +7,6 @@ import signal
 import time
 
 import pytest
-from helpers import make_base, start_script
 
 from dev import scaling_laws
 from dev.results import load_results
@@ -15,6 +14,7 @@ from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import UserError, get_worker_env
 from nanochat.run import read_metrics
 from scripts import sweep
+from tests.helpers import make_base, start_script
 
 TOY = ["--data", "toy", "--aspect-ratio", "32", "--head-dim", "32", "--max-seq-len", "32", "--total-batch-size", "128",
        "--eval-tokens", "512", "--dtype", "float32", "--device-type", "cpu", "--sample-every", "-1",

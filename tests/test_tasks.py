@@ -11,7 +11,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from task_helpers import write_lines
 
 from nanochat.calculator import calculate
 from nanochat.common import UserError
@@ -24,6 +23,7 @@ from tasks.humaneval import build_program
 from tasks.mmlu import MMLU
 from tasks.rows import JsonLines, TableRows, load_rows
 from tasks.smoltalk import SmolTalk
+from tests.data_helpers import write_lines
 
 REAL_TASKS = Path(__file__).parents[2] / "shared" / "data" / "tasks"
 # where the real files belong in the hub's layout

@@ -5,7 +5,6 @@ import sys
 import time
 
 import pytest
-from task_helpers import REPO_DIR, WORDS, decode_answer, digest, make_tasks, parts_of
 
 from nanochat.calculator import calculate
 from nanochat.common import UserError
@@ -15,6 +14,9 @@ from tasks.arithmetic import Arithmetic
 from tasks.catalog import get_task
 from tasks.embedded import Identity, PythonDocs
 from tasks.spellingbee import SpellingBee
+from tests.data_helpers import WORDS, decode_answer, parts_of
+from tests.helpers import REPO_DIR
+from tests.programs.task_digest import digest, make_tasks
 
 
 @pytest.fixture

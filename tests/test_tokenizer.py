@@ -25,9 +25,9 @@ from nanochat.tokenizer import (
     get_tokenizer,
 )
 from scripts import tok_eval, tok_train
+from tests.helpers import REPO_DIR
 
-REPO = Path(__file__).resolve().parents[1]
-TABLES = REPO.parent / "shared" / "data" / "tokenizers"
+TABLES = REPO_DIR.parent / "shared" / "data" / "tokenizers"
 VOCAB_SIZE = 600
 needs_tables = pytest.mark.skipif(not TABLES.is_dir(), reason=f"the published tables are not in {TABLES}")
 
@@ -35,7 +35,7 @@ needs_tables = pytest.mark.skipif(not TABLES.is_dir(), reason=f"the published ta
 def read_sources() -> list[str]:
     """Some real text that is always there: this repository's own code."""
     names = ("nanochat/common.py", "nanochat/tokenizer.py", "scripts/tok_eval.py", "tests/test_tokenizer.py")
-    return [(REPO / name).read_text(encoding="utf-8") for name in names]
+    return [(REPO_DIR / name).read_text(encoding="utf-8") for name in names]
 
 
 @pytest.fixture(scope="session")
@@ -508,6 +508,6 @@ def test_tok_eval_against_published_tables(data_dir, capsys):
 @pytest.mark.parametrize(("script", "reason"), [("tok_train", "there is no data"),
                                                 ("tok_eval", "there is no tokenizer")])
 def test_scripts_end_with_one_sentence_and_code_2(base_dir, script, reason):
-    done = subprocess.run([sys.executable, "-m", f"scripts.{script}"], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", f"scripts.{script}"], cwd=REPO_DIR, capture_output=True, text=True)
     assert done.returncode == 2
     assert reason in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from helpers import REPO_DIR
 from safetensors.torch import load_file, save_file
 
 from dev.timing import make_random_batch, make_random_model
@@ -15,6 +14,7 @@ from dev.torture import compare_runs
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.gpt import GPTConfig
 from nanochat.train import train_step
+from tests.helpers import REPO_DIR
 
 
 def run_python(tmp_path, monkeypatch, *argv, timeout=300):

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import out_of_memory_at
 from safetensors.torch import load_file, save_file
 
 from nanochat.common import Ranks, UserError, any_rank, end_process, gather, sum_over_ranks
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPTConfig
 from nanochat.train import Batch, LossScaler, OutOfMemory, StepStats, train_step
+from tests.helpers import make_model, out_of_memory_at
 
 CPU = torch.device("cpu")
 CONFIG = GPTConfig(sequence_len=16, vocab_size=80, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
@@ -21,11 +21,8 @@ B, T, V = 8, CONFIG.sequence_len, CONFIG.vocab_size
 NUM_STEPS = 20
 
 
-def make_model(dtype=torch.float64):
-    torch.manual_seed(0)
-    model = GPT(CONFIG, dtype)
-    model.init_weights()
-    return model
+def make_fresh(dtype=torch.float64):
+    return make_model(CONFIG, dtype, as_initialised=True)
 
 
 def make_batch(seed=0, ignored_frac=0.3, weighted=False):
@@ -88,7 +85,7 @@ def run_steps(model, micro_rows, num_steps=NUM_STEPS, ranks=Ranks()):  # noqa: B
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_gradients_are_those_of_the_plain_loss(weighted):
-    model, batch = make_model(), make_batch(weighted=weighted)
+    model, batch = make_fresh(), make_batch(weighted=weighted)
     num_targets = int((batch.targets >= 0).sum())
     nll = model(batch.inputs, batch.targets, loss_reduction="none")
     loss = (nll if batch.weights is None else nll * batch.weights).sum() / num_targets
@@ -108,7 +105,7 @@ def test_gradients_are_those_of_the_plain_loss(weighted):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_cut_rows_train_like_pieces_on_their_own(weighted):
     """Each piece is a sequence of its own; together they have every target of the rows once."""
-    model, batch, row_tokens = make_model(), make_batch(weighted=weighted), 4
+    model, batch, row_tokens = make_fresh(), make_batch(weighted=weighted), 4
     for block in model.transformer.h:
         torch.nn.init.normal_(block.attn.c_proj.weight, std=0.1)  # at zero, no token would see another
     loss = torch.zeros((), dtype=torch.float64)
@@ -132,7 +129,7 @@ def test_cut_rows_train_like_pieces_on_their_own(weighted):
 
 
 def test_unweighted_loss_is_the_mean():
-    model, batch = make_model(), make_batch()
+    model, batch = make_fresh(), make_batch()
     assert train_step(model, GradRecorder(model), batch, 2).loss == pytest.approx(
         model(batch.inputs, batch.targets).item(), abs=1e-12)
 
@@ -140,10 +137,10 @@ def test_unweighted_loss_is_the_mean():
 def test_training_does_not_depend_on_the_cut():
     runs = {}
     for micro_rows in (8, 3, 1):
-        model = make_model()
+        model = make_fresh()
         stats = run_steps(model, micro_rows)
         runs[micro_rows] = copy_params(model), [s.loss for s in stats]
-    start = copy_params(make_model())
+    start = copy_params(make_fresh())
     assert all(not torch.equal(start[name], param) for name, param in runs[8][0].items())  # every one was trained
     for micro_rows in (3, 1):
         assert_equal(runs[micro_rows][0], runs[8][0], rtol=0, atol=1e-6)
@@ -152,7 +149,7 @@ def test_training_does_not_depend_on_the_cut():
 
 @pytest.mark.parametrize("what", ["targets", "weights"])
 def test_nothing_to_learn_changes_nothing(what):
-    model = make_model()
+    model = make_fresh()
     optimizer = model.setup_optimizer()
     train_step(model, optimizer, make_batch(), 4)  # momentum that a wrong step would apply
     params = copy_params(model)
@@ -170,7 +167,7 @@ def test_nothing_to_learn_changes_nothing(what):
 
 @pytest.mark.parametrize("where", ["lm_head.weight", "transformer.wte.weight"])
 def test_non_finite_loss_stops_the_run(where):
-    model = make_model(torch.float32)
+    model = make_fresh(torch.float32)
     with torch.no_grad():
         model.get_parameter(where).fill_(float("nan"))
     stats = train_step(model, model.setup_optimizer(), make_batch(), 4)
@@ -196,7 +193,7 @@ def test_non_finite_gradient_stops_the_run():
     (RuntimeError, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")])  # as torch's compiler wraps it
 def test_step_without_memory_changes_nothing(kind, text):
     """In the third of four micro-batches; what the first two have left is gone, and the step can be taken again."""
-    model, other = make_model(), make_model()
+    model, other = make_fresh(), make_fresh()
     optimizer, kept = model.setup_optimizer(), []
     forward = model.forward
 
@@ -240,7 +237,7 @@ def test_loss_scale_cancels():
     """A power of two changes exponents only: in fp32 gradients and loss are the same but for rounding."""
     results = []
     for scaler in (None, LossScaler(2.0**12)):
-        model = make_model(torch.float32)
+        model = make_fresh(torch.float32)
         recorder = GradRecorder(model)
         results.append((train_step(model, recorder, make_batch(), 3, scaler), recorder.grads))
     torch.testing.assert_close(results[1][0].loss, results[0][0].loss, rtol=1e-6, atol=0)
@@ -248,7 +245,7 @@ def test_loss_scale_cancels():
 
 
 def test_fp16_overflow_skips_and_recovers():
-    model, scaler = make_model(torch.float16), LossScaler(2.0**40)
+    model, scaler = make_fresh(torch.float16), LossScaler(2.0**40)
     optimizer, start = model.setup_optimizer(), copy_params(model)
     stats = train_step(model, optimizer, make_batch(), 4, scaler)
     assert stats.skipped == "fp16 overflow" and scaler.scale == 2.0**39
@@ -264,7 +261,7 @@ def test_fp16_overflow_skips_and_recovers():
 
 def test_fp16_nan_in_the_forward_pass_stops_the_run():
     """A smaller scale can't cure it: skipping would go on for ever."""
-    model, scaler = make_model(torch.float16), LossScaler()
+    model, scaler = make_fresh(torch.float16), LossScaler()
     with torch.no_grad():
         model.transformer.wte.weight.fill_(float("nan"))
     stats = train_step(model, model.setup_optimizer(), make_batch(), 4, scaler)
@@ -280,7 +277,7 @@ def run_rank(rank, folder):
     """What each of two processes does; its results go to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    model = make_model()
+    model = make_fresh()
     stats = run_steps(model, 2, ranks=Ranks(rank, rank, 2))
     facts = {"losses": [s.loss for s in stats], "num_targets": [s.num_targets for s in stats],
              "any": any_rank(rank == 1, False)}
@@ -310,7 +307,7 @@ def run_rank(rank, folder):
 
 def test_two_ranks_equal_one(tmp_path):
     mp.spawn(run_rank, (str(tmp_path),), nprocs=2)
-    model = make_model()
+    model = make_fresh()
     stats = run_steps(model, 4)
     facts = [json.loads((tmp_path / f"facts_{rank}.json").read_text()) for rank in (0, 1)]
     assert facts[0] == facts[1]

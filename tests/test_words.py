@@ -5,8 +5,6 @@ import json
 import threading
 
 import pytest
-from data_helpers import Server
-from task_helpers import REPO_DIR
 
 from nanochat import download
 from nanochat.common import UserError
@@ -15,6 +13,8 @@ from tasks import words as words_module
 from tasks.common import is_test
 from tasks.spellingbee import SimpleSpelling
 from tasks.words import collect_words, load_words, read_list
+from tests.data_helpers import Server
+from tests.helpers import REPO_DIR
 
 REAL_LIST = REPO_DIR.parent / "shared" / "data" / "tasks" / "words_alpha.txt.gz"
 

@@ -5,8 +5,9 @@ import sys
 from nanochat import checkpoint_manager
 from nanochat.common import run_script
 from scripts import chat_cli
-from tests.chat_helpers import TOKENIZER, ScriptedModel
+from tests.helpers import BYTE_TOKENIZER
+from tests.server_helpers import ScriptedModel
 
 checkpoint_manager.load_model = lambda stage, *args, **options: (
-    ScriptedModel(step_sec=0.01), TOKENIZER, {"stage": stage, "step": 7})
+    ScriptedModel(step_sec=0.01), BYTE_TOKENIZER, {"stage": stage, "step": 7})
 run_script(lambda _: chat_cli.main(sys.argv[1:]))

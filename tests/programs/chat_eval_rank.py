@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from nanochat import chat_eval
@@ -15,7 +16,7 @@ from nanochat.common import UserError, end_process, get_ranks
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
 from tasks.catalog import get_task
-from tests.eval_helpers import make_random_model
+from tests.helpers import make_model
 
 folder, ranks = Path(sys.argv[1]), get_ranks()
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=ranks.rank, world_size=ranks.world_size)
@@ -29,7 +30,7 @@ def get_or_fail(name, split):
 
 chat_eval.get_task = get_or_fail
 config = GPTConfig(**json.loads((folder / "config.json").read_text()))
-solver = Solver(make_random_model(config).eval(), RustBPETokenizer.from_directory(folder),
+solver = Solver(make_model(config, torch.float64), RustBPETokenizer.from_directory(folder),
                 ChatSettings(max_new_tokens=12))
 results = {}
 for name in ("ARC-Easy", "GSM8K", "MMLU"):

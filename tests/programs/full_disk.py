@@ -7,7 +7,7 @@ import sys
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.common import run_script
 from nanochat.tokenizer import get_tokenizer_dir
-from tests import checkpoint_helpers as helpers
+from tests import helpers
 
 
 def save_on_full_disk(argv):
@@ -16,7 +16,7 @@ def save_on_full_disk(argv):
 
 
 os.environ["NANOCHAT_BASE_DIR"] = sys.argv[1]
-helpers.make_tokenizer().save(get_tokenizer_dir())
+helpers.BYTE_TOKENIZER.save(get_tokenizer_dir())
 run_dir = helpers.save_run(steps=(1,))
 try:
     run_script(save_on_full_disk)

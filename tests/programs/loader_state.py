@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from nanochat.common import end_process, get_ranks
 from nanochat.shards import ShardList
-from tests.loader_helpers import make_loader
+from tests.data_helpers import make_loader
 
 ranks, folder = get_ranks(), Path(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=ranks.rank, world_size=ranks.world_size)

@@ -10,10 +10,10 @@ import sys
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.common import run_script
 from nanochat.tokenizer import get_tokenizer_dir
-from tests import checkpoint_helpers as helpers
+from tests import helpers
 
 os.environ["NANOCHAT_BASE_DIR"] = sys.argv[1]
-helpers.make_tokenizer().save(get_tokenizer_dir())
+helpers.BYTE_TOKENIZER.save(get_tokenizer_dir())
 run_dir = helpers.save_run(steps=(1,))
 subprocess.run(["mount", "-o", "remount,ro", sys.argv[1]], check=True)
 for begin in (lambda argv: checkpoints.locked_run(run_dir).__enter__(), lambda argv: helpers.save_run(steps=(2,))):

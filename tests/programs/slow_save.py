@@ -5,7 +5,7 @@ import time
 from nanochat import checkpoint_files, run
 from nanochat.checkpoint_manager import Checkpointer, get_run_dir
 from nanochat.common import run_script
-from tests import checkpoint_helpers as helpers
+from tests import helpers
 
 
 def train(argv):

@@ -14,7 +14,7 @@ from nanochat import checkpoint_files
 from nanochat.checkpoint_manager import Checkpointer, get_run_dir
 from nanochat.common import init_compute, run_script
 from nanochat.train import train_step
-from tests import checkpoint_helpers as helpers
+from tests import helpers
 
 
 def fill_disk(tensors, path, metadata):

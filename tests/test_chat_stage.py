@@ -6,13 +6,20 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import assert_same_runs, make_base, out_of_memory_at, read_state, start_script
-from process_helpers import run_on_ranks, send_signal_at
 from safetensors.torch import load_file
 
 from nanochat.common import UserError
 from nanochat.run import read_metrics
 from scripts import base_train, chat_cli, chat_sft, mid_train
+from tests.helpers import (
+    assert_same_runs,
+    make_base,
+    out_of_memory_at,
+    read_state,
+    run_on_ranks,
+    send_signal_at,
+    start_script,
+)
 
 T = 128
 MACHINE = ("--device-type", "cpu", "--compile", "off", "--eval-tokens", "1024", "--eval-every", "4")

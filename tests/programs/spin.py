@@ -1,0 +1,4 @@
+"""Keep one core busy until killed: python -m tests.programs.spin"""
+
+while True:
+    pass
