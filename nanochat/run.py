@@ -1,4 +1,4 @@
-"""A run beside its checkpoints: its records, its progress, its identity, and the signals that stop it."""
+"""A run's log, progress, identity and stop signals."""
 
 import contextlib
 import json
@@ -217,7 +217,7 @@ def check_ranks(run_dir: Path, settings: dict) -> None:
 
 
 def compare_with_saved(saved: dict, meta: dict, defaults: dict, run_dir: Path, allow_mismatch: bool) -> list[dict]:
-    """Compare the identity and the environment of a run with those of the checkpoint that it continues.
+    """Compare a run's identity (stage.Recipe.get_meta) and its environment with those of the checkpoint it continues.
 
     Another identity (data, model, schedule, flags) is refused, both sides named, unless it is allowed. Returns the
     differences that are not refused, printed, as decisions for run.json. A flag that the checkpoint doesn't know had
@@ -228,7 +228,7 @@ def compare_with_saved(saved: dict, meta: dict, defaults: dict, run_dir: Path, a
         raise UserError(f"the run in {run_dir} can't continue with other settings ({sides}); go back to the saved "
                         "ones, start anew with --resume none or another --model-tag, or add --allow-mismatch")
     changes = [("settings that don't match", "--allow-mismatch", sides)]
-    for key in ("git_revision", "python", "packages"):  # as a rule these change the last bits, if anything
+    for key in ("git_revision", "python", "packages"):  # warned, not refused: another revision may be another model
         sides = describe_differences({key: saved.get("environment", {}).get(key)}, {key: meta["environment"][key]})
         changes.append(("another version", "the run goes on with it", sides))
     decisions = [{"what": what, "value": sides, "why": why} for what, why, sides in changes if sides]
