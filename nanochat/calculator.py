@@ -4,7 +4,8 @@
     'strawberry'.count('r')     how often one string occurs in another
 
 The expression is untrusted text from a model. Everything else is refused, and length, depth and magnitude are bounded,
-so that a result takes microseconds. engine.py calls it and inserts its output into the answer. There is no power operator: it makes huge numbers from short expressions.
+so that a result takes microseconds. There is no power operator: it makes huge numbers from short expressions. engine.py
+calls it and inserts its output into the answer.
 """
 
 import ast

@@ -4,9 +4,9 @@
     POST /chat/completions      {"messages", "temperature", "top_k", "max_tokens"} -> data: {"token": "...", "gpu": 0}
     GET  /health  /stats  /                                               the last one is the page
 
-Every error is {"error": {"message", "type", "param", "code"}}. A client that disconnects frees its rows at once, and so
-does the page's stop button: fetch aborted -> http.disconnect -> Answer.close -> ("cancel", id) -> Engine.cancel. An answer
-that takes too long ends with an error. Formats and limits: server_api.py; engines: server_engines.py.
+Every error is {"error": {"message", "type", "param", "code"}}. A client that disconnects frees its rows at once, and
+so does the page's stop button: fetch aborted -> http.disconnect -> Answer.close -> ("cancel", id) -> Engine.cancel. An
+answer that takes too long ends with an error. Formats and limits: server_api.py; engines: server_engines.py.
 """
 
 import asyncio
