@@ -40,9 +40,10 @@ def softcap(logits: Tensor) -> Tensor:
 
 def _scaled_tanh(logits: Tensor, is_fast: bool = False) -> Tensor:
     """t, in at least fp32: the fused loss's softcap is 15 t, its derivative 1 - t^2."""
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / LOGIT_SOFTCAP
     is_rational = is_fast and logits.dtype == torch.bfloat16 and logits.device.type == "cpu"
-    return _rational_tanh(z) if is_rational else torch.tanh(z)
+    tanh = _rational_tanh if is_rational else torch.tanh
+    # the argument has no name here: its memory is free as soon as `tanh` has read it
+    return tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / LOGIT_SOFTCAP)
 
 
 def _rational_tanh(z: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def try_calls(*calls) -> list[str]:
 def test_limits_are_the_kernels():
     def attempt():
         before = try_calls(lambda: bytearray(2**31))
-        execution_child.set_limits(memory_bytes=2**31, cpu_seconds=5)
+        execution_child.give_up_rights(memory_bytes=2**31, cpu_seconds=5)
         files = [lambda: open("/dev/null") for _ in range(2 * execution_child.MAX_OPEN_FILES)]
         kept = []
         opened = try_calls(*(lambda call=call: kept.append(call()) for call in files))
@@ -43,7 +43,7 @@ def test_limits_are_the_kernels():
 def test_refused_system_calls():
     """No process, program or socket can be made; a thread, a pipe and a file can."""
     def attempt():
-        execution_child.give_up_rights()
+        execution_child.give_up_rights(memory_bytes=2**33, cpu_seconds=5)
         refused = try_calls(os.fork, lambda: os.execv(sys.executable, [sys.executable]), socket.socket,
                             lambda: execution_child.call("unshare", execution_child.CLONE_NEWUSER),
                             lambda: execution_child.call("ptrace", 0, 0, 0, 0))
@@ -55,7 +55,7 @@ def test_refused_system_calls():
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() != 0, reason="needs root's capabilities, to lose them")
 def test_capabilities_are_dropped():
     def attempt():
-        execution_child.drop_capabilities()
+        execution_child.give_up_rights(memory_bytes=2**33, cpu_seconds=5)
         return [line.split()[1] for line in open("/proc/self/status") if line.startswith(("CapEff", "CapPrm"))]
     assert run_forked(attempt) == ["0" * 16] * 2
 
