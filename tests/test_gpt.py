@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from nanochat.common import UserError
 from nanochat.config import count_params
+from nanochat.cross_entropy import LOSSES
 from nanochat.engine import KVCache
 from nanochat.gpt import GPT, GPTConfig, norm
 from nanochat.scaling import make_config
@@ -239,6 +240,19 @@ def test_norm_uses_the_eps_of_fp32_in_bf16():
     torch.testing.assert_close(norm(x).float(), torch.full((1, 8), (1 + 0.119209) ** -0.5), rtol=0.01, atol=0)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 0.01),
+                                                  (torch.float16, 0.002)])
+def test_norm_of_eager_decoding_is_the_same(dtype, tolerance):
+    """In inference mode a CPU takes fewer operations; tiny, ordinary and large rows, and zeros."""
+    x = torch.randn(4, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = (x * torch.tensor([1e-4, 1.0, 100.0, 0.0], dtype=torch.float64)[:, None]).to(dtype)
+    expected = norm(x)
+    with torch.inference_mode():
+        actual = norm(x)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
 def test_a_sequence_longer_than_the_rotary_table_is_refused():
     with pytest.raises(ValueError, match="41 tokens exceed the 40 positions"):
         make_tiny(sequence_len=4)(make_ids(1, 41))
@@ -261,6 +275,17 @@ def test_loss_reductions():
     torch.testing.assert_close(model(idx, targets, loss_reduction="sum"), expected.sum())
     torch.testing.assert_close(model(idx, targets, loss_reduction="sum", weights=weights), (weights * expected).sum())
     assert model(idx, torch.full_like(targets, -1)).item() == 0
+
+
+def test_evaluation_is_the_cross_entropy_whatever_is_trained(monkeypatch):
+    """Bits per byte must stay comparable when a fork trains another loss."""
+    model, idx, targets = make_tiny(), make_ids(2, 30), make_ids(2, 30, seed=1)
+    monkeypatch.setitem(LOSSES, "plain", lambda *args, **options: torch.tensor(-1.0))
+    model.loss = "plain"
+    assert model(idx, targets).item() == -1 and model(idx, targets, loss_reduction="sum").item() == -1
+    with torch.no_grad():
+        nll = model(idx, targets, loss_reduction="none")
+        torch.testing.assert_close(nll, F.cross_entropy(model(idx).mT, targets, reduction="none"))
 
 
 def test_gradients_through_the_loss_equal_those_through_the_logits():
