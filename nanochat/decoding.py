@@ -28,6 +28,8 @@ from nanochat.kv_cache import KVCache
 
 MIN_PACKED = 64         # rows and columns; smaller matrices aren't packed
 GRAPH_WARMUP_STEPS = 3  # before a capture, so that libraries have allocated what they need
+# All layers touch the cache: inductor would try to fuse each with the next 64, in vain, which takes 15 s at depth 12
+FUSION_ATTEMPTS = 4
 _packed_weights: dict[int, Tensor] = {}
 _packed_numbers = itertools.count()
 
@@ -136,17 +138,18 @@ def make_cache(model: GPT, num_rows: int, num_tokens: int, is_compiled: bool = F
 # The step: each row of a cache gets its next token
 
 
-def make_step(model: GPT, compile: bool = False) -> Callable[[Tensor, KVCache], Tensor]:
+def make_step(model: GPT, compile: bool = False, max_rows: int = 2) -> Callable[[Tensor, KVCache], Tensor]:
     """The function of a decoding step: (B, 1) token ids and the cache of these rows -> (B, V) logits.
 
-    compile: on a CPU, now; on CUDA the step is a graph anyway, elsewhere it is eager
+    compile:  on a CPU, now; on CUDA the step is a graph anyway, elsewhere it is eager
+    max_rows: B is never more; one row alone needs one graph less
     """
     if model.get_device().type == "cuda":
         return GraphedStep(model)
     if compile and model.get_device().type == "cpu":
         works, reason = choose_compile("auto", model.get_device(), None)
         if works:
-            step = CompiledStep(model)
+            step = CompiledStep(model, max_rows)
             if step.works:
                 return step
         else:
@@ -157,13 +160,13 @@ def make_step(model: GPT, compile: bool = False) -> Callable[[Tensor, KVCache], 
 class CompiledStep:
     """The forward pass of one new token in each row as one compiled graph, for any number of rows and keys.
 
-    One row has a graph of its own. Both are compiled when this is made, in some seconds to half a minute, and serve
-    from then on, however the cache grows. Where they can't be compiled or run, which is said once, the step is eager
-    (slower than a step that was eager from the start, because of the cache's dtype).
+    One row has a graph of its own. What `max_rows` needs is compiled when this is made, in some seconds to a minute,
+    and serves from then on, however the cache grows. Where it can't be compiled or run, which is said once, the step
+    is eager (slower than a step that was eager from the start, because of the cache's dtype).
     """
 
     @torch.inference_mode()
-    def __init__(self, model: GPT):
+    def __init__(self, model: GPT, max_rows: int = 2):
         self.model = model
         self.works = True
         # Guards on modules cost a tenth of a small step. So each engine compiles its own copy of the code, for a model
@@ -171,8 +174,10 @@ class CompiledStep:
         code = CompiledStep._compute.__code__.replace()
         compute = types.FunctionType(code, CompiledStep._compute.__globals__, "compute")
         self.compute = torch.compile(types.MethodType(compute, self), fullgraph=True, options={
-            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
-        for num_rows in (1, 2):  # of a cache with room for more of everything, so that no stride follows from sizes
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+            "max_fusion_buffer_group_pairwise_attempts": FUSION_ATTEMPTS})
+        for num_rows in range(1, min(max_rows, 2) + 1):
+            # A cache with room for more of everything, so that no stride follows from sizes
             cache = make_cache(model, num_rows + 1, 8, is_compiled=True)
             self(torch.zeros(num_rows, 1, dtype=torch.long), cache.view_rows(0, num_rows, 3))
 

@@ -204,7 +204,7 @@ class Engine:
 
         max_rows:  sequences in the batch; the cache grows with the requests, further requests wait
         kept_rows: rows that are allocated before the least recently used free row is overwritten
-        compile:   compile the decoding step, on a CPU; takes seconds to half a minute now, and holds the blocks'
+        compile:   compile the decoding step, on a CPU; takes seconds to a minute now, and holds the blocks'
                    matrices twice
         """
         self.model = copy_for_decoding(model, keep_weights=compile)
@@ -216,7 +216,7 @@ class Engine:
         self.waiting: deque[Generation] = deque()
         self.rows: list[Row] = []
         self.cache: KVCache | None = None
-        self._run_step = make_step(self.model, compile)
+        self._run_step = make_step(self.model, compile, max_rows)
         self._events: list[Event] = []        # not yet returned by step
         self._unfinished: set[int] = set()    # request ids
         self._ids = itertools.count()

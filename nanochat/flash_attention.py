@@ -15,7 +15,7 @@ B rows, T tokens, H query heads, Hk key/value heads, D head dim. A window (N, 0)
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -73,8 +73,7 @@ def flash_attn_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tens
     T = q.size(1)
     positions = find_positions(cache_seqlens if k is not None else cache_seqlens - T, T, k_cache.size(1))
     if k is not None:
-        write_to_cache(k_cache[None], 0, k, positions)
-        write_to_cache(v_cache[None], 0, v, positions)
+        write_to_cache((k_cache[None], v_cache[None]), 0, (k, v), positions)
     keys, mask = find_mask(positions, q, k_cache, window_size[0])
     return attend_to_cache(q, k_cache[:, keys], v_cache[:, keys], mask).to(q.dtype)
 
@@ -293,6 +292,7 @@ class Positions:
     first:   int            # none stands before it
     end:     int            # nor from here on: how much of the cache is in use
     by_row:  Tensor | None  # (B, T); None: first to end - 1 in every row
+    rows:    Tensor | None = None  # (B, 1) indices, beside by_row
 
 
 def find_positions(lengths: Tensor, num_new: int, capacity: int) -> Positions:
@@ -306,7 +306,8 @@ def find_positions(lengths: Tensor, num_new: int, capacity: int) -> Positions:
         first, end = min(known), max(known) + num_new
         if end - first == num_new:
             return Positions(first, end, None)
-    return Positions(first, end, lengths[:, None].long() + torch.arange(num_new, device=lengths.device))
+    by_row = lengths[:, None].long() + torch.arange(num_new, device=lengths.device)
+    return Positions(first, end, by_row, torch.arange(len(lengths), device=lengths.device)[:, None])
 
 
 def find_mask(positions: Positions, q: Tensor, k_cache: Tensor, window: int) -> tuple[slice, Tensor | None]:
@@ -332,16 +333,14 @@ def find_mask(positions: Positions, q: Tensor, k_cache: Tensor, window: int) -> 
     return slice(first, positions.end), mask
 
 
-def write_to_cache(cache: Tensor, layer: int, new: Tensor, positions: Positions) -> None:
-    """Put new keys or values (B, T, Hk, D) into a layer of a cache (layers, B, Tmax, Hk, D)."""
-    B, T = new.shape[:2]
+def write_to_cache(caches: Sequence[Tensor], layer: int, new: Sequence[Tensor], positions: Positions) -> None:
+    """Put new keys and values (B, T, Hk, D) into a layer of their caches (layers, B, Tmax, Hk, D)."""
     if positions.by_row is None:
-        cache[layer, :, positions.first:positions.end] = new
-    else:
-        # One write into the memory of all layers: traced, one into a layer's view would copy that layer
-        at = (torch.full((1, 1), layer, device=new.device), torch.arange(B, device=new.device)[:, None],
-              positions.by_row)
-        cache.index_put_(at, new.to(cache.dtype))
+        at = layer, slice(None), slice(positions.first, positions.end)
+    else:  # one write into the memory of all layers: traced, one into a layer's view would copy that layer
+        at = torch.full((1, 1), layer, device=new[0].device), positions.rows, positions.by_row
+    for cache, heads in zip(caches, new, strict=True):
+        cache[at] = heads.to(cache.dtype)
 
 
 def attend_to_cache(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -67,8 +67,7 @@ class KVCache:
         if uses_fa3(q):
             return flash_attn.flash_attn_with_kvcache(q, *self.get_layer_cache(layer), k=k, v=v,
                                                       cache_seqlens=self.cache_seqlens, window_size=(window, 0))
-        write_to_cache(self.k_cache, layer, k, self.positions)
-        write_to_cache(self.v_cache, layer, v, self.positions)
+        write_to_cache((self.k_cache, self.v_cache), layer, (k, v), self.positions)
         if window not in self.masks:  # of all layers with this window
             self.masks[window] = find_mask(self.positions, q, self.k_cache, window)
         keys, mask = self.masks[window]

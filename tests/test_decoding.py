@@ -80,7 +80,7 @@ def test_compiled_step_equals_naive_and_is_compiled_but_twice(monkeypatch, packs
     """The graphs that inductor would get, run by torch itself: the same tokens, and none is made after the start."""
     graphs = []
 
-    def run_as_it_is(graph, inputs):
+    def run_as_it_is(graph, inputs, options):
         graphs.append(graph)
         return graph.forward
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=run_as_it_is))
@@ -93,6 +93,18 @@ def test_compiled_step_equals_naive_and_is_compiled_but_twice(monkeypatch, packs
     for engine, model in zip(engines, models, strict=True):
         check_compiled(engine, model)
     assert all(engine._run_step.works for engine in engines) and len(graphs) == 4
+
+
+def test_one_row_alone_needs_one_graph(monkeypatch):
+    shapes = []
+
+    def note_shape(self, idx, cache):
+        shapes.append(tuple(idx.shape))
+    monkeypatch.setattr(decoding, "choose_compile", lambda *args: (True, ""))
+    monkeypatch.setattr(decoding.CompiledStep, "__call__", note_shape)
+    for max_rows in (1, 2, 7):
+        Engine(make_model(), BYTE_TOKENIZER, max_rows=max_rows, compile=True)
+    assert shapes == [(1, 1)] + 2 * [(1, 1), (2, 1)]
 
 
 @pytest.mark.slow
@@ -175,7 +187,8 @@ def test_fork_is_trained():
 @pytest.mark.parametrize("compiles", [False, True])
 def test_fork_is_sampled_from(fork, monkeypatch, compiles):
     model, prompt = fork
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=lambda graph, inputs: graph.forward))
+    run_as_it_is = functools.partial(torch.compile, backend=lambda graph, inputs, options: graph.forward)
+    monkeypatch.setattr(torch, "compile", run_as_it_is)
     monkeypatch.setattr(decoding, "choose_compile", lambda *args: (True, ""))
     engine = Engine(model, BYTE_TOKENIZER, compile=compiles)
     engine.chat_tokens = NO_CHAT_TOKENS
