@@ -162,7 +162,7 @@ class Answer:
 
     def __init__(self, pool: "EnginePool", worker: "EngineWorker", requests: Sequence[Request], timeout_sec: float):
         self.pool, self.worker = pool, worker
-        self.num_prompt_tokens = len(requests[0].tokens)
+        self.num_prompt_tokens = sum(len(request.tokens) for request in requests if request.sample == 0)
         self.num_tokens = 0
         self.request_ids = [next(pool.ids) for _ in requests]  # of the samples
         self.start = time.perf_counter()
@@ -369,15 +369,18 @@ class EnginePool:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self.loop.call_soon_threadsafe(function, *args)
 
+    def check_size(self, num_requests: int) -> None:
+        """EngineError where there would never be room for as many requests at once."""
+        if num_requests > self.max_rows + self.max_waiting:
+            raise EngineError("refused", f"{num_requests} choices at once are more than the "
+                              f"{self.max_rows + self.max_waiting} that this server's rows and queue hold")
+
     def submit(self, requests: Sequence[Request], timeout_sec: float) -> Answer:
-        """Send the samples of a prompt to the least busy engine; EngineError where there is no room for them."""
+        """Send the samples of some prompts to the least busy engine; EngineError where there is no room for them."""
         self.loop = asyncio.get_running_loop()
         ready = [worker for worker in self.workers if worker.connection is not None]
         if not ready:
             raise EngineError("lost", "no engine is ready; one is being started, try again", RETRY_SEC)
-        if len(requests) > self.max_rows + self.max_waiting:
-            raise EngineError("refused", f"{len(requests)} samples at once are more than this server's rows and queue "
-                              "hold")
         num_active = sum(len(worker.answers) for worker in ready)
         if num_active + len(requests) > len(ready) * self.max_rows + self.max_waiting:
             rounds = self.max_waiting / (self.max_rows * len(self.workers))  # of answers, until the queue is empty
