@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -21,6 +22,7 @@ from dev import bench_server
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
+from nanochat.server_api import Limits
 from nanochat.server_engines import EngineSettings
 from scripts import chat_web
 from tests.helpers import BYTE_TOKENIZER, make_model
@@ -136,9 +138,52 @@ def test_mistakes_end_with_one_sentence(base_dir, monkeypatch, tmp_path):
     for argv, reason in ((["-i", "mid"], "there is no mid model"), (["-g", "nope"], "there is no"),
                          (["-s", "99"], "no checkpoint of step 99"), (["--host", "nowhere.invalid"], "can't listen"),
                          (["-p", "70000"], "--port"), (["-t", "3"], "--temperature"), (["--workers", "0"], "--workers"),
+                         (["--max-choices", "0"], "--max-choices"), (["-m", "5000"], "--max-answer-tokens"),
                          (["--api-key", ""], "one word"), (["--api-key-file", str(tmp_path / "no")], "can't be read")):
         with pytest.raises(UserError, match=reason):
             chat_web.main(argv)
+
+
+@pytest.mark.parametrize("host,answers_at", [
+    ("127.0.0.1", ["127.0.0.1"]), ("localhost", ["127.0.0.1"]), ("::1", ["::1"]), ("[::1]", ["::1"]),
+    ("0.0.0.0", ["127.0.0.1"]), ("::", ["::1", "127.0.0.1"]), ("[::]", ["::1", "127.0.0.1"])])
+def test_forms_of_hosts(host, answers_at):
+    if ":" in host and not has_ipv6():
+        with pytest.raises(UserError, match="can't listen"):
+            chat_web.open_socket(host, 0)
+        return
+    with chat_web.open_socket(host, 0) as listener:
+        for address in answers_at:
+            socket.create_connection((address, listener.getsockname()[1]), timeout=5).close()
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("host", ["", "nowhere.invalid", "a..b", "x" * 70, "http://127.0.0.1", "127.0.0.1:80", "\udcff",
+                                  "192.0.2.1", "fe80::1%nowhere"])
+def test_bad_hosts_end_with_one_sentence(host):
+    with pytest.raises(UserError, match="can't listen at --host .* is this machine only"):
+        chat_web.open_socket(host, 0)
+
+
+def test_flags_reach_the_server(base_dir, monkeypatch):
+    served = []
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
+    monkeypatch.setattr(chat_web, "EnginePool", lambda *_: SimpleNamespace(start=lambda: None, close=lambda: None))
+    monkeypatch.setattr(chat_web, "make_app", lambda settings, *_: served.append(settings))
+    monkeypatch.setattr(chat_web, "serve", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    limits = Limits(max_messages=1, max_message_chars=2, max_conversation_chars=3, max_answer_tokens=4, max_choices=5)
+    argv = [word for name, value in vars(limits).items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    for host, hosts in (("127.0.0.2", {"127.0.0.1", "localhost", "[::1]", "127.0.0.2"}), ("0.0.0.0", set())):
+        chat_web.main(["-i", "rl", "-p", "0", "-m", "3", "--host", host, *argv])
+        assert served[-1].limits == limits and served[-1].max_tokens == 3 and set(served[-1].hosts) == hosts
 
 
 def test_flags_reach_the_engine(base_dir, monkeypatch):
