@@ -4,6 +4,8 @@ import concurrent.futures
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +27,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.server_api import Limits
 from nanochat.server_engines import EngineSettings
 from scripts import chat_web
-from tests.helpers import BYTE_TOKENIZER, make_model
+from tests.helpers import BYTE_TOKENIZER, REPO_DIR, make_model
 from tests.server_helpers import CONFIG, QUESTION, ServerProcess, save_toy
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
@@ -87,6 +89,26 @@ def test_official_client(client):
         client.chat.completions.create(model=model.id, messages=QUESTION, temperature=9)
     with pytest.raises(openai.AuthenticationError, match="API key"):
         client.with_options(api_key="wrong").models.list()
+
+
+EXAMPLES = [(language, code) for language, code in re.findall(
+    r"```(bash|python)\n(.*?)```", (REPO_DIR / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    if "http://127.0.0.1:8000/v1" in code]
+
+
+@pytest.mark.parametrize("language,code", EXAMPLES)
+def test_examples_of_the_readme(server, language, code, capsys):
+    """As they stand there, but for the server's address and its key."""
+    code = code.replace("http://127.0.0.1:8000", server.url)
+    if language == "python":
+        exec(re.sub(r'api_key="[^"]*"', 'api_key="secret"', code), {})
+        assert capsys.readouterr().out
+        return
+    if shutil.which("curl") is None:
+        pytest.skip("curl isn't installed")
+    code = re.sub(r"\bcurl ", "curl -sS -H 'Authorization: Bearer secret' ", code)
+    done = subprocess.run(["bash", "-ec", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and json.loads(done.stdout)["choices"][0]["message"]["content"], done.stderr
 
 
 def test_large_body_hears_why(server):
