@@ -239,6 +239,7 @@ class EngineWorker:
         self.description = ""                      # device and dtype
         self.failure: str | None = None            # reason why the last engine could not be loaded
         self.num_restarts = 0
+        self.num_messages = 0                      # of all its engines
         self.process: multiprocessing.Process | None = None
         self.started = threading.Event()           # the first engine is ready, or failed
         self.thread = threading.Thread(target=self._watch, name=f"engine-{worker_idx}", daemon=True)
@@ -251,7 +252,7 @@ class EngineWorker:
             self.outbox.submit(connection.send, message)  # the reader thread notices a failure
 
     def _watch(self) -> None:
-        """The thread: start an engine, read its messages until it ends, and again."""
+        """The thread: start an engine, watch it until it ends, and again."""
         pause_sec = 1.0
         while not self.pool.closed.is_set():
             start = time.monotonic()
@@ -276,26 +277,33 @@ class EngineWorker:
         except OSError as error:
             self.failure = f"engine {self.worker_idx} can't be started ({error.strerror})"
             return
-        silent_sec = 0.0
-        with connection, contextlib.suppress(EOFError, OSError):  # the engine has ended
-            while True:
-                if connection.poll(PULSE_SEC):
-                    self._handle(connection, connection.recv())
-                    silent_sec = 0.0
-                    continue
-                silent_sec += PULSE_SEC
-                if silent_sec > (MAX_SILENT_SEC if self.connection else START_TIMEOUT_SEC):
-                    hint = "" if self.connection else "; try a smaller model or --device-type cpu"
-                    self.failure = f"no sign of life for {silent_sec:g} s{hint}"
-                    self.process.kill()
+        self.failure = None
+        reader = threading.Thread(target=self._read, args=(connection,), name=f"reader-{self.worker_idx}", daemon=True)
+        reader.start()
+        silent_sec, num_seen = 0.0, self.num_messages
+        while reader.is_alive():
+            reader.join(PULSE_SEC)
+            silent_sec = silent_sec + PULSE_SEC if num_seen == self.num_messages else 0.0
+            num_seen = self.num_messages
+            if silent_sec > (MAX_SILENT_SEC if self.connection else START_TIMEOUT_SEC):
+                hint = "" if self.connection else "; try a smaller model or --device-type cpu"
+                self.failure = self.failure or f"no sign of life for {silent_sec:g} s{hint}"
+                self.process.kill()
         self.connection = None
         self.pool.call_soon(self._fail_answers)
         self.process.join(STOP_TIMEOUT_SEC)
         self.process.kill()  # a process may outlive its end of the connection
         self.process.join(STOP_TIMEOUT_SEC)
 
+    def _read(self, connection: Connection) -> None:
+        """The reader thread: the messages of one engine, until it ends. Half a message makes it wait, too."""
+        with connection, contextlib.suppress(EOFError, OSError):  # the engine has ended
+            while True:
+                self._handle(connection, connection.recv())
+                self.num_messages += 1
+
     def _handle(self, connection: Connection, message: tuple) -> None:
-        """The thread: one message of the engine."""
+        """The reader thread: one message of the engine."""
         self.failure = None
         match message:
             case "ready", description:
