@@ -94,7 +94,7 @@ ENGINE_ERRORS = {"refused": (400, "invalid_request_error", None), "busy": (429, 
                  "gone": (499, "invalid_request_error", None)}  # for the log alone
 
 
-BASE_URL_HINT = "OpenAI's API is under /v1, so the base_url of a client ends with /v1"
+BASE_URL_HINT = "the base_url of a client of OpenAI's API ends with /v1"
 
 
 def convert_error(error: Exception) -> ApiError:
@@ -109,8 +109,8 @@ def convert_error(error: Exception) -> ApiError:
             return ApiError(status, str(error), kind=kind, code=code,
                             headers={"Retry-After": str(seconds)} if seconds else None)
         case HTTPException(status_code=404):
-            return ApiError(404, f"there is no such route; {BASE_URL_HINT}, and /openapi.json lists all routes",
-                            code="unknown_url")
+            return ApiError(404, "there is no such route; /v1 has chat/completions, completions and models, and "
+                            f"/openapi.json lists all; {BASE_URL_HINT}", code="unknown_url")
         case HTTPException(status_code=405):
             return ApiError(405, "this route has other methods; see /openapi.json", code="method_not_allowed",
                             headers=error.headers)

@@ -338,7 +338,7 @@ def test_base_url_without_v1(client):
                                  ("/models", "GET", None), ("/completions", "POST", {"prompt": "a"})):
         response = client.request(method, path, json=fields)
         assert response.status_code == 404
-        assert "base_url of a client ends with /v1" in response.json()["error"]["message"]
+        assert "base_url of a client of OpenAI's API ends with /v1" in response.json()["error"]["message"]
     response = client.post(LEGACY, json={"messages": QUESTION}, headers={"X-Stainless-Lang": "js"})
     assert response.status_code == 404 and "/v1" in response.json()["error"]["message"]
 
