@@ -80,8 +80,9 @@ def start_process(worker_idx: int, settings: EngineSettings) -> tuple[Connection
 
 def run_process(worker_idx: int, settings: EngineSettings, connection: Connection) -> None:
     """The main function of an engine's process; ends with the connection, so signals are left to the server."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows lacks the last one
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     try:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device_type = settings.device_type

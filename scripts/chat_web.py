@@ -6,7 +6,8 @@
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
 
-SIGTERM and Ctrl-C let running answers finish, up to --drain-seconds. The log has no contents without --log-contents.
+SIGTERM, Ctrl-C and a closed terminal let running answers finish, up to --drain-seconds. The log has no contents without
+--log-contents.
 """
 
 import argparse
@@ -105,6 +106,9 @@ def main(argv: list[str] | None = None) -> dict:
             api_key=api_key, cors_origins=tuple(args.cors_origin), log_contents=args.log_contents,
             hosts=(*LOCAL_HOSTS, url_host.lower()) if is_local and api_key is None else ())
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # ends the engines, too, even while they load
+        hang_up = getattr(signal, "SIGHUP", None)              # not on Windows
+        if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:  # which nohup sets
+            signal.signal(hang_up, lambda *_: signal.raise_signal(signal.SIGTERM))
         try:
             pool.start()
             if stage == "base":

@@ -283,10 +283,12 @@ def test_500_requests_with_random_disconnects(base_dir):
 
 
 # The last one: it ends the server of this file
-def test_stop_lets_answers_finish(server):
+def test_closed_terminal_lets_answers_finish(server):
+    """SIGHUP reaches all processes; the server then ends as by SIGTERM."""
     stream = open_stream(server, max_tokens=200)
     engines = server.find_engines()
-    server.process.send_signal(signal.SIGTERM)
+    for pid in (*engines, server.process.pid):
+        os.kill(pid, signal.SIGHUP)
     assert stream.read().decode().rstrip().endswith("data: [DONE]")
     assert server.process.wait(30) == 0
     for pid in engines:
