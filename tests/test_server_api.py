@@ -185,6 +185,8 @@ def test_logprobs(client):
     assert all(token["top_logprobs"][0]["token"] == token["token"] and token["logprob"] == pytest.approx(0, abs=1e-3)
                and len(token["top_logprobs"]) == 2 and token["bytes"] == list(token["token"].encode())
                for token in tokens)
+    stopped = client.post(CHAT, json=body | {"stop": "there"}).json()["choices"][0]
+    assert "".join(token["token"] for token in stopped["logprobs"]["content"]) == "Hello "  # nor the stop string
     chunks = read_stream(client.post(CHAT, json=body | {"stream": True}))
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     assert [token for choice in choices for token in choice["logprobs"]["content"]] == tokens
