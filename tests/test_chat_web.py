@@ -68,7 +68,7 @@ def open_stream(server: ServerProcess, **fields):
     return response
 
 
-def test_official_client(client):
+def test_official_client(server, client):
     (model,) = client.models.list().data
     answer = client.chat.completions.create(model=model.id, messages=QUESTION, max_tokens=5, temperature=0, seed=1,
                                             logprobs=True, top_logprobs=2, stop=["never"], top_p=0.9)
@@ -83,10 +83,15 @@ def test_official_client(client):
     assert "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices if c.index == 1) == text
     assert chunks[-1].usage.completion_tokens == 10
     assert client.completions.create(model=model.id, prompt="Hi", max_tokens=3).usage.prompt_tokens == 3
+    completion = client.completions.create(model=model.id, prompt=["a", "b"], n=2, max_tokens=2, echo=True)
+    assert [choice.text[0] for choice in completion.choices] == ["a", "a", "b", "b"]
+    assert client.models.retrieve(model.id).id == model.id
     with pytest.raises(openai.NotFoundError, match="isn't here"):
         client.chat.completions.create(model="gpt-4", messages=QUESTION)
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(model=model.id, messages=QUESTION, temperature=9)
+    with pytest.raises(openai.NotFoundError, match="ends with /v1"):
+        client.with_options(base_url=server.url).chat.completions.create(model=model.id, messages=QUESTION)
     with pytest.raises(openai.AuthenticationError, match="API key"):
         client.with_options(api_key="wrong").models.list()
 
