@@ -1,5 +1,6 @@
 """nanochat/dataset.py: shards on disk, the sources, and the command with its exit codes."""
 
+import gzip
 import json
 import os
 import signal
@@ -18,11 +19,12 @@ from nanochat import corpus, dataset, download
 from nanochat.common import UserError
 from nanochat.corpus import Package
 from nanochat.dataset import main
-from nanochat.shards import count_groups, iter_documents, load_shards, read_group
+from nanochat.shards import count_groups, iter_documents, load_shards, read_group, read_manifest
 from tests.data_helpers import (
     NUM_IN_REPO,
     REPO,
     Server,
+    compress_zst,
     hash_shards,
     make_files,
     make_hub_shard,
@@ -97,8 +99,8 @@ def test_a_failed_build_leaves_the_old_data(texts, base_dir):
 
 
 @pytest.mark.parametrize(("contents", "message"), [
-    ([], "holds no .txt"), (["  \n"], "holds 0 documents"), (["one"], "holds 1 documents"),
-    (["same"] * 5, "the same document 5 times"),
+    ([], r"0 different documents \(it is empty\)"), (["  \n"], "holds 0 different documents;"),
+    (["one"], "holds 1 different documents;"), (["same"] * 5, "holds 1 different documents;"),
 ])
 def test_too_little_text(tmp_path, base_dir, contents, message):
     folder = tmp_path / "few"
@@ -115,6 +117,104 @@ def test_two_documents_are_enough(tmp_path, base_dir):
     main(["--source", "files", "--path", str(tmp_path), "--name", "two"])
     shards = load_shards("two")
     assert sorted(iter_documents([*shards.train, shards.val])) == ["one", "two"]
+
+
+def make_folder(folder, contents):
+    folder.mkdir()
+    for name, content in contents.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def test_validation_is_a_tenth_of_the_distinct_text(tmp_path, base_dir):
+    rows = [json.dumps({"text": f"Document {idx}. " + "word " * (idx % 50)}) + "\n" for idx in range(400)]
+    vals = []
+    for times in (1, 3, 12):
+        make_folder(tmp_path / f"{times}", {"rows.jsonl": "".join(rows * times)})
+        main(["--source", "files", "--path", str(tmp_path / f"{times}"), "--name", "mine"])
+        shards = load_shards("mine")
+        vals.append(list(iter_documents([shards.val])))
+        train = list(iter_documents(shards.train))
+        assert len(train) + len(vals[-1]) == 400 and not set(train) & set(vals[-1])
+        assert 0.1 < sum(map(len, vals[-1])) / sum(map(len, vals[-1] + train)) < 0.12
+    assert vals[0] == vals[1] == vals[2]
+
+
+def test_the_account_adds_up(tmp_path, base_dir, capsys):
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in ("one", None, "two", " ", "one", "three"))
+    folder = make_folder(tmp_path / "mixed", {
+        "a.txt": "four", "b.txt.gz": gzip.compress(b"five"), "c.jsonl": rows, "e.md": "one",
+        "d.jsonl.zst": compress_zst(rows.encode() * 900)[:-3],    # damaged after some of its rows
+        "page.html": "<p>six", "data.bin": "x" * 100, ".hidden": ""})
+    make_files(folder)
+    account, told = read_manifest(base_dir / "data" / "mine").account, capsys.readouterr().out
+    assert account.files == {"read": 4, "left out": 3, "skipped": 1}
+    assert account.formats == {".txt": 2, ".jsonl": 1, ".md": 1}
+    assert sum(account.bytes.values()) == sum(path.stat().st_size for path in folder.iterdir())
+    assert account.documents == {"kept": 5, "without text": 1, "blank": 1, "exact repeats of others": 2}
+    assert account.characters == {"kept": 19, "without text": 0, "blank": 1, "exact repeats of others": 6}
+    shards = load_shards("mine")
+    assert sorted(iter_documents([*shards.train, shards.val])) == ["five", "four", "one", "three", "two"]
+    for line in ("read 4 of 7 files (1 .jsonl, 1 .md, 2 .txt)", "left out d.jsonl.zst: is not a whole zstd file",
+                 "left out page.html: is markup", "left out data.bin: has none of the formats", "skipped .hidden",
+                 "left out 4 of 9 documents: ", "kept 5 documents of 19 characters", "WARNING: 43% of the files",
+                 "WARNING: 44% of the documents", "WARNING: 27% of the characters"):
+        assert f"\n{line}" in told, line
+    make_files(folder)    # nothing to do, but said again
+    assert capsys.readouterr().out.startswith("read 4 of 7 files")
+    (folder / "page.html").unlink()
+    make_files(folder)
+    assert read_manifest(base_dir / "data" / "mine").account.files["left out"] == 2
+
+
+def test_a_dataset_of_before_is_not_made_again(texts, base_dir):
+    """What was made before accounts were kept has the same settings, if every file was read."""
+    manifest = Path(make_files(texts)["folder"]) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["account"]
+    manifest.write_text(json.dumps(content))
+    stamp, result = manifest.stat().st_ino, make_files(texts)
+    assert manifest.stat().st_ino == stamp and load_shards("mine").hash == result["hash"]
+
+
+@pytest.mark.parametrize("name", ["mit Blank und 'Apostroph'", "café", b"caf\xe9", "two\nlines"])
+def test_any_name_of_a_folder(tmp_path, base_dir, name, capfd):
+    folder = make_folder(tmp_path / os.fsdecode(name), {
+        "a.txt": "one", os.fsdecode(b"b\xff.txt"): "two", os.fsdecode(b"\xff.bin"): "three"})
+    result = make_files(folder)
+    manifest = (Path(result["folder"]) / "manifest.json").read_bytes().decode("utf-8")    # must be valid
+    assert "\\\\xff.bin" in manifest and result["num_chars"] == 3
+    command = json.loads(manifest)["command"]
+    words = subprocess.run(["bash", "-c", command.replace("python -m nanochat.dataset", "printf '%s\\0'")],
+                           capture_output=True, check=True).stdout.split(b"\0")
+    assert words[words.index(b"--path") + 1] == os.fsencode(folder)
+    stamp = (Path(result["folder"]) / "manifest.json").stat().st_ino
+    make_files(folder)
+    assert (Path(result["folder"]) / "manifest.json").stat().st_ino == stamp
+    assert r"left out \xff.bin" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["pipe", "nothing", "device"])
+def test_a_path_that_is_no_folder(tmp_path, base_dir, kind):
+    path = tmp_path / "p.txt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(UserError, match=r"is a named pipe; copy|isn't there|is a device"):
+        make_files(Path("/dev/null") if kind == "device" else path)
+
+
+def test_another_locale(tmp_path):
+    """Everything is UTF-8 in a locale that isn't, and what was made in one locale is valid in another."""
+    folder = make_folder(tmp_path / "données", {"é.txt": "un", "b.txt": "deux", "ñ.bin": ""})
+    env = {name: value for name, value in os.environ.items() if not name.startswith("LC_")} | {
+        "NANOCHAT_BASE_DIR": str(tmp_path / "état"), "OMP_NUM_THREADS": "1"}
+    words = ["--source", "files", "--path", str(folder), "--name", "été"]
+    told = [run_command(*words, env=env | extra) for extra in (
+        {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "utf-8"}, {})]
+    assert [(result.returncode, result.stderr) for result in told] == [(0, "")] * 2
+    assert "reading" in told[0].stdout and "reading" not in told[1].stdout
+    manifest = json.loads((tmp_path / "état" / "data" / "été" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["settings"]["path"] == str(folder)
 
 
 @pytest.mark.skipif(not REAL_DATA.exists(), reason="needs ../shared/data/pretrain")

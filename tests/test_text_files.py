@@ -1,0 +1,267 @@
+"""nanochat/text_files.py: which files are read, how each format is, and which sentence for which mistake."""
+
+import gzip
+import json
+import os
+import socket
+import subprocess
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat import text_files
+from nanochat.account import Account
+from nanochat.common import UserError
+from nanochat.text_files import LeftOut, find_text_files, iter_lines, quote, read_documents
+from tests.data_helpers import compress_zst
+from tests.helpers import run_forked
+
+NOBODY = 65534
+
+
+def read_all(folder, text_column="text", account=None):
+    """The documents of a folder or file in the order of its files, and the account."""
+    account = account or Account()
+    files = find_text_files(folder, account)
+    return [text for file in files for text in read_documents(file, text_column, account)], account
+
+
+def test_reads_all_formats(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_text("\ufeffплоский текст", encoding="utf-8")
+    (tmp_path / "b.MD").write_text("# 标题\n", encoding="utf-8")
+    (tmp_path / "c.jsonl").write_text('{"text": "eins"}\n\n{"text": "zwei", "id": 2}\n')
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "drei"}\n'))
+    pq.write_table(pa.table({"text": ["vier", None, "f\u00fcnf", "  "]}), tmp_path / "e.parquet")
+    (tmp_path / "f.json").write_text('\n [{"text": "sechs"}, {"text": null, "id": 1}\n, {"text": "sieben"}] ')
+    (tmp_path / "g.json").write_text('{"text": "acht"}\n{\n"text":\n"neun"}')
+    (tmp_path / "h.ndjson").write_text('{"text": "zehn"}')
+    (tmp_path / "i.csv").write_text('\ufeffid,text\r\n1,"elf, mit\nKomma"\r\n2,\r\n\r\n3,zwölf\r\n', encoding="utf-8")
+    (tmp_path / "j.csv").write_text("text;id\ndreizehn;1\n")
+    (tmp_path / "k.TEXT").write_text("vierzehn\r\n")
+    (tmp_path / "l.rst.zst").write_bytes(compress_zst("fünfzehn".encode()) + compress_zst(b" sechzehn"))
+    (tmp_path / "m.csv.zst").write_bytes(compress_zst(b"id\ttext\n1\tsiebzehn\n"))
+    (tmp_path / "n.json.gz").write_bytes(gzip.compress(b"[]"))
+    texts, account = read_all(tmp_path)
+    assert texts == ["# 标题\n", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn",
+                     "elf, mit\nKomma", "zwölf", "dreizehn", "vierzehn\n", "fünfzehn sechzehn", "siebzehn",
+                     "плоский текст"]
+    assert account.documents == {"kept": 0, "without text": 3, "blank": 1}
+    assert account.files == {"read": 0, "left out": 0, "skipped": 0}
+    assert read_all(tmp_path / "b.MD")[0] == ["# 标题\n"]
+
+
+def test_every_other_file_is_named(tmp_path):
+    for name in ("page.html", "book.epub", "scan.pdf", "old.txt.bz2", "texts.tar.gz", "rows.parquet.gz", "README",
+                 "image.png", ".hidden.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "nothing.txt").symlink_to("nowhere.txt")
+    os.mkfifo(tmp_path / "pipe.txt")    # must not be waited for
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "socket.txt"))
+    (tmp_path / "null.txt").symlink_to("/dev/null")
+    (tmp_path / "good.txt").write_text("good")
+    texts, account = read_all(tmp_path)
+    assert texts == ["good"] and account.files["left out"] == 12 and account.files["skipped"] == 2
+    reasons = {name: reason for reason, entry in account.reasons.items() for name in entry["names"]}
+    for name, part in {"page.html": "pandoc", "book.epub": "pandoc", "scan.pdf": "pdftotext", "old.txt.bz2": "unpack",
+                       "texts.tar.gz": "unpack", "rows.parquet.gz": "unpack", "README": "name it .txt",
+                       "image.png": "none of the formats .txt", "nothing.txt": "No such file", "pipe.txt": "named pipe",
+                       "socket.txt": "a socket", "null.txt": "a device", ".git": "hidden",
+                       ".hidden.txt": "hidden"}.items():
+        assert part in reasons.pop(name), name
+    assert not reasons
+
+
+def test_links_are_followed_but_no_loops(tmp_path):
+    root = tmp_path / "up" / "texts"
+    (root / "real").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (root / "real" / "a.txt").write_text("a")
+    (tmp_path / "elsewhere" / "b.txt").write_text("b")
+    (root / "aa").symlink_to("real")
+    (root / "real" / "loop").symlink_to("..")
+    (root / "above").symlink_to(tmp_path)
+    (root / "other").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(root)
+    (root / "file.txt").symlink_to(tmp_path / "elsewhere" / "b.txt")
+    (root / "self").symlink_to("self")
+    account = Account()
+    assert [file.name for file in find_text_files(root, account)] == ["file.txt", "other/b.txt", "real/a.txt"]
+    assert account.files == {"read": 0, "left out": 1, "skipped": 4}    # self is a link to nothing
+    assert sorted(name for entry in account.reasons.values() for name in entry["names"]) == \
+        ["aa", "above", "other/back", "real/loop", "self"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to become someone else")
+def test_what_may_not_be_read_is_named():
+    def look():
+        folder = "/tmp/nanochat_private_test"
+        account = Account()
+        return [file.name for file in find_text_files(text_files.Path(folder), account)], account.reasons
+    folder = text_files.Path("/tmp/nanochat_private_test")    # tmp_path itself is closed to others
+    (folder / "sub").mkdir(parents=True)
+    try:
+        for name in ("a.txt", "b.txt", "sub/c.txt"):
+            (folder / name).write_text(name)
+        (folder / "b.txt").chmod(0)
+        (folder / "sub").chmod(0)
+        names, reasons = run_forked(look, NOBODY)
+    finally:
+        subprocess.run(["rm", "-r", folder], check=True)
+    assert names == ["a.txt"]
+    assert {name: reason for reason, entry in reasons.items() for name in entry["names"]} == {
+        "b.txt": "can't be read (no permission); make it readable",
+        "sub/": "can't be read (Permission denied); make it readable"}
+
+
+def test_long_text_file_is_cut_whatever_the_block(tmp_path, monkeypatch):
+    text = "".join(f"Line {idx} of a long book.\n{'' if idx % 7 else chr(10)}" for idx in range(9_000))
+    (tmp_path / "book.txt").write_text(text)
+    whole, _ = read_all(tmp_path / "book.txt")
+    assert "".join(whole) == text and len(whole) > 3
+    monkeypatch.setattr(text_files, "BLOCK_CHARS", 7_001)
+    assert read_all(tmp_path / "book.txt")[0] == whole
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.jsonl",    b'{"text": "x"}\n{"text": \n',         r"a\.jsonl:2 is not JSON"),
+    ("a.jsonl",    b'{"text": "x"}\n[1]\n',               r"a\.jsonl:2 has no field 'text' but list"),
+    ("a.jsonl",    b'{"body": "x"}\n',                    r"a\.jsonl:1 has no field 'text' but body; .*--text-column"),
+    ("a.jsonl",    b'{"text": 5}\n',                      r"a\.jsonl:1: field 'text' holds int"),
+    ("a.jsonl",    b'{"text": "caf\xe9"}\n',              r"a\.jsonl:1 is not UTF-8.* iconv -f CP1252"),
+    ("a.jsonl",    b'{"text": "\\ud800"}\n',              r"a\.jsonl:1 is not UTF-8"),
+    ("a.json",     b'[{"text": "x"}, {"text": }]',        r"a\.json, row 2 is not JSON"),
+    ("a.json",     b'[{"text": "x"}, ',                   r"a\.json, row 2 is not JSON"),
+    ("a.json",     b'[{"text": "x"}] [1]',                r"a\.json goes on after its array of 1 rows"),
+    ("a.json",     b'{"data": [{"text": "x"}]}',          r"a\.json, row 1 has no field 'text' but data"),
+    ("a.json",     b"[" * 100_000,                        r"a\.json, row 1 is not JSON"),
+    ("a.json",     b'"text"',                             r"a\.json, row 1 has no field 'text' but str"),
+    ("a.csv",      b"id,body\n1,x\n",                     r"a\.csv has no column 'text'; .*--text-column: id, body"),
+    ("a.csv",      b"text,id,text\nx,1,y\n",              r"a\.csv has 2 columns named 'text'"),
+    ("a.csv",      b"id,text\n1,Hello, world\n",          r"a\.csv:2 has 3 fields, the first line 2"),
+    ("a.csv",      b'id,text\n1,"never closed\n2,x\n',    r"a\.csv:3 is not CSV"),
+])
+def test_mistakes_name_the_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_all(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), [
+    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}', mtime=0)[:-9],       "is not a whole gzip file"),
+    ("a.jsonl.gz", b'{"text": "x"}\n',                                  "is not a whole gzip file"),
+    ("a.txt.zst",  compress_zst(b"some text " * 1000)[:-9],             "is not a whole zstd file"),
+    ("a.csv.zst",  b"text\nplain\n",                                    "is not a whole zstd file"),
+    ("a.parquet",  b"PAR1 and then nothing",                            "is not a whole parquet file"),
+    ("a.parquet",  b"",                                                 "is not a whole parquet file"),
+    ("a.txt",      gzip.compress(b"text"),                              "holds gzip data"),
+    ("a.jsonl.gz", gzip.compress(gzip.compress(b"text")),               "holds gzip data"),
+    ("a.txt",      bytes(range(256)) * 9,                               "holds binary data"),
+])
+def test_damaged_files_are_left_out(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(LeftOut, match=reason):
+        read_all(tmp_path)
+
+
+def test_iter_lines_names_the_file(tmp_path):
+    (tmp_path / "a.jsonl.zst").write_bytes(compress_zst(b"one\n\ntwo\n"))
+    assert list(iter_lines(tmp_path / "a.jsonl.zst")) == [(1, b"one\n"), (3, b"two\n")]
+    (tmp_path / "a.jsonl.gz").write_bytes(b"one")
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz is not a whole gzip file"):
+        list(iter_lines(tmp_path / "a.jsonl.gz"))
+    with pytest.raises(UserError, match=r"none can't be read \(No such file"):
+        list(iter_lines(tmp_path / "none"))
+
+
+RUSSIAN = "Река у камня была тиха. " * 40
+ENGLISH = "The river near the stone was quiet. " * 40
+
+
+@pytest.mark.parametrize(("encoding", "text"), [
+    ("latin-1", "café " * 30), ("cp1252", "“quoted” café " * 30), ("utf-16", ENGLISH), ("utf-16-le", ENGLISH),
+    ("utf-16-be", ENGLISH), ("utf-16-le", RUSSIAN), ("utf-16-be", RUSSIAN), ("utf-32-le", ENGLISH),
+    ("utf-32-be", ENGLISH), ("utf-32", ENGLISH)])
+@pytest.mark.parametrize("form", ["a.txt", "it's a.md.gz", "a.rst.zst", "a.csv", "a.jsonl", "a.json.gz"])
+def test_the_advice_on_an_encoding_works_as_printed(tmp_path, encoding, text, form):
+    path = tmp_path / form
+    content = {".csv": f"id,text\n1,{text}\n", ".jsonl": json.dumps({"text": text}, ensure_ascii=False) + "\n",
+               ".json": json.dumps([{"text": text}], ensure_ascii=False)}.get(path.suffixes[0], text)
+    data = content.encode(encoding)
+    path.write_bytes({".gz": gzip.compress, ".zst": compress_zst}.get(path.suffix, bytes)(data))
+    with pytest.raises(UserError, match="not UTF-8 text") as error:
+        read_all(tmp_path)
+    subprocess.run(["sh", "-c", str(error.value).split("with: ")[1]], check=True)
+    assert "".join(read_all(tmp_path)[0]) == text
+
+
+def test_the_advice_on_damaged_characters_keeps_the_others(tmp_path):
+    (tmp_path / "a.txt").write_bytes("тихая река ".encode() * 20 + b"\xd1 " + "у камня".encode())
+    with pytest.raises(UserError, match="some of its characters are damaged") as error:
+        read_all(tmp_path)
+    subprocess.run(["sh", "-c", str(error.value).split("with: ")[1]], check=True)
+    assert read_all(tmp_path)[0] == ["тихая река " * 20 + " у камня"]
+
+
+def test_rows_without_the_field(tmp_path):
+    rows = [{"id": 0}, {"text": "x"}, {"id": 1}, {"text": None}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    texts, account = read_all(tmp_path)
+    assert texts == ["x"] and account.documents["without text"] == 3
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [{"body": "y"}] * 1000 + rows)))
+    with pytest.raises(UserError, match="a.jsonl:1 has no field 'text' but body"):
+        read_all(tmp_path)
+
+
+TEXTS = ["one", None, "two", "one"]
+
+
+@pytest.mark.parametrize("column", [
+    pa.array(TEXTS), pa.array(TEXTS, pa.large_string()), pa.array(TEXTS, pa.string_view()),
+    pa.array(TEXTS).dictionary_encode(), pa.array(TEXTS, pa.large_string()).dictionary_encode(),
+    pa.ExtensionArray.from_storage(pa.json_(pa.string()), pa.array(TEXTS))], ids=lambda column: str(column.type))
+def test_parquet_types_of_text(tmp_path, column):
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    texts, account = read_all(tmp_path)
+    assert texts == ["one", "two", "one"] and account.documents["without text"] == 1
+
+
+def test_parquet_columns(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pa.table({"body": ["x"], "id": [1], "raw": pa.array([b"\xe9"], pa.binary()), "none": pa.nulls(1),
+                      "a.b": ["y"], "list": [["z"]]})
+    pq.write_table(table, path)
+    with pytest.raises(UserError, match=r"no column 'text'; .*--text-column: body, id, raw"):
+        read_all(path)
+    for name, kind in (("id", "int64"), ("raw", "binary"), ("list", "list<")):
+        with pytest.raises(UserError, match=f"column '{name}' of .* holds {kind}"):
+            read_all(path, name)
+    assert read_all(path, "body")[0] == ["x"] and read_all(path, "a.b")[0] == ["y"]
+    assert read_all(path, "none")[1].documents["without text"] == 1
+    invalid = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xe9"], pa.binary()).buffers())
+    pq.write_table(pa.table({"text": invalid}), path)
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_all(path)
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"]), pa.array([1])], ["text", "text"]), path)
+    with pytest.raises(UserError, match="a.parquet has 2 columns named 'text'"):
+        read_all(path)
+    pq.write_table(pa.Table.from_arrays([pa.array(["x"])] + [pa.array([1])] * 2, ["text", "id", "id"]), path)
+    assert read_all(path)[0] == ["x"]
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(UserError, match="isn't there"):
+        find_text_files(tmp_path / "nowhere", Account())
+
+
+def test_names_for_a_shell(tmp_path):
+    name = b"caf\xe9 it's\n\\new"
+    path = os.path.join(os.fsencode(tmp_path), name)
+    with open(path, "w") as file:
+        file.write("found")
+    words = quote(os.fsdecode(path))
+    assert words.isascii() and "\n" not in words
+    assert subprocess.run(["bash", "-c", f"cat {words}"], capture_output=True, text=True).stdout == "found"
