@@ -10,7 +10,11 @@ MAX_PRINTED_NAMES = 20
 
 def printable(path: str | os.PathLike) -> str:
     """A path as one line of UTF-8 in any locale: bytes that aren't UTF-8, and control characters, as escapes."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return escape(os.fsencode(path).decode("utf-8", "backslashreplace"))
+
+
+def escape(text: str) -> str:
+    """Text as one line, with escapes for control characters and for what UTF-8 can't hold."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

@@ -28,7 +28,7 @@ from typing import BinaryIO, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.account import Account, printable
+from nanochat.account import Account, escape, printable
 from nanochat.common import UserError, get_first_line
 from nanochat.corpus import cut_text
 
@@ -41,6 +41,7 @@ BOMS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codec
 MAX_NUL_FRAC     = 0.05     # more of a text's characters: UTF-16 or UTF-32, whose spaces alone have one each
 MAX_CONTROL_FRAC = 0.05     # more of the bytes that aren't UTF-8: no text in any encoding (assumption, not studied)
 BLOCK_CHARS      = 2**24    # of a text file in memory at once
+MAX_NAMES_CHARS  = 300      # of a table's columns in an error
 MAX_ROWS_WITHOUT = 1000     # rows without the field of text from the first on: then its name is wrong
 
 
@@ -69,8 +70,8 @@ def describe_error(error: OSError) -> str:
 
 
 def describe_damage(path: Path, error: Exception) -> str:
-    suffix = path.suffix.lower()
-    return f"is not a whole {COMPRESSIONS.get(suffix, suffix[1:])} file ({get_first_line(error)}); make it again"
+    suffix, reason = path.suffix.lower(), escape(get_first_line(error))
+    return f"is not a whole {COMPRESSIONS.get(suffix, suffix[1:])} file ({reason}); make it again"
 
 
 @contextlib.contextmanager
@@ -179,7 +180,7 @@ def get_texts(rows: Iterable[tuple[str, object]], text_column: str) -> Iterator[
             raise UserError(f"{where} has no field {text_column!r} but {type(row).__name__}; make each row an object "
                             "with such a field")
         has_field |= text_column in row
-        mistake = mistake or f"{where} has no field {text_column!r} but {', '.join(row)}; choose another with " \
+        mistake = mistake or f"{where} has no field {text_column!r} but {list_names(row)}; choose another with " \
                              "--text-column"
         if num_rows == MAX_ROWS_WITHOUT and not has_field:
             break
@@ -243,7 +244,13 @@ def find_column(path: Path, names: list[str], text_column: str) -> int:
         raise UserError(f"{printable(path)} has {names.count(text_column)} columns named {text_column!r}; rename all "
                         "but one")
     raise UserError(f"{printable(path)} has no column {text_column!r}; choose one with --text-column: "
-                    f"{', '.join(names)}")
+                    f"{list_names(names)}")
+
+
+def list_names(names: Iterable[str]) -> str:
+    """Names of fields, which may be anything, for an error."""
+    text = ", ".join(names)
+    return escape(text[:MAX_NAMES_CHARS]) + (" ..." if len(text) > MAX_NAMES_CHARS else "")
 
 
 def holds_text(kind: pa.DataType) -> bool:
@@ -264,12 +271,17 @@ def explain_bytes(path: Path, where: str, part: bytes) -> UserError | LeftOut:
     """
     if path.suffix.lower() == ".parquet":
         return UserError(f"{where} is not UTF-8 text, as parquet's texts must be; make it again")
-    with open_bytes(path) as file:
-        head = file.read(2**16)
+    try:
+        with reading(path), open_bytes(path) as file:
+            head = file.read(2**16)
+    except LeftOut as reason:
+        return reason
     if (encoding := guess_encoding(head, part)) is None:
         return LeftOut("holds binary data, not text; remove it, or convert it")
     command = f"iconv -f {encoding} -t UTF-8"
     seems = f"it seems to be {encoding}, convert it with"
+    if not encoding.startswith("UTF"):    # any bytes pass for these
+        seems = f"it may be {encoding} (else give the encoding's name after -f), convert it with"
     if encoding == "UTF-8":
         command, seems = f"{command} -c", "some of its characters are damaged, drop them with"
     name, new, program = quote(path), quote(f"{path}.utf8"), COMPRESSIONS.get(path.suffix.lower())

@@ -1,10 +1,16 @@
 """nanochat/text_files.py: which files are read, how each format is, and which sentence for which mistake."""
 
+import csv
 import gzip
+import io
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
+from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,8 +19,9 @@ import pytest
 from nanochat import text_files
 from nanochat.account import Account
 from nanochat.common import UserError
+from nanochat.shards import read_manifest
 from nanochat.text_files import LeftOut, find_text_files, iter_lines, quote, read_documents
-from tests.data_helpers import compress_zst
+from tests.data_helpers import compress_zst, make_files
 from tests.helpers import run_forked
 
 NOBODY = 65534
@@ -100,8 +107,8 @@ def test_what_may_not_be_read_is_named():
     def look():
         folder = "/tmp/nanochat_private_test"
         account = Account()
-        return [file.name for file in find_text_files(text_files.Path(folder), account)], account.reasons
-    folder = text_files.Path("/tmp/nanochat_private_test")    # tmp_path itself is closed to others
+        return [file.name for file in find_text_files(Path(folder), account)], account.reasons
+    folder = Path("/tmp/nanochat_private_test")    # tmp_path itself is closed to others
     (folder / "sub").mkdir(parents=True)
     try:
         for name in ("a.txt", "b.txt", "sub/c.txt"):
@@ -265,3 +272,105 @@ def test_names_for_a_shell(tmp_path):
     words = quote(os.fsdecode(path))
     assert words.isascii() and "\n" not in words
     assert subprocess.run(["bash", "-c", f"cat {words}"], capture_output=True, text=True).stdout == "found"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mutated files
+
+NUM_FILES = 500
+FUZZ_TEXTS = [*(f'The river № {idx} was "quiet", señor. 标题\n' * (1 + idx % 5) for idx in range(12)), None, " "]
+FUZZ_ENCODINGS = ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1", "cp1252", "shift_jis", "gb18030", "koi8-r",
+                  "utf-7", "utf-8-sig")
+SUFFIXES = {"text": (".txt", ".md", ".rst", ".text", ".html"), "json": (".json",), "lines": (".jsonl", ".ndjson"),
+            "csv": (".csv",), "parquet": (".parquet",)}
+
+
+def make_contents(rng):
+    """The same rows in every format."""
+    rows = [{"id": idx, "text": text} for idx, text in enumerate(FUZZ_TEXTS)]
+    table, parquet = io.StringIO(newline=""), pa.BufferOutputStream()
+    csv.writer(table).writerows([["id", "text"], *([row["id"], row["text"]] for row in rows)])
+    column = rng.choice([pa.array(FUZZ_TEXTS), pa.array(FUZZ_TEXTS, pa.string_view()),
+                         pa.array(FUZZ_TEXTS).dictionary_encode()])
+    pq.write_table(pa.table({"text": column}), parquet, rng.choice([5, 50]),
+                   compression=rng.choice(["none", "snappy", "gzip", "zstd"]))
+    return {"text": "\n".join(text or "" for text in FUZZ_TEXTS).encode(), "csv": table.getvalue().encode(),
+            "json": json.dumps(rows, ensure_ascii=False).encode(), "parquet": parquet.getvalue().to_pybytes(),
+            "lines": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()}
+
+
+def mutate(rng, data):
+    """Cut, flip, overwrite, drop, insert; or leave as it is."""
+    start, stop = rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)
+    flipped = bytearray(data)
+    for _ in range(rng.choice([1, 1, 3, 30]) if data else 0):
+        flipped[rng.randrange(len(data))] ^= rng.choice([1, 2, 4, 8, 16, 32, 64, 128, 255])
+    return rng.choice([data, data[:start], bytes(flipped), data[:start] + data[stop:],
+                       data[:start] + rng.randbytes(rng.choice([1, 4, 200])) + data[start:]])
+
+
+def make_mutated(rng, idx):
+    """A file's name and content: other encodings, mixed formats, damage before and after the compression."""
+    contents = make_contents(rng)
+    kind = rng.choice(list(contents))
+    data = contents[kind]
+    if kind != "parquet" and rng.random() < 0.3:
+        data = data.decode().encode(rng.choice(FUZZ_ENCODINGS), "replace")
+    if rng.random() < 0.5:
+        data = mutate(rng, data)
+    if rng.random() < 0.15:
+        data += contents[rng.choice(list(contents))]
+    packed = rng.choice(["", "", ".gz", ".zst"])
+    data = {".gz": gzip.compress, ".zst": compress_zst}.get(packed, bytes)(data)
+    if rng.random() < 0.5:
+        data = mutate(rng, data)
+    said = kind if rng.random() < 0.75 else rng.choice(list(contents))
+    return f"{idx:03d}{rng.choice(SUFFIXES[said])}{packed if rng.random() < 0.9 else '.gz'}", data
+
+
+@pytest.fixture
+def alarm():
+    """Restarts a clock of 10 s; when it runs out, the test fails."""
+    def fail(*args):
+        raise TimeoutError("a file took 10 s")
+    before = signal.signal(signal.SIGALRM, fail)
+    yield lambda: signal.alarm(10)
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_mutated_files(tmp_path, monkeypatch, alarm):
+    """Each is read, left out or refused in one sentence; without those refused, the account adds up."""
+    folder, outcomes, expected = tmp_path / "mutated", Counter(), Account()
+    folder.mkdir()
+    for idx in range(NUM_FILES):
+        name, data = make_mutated(random.Random(idx), idx)
+        (folder / name).write_bytes(data)
+        alarm()
+        one = Account()
+        try:
+            num_chars = [len(text) for text in read_all(folder / name, account=one)[0]]
+            outcomes["read" if not one.files["left out"] else "left out"] += 1
+            expected.count("kept", sum(num_chars), len(num_chars))
+            for outcome, number in one.documents.items():
+                expected.count(outcome, one.characters[outcome], number)
+        except LeftOut as reason:
+            outcomes["left out"] += 1
+            assert str(reason).isprintable() and len(str(reason)) < 500
+        except UserError as error:
+            outcomes["refused"] += 1
+            assert str(error).isprintable() and name in str(error) and len(str(error)) < 1500
+            (folder / name).unlink()
+    alarm()
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    manifest = read_manifest(Path(make_files(folder)["folder"]))
+    account, shards = manifest.account, [*manifest.train, manifest.val]
+    assert min(outcomes.values()) > NUM_FILES / 10 and outcomes.total() == NUM_FILES
+    assert account.files == {"read": outcomes["read"], "left out": outcomes["left out"], "skipped": 0}
+    assert sum(account.bytes.values()) == sum(path.stat().st_size for path in folder.iterdir())
+    assert sum(entry["files"] for entry in account.reasons.values()) == outcomes["left out"]
+    assert account.documents["kept"] == sum(shard.rows for shard in shards)
+    assert account.characters["kept"] == sum(shard.chars for shard in shards)
+    for counts, all_counts in ((account.documents, expected.documents), (account.characters, expected.characters)):
+        repeats = counts.pop("exact repeats of others")
+        assert repeats > 0 and counts | {"kept": counts["kept"] + repeats} == all_counts
