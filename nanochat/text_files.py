@@ -115,8 +115,9 @@ def read_text(path: Path, text_column: str) -> Iterator[str]:
 def read_lines(path: Path, text_column: str) -> Iterator[str | None]:
     """The texts of JSON lines."""
     def parse() -> Iterator[tuple[str, object]]:
+        name = printable(path)
         for number, line in number_lines(path):
-            where = f"{printable(path)}:{number}"
+            where = f"{name}:{number}"
             try:
                 text = line.decode("utf-8-sig")
             except UnicodeDecodeError:
@@ -153,12 +154,12 @@ def read_json(path: Path, text_column: str) -> Iterator[str | None]:
 
 def iter_json_values(path: Path, content: str) -> Iterator[tuple[str, object]]:
     """The values of a JSON file, each with its place for an error."""
-    decoder, blanks, number = json.JSONDecoder(), re.compile(r"[ \t\r\n]*"), 0
+    name, decoder, blanks, number = printable(path), json.JSONDecoder(), re.compile(r"[ \t\r\n]*"), 0
     start = blanks.match(content).end()
     is_array = content.startswith("[", start)
     start = blanks.match(content, start + is_array).end()
     while not content.startswith("]", start) if is_array else start < len(content):
-        where = f"{printable(path)}, row {number + 1}"
+        where = f"{name}, row {number + 1}"
         try:
             value, start = decoder.raw_decode(content, start)
         except (ValueError, RecursionError) as error:
@@ -169,7 +170,7 @@ def iter_json_values(path: Path, content: str) -> Iterator[tuple[str, object]]:
         if is_array and content.startswith(",", start):
             start = blanks.match(content, start + 1).end()
     if is_array and content[start + 1:].strip():
-        raise UserError(f"{printable(path)} goes on after its array of {number:,} rows; correct it")
+        raise UserError(f"{name} goes on after its array of {number:,} rows; correct it")
 
 
 def get_texts(rows: Iterable[tuple[str, object]], text_column: str) -> Iterator[str | None]:
@@ -306,9 +307,9 @@ def guess_encoding(head: bytes, part: bytes) -> str | None:
     num_controls = sum(part.count(byte) for byte in range(32) if byte not in b"\t\n\v\f\r\x1b")
     if num_controls > MAX_CONTROL_FRAC * len(part):
         return None
-    text = part.decode("utf-8", "replace")
+    text = (head + part).decode("utf-8", "replace")
     num_bad = text.count("\N{REPLACEMENT CHARACTER}")
-    if sum(char > "\x7f" for char in text) > 2 * num_bad:
+    if sum(char > "\x7f" for char in text) > 2 * num_bad:    # most are whole
         return "UTF-8"
     has_all = not any(part.count(byte) for byte in b"\x81\x8d\x8f\x90\x9d")    # those that CP1252 lacks
     return "CP1252" if has_all else "ISO-8859-1"
@@ -321,6 +322,7 @@ def quote(path: str | os.PathLike) -> str:
     escaped = "".join(chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}"
                       for byte in os.fsencode(path))
     return f"$'{escaped}'"
+
 
 # Which files are read
 
@@ -353,8 +355,8 @@ def find_text_files(root: Path, account: Account) -> list[TextFile]:
     if not root.exists():
         raise UserError(f"--path {printable(root)} isn't there; give the folder that holds your texts")
     files = []
-    for path in sorted(list_files(root, account) if root.is_dir() else [root]):
-        name, num_bytes = printable(path.relative_to(root)) if path != root else printable(path.name), 0
+    for path in sorted(list_files(root, account) if root.is_dir() else [root], key=Path.as_posix):
+        name, num_bytes = printable(path.relative_to(root if path != root else root.parent)), 0
         try:
             found = path.stat()
             num_bytes = found.st_size
@@ -408,7 +410,7 @@ def get_format(path: Path, mode: int) -> str:
 
 
 def read_documents(file: TextFile, text_column: str, account: Account) -> Iterator[str]:
-    """The documents of one file, in bounded memory: pieces of a text, or of rows. Those left out are counted.
+    """The documents of one file: pieces of a text, or of rows. Those left out are counted.
 
     Raises LeftOut where the file is damaged, maybe after some documents, and UserError where a person can mend it.
     """

@@ -1,6 +1,7 @@
 """nanochat/dataset.py: shards on disk, the sources, and the command with its exit codes."""
 
 import gzip
+import hashlib
 import json
 import os
 import signal
@@ -167,13 +168,21 @@ def test_the_account_adds_up(tmp_path, base_dir, capsys):
     assert read_manifest(base_dir / "data" / "mine").account.files["left out"] == 2
 
 
-def test_a_dataset_of_before_is_not_made_again(texts, base_dir):
-    """What was made before accounts were kept has the same settings, if every file was read."""
-    manifest = Path(make_files(texts)["folder"]) / "manifest.json"
+@pytest.mark.parametrize("path", ["", "part1.jsonl"])
+def test_a_dataset_of_before_is_not_made_again(texts, base_dir, path):
+    """Data that was made before accounts were kept is valid, if no file of the folder is left out."""
+    (texts / "part1").mkdir()
+    (texts / "part1" / "a.txt").write_text("more")
+    manifest = Path(make_files(texts / path)["folder"]) / "manifest.json"
     content = json.loads(manifest.read_text())
+    names = ["part0.jsonl", "part1.jsonl", "part1/a.txt", "part2.jsonl"] if not path else ["."]
+    stats = [(texts / path / name).stat() for name in names]
+    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)]
+    assert content["settings"] == {"corpus_version": 1, "seed": 42, "text_column": "text", "path": str(texts / path),
+                                   "files": hashlib.sha256(json.dumps(stats).encode()).hexdigest()}
     del content["account"]
     manifest.write_text(json.dumps(content))
-    stamp, result = manifest.stat().st_ino, make_files(texts)
+    stamp, result = manifest.stat().st_ino, make_files(texts / path)
     assert manifest.stat().st_ino == stamp and load_shards("mine").hash == result["hash"]
 
 
