@@ -84,6 +84,6 @@ class Account:
             total = sum(counts.values())
             left_out = total - counts.get("read", 0) - counts.get("kept", 0)
             if left_out > UNEXPECTED_FRAC * total:
-                warnings.append(f"WARNING: {100 * left_out / total:.0f}% of the {unit} were left out "
+                warnings.append(f"WARNING: {100 * left_out / total:.3g}% of the {unit} were left out "
                                 f"({left_out:,} of {total:,})")
         return warnings

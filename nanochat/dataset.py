@@ -27,8 +27,9 @@ from nanochat import common, corpus, shards
 from nanochat.account import Account, printable
 from nanochat.common import UserError, get_base_dir, print0, timed
 from nanochat.download import CorruptFile, Job, download_all
+from nanochat.file_formats import LeftOut, quote
 from nanochat.shards import Manifest, Shard, load_shards, read_manifest, rebuilt_folder, write_shard, write_shards
-from nanochat.text_files import LeftOut, TextFile, find_text_files, quote, read_documents
+from nanochat.text_files import TextFile, find_text_files, read_documents
 
 # Sources that are built here: python-docs and files
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import UserError, get_base_dir, get_mirror_dir
-from nanochat.text_files import iter_lines
+from nanochat.file_formats import iter_lines
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")  # the first kind that exists is read
 

@@ -158,8 +158,8 @@ def test_the_account_adds_up(tmp_path, base_dir, capsys):
     assert sorted(iter_documents([*shards.train, shards.val])) == ["five", "four", "one", "three", "two"]
     for line in ("read 4 of 7 files (1 .jsonl, 1 .md, 2 .txt)", "left out d.jsonl.zst: is not a whole zstd file",
                  "left out page.html: is markup", "left out data.bin: has none of the formats", "skipped .hidden",
-                 "left out 4 of 9 documents: ", "kept 5 documents of 19 characters", "WARNING: 43% of the files",
-                 "WARNING: 44% of the documents", "WARNING: 27% of the characters"):
+                 "left out 4 of 9 documents: ", "kept 5 documents of 19 characters", "WARNING: 42.9% of the files",
+                 "WARNING: 44.4% of the documents", "WARNING: 26.9% of the characters"):
         assert f"\n{line}" in told, line
     make_files(folder)    # nothing to do, but said again
     assert capsys.readouterr().out.startswith("read 4 of 7 files")

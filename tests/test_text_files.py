@@ -19,19 +19,13 @@ import pytest
 from nanochat import text_files
 from nanochat.account import Account
 from nanochat.common import UserError
+from nanochat.file_formats import LeftOut
 from nanochat.shards import read_manifest
-from nanochat.text_files import LeftOut, find_text_files, iter_lines, quote, read_documents
-from tests.data_helpers import compress_zst, make_files
+from nanochat.text_files import find_text_files
+from tests.data_helpers import compress_zst, make_files, read_texts
 from tests.helpers import run_forked
 
 NOBODY = 65534
-
-
-def read_all(folder, text_column="text", account=None):
-    """The documents of a folder or file in the order of its files, and the account."""
-    account = account or Account()
-    files = find_text_files(folder, account)
-    return [text for file in files for text in read_documents(file, text_column, account)], account
 
 
 def test_reads_all_formats(tmp_path):
@@ -50,13 +44,13 @@ def test_reads_all_formats(tmp_path):
     (tmp_path / "l.rst.zst").write_bytes(compress_zst("fünfzehn".encode()) + compress_zst(b" sechzehn"))
     (tmp_path / "m.csv.zst").write_bytes(compress_zst(b"id\ttext\n1\tsiebzehn\n"))
     (tmp_path / "n.json.gz").write_bytes(gzip.compress(b"[]"))
-    texts, account = read_all(tmp_path)
+    texts, account = read_texts(tmp_path)
     assert texts == ["# 标题\n", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn",
                      "elf, mit\nKomma", "zwölf", "dreizehn", "vierzehn\n", "fünfzehn sechzehn", "siebzehn",
                      "плоский текст"]
     assert account.documents == {"kept": 0, "without text": 3, "blank": 1}
     assert account.files == {"read": 0, "left out": 0, "skipped": 0}
-    assert read_all(tmp_path / "b.MD")[0] == ["# 标题\n"]
+    assert read_texts(tmp_path / "b.MD")[0] == ["# 标题\n"]
 
 
 def test_every_other_file_is_named(tmp_path):
@@ -70,7 +64,7 @@ def test_every_other_file_is_named(tmp_path):
         unix.bind(str(tmp_path / "socket.txt"))
     (tmp_path / "null.txt").symlink_to("/dev/null")
     (tmp_path / "good.txt").write_text("good")
-    texts, account = read_all(tmp_path)
+    texts, account = read_texts(tmp_path)
     assert texts == ["good"] and account.files["left out"] == 12 and account.files["skipped"] == 2
     reasons = {name: reason for reason, entry in account.reasons.items() for name in entry["names"]}
     for name, part in {"page.html": "pandoc", "book.epub": "pandoc", "scan.pdf": "pdftotext", "old.txt.bz2": "unpack",
@@ -127,10 +121,10 @@ def test_what_may_not_be_read_is_named():
 def test_long_text_file_is_cut_whatever_the_block(tmp_path, monkeypatch):
     text = "".join(f"Line {idx} of a long book.\n{'' if idx % 7 else chr(10)}" for idx in range(9_000))
     (tmp_path / "book.txt").write_text(text)
-    whole, _ = read_all(tmp_path / "book.txt")
+    whole, _ = read_texts(tmp_path / "book.txt")
     assert "".join(whole) == text and len(whole) > 3
     monkeypatch.setattr(text_files, "BLOCK_CHARS", 7_001)
-    assert read_all(tmp_path / "book.txt")[0] == whole
+    assert read_texts(tmp_path / "book.txt")[0] == whole
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
@@ -154,7 +148,7 @@ def test_long_text_file_is_cut_whatever_the_block(tmp_path, monkeypatch):
 def test_mistakes_name_the_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        read_all(tmp_path)
+        read_texts(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "content", "reason"), [
@@ -171,56 +165,17 @@ def test_mistakes_name_the_place(tmp_path, name, content, message):
 def test_damaged_files_are_left_out(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(LeftOut, match=reason):
-        read_all(tmp_path)
-
-
-def test_iter_lines_names_the_file(tmp_path):
-    (tmp_path / "a.jsonl.zst").write_bytes(compress_zst(b"one\n\ntwo\n"))
-    assert list(iter_lines(tmp_path / "a.jsonl.zst")) == [(1, b"one\n"), (3, b"two\n")]
-    (tmp_path / "a.jsonl.gz").write_bytes(b"one")
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz is not a whole gzip file"):
-        list(iter_lines(tmp_path / "a.jsonl.gz"))
-    with pytest.raises(UserError, match=r"none can't be read \(No such file"):
-        list(iter_lines(tmp_path / "none"))
-
-
-RUSSIAN = "Река у камня была тиха. " * 40
-ENGLISH = "The river near the stone was quiet. " * 40
-
-
-@pytest.mark.parametrize(("encoding", "text"), [
-    ("latin-1", "café " * 30), ("cp1252", "“quoted” café " * 30), ("utf-16", ENGLISH), ("utf-16-le", ENGLISH),
-    ("utf-16-be", ENGLISH), ("utf-16-le", RUSSIAN), ("utf-16-be", RUSSIAN), ("utf-32-le", ENGLISH),
-    ("utf-32-be", ENGLISH), ("utf-32", ENGLISH)])
-@pytest.mark.parametrize("form", ["a.txt", "it's a.md.gz", "a.rst.zst", "a.csv", "a.jsonl", "a.json.gz"])
-def test_the_advice_on_an_encoding_works_as_printed(tmp_path, encoding, text, form):
-    path = tmp_path / form
-    content = {".csv": f"id,text\n1,{text}\n", ".jsonl": json.dumps({"text": text}, ensure_ascii=False) + "\n",
-               ".json": json.dumps([{"text": text}], ensure_ascii=False)}.get(path.suffixes[0], text)
-    data = content.encode(encoding)
-    path.write_bytes({".gz": gzip.compress, ".zst": compress_zst}.get(path.suffix, bytes)(data))
-    with pytest.raises(UserError, match="not UTF-8 text") as error:
-        read_all(tmp_path)
-    subprocess.run(["sh", "-c", str(error.value).split("with: ")[1]], check=True)
-    assert "".join(read_all(tmp_path)[0]) == text
-
-
-def test_the_advice_on_damaged_characters_keeps_the_others(tmp_path):
-    (tmp_path / "a.txt").write_bytes("тихая река ".encode() * 20 + b"\xd1 " + "у камня".encode())
-    with pytest.raises(UserError, match="some of its characters are damaged") as error:
-        read_all(tmp_path)
-    subprocess.run(["sh", "-c", str(error.value).split("with: ")[1]], check=True)
-    assert read_all(tmp_path)[0] == ["тихая река " * 20 + " у камня"]
+        read_texts(tmp_path)
 
 
 def test_rows_without_the_field(tmp_path):
     rows = [{"id": 0}, {"text": "x"}, {"id": 1}, {"text": None}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    texts, account = read_all(tmp_path)
+    texts, account = read_texts(tmp_path)
     assert texts == ["x"] and account.documents["without text"] == 3
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [{"body": "y"}] * 1000 + rows)))
     with pytest.raises(UserError, match="a.jsonl:1 has no field 'text' but body"):
-        read_all(tmp_path)
+        read_texts(tmp_path)
 
 
 TEXTS = ["one", None, "two", "one"]
@@ -232,7 +187,7 @@ TEXTS = ["one", None, "two", "one"]
     pa.ExtensionArray.from_storage(pa.json_(pa.string()), pa.array(TEXTS))], ids=lambda column: str(column.type))
 def test_parquet_types_of_text(tmp_path, column):
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    texts, account = read_all(tmp_path)
+    texts, account = read_texts(tmp_path)
     assert texts == ["one", "two", "one"] and account.documents["without text"] == 1
 
 
@@ -242,36 +197,26 @@ def test_parquet_columns(tmp_path):
                       "a.b": ["y"], "list": [["z"]]})
     pq.write_table(table, path)
     with pytest.raises(UserError, match=r"no column 'text'; .*--text-column: body, id, raw"):
-        read_all(path)
+        read_texts(path)
     for name, kind in (("id", "int64"), ("raw", "binary"), ("list", "list<")):
         with pytest.raises(UserError, match=f"column '{name}' of .* holds {kind}"):
-            read_all(path, name)
-    assert read_all(path, "body")[0] == ["x"] and read_all(path, "a.b")[0] == ["y"]
-    assert read_all(path, "none")[1].documents["without text"] == 1
+            read_texts(path, name)
+    assert read_texts(path, "body")[0] == ["x"] and read_texts(path, "a.b")[0] == ["y"]
+    assert read_texts(path, "none")[1].documents["without text"] == 1
     invalid = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xe9"], pa.binary()).buffers())
     pq.write_table(pa.table({"text": invalid}), path)
     with pytest.raises(UserError, match="not UTF-8"):
-        read_all(path)
+        read_texts(path)
     pq.write_table(pa.Table.from_arrays([pa.array(["x"]), pa.array([1])], ["text", "text"]), path)
     with pytest.raises(UserError, match="a.parquet has 2 columns named 'text'"):
-        read_all(path)
+        read_texts(path)
     pq.write_table(pa.Table.from_arrays([pa.array(["x"])] + [pa.array([1])] * 2, ["text", "id", "id"]), path)
-    assert read_all(path)[0] == ["x"]
+    assert read_texts(path)[0] == ["x"]
 
 
 def test_no_such_folder(tmp_path):
     with pytest.raises(UserError, match="isn't there"):
         find_text_files(tmp_path / "nowhere", Account())
-
-
-def test_names_for_a_shell(tmp_path):
-    name = b"caf\xe9 it's\n\\new"
-    path = os.path.join(os.fsencode(tmp_path), name)
-    with open(path, "w") as file:
-        file.write("found")
-    words = quote(os.fsdecode(path))
-    assert words.isascii() and "\n" not in words
-    assert subprocess.run(["bash", "-c", f"cat {words}"], capture_output=True, text=True).stdout == "found"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,7 +294,7 @@ def test_mutated_files(tmp_path, monkeypatch, alarm):
         alarm()
         one = Account()
         try:
-            num_chars = [len(text) for text in read_all(folder / name, account=one)[0]]
+            num_chars = [len(text) for text in read_texts(folder / name, account=one)[0]]
             outcomes["read" if not one.files["left out"] else "left out"] += 1
             expected.count("kept", sum(num_chars), len(num_chars))
             for outcome, number in one.documents.items():
