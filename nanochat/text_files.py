@@ -152,8 +152,11 @@ class TextFile:
 
 def find_text_files(root: Path, account: Account) -> list[TextFile]:
     """The files to read below `root`, or that one file, sorted by path; all others are named in the account."""
-    if not root.exists():
-        raise UserError(f"--path {printable(root)} isn't there; give the folder that holds your texts")
+    try:
+        root.stat()
+    except OSError as error:
+        raise UserError(f"--path {printable(root)} can't be read ({error.strerror}); give the folder that holds your "
+                        "texts") from None
     files = []
     for path in sorted(list_files(root, account) if root.is_dir() else [root], key=Path.as_posix):
         name, num_bytes = printable(path.relative_to(root if path != root else root.parent)), 0

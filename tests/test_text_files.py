@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import socket
-import subprocess
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -99,23 +99,24 @@ def test_links_are_followed_but_no_loops(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to become someone else")
 def test_what_may_not_be_read_is_named():
     def look():
-        folder = "/tmp/nanochat_private_test"
         account = Account()
-        return [file.name for file in find_text_files(Path(folder), account)], account.reasons
-    folder = Path("/tmp/nanochat_private_test")    # tmp_path itself is closed to others
-    (folder / "sub").mkdir(parents=True)
-    try:
+        return [file.name for file in find_text_files(folder, account)], account.reasons
+    with tempfile.TemporaryDirectory() as folder:    # tmp_path itself is closed to others
+        folder = Path(folder)
+        folder.chmod(0o755)
+        (folder / "sub").mkdir()
         for name in ("a.txt", "b.txt", "sub/c.txt"):
             (folder / name).write_text(name)
         (folder / "b.txt").chmod(0)
         (folder / "sub").chmod(0)
         names, reasons = run_forked(look, NOBODY)
-    finally:
-        subprocess.run(["rm", "-r", folder], check=True)
+        folder.chmod(0)
+        root = run_forked(look, NOBODY)
     assert names == ["a.txt"]
     assert {name: reason for reason, entry in reasons.items() for name in entry["names"]} == {
         "b.txt": "can't be read (no permission); make it readable",
         "sub/": "can't be read (Permission denied); make it readable"}
+    assert root[0] == [] and "can't be read" in next(iter(root[1]))
 
 
 def test_long_text_file_is_cut_whatever_the_block(tmp_path, monkeypatch):
@@ -215,8 +216,10 @@ def test_parquet_columns(tmp_path):
 
 
 def test_no_such_folder(tmp_path):
-    with pytest.raises(UserError, match="isn't there"):
-        find_text_files(tmp_path / "nowhere", Account())
+    (tmp_path / "self").symlink_to("self")
+    for name, reason in (("nowhere", "No such file"), ("self", "levels of symbolic links")):
+        with pytest.raises(UserError, match=rf"{name} can't be read \(.*{reason}"):
+            find_text_files(tmp_path / name, Account())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
