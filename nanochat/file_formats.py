@@ -173,6 +173,14 @@ def list_names(names: Iterable[str]) -> str:
     return escape(text[:MAX_NAMES_CHARS]) + (" ..." if len(text) > MAX_NAMES_CHARS else "")
 
 
+def holds_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text; one of nulls alone does."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    return any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
+                                             pa.types.is_null))
+
+
 # Other encodings
 
 

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from nanochat.account import Account
 from nanochat.common import UserError, file_lock, get_base_dir, hash_file, print0, sync_folder, write_json
 from nanochat.download import CorruptFile, put_in_place
+from nanochat.file_formats import holds_text, list_names
 
 SOURCES     = ("python-docs", "climbmix", "fineweb-edu", "files")  # what nanochat.dataset can make
 GROUP_ROWS  = 1024         # documents per row group: the unit of packing, of shuffling and of resuming
@@ -149,7 +150,7 @@ def inspect_shard(path: Path) -> tuple[int, int, int]:
         for group_idx in range(file.num_row_groups):
             texts = file.read_row_group(group_idx, columns=["text"], use_threads=False).column(0)
             texts.validate(full=True)
-            num_chars += pc.sum(pc.utf8_length(texts)).as_py() or 0
+            num_chars += pc.sum(pc.utf8_length(texts.cast(pa.large_string()))).as_py() or 0
             if texts.null_count:
                 raise CorruptFile(f"row group {group_idx} has {texts.null_count} rows without text")
         if not num_chars:
@@ -173,8 +174,11 @@ def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
         with reading_parquet():
             source = stack.enter_context(open(path, "rb"))    # arrow itself opens no path that isn't UTF-8
             file = stack.enter_context(pq.ParquetFile(source))
-        if "text" not in file.schema_arrow.names:
-            raise CorruptFile(f"it has no column 'text' among {', '.join(file.schema_arrow.names)}")
+        names = file.schema_arrow.names
+        if names.count("text") != 1:
+            raise CorruptFile(f"it has {names.count('text') or 'no'} columns 'text' among {list_names(names)}")
+        if not holds_text(kind := file.schema_arrow.field("text").type):
+            raise CorruptFile(f"its column 'text' holds {kind}, not text")
         yield file
 
 

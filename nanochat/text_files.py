@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.account import Account, printable
@@ -23,6 +22,7 @@ from nanochat.file_formats import (
     COMPRESSIONS,
     LeftOut,
     describe_error,
+    holds_text,
     iter_json_lines,
     iter_json_values,
     iter_table,
@@ -114,14 +114,6 @@ def find_column(path: Path, names: list[str], text_column: str) -> int:
                         "but one")
     raise UserError(f"{printable(path)} has no column {text_column!r}; choose one with --text-column: "
                     f"{list_names(names)}")
-
-
-def holds_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds text; one of nulls alone does."""
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-    return any(is_kind(kind) for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
-                                             pa.types.is_null))
 
 
 # Which files are read
