@@ -92,34 +92,27 @@ def require_text(path: Path, where: str, text: str) -> str:
 # Lines, values and rows
 
 
-def number_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, plain, .gz or .zst, with their numbers; blank ones are left out."""
+def iter_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file that aren't blank, with their numbers. A line ends with a newline alone."""
     with open_bytes(path) as file:
-        yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-
-
-def iter_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """As number_lines, of a file that must be read: UserError where it can't be."""
-    try:
-        with reading(path):
-            yield from number_lines(path)
-    except LeftOut as reason:
-        raise UserError(f"{printable(path)} {reason}") from None
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig")
+            except UnicodeDecodeError:
+                raise explain_bytes(path, f"{printable(path)}:{number}", line) from None
+            if text.strip():
+                yield number, text
 
 
 def iter_json_lines(path: Path) -> Iterator[tuple[str, object]]:
     """The values of JSON lines, each with its place for an error."""
     name = printable(path)
-    for number, line in number_lines(path):
+    for number, line in iter_lines(path):
         where = f"{name}:{number}"
         try:
-            text = line.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise explain_bytes(path, where, line) from None
-        try:
-            yield where, json.loads(text)
+            yield where, json.loads(line)
         except (ValueError, RecursionError) as error:
-            require_text(path, where, text)
+            require_text(path, where, line)
             raise UserError(f"{where} is not JSON ({error}); correct or remove the line") from None
 
 

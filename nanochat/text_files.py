@@ -1,7 +1,8 @@
 """A person's own files as documents: which files of a folder are read, and how each format is.
 
 .txt .text .md .rst         a document, cut where it is long
-.json .jsonl .ndjson .csv   rows with a field of text; these and the ones above also as .gz or .zst
+.json .jsonl .ndjson        rows with a field of text
+.csv .tsv                   rows with a column of text; these and the ones above also as .gz or .zst
 .parquet                    rows with a column of text
 
 Nothing is left out without a word: the account names every file and counts every row that isn't used.
@@ -119,7 +120,7 @@ def find_column(path: Path, names: list[str], text_column: str) -> int:
 # Which files are read
 
 READERS = {".txt": read_text, ".text": read_text, ".md": read_text, ".rst": read_text, ".json": read_json,
-           ".jsonl": read_lines, ".ndjson": read_lines, ".csv": read_csv, ".parquet": read_parquet}
+           ".jsonl": read_lines, ".ndjson": read_lines, ".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
 # Known by name: why such a file isn't read, and what to do
 OTHER_FORMATS = {
     (".html", ".htm", ".xhtml", ".docx", ".odt", ".epub", ".tex"):

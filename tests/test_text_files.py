@@ -42,7 +42,7 @@ def test_reads_all_formats(tmp_path):
     (tmp_path / "j.csv").write_text("text;id\ndreizehn;1\n")
     (tmp_path / "k.TEXT").write_text("vierzehn\r\n")
     (tmp_path / "l.rst.zst").write_bytes(compress_zst("fünfzehn".encode()) + compress_zst(b" sechzehn"))
-    (tmp_path / "m.csv.zst").write_bytes(compress_zst(b"id\ttext\n1\tsiebzehn\n"))
+    (tmp_path / "m.tsv.zst").write_bytes(compress_zst(b"id\ttext\n1\tsiebzehn\n"))
     (tmp_path / "n.json.gz").write_bytes(gzip.compress(b"[]"))
     texts, account = read_texts(tmp_path)
     assert texts == ["# 标题\n", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn",
