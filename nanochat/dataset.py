@@ -62,7 +62,7 @@ def make_python_docs(folder: Path, seed: int, command: str, verify: bool) -> Non
 def make_from_files(folder: Path, path: Path, text_column: str, seed: int, command: str, verify: bool) -> None:
     """Build shards from a person's files, unless they exist and no file has changed since."""
     account = Account()
-    files = find_text_files(path, account)
+    files = find_text_files(path, account, get_base_dir().resolve())
     stats = [(printable(file.path.relative_to(path)), file.num_bytes, file.modified_ns) for file in files]
     settings = {"corpus_version": CORPUS_VERSION, "seed": seed, "text_column": text_column, "path": printable(path),
                 "files": hashlib.sha256(json.dumps(stats).encode()).hexdigest()}

@@ -143,15 +143,18 @@ class TextFile:
     modified_ns: int
 
 
-def find_text_files(root: Path, account: Account) -> list[TextFile]:
-    """The files to read below `root`, or that one file, sorted by path; all others are named in the account."""
+def find_text_files(root: Path, account: Account, own_folder: Path | None = None) -> list[TextFile]:
+    """The files to read below `root`, or that one file, sorted by path; all others are named in the account.
+
+    own_folder: holds what nanochat makes, and is skipped
+    """
     try:
         root.stat()
     except OSError as error:
         raise UserError(f"--path {printable(root)} can't be read ({error.strerror}); give the folder that holds your "
                         "texts") from None
     files = []
-    for path in sorted(list_files(root, account) if root.is_dir() else [root], key=Path.as_posix):
+    for path in sorted(list_files(root, account, own_folder) if root.is_dir() else [root], key=Path.as_posix):
         name, num_bytes = printable(path.relative_to(root if path != root else root.parent)), 0
         try:
             found = path.stat()
@@ -164,7 +167,7 @@ def find_text_files(root: Path, account: Account) -> list[TextFile]:
     return files
 
 
-def list_files(root: Path, account: Account) -> Iterator[Path]:
+def list_files(root: Path, account: Account, own_folder: Path | None) -> Iterator[Path]:
     """All files below `root`, without hidden ones. Links to folders are followed, each folder once: the real ones come
     first, so that a link to one of them adds nothing."""
     folders, links, seen, parents = [root], [], set(), root.resolve().parents
@@ -172,8 +175,11 @@ def list_files(root: Path, account: Account) -> Iterator[Path]:
         folder = folders.pop() if folders else links.pop()
         name = printable(folder.relative_to(root))
         try:
-            found = folder.stat()
-            if (found.st_dev, found.st_ino) in seen or folder.resolve() in parents:
+            found, target = folder.stat(), folder.resolve()
+            if target == own_folder and folder != root:
+                account.leave_out(name, "holds what nanochat has made", outcome="skipped")
+                continue
+            if (found.st_dev, found.st_ino) in seen or target in parents:
                 account.leave_out(name, "links to a folder that is read already, or to one above", outcome="skipped")
                 continue
             seen.add((found.st_dev, found.st_ino))

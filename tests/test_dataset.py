@@ -115,9 +115,12 @@ def test_too_little_text(tmp_path, base_dir, contents, message):
 def test_two_documents_are_enough(tmp_path, base_dir):
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").write_text("two")
-    main(["--source", "files", "--path", str(tmp_path), "--name", "two"])
-    shards = load_shards("two")
-    assert sorted(iter_documents([*shards.train, shards.val])) == ["one", "two"]
+    for name in ("two", "again"):    # the base folder is among what is read, but for what is made there
+        main(["--source", "files", "--path", str(tmp_path), "--name", name])
+        shards = load_shards(name)
+        assert sorted(iter_documents([*shards.train, shards.val])) == ["one", "two"]
+    assert read_manifest(base_dir / "data" / "again").account.reasons == {
+        "holds what nanochat has made": {"outcome": "skipped", "files": 1, "names": ["base"]}}
 
 
 def make_folder(folder, contents):
