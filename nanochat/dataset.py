@@ -67,7 +67,8 @@ def make_from_files(folder: Path, path: Path, text_column: str, seed: int, comma
     settings = {"corpus_version": CORPUS_VERSION, "seed": seed, "text_column": text_column, "path": printable(path),
                 "files": hashlib.sha256(json.dumps(stats).encode()).hexdigest()}
     if account.files["left out"]:    # another key only where it is needed: data without one stays valid
-        settings["left_out"] = hashlib.sha256(json.dumps(account.reasons).encode()).hexdigest()
+        left_out = [[why, entry] for why, entry in account.reasons.items() if entry["outcome"] == "left out"]
+        settings["left_out"] = hashlib.sha256(json.dumps(left_out).encode()).hexdigest()
     if is_done(folder, settings, verify):
         return
     with timed(f"reading {len(files)} files of {printable(path)}"), rebuilt_folder(folder) as new:

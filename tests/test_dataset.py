@@ -164,6 +164,7 @@ def test_the_account_adds_up(tmp_path, base_dir, capsys):
                  "left out 4 of 9 documents: ", "kept 5 documents of 19 characters", "WARNING: 42.9% of the files",
                  "WARNING: 44.4% of the documents", "WARNING: 26.9% of the characters"):
         assert f"\n{line}" in told, line
+    (folder / ".another").touch()
     make_files(folder)    # nothing to do, but said again
     assert capsys.readouterr().out.startswith("read 4 of 7 files")
     (folder / "page.html").unlink()
