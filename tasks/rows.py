@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import UserError, get_base_dir, get_mirror_dir
-from nanochat.corpus import iter_lines
+from nanochat.file_formats import LeftOut, iter_lines, reading
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")  # the first kind that exists is read
 
@@ -29,13 +29,12 @@ class JsonLines(Sequence):
     def __init__(self, path: Path) -> None:
         self.path, self.lines, self.numbers = path, [], []     # numbers: of the lines in the file
         try:
-            for number, line in iter_lines(path):
-                line = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
-                if line:
-                    self.lines.append(line)
+            with reading(path):
+                for number, line in iter_lines(path):
+                    self.lines.append(line.strip().encode())
                     self.numbers.append(number)
-        except OSError as error:
-            raise UserError(f"{path} can't be read ({error.strerror}); give a .jsonl file") from None
+        except LeftOut as reason:
+            raise UserError(f"{path} {reason}") from None
         if not self.lines:
             raise UserError(f"{path} is empty; it must hold one JSON object per line")
         for index in range(len(self.lines)):
