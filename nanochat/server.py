@@ -35,6 +35,7 @@ from nanochat import engine
 from nanochat import server_api as api
 from nanochat.chat import NoRoom, build_prompt, check_context
 from nanochat.common import now
+from nanochat.conversations import split_turns
 from nanochat.server_engines import Answer, EngineError, EnginePool
 
 PAGE_PATH = Path(__file__).with_name("ui.html")
@@ -100,10 +101,12 @@ class Service:
         param = "messages" if isinstance(body, api.ChatRequest) else "prompt"
         try:
             if isinstance(body, api.ChatRequest):
-                tokens, num_turns = build_prompt(self.tokenizer, *api.split_turns(body.messages),
-                                                 settings.context_tokens, max_tokens, settings.stage == "base")
+                system, turns = split_turns(body.messages)
+                tokens, num_turns = build_prompt(self.tokenizer, system, turns, settings.context_tokens, max_tokens,
+                                                 settings.stage == "base")
+                num_dropped = sum(turn.num_messages for turn in turns[:num_turns])
             else:
-                tokens, num_turns = body.prompt, 0
+                tokens, num_dropped = body.prompt, 0
                 if isinstance(tokens, str):
                     tokens = self.tokenizer.encode(tokens, prepend=self.tokenizer.get_bos_token_id())
                 check_context(tokens, settings.context_tokens)
@@ -118,7 +121,7 @@ class Service:
             settings.top_k if body.top_k is None else body.top_k,
             body.top_p, seed, sample, tuple(body.stop or ()), body.get_num_logprobs()) for sample in range(body.n or 1)]
         answer = http.state.record["answer"] = self.pool.submit(requests, settings.request_timeout_sec)
-        return answer, 2 * num_turns
+        return answer, num_dropped
 
     async def _stream(self, http: Request, answer: Answer, choices: dict[int, api.Choice],
                       format_: api.ChatFormat) -> AsyncIterator[str]:

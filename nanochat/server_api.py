@@ -6,22 +6,23 @@ Extensions: `top_k`, and the model's tool calls (of its calculator), which the p
     delta of a stream    {"tool": {"type": "call", "text": "34*27"}}, then {"tool": {"type": "output", "text": "918"}}
     a whole message      "parts": [{"type": "text" | "python" | "python_output", "text": ...}], where there are calls
 
-An assistant message of a request may have such parts as its content, so that the model sees its calls again. Only the
-limit of the conversation bounds its length, so that every answer can be sent back.
+An assistant message of a request may have such parts, as its content or beside it, so that the model sees its calls
+again. Only the limit of the conversation bounds its length, so that every answer can be sent back.
 """
 
 import json
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from starlette.exceptions import HTTPException
 
-from nanochat.chat import Turn, extend_parts
+from nanochat.chat import extend_parts
+from nanochat.conversations import ConversationError, get_text, parse_messages
 from nanochat.engine import ChatTokens, Event, Usage
 from nanochat.server_engines import EngineError
 
@@ -80,8 +81,7 @@ def convert_error(error: Exception) -> ApiError:
 
 
 # Fields whose types are unions, where pydantic would name just one branch
-UNION_HINTS = {"content": "must be a string or a list of text parts; an assistant message may have python parts, too",
-               "prompt": "must be one string or one list of token ids; send each prompt in a request of its own"}
+UNION_HINTS = {"prompt": "must be one string or one list of token ids; send each prompt in a request of its own"}
 
 
 def describe_validation(errors: list[dict]) -> ApiError:
@@ -105,76 +105,30 @@ class ErrorResponse(BaseModel):
     error: dict[str, str | None]
 
 
-class Part(BaseModel, strict=True):
-    """A piece of a message; python and python_output are an assistant's tool call and its output."""
-    type: Literal["text", "python", "python_output"]
-    text: str
-
-
-class Message(BaseModel, strict=True):
-    role:    Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str | list[Part], Field(description=(
-        f"At most {MAX_MESSAGE_CHARS} characters; an assistant's message only counts toward the "
-        f"{MAX_CONVERSATION_CHARS} of the conversation."))]
-
-    @model_validator(mode="after")
-    def check_content(self):
-        text = self.get_text()
-        if len(text) > MAX_MESSAGE_CHARS and self.role != "assistant":
-            raise ValueError(f"has {len(text)} characters, {MAX_MESSAGE_CHARS} are the most, except in an assistant "
-                             "message")
-        if self.role == "user" and not text:
-            raise ValueError("is empty")
-        if self.role != "assistant" and any(part.type != "text" for part in self.get_parts()):
-            raise ValueError("has a python part; only an assistant message may have one")
-        return self
-
-    def get_parts(self) -> list[Part]:
-        return [Part(type="text", text=self.content)] if isinstance(self.content, str) else self.content
-
-    def get_text(self) -> str:
-        return "".join(part.text for part in self.get_parts())
-
-
-def check_length(messages: list[Message]) -> list[Message]:
-    num_chars = sum(len(message.get_text()) for message in messages)
-    if num_chars > MAX_CONVERSATION_CHARS:
-        raise ValueError(f"has {num_chars} characters, {MAX_CONVERSATION_CHARS} are the most; leave out the oldest")
+def check_messages(messages: list) -> list[dict]:
+    """The conversation in normal form; the place of a fault is the error's param."""
+    try:
+        messages = parse_messages(messages)
+        for index, message in enumerate(messages):
+            num_chars = len(get_text(message))
+            if num_chars > MAX_MESSAGE_CHARS and message["role"] != "assistant":
+                raise ConversationError(f"has {num_chars} characters, {MAX_MESSAGE_CHARS} are the most, except in an "
+                                        "assistant message", index)
+        num_chars = sum(len(get_text(message)) for message in messages)
+        if num_chars > MAX_CONVERSATION_CHARS:
+            raise ConversationError(f"has {num_chars} characters, {MAX_CONVERSATION_CHARS} are the most; leave out the "
+                                    "oldest")
+    except ConversationError as error:
+        param = "messages" + (f"[{error.index}]" if error.index is not None else "")
+        param += f".{error.field}" if error.field else ""
+        raise ApiError(400, f"{param}: {error.reason}", param=param) from None
     return messages
 
 
-Messages = Annotated[list[Message], AfterValidator(check_length), Field(
-    min_length=1, max_length=500, description=f"At most {MAX_CONVERSATION_CHARS} characters, all together.")]
-
-
-def split_turns(messages: list[Message]) -> tuple[str, list[Turn]]:
-    """(system message or "", turns of a question and its answer each, the last one without an answer).
-
-    Consecutive messages of one role are joined; any other break of the alternation is refused.
-    """
-    system: list[str] = []
-    merged: list[tuple[str, list[dict]]] = []
-    for i, message in enumerate(messages):
-        parts = [part.model_dump() for part in message.get_parts()]
-        if message.role in ("system", "developer"):
-            if merged:
-                raise ApiError(400, f"messages[{i}]: a {message.role} message must come before all others",
-                               param=f"messages[{i}].role")
-            system.append(message.get_text())
-        elif merged and merged[-1][0] == message.role:
-            merged[-1][1].extend([{"type": "text", "text": "\n\n"}, *parts])
-        else:
-            merged.append((message.role, parts))
-    if not merged:
-        raise ApiError(400, "messages has no user message", param="messages")
-    for (role, _), place in ((merged[0], "first"), (merged[-1], "last")):
-        if role != "user":
-            raise ApiError(400, f"messages: the {place} message, system messages aside, must be a user message",
-                           param="messages")
-    answers = [*(parts for _, parts in merged[1::2]), []]
-    return "\n\n".join(filter(None, system)), [
-        Turn("".join(part["text"] for part in parts), answer)
-        for (_, parts), answer in zip(merged[::2], answers, strict=True)]
+Messages = Annotated[list, AfterValidator(check_messages), Field(min_length=1, max_length=500, description=(
+    "OpenAI's messages, of the roles system, developer, user, assistant and tool in any order; content is a string or "
+    f"a list of text parts. At most {MAX_CONVERSATION_CHARS} characters all together, and {MAX_MESSAGE_CHARS} in each "
+    "but the assistant's."))]
 
 
 class StreamOptions(BaseModel, strict=True):

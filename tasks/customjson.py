@@ -7,7 +7,7 @@
 from pathlib import Path
 
 from nanochat.common import UserError
-from nanochat.tokenizer import check_messages
+from nanochat.conversations import parse_messages
 from tasks.common import Task
 from tasks.rows import JsonLines
 
@@ -30,14 +30,4 @@ class CustomJSON(Task):
 
 def parse_conversation(row: object) -> dict:
     """The conversation of one row; ValueError with the reason where the format is broken."""
-    conversation = {"messages": row["messages"] if isinstance(row, dict) and "messages" in row else row}
-    check_messages(conversation)
-    for i, message in enumerate(conversation["messages"]):
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for part in parts:
-            part["text"].encode()   # a lone surrogate can stand in JSON, but it is no text
-        # an output may be empty: some calls print nothing
-        if not parts or any(not part["text"].strip() for part in parts if part["type"] != "python_output"):
-            raise ValueError(f"the content of message {i} ({message['role']}) is empty")
-    return conversation
+    return {"messages": parse_messages(row["messages"] if isinstance(row, dict) and "messages" in row else row)}

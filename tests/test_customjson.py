@@ -24,17 +24,11 @@ def test_custom_json(tmp_path):
 
 
 @pytest.mark.parametrize(("row", "message"), [
-    ([TALK[1]], "has role 'assistant' where 'user' is due"),
-    ([*TALK, TALK[1]], "message 2, system aside, has role 'assistant' where 'user' is due"),
     ([{"role": "robot", "content": "x"}], "has role 'robot'"),
-    ([TALK[0], {"role": "assistant", "content": " \n"}], r"message 1 \(assistant\) is empty"),
     ([{"role": "user", "content": ""}, TALK[1]], r"message 0 \(user\) is empty"),
-    ([TALK[0], {"role": "assistant", "content": []}], r"message 1 \(assistant\) is empty"),
-    ([TALK[0], {"role": "assistant", "content": [{"type": "python", "text": ""}]}], "is empty"),
-    ([TALK[0], {"role": "assistant", "content": [{"type": "image", "text": "x"}]}], "none of the types"),
+    ([TALK[0], {"role": "assistant", "content": [{"type": "image", "text": "x"}]}], "of type 'image'"),
     ([{"role": "user"}], "message 0 is not"),
-    ([{"role": "user", "content": 5}], "is not text"),
-    ([{"role": "user", "content": "\ud800"}], "surrogates"),
+    ([{"role": "user", "content": 5}], "not text"),
     ({"text": "x"}, "a conversation is"), ({"messages": []}, "at least one"), ([], "at least one"), (5, "at least one"),
 ])
 def test_custom_json_names_line_and_reason(tmp_path, row, message):

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from nanochat.chat import build_prompt
+from nanochat.conversations import parse_messages, split_turns
 from nanochat.engine import Engine, Request
-from nanochat.server_api import ApiError, Message, split_turns
 from tests.helpers import BYTE_TOKENIZER, make_model
 from tests.server_helpers import CHAT, CONFIG, LEGACY, QUESTION, TEXT, ScriptedEngine, read_stream, serving
 
@@ -141,7 +141,7 @@ def test_oldest_turns_are_dropped(client):
 
 def test_messages_become_turns():
     def render(*turns, is_base=False):
-        messages = [Message(role=role, content=content) for role, content in turns]
+        messages = parse_messages([{"role": role, "content": content} for role, content in turns])
         tokens, num_dropped = build_prompt(BYTE_TOKENIZER, *split_turns(messages), 256, 16, is_base)
         assert num_dropped == 0
         return BYTE_TOKENIZER.decode(tokens)
@@ -149,10 +149,6 @@ def test_messages_become_turns():
         "<|bos|><|user_start|>A\n\nB\n\nc\n\nd<|user_end|><|assistant_start|>")
     assert render(("user", "a"), ("assistant", "b"), ("user", "c"), is_base=True) == "<|bos|>a\n\nb\n\nc"
     assert render(("system", "A"), ("user", "b"), is_base=True) == "<|bos|>A\n\nb"
-    for turns in ([("system", "A")], [("assistant", "b"), ("user", "c")], [("user", "a"), ("assistant", "b")],
-                  [("user", "a"), ("system", "B"), ("user", "c")]):
-        with pytest.raises(ApiError):
-            render(*turns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,7 +156,8 @@ def test_messages_become_turns():
 
 BAD_FIELDS = [
     ("messages", []), ("messages", None), ("messages", "Hi"), ("messages", [{"role": "user"}]),
-    ("messages[0].role", [{"role": "tool", "content": "x"}]), ("messages[0].content", [{"role": "user", "content": 5}]),
+    ("messages[0].role", [{"role": "robot", "content": "x"}]),
+    ("messages[0].content", [{"role": "user", "content": 5}]),
     ("messages[0].content", [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
     ("messages[0]", [{"role": "user", "content": ""}]), ("messages[0]", [{"role": "user", "content": "x" * 8001}]),
     ("messages", [{"role": "user", "content": "x" * 8000}] * 5), ("messages", QUESTION * 501),
@@ -198,8 +195,7 @@ def test_whatever_a_model_wrote_can_be_sent_back(client):
     error = client.post(CHAT, json={"messages": [*history[:2], *history]}).json()["error"]
     assert error["param"] == "messages" and "32000 are the most" in error["message"]
     schemas = client.get("/openapi.json").json()["components"]["schemas"]
-    assert "At most 8000 characters; an assistant's" in schemas["Message"]["properties"]["content"]["description"]
-    assert "At most 32000" in schemas["ChatRequest"]["properties"]["messages"]["description"]
+    assert "At most 32000 characters" in schemas["ChatRequest"]["properties"]["messages"]["description"]
 
 
 def test_harmless_fields_are_ignored(client):

@@ -1,0 +1,199 @@
+"""The one definition of a conversation: training, the terminal, the server and export all take the same ones.
+
+A conversation comes as OpenAI's messages. Its normal form has one message for each of them, in their order:
+
+    {"role": "system" | "user", "content": text}
+    {"role": "assistant", "content": text, or parts {"type": a key of PARTS, "text": text}}
+    "weight": 0 in an assistant message that is read, but not learned
+
+Any order of the roles is one. A developer is a system; a call of a tool and the tool's output are parts of the
+assistant's, as in the format of training. What system and user say in a row is one question, its texts joined by blank
+lines, and what the assistant says in a row is one answer: `split_turns` is the only place that knows.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from nanochat.common import UserError
+
+# The parts of an assistant's message: the name in their special tokens, and whether they are learned
+PARTS = {"text": (None, 1), "python": ("python", 1), "python_output": ("output", 0)}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+         "function": "tool"}   # "function" is OpenAI's older name of a tool
+CALCULATORS = ("python", "calculator")   # tools whose call is its one argument, an expression: nanochat's own
+READ_FIELDS = {"assistant": {"role", "content", "parts", "refusal", "tool_calls", "function_call", "weight"},
+               "tool": {"role", "content", "name", "tool_call_id"}}   # the fields that are read, by role
+SEPARATOR = "\n\n"      # between the texts of one turn
+
+
+class ConversationError(UserError, ValueError):
+    """What is wrong with a conversation, and where in its list of messages.
+
+    index: of the message; None: the list itself is wrong
+    field: of the message; "": the message itself is wrong
+    """
+
+    def __init__(self, reason: str, index: int | None = None, field: str = "") -> None:
+        super().__init__(reason if index is None else f"message {index} {reason}")
+        self.reason, self.index, self.field = reason, index, field
+
+
+@dataclass
+class Turn:
+    """What is said to the assistant, and its answer."""
+    question:     str                                        # "": the assistant begins the conversation
+    answers:      list[dict] = field(default_factory=list)   # messages of the assistant; none: there is no answer yet
+    tokens:       list[int] | None = None                    # the answer as the model wrote it, without its end token
+    num_messages: int = 1                                    # that the turn is made of, without a leading system's
+
+
+def parse_conversation(conversation: object) -> list[dict]:
+    """The messages of {"messages": [...]} in normal form."""
+    return parse_messages(conversation.get("messages") if isinstance(conversation, dict) else None)
+
+
+def parse_messages(messages: object) -> list[dict]:
+    """The normal form of a list of messages, which is its own normal form; ConversationError for what is none."""
+    if not isinstance(messages, list) or not messages:
+        raise ConversationError('a conversation is {"messages": [...]} with at least one message')
+    return [parse_message(message, index) for index, message in enumerate(messages)]
+
+
+def parse_message(message: object, index: int) -> dict:
+    """The normal form of message `index`. A field that is null counts as absent, as tables need it."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ConversationError('is not {"role": ..., "content": ...}', index)
+    role = ROLES.get(message["role"])
+    if role is None:
+        raise ConversationError(f"has role {message['role']!r:.100}; the roles are system, developer, user, assistant "
+                                "and tool", index, "role")
+    if role == "tool":
+        output = {"type": "python_output", "text": read_text(message, index)}
+        return {"role": "assistant", "content": [output], "weight": 0}
+    if role == "assistant":
+        return read_answer(message, index)
+    text = read_text(message, index)
+    if not text and role == "user":
+        raise ConversationError("(user) is empty; a user message needs a text", index, "content")
+    return {"role": role, "content": text}
+
+
+def read_answer(message: dict, index: int) -> dict:
+    """The normal form of an assistant message. An answer without any text is read, but nothing is learned from it."""
+    calls = read_calls(message, index)
+    if not calls and not message.keys() & {"content", "parts"}:
+        raise ConversationError('is not {"role": ..., "content": ...}', index)
+    # An answer of nanochat's server, sent back as it is, holds its calls in "parts" alone
+    content = message.get("parts") or message.get("content") or message.get("refusal") or ""
+    if isinstance(content, str):
+        content = clean_text(content)
+    else:
+        content = [read_part(part, index, PARTS) for part in check_list(content, index, "content")]
+    if calls:
+        content = get_parts({"content": content}) * bool(content) + calls
+    weight = message.get("weight")
+    if weight not in (None, 0, 1):
+        raise ConversationError(f"has weight {weight!r:.100}; it is 1, or 0 where the answer is not to be learned",
+                                index, "weight")
+    answer = {"role": "assistant", "content": content}
+    return answer | ({"weight": 0} if weight == 0 or not get_text(answer).strip() else {})
+
+
+def read_calls(message: dict, index: int) -> list[dict]:
+    """The calls of OpenAI's `tool_calls`, and of its older `function_call`, as python parts."""
+    calls = list(check_list(message.get("tool_calls") or [], index, "tool_calls"))
+    if message.get("function_call"):
+        calls.append({"function": message["function_call"]})
+    parts = []
+    for call in calls:
+        match call:
+            case {"function": {"name": str(name), "arguments": str() | dict() as arguments}}:
+                parts.append({"type": "python", "text": clean_text(spell_call(name, arguments))})
+            case _:
+                raise ConversationError('has a tool call that is not {"function": {"name": ..., "arguments": ...}}',
+                                        index, "tool_calls")
+    return parts
+
+
+def spell_call(name: str, arguments: str | dict) -> str:
+    """A call of a tool as the text of a python part: NAME(ARGUMENTS), or the bare expression for the calculator."""
+    if name in CALCULATORS:
+        try:
+            values = list((json.loads(arguments) if isinstance(arguments, str) else arguments).values())
+        except (ValueError, AttributeError, RecursionError):
+            values = []
+        if len(values) == 1 and isinstance(values[0], str):
+            return values[0]
+    return f"{name}({arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)})"
+
+
+def read_text(message: dict, index: int) -> str:
+    """The content of a message that holds text alone: a string, a list of text parts, or null."""
+    if "content" not in message:
+        raise ConversationError('is not {"role": ..., "content": ...}', index)
+    content = message["content"] or ""
+    if not isinstance(content, str):
+        content = "".join(read_part(part, index, ("text",))["text"] for part in check_list(content, index, "content"))
+    return clean_text(content)
+
+
+def read_part(part: object, index: int, types: Sequence[str]) -> dict:
+    """The normal form of a part of a content: its type and its text."""
+    if isinstance(part, dict) and part.get("type") == "refusal" and "text" in types:
+        part = {"type": "text", "text": part.get("refusal")}
+    if not isinstance(part, dict) or part.get("type") not in list(types):
+        kind = f" of type {part.get('type')!r:.100}" if isinstance(part, dict) else ""
+        raise ConversationError(f"has a part{kind} in its content; it may have parts of the types {', '.join(types)}",
+                                index, "content")
+    if not isinstance(part.get("text"), str):
+        raise ConversationError(f"has a {part['type']} part that holds no text", index, "content")
+    return {"type": part["type"], "text": clean_text(part["text"])}
+
+
+def check_list(value: object, index: int, name: str) -> list:
+    """`value`, where it is a list."""
+    if not isinstance(value, list):
+        raise ConversationError(f"has a {name} that is {type(value).__name__}, not text or a list", index, name)
+    return value
+
+
+def clean_text(text: str) -> str:
+    """`text` with U+FFFD for each half of a surrogate pair, which JSON may hold and UTF-8 can't."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def split_turns(messages: Sequence[dict]) -> tuple[str, list[Turn]]:
+    """(the text of the leading system messages or "", the turns, at least one) of a conversation in normal form.
+
+    The system message stands apart since it stays where the oldest turns are dropped; it is part of the first question.
+    """
+    num_leading = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    turns = []
+    for message in messages[num_leading:]:
+        if message["role"] == "assistant":
+            turns = turns or [Turn("", num_messages=0)]
+            turns[-1].answers.append(message)
+            turns[-1].num_messages += 1
+        elif turns and not (turns[-1].answers and message["content"]):
+            turns[-1].question = join_texts([turns[-1].question, message["content"]])
+            turns[-1].num_messages += 1
+        else:
+            turns.append(Turn(message["content"]))
+    return join_texts(message["content"] for message in messages[:num_leading]), turns or [Turn("", num_messages=0)]
+
+
+def join_texts(texts) -> str:
+    """Texts as paragraphs; those without a character are no paragraphs."""
+    return SEPARATOR.join(filter(None, texts))
+
+
+def get_parts(message: dict) -> list[dict]:
+    """The content of a message in normal form as a list of parts."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def get_text(message: dict) -> str:
+    """The text of all parts of a message in normal form."""
+    return "".join(part["text"] for part in get_parts(message))
