@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from nanochat.common import UserError, write_atomic
-from nanochat.conversations import Turn, get_parts, get_text, join_texts, parse_conversation, split_turns
+from nanochat.conversations import Turn, get_parts, get_text, join_texts, read_row, split_turns
 from nanochat.engine import ChatTokens, Engine, Event, Request
 
 ANSWER_SHARE = 4  # 1 / this of the context is reserved for the answer, at most; assumption, not studied
@@ -137,7 +137,7 @@ class ChatSession:
     def load(self, path: Path) -> None:
         """Continue a saved conversation."""
         try:
-            messages = parse_conversation(json.loads(path.read_text(encoding="utf-8")))
+            messages = read_row(json.loads(path.read_text(encoding="utf-8-sig"))).messages
         except OSError as error:
             raise UserError(f"{path} can't be read ({error.strerror}); name a saved file") from None
         except (ValueError, RecursionError) as error:

@@ -93,7 +93,7 @@ def run_chat_stage(stage: ChatStage, settings: ChatSettings, flags: StageFlags, 
     else:
         info = read_info(run_dir)
     write_report(stage.section, stage.title, run_dir, info, metrics={"chat bpb": info["results"].get("val_bpb")},
-                 values={"conversations": info["results"]["num_conversations"]})
+                 values={"conversations": info["results"]["num_conversations"], **describe_files(info["data"])})
     return {"run_dir": str(run_dir), **info["results"]}
 
 
@@ -141,6 +141,8 @@ def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run
     saved, tokenizer = find_saved(stage.name, run_dir, flags.resume), load_run_tokenizer(source.meta)
     config, before = GPTConfig(**source.meta["model_config"]), source.meta["identity"]
     T = config.sequence_len
+    for account in mixture.accounts:
+        print0("\n".join(account.describe()))
     groups = ConversationGroups(mixture.name, mixture.train, tokenizer, T, keep_whole=stage.keep_whole)
     is_counted = saved and saved.meta["identity"]["conversations"] == groups.identity
     epoch = Epoch.from_json(saved.meta["epoch"]) if is_counted else count_epoch(groups, ranks, device)
@@ -150,9 +152,15 @@ def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run
     return groups, epoch, Recipe(
         stage.name, run_dir, flags, saved, source, tokenizer, source.meta["tokenizer"]["name"], config, plan, T,
         rows_per_step=count_rows(plan.batch_tokens, T, ranks.world_size), lrs={name: before[name] for name in LR_NAMES},
-        data={"name": mixture.name, "hash": groups.identity["data"], "tasks": mixture.parts},
+        data={"name": mixture.name, "hash": groups.identity["data"], "tasks": mixture.parts,
+              **({"files": [account.to_json() for account in mixture.accounts]} if mixture.accounts else {})},
         identity={"source": source.describe(), "tasks": mixture.parts, "conversations": groups.identity},
         notes={"epoch": epoch.to_json()})
+
+
+def describe_files(data: dict) -> dict[str, str]:
+    """For the report card: how much was kept of each file of a person's own."""
+    return {f"rows kept of {file['file']}": f"{file['kept']:,} of {file['rows']:,}" for file in data.get("files", ())}
 
 
 def describe_changes(setup: Setup, settings: ChatSettings) -> None:

@@ -23,7 +23,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
          "function": "tool"}   # "function" is OpenAI's older name of a tool
 CALCULATORS = ("python", "calculator")   # tools whose call is its one argument, an expression: nanochat's own
 READ_FIELDS = {"assistant": {"role", "content", "parts", "refusal", "tool_calls", "function_call", "weight"},
-               "tool": {"role", "content", "name", "tool_call_id"}}   # the fields that are read, by role
+               "tool": {"role", "content", "name", "tool_call_id"}}   # by role; of others role and content
 SEPARATOR = "\n\n"      # between the texts of one turn
 
 
@@ -197,3 +197,107 @@ def get_parts(message: dict) -> list[dict]:
 def get_text(message: dict) -> str:
     """The text of all parts of a message in normal form."""
     return "".join(part["text"] for part in get_parts(message))
+
+
+def is_output(message: dict) -> bool:
+    """Whether a message in normal form is what a tool answered, which is never learned."""
+    return [part["type"] for part in get_parts(message)] == ["python_output"]
+
+
+# Rows of files
+
+OPENAI = "OpenAI's messages"
+# The speakers of ShareGPT's turns, {"from": ..., "value": ...}; others are taken as roles
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+                  "bing": "assistant", "bard": "assistant", "observation": "tool"}
+# Name of a form -> the fields of its question, the first of them required, and that of its answer
+PAIRS = {"alpaca": (("instruction", "input"), "output"), "dolly": (("instruction", "context"), "response"),
+         "prompt and completion": (("prompt",), "completion")}
+# Forms of which no answer is to be learned as it is: their fields, and what they are
+OTHER_FORMS = {("chosen", "rejected"): "pairs of a better and a worse answer",
+               ("preferred_output", "non_preferred_output"): "pairs of a better and a worse answer",
+               ("prompt", "completion", "label"): "answers with a rating (KTO)"}
+TAKEN_FORMS = ('{"messages": [{"role": ..., "content": ...}]}, ShareGPT\'s "conversations", alpaca\'s "instruction" '
+               'and "output", or "prompt" and "completion"')
+
+
+@dataclass(frozen=True)
+class Row:
+    """A conversation of a file."""
+    form:     str           # OPENAI, or the form that it was converted from
+    messages: list[dict]    # in normal form
+    unused:   set[str]      # fields with a value that is not read
+
+
+def read_row(row: object) -> Row:
+    """A row of a file, whose form shows in its fields; ConversationError for what is no conversation.
+
+    A field that is null counts as absent. Conversations may be text that is JSON, as in tables.
+    """
+    if isinstance(row, list):
+        row = {"messages": row}
+    if not isinstance(row, dict):
+        raise ConversationError(f"a row that is {type(row).__name__} is no conversation; give {TAKEN_FORMS}")
+    fields = {key: value for key, value in row.items() if value is not None}
+    form, messages, used = convert_fields(fields)
+    if isinstance(fields.get("system"), str) and isinstance(messages, list):
+        messages, used = [{"role": "system", "content": fields["system"]}, *messages], used | {"system"}
+    normal, unused = parse_messages(messages), {str(key) for key in fields if key not in used and fields[key] != ""}
+    for message in messages:
+        role = ROLES[message["role"]]
+        extra = message.keys() - READ_FIELDS.get(role, {"role", "content"})
+        unused |= {f"{key} of {role} messages" for key in extra if message[key] not in (None, "", [], {})}
+    return Row(form, normal, unused)
+
+
+def convert_fields(fields: dict) -> tuple[str, object, set[str]]:
+    """(form, messages as OpenAI has them, the fields that they come from) of a row."""
+    if fields.get("messages", "") != "":    # a table's empty cell
+        return OPENAI, parse_json(fields["messages"]), {"messages"}
+    for keys, what in OTHER_FORMS.items():
+        if fields.keys() >= set(keys) and isinstance(fields.get("label", True), bool):
+            raise ConversationError(f"a row of {what} ({', '.join(keys)}) can't be learned from; give {TAKEN_FORMS}")
+    for key in ("conversations", "conversation"):
+        turns = parse_json(fields.get(key))
+        if isinstance(turns, list):
+            is_sharegpt = any(isinstance(turn, dict) and "from" in turn for turn in turns)
+            return "ShareGPT" if is_sharegpt else OPENAI, list(map(convert_turn, turns)), {key}
+    for form, (questions, answer) in PAIRS.items():
+        if fields.keys() >= {questions[0], answer}:
+            return form, convert_pair(fields, questions, answer), {*questions, answer, "history"}
+    if "text" in fields:
+        raise ConversationError("a row of text is no conversation; pretrain on it (python -m nanochat.dataset --source "
+                                f"files), or give {TAKEN_FORMS}")
+    names = ", ".join(map(str, fields)) or "nothing"
+    raise ConversationError(f"a row of {names[:200]} is no form of a conversation that is known; give {TAKEN_FORMS}")
+
+
+def convert_turn(turn: object) -> object:
+    """A turn of ShareGPT as OpenAI's message; anything else stays as it is."""
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    role, value = turn["from"], turn.get("value")
+    if role == "function_call":
+        return others | {"role": "assistant", "content": None, "tool_calls": [{"function": parse_json(value)}]}
+    return others | {"role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": value}
+
+
+def convert_pair(fields: dict, questions: Sequence[str], answer: str) -> list:
+    """A question and its answer, after the earlier ones of a history; both may be lists of messages."""
+    messages, question = [], fields[questions[0]]
+    for pair in check_list(parse_json(fields.get("history")) or [], 0, "history"):
+        earlier = check_list(pair, 0, "history")
+        messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(earlier)]
+    if not isinstance(question, list):
+        question = [{"role": "user", "content": join_texts(str(fields.get(key, "")) for key in questions)}]
+    reply = fields[answer]
+    return [*messages, *question, *(reply if isinstance(reply, list) else [{"role": "assistant", "content": reply}])]
+
+
+def parse_json(value: object) -> object:
+    """The value of a text that is JSON, as a column of a table may hold it; anything else stays as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
