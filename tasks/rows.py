@@ -125,11 +125,11 @@ def decode(content: bytes) -> str:
 
 def iter_values(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """The elements of an array, or values one after the other; an array of messages is one conversation."""
-    content, decoder, rows, start = decode(file.read()).strip(), json.JSONDecoder(), [], 0
+    content, decoder, blanks, rows, start = decode(file.read()).strip(), json.JSONDecoder(), re.compile(r"\s*"), [], 0
     while start < len(content):
         row, end = decoder.raw_decode(content, start)
         rows.append(row)
-        start = len(content) - len(content[end:].lstrip())
+        start = blanks.match(content, end).end()
     if len(rows) == 1 and isinstance(rows[0], list) and not any(isinstance(row, dict) and "role" in row
                                                                 for row in rows[0]):
         rows = rows[0]

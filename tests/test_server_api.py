@@ -151,6 +151,37 @@ def test_messages_become_turns():
     assert render(("system", "A"), ("user", "b"), is_base=True) == "<|bos|>A\n\nb"
 
 
+CALL = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
+
+
+@pytest.mark.parametrize("path", [CHAT, LEGACY])
+@pytest.mark.parametrize("messages", [
+    [{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]}],
+    [{"role": "user", "content": "a"}, {"role": "developer", "content": "b"}], [{"role": "system", "content": "a"}],
+    [{"role": "assistant", "content": "Hi!"}, {"role": "user", "content": "a", "name": "Eve"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "refusal": None, "weight": 0},
+     {"role": "system", "content": "b"}, {"role": "user", "content": "c"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+     {"role": "tool", "tool_call_id": "c", "content": "cold"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]])
+def test_what_training_takes_is_answered(client, path, messages):
+    response = client.post(path, json={"messages": messages, "max_tokens": 20})
+    assert response.status_code == 200
+    if path == CHAT:
+        messages = [*messages, {"role": "assistant", "content": "Hello"}]
+        ids, _ = BYTE_TOKENIZER.render_conversation({"messages": messages})
+        assert response.json()["usage"]["prompt_tokens"] == len(ids) - len("Hello") - 1
+
+
+def test_an_answer_with_calls_is_sent_back_as_it_is(client, engine):
+    engine.script = [*b"It is ", PYTHON_START, *b"34*27", PYTHON_END, *b"918!"]
+    message = client.post(CHAT, json={"messages": QUESTION, "max_tokens": 40}).json()["choices"][0]["message"]
+    history = [*QUESTION, message, *QUESTION]
+    asked = client.post(CHAT, json={"messages": history}).json()["usage"]["prompt_tokens"]
+    with_calls = [*QUESTION, {"role": "assistant", "content": message["parts"]}, *QUESTION]
+    assert asked == len(BYTE_TOKENIZER.render_for_completion({"messages": with_calls}))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes
 
