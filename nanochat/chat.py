@@ -141,7 +141,7 @@ class ChatSession:
         except OSError as error:
             raise UserError(f"{path} can't be read ({error.strerror}); name a saved file") from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} holds no conversation ({error}); name a saved file") from None
+            raise UserError(f"{path} doesn't hold one conversation ({error}); name a saved file") from None
         self.system, turns = split_turns(messages)
         self.turns, self.num_dropped = [turn for turn in turns if turn.num_messages], 0
 

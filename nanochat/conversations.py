@@ -75,7 +75,7 @@ def parse_message(message: object, index: int) -> dict:
         return read_answer(message, index)
     text = read_text(message, index)
     if not text and role == "user":
-        raise ConversationError("(user) is empty; a user message needs a text", index, "content")
+        raise ConversationError("is empty; a user message needs a text", index, "content")
     return {"role": role, "content": text}
 
 

@@ -86,7 +86,7 @@ class ConversationGroups(Groups):
         # "supervise" was an option; the key stays, so that runs of before continue or are refused
         super().__init__(name, tokenizer, T, {"data": hash_conversations(conversations), "T": T,
                                               "supervise": "assistant", "keep_whole": keep_whole},
-                         f"there is nothing to learn in {name}: no conversation has an answer within {T} tokens")
+                         f"there is nothing to learn in {name}: no answer of weight 1 begins within {T} tokens")
         self.conversations = conversations
         self.pack = pack_whole if keep_whole else partial(pack_documents, long_docs="crop")
 

@@ -17,7 +17,16 @@ import tiktoken
 import torch
 
 from nanochat.common import UserError, get_base_dir, write_atomic, write_json
-from nanochat.conversations import PARTS, SEPARATOR, Turn, get_parts, join_texts, parse_conversation, split_turns
+from nanochat.conversations import (
+    PARTS,
+    SEPARATOR,
+    Turn,
+    get_parts,
+    is_output,
+    join_texts,
+    parse_conversation,
+    split_turns,
+)
 
 SPECIAL_TOKENS = ("<|bos|>",                                    # begins every document and every conversation
                   "<|user_start|>",      "<|user_end|>",
@@ -196,7 +205,7 @@ class RustBPETokenizer:
     def render_for_completion(self, conversation: dict) -> list[int]:
         """The whole prompt for the next answer, ending in assistant_start, without the conversation's last answer."""
         messages = parse_conversation(conversation)
-        if messages[-1]["role"] == "assistant":
+        if messages[-1]["role"] == "assistant" and not is_output(messages[-1]):
             messages = messages[:-1]
         return self.render_turns(*split_turns(messages), is_prompt=True)[0]
 

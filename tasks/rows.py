@@ -73,7 +73,7 @@ def iter_rows(path: Path) -> Iterator[tuple[int, bytes]]:
     """The rows of a file as JSON, each with the number of its line (.json: of the row). By the end of the name, without
     .gz or .zst: .json is an array, or values one after the other; .csv has names in its first line; others have a value
     on each line. UserError where the file is damaged as a whole."""
-    reader = {".json": iter_values, ".csv": iter_table}.get(get_format(path), iter_lines)
+    reader = {".json": iter_values, ".csv": iter_table, ".tsv": iter_table}.get(get_format(path), iter_lines)
     if path.exists() and not path.is_file():    # a pipe would be waited for
         raise UserError(f"{path} can't be read, it is no file; give a file, such as a .jsonl")
     number = 0

@@ -119,7 +119,7 @@ def test_what_is_no_conversation_is_not_loaded(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     session = make_session()
     ask(session, "Hi")
-    with pytest.raises(UserError, match="holds no conversation"):
+    with pytest.raises(UserError, match="doesn't hold one conversation"):
         session.load(tmp_path / "file")
     with pytest.raises(UserError, match="can't be read"):
         session.load(tmp_path)

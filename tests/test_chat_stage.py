@@ -271,7 +271,7 @@ def test_step_with_nothing_to_learn(mid, tmp_path):
 
 def test_no_answer_at_all(mid, tmp_path):
     argv = write_conversations(tmp_path / "mute.jsonl", [["Hello?"]] * 3)
-    with pytest.raises(UserError, match="nothing to learn in mute.jsonl: no conversation has an answer within 128"):
+    with pytest.raises(UserError, match="nothing to learn in mute.jsonl: no answer of weight 1 begins within 128"):
         chat_sft.main(["-g", "toy", *argv, "--out-tag", "mute", *MACHINE])
 
 

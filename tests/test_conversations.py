@@ -86,6 +86,8 @@ def test_every_order_of_roles_is_a_conversation(messages, learned, prompt):
     before = json.dumps(messages)
     assert read(messages) == [learned, prompt] and json.dumps(messages) == before
     assert parse_messages(parse_messages(messages)) == parse_messages(messages)
+    ids = BYTE_TOKENIZER.render_for_completion({"messages": [*messages, assistant("An answer")]})
+    assert shorten(BYTE_TOKENIZER.decode(ids)) == prompt
 
 
 def test_half_a_character_is_replaced():
@@ -97,7 +99,7 @@ def test_half_a_character_is_replaced():
     (["hi"], "message 0 is not"), ([{"role": 5, "content": "a"}], "message 0 is not"),
     ([{"role": "user"}], "message 0 is not"), ([{"role": "assistant", "text": "a"}], "message 0 is not"),
     ([user("a"), {"role": "robot", "content": "b"}], "message 1 has role 'robot'; the roles are"),
-    ([user("")], "message 0 .user. is empty"), ([user(None)], "message 0 .user. is empty"), ([user([])], "is empty"),
+    ([user("")], "message 0 is empty"), ([user(None)], "message 0 is empty"), ([user([])], "is empty"),
     ([user(5)], "a content that is int"), ([user({"type": "text"})], "a content that is dict"),
     ([user([{"type": "image_url", "image_url": "x"}])], "a part of type 'image_url' .* of the types text$"),
     ([user([{"type": "python", "text": "1"}])], "a part of type 'python'"), ([user(["a"])], "a part in its content"),

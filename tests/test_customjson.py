@@ -33,7 +33,7 @@ def test_custom_json(tmp_path):
 
 @pytest.mark.parametrize(("row", "message"), [
     ([{"role": "robot", "content": "x"}], "message 0 has role 'robot'"),
-    ([{"role": "user", "content": ""}, TALK[1]], r"message 0 \(user\) is empty"),
+    ([{"role": "user", "content": ""}, TALK[1]], "message 0 is empty; a user message needs a text"),
     ([TALK[0], {"role": "assistant", "content": "x", "weight": 2}], "message 1 has weight 2"),
     ({"messages": []}, "at least one"), ([], "at least one"), ({"messages": "x"}, "at least one"),
     ({"messages": ""}, "a row of messages is no form"),

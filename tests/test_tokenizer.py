@@ -384,7 +384,7 @@ def test_prompt_for_completion(tokenizer):
     ({"messages": ["hi"]}, "message 0 is not"),
     ({"messages": [user("a"), {"role": "assistant"}]}, "message 1 is not"),
     ({"messages": [user("a"), {"role": "robot", "content": "b"}]}, "message 1 has role 'robot'"),
-    ({"messages": [user(None)]}, "message 0 .user. is empty"),
+    ({"messages": [user(None)]}, "message 0 is empty"),
     ({"messages": [user("a"), assistant(["b"])]}, "message 1 has a part in its content"),
     ({"messages": [user("a"), assistant([{"type": "image", "text": "b"}])]}, "message 1 has a part of type 'image'"),
     ({"messages": [user("a"), assistant([{"type": "python", "text": 42}])]}, "message 1 has a python part"),
