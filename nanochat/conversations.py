@@ -12,7 +12,7 @@ lines, and what the assistant says in a row is one answer: `split_turns` is the 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from nanochat.common import UserError
@@ -84,12 +84,7 @@ def read_answer(message: dict, index: int) -> dict:
     calls = read_calls(message, index)
     if not calls and not message.keys() & {"content", "parts"}:
         raise ConversationError('is not {"role": ..., "content": ...}', index)
-    # An answer of nanochat's server, sent back as it is, holds its calls in "parts" alone
-    content = message.get("parts") or message.get("content") or message.get("refusal") or ""
-    if isinstance(content, str):
-        content = clean_text(content)
-    else:
-        content = [read_part(part, index, PARTS) for part in check_list(content, index, "content")]
+    content = read_content(message, index)
     if calls:
         content = get_parts({"content": content}) * bool(content) + calls
     weight = message.get("weight")
@@ -98,6 +93,23 @@ def read_answer(message: dict, index: int) -> dict:
                                 index, "weight")
     answer = {"role": "assistant", "content": content}
     return answer | ({"weight": 0} if weight == 0 or not get_text(answer).strip() else {})
+
+
+def read_content(message: dict, index: int) -> str | list[dict]:
+    """The content of an assistant message: text or parts, or "" for null."""
+    content = message.get("content")
+    if content in (None, ""):
+        content = message.get("refusal") or ""
+    if isinstance(content, list):
+        content = [read_part(part, index, PARTS) for part in content]
+    else:
+        content = clean_text(check_content(content, index))
+    if not message.get("parts"):
+        return content
+    # An answer of nanochat's server holds its calls in "parts" alone; one that was edited since, in its content
+    parts = [read_part(part, index, PARTS) for part in check_list(message["parts"], index, "parts")]
+    text = "".join(part["text"] for part in parts if part["type"] == "text")
+    return parts if content in ("", text) else content
 
 
 def read_calls(message: dict, index: int) -> list[dict]:
@@ -132,10 +144,10 @@ def read_text(message: dict, index: int) -> str:
     """The content of a message that holds text alone: a string, a list of text parts, or null."""
     if "content" not in message:
         raise ConversationError('is not {"role": ..., "content": ...}', index)
-    content = message["content"] or ""
-    if not isinstance(content, str):
-        content = "".join(read_part(part, index, ("text",))["text"] for part in check_list(content, index, "content"))
-    return clean_text(content)
+    content = "" if message["content"] is None else message["content"]
+    if isinstance(content, list):
+        return "".join(read_part(part, index, ("text",))["text"] for part in content)
+    return clean_text(check_content(content, index))
 
 
 def read_part(part: object, index: int, types: Sequence[str]) -> dict:
@@ -151,10 +163,18 @@ def read_part(part: object, index: int, types: Sequence[str]) -> dict:
     return {"type": part["type"], "text": clean_text(part["text"])}
 
 
+def check_content(value: object, index: int) -> str:
+    """`value`, where it is a text."""
+    if not isinstance(value, str):
+        raise ConversationError(f"has a content that is {type(value).__name__}, not text or a list of parts", index,
+                                "content")
+    return value
+
+
 def check_list(value: object, index: int, name: str) -> list:
     """`value`, where it is a list."""
     if not isinstance(value, list):
-        raise ConversationError(f"has a {name} that is {type(value).__name__}, not text or a list", index, name)
+        raise ConversationError(f"has a {name} that is {type(value).__name__}, not a list", index, name)
     return value
 
 
@@ -183,7 +203,7 @@ def split_turns(messages: Sequence[dict]) -> tuple[str, list[Turn]]:
     return join_texts(message["content"] for message in messages[:num_leading]), turns or [Turn("", num_messages=0)]
 
 
-def join_texts(texts) -> str:
+def join_texts(texts: Iterable[str]) -> str:
     """Texts as paragraphs; those without a character are no paragraphs."""
     return SEPARATOR.join(filter(None, texts))
 
@@ -242,12 +262,14 @@ def read_row(row: object) -> Row:
     form, messages, used = convert_fields(fields)
     if isinstance(fields.get("system"), str) and isinstance(messages, list):
         messages, used = [{"role": "system", "content": fields["system"]}, *messages], used | {"system"}
-    normal, unused = parse_messages(messages), {str(key) for key in fields if key not in used and fields[key] != ""}
+    normal, unused = parse_messages(messages), {key for key in fields if key not in used and fields[key] != ""}
     for message in messages:
         role = ROLES[message["role"]]
         extra = message.keys() - READ_FIELDS.get(role, {"role", "content"})
         unused |= {f"{key} of {role} messages" for key in extra if message[key] not in (None, "", [], {})}
-    return Row(form, normal, unused)
+    if any("\ufffd" in get_text(message) for message in normal) and has_half_pairs(row):
+        unused.add("halves of surrogate pairs, which become U+FFFD")
+    return Row(form, normal, set(map(printable, unused)))
 
 
 def convert_fields(fields: dict) -> tuple[str, object, set[str]]:
@@ -268,8 +290,8 @@ def convert_fields(fields: dict) -> tuple[str, object, set[str]]:
     if "text" in fields:
         raise ConversationError("a row of text is no conversation; pretrain on it (python -m nanochat.dataset --source "
                                 f"files), or give {TAKEN_FORMS}")
-    names = ", ".join(map(str, fields)) or "nothing"
-    raise ConversationError(f"a row of {names[:200]} is no form of a conversation that is known; give {TAKEN_FORMS}")
+    names = printable(", ".join(fields)) or "nothing"
+    raise ConversationError(f"a row of {names} is no form of a conversation that is known; give {TAKEN_FORMS}")
 
 
 def convert_turn(turn: object) -> object:
@@ -289,8 +311,10 @@ def convert_pair(fields: dict, questions: Sequence[str], answer: str) -> list:
     for pair in check_list(parse_json(fields.get("history")) or [], 0, "history"):
         earlier = check_list(pair, 0, "history")
         messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(earlier)]
-    if not isinstance(question, list):
+    if isinstance(question, str):
         question = [{"role": "user", "content": join_texts(str(fields.get(key, "")) for key in questions)}]
+    elif not isinstance(question, list):
+        question = [{"role": "user", "content": question}]    # which is no text, so it is refused as one
     reply = fields[answer]
     return [*messages, *question, *(reply if isinstance(reply, list) else [{"role": "assistant", "content": reply}])]
 
@@ -301,3 +325,17 @@ def parse_json(value: object) -> object:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         return value
+
+
+def has_half_pairs(row: object) -> bool:
+    """Whether a text of a row holds half of a surrogate pair."""
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+        return False
+    except UnicodeEncodeError:
+        return True
+
+
+def printable(name: str) -> str:
+    """A field's name for a message: one line, not long."""
+    return (name if name.isprintable() else ascii(name))[:200]
