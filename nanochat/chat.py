@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from nanochat.common import UserError, write_atomic
-from nanochat.conversations import Turn, get_parts, get_text, join_texts, read_row, split_turns
+from nanochat.conversations import OPENAI, Turn, get_parts, get_text, join_texts, read_row, split_turns
 from nanochat.engine import ChatTokens, Engine, Event, Request
 
 ANSWER_SHARE = 4  # 1 / this of the context is reserved for the answer, at most; assumption, not studied
@@ -134,16 +134,20 @@ class ChatSession:
         except OSError as error:
             raise UserError(f"{path} can't be written ({error.strerror}); save elsewhere") from None
 
-    def load(self, path: Path) -> None:
-        """Continue a saved conversation."""
+    def load(self, path: Path) -> list[str]:
+        """Continue a saved conversation; returns what a person should know of how it was read."""
         try:
-            messages = read_row(json.loads(path.read_text(encoding="utf-8-sig"))).messages
+            row = read_row(json.loads(path.read_text(encoding="utf-8-sig")))
         except OSError as error:
             raise UserError(f"{path} can't be read ({error.strerror}); name a saved file") from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} doesn't hold one conversation ({error}); name a saved file") from None
-        self.system, turns = split_turns(messages)
+        self.system, turns = split_turns(row.messages)
         self.turns, self.num_dropped = [turn for turn in turns if turn.num_messages], 0
+        notes = [f"converted from {row.form}"] if row.form != OPENAI else []
+        notes += [f"not read: {', '.join(sorted(row.unused))}"] if row.unused else []
+        open_question = "its last question has no answer, the next message is added to it"
+        return [*notes, open_question] if self.has_open_question() else notes
 
 
 def simplify(message: dict) -> dict:

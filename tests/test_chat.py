@@ -112,6 +112,15 @@ def test_what_training_takes_can_be_loaded(tmp_path, messages, prompt):
         message for message in messages if "weight" in message]
 
 
+def test_what_is_said_of_a_loaded_conversation(tmp_path):
+    session = make_session()
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert session.load(write_lines(tmp_path / "a", [{"conversations": talk, "id": 1, "tools": [2]}])) == [
+        "converted from ShareGPT", "not read: id, tools"]
+    assert session.load(write_lines(tmp_path / "b", [[{"role": "user", "content": "a"}]])) == [
+        "its last question has no answer, the next message is added to it"]
+
+
 @pytest.mark.parametrize("content", [
     b"", b"{", b"[]", b"\xff", b'{"messages": [3]}', b'{"messages": [{"role": "user", "content": 5}]}',
     b'{"messages": [{"role": "user", "content": ""}]}'])
