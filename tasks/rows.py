@@ -144,7 +144,7 @@ def iter_table(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     table = csv.DictReader(itertools.chain([head], lines), strict=True, delimiter=max(",;\t", key=head.count))
     names = table.fieldnames or []
     if len(set(names)) < len(names):
-        raise ValueError(f"two columns have the same name among {', '.join(names)}")
+        raise ValueError(f"it has two columns of the same name among {', '.join(names)}")
     for row in table:
         if None in row:
             raise ValueError(f"line {number} has more fields than the first line; put texts in quotes")

@@ -166,13 +166,13 @@ def test_one_conversation_over_several_lines(tmp_path):
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.jsonl", b"", "is empty"), ("a.json", b"[]", "is empty"), ("a.csv", b"prompt,completion\n", "is empty"),
-    ("a.jsonl", LINES.encode("utf-16"), "is not UTF-8 text; .*iconv -f UTF-16 -t UTF-8 .*a.jsonl > NEW"),
+    ("a.jsonl", LINES.encode("utf-16"), "is not UTF-8 text; .*iconv -f UTF-16 -t UTF-8 .*a.jsonl"),
     ("a.jsonl", LINES.encode("utf-16-le"), "is not UTF-8 text"), ("a.csv", TABLE.encode("utf-16-le"), "is not UTF-8"),
     ("a.json", LINES.encode("utf-16-le"), "is not UTF-8 text"), ("a.csv", TABLE.encode("latin-1"), "is not UTF-8"),
     ("a.jsonl", json.dumps(ROWS, ensure_ascii=False).encode("latin-1"), "is not UTF-8 text; .*iconv -f CP1252"),
-    ("a.json", b'[{"prompt": "a"', "is damaged .*correct it"), ("a.json", b"[" * 100_000, "is damaged"),
-    ("a.csv", b"prompt,completion\na,b,c\n", "line 2 has more fields"), ("a.csv", b'a,b\n"x', "is damaged"),
-    ("a.csv", b"prompt,prompt\na,b\n", "two columns have the same name among prompt, prompt"),
+    ("a.json", b'[{"prompt": "a"', "(is damaged|is not JSON) .*correct it"), ("a.json", b"[" * 100_000, "correct it"),
+    ("a.csv", b"prompt,completion\na,b,c\n", "2 has (more|3) fields.*quotes"), ("a.csv", b'a,b\n"x', "correct it"),
+    ("a.csv", b"prompt,prompt\na,b\n", "two columns .* the same name among prompt, prompt"),
     ("a.jsonl.gz", gzip.compress(LINES.encode())[:-20], "is not a whole gzip file"),
     ("a.jsonl.gz", b"x", "not a whole gzip"),
     ("a.jsonl.zst", pa.compress(LINES.encode(), codec="zstd", asbytes=True)[:-9], "is not a whole zstd file"),

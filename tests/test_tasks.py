@@ -194,7 +194,7 @@ def test_missing_data_says_which_and_where(hub, name):
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("test.jsonl", b'{"question": "q", "answer": "a"}\n{"question": ', r"test\.jsonl:2 is not JSON"),
-    ("test.jsonl", b'{"question": "q", "answer": "a"}\n{"question": "\xff"}', "is UTF-8 text up to line 1 alone"),
+    ("test.jsonl", b'{"question": "q", "answer": "a"}\n{"question": "\xff"}', "UTF-8 text"),
     ("test.jsonl", b"", "is empty"),
     ("test.jsonl", b'{"text": "q"}', "has no column 'question'"),
     ("test.jsonl", b"[1]", "has no column 'question'"),
