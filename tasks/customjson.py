@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.common import UserError
-from nanochat.conversations import OPENAI, is_output, read_row
+from nanochat.conversations import OPENAI, get_text, is_output, read_row
 from tasks.common import Task
 from tasks.rows import read_rows
 
@@ -24,43 +24,52 @@ MAX_REASONS = 10          # shown and kept in the records; all rows are counted
 @dataclass
 class RowAccount:
     """What became of the rows of a file: every one is kept or left out."""
-    file:     str
-    unit:     str        # what is numbered: "line" or "row"
-    rows:     int = 0
-    kept:     int = 0
-    reasons:  dict[str, list[int]] = field(default_factory=dict)     # why rows were left out -> their numbers
-    forms:    Counter[str] = field(default_factory=Counter)          # of the kept rows
-    unused:   Counter[str] = field(default_factory=Counter)          # fields that are not read, by the rows with them
-    unlearned: int = 0    # kept rows in which an answer is read, but not learned: it has weight 0, or no text
+    file:       str
+    unit:       str         # what is numbered: "line" or "row"
+    rows:       int = 0
+    kept:       int = 0
+    characters: int = 0     # of the kept rows
+    unlearned:  int = 0     # kept rows in which an answer is read, but not learned: it has weight 0, or no text
+    reasons:    dict[str, list[int]] = field(default_factory=dict)     # why rows were left out -> their numbers
+    forms:      Counter[str] = field(default_factory=Counter)          # of the kept rows
+    unused:     Counter[str] = field(default_factory=Counter)          # fields that are not read, by the rows with them
+
+    @property
+    def left_out(self) -> int:
+        return self.rows - self.kept
+
+    def get_reasons(self) -> list[tuple[str, list[int]]]:
+        """The commonest reasons, with the numbers of their rows."""
+        return sorted(self.reasons.items(), key=lambda item: -len(item[1]))[:MAX_REASONS]
 
     def to_json(self) -> dict:
         """For the records of a run, bounded in size."""
-        reasons = {reason: {"rows": len(numbers), "numbers": numbers[:MAX_NUMBERS]}
-                   for reason, numbers in list(self.reasons.items())[:MAX_REASONS]}
-        return vars(self) | {"left_out": self.rows - self.kept, "reasons": reasons, "forms": dict(self.forms),
+        reasons = {reason: {"rows": len(numbers), "first": numbers[:MAX_NUMBERS]}
+                   for reason, numbers in self.get_reasons()}
+        return vars(self) | {"left_out": self.left_out, "reasons": reasons, "forms": dict(self.forms),
                              "unused": dict(self.unused.most_common(MAX_REASONS))}
 
     def describe(self) -> list[str]:
         """Lines for a person; the warning comes last."""
-        left_out = self.rows - self.kept
-        lines = [f"{self.file}: {self.kept:,} conversations in {self.rows:,} rows"]
-        lines += [f"{self.file}: converted from {form}: {number:,} rows" for form, number in self.forms.items()
-                  if form != OPENAI]
-        for reason, numbers in list(self.reasons.items())[:MAX_REASONS]:
+        lines = [f"{self.kept:,} conversations of {self.characters:,} characters in {self.rows:,} rows"]
+        lines += [f"converted from {form}: {number:,} rows" for form, number in self.forms.items() if form != OPENAI]
+        for reason, numbers in self.get_reasons():
             more = f" and {len(numbers) - MAX_NUMBERS:,} more" if len(numbers) > MAX_NUMBERS else ""
-            lines.append(f"{self.file}: left out {self.unit} "
-                         f"{', '.join(map(str, numbers[:MAX_NUMBERS]))}{more}: {reason}")
-        if others := list(self.reasons.values())[MAX_REASONS:]:
-            lines.append(f"{self.file}: left out {sum(map(len, others)):,} rows more for {len(others):,} other reasons")
+            lines.append(f"left out {self.unit} {', '.join(map(str, numbers[:MAX_NUMBERS]))}{more}: {reason}")
+        if len(self.reasons) > MAX_REASONS:
+            num_rows = self.left_out - sum(len(numbers) for _, numbers in self.get_reasons())
+            lines.append(f"left out {num_rows:,} rows more for {len(self.reasons) - MAX_REASONS:,} other reasons")
         if self.unused:
-            lines.append(f"{self.file}: not read: " + ", ".join(
-                f"{name} ({number:,} rows)" for name, number in self.unused.most_common(MAX_REASONS)))
+            names = [f"{name} ({number:,} rows)" for name, number in self.unused.most_common(MAX_REASONS)]
+            more = f" and {len(self.unused) - MAX_REASONS:,} other fields" if len(self.unused) > MAX_REASONS else ""
+            lines.append(f"not read: {', '.join(names)}{more}")
         if self.unlearned:
-            lines.append(f"{self.file}: {self.unlearned:,} conversations have an answer that is read, but not learned: "
-                         "its weight is 0, or it has no text")
-        if left_out > UNEXPECTED_FRAC * self.rows:
-            lines.append(f"WARNING: {left_out / self.rows:.0%} of the rows of {self.file} were left out ({left_out:,} "
-                         f"of {self.rows:,}); the reasons stand above")
+            lines.append(f"{self.unlearned:,} conversations have an answer that is read, but not learned: its weight "
+                         "is 0, or it has no text")
+        lines = [f"{self.file}: {line}" for line in lines]
+        if self.left_out > UNEXPECTED_FRAC * self.rows:
+            lines.append(f"WARNING: {self.left_out / self.rows:.0%} of the rows of {self.file} were left out "
+                         f"({self.left_out:,} of {self.rows:,}); the reasons stand above")
         return lines
 
 
@@ -86,6 +95,7 @@ class CustomJSON(Task):
         """Count a row that is a conversation; ValueError for any other."""
         row, account = read_row(self.rows[index]), self.account
         self.indices.append(index)
+        account.characters += sum(len(get_text(message)) for message in row.messages)
         account.forms[row.form] += 1
         account.unused.update(row.unused)
         account.unlearned += any("weight" in message and not is_output(message) for message in row.messages)

@@ -248,13 +248,14 @@ def test_account_of_a_file(base_dir, mid, tmp_path, capsys):
                             "--sample-every", "-1", *MACHINE])
     assert result["num_conversations"] == 9
     out = capsys.readouterr().out
-    for text in ("mine.jsonl: 9 conversations in 10 rows", "mine.jsonl: converted from ShareGPT: 1 rows",
+    for text in ("mine.jsonl: 9 conversations of 79 characters in 10 rows",
+                 "mine.jsonl: converted from ShareGPT: 1 rows",
                  "mine.jsonl: left out line 10: a row of pairs", "mine.jsonl: not read: id (8 rows)",
                  "WARNING: 10% of the rows of mine.jsonl were left out (1 of 10)"):
         assert text in out, text
     (file,) = read_info(result["run_dir"])["data"]["files"]
     assert (file["rows"], file["kept"], file["left_out"]) == (10, 9, 1) and file["forms"]["ShareGPT"] == 1
-    assert [reason["numbers"] for reason in file["reasons"].values()] == [[10]]
+    assert [reason["first"] for reason in file["reasons"].values()] == [[10]]
     section = json.loads((base_dir / "report" / "chat_sft.json").read_text())
     assert section["values"]["rows kept of mine.jsonl"] == "9 of 10"
 

@@ -28,7 +28,8 @@ def test_custom_json(tmp_path):
     assert [conversation["messages"] for conversation in task] == [rows[0], rows[1]["messages"], rows[2], rows[3]]
     assert list(CustomJSON(path, stop=1)) == list(task.cut(0, 1)) == [{"messages": TALK}]
     assert list(task.cut(3, None)) == [{"messages": rows[3]}]
-    assert task.account.describe() == ["mine.jsonl: 4 conversations in 4 rows", "mine.jsonl: not read: source (1 rows)"]
+    assert task.account.describe() == ["mine.jsonl: 4 conversations of 36 characters in 4 rows",
+                                       "mine.jsonl: not read: source (1 rows)"]
 
 
 @pytest.mark.parametrize(("row", "message"), [
@@ -60,6 +61,18 @@ def test_what_is_no_conversation_is_left_out_and_counted(tmp_path, row, message)
     with pytest.raises(UserError, match=f"holds no conversation; line 1: .*{message}") as error:
         CustomJSON(write_lines(tmp_path / "bad.jsonl", [row]))
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_account_is_bounded(tmp_path):
+    rows = [{f"field {i}": i} for i in range(12) for _ in range(1 + i)] + [TALK, {"messages": TALK} | {
+        f"more {i}": 1 for i in range(12)}]
+    account = CustomJSON(write_lines(tmp_path / "mine.jsonl", rows)).account
+    lines = account.describe()
+    assert len(lines) == 1 + 10 + 1 + 1 + 1
+    assert "left out line 67, 68, 69, 70, 71 and 7 more: a row of field 11" in lines[1]
+    assert lines[11] == "mine.jsonl: left out 3 rows more for 2 other reasons" and "and 2 other fields" in lines[12]
+    assert len(account.to_json()["reasons"]) == len(account.to_json()["unused"]) == 10
+    assert account.to_json()["left_out"] == 78
 
 
 def user(text):
