@@ -93,7 +93,7 @@ def run_chat_stage(stage: ChatStage, settings: ChatSettings, flags: StageFlags, 
     else:
         info = read_info(run_dir)
     write_report(stage.section, stage.title, run_dir, info, metrics={"chat bpb": info["results"].get("val_bpb")},
-                 values={"conversations": info["results"]["num_conversations"], **describe_files(info["data"])})
+                 values={"conversations": info["results"]["num_conversations"]})
     return {"run_dir": str(run_dir), **info["results"]}
 
 
@@ -156,11 +156,6 @@ def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run
               **({"files": [account.to_json() for account in mixture.accounts]} if mixture.accounts else {})},
         identity={"source": source.describe(), "tasks": mixture.parts, "conversations": groups.identity},
         notes={"epoch": epoch.to_json()})
-
-
-def describe_files(data: dict) -> dict[str, str]:
-    """For the report card: how much was kept of each file of a person's own."""
-    return {f"rows kept of {file['file']}": f"{file['kept']:,} of {file['rows']:,}" for file in data.get("files", ())}
 
 
 def describe_changes(setup: Setup, settings: ChatSettings) -> None:

@@ -257,7 +257,7 @@ def read_row(row: object) -> Row:
     if isinstance(row, list):
         row = {"messages": row}
     if not isinstance(row, dict):
-        raise ConversationError(f"a row that is {type(row).__name__} is no conversation; give {TAKEN_FORMS}")
+        raise ConversationError(f"a row that is {'null' if row is None else type(row).__name__} is no conversation")
     fields = {key: value for key, value in row.items() if value is not None}
     form, messages, used = convert_fields(fields)
     if isinstance(fields.get("system"), str) and isinstance(messages, list):
@@ -278,7 +278,7 @@ def convert_fields(fields: dict) -> tuple[str, object, set[str]]:
         return OPENAI, parse_json(fields["messages"]), {"messages"}
     for keys, what in OTHER_FORMS.items():
         if fields.keys() >= set(keys) and isinstance(fields.get("label", True), bool):
-            raise ConversationError(f"a row of {what} ({', '.join(keys)}) can't be learned from; give {TAKEN_FORMS}")
+            raise ConversationError(f"a row of {what} ({', '.join(keys)}) can't be learned from")
     for key in ("conversations", "conversation"):
         turns = parse_json(fields.get(key))
         if isinstance(turns, list):
@@ -288,10 +288,10 @@ def convert_fields(fields: dict) -> tuple[str, object, set[str]]:
         if fields.keys() >= {questions[0], answer}:
             return form, convert_pair(fields, questions, answer), {*questions, answer, "history"}
     if "text" in fields:
-        raise ConversationError("a row of text is no conversation; pretrain on it (python -m nanochat.dataset --source "
-                                f"files), or give {TAKEN_FORMS}")
+        raise ConversationError("a row of text is no conversation, but for pretraining (python -m nanochat.dataset "
+                                "--source files)")
     names = printable(", ".join(fields)) or "nothing"
-    raise ConversationError(f"a row of {names} is no form of a conversation that is known; give {TAKEN_FORMS}")
+    raise ConversationError(f"a row of {names} is no form of a conversation that is known")
 
 
 def convert_turn(turn: object) -> object:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.common import UserError
-from nanochat.conversations import OPENAI, get_text, is_output, read_row
+from nanochat.conversations import OPENAI, TAKEN_FORMS, get_text, is_output, read_row
 from tasks.common import Task
 from tasks.rows import read_rows
 
@@ -47,7 +47,7 @@ class RowAccount:
         reasons = {reason: {"rows": len(numbers), "first": numbers[:MAX_NUMBERS]}
                    for reason, numbers in self.get_reasons()}
         return vars(self) | {"left_out": self.left_out, "reasons": reasons, "forms": dict(self.forms),
-                             "unused": dict(self.unused.most_common(MAX_REASONS))}
+                             "unused": dict(self.unused.most_common(MAX_REASONS)), "lines": self.describe()}
 
     def describe(self) -> list[str]:
         """Lines for a person; the warning comes last."""
@@ -89,7 +89,8 @@ class CustomJSON(Task):
         self.account.kept = len(self.indices)
         if not self.indices:
             reason, numbers = next(iter(self.account.reasons.items()))
-            raise UserError(f"{path} holds no conversation; {self.rows.unit} {numbers[0]}: {reason}")
+            raise UserError(f"{path} holds no conversation ({self.rows.unit} {numbers[0]}: {reason}); give rows of "
+                            f"{TAKEN_FORMS}")
 
     def add_row(self, index: int) -> None:
         """Count a row that is a conversation; ValueError for any other."""
