@@ -151,10 +151,11 @@ class ChatSession:
 
 
 def simplify(message: dict) -> dict:
-    """A message whose content is one part of text, or none, with that text instead."""
+    """A message with text as its content, where that is one part of text, or none."""
     parts = get_parts(message)
-    return message | {"content": parts[0]["text"] if parts else ""} if [part["type"] for part in parts] in (
-        [], ["text"]) else message
+    if len(parts) > 1 or any(part["type"] != "text" for part in parts):
+        return message
+    return message | {"content": get_text(message)}
 
 
 def format_answer(events: Iterable[Event], chat_tokens: ChatTokens, is_terminal: bool) -> Iterator[str]:
