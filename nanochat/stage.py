@@ -249,6 +249,7 @@ def write_report(section: str, title: str, run_dir: Path, info: dict, metrics: d
     write_section(section, {
         "title": title, "stage": info["stage"], "argv": info["argv"], "created": info["ended"],
         "run": str(run_dir.relative_to(get_base_dir())), "metrics": metrics,
+        "notes": [line for file in info["data"].get("files", ()) for line in file["lines"]],    # of a person's own
         "values": {"parameters": params["total"], "steps": results["step"], "tokens": results["tokens"],
                    "tokens per scaling parameter": plan["tokens_per_param"], "training FLOPs": plan["total_flops"],
                    "validation bits per byte": results.get("val_bpb"), "minutes": results["train_sec"] / 60,

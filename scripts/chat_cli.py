@@ -200,8 +200,8 @@ def run_command(session: ChatSession, chat: dict, name: str, value: str) -> str:
         if not value:
             raise UserError(f"/{name} wants the name of a file, as in /{name} talk.jsonl")
         path = Path(value).expanduser()
-        (session.save if name == "save" else session.load)(path)
-        return f"{'saved' if name == 'save' else 'loaded'} {len(session.turns)} turns, {path}"
+        notes = (session.save if name == "save" else session.load)(path) or []
+        return "; ".join([f"{'saved' if name == 'save' else 'loaded'} {len(session.turns)} turns, {path}", *notes])
     raise UserError(f"there is no command /{name}; /help lists them, and a message that begins with / stands between "
                     'lines of """')
 
