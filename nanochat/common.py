@@ -90,8 +90,13 @@ def run_script(main: Callable[[list[str] | None], object]) -> None:
     except KeyboardInterrupt:
         exit_with(130, "stopped by Ctrl-C")
     except BrokenPipeError:  # the reader of our output has ended, as in `... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
+        discard_output()
         sys.exit(128 + signal.SIGPIPE)
+    except UnicodeEncodeError as error:
+        if error.encoding == "utf-8" or error.encoding != sys.getfilesystemencoding():
+            raise
+        exit_with(2, f"error: a file's name has the character {ascii(error.object[error.start])}, which the encoding "
+                     f"of this locale, {error.encoding}, lacks; set LC_ALL=C.UTF-8 or PYTHONUTF8=1")
     except (RuntimeError, MemoryError) as error:
         dist = sys.modules.get("torch.distributed")  # where it isn't loaded, none of its errors can be raised
         if dist and (isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error).lower())):
@@ -128,15 +133,17 @@ def get_first_line(error: Exception) -> str:
 def end_process() -> None:
     """End this process with exit code 0, without Python's own teardown of all that is loaded."""
     atexit._run_exitfuncs()  # the compiler's, which would leave processes and semaphores behind, and wandb's
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(0)
 
 
 def exit_with(code: int, message: str) -> None:
     """Print `message` to stderr and end this process with `code`."""
-    sys.stderr.write(message + "\n")  # in one piece, unlike print: ranks share a terminal
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        sys.stderr.write(message + "\n")  # in one piece, unlike print: ranks share a terminal
+        sys.stderr.flush()
     if get_process_group():
         time.sleep(1)  # other ranks may still be reading this one's last message before they end alike
     sys.exit(code)
@@ -294,8 +301,31 @@ def gather(value: object, group=None) -> list:
 
 def print0(*values: object) -> None:
     """Print on rank 0 only, at once and in one piece, since the thread that writes checkpoints prints too."""
-    if get_ranks().rank == 0:
+    if get_ranks().rank > 0:
+        return
+    try:
         print(" ".join(map(str, values)) + "\n", end="", flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        lose_output()
+
+
+def lose_output() -> None:
+    """What to do where a pipe's reader has ended or the terminal was closed: a loop that stops at SIGHUP saves first,
+    as the signal itself may be late or not come; anything else ends here."""
+    hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hang_up is None or not callable(signal.getsignal(hang_up)):
+        raise BrokenPipeError(errno.EPIPE, "nobody reads the output any more")
+    discard_output()
+    signal.raise_signal(hang_up)
+
+
+def discard_output() -> None:
+    """Send stdout to /dev/null, what its buffer holds included, about which Python would complain at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 COMPUTE_DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}  # name in torch -> bytes
