@@ -17,8 +17,10 @@ import math
 import os
 import platform
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -342,7 +344,8 @@ def init_compute(device_type: str = "auto", deterministic: bool = False) -> tupl
         torch.use_deterministic_algorithms(True)
     device = get_device(device_type, ranks)
     # compiled kernels stay with the rest of the state: /tmp, torch's choice, doesn't outlive a reboot
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(get_base_dir() / "compiled"))
+    compiled_dir = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or get_base_dir() / "compiled")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(find_plain_path(compiled_dir))
     is_cuda = device.type == "cuda"
     if device.type == "cpu":
         keep_freed_memory()
@@ -355,6 +358,29 @@ def init_compute(device_type: str = "auto", deterministic: bool = False) -> tupl
         dist.init_process_group("nccl" if is_cuda else "gloo", device_id=device if is_cuda else None,
                                 timeout=get_collective_timeout())
     return device, ranks
+
+
+def is_plain(path: str | Path) -> bool:
+    """Whether a command line can hold a path without quotes; on Windows torch.compile writes these itself."""
+    return os.name == "nt" or not set(str(path)) & set(" \t\n'\"\\")
+
+
+def find_plain_path(folder: Path) -> Path:
+    """`folder`, or a link to it without blanks, quotes and backslashes: torch.compile leaves them unquoted in a
+    compiler's command line. The links are in a folder of this user's own among the temporary files."""
+    if is_plain(folder):
+        return folder
+    folder = folder.absolute()
+    links = Path(tempfile.gettempdir(), f"nanochat-links-{os.getuid()}")
+    link = links / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        links.mkdir(mode=0o700, exist_ok=True)
+        if links.lstat().st_uid == os.getuid() and stat.S_ISDIR(links.lstat().st_mode):  # not made by someone else
+            with contextlib.suppress(FileExistsError):
+                link.symlink_to(folder)
+            return link
+    return folder
 
 
 def get_device(device_type: str, ranks: Ranks) -> torch.device:
