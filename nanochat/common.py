@@ -206,11 +206,14 @@ def get_mirror_dir() -> Path | None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file so that a reader, or a crash, sees the old content or the new, never a part."""
+    """Write a whole file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Text is UTF-8. Bytes of a file's name that aren't come as lone surrogates, and are escaped as JSON writes them.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -475,8 +478,8 @@ def get_peak_memory_bytes(device: torch.device) -> int:
 def get_git_revision() -> str | None:
     """The commit of this checkout, with '+changes' when files differ from it; None outside a checkout."""
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True,
-                              timeout=10, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, encoding="utf-8",
+                              errors="replace", timeout=10, check=True).stdout.strip()
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     return None
@@ -501,7 +504,7 @@ def get_environment(device: torch.device) -> dict:
 def get_cpu_name() -> str:
     """The processor's name as the system gives it."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

@@ -1,6 +1,8 @@
 """The package: dependencies are declared if and only if imported, locked, and set up by one script on any machine."""
 
 import ast
+import functools
+import json
 import re
 import shutil
 import subprocess
@@ -23,6 +25,26 @@ NEWER_THAN_PYTHON_310 = re.compile(r"\b(hashlib\.file_digest|import tomllib|Exce
                                    r"(typing\.|from typing import [^\n]*\b)(Self|Never|assert_never))\b")
 
 
+@functools.cache
+def list_nodes(path: Path) -> list[ast.AST]:
+    """The syntax tree of a Python file, flat."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def names_no_encoding(call: ast.Call) -> bool:
+    """Whether a call opens a text file, or reads a process's text, in the encoding of whatever locale it runs in."""
+    name, method = ast.unparse(call.func), ast.unparse(call.func).split(".")[-1]
+    settings = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    mode = settings.get("mode") or (ast.unparse(call.args[1]) if len(call.args) > 1 else "'r'")
+    if "encoding" in settings:
+        return False
+    if name.startswith("subprocess."):
+        return "text" in settings or "universal_newlines" in settings
+    return method in ("read_text", "write_text") and "." in name or \
+        name in ("open", "os.fdopen") and mode.startswith("'") and "b" not in mode or \
+        name in ("gzip.open", "bz2.open", "lzma.open") and "t" in mode
+
+
 def normalize(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -40,7 +62,7 @@ def find_imports(*folders: str) -> set[str]:
     """Top-level packages of others that the Python files of these folders import, anywhere in a file."""
     names = set()
     for path in (path for folder in folders for path in (REPO_DIR / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in list_nodes(path):
             if isinstance(node, ast.Import):
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -55,7 +77,7 @@ def find_our_imports(folder: str) -> set[str]:
     """The folders of ours that the files of a folder import from."""
     found = set()
     for path in (REPO_DIR / folder).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in list_nodes(path):
             if isinstance(node, ast.ImportFrom | ast.Import):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
                 found |= {name.split(".")[0] for name in names}
@@ -77,7 +99,7 @@ def test_each_module_has_a_test_file():
 def test_test_files_share_by_helpers_and_run_programs_from_files():
     """What two test files need is in helpers, and a program is a file in tests/programs/, where tools see it."""
     for path in (REPO_DIR / "tests").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in list_nodes(path):
             names = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
