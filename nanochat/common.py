@@ -12,6 +12,7 @@ import ctypes
 import errno
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -29,9 +30,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import filelock
-
 if TYPE_CHECKING:
+    import filelock
     import torch
 
 
@@ -64,6 +64,12 @@ def prepare_process() -> None:
     beside one busy process; workers that sleep at once cost a tenth of a step where nothing else runs. A short spin has
     the best of both (dev/LOG.md, "How OpenMP's threads wait"). A setting that a person made stays.
     """
+    prepare_streams()
+    try:
+        sys.prefix.encode()
+    except UnicodeEncodeError:
+        exit_with(2, f"error: torch can't be loaded from {sys.prefix!a}, a path that isn't UTF-8; move it, or set "
+                     f"PYTHONUTF8=1 if only this locale ({sys.getfilesystemencoding()}) is to blame")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
@@ -77,9 +83,25 @@ def prepare_process() -> None:
     sys.excepthook = report_exception
 
 
+def prepare_streams() -> None:
+    """Make the standard streams safe to use, whatever the terminal and the locale.
+
+    A closed one is /dev/null from now on: the next file to be opened would get its number, and what is printed.
+    Characters that stdout can't show are replaced, as Python does for stderr.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)    # the lowest number that is free
+            os.set_inheritable(descriptor, descriptor == number)
+            setattr(sys, name, open(descriptor, "w" if number else "r", encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def run_script(main: Callable[[list[str] | None], object]) -> None:
     """Run a script's `main` and turn how it ended into an exit code: 0 done, 2 a person's mistake, 130 Ctrl-C.
     Any other error is a bug and keeps its traceback."""
+    prepare_streams()
     try:
         main(None)
         if dist := get_process_group():
@@ -151,9 +173,18 @@ def exit_with(code: int, message: str) -> None:
     sys.exit(code)
 
 
+def expand_home(path: str | Path, remedy: str = "give it without ~") -> Path:
+    """A path that a person typed, with ~ as the home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # HOME is not set, and the user has no entry in the system's list
+        raise UserError(f"the home folder in {path} isn't known on this system; set HOME, or {remedy}") from None
+
+
 def get_base_dir() -> Path:
     """The folder of all state on disk: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. Created if missing."""
-    base_dir = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+    base_dir = expand_home(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat",
+                           "set NANOCHAT_BASE_DIR to a folder for all state")
     try:
         base_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -202,7 +233,7 @@ def get_collective_timeout() -> timedelta:
 def get_mirror_dir() -> Path | None:
     """A local folder that stands in for the hub ($NANOCHAT_MIRROR_DIR/<owner>/<repo>/<file>), if any."""
     mirror_dir = os.environ.get("NANOCHAT_MIRROR_DIR")
-    return Path(mirror_dir).expanduser() if mirror_dir else None
+    return expand_home(mirror_dir) if mirror_dir else None
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -236,9 +267,29 @@ def write_json(path: Path, value: object) -> None:
 
 
 def file_lock(path: Path) -> filelock.BaseFileLock:
-    """A lock held by one process at a time, beside `path`; released by the system when its holder dies."""
+    """A lock held by one process at a time, beside `path`; released by the system when its holder dies.
+    Where the disk has no locks, as NFS and Lustre may, nothing is locked, and a warning says so."""
+    import filelock  # here: scripts.doctor reports missing packages, and loads this file
+
+    class FileLock(filelock.FileLock):
+        def acquire(self, *args, **settings):
+            try:
+                return super().acquire(*args, **settings)
+            except (OSError, NotImplementedError) as error:
+                number = error.errno if isinstance(error, OSError) else errno.ENOSYS
+                if number not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                warn_without_lock(path.parent, os.strerror(number))
+                return contextlib.nullcontext(self)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return filelock.FileLock(path.with_name(path.name + ".lock"))
+    return FileLock(path.with_name(path.name + ".lock"))
+
+
+@functools.cache
+def warn_without_lock(folder: Path, reason: str) -> None:
+    """Once for each folder of a process."""
+    print0(f"warning: the disk of {folder} has no file locks ({reason}); nothing keeps a second process from writing "
+           "there too, so start one at a time")
 
 
 def hash_file(path: Path) -> str:
@@ -263,7 +314,11 @@ def get_ranks() -> Ranks:
     env = os.environ
     if "RANK" not in env:
         return Ranks()
-    return Ranks(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1)))
+    rank, local_rank, world_size = env["RANK"], env.get("LOCAL_RANK", "0"), env.get("WORLD_SIZE", "1")
+    if not (rank + local_rank + world_size).isdecimal() or int(rank) >= int(world_size):
+        raise UserError(f"RANK={rank}, LOCAL_RANK={local_rank} and WORLD_SIZE={world_size} in the environment don't "
+                        "name one of several ranks; start these with torchrun, or unset RANK for one process alone")
+    return Ranks(int(rank), int(local_rank), int(world_size))
 
 
 def count_local_ranks() -> int:
@@ -358,6 +413,9 @@ def init_compute(device_type: str = "auto", deterministic: bool = False) -> tupl
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if ranks.world_size > 1 and not dist.is_initialized():
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+            raise UserError(f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} not, where the ranks meet; "
+                            "start them with torchrun, or unset RANK for one process alone")
         dist.init_process_group("nccl" if is_cuda else "gloo", device_id=device if is_cuda else None,
                                 timeout=get_collective_timeout())
     return device, ranks

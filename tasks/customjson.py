@@ -6,7 +6,7 @@
 
 from pathlib import Path
 
-from nanochat.common import UserError
+from nanochat.common import UserError, expand_home
 from nanochat.tokenizer import check_messages
 from tasks.common import Task
 from tasks.rows import JsonLines
@@ -17,7 +17,7 @@ class CustomJSON(Task):
 
     def __init__(self, path: str | Path, **kwargs) -> None:
         super().__init__(**kwargs)
-        self.rows = JsonLines(Path(path).expanduser())
+        self.rows = JsonLines(expand_home(path))
         for index in range(len(self.rows)):
             try:
                 parse_conversation(self.rows[index])

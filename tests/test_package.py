@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import doctor
+from scripts import doctor, plan
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 LOCKS = ("requirements.lock", "requirements-py310.lock")
@@ -82,6 +82,25 @@ def find_our_imports(folder: str) -> set[str]:
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
                 found |= {name.split(".")[0] for name in names}
     return found & set(OUR_FOLDERS)
+
+
+def test_files_of_ours_are_utf8_whatever_the_locale():
+    calls = [(path, node) for folder in ("nanochat", "scripts", "tasks", "dev") for path in
+             (REPO_DIR / folder).rglob("*.py") for node in list_nodes(path)
+             if isinstance(node, ast.Call)]
+    assert len(calls) > 1000
+    assert not [f"{path}:{call.lineno}: {ast.unparse(call)}" for path, call in calls if names_no_encoding(call)]
+
+
+def test_script_that_is_started_as_a_file(tmp_path):
+    """python scripts/plan.py, from any folder; it imports no torch."""
+    argv = ["--depth", "4", "--nproc", "1", "--json"]
+    done = subprocess.run([sys.executable, REPO_DIR / "scripts" / "plan.py", *argv], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 0 and json.loads(done.stdout) == plan.main(argv), done.stderr
+    done = subprocess.run([sys.executable, REPO_DIR / "scripts" / "plan.py", "--depth", "0"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
 
 
 def test_imports_point_downwards():
