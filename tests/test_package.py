@@ -182,7 +182,8 @@ esac
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "runs").mkdir()
+    tmp_path = tmp_path / "John O'Neill's café"
+    (tmp_path / "runs").mkdir(parents=True)
     shutil.copy(REPO_DIR / "runs" / "setup.sh", tmp_path / "runs")
     for lock in LOCKS:
         (tmp_path / lock).write_text("numpy==1.0\ntorch==2.0\n")
