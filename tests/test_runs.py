@@ -34,6 +34,7 @@ def base_dir(tmp_path, monkeypatch):
     """A base folder with the data 'toy'."""
     base_dir = tmp_path / "John O'Neill's café"
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))    # of the links for the compiler
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklm", k=rng.randint(2, 7))) for _ in range(60)]
     (tmp_path / "texts").mkdir()
