@@ -151,7 +151,8 @@ def hang_up_in_step(stage, step):
 def assert_stopped_after(run_dir, step):
     """A run was stopped while it computed a step, and saved after it."""
     assert (run_dir / "latest").read_text().strip() == f"step_{step + 1:06d}"
-    assert read_info(run_dir)["status"] == "stopped"
+    info = read_info(run_dir)
+    assert info["status"] == "stopped" and info["reason"] == "SIGHUP"
 
 
 def measure_peak_bytes(call):
