@@ -117,10 +117,14 @@ def run_script(main: Callable[[list[str] | None], object]) -> None:
         discard_output()
         sys.exit(128 + signal.SIGPIPE)
     except UnicodeEncodeError as error:
+        character = error.object[error.start]
+        if "\udc80" <= character <= "\udcff":  # how Python keeps a byte of a file's name that it can't decode
+            exit_with(2, f"error: {ascii(error.object)[:500]} has the byte 0x{ord(character) - 0xdc00:x}, which isn't "
+                         f"{error.encoding}, and what is to open it takes nothing else; rename the file or the folder")
         if error.encoding == "utf-8" or error.encoding != sys.getfilesystemencoding():
             raise
-        exit_with(2, f"error: a file's name has the character {ascii(error.object[error.start])}, which the encoding "
-                     f"of this locale, {error.encoding}, lacks; set LC_ALL=C.UTF-8 or PYTHONUTF8=1")
+        exit_with(2, f"error: a file's name has the character {character!a}, which the encoding of this locale, "
+                     f"{error.encoding}, lacks; set LC_ALL=C.UTF-8 or PYTHONUTF8=1")
     except (RuntimeError, MemoryError) as error:
         dist = sys.modules.get("torch.distributed")  # where it isn't loaded, none of its errors can be raised
         if dist and (isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error).lower())):

@@ -103,12 +103,15 @@ def test_closed_streams_are_dev_null(tmp_path):
     assert (tmp_path / "file").read_bytes() == b""
 
 
-def test_name_that_the_locale_has_no_characters_for(monkeypatch, capsys):
-    """Under LC_ALL=C PYTHONUTF8=0, where a file of ours names a path."""
-    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+@pytest.mark.parametrize(("path", "encoding", "message"), [
+    ("/data/é", "ascii", "the character '\\xe9', which the encoding of this locale, ascii, lacks; set LC_ALL="),
+    ("/data/\udcff", "utf-8", "'/data/\\udcff' has the byte 0xff, which isn't utf-8, and what is to open it takes")])
+def test_file_name_that_can_not_be_encoded(path, encoding, message, monkeypatch, capsys):
+    """Under LC_ALL=C PYTHONUTF8=0, where a file of ours names a path; and by a library that takes UTF-8 only."""
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
     with pytest.raises(SystemExit) as ending:
-        common.run_script(lambda argv: "/data/é".encode("ascii"))
-    assert ending.value.code == 2 and "lacks; set LC_ALL=C.UTF-8 or PYTHONUTF8=1" in capsys.readouterr().err
+        common.run_script(lambda argv: path.encode(encoding))
+    assert ending.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_environment_that_torch_can_not_be_loaded_from(monkeypatch, capsys):
