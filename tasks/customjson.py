@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.common import UserError
+from nanochat.common import UserError, expand_home
 from nanochat.conversations import OPENAI, TAKEN_FORMS, get_text, is_output, read_row
 from tasks.common import Task
 from tasks.rows import read_rows
@@ -78,7 +78,7 @@ class CustomJSON(Task):
 
     def __init__(self, path: str | Path, **kwargs) -> None:
         super().__init__(**kwargs)
-        path = Path(path).expanduser()
+        path = expand_home(path)
         self.rows, self.indices = read_rows(path), []    # indices: of the rows that are conversations
         self.account = RowAccount(path.name, self.rows.unit, len(self.rows))
         for index in range(len(self.rows)):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UserError, hash_file
+from nanochat.common import UserError, expand_home, hash_file
 from tasks.catalog import TASKS, get_task
 from tasks.common import Task, TaskMixture
 from tasks.customjson import CustomJSON, RowAccount
@@ -67,7 +67,7 @@ def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = ()) -> Mi
         val.append(whole.cut(num_train, None))
         accounts.append(whole.account)
         weights.append(1.0)
-        parts[name] = f"{num_train} x1, sha256 {hash_file(Path(path).expanduser())[:16]}"
+        parts[name] = f"{num_train} x1, sha256 {hash_file(expand_home(path))[:16]}"
     if not train:
         raise UserError(f"there is nothing to learn from: name some --tasks ({', '.join(TASKS)}) or a --custom-json")
     mixture = TaskMixture(train, weights)

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from nanochat import dataset
 from nanochat.checkpoint_manager import get_run_dir, save_checkpoint
 from nanochat.config import GPTConfig
 from nanochat.gpt import GPT
-from nanochat.run import read_metrics
+from nanochat.run import read_info, read_metrics
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 from nanochat.train import Batch, train_step
 from scripts import tok_train
@@ -132,6 +133,28 @@ def out_of_memory_at(*calls):
         yield
 
 
+@contextlib.contextmanager
+def hang_up_in_step(stage, step):
+    """The module of a stage's loop gets SIGHUP while it computes a step, as when its terminal closes; it ends."""
+    set_schedules = stage.set_schedules
+
+    def hang_up(optimizer, current_step, *args, **settings):
+        if current_step == step:
+            signal.raise_signal(signal.SIGHUP)
+        return set_schedules(optimizer, current_step, *args, **settings)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ending:
+        patch.setattr(stage, "set_schedules", hang_up)
+        yield
+    assert ending.value.code == 129
+
+
+def assert_stopped_after(run_dir, step):
+    """A run was stopped while it computed a step, and saved after it."""
+    assert (run_dir / "latest").read_text().strip() == f"step_{step + 1:06d}"
+    info = read_info(run_dir)
+    assert info["status"] == "stopped" and info["reason"] == "SIGHUP"
+
+
 def measure_peak_bytes(call):
     """Bytes in use at the worst instant of a call, beyond those before it, as the CPU's allocator counts them."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -144,9 +167,9 @@ def measure_peak_bytes(call):
 # Processes
 
 
-def start_script(*argv):
-    return subprocess.Popen([sys.executable, "-u", "-m", *argv], cwd=REPO_DIR, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def start_script(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings):
+    return subprocess.Popen([sys.executable, "-u", "-m", *argv], cwd=REPO_DIR, text=True, stdout=stdout, stderr=stderr,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **settings)
 
 
 def run_program(name, *argv, before=(), env=None, timeout=100):

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from nanochat import chat_stage
 from nanochat.common import UserError
 from nanochat.run import read_metrics
 from scripts import base_train, chat_cli, chat_sft, mid_train
 from tests.data_helpers import write_lines
 from tests.helpers import (
     assert_same_runs,
+    assert_stopped_after,
+    hang_up_in_step,
     make_base,
     out_of_memory_at,
     read_state,
@@ -172,6 +175,13 @@ def test_out_of_memory_twice(mid, train):
     with out_of_memory_at(0, 1 + 2 + 2), pytest.raises(UserError, match="at step 2 with --device-batch-size 4: "):
         train("--out-tag", "short", *calm)
     assert_same_runs(train("--out-tag", "short", *calm)["run_dir"], expected["run_dir"])
+
+
+def test_terminal_that_closes_saves_and_stops(base_dir, sft):
+    with hang_up_in_step(chat_stage, 3):
+        train_sft("--out-tag", "hung_up")
+    assert_stopped_after(base_dir / "runs" / "sft" / "hung_up", 3)
+    assert_same_runs(train_sft("--out-tag", "hung_up")["run_dir"], sft["run_dir"])
 
 
 def test_kill_changes_nothing(base_dir, mid):

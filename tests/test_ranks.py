@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from nanochat.common import Ranks, UserError
 from nanochat.gpt import GPTConfig
-from nanochat.run import read_metrics
+from nanochat.run import read_info, read_metrics
 from nanochat.train import Batch, train_step
 from scripts import base_train
 from tests.helpers import (
@@ -28,6 +28,8 @@ from tests.helpers import (
     out_of_memory_at,
     read_state,
     run_on_ranks,
+    send_signal_at,
+    start_script,
 )
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=80, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
@@ -319,6 +321,18 @@ def test_dead_or_stalled_rank_ends_the_others(base_dir, signum, timeout_sec):
             process.communicate()
     run_dir = base_dir / "runs" / "base" / f"lost{signum}"
     assert int((run_dir / "latest").read_text().removeprefix("step_")) >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM])
+def test_torchrun_passes_a_signal_on_to_ranks_that_save(base_dir, signum):
+    script, *flags = make_argv(f"signal{signum}")[3:]
+    process = start_script("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", script, "--", *flags)
+    send_signal_at(process, 12, signum)
+    run_dir = base_dir / "runs" / "base" / f"signal{signum}"
+    assert int((run_dir / "latest").read_text().removeprefix("step_")) >= 12
+    info = read_info(run_dir)
+    assert info["status"] == "stopped" and info["reason"] == signum.name
 
 
 def test_non_finite_loss_stops_all_ranks(base_dir):

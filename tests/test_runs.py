@@ -32,14 +32,16 @@ pytestmark = pytest.mark.skipif(Path(sys.prefix).resolve() != REPO_DIR / ".venv"
 @pytest.fixture
 def base_dir(tmp_path, monkeypatch):
     """A base folder with the data 'toy'."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    base_dir = tmp_path / "John O'Neill's café"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))    # of the links for the compiler
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklm", k=rng.randint(2, 7))) for _ in range(60)]
     (tmp_path / "texts").mkdir()
     for i in range(300):
         (tmp_path / "texts" / f"{i}.txt").write_text(" ".join(rng.choices(words, k=60)))
     dataset.main(["--source", "files", "--path", str(tmp_path / "texts"), "--name", "toy"])
-    return tmp_path / "base"
+    return base_dir
 
 
 def start_recipe(name, base_dir, **settings):

@@ -24,6 +24,8 @@ from scripts import base_loss, base_train, chat_cli
 from tests.helpers import (
     REPO_DIR,
     assert_same_runs,
+    assert_stopped_after,
+    hang_up_in_step,
     make_base,
     out_of_memory_at,
     read_state,
@@ -216,6 +218,13 @@ def test_resume_before_the_first_step(whole):
         patch.setattr(base_train, "set_schedules", stop_before_step_1)
         train("early", "--save-every-minutes", "0")  # saves step 0
     assert_same_runs(train("early")["run_dir"], whole["run_dir"])
+
+
+def test_terminal_that_closes_saves_and_stops(base_dir, whole):
+    with hang_up_in_step(base_train, 7):
+        train("hung_up")
+    assert_stopped_after(base_dir / "runs" / "base" / "hung_up", 7)
+    assert_same_runs(train("hung_up")["run_dir"], whole["run_dir"])
 
 
 def test_evaluation_that_a_kill_prevented_is_made_up_for(whole):
