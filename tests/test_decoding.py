@@ -41,7 +41,7 @@ def test_decoding_copy_computes_the_same_and_shares_the_rest(dtype):
 
 def test_the_first_token_does_not_wait_for_the_compiler_to_be_loaded():
     """Which takes a second or two of every start, and which nothing here uses."""
-    result = run_program("first_token")
+    result = run_program("first_token", fresh=True)
     assert result.stdout == "[]\n", result.stderr
 
 
