@@ -158,8 +158,8 @@ def run_to_end(*argv, input="", timeout=100, **env):
 
 
 def run_program(name, *argv, before=(), fresh=False, env=None, timeout=100):
-    """Run tests/programs/<name>.py to its end: in a fork of a warm process, or a fresh interpreter where what it imports
-    matters, with an environment `env` of its own, or after the words `before` of another command."""
+    """Run tests/programs/<name>.py to its end, in a fork of a warm process; where its imports matter (`fresh`), it has
+    an environment of its own, or it stands after the words `before` of another command, in a fresh interpreter."""
     if not (before or fresh or env):
         return run_to_end(f"tests.programs.{name}", *argv, timeout=timeout)
     return subprocess.run([*before, sys.executable, "-m", f"tests.programs.{name}", *map(str, argv)], cwd=REPO_DIR,

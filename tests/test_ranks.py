@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -28,6 +27,8 @@ from tests.helpers import (
     out_of_memory_at,
     read_state,
     run_on_ranks,
+    run_to_end,
+    start_script,
 )
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=80, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
@@ -274,21 +275,19 @@ def test_ranks_that_were_started_differently_are_refused(finished, base_dir):
 
 
 def make_argv(tag, *more):
-    return [sys.executable, "-u", "-m", "scripts.base_train", "--model-tag", tag, "--data", "toy", *SHAPE,
+    return ["scripts.base_train", "--model-tag", tag, "--data", "toy", *SHAPE,
             "--num-iterations", "400", "--total-batch-size", "512", "--eval-every", "-1", "--sample-every", "-1",
             "--save-every", "5", "--device-type", "cpu", "--dtype", "float32", "--compile", "off", *more]
 
 
 def run_alone(tag, *more):
-    result = subprocess.run(make_argv(tag, *more), cwd=REPO_DIR, capture_output=True, text=True, timeout=100)
+    result = run_to_end(*make_argv(tag, *more))
     return result.returncode, result.stderr
 
 
 def start_ranks(tag, *more, **env):
     port = choose_port()
-    return [subprocess.Popen(make_argv(tag, *more), cwd=REPO_DIR, text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, env=os.environ | get_rank_env(rank, 2, port) | env)
-            for rank in range(2)]
+    return [start_script(*make_argv(tag, *more), **get_rank_env(rank, 2, port), **env) for rank in range(2)]
 
 
 def wait_for_step(process, step):
