@@ -19,9 +19,9 @@ import pytest
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 FORKS = get_context("forkserver")
-# pyarrow imports pandas late, where it is installed
+# Imported late by others: the compiler by the first step of an optimizer, pandas (where it is installed) by pyarrow
 PRELOADED = ["tests.helpers", "tests.data_helpers", "tests.server_helpers", "nanochat.chat_stage", "nanochat.core_eval",
-             "nanochat.rl", "pandas"]
+             "nanochat.rl", "torch._inductor.compile_fx", "pandas"]
 
 
 def start_warm_process() -> None:
