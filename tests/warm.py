@@ -4,15 +4,21 @@ Each runs a module as `python -m` does, with an environment of its own. What a f
 settings that torch's threads read when torch is loaded, an interpreter's flags) needs `subprocess`.
 """
 
+import atexit
 import contextlib
+import functools
+import json
 import os
 import runpy
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from multiprocessing import forkserver, get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import pytest
@@ -33,18 +39,20 @@ def start_warm_process() -> None:
         forkserver.ensure_running()
 
 
-def run_module(words: list[str], env: dict[str, str], pipes: dict[int, Connection]) -> None:
+def run_module(words: list[str], env: dict[str, str], cwd: str, pipes: dict[int, Connection]) -> None:
     """What a fork does: `python -u -m` with these words."""
     for fd, pipe in pipes.items():
         os.dup2(pipe.fileno(), fd)
+    for pipe in pipes.values():
         pipe.close()
     sys.stdin = open(0)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.chdir(REPO_DIR)
+    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
+    sys.executable = env.get("WARM_PYTHON", sys.executable)     # what it starts is a fork, too
     sys.argv = ["-m", *words[1:]]
     sys.modules.pop(words[0], None)     # helpers may have imported it
     runpy.run_module(words[0], run_name="__main__", alter_sys=True)
@@ -60,7 +68,7 @@ class WarmProcess:
             reader, writer = FORKS.Pipe(duplex=False)
             theirs[fd], ours[fd] = (reader, writer) if fd == 0 else (writer, reader)
         self.args = words
-        self.process = FORKS.Process(target=run_module, args=(words, env, theirs))
+        self.process = FORKS.Process(target=run_module, args=(words, env, str(REPO_DIR), theirs))
         self.process.start()
         self.pid = self.process.pid
         self.stdin, self.stdout, self.stderr = (
@@ -112,3 +120,57 @@ class WarmProcess:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A `python` for what starts processes by itself: recipes, torchrun, sweeps
+
+STARTING = threading.Lock()     # multiprocessing's own records aren't safe from threads
+
+
+@functools.cache
+def make_warm_python() -> Path:
+    """An executable to be called as python: `-m MODULE ...` runs in a fork, all else in a fresh interpreter."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder / "socket"))
+    listener.listen(64)
+    path = folder / "python"
+    client = REPO_DIR / "tests" / "programs" / "warm_client.py"
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{client}" "{folder}/socket" "$@"\n')
+    path.chmod(0o755)
+    start_warm_process()
+
+    def accept() -> None:
+        while True:
+            threading.Thread(target=serve_client, args=(listener.accept()[0],), daemon=True).start()
+    threading.Thread(target=accept, daemon=True).start()
+    return path
+
+
+def serve_client(client: socket.socket) -> None:
+    """Run what a client asks for, on its own files; it is told the exit code. If it dies, so does the fork."""
+    _, fds, *_ = socket.recv_fds(client, 1, 3)
+    request = json.loads(client.makefile().readline())
+    pipes = {fd: Connection(theirs, writable=fd > 0, readable=fd == 0) for fd, theirs in enumerate(fds)}
+    process = FORKS.Process(target=run_module, args=(request["words"], request["env"], request["cwd"], pipes))
+    with STARTING:
+        process.start()
+    for pipe in pipes.values():
+        pipe.close()
+    if process.sentinel not in wait([process.sentinel, client]):
+        process.kill()
+        wait([process.sentinel])
+    with STARTING:
+        process.join()
+    with contextlib.suppress(BrokenPipeError):
+        client.sendall(f"{process.exitcode}\n".encode())
+    client.close()
+
+
+def use_warm_python(env: dict[str, str]) -> dict[str, str]:
+    """`env`, in which the commands python and torchrun of a bash script mean forks, and so does what they start."""
+    path = str(make_warm_python())
+    return env | {"WARM_PYTHON": path, "BASH_FUNC_python%%": f'() {{ "{path}" "$@"; }}',
+                  "BASH_FUNC_torchrun%%": f'() {{ "{path}" -m torch.distributed.run "$@"; }}'}
