@@ -6,6 +6,7 @@ settings that torch's threads read when torch is loaded, an interpreter's flags)
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -16,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection, wait
@@ -39,15 +41,18 @@ def start_warm_process() -> None:
         forkserver.ensure_running()
 
 
-def run_module(words: list[str], env: dict[str, str], cwd: str, pipes: dict[int, Connection]) -> None:
+def run_module(words: list[str], env: dict[str, str], cwd: str, pipes: dict[int, Connection],
+               is_terminal: bool = False) -> None:
     """What a fork does: `python -u -m` with these words."""
     for fd, pipe in pipes.items():
         os.dup2(pipe.fileno(), fd)
     for pipe in pipes.values():
         pipe.close()
-    sys.stdin = open(0)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)
+    if is_terminal:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)    # so that Ctrl-C reaches it
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", buffering=1, closefd=False)
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
     os.environ.clear()
@@ -59,20 +64,25 @@ def run_module(words: list[str], env: dict[str, str], cwd: str, pipes: dict[int,
 
 
 class WarmProcess:
-    """A fork that runs a module, to be used as a `subprocess.Popen` with text pipes for stdin, stdout and stderr."""
+    """A fork that runs a module, to be used as a `subprocess.Popen` with text pipes for stdin, stdout and stderr; or at
+    a terminal, the file descriptor `terminal`, of which it is the only process."""
 
-    def __init__(self, words: list[str], env: dict[str, str]) -> None:
+    def __init__(self, words: list[str], env: dict[str, str], terminal: int | None = None) -> None:
         start_warm_process()
         theirs, ours = {}, {}
         for fd in range(3):
+            if terminal is not None:
+                theirs[fd] = Connection(os.dup(terminal))
+                continue
             reader, writer = FORKS.Pipe(duplex=False)
             theirs[fd], ours[fd] = (reader, writer) if fd == 0 else (writer, reader)
         self.args = words
-        self.process = FORKS.Process(target=run_module, args=(words, env, str(REPO_DIR), theirs))
+        self.process = FORKS.Process(target=run_module, args=(words, env, str(REPO_DIR), theirs, terminal is not None))
         self.process.start()
         self.pid = self.process.pid
-        self.stdin, self.stdout, self.stderr = (
-            open(os.dup(pipe.fileno()), "r" if fd else "w", encoding="utf-8") for fd, pipe in ours.items())
+        if terminal is None:
+            self.stdin, self.stdout, self.stderr = (
+                open(os.dup(pipe.fileno()), "r" if fd else "w", encoding="utf-8") for fd, pipe in ours.items())
         for pipe in (*theirs.values(), *ours.values()):
             pipe.close()
 

@@ -1,4 +1,4 @@
-"""What tests.warm's `python` runs: gives its words, environment and files to the tests' process, waits for the exit code.
+"""What tests.warm's `python` runs: gives its words, environment and files to the tests, waits for the exit code.
 
     python -I -S tests/programs/warm_client.py SOCKET [python's words]
 """
