@@ -3,8 +3,6 @@
 import json
 import random
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from nanochat.tokenizer import (
     get_tokenizer,
 )
 from scripts import tok_eval, tok_train
-from tests.helpers import BYTE_TOKENIZER, REPO_DIR
+from tests.helpers import BYTE_TOKENIZER, REPO_DIR, run_to_end
 
 TABLES = REPO_DIR.parent / "shared" / "data" / "tokenizers"
 VOCAB_SIZE = 600
@@ -629,6 +627,6 @@ def test_tok_eval_against_published_tables(data_dir, capsys):
 @pytest.mark.parametrize(("script", "reason"), [("tok_train", "there is no data"),
                                                 ("tok_eval", "there is no tokenizer")])
 def test_scripts_end_with_one_sentence_and_code_2(base_dir, script, reason):
-    done = subprocess.run([sys.executable, "-m", f"scripts.{script}"], cwd=REPO_DIR, capture_output=True, text=True)
+    done = run_to_end(f"scripts.{script}")
     assert done.returncode == 2
     assert reason in done.stderr and len(done.stderr.strip().splitlines()) == 1
