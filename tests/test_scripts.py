@@ -1,6 +1,7 @@
 """From text to a trained model by the scripts themselves: stopped in every way, resumed, fed what they must refuse."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -68,9 +69,14 @@ def read_info(run_dir):
 
 
 @pytest.fixture(scope="module")
-def whole(base_dir):
-    """An undisturbed run."""
-    return train("whole")
+def undisturbed(base_dir):
+    """An undisturbed run in a dtype, made once."""
+    return functools.cache(lambda dtype: train("whole" if dtype == "float32" else f"whole_{dtype}", "--dtype", dtype))
+
+
+@pytest.fixture(scope="module")
+def whole(undisturbed):
+    return undisturbed("float32")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,16 +142,16 @@ def test_resume_none_keeps_the_old_run(base_dir):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-def test_dtypes(dtype, whole):
-    result = train(f"dtype_{dtype}", "--dtype", dtype)
+def test_dtypes(dtype, whole, undisturbed):
+    result = undisturbed(dtype)
     losses = [line["loss"] for line in read_metrics(Path(result["run_dir"])) if line["kind"] == "train"]
     assert losses[0] == pytest.approx(5.768, abs=0.02)  # ln 320: nothing is known yet
     assert result["val_bpb"] == pytest.approx(whole["val_bpb"], rel=0.05)
 
 
-def test_gradient_accumulation_gives_the_same_loss(whole):
+def test_gradient_accumulation_gives_the_same_loss(undisturbed):
     """In float64: fp32 turns rounding noise into full Adam steps at the start."""
-    runs = [train(f"rows_{rows}", "--dtype", "float64", "--device-batch-size", str(rows)) for rows in (8, 2)]
+    runs = [undisturbed("float64"), train("rows_2", "--dtype", "float64", "--device-batch-size", "2")]
     losses = [[line["loss"] for line in read_metrics(Path(run["run_dir"])) if line["kind"] == "train"] for run in runs]
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)
     assert [find_decision(run["run_dir"], "rows of a micro-batch") for run in runs] == ["8", "2"]
@@ -156,9 +162,9 @@ def test_gradient_accumulation_gives_the_same_loss(whole):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_stopping_and_resuming_changes_nothing(dtype):
+def test_stopping_and_resuming_changes_nothing(dtype, undisturbed):
     """A stop between evaluations, so that the last one of the log comes from before it."""
-    expected = train(f"undisturbed_{dtype}", "--dtype", dtype)
+    expected = undisturbed(dtype)
     stopped = train(f"parts_{dtype}", "--dtype", dtype, "--stop-at", "10")
     assert read_info(stopped["run_dir"])["status"] == "stopped" and stopped["step"] == 10
     result = train(f"parts_{dtype}", "--dtype", dtype)
