@@ -87,9 +87,10 @@ def test_compiled_step_equals_naive_and_is_compiled_but_twice(monkeypatch, packs
     monkeypatch.setattr(decoding, "choose_compile", lambda *args: (True, ""))
     if not packs:
         monkeypatch.setattr(decoding, "can_pack", lambda dtype: False)
-    models = [make_model(seed=seed) for seed in range(1 + packs)]  # neither may take the other's graphs
+    models = [make_model(seed=seed) for seed in range(1 + packs)]  # neither engine may take the other's graphs
     engines = [Engine(model, BYTE_TOKENIZER, compile=True) for model in models]
-    assert all(isinstance(engine._run_step, decoding.CompiledStep) for engine in engines) and len(graphs) == 2 * len(models)
+    assert all(isinstance(engine._run_step, decoding.CompiledStep) for engine in engines)
+    assert len(graphs) == 2 * len(models)
     for engine, model in zip(engines, models, strict=True):
         check_compiled(engine, model)
     assert all(engine._run_step.works for engine in engines) and len(graphs) == 2 * len(models)
