@@ -532,12 +532,14 @@ def measure_step_ms(tag, num_busy):
     return statistics.median(line["step_ms"] for line in read_metrics(run_dir) if line["kind"] == "train")
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.skipif(count_cpus() < 2, reason="on one core no thread waits for another")
 def test_slowdown_beside_a_busy_process():
     """Two training threads and one busy process on two cores. A product is cut into one half per thread, so the half
     that shares its core sets the pace: a step of twice the time (measured: 1.6 to 2.1), and 3 to 8 times with threads
-    that spin while they wait (dev/LOG.md, "How OpenMP's threads wait"). The bound lies between the two."""
+    that spin while they wait (dev/LOG.md, "How OpenMP's threads wait"). The bound lies between the two. Slow, for it takes
+    half a minute of both cores alone; that scripts choose the setting is what test_idle_threads_sleep shows each time."""
     ratios = []
     for attempt in range(3):
         alone = measure_step_ms(f"alone_{attempt}", num_busy=0)
