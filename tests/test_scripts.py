@@ -538,8 +538,8 @@ def measure_step_ms(tag, num_busy):
 def test_slowdown_beside_a_busy_process():
     """Two training threads and one busy process on two cores. A product is cut into one half per thread, so the half
     that shares its core sets the pace: a step of twice the time (measured: 1.6 to 2.1), and 3 to 8 times with threads
-    that spin while they wait (dev/LOG.md, "How OpenMP's threads wait"). The bound lies between the two. Slow, for it takes
-    half a minute of both cores alone; that scripts choose the setting is what test_idle_threads_sleep shows each time."""
+    that spin while they wait (dev/LOG.md, "How OpenMP's threads wait"). The bound lies between the two. Slow, for
+    it takes both cores for long; that scripts choose the setting is what test_idle_threads_sleep shows each time."""
     ratios = []
     for attempt in range(3):
         alone = measure_step_ms(f"alone_{attempt}", num_busy=0)
