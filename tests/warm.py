@@ -116,8 +116,9 @@ class WarmProcess:
         thread = threading.Thread(target=lambda: errors.append(self.stderr.read()))
         thread.start()
         with contextlib.suppress(BrokenPipeError):
-            self.stdin.write(input)
-            self.stdin.close()
+            if not self.stdin.closed:   # by an earlier call
+                self.stdin.write(input)
+                self.stdin.close()
         output = self.stdout.read()
         thread.join()
         self.wait()
