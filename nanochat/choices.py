@@ -178,7 +178,7 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
 
     world_size = common.get_ranks().world_size
     dtype = choose("dtype", lambda name: common.get_compute_dtype(name, device))
-    # sdpa is the only backend of a GPU whose backward pass repeats bit for bit
+    # the backward pass of fa3 and flex doesn't repeat bit for bit; fa2's should (by torch's source), not shown yet
     auto = "sdpa" if wanted.deterministic and device.type == "cuda" else "auto"
     attention = choose("attention", lambda name: choose_backend(
         device, dtype, rows.config, rows.T, wanted=auto if name == "auto" else name))

@@ -266,9 +266,10 @@ def _fa2(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     Differentiable, traced by torch.compile without a graph break, and native to fewer key/value heads in both passes
     (mha_fwd and mha_bwd in torch's flash_api.cpp).
     """
+    left, right = (window, 0) if window >= 0 else (None, None)
     return torch.ops.aten._flash_attention_forward(
         q, k, v, None, None, q.size(1), k.size(1), dropout_p=0.0, is_causal=True, return_debug_mask=False,
-        window_size_left=window, window_size_right=0)[0]
+        window_size_left=left, window_size_right=right)[0]
 
 
 @functools.cache

@@ -48,6 +48,7 @@ def check_trace(config, T, rows, machine, num_micro, tolerance):
 @pytest.mark.parametrize(("depth", "rows", "num_micro", "dtype", "attention", "world_size", "loss"), [
     (4,  8, 1, "bfloat16", "sdpa",   1, "fused"),
     (4,  4, 2, "bfloat16", "blocks", 1, "fused"),
+    (4,  4, 1, "bfloat16", "fa2",    1, "fused"),    # and fa3, flex: all keep no probabilities
     (4,  4, 1, "bfloat16", "sdpa",   1, "plain"),
     (4,  4, 1, "float32",  "sdpa",   1, "plain"),
     (4,  8, 1, "bfloat16", "sdpa",   8, "fused"),
