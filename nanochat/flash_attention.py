@@ -304,17 +304,17 @@ def _fetch_kernel() -> ModuleType:
 
 def _explain_failure(error: Exception) -> str:
     """Why FlashAttention 3 can't be had from a place, as the rest of a sentence whose subject is the place."""
-    text, here = get_first_line(error)[:200], f"torch {torch.__version__}"
+    text = get_first_line(error)[:200]
     if isinstance(error, UserError):
         return text
     if isinstance(error, ModuleNotFoundError):
         return "isn't installed" if error.name == FA3_PACKAGE else f"needs the package {error.name}"
     if any(mark in text for mark in ABI_ERRORS):
-        return f"is built for another torch than {here} ({text})"
+        return f"is built for another torch than {torch.__version__} ({text})"
     if "build variant" in text:
-        return f"has no build for {here} with CUDA {torch.version.cuda}"
-    if "trust status" in text:  # asked of the hub each time, unless a person says that it is out of reach
-        return "can't be asked for, the hub doesn't answer (HF_HUB_OFFLINE=1 uses what was downloaded before)"
+        return f"has no build for torch {torch.__version__} with CUDA {torch.version.cuda}"
+    if "trust status" in text:
+        return "can't be had, for the hub doesn't answer"
     if "trusted publisher" in text:
         return "is refused: the hub doesn't mark its publisher as trusted"
     return f"fails: {type(error).__name__}: {text}"
