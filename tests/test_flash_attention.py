@@ -58,8 +58,8 @@ def assert_equals_plain(call, q, k, v, window):
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
 @torch.no_grad()
 def test_the_definition_equals_loops(heads):
-    q, k, v = make_qkv(20, H=heads[0], Hk=heads[1])
-    for window in (-1, 0, 1, 5, 19, 40):
+    q, k, v = make_qkv(12, H=heads[0], Hk=heads[1])
+    for window in (-1, 0, 1, 5, 11, 40):
         torch.testing.assert_close(plain_attention(q, k, v, window), slow_attention(q, k, v, window))
 
 
