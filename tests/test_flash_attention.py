@@ -346,6 +346,7 @@ def test_a_rank_uses_the_backend_of_rank_0_or_says_why_it_cannot(forget_choice, 
 @pytest.fixture
 def hopper(forget_choice, monkeypatch):
     """A Hopper GPU that has FlashAttention 2 only, and on which nothing runs: probes compute on the CPU."""
+    monkeypatch.setattr(flash_attention, "probe_backend", probe_backend)  # itself: packages come and go (conftest.py)
     run_probe = flash_attention._run_probe
     monkeypatch.setattr(flash_attention, "_run_probe", lambda call, values, device, dtype, window: run_probe(
         call, values, CPU, dtype, window))
