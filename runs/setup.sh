@@ -86,6 +86,7 @@ install_packages() {
         fi
     fi
     install -r "$lock"
+    ! has_nvidia_gpu || install -r requirements-gpu.lock    # the kernels hub, for FlashAttention 3
 }
 
 set_up() {

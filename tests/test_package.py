@@ -19,7 +19,7 @@ OUR_FOLDERS = ("nanochat", "scripts", "tasks", "tests", "dev")
 TOOLS = {"ruff", "pytest", "pytest-xdist"}        # run by runs/test.sh, whether or not a test imports them
 INSIDE_OTHERS = {"tiktoken_ext", "triton"}    # of tiktoken, and of torch's GPU builds
 DISTRIBUTIONS = {"yaml": "pyyaml"}             # where the package isn't named like its module
-USER_BUILT = {"flash_attn_interface", "flash_attn"}    # FlashAttention from source: used where a person has it
+USER_BUILT = {"flash_attn_interface"}    # FlashAttention 3, from torch's own index or from source
 NEWER_THAN_PYTHON_310 = re.compile(r"\b(hashlib\.file_digest|import tomllib|ExceptionGroup|contextlib\.chdir|"
                                    r"asyncio\.(TaskGroup|timeout)|(datetime\.|from datetime import [^\n]*\b)UTC|"
                                    r"(typing\.|from typing import [^\n]*\b)(Self|Never|assert_never))\b")
@@ -159,6 +159,13 @@ def test_lock_is_a_plain_list_that_pins_all_that_is_declared(lock):
     assert len(parse_names(lines)) == len(lines)
 
 
+def test_gpu_lock_pins_what_gpus_need_beside_the_other_locks():
+    lines = (REPO_DIR / "requirements-gpu.lock").read_text().splitlines()
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", line) for line in lines)
+    assert parse_names(load_project()["optional-dependencies"]["gpu"]) <= parse_names(lines)
+    assert not any(parse_names(lines) & parse_names((REPO_DIR / lock).read_text().splitlines()) for lock in LOCKS)
+
+
 def test_nothing_newer_than_python_310_is_used():
     found = {path.name: match[0] for folder in ("nanochat", "scripts", "tasks", "dev")
              for path in (REPO_DIR / folder).rglob("*.py")
@@ -231,7 +238,7 @@ def test_torch_from_its_cpu_index_unless_there_is_a_gpu(checkout):
     nvidia_smi = checkout / "tools" / "nvidia-smi"
     nvidia_smi.write_text("#!/bin/bash\necho 'GPU 0: NVIDIA H100'\n")
     nvidia_smi.chmod(0o755)
-    assert set_up(checkout)[1] == ["venv", f"pip -r {get_lock_name()}"]
+    assert set_up(checkout)[1] == ["venv", f"pip -r {get_lock_name()}", "pip -r requirements-gpu.lock"]
 
 
 def test_interrupted_set_up_begins_again_but_keeps_a_persons_own_venv(checkout):
