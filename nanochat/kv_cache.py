@@ -45,6 +45,9 @@ class KVCache:
         cache.num_tokens = None
         return cache
 
+    def count_rows(self) -> int:
+        return self.k_cache.size(1)
+
     def get_pos(self) -> int:
         """Tokens that the longest row holds."""
         return self.num_tokens
@@ -184,6 +187,12 @@ def make_memory(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     layers, B, T, H, D = shape
     memory = torch.zeros((layers, B * (T + 1) + 1, H, D), device=device, dtype=dtype)
     return memory[:, :-1].unflatten(1, (B, T + 1))[:, :, :T]
+
+
+def add_unused_token(memory: Tensor) -> Tensor:
+    """The same memory with the unused token of each row: (layers, B, T + 1, H, D)."""
+    layers, B, T, H, D = memory.shape
+    return memory.as_strided((layers, B, T + 1, H, D), memory.stride(), memory.storage_offset())
 
 
 def grow_memory(cache: Tensor, num_rows: int, num_tokens: int) -> Tensor:
