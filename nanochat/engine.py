@@ -52,7 +52,7 @@ PREFILL_TOKENS = 512      # prompt tokens per step; bounds its memory (assumptio
 SHARED_STEP_TOKENS = 128  # the same on a CPU while other rows decode; bounds the time between their tokens
 # The same on CUDA, padding included: a pass that fills the GPU (assumptions, not measured)
 CUDA_PREFILL_TOKENS, CUDA_SHARED_STEP_TOKENS = 8192, 2048
-MIN_FILL_FRAC = 0.75      # of the longest prompt's length, that the others of its pass have at least; the rest is padding
+MIN_FILL_FRAC = 0.75      # least length of a pass's prompts, of the longest one's; the rest is padding
 HEADROOM_TOKENS = 256     # room of a new cache beyond the first prompt, before the cache has to grow
 MIN_SHARED_TOKENS = 16    # shortest prefix that is worth copying from another row
 MAX_ROWS = 64             # default number of rows; further requests wait
