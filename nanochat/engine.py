@@ -295,11 +295,14 @@ class Engine:
 
     @torch.inference_mode()
     def forget(self) -> None:
-        """Forget the conversations and free the cache, unless CUDA graphs know its address; there must be no work."""
+        """Forget the conversations and free the cache, unless CUDA graphs know its address; there must be no work.
+
+        A cache that has outgrown `cache_tokens` is freed, too: the next answers don't depend on how long the last were.
+        """
         if self.has_work():
             raise ValueError("an engine with unfinished requests can't forget their tokens; cancel them first")
         self.rows = []
-        if self.cache is not None and self._is_graphed():
+        if self.cache is not None and self._is_graphed() and self.cache.k_cache.size(2) == self.cache_tokens:
             self.cache.cache_seqlens.zero_()
             self.cache.last_embed.zero_()
         else:

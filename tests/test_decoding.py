@@ -270,6 +270,10 @@ def test_refreshed_engine_answers_as_a_new_one(monkeypatch, kind, dtype):
     engine.refresh(model)
     assert answer(engine) == answer(make_engine()) != before
     assert len(graphs) == 2 * num_graphs  # the new engine's
+    engine.generate_batch(make_prompt(60), max_tokens=2)
+    engine.forget()
+    assert engine.rows == [] and engine.cache is None  # also where graphs know it: it had grown
+    assert answer(engine) == answer(make_engine())
     engine.submit(Request([1], 2))
     with pytest.raises(ValueError, match="unfinished requests"):
         engine.refresh(model)
