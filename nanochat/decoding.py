@@ -307,7 +307,8 @@ class GraphedStep:
             for _ in range(GRAPH_WARMUP_STEPS):
                 compute_step(self.model, idx, num_live, cache)
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, pool=self.pool, stream=stream):  # records, computes nothing
+        # Records, computes nothing; another thread may use CUDA meanwhile, as one that prepares batches does
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
             logits = compute_step(self.model, idx, num_live, cache)
         self.pool = graph.pool()
         return Graph(graph, idx, num_live, logits)

@@ -46,6 +46,7 @@ class KVCache:
         return cache
 
     def count_rows(self) -> int:
+        """Rows that there is memory for."""
         return self.k_cache.size(1)
 
     def get_pos(self) -> int:
@@ -58,7 +59,8 @@ class KVCache:
         """Begin a forward pass over `num_tokens` new tokens of each row."""
         self.reserve(num_tokens)
         self.masks: dict[int, tuple[slice, Tensor | None]] = {}    # by window
-        self.positions = find_positions(self.cache_seqlens, num_tokens, self.k_cache.size(2))
+        end = self.k_cache.size(2) if self.num_tokens is None else self.num_tokens + num_tokens
+        self.positions = find_positions(self.cache_seqlens, num_tokens, end)
 
     def get_positions(self) -> Tensor | slice:
         """Of the new tokens: (B, T), or one slice where all rows are equally long."""

@@ -105,7 +105,7 @@ def fake_cuda_graphs(monkeypatch) -> list[FakeGraph]:
     """Let decoding.GraphedStep capture graphs here; those that it does are in the list."""
     graphs = []
 
-    def record(graph, pool, stream):
+    def record(graph, pool, stream, capture_error_mode):
         graphs.append(graph)
         return graph
     stream = SimpleNamespace(wait_stream=lambda other: None)
