@@ -263,7 +263,7 @@ def test_refreshed_engine_answers_as_a_new_one(monkeypatch, kind, dtype):
         ids = [engine.submit(Request(make_prompt(30 + i, seed=i), 8, seed=i, num_logprobs=0)) for i in range(3)]
         return [(event.request_id - ids[0], event.token, event.logprobs.chosen)
                 for _ in iter(engine.has_work, False) for event in engine.step()]
-    model = make_model(replace(CONFIG, n_layer=2), dtype)
+    model = make_model(replace(CONFIG, n_layer=1), dtype)
     engine, optimizer, rows = make_engine(), model.setup_optimizer(), torch.tensor([make_prompt(41)])
     before, num_graphs = answer(engine), len(graphs)
     train_step(model, optimizer, Batch(rows[:, :-1], rows[:, 1:], None), 1)
