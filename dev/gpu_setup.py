@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanochat.common import get_peak_memory_bytes
+from nanochat.common import get_peak_memory_bytes, is_out_of_memory
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.scaling import make_config
-from nanochat.train import Batch
+from nanochat.train import Batch, OutOfMemory
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,11 @@ def free_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def is_no_memory(error: Exception) -> bool:
+    """Whether memory ran out, in a training step, which raises an exception of its own, or elsewhere."""
+    return isinstance(error, OutOfMemory) or is_out_of_memory(error)
 
 
 def measure_peak_bytes(run: Callable[[], object], device: torch.device) -> int:

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dev.gpu_setup import Check, Setup, free_memory, judge
+from dev.gpu_setup import Check, Setup, free_memory, is_no_memory, judge
 from nanochat import flash_attention
 from nanochat.common import get_peak_memory_bytes, synchronize
 from nanochat.compilation import set_compile_kernels
@@ -18,7 +18,7 @@ from nanochat.config import estimate_flops
 from nanochat.cross_entropy import linear_cross_entropy
 from nanochat.flash_attention import probe_report
 from nanochat.memory import get_peak_flops
-from nanochat.train import train_step
+from nanochat.train import OutOfMemory, train_step
 
 WARMUP_STEPS = 3        # not counted: compilation, allocation, rising clocks
 PROFILE_STEPS = 3
@@ -73,7 +73,9 @@ def try_rows(setup: Setup, depth: int, num_rows: int) -> tuple[float, float]:
         first_sec = time.perf_counter() - start
         # now the optimizer's state, which the first step made, stands beside the activations
         train_step(model, optimizer, setup.make_batch(num_rows, 1), num_rows)
-    except torch.OutOfMemoryError:
+    except (OutOfMemory, RuntimeError) as error:  # of the step, which catches the allocator's; of all around it
+        if not is_no_memory(error):
+            raise
         return math.inf, math.inf
     if setup.device.type != "cuda":
         return first_sec, 0.5  # the sizes there are small

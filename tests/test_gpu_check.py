@@ -9,6 +9,7 @@ import torch
 from dev import bench_memory, gpu_check, gpu_kernels, gpu_steps
 from dev.gpu_setup import TINY, Setup, make_synthetic_rows
 from nanochat import compilation, dataset, flash_attention, memory
+from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.tokenizer import SPECIAL_TOKENS, get_tokenizer_dir
 from tests.helpers import BYTE_TOKENIZER, REPO_DIR
@@ -138,13 +139,15 @@ def test_what_the_budget_leaves_out_is_skipped_not_passed(tmp_path):
 
 
 def test_rows_are_halved_until_they_fit(tmp_path, monkeypatch):
-    tried = []
+    """The step is the real one: it raises what it raises in training."""
+    forward, tried = GPT.forward, []
 
-    def train_step(model, optimizer, batch, micro_rows):
-        tried.append(micro_rows)
-        if micro_rows > 1:
-            raise torch.OutOfMemoryError("out of memory")
-    monkeypatch.setattr(gpu_steps, "train_step", train_step)
+    def run(model, idx, *args, **kwargs):
+        tried.append(len(idx))
+        if len(idx) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(model, idx, *args, **kwargs)
+    monkeypatch.setattr(GPT, "forward", run)
     num_rows, _ = gpu_steps.find_device_batch(make_setup(tmp_path), 2)
     assert num_rows == 1 and tried == [2, 1, 1]
 
