@@ -73,12 +73,13 @@ def _check_steps(setup: Setup, depth: int) -> Iterator[Check]:
     """The same steps in bf16 and in fp8: what one choice offers, so both are timed here, one after the other."""
     losses: list[list[float]] = []
 
-    def measure(build: str) -> Check:
-        run = TimedRun(setup, StepCase(depth, setup.sizes.step_rows[0], build))
+    def measure(case: StepCase) -> Check:
+        run = TimedRun(setup, case)
         check = run.measure_speed(losses[0] if losses else None)
         losses.append(run.losses)
-        option = {"blocks": "off", "fp8": "on"}[build]
+        option = "on" if case.build == "fp8" else "off"
         return replace(check, candidate=replace(check.candidate, choice=f"--fp8 at depth {depth}", option=option,
                                                 is_default=option == "off"))
     for build in ("blocks", "fp8"):
-        yield guarded(f"d{depth} step {build}", setup.device, lambda build=build: measure(build))
+        case = StepCase(depth, setup.sizes.step_rows[0], build)
+        yield guarded(case.name, setup.device, lambda case=case: measure(case))

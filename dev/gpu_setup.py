@@ -63,17 +63,20 @@ class Sizes:
     compared_tokens: int               # of one that is compared with GPT.generate's: the cache has to grow for it
     sustain_sec:     float             # of one product, repeated
     step_sec:        float             # of a timed run's steps, three at least
+    profile_steps:   int
 
 
 FULL = Sizes(T=2048, vocab_size=32768, head_dim=128, aspect_ratio=64, depths=(12, 24, 18), step_rows=(16, 32),
              num_micro=4, resume_depth=4, max_rows=32, loss_tokens=16384, chunk_tokens=(4096, 8192, 16384, 32768),
              micro_tokens=32768, attention_T=(2048, 1000),
              matrices=((4, 768, 768), (4, 3072, 768), (4, 768, 3072), (4, 6, 12)), copy_bytes=2**32,
-             decode_rows=(1, 8, 64), decode_tokens=128, compared_tokens=280, sustain_sec=5, step_sec=6)
+             decode_rows=(1, 8, 64), decode_tokens=128, compared_tokens=280, sustain_sec=5, step_sec=6,
+             profile_steps=3)
 TINY = Sizes(T=128, vocab_size=320, head_dim=16, aspect_ratio=32, depths=(1, 2), step_rows=(1, 2), num_micro=2,
              resume_depth=2, max_rows=2, loss_tokens=256, chunk_tokens=(64, 128), micro_tokens=256,
              attention_T=(256, 100), matrices=((2, 32, 32), (2, 64, 16)), copy_bytes=2**20, decode_rows=(1, 3),
-             decode_tokens=4, compared_tokens=12, sustain_sec=0, step_sec=0)
+             decode_tokens=4, compared_tokens=12, sustain_sec=0, step_sec=0,
+             profile_steps=1)
 
 
 @dataclass(frozen=True)
@@ -152,9 +155,9 @@ def make_synthetic_rows(sizes: Sizes, num_rows: int) -> Tensor:
 
 def free_memory(device: torch.device) -> None:
     """Drop the tensors, compiled programs and peak-memory statistics of earlier checks."""
-    gc.collect()
     torch.compiler.reset()
     if device.type == "cuda":
+        gc.collect()  # autograd graphs may be parts of cycles; a CPU has memory enough at toy size
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 

@@ -24,7 +24,6 @@ from nanochat.train import OutOfMemory, train_step
 
 WARMUP_STEPS = 3        # not counted: compilation, allocation, rising clocks
 MIN_STEPS = 3           # that are timed
-PROFILE_STEPS = 3
 TOP_KERNELS = 8
 RESUME_STEPS = 6        # half of them before the stop
 # Relative difference of the losses of two correct backends or builds, which round differently, after a few steps
@@ -184,7 +183,7 @@ class TimedRun:
         micro-batch."""
         model, optimizer, device, num_rows = self.model, self.optimizer, self.setup.device, self.case.num_rows
         samples: dict[str, list[float]] = {}
-        for i in range(WARMUP_STEPS + PROFILE_STEPS):
+        for i in range(WARMUP_STEPS + MIN_STEPS):
             watch = PhaseWatch(device)
             batch = self.setup.make_batch(num_rows, i).to(device)
             x = watch.run("forward", lambda b=batch: model.forward_trunk(b.inputs))
@@ -207,13 +206,13 @@ class TimedRun:
     def profile_kernels(self) -> Check:
         """The kernels that take most of the step, how much of its time the device computes at all, and its longest
         pauses: between two steps it waits for the host."""
-        on_gpu = self.setup.device.type == "cuda"
+        on_gpu, num_steps = self.setup.device.type == "cuda", self.setup.sizes.profile_steps
         key = "self_device_time_total" if on_gpu else "self_cpu_time_total"  # microseconds
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
-            for _ in range(PROFILE_STEPS):
+            for _ in range(num_steps):
                 self.train()
-        kernels = [{"kernel": event.key, "ms": getattr(event, key) / 1e3 / PROFILE_STEPS,
-                    "calls": event.count / PROFILE_STEPS}
+        kernels = [{"kernel": event.key, "ms": getattr(event, key) / 1e3 / num_steps,
+                    "calls": event.count / num_steps}
                    for event in profiler.key_averages() if getattr(event, key) > 0]
         kernels.sort(key=lambda kernel: -kernel["ms"])
         top, total_ms = kernels[:TOP_KERNELS], sum(kernel["ms"] for kernel in kernels)
@@ -223,14 +222,14 @@ class TimedRun:
         num_calls, busy_frac = sum(kernel["calls"] for kernel in kernels), total_ms / self.step_ms
         pauses = find_pauses([(event.time_range.start, event.time_range.end) for event in profiler.events()
                               if not on_gpu or event.device_type != DeviceType.CPU])
-        pauses_ms = [pause / 1e3 for pause in pauses[:PROFILE_STEPS - 1]]
+        pauses_ms = [pause / 1e3 for pause in pauses[:num_steps]]
         return Check(f"d{self.case.depth} kernels", judge(total_ms > 0),
                      f"{num_calls:.0f} fill {100 * busy_frac:.0f}% of the step; the first {len(top)} kinds take "
                      f"{sum(kernel['ms'] for kernel in top):.0f} of {total_ms:.0f} ms; longest pauses "
-                     f"{', '.join(f'{ms:.2f}' for ms in pauses_ms) or 'none'} ms in {PROFILE_STEPS} steps, all "
-                     f"together {sum(pauses) / 1e3 / PROFILE_STEPS:.2f} ms a step",
+                     f"{', '.join(f'{ms:.2f}' for ms in pauses_ms) or 'none'} ms in {num_steps} steps, all "
+                     f"together {sum(pauses) / 1e3 / num_steps:.2f} ms a step",
                      {"busy_frac": busy_frac, "num_calls": num_calls, "kernel_ms": total_ms, "top": top,
-                      "pauses_ms": pauses_ms, "paused_ms_per_step": sum(pauses) / 1e3 / PROFILE_STEPS})
+                      "pauses_ms": pauses_ms, "paused_ms_per_step": sum(pauses) / 1e3 / num_steps})
 
 
 def find_pauses(spans: list[tuple[float, float]]) -> list[float]:
