@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> dict:
             fetch_from_hub(folder, source, args.num_shards, args.num_workers or DEFAULT_NUM_WORKERS, command,
                            args.verify)
         elif source == "files":
-            path = Path(os.path.realpath(args.path.expanduser()))    # resolve() fails for a link to itself
+            path = Path(os.path.realpath(common.expand_home(args.path)))    # resolve() fails for a link to itself
             text_column = args.text_column or "text"
             command += f" --path {quote(path)} --text-column {quote(text_column)} --seed {seed}"
             make_from_files(folder, path, text_column, seed, command, args.verify)

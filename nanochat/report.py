@@ -201,7 +201,8 @@ def complete_section(section: Section, run: RunFiles, price_per_hour: float | No
         section.tables.append(Table("Evaluations", columns, rows))
     packing = {key: value for line in run.get_lines("data")[-1:] for key, value in line.items() if key != "kind"}
     folded = {"Packing of the data": packing, "Model": run.info.get("model_config"), "Plan": run.info.get("plan"),
-              "Data": run.info.get("data"), "Tokenizer": run.info.get("tokenizer")}
+              "Data": {key: value for key, value in (run.info.get("data") or {}).items() if key != "files"},
+              "Tokenizer": run.info.get("tokenizer")}
     section.tables += [Table(title, [], list(facts.items()), folded=True) for title, facts in folded.items() if facts]
     rows = [[d.get("what"), d.get("value"), d.get("why")] for d in run.info.get("decisions") or ()]
     if rows:

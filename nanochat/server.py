@@ -35,6 +35,7 @@ from nanochat import engine
 from nanochat import server_api as api
 from nanochat.chat import NoRoom, build_prompt, check_context
 from nanochat.common import now
+from nanochat.conversations import split_turns
 from nanochat.server_engines import Answer, EngineError, EnginePool
 
 PAGE_PATH = Path(__file__).with_name("ui.html")
@@ -127,9 +128,10 @@ class Service:
         param = "messages"
         try:
             if isinstance(body, api.ChatRequest):
-                tokens, num_turns = build_prompt(self.tokenizer, *api.split_turns(body.messages), context_tokens,
-                                                 max_tokens, self.settings.stage == "base")
-                return [tokens], 2 * num_turns
+                system, turns = split_turns(body.messages)
+                tokens, num_turns = build_prompt(self.tokenizer, system, turns, context_tokens, max_tokens,
+                                                 self.settings.stage == "base")
+                return [tokens], sum(turn.num_messages for turn in turns[:num_turns])
             prompts = []
             for name, prompt in body.get_prompts():
                 param, tokens = name, prompt

@@ -11,8 +11,8 @@ Extensions: `top_k`, and the model's tool calls (of its calculator), which the p
     delta of a stream    {"tool": {"type": "call", "text": "34*27"}}, then {"tool": {"type": "output", "text": "918"}}
     a whole message      "parts": [{"type": "text" | "python" | "python_output", "text": ...}], where there are calls
 
-An assistant message of a request may have such parts as its content, so that the model sees its calls again. Only the
-limit of the conversation bounds its length, so that every answer can be sent back.
+An assistant message of a request may have such parts, as its content or beside it, so that the model sees its calls
+again. Only the limit of the conversation bounds its length, so that every answer can be sent back.
 """
 
 import json
@@ -20,14 +20,15 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from starlette.exceptions import HTTPException
 
-from nanochat.chat import Turn, extend_parts
+from nanochat.chat import extend_parts
+from nanochat.conversations import ConversationError, get_text, parse_messages
 from nanochat.engine import ChatTokens, Event, Usage
 from nanochat.server_engines import EngineError
 
@@ -62,9 +63,9 @@ class Limits:
         if len(body.messages) > self.max_messages:
             raise ApiError(400, f"messages: there are {len(body.messages)}, {self.max_messages} are the most; leave "
                            "out the oldest", param="messages")
-        sizes = [len(message.get_text()) for message in body.messages]
+        sizes = [len(get_text(message)) for message in body.messages]
         for i, (message, size) in enumerate(zip(body.messages, sizes, strict=True)):
-            if size > self.max_message_chars and message.role != "assistant":
+            if size > self.max_message_chars and message["role"] != "assistant":
                 raise ApiError(400, f"messages[{i}]: has {size} characters, {self.max_message_chars} are the most, "
                                "except in an assistant message", param=f"messages[{i}]")
         self._check_number("messages", sum(sizes), "characters", "; leave out the oldest")
@@ -119,10 +120,6 @@ def convert_error(error: Exception) -> ApiError:
     return ApiError(500, "internal error; the server's output has the traceback", kind="server_error")
 
 
-# Fields whose types are unions, where pydantic would name just one branch
-UNION_HINTS = {"content": "must be a string or a list of text parts; an assistant message may have python parts, too"}
-
-
 def describe_validation(errors: list[dict]) -> ApiError:
     """The first of pydantic's errors as a sentence, without the value."""
     error = errors[0]
@@ -134,8 +131,6 @@ def describe_validation(errors: list[dict]) -> ApiError:
         return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
     param = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).lstrip(".")
     reason = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "string_type":
-        reason = UNION_HINTS.get(names[-1], reason)
     return ApiError(400, f"{param}: {reason[0].lower()}{reason[1:]}", param=param)
 
 
@@ -144,66 +139,20 @@ class ErrorResponse(BaseModel):
     error: dict[str, str | None]
 
 
-class Part(BaseModel, strict=True):
-    """A piece of a message; python and python_output are an assistant's tool call and its output."""
-    type: Literal["text", "python", "python_output"]
-    text: str
+def check_messages(messages: list) -> list[dict]:
+    """The conversation in normal form; the place of a fault is the error's param."""
+    try:
+        return parse_messages(messages)
+    except ConversationError as error:
+        param = "messages" + (f"[{error.index}]" if error.index is not None else "")
+        param += f".{error.field}" if error.field else ""
+        raise ApiError(400, f"{param}: {error.reason}", param=param) from None
 
 
-class Message(BaseModel, strict=True):
-    role:    Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str | list[Part], Field(description=(
-        "At most max_message_chars characters (see GET /v1/models); an assistant's message only counts toward the "
-        "max_conversation_chars of the conversation."))]
-
-    @model_validator(mode="after")
-    def check_content(self):
-        text = self.get_text()
-        if self.role == "user" and not text:
-            raise ValueError("is empty")
-        if self.role != "assistant" and any(part.type != "text" for part in self.get_parts()):
-            raise ValueError("has a python part; only an assistant message may have one")
-        return self
-
-    def get_parts(self) -> list[Part]:
-        return [Part(type="text", text=self.content)] if isinstance(self.content, str) else self.content
-
-    def get_text(self) -> str:
-        return "".join(part.text for part in self.get_parts())
-
-
-Messages = Annotated[list[Message], Field(min_length=1, description=(
-    "At most max_messages, of max_conversation_chars characters all together (see GET /v1/models)."))]
-
-
-def split_turns(messages: list[Message]) -> tuple[str, list[Turn]]:
-    """(system message or "", turns of a question and its answer each, the last one without an answer).
-
-    Consecutive messages of one role are joined; any other break of the alternation is refused.
-    """
-    system: list[str] = []
-    merged: list[tuple[str, list[dict]]] = []
-    for i, message in enumerate(messages):
-        parts = [part.model_dump() for part in message.get_parts()]
-        if message.role in ("system", "developer"):
-            if merged:
-                raise ApiError(400, f"messages[{i}]: a {message.role} message must come before all others",
-                               param=f"messages[{i}].role")
-            system.append(message.get_text())
-        elif merged and merged[-1][0] == message.role:
-            merged[-1][1].extend([{"type": "text", "text": "\n\n"}, *parts])
-        else:
-            merged.append((message.role, parts))
-    if not merged:
-        raise ApiError(400, "messages has no user message", param="messages")
-    for (role, _), place in ((merged[0], "first"), (merged[-1], "last")):
-        if role != "user":
-            raise ApiError(400, f"messages: the {place} message, system messages aside, must be a user message",
-                           param="messages")
-    answers = [*(parts for _, parts in merged[1::2]), []]
-    return "\n\n".join(filter(None, system)), [
-        Turn("".join(part["text"] for part in parts), answer)
-        for (_, parts), answer in zip(merged[::2], answers, strict=True)]
+Messages = Annotated[list, AfterValidator(check_messages), Field(min_length=1, description=(
+    "OpenAI's messages, of the roles system, developer, user, assistant and tool in any order; content is a string or "
+    "a list of text parts. At most max_messages, of max_conversation_chars characters all together, and of "
+    "max_message_chars in each but the assistant's (see GET /v1/models)."))]
 
 
 class StreamOptions(BaseModel, strict=True):

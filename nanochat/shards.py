@@ -18,7 +18,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nanochat.account import Account
-from nanochat.common import UserError, file_lock, get_base_dir, hash_file, print0, sync_folder, write_json
+from nanochat.common import (
+    UserError,
+    expand_home,
+    file_lock,
+    get_base_dir,
+    hash_file,
+    print0,
+    sync_folder,
+    write_json,
+)
 from nanochat.download import CorruptFile, put_in_place
 from nanochat.file_formats import holds_text, list_names
 
@@ -106,10 +115,10 @@ def check_shards(folder: Path, manifest: Manifest, verify: bool, train_files: Se
 def find_folder(name_or_folder: str) -> Path:
     """The folder of a dataset by name, which comes first, or by path."""
     named = get_base_dir() / "data" / name_or_folder
-    for folder in (named, Path(name_or_folder).expanduser()):
+    for folder in (named, expand_home(name_or_folder)):
         if (folder / "manifest.json").is_file():
             return folder.resolve()
-    if Path(name_or_folder).expanduser().is_dir():
+    if expand_home(name_or_folder).is_dir():
         raise UserError(f"{name_or_folder} has no manifest.json; make shards of its texts with: python -m "
                         f"nanochat.dataset --source files --path {name_or_folder} --name NAME, then use that NAME")
     source = name_or_folder if name_or_folder in SOURCES else "files --path FOLDER --name " + Path(name_or_folder).name

@@ -9,8 +9,9 @@ from openai.types.chat import completion_create_params as chat_params
 
 from nanochat import server_api
 from nanochat.chat import build_prompt
+from nanochat.conversations import parse_messages, split_turns
 from nanochat.engine import Engine, Request
-from nanochat.server_api import ApiError, ChatRequest, CompletionRequest, Limits, Message, split_turns
+from nanochat.server_api import ChatRequest, CompletionRequest, Limits
 from tests.helpers import BYTE_TOKENIZER, make_model
 from tests.server_helpers import CHAT, CONFIG, LEGACY, QUESTION, TEXT, ScriptedEngine, read_stream, serving
 
@@ -241,7 +242,7 @@ def test_oldest_turns_are_dropped(client):
 
 def test_messages_become_turns():
     def render(*turns, is_base=False):
-        messages = [Message(role=role, content=content) for role, content in turns]
+        messages = parse_messages([{"role": role, "content": content} for role, content in turns])
         tokens, num_dropped = build_prompt(BYTE_TOKENIZER, *split_turns(messages), 256, 16, is_base)
         assert num_dropped == 0
         return BYTE_TOKENIZER.decode(tokens)
@@ -249,10 +250,37 @@ def test_messages_become_turns():
         "<|bos|><|user_start|>A\n\nB\n\nc\n\nd<|user_end|><|assistant_start|>")
     assert render(("user", "a"), ("assistant", "b"), ("user", "c"), is_base=True) == "<|bos|>a\n\nb\n\nc"
     assert render(("system", "A"), ("user", "b"), is_base=True) == "<|bos|>A\n\nb"
-    for turns in ([("system", "A")], [("assistant", "b"), ("user", "c")], [("user", "a"), ("assistant", "b")],
-                  [("user", "a"), ("system", "B"), ("user", "c")]):
-        with pytest.raises(ApiError):
-            render(*turns)
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
+
+
+@pytest.mark.parametrize("path", [CHAT, LEGACY])
+@pytest.mark.parametrize("messages", [
+    [{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]}],
+    [{"role": "user", "content": "a"}, {"role": "developer", "content": "b"}], [{"role": "system", "content": "a"}],
+    [{"role": "assistant", "content": "Hi!"}, {"role": "user", "content": "a", "name": "Eve"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "refusal": None, "weight": 0},
+     {"role": "system", "content": "b"}, {"role": "user", "content": "c"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+     {"role": "tool", "tool_call_id": "c", "content": "cold"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]])
+def test_what_training_takes_is_answered(client, path, messages):
+    response = client.post(path, json={"messages": messages, "max_tokens": 20})
+    assert response.status_code == 200
+    if path == CHAT:
+        messages = [*messages, {"role": "assistant", "content": "Hello"}]
+        ids, _ = BYTE_TOKENIZER.render_conversation({"messages": messages})
+        assert response.json()["usage"]["prompt_tokens"] == len(ids) - len("Hello") - 1
+
+
+def test_an_answer_with_calls_is_sent_back_as_it_is(client, engine):
+    engine.script = [*b"It is ", PYTHON_START, *b"34*27", PYTHON_END, *b"918!"]
+    message = client.post(CHAT, json={"messages": QUESTION, "max_tokens": 40}).json()["choices"][0]["message"]
+    history = [*QUESTION, message, *QUESTION]
+    asked = client.post(CHAT, json={"messages": history}).json()["usage"]["prompt_tokens"]
+    with_calls = [*QUESTION, {"role": "assistant", "content": message["parts"]}, *QUESTION]
+    assert asked == len(BYTE_TOKENIZER.render_for_completion({"messages": with_calls}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,7 +288,8 @@ def test_messages_become_turns():
 
 BAD_FIELDS = [
     ("messages", []), ("messages", None), ("messages", "Hi"), ("messages", [{"role": "user"}]),
-    ("messages[0].role", [{"role": "tool", "content": "x"}]), ("messages[0].content", [{"role": "user", "content": 5}]),
+    ("messages[0].role", [{"role": "robot", "content": "x"}]),
+    ("messages[0].content", [{"role": "user", "content": 5}]),
     ("messages[0].content", [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
     ("messages[0]", [{"role": "user", "content": ""}]), ("messages[0]", [{"role": "user", "content": "x" * 8001}]),
     ("messages", [{"role": "user", "content": "x" * 8000}] * 5), ("messages", QUESTION * 501),
