@@ -112,7 +112,7 @@ def read_clocks(device: torch.device) -> str:
     name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
     try:
         return subprocess.run(["nvidia-smi", f"--query-gpu={CLOCK_FIELDS}", "--format=csv,noheader", "-i", name],
-                              capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+                              capture_output=True, encoding="utf-8", timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 

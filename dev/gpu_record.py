@@ -56,7 +56,7 @@ class Record:
 def read_results(path: Path) -> dict:
     """What a command wrote; nothing where there is no such file, or another one."""
     try:
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return results if isinstance(results, dict) else {}
