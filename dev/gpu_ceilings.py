@@ -93,28 +93,26 @@ def sustain(run: Callable[[], object], device: torch.device, seconds: float) -> 
     """
     run()
     synchronize(device)
-    start, num_calls, clocks = time.perf_counter(), 0, ""
+    start, num_calls, clocks = time.perf_counter(), 0, None
     while num_calls == 0 or time.perf_counter() - start < seconds:
         for _ in range(20 if device.type == "cuda" else 1):
             run()
             num_calls += 1
-        if not clocks and time.perf_counter() - start > seconds / 2:
-            clocks = read_clocks(device)  # while the calls before are still queued
+        if not clocks and device.type == "cuda" and time.perf_counter() - start > seconds / 2:
+            clocks = read_clocks(torch.cuda.get_device_properties(device).uuid)
         synchronize(device)
-    return (time.perf_counter() - start) / num_calls * 1e3, clocks
+    ms = (time.perf_counter() - start) / num_calls * 1e3
+    return ms, clocks.communicate()[0].strip() if clocks else ""
 
 
-def read_clocks(device: torch.device) -> str:
-    """Clock, power and temperature of this GPU now; '' where nvidia-smi doesn't say."""
-    if device.type != "cuda":
-        return ""
-    uuid = str(torch.cuda.get_device_properties(device).uuid)
-    name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+def read_clocks(uuid: object) -> subprocess.Popen | None:
+    """nvidia-smi asked for clock, power and temperature, which takes it a while; None where there is none."""
+    name = str(uuid) if str(uuid).startswith("GPU-") else f"GPU-{uuid}"
     try:
-        return subprocess.run(["nvidia-smi", f"--query-gpu={CLOCK_FIELDS}", "--format=csv,noheader", "-i", name],
-                              capture_output=True, encoding="utf-8", timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+        return subprocess.Popen(["nvidia-smi", f"--query-gpu={CLOCK_FIELDS}", "--format=csv,noheader", "-i", name],
+                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8")
+    except OSError:
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

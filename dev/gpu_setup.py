@@ -117,14 +117,6 @@ class Setup:
         return Batch(rows[:, :-1], rows[:, 1:], None)
 
 
-def compile_trunk(model: GPT) -> None:
-    """Embedding, all blocks and the final norm as one graph."""
-    if hasattr(model, "compile_trunk"):
-        model.compile_trunk()
-    else:
-        model.forward_trunk = torch.compile(model.forward_trunk, dynamic=False)
-
-
 def compile_tuned(model: GPT) -> None:
     """Block by block, the products by the fastest of several kernels: searching takes minutes."""
     for block in model.transformer.h:
@@ -133,7 +125,8 @@ def compile_tuned(model: GPT) -> None:
 
 # How a model is compiled; fp8 replaces its linear layers before that
 BUILDS: dict[str, Callable[[GPT], None]] = {
-    "blocks": GPT.compile_blocks, "trunk": compile_trunk, "max-autotune": compile_tuned, "fp8": GPT.compile_blocks}
+    "blocks": GPT.compile_blocks, "trunk": lambda model: model.compile_trunk(), "max-autotune": compile_tuned,
+    "fp8": GPT.compile_blocks}
 
 
 def find_module(name: str) -> ModuleType | None:

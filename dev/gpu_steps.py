@@ -13,12 +13,15 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dev.gpu_setup import Candidate, Check, Setup, free_memory, guarded, is_no_memory, judge
+from dev.timing import time_in_turn
 from nanochat import flash_attention
+from nanochat import train as training
 from nanochat.common import get_peak_memory_bytes, synchronize
 from nanochat.compilation import set_compile_kernels
 from nanochat.config import estimate_flops
 from nanochat.cross_entropy import linear_cross_entropy
 from nanochat.flash_attention import probe_report
+from nanochat.gpt import GPT
 from nanochat.memory import GIB, Machine, get_peak_flops, predict_memory
 from nanochat.train import OutOfMemory, train_step
 
@@ -55,8 +58,10 @@ def check_steps(setup: Setup) -> Iterator[Check]:
     for case in list_cases(setup):
         if case.build != DEFAULT_BUILD and not setup.use_compile:
             yield Check(case.name, "absent", "nothing is compiled here")
-            continue
-        yield from measure_case(setup, case, losses)
+        elif case.build == "trunk" and not hasattr(GPT, "compile_trunk"):
+            yield Check(case.name, "absent", "no GPT.compile_trunk here")
+        else:
+            yield from measure_case(setup, case, losses)
 
 
 def list_cases(setup: Setup) -> list[StepCase]:
@@ -70,8 +75,8 @@ def list_cases(setup: Setup) -> list[StepCase]:
 
 
 def measure_case(setup: Setup, case: StepCase, losses: dict[tuple[int, int], list[float]]) -> Iterator[Check]:
-    """Speed; of a depth's first run phases, kernels and pauses as well. `losses` are those of the first run of each
-    depth and rows."""
+    """Speed; of a depth's first run the queue, phases, kernels and pauses as well. `losses` are those of the first run
+    of each depth and rows."""
     runs: list[TimedRun] = []
 
     def start() -> Check:
@@ -81,7 +86,8 @@ def measure_case(setup: Setup, case: StepCase, losses: dict[tuple[int, int], lis
         return check
     yield guarded(case.name, setup.device, start)
     is_first = case.build == DEFAULT_BUILD and case.num_rows == setup.sizes.step_rows[0]
-    for suffix, measure in (("phases", TimedRun.measure_phases), ("kernels", TimedRun.profile_kernels)) * is_first:
+    for suffix, measure in (("queue", TimedRun.measure_queue), ("phases", TimedRun.measure_phases),
+                            ("kernels", TimedRun.profile_kernels)) * is_first:
         if runs:
             yield guarded(f"d{case.depth} {suffix}", setup.device, lambda measure=measure: measure(runs[0]))
     runs.clear()
@@ -177,6 +183,27 @@ class TimedRun:
         predicted = predict_memory(setup.make_config(case.depth), setup.sizes.T, case.num_rows, machine, self.num_micro)
         return {"peak_memory_bytes": get_peak_memory_bytes(setup.device) - self.before_bytes,
                 "predicted_bytes": predicted.peak}
+
+    def measure_queue(self) -> Check:
+        """Steps whose figures are read when the next one is queued, as a run reads them, against steps that are waited
+        for: the difference is what the host takes between two steps."""
+        name, queue_step = f"d{self.case.depth} queue", getattr(training, "queue_step", None)
+        if queue_step is None:
+            return Check(name, "absent", "no train.queue_step here")
+        batches = [self.setup.make_batch(self.case.num_rows * self.num_micro, self.step + i) for i in range(MIN_STEPS)]
+
+        def run(num_late: int) -> None:
+            pending = []
+            for batch in batches:
+                pending.append(queue_step(self.model, self.optimizer, batch, self.case.num_rows))
+                if len(pending) > num_late:
+                    pending.pop(0).read()
+            for stats in pending:
+                stats.read()
+        ms = time_in_turn({"late": lambda: run(1), "waited": lambda: run(0)}, self.setup.device, rounds=3, warmup=1)
+        ms = {option: total_ms / MIN_STEPS for option, total_ms in ms.items()}
+        return Check(name, "ok", f"{ms['late']:.2f} ms a step, waited for {ms['waited']:.2f} ms",
+                     {f"{option}_ms": value for option, value in ms.items()})
 
     def measure_phases(self) -> Check:
         """Milliseconds of forward, loss, backward, gradient norm and optimizer on the device, in a step of one

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from dev import (
     gpu_steps,
 )
 from dev.gpu_setup import TINY, Setup, make_synthetic_rows
-from nanochat import compilation, dataset, flash_attention, memory
+from nanochat import compilation, dataset, flash_attention, memory, train
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
@@ -293,7 +294,7 @@ def test_builds_are_timed_against_each_other(tmp_path, monkeypatch):
     """What each build compiles, with a compiler that does nothing; a build with other losses fails."""
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled.append(how.get("mode", "default")))
-    monkeypatch.setattr(torch, "compile", lambda call, dynamic: compiled.append("trunk") or call)
+    monkeypatch.setattr(GPT, "compile_trunk", lambda self: compiled.append("trunk"), raising=False)
     tuned = gpu_setup.compile_tuned
 
     def spoil(model):
@@ -301,9 +302,11 @@ def test_builds_are_timed_against_each_other(tmp_path, monkeypatch):
         with torch.no_grad():
             model.lm_head.weight.mul_(100)
     monkeypatch.setitem(gpu_setup.BUILDS, "max-autotune", spoil)
+    pending = SimpleNamespace(read=lambda: None)
+    monkeypatch.setattr(train, "queue_step", lambda *args: pending, raising=False)
     checks = list(gpu_steps.check_steps(replace(make_setup(tmp_path), use_compile=True)))
     statuses = {check.name: check.status for check in checks}
-    assert statuses["d1 1 rows trunk"] == statuses["d2 2 rows trunk"] == "ok"
+    assert statuses["d1 1 rows trunk"] == statuses["d2 2 rows trunk"] == statuses["d2 queue"] == "ok"
     assert statuses["d1 1 rows max-autotune"] == "FAIL" and "trunk" in compiled
     assert {"default", "max-autotune-no-cudagraphs"} <= set(compiled)
     order = [check.name for check in checks if check.candidate]
@@ -339,6 +342,16 @@ def test_fp8_against_bf16(tmp_path, monkeypatch, error, status):
     assert {statuses[name] for name in layers} == {status} and statuses["fp8/d2 1 rows fp8"] == "ok" and fp8.used == 2
     assert [choice["choice"] for choice in results["choices"]] == ["--fp8 at depth 1", "--fp8 at depth 2"]
     assert set(results["choices"][0]["costs"]) == {"on", "off"} and results["choices"][0]["default"] == "off"
+
+
+def test_clocks_are_those_that_nvidia_smi_says(tmp_path, monkeypatch):
+    assert gpu_ceilings.read_clocks("0-1") is None
+    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "$4 $1"\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for uuid in ("0-1", "GPU-0-1"):
+        out, _ = gpu_ceilings.read_clocks(uuid).communicate()
+        assert out == f"GPU-0-1 --query-gpu={gpu_ceilings.CLOCK_FIELDS}\n"
 
 
 def test_pauses_are_what_no_kernel_covers():
