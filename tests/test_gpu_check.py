@@ -345,10 +345,10 @@ def test_fp8_against_bf16(tmp_path, monkeypatch, error, status):
 
 
 def test_clocks_are_those_that_nvidia_smi_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert gpu_ceilings.read_clocks("0-1") is None
     (tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "$4 $1"\n')
     (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for uuid in ("0-1", "GPU-0-1"):
         out, _ = gpu_ceilings.read_clocks(uuid).communicate()
         assert out == f"GPU-0-1 --query-gpu={gpu_ceilings.CLOCK_FIELDS}\n"
