@@ -24,7 +24,7 @@ from dev import (
     gpu_steps,
 )
 from dev.gpu_setup import TINY, Setup, make_synthetic_rows
-from nanochat import compilation, dataset, flash_attention, memory, train
+from nanochat import compilation, dataset, flash_attention, memory
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
@@ -303,7 +303,7 @@ def test_builds_are_timed_against_each_other(tmp_path, monkeypatch):
             model.lm_head.weight.mul_(100)
     monkeypatch.setitem(gpu_setup.BUILDS, "max-autotune", spoil)
     pending = SimpleNamespace(read=lambda: None)
-    monkeypatch.setattr(train, "queue_step", lambda *args: pending, raising=False)
+    monkeypatch.setattr(gpu_steps, "training", SimpleNamespace(queue_step=lambda *args: pending))
     checks = list(gpu_steps.check_steps(replace(make_setup(tmp_path), use_compile=True)))
     statuses = {check.name: check.status for check in checks}
     assert statuses["d1 1 rows trunk"] == statuses["d2 2 rows trunk"] == statuses["d2 queue"] == "ok"
