@@ -175,8 +175,8 @@ def check_cross_entropy(setup: Setup) -> Iterator[Check]:
         figures |= {"fused_peak_bytes": fused_bytes, "plain_peak_bytes": plain_bytes}
         detail += f"; {fused_bytes / 2**30:.2f} GiB, plain {plain_bytes / 2**30:.2f} GiB"
         passed = fused_bytes < 0.6 * plain_bytes
-    yield Check("time and memory", judge(passed), detail, figures, Candidate("--loss", "fused", fused_ms, True))
-    yield Check("plain", "ok", f"{plain_ms:.1f} ms", {"ms": plain_ms}, Candidate("--loss", "plain", plain_ms, False))
+    # no candidates of a choice: fused is the default for its memory, whichever is faster
+    yield Check("time and memory", judge(passed), detail, figures)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
