@@ -1,11 +1,17 @@
-"""Checks and timings of this code on this GPU, against float64 and the CPU: guarded sections, then one table.
+"""Checks and timings of this code on this GPU, each against a plain version: guarded sections, then one table that says
+which backends, kernels and flags win here.
 
-    bash dev/gpu_check.sh                                  all sections, on one GPU, offline, under 8 minutes
-    python -m dev.gpu_check --only step resume             some of them
-    python -m dev.gpu_check --tiny --device-type cpu       the same code at toy size, eager unless --compile on
+    bash dev/gpu_check.sh 1              kernels, ceilings, memory: at most nine minutes, on one GPU, offline
+    bash dev/gpu_check.sh 2              steps: the same
+    bash dev/gpu_check.sh 3              fp8, decoding, resume: the same, and the table of all three
+    bash dev/gpu_check.sh                one after the other
+    bash dev/gpu_check.sh --only step resume     some sections
+    bash dev/gpu_check.sh --toy          the same code at toy size, on a CPU too, eager unless --compile on
+    python -m dev.gpu_check --table      the table of what is there, also after a command was killed
 
-A section that fails is a line of the table, and the others still run; but after an error that poisons CUDA in this
-process ("illegal memory access") they fail too: repeat them with --only. Exit code 0 only if every check passed.
+Results are in gpu_check.json, whole after each check, proposed defaults in gpu_check_defaults.json. A check that fails,
+runs out of memory or of time is a line of the table, and the others still run; but after an error that poisons CUDA in
+this process ("illegal memory access") they fail too: repeat them with --only. Exit code 0 only if every check passed.
 """
 
 import argparse
@@ -17,68 +23,95 @@ from pathlib import Path
 import torch
 
 from dev.bench_memory import check_memory
+from dev.gpu_ceilings import check_ceilings, check_chunks
+from dev.gpu_decoding import check_decoding, check_inference
+from dev.gpu_fp8 import check_fp8
 from dev.gpu_kernels import check_attention, check_cross_entropy, check_optimizer
-from dev.gpu_setup import FULL, TINY, Check, Setup, Sizes, free_memory, make_synthetic_rows
+from dev.gpu_record import Record, print_results, read_results
+from dev.gpu_setup import (
+    FULL,
+    TINY,
+    Check,
+    Setup,
+    Sizes,
+    TimeUp,
+    describe_failure,
+    free_memory,
+    make_synthetic_rows,
+    time_limit,
+)
 from dev.gpu_steps import check_backends, check_resume, check_saves, check_steps
-from dev.timing import print_table
-from nanochat.common import Ranks, exit_with, get_compute_dtype, get_environment, init_compute, run_script, write_json
+from nanochat.common import Ranks, UserError, exit_with, get_compute_dtype, get_environment, init_compute, run_script
 from nanochat.compilation import choose_compile, set_compile_kernels
 from nanochat.flash_attention import choose_backend
 
-# The most important first, should time run out
-SECTIONS: dict[str, Callable[[Setup], Iterator[Check]]] = {
-    "attention": check_attention,
-    "loss":      check_cross_entropy,
-    "optimizer": check_optimizer,
-    "step":      check_steps,
-    "resume":    check_resume,
-    "save":      check_saves,
-    "backends":  check_backends,
-    "memory":    check_memory,
+# By command, the most important first, should time run out
+PARTS: dict[int, dict[str, Callable[[Setup], Iterator[Check]]]] = {
+    1: {"attention": check_attention, "ceilings": check_ceilings, "loss": check_cross_entropy, "chunks": check_chunks,
+        "optimizer": check_optimizer, "memory": check_memory},
+    2: {"step": check_steps, "backends": check_backends},
+    3: {"fp8": check_fp8, "decoding": check_decoding, "resume": check_resume, "inference": check_inference,
+        "save": check_saves},
 }
-DATA_ROWS = 512   # rows of tokens, repeated as often as the steps need
+SECTIONS = {name: check for sections in PARTS.values() for name, check in sections.items()}
+DATA_ROWS = 512     # rows of tokens, repeated as often as the steps need
+PART_SEC = 500      # of a command; with the start of Python and the table under nine minutes
+CHECK_SEC = 240     # of a check, so that one that hangs leaves time for the others
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="sections to run (default: all)")
-    add("--out", type=Path, default=Path("."), help="folder for gpu_check.json and short-lived checkpoints")
-    add("--budget-sec", type=float, default=420, help="seconds after which no further check is begun")
-    add("--tiny", action="store_true", help="toy sizes")
+    add("part", type=int, nargs="?", choices=list(PARTS), help="the sections of that command (default: all)")
+    add("--only", nargs="+", choices=list(SECTIONS), help="sections to run")
+    add("--table", action="store_true", help="run nothing, print what the file of results has")
+    add("--out", type=Path, default=Path("."), help="folder for the results and short-lived checkpoints")
+    add("--earlier", type=Path, nargs="+", default=[], help="results of other commands, where --out is another folder")
+    add("--budget-sec", type=float, help=f"seconds after which no further check is begun, and the one that runs is cut "
+        f"off (default: {PART_SEC} for each part)")
+    add("--toy", "--tiny", dest="tiny", action="store_true", help="toy sizes")
     add("--data", help="a source or folder that nanochat.dataset made (default: synthetic tokens)")
     add("--tokenizer", default="default", help="name of the tokenizer for --data")
     add("--device-type", default="", help="cuda, cpu, xpu (default: the best that is there)")
     add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
-    add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: where it works, but not with --tiny")
-    return parser.parse_args(argv)
+    add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: where it works, but not with --toy")
+    args = parser.parse_args(argv)
+    parts = [args.part] if args.part else list(PARTS)
+    args.only = args.only or [name for part in parts for name in PARTS[part]]
+    args.budget_sec = PART_SEC * len(parts) if args.budget_sec is None else args.budget_sec
+    return args
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     start = time.perf_counter()
+    path = args.out / "gpu_check.json"
+    if args.table:
+        results = read_results(path)
+        if "choices" not in results:
+            raise UserError(f"{path} holds no results; run bash dev/gpu_check.sh first, or name its folder with --out")
+        print_results(results, path)
+        return results
     device, _ = init_compute(args.device_type)
+    if device.type == "cpu" and not args.tiny and not args.device_type:
+        raise UserError("torch finds no GPU here, and a CPU takes hours at these sizes; --toy runs the same code there")
     args.out.mkdir(parents=True, exist_ok=True)
     setup, decisions = make_setup(args, device)
     for what, value in decisions.items():
         print(f"{what}: {value}", flush=True)
+    environment = get_environment(device)
+    machine = {"hardware": environment["hardware"], "git_revision": environment["git_revision"],
+               "torch": torch.__version__, "dtype": str(setup.dtype), "compile": setup.use_compile}
+    record = Record(path, {"machine": machine, "sizes": asdict(setup.sizes), "decisions": decisions,
+                           "environment": environment}, args.only, args.earlier)
     set_compile_kernels(setup.use_compile)
     try:
-        lines = [line for name in args.only for line in run_section(name, setup, start + args.budget_sec)]
+        for name in args.only:
+            run_section(name, setup, record, start + args.budget_sec)
     finally:
         set_compile_kernels(False)
-    print()
-    print_table(["section", "check", "result", "s", "measured"],
-                [[name, check.name, check.status, sec, check.detail] for name, check, sec in lines])
-    counts = {status: sum(check.status == status for _, check, _ in lines)
-              for status in ("ok", "FAIL", "skipped", "absent")}
-    results = {"passed": not counts["FAIL"] and not counts["skipped"] and counts["ok"] > 0, "counts": counts,
-               "wall_sec": time.perf_counter() - start, "decisions": decisions, "sizes": asdict(setup.sizes),
-               "environment": get_environment(device),
-               "checks": [{"section": name, "sec": sec, **asdict(check)} for name, check, sec in lines]}
-    write_json(args.out / "gpu_check.json", results)
-    print(f"\n{counts['ok']} ok, {counts['FAIL']} failed, {counts['skipped']} skipped, {counts['absent']} absent in "
-          f"{results['wall_sec']:.0f} s; figures in {args.out / 'gpu_check.json'}")
+    results = record.finish()
+    print_results(results, path)
     return results
 
 
@@ -110,10 +143,10 @@ def read_rows(args: argparse.Namespace, sizes: Sizes) -> tuple[Sizes, torch.Tens
     return replace(sizes, vocab_size=tokenizer.get_vocab_size()), rows.long()
 
 
-def run_section(name: str, setup: Setup, deadline: float) -> list[tuple[str, Check, float]]:
-    """(section, check, its seconds) for each check of a section; an exception becomes a failed check."""
+def run_section(name: str, setup: Setup, record: Record, deadline: float) -> None:
+    """Record each check of a section; an exception that isn't a check's own becomes a failed check, and ends it."""
     print(f"\n{name}", flush=True)
-    lines = []
+    record.begin(name)
     checks = SECTIONS[name](setup)
     while True:
         start = time.perf_counter()
@@ -121,26 +154,25 @@ def run_section(name: str, setup: Setup, deadline: float) -> list[tuple[str, Che
             check = Check("the rest", "skipped", "no time left; run it with --only, or set a larger --budget-sec")
         else:
             try:
-                check = next(checks, None)
-            except Exception as error:  # of any kind: what goes wrong on this machine is the result
-                message = (str(error).strip().splitlines() or ["no message"])[0][:200]
-                check = Check("the rest", "FAIL", f"{type(error).__name__}: {message}")
+                with time_limit(min(CHECK_SEC, deadline - start)):
+                    check = next(checks, None)
+            except (TimeUp, Exception) as error:  # of any kind: what goes wrong on this machine is the result
+                check = describe_failure("the rest", error)
         if check is None:
             break
-        lines.append((name, check, time.perf_counter() - start))
-        print(f"  {check.status:7} {check.name}: {check.detail}", flush=True)
+        record.add(name, check, time.perf_counter() - start)
+        print(f"  {check.status:9} {check.name}: {check.detail}", flush=True)
         if check.name == "the rest":
             break
     checks.close()
     free_memory(setup.device)
-    return lines
 
 
 def run_and_exit(argv: list[str] | None) -> None:
     """Run the checks and end with code 1 unless all passed."""
     results = main(argv)
     if not results["passed"]:
-        exit_with(1, f"gpu_check: {results['counts']['FAIL']} failed, {results['counts']['skipped']} skipped")
+        exit_with(1, "gpu_check: " + ", ".join(f"{num} {status}" for status, num in results["counts"].items()))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dev.gpu_setup import Check, Setup, judge, measure_peak_bytes, relative_error
+from dev.gpu_setup import Candidate, Check, Setup, guarded, judge, measure_peak_bytes, relative_error
 from dev.timing import time_in_turn
 from nanochat import flash_attention
 from nanochat.compilation import set_compile_kernels
@@ -36,8 +36,8 @@ def check_attention(setup: Setup) -> Iterator[Check]:
             continue
         flash_attention._override_impl = name
         try:
-            yield _check_whole_sequences(setup, name)
-            yield _check_decoding(setup, name)
+            for what, check in (("train", _check_whole_sequences), ("decode", _check_decoding)):
+                yield guarded(f"{name} {what}", setup.device, lambda check=check, name=name: check(setup, name))
         finally:
             flash_attention._override_impl = None
 
@@ -84,7 +84,9 @@ def _check_whole_sequences(setup: Setup, name: str) -> Check:
     return Check(f"{name} train", judge(worst < tolerance),
                  f"{num_cases} cases, worst error {worst:.1e} ({worst_case}); 4 x {setup.sizes.T} tokens, 6 heads, "
                  f"forward and backward: {full_ms:.2f} ms, window T/4 {window_ms:.2f} ms",
-                 {"worst_error": worst, "tolerance": tolerance, "whole_ms": full_ms, "window_ms": window_ms})
+                 {"worst_error": worst, "tolerance": tolerance, "whole_ms": full_ms, "window_ms": window_ms},
+                 # of four layers of the model's pattern, SSSL
+                 Candidate("--attention, by the kernels", name, 3 * window_ms + full_ms, name == setup.backend))
 
 
 def _time_training(setup: Setup) -> list[float]:
@@ -172,6 +174,7 @@ def check_cross_entropy(setup: Setup) -> Iterator[Check]:
         figures |= {"fused_peak_bytes": fused_bytes, "plain_peak_bytes": plain_bytes}
         detail += f"; {fused_bytes / 2**30:.2f} GiB, plain {plain_bytes / 2**30:.2f} GiB"
         passed = fused_bytes < 0.6 * plain_bytes
+    # no candidates of a choice: fused is the default for its memory, whichever is faster
     yield Check("time and memory", judge(passed), detail, figures)
 
 
@@ -183,12 +186,14 @@ def check_optimizer(setup: Setup) -> Iterator[Check]:
     """Compiled and eager kernels against the same formulas in eager float64; new rates must not compile anew."""
     torch.manual_seed(4)
     for dtype in (torch.float32, torch.bfloat16):
-        yield _check_update(setup, f"adamw {str(dtype)[6:]}", _run_adamw, _make_adamw_state(setup, dtype), dtype,
-                            ADAMW_TOLERANCE[dtype])
+        name = f"adamw {str(dtype)[6:]}"
+        yield guarded(name, setup.device, lambda name=name, dtype=dtype: _check_update(
+            setup, name, _run_adamw, _make_adamw_state(setup, dtype), dtype, ADAMW_TOLERANCE[dtype]))
     matmul_dtype = setup.dtype if setup.dtype == torch.bfloat16 else torch.float32
     for shape in setup.sizes.matrices:
-        yield _check_update(setup, "muon {}x{}x{}".format(*shape), _run_muon, _make_muon_state(setup, shape),
-                            matmul_dtype, MUON_TOLERANCE[matmul_dtype])
+        name = "muon {}x{}x{}".format(*shape)
+        yield guarded(name, setup.device, lambda name=name, shape=shape: _check_update(
+            setup, name, _run_muon, _make_muon_state(setup, shape), matmul_dtype, MUON_TOLERANCE[matmul_dtype]))
 
 
 def _make_adamw_state(setup: Setup, dtype: torch.dtype) -> list[Tensor]:
@@ -241,11 +246,20 @@ def _check_update(setup: Setup, name: str, run: Callable, state: list[Tensor], d
     eager_error, error = (float((moved - expected).norm() / scale) for moved in (eager, compiled))
     still = moved_without_gradient(compiled, state) if run is _run_muon else False
     passed = error < tolerance and eager_error < tolerance and not num_recompiled and not still
-    detail = f"error {error:.1e}, eager {eager_error:.1e}"
+    timed = [t.clone() for t in state]
+
+    def keep_moving(use_compile: bool) -> None:
+        set_compile_kernels(use_compile)
+        run(timed, dtype, 0.1)
+        set_compile_kernels(setup.use_compile)
+    ms = time_in_turn({"eager": lambda: keep_moving(False), "compiled": lambda: keep_moving(setup.use_compile)},
+                      setup.device, rounds=5)
+    detail = f"error {error:.1e}, eager {eager_error:.1e}; {ms['compiled']:.2f} ms, eager {ms['eager']:.2f} ms"
     detail += f"; {num_recompiled} graphs compiled anew for another rate" if num_recompiled else ""
     detail += "; a matrix without gradient moved" if still else ""
     return Check(name, judge(passed), detail, {"error": error, "eager_error": eager_error, "tolerance": tolerance,
-                                               "num_recompiled": num_recompiled})
+                                               "num_recompiled": num_recompiled, "ms": ms["compiled"],
+                                               "eager_ms": ms["eager"]})
 
 
 def moved_without_gradient(moved: Tensor, state: list[Tensor]) -> bool:

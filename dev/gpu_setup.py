@@ -1,49 +1,82 @@
-"""Shared by the GPU checks: their sizes, the line that a check reports, models, and measurements."""
+"""Shared by the GPU checks: their sizes, the line that a check reports, its guard, models, and measurements."""
 
 import gc
-from collections.abc import Callable
+import importlib
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from nanochat.common import get_peak_memory_bytes
+from nanochat.common import get_peak_memory_bytes, is_out_of_memory
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.scaling import make_config
-from nanochat.train import Batch
+from nanochat.train import Batch, OutOfMemory
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One option of a choice that this GPU decides."""
+    choice:     str      # what is chosen: a flag, a constant
+    option:     str
+    cost:       float    # in the same unit for all options of the choice; less is better
+    is_default: bool     # what a run uses today
 
 
 @dataclass(frozen=True)
 class Check:
     """One line of the table."""
-    name:    str
-    status:  str                # ok, FAIL, absent (not available on this machine), skipped (no time left)
-    detail:  str                # the measurement, or the error
-    figures: dict = field(default_factory=dict)  # the same as values, units in the keys
+    name:      str
+    status:    str                # ok, FAIL, absent (not on this machine), no memory, skipped (no time left)
+    detail:    str                # the measurement, or the error
+    figures:   dict = field(default_factory=dict)  # the same as values, units in the keys
+    candidate: Candidate | None = None
+
+
+STATUSES = ("ok", "FAIL", "absent", "no memory", "skipped")
 
 
 @dataclass(frozen=True)
 class Sizes:
     """The sizes of the checks."""
-    T:             int
-    vocab_size:    int
-    head_dim:      int
-    aspect_ratio:  int               # channels per layer
-    depths:        tuple[int, ...]   # of the steps and saves; the first also compares attention backends
-    resume_depth:  int
-    steps:         int               # of a timed run
-    max_rows:      int               # of a device batch; the search goes down from it
-    loss_tokens:   int
-    attention_T:   tuple[int, int]   # one a multiple of the kernels' tiles, one not
-    matrices:      tuple[tuple[int, int, int], ...]   # (K, rows, cols) for Muon
+    T:               int
+    vocab_size:      int
+    head_dim:        int
+    aspect_ratio:    int               # channels per layer
+    depths:          tuple[int, ...]   # of the steps, the most important first; the first also compares backends
+    step_rows:       tuple[int, ...]   # of a micro-batch
+    num_micro:       int               # micro-batches of a step
+    resume_depth:    int
+    max_rows:        int               # of a micro-batch in the other checks
+    loss_tokens:     int               # of the fused loss against the plain one
+    chunk_tokens:    tuple[int, ...]   # of a chunk of the fused loss
+    micro_tokens:    int               # of products and of the loss in chunks: a micro-batch's
+    attention_T:     tuple[int, int]   # one a multiple of the kernels' tiles, one not
+    matrices:        tuple[tuple[int, int, int], ...] # (K, rows, cols) for Muon
+    copy_bytes:      int
+    decode_rows:     tuple[int, ...]   # sequences at once
+    decode_tokens:   int               # of an answer whose speed is measured
+    compared_tokens: int               # of one that is compared with GPT.generate's: the cache has to grow for it
+    sustain_sec:     float             # of one product, repeated
+    step_sec:        float             # of a timed run's steps, three at least
+    profile_steps:   int
 
 
-FULL = Sizes(T=2048, vocab_size=32768, head_dim=128, aspect_ratio=64, depths=(12, 20), resume_depth=4, steps=30,
-             max_rows=256, loss_tokens=16384, attention_T=(2048, 1000),
-             matrices=((4, 768, 768), (4, 3072, 768), (4, 768, 3072), (4, 6, 12)))
-TINY = Sizes(T=256, vocab_size=320, head_dim=16, aspect_ratio=16, depths=(2, 4), resume_depth=2, steps=4, max_rows=2,
-             loss_tokens=512, attention_T=(256, 100), matrices=((2, 32, 32), (2, 64, 16)))
+FULL = Sizes(T=2048, vocab_size=32768, head_dim=128, aspect_ratio=64, depths=(12, 24, 18), step_rows=(16, 32),
+             num_micro=4, resume_depth=4, max_rows=32, loss_tokens=16384, chunk_tokens=(4096, 8192, 16384, 32768),
+             micro_tokens=32768, attention_T=(2048, 1000),
+             matrices=((4, 768, 768), (4, 3072, 768), (4, 768, 3072), (4, 6, 12)), copy_bytes=2**32,
+             decode_rows=(1, 8, 64), decode_tokens=128, compared_tokens=280, sustain_sec=5, step_sec=6,
+             profile_steps=3)
+TINY = Sizes(T=128, vocab_size=320, head_dim=16, aspect_ratio=32, depths=(1, 2), step_rows=(1, 2), num_micro=2,
+             resume_depth=2, max_rows=2, loss_tokens=256, chunk_tokens=(64, 128), micro_tokens=256,
+             attention_T=(256, 100), matrices=((2, 32, 32), (2, 64, 16)), copy_bytes=2**20, decode_rows=(1, 3),
+             decode_tokens=4, compared_tokens=12, sustain_sec=0, step_sec=0,
+             profile_steps=1)
 
 
 @dataclass(frozen=True)
@@ -62,15 +95,18 @@ class Setup:
         return make_config(depth, vocab_size=sizes.vocab_size, sequence_len=sizes.T, head_dim=sizes.head_dim,
                            aspect_ratio=sizes.aspect_ratio)
 
-    def make_model(self, depth: int) -> tuple[GPT, object]:
-        """A seeded model and its optimizer, compiled as a training run compiles them."""
+    def make_model(self, depth: int, build: str = "blocks") -> tuple[GPT, object]:
+        """A seeded model and its optimizer; `build` is a key of BUILDS. Nothing is compiled where the setup doesn't."""
         torch.manual_seed(0)
         with self.device:
             model = GPT(self.make_config(depth), self.dtype)
         model.init_weights()
+        optimizer = model.setup_optimizer()
+        if build == "fp8":
+            find_module("nanochat.fp8").use_fp8(model, optimizer)
         if self.use_compile:
-            model.compile_blocks()
-        return model, model.setup_optimizer()
+            BUILDS[build](model)
+        return model, optimizer
 
     def make_batch(self, num_rows: int, step: int = 0) -> Batch:
         """The rows of a step, on the CPU as a loader gives them; after the last row the first follows."""
@@ -79,6 +115,28 @@ class Setup:
         if self.device.type == "cuda":
             rows = rows.pin_memory()
         return Batch(rows[:, :-1], rows[:, 1:], None)
+
+
+def compile_tuned(model: GPT) -> None:
+    """Block by block, the products by the fastest of several kernels: searching takes minutes."""
+    for block in model.transformer.h:
+        block.compile(dynamic=False, mode="max-autotune-no-cudagraphs")
+
+
+# How a model is compiled; fp8 replaces its linear layers before that
+BUILDS: dict[str, Callable[[GPT], None]] = {
+    "blocks": GPT.compile_blocks, "trunk": lambda model: model.compile_trunk(), "max-autotune": compile_tuned,
+    "fp8": GPT.compile_blocks}
+
+
+def find_module(name: str) -> ModuleType | None:
+    """A module that this checkout may not have."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return None
 
 
 def make_synthetic_rows(sizes: Sizes, num_rows: int) -> Tensor:
@@ -90,11 +148,54 @@ def make_synthetic_rows(sizes: Sizes, num_rows: int) -> Tensor:
 
 def free_memory(device: torch.device) -> None:
     """Drop the tensors, compiled programs and peak-memory statistics of earlier checks."""
-    gc.collect()
     torch.compiler.reset()
     if device.type == "cuda":
+        gc.collect()  # autograd graphs may be parts of cycles; a CPU has memory enough at toy size
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+
+
+class TimeUp(BaseException):
+    """A check has used up its time. Not an Exception: the compiler and others catch and wrap these."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeUp in the main thread after so many seconds, as soon as Python runs there."""
+    def ring(*_) -> None:
+        raise TimeUp(f"cut off after {seconds:.0f} s")
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def guarded(name: str, device: torch.device, run: Callable[[], Check]) -> Check:
+    """The check that `run` returns; what goes wrong in it is a line of the table, and the section goes on."""
+    try:
+        return run()
+    except (TimeUp, Exception) as error:
+        check = describe_failure(name, error)
+    free_memory(device)  # here, where the error no longer holds the frames that it came through
+    return check
+
+
+def describe_failure(name: str, error: BaseException) -> Check:
+    """The line of a check that ended in an exception, of whatever kind."""
+    message = (str(error).strip().splitlines() or ["no message"])[0][:200]
+    if isinstance(error, TimeUp):
+        return Check(name, "skipped", message)
+    if is_no_memory(error):
+        return Check(name, "no memory", message)
+    return Check(name, "FAIL", f"{type(error).__name__}: {message}")
+
+
+def is_no_memory(error: Exception) -> bool:
+    """Whether memory ran out, in a training step, which raises an exception of its own, or elsewhere."""
+    return isinstance(error, OutOfMemory) or is_out_of_memory(error)
 
 
 def measure_peak_bytes(run: Callable[[], object], device: torch.device) -> int:

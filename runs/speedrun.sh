@@ -2,24 +2,39 @@
 # GPT-2's capability on one node: download -> tokenizer -> base -> mid -> SFT -> RL -> evaluation -> report card.
 #
 # Hardware  8 H100 (80 GB). Fewer GPUs take proportionally longer: set NPROC.
-# Time      about 2 hours for the base model of depth 24 at 50% of the bf16 peak, by plan (1.7 were published for this
-#           recipe in July 2026, with fp8, which isn't here yet); not run by this code base yet. Chat stages and RL on top
-# Cost      about $48 at $24 an hour for the node, for the base model
-# Expect    CORE near 0.26 and validation bits per byte near 0.718 on ClimbMix, published, likewise
+# Recipe    RECIPE=d24 (the default) or RECIPE=d22; `python -m scripts.plan --recipe d24 d22 --nproc 8` compares them.
+#           Published on 8 H100 for the base model alone, both in fp8, which here is EXTRA="--fp8 on":
+#     d24   1.65 hours, CORE 0.2626, 0.7180 bits per byte, 5 runs: depth 24, 8 tokens per scaling parameter
+#           (karpathy/nanochat, run 6 of its leaderboard, commit a825e63, by March 2026)
+#     d22   81.8 minutes, CORE 0.2618, 0.7188 bits per byte, 6 runs: depth 22, 9.4 tokens per scaling parameter, a
+#           vocabulary of 49,152, steps of half a million tokens (karpathy/nanochat, pull request 830, August 2026, not
+#           merged). That run also had learned scales in some norms, which this model has not, and micro-batches of 32
+#           rows; in bf16 16 fit by plan. The schedule (warm-down over 85% of the run, to 0) is that of its predecessor,
+#           pull request 733 (88.2 minutes); the command in 830 names no schedule
+# Time      by plan, at the MFU published for bf16: 2.0 hours for the base model of d24, 1.6 hours for that of d22. Not
+#           run by this code base yet. Chat stages and RL on top
+# Cost      by plan, at $24 an hour for the node: $47 for the base model of d24, $38 for that of d22
 #
 # Run it again to continue where it stopped; what is done is skipped. To change it, set any of these:
+RECIPE=${RECIPE:-d24}
+case $RECIPE in    # depth, training tokens per scaling parameter, vocabulary, more flags for scripts.base_train
+    d24) set -- 24 8 32768 "" ;;
+    d22) set -- 22 9.4 49152 "--total-batch-size 524288 --warmdown-ratio 0.85 --final-lr-frac 0" ;;
+    *) echo "error: RECIPE=$RECIPE must be d24 or d22" >&2; exit 2 ;;
+esac
 NPROC=${NPROC:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}    # GPUs, or processes on a machine without
-DEPTH=${DEPTH:-24}
-RATIO=${RATIO:-8}                        # training tokens per scaling parameter
+DEPTH=${DEPTH:-$1}
+RATIO=${RATIO:-$2}                       # training tokens per scaling parameter
+VOCAB_SIZE=${VOCAB_SIZE:-$3}
+RECIPE_FLAGS=${RECIPE_FLAGS-$4}          # the recipe's flags for scripts.base_train
 SEQ_LEN=${SEQ_LEN:-2048}                 # context in tokens
-VOCAB_SIZE=${VOCAB_SIZE:-32768}
 DATA=${DATA:-climbmix}                   # a source of nanochat.dataset, or a data set that is there
 NUM_SHARDS=${NUM_SHARDS:-}               # training shards to download; empty: as many as DEPTH and RATIO need
 TOK_CHARS=${TOK_CHARS:-2000000000}       # characters that the tokenizer learns from
 NAME=${NAME:-speedrun}                   # of the tokenizer and the run
 RL_TASKS=${RL_TASKS-GSM8K}               # tasks with a reward; empty: no RL
 RUN=${RUN:-none}                         # log to wandb under this name
-EXTRA=${EXTRA:-}                         # more flags for scripts.base_train
+EXTRA=${EXTRA:-}                         # more flags for scripts.base_train, which override the recipe's
 EVAL_EXTRA=${EVAL_EXTRA:-}               # more flags for scripts.base_eval
 MID_EXTRA=${MID_EXTRA:-}                 # more flags for scripts.mid_train
 SFT_EXTRA=${SFT_EXTRA:-}                 # more flags for scripts.chat_sft
@@ -47,7 +62,7 @@ esac
 python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-chars "$TOK_CHARS" --name "$NAME"
 python -m scripts.tok_eval --data "$DATA" --name "$NAME"
 launch scripts.base_train --data "$DATA" --tokenizer "$NAME" --model-tag "$NAME" --run "$RUN" --depth "$DEPTH" \
-    --max-seq-len "$SEQ_LEN" --target-param-data-ratio "$RATIO" $EXTRA
+    --max-seq-len "$SEQ_LEN" --target-param-data-ratio "$RATIO" $RECIPE_FLAGS $EXTRA
 launch scripts.base_loss --model-tag "$NAME"
 if python -m scripts.base_eval --fetch; then
     launch scripts.base_eval --model-tag "$NAME" $EVAL_EXTRA

@@ -2,6 +2,7 @@
 
     python -m scripts.plan --depth 24 --nproc 8 --gpu h100 --target-param-data-ratio 8    # runs/speedrun.sh
     python -m scripts.plan --depth 12 20 24 --nproc 8                                     # side by side
+    python -m scripts.plan --recipe d24 d22 --nproc 8                                     # what runs/speedrun.sh offers
     python -m scripts.plan --max-cost 100 --nproc 8                                       # the deepest for $100
     python -m scripts.plan --depth 10 16 --target-flops 1e18 --shards                     # how much text to download
     python -m scripts.plan --depth 6 --gpu cpu --tflops 0.85 --gb 24 --max-seq-len 512 --total-batch-size 16384
@@ -19,7 +20,7 @@ from nanochat import memory
 from nanochat.common import UserError, print0, run_script
 from nanochat.config import GPTConfig, count_params, estimate_flops
 from nanochat.memory import GIB, Machine, Memory, get_usable_frac, rows_or_auto
-from nanochat.scaling import Plan, make_config, make_plan
+from nanochat.scaling import FINAL_LR_FRAC, WARMDOWN_RATIO, Plan, make_config, make_plan
 
 DOLLARS_PER_GPU_HOUR = 3.0    # of an H100 on the market, $24 an hour for a node of eight
 # A shard of climbmix: 250 million characters, at about 5 to a token of a 32K vocabulary; assumption, none was counted
@@ -29,6 +30,30 @@ MAX_DEPTH = 64                # of the search for a budget
 HOPPER = ("h100", "h200", "h800", "h20", "gh200")          # FlashAttention 3 is built for these
 WITHOUT_BF16 = ("v100", "t4", "2080 ti")
 MUON_STEPS = 5                # of the orthogonalisation
+
+
+@dataclass(frozen=True)
+class PublishedRun:
+    """A public run on 8 H100 whose recipe is a RECIPE of runs/speedrun.sh."""
+    depth:                   int
+    target_param_data_ratio: float
+    vocab_size:              int
+    total_batch_size:        int | None    # tokens of a step; None: from the horizon
+    warmdown_ratio:          float
+    final_lr_frac:           float
+    minutes:                 float         # of training, in fp8
+    core:                    float
+    source:                  str
+
+
+RECIPE_FLAGS = ("depth", "target_param_data_ratio", "vocab_size", "total_batch_size")    # that this script has as well
+RECIPES = {
+    "d24": PublishedRun(24, 8, 32768, None, WARMDOWN_RATIO, FINAL_LR_FRAC, 99.0, 0.2626,
+                        "karpathy/nanochat, run 6 of its leaderboard, by March 2026, mean CORE of 5 runs"),
+    "d22": PublishedRun(22, 9.4, 49152, 2**19, 0.85, 0, 81.8, 0.2618,
+                        "karpathy/nanochat, pull request 830, August 2026, mean CORE of 6 runs; with learned norm "
+                        "scales, which this model has not. The schedule is its predecessor's, pull request 733"),
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +87,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--depth", type=int, nargs="+", help="layers; several are shown side by side (default: 20)")
+    add("--recipe", choices=RECIPES, nargs="+", help="instead of --depth: recipes of runs/speedrun.sh, side by side")
     add("--max-hours", type=float, help="instead of --depth: the deepest model that trains in so many hours")
     add("--max-cost", type=float, help="instead of --depth: the deepest model that trains for so many dollars")
     # hardware
@@ -103,6 +129,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--price {args.price:g} must be dollars per GPU hour, 0 or more")
     if args.depth and (args.max_hours or args.max_cost):
         raise UserError("--depth and a budget (--max-hours, --max-cost) exclude each other: a budget chooses the depth")
+    given = [name for name in RECIPE_FLAGS if getattr(args, name) != parser.get_default(name)]
+    if args.recipe and (given or args.max_hours or args.max_cost):
+        raise UserError(f"--recipe says what to train: leave out --{given[0].replace('_', '-')}" if given else
+                        "--recipe and a budget (--max-hours, --max-cost) exclude each other")
     return args
 
 
@@ -111,6 +141,9 @@ def main(argv: list[str] | None = None) -> dict:
     hardware, machine = choose_hardware(args)
     if args.max_hours or args.max_cost:
         estimates = [find_deepest(args, hardware, machine)]
+    elif args.recipe:
+        estimates = [estimate_run(argparse.Namespace(**vars(args) | asdict(RECIPES[name])), RECIPES[name].depth,
+                                  hardware, machine) for name in args.recipe]
     else:
         estimates = [estimate_run(args, depth, hardware, machine) for depth in args.depth or [20]]
     results = {"hardware": asdict(hardware), "compute": asdict(machine), "runs": [asdict(e) for e in estimates]}
@@ -121,7 +154,7 @@ def main(argv: list[str] | None = None) -> dict:
     elif args.json:
         print0(json.dumps(results, indent=2))
     else:
-        print_table(estimates, hardware, machine)
+        print_table(estimates, hardware, machine, args.recipe or [])
     return results
 
 
@@ -215,21 +248,30 @@ def find_deepest(args: argparse.Namespace, hardware: Hardware, machine: Machine)
                     "more, or shorten the run with --target-param-data-ratio")
 
 
-def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine) -> None:
-    """One column a depth, then the sources of the figures."""
+def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine, recipes: list[str]) -> None:
+    """One column a depth or recipe, then the sources of the figures."""
     def gib(num_bytes: float) -> str:
         return f"{num_bytes / GIB:.2f}"
     rows: list[tuple[str, list[str]]] = []
 
     def add(label: str, show) -> None:
         rows.append((label, [show(estimate) for estimate in estimates]))
+
+    def add_published(label: str, show) -> None:
+        if recipes:
+            rows.append((label, [show(RECIPES[name]) for name in recipes]))
+    if recipes:
+        rows.append(("recipe", recipes))
     add("depth", lambda e: str(e.config.n_layer))
     add("width, heads", lambda e: f"{e.config.n_embd}, {e.config.n_head}")
+    add("vocabulary", lambda e: f"{e.config.vocab_size:,}")
     add("parameters", lambda e: f"{count_params(e.config)['total'] / 1e6:,.1f} M")
     add("training tokens", lambda e: f"{e.plan.total_tokens / 1e9:,.3f} B")
     add("tokens per scaling parameter", lambda e: f"{e.plan.tokens_per_param:.2f}")
     add("steps", lambda e: f"{e.plan.num_iterations:,}")
     add("tokens of a step", lambda e: f"{e.plan.batch_tokens:,}")
+    add_published("warm-down, part of the run", lambda run: f"{run.warmdown_ratio:.0%}")
+    add_published("final learning rate, of the peak", lambda run: f"{run.final_lr_frac:.0%}")
     for k, stage in enumerate(estimates[0].plan.short_rows or ()):
         add(f"steps until rows are longer than {stage.row_tokens}", lambda e, k=k: f"{e.plan.short_rows[k].end_step:,}")
     add("rows of a micro-batch (--device-batch-size)", lambda e: str(e.micro_rows))
@@ -253,6 +295,8 @@ def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine)
     add("expected MFU", lambda e: f"{100 * e.mfu:.1f}%")
     add("time", lambda e: format_hours(e.hours))
     add(f"cost at ${hardware.dollars:g} per GPU hour", lambda e: format_dollars(e.dollars))
+    add_published("published time, on 8 H100 in fp8", lambda run: f"{run.minutes:.1f} min")
+    add_published("published CORE", lambda run: f"{run.core:.4f}")
     print0(f"{hardware.num_gpus} x {hardware.name}, {hardware.peak_flops / 1e12:g} TFLOP/s and "
            f"{hardware.memory_gib:g} GiB each\n")
     label_width = max(len(label) for label, _ in rows)
@@ -261,6 +305,8 @@ def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine)
         print0(f"{label:{label_width}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)))
     print0(f"\nMFU: {estimates[0].mfu_source}.")
     print0("Time is training alone: evaluation, compiling and downloads come on top.")
+    for name in recipes:
+        print0(f"Published, {name}: {RECIPES[name].source}.")
     compared = "compared with tensors counted one by one; the process grows by up to twice as much" \
         if machine.device_type == "cpu" else "not yet compared with a GPU"
     print0(f"Memory: {machine.dtype}, attention {machine.attention}, {machine.loss} loss, "

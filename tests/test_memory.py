@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 
 import pytest
@@ -315,6 +316,16 @@ def test_plan_shows_depths_side_by_side(capsys):
     assert next(line for line in lines if "peak, of" in line).endswith("DOES NOT FIT")
 
 
+def test_plan_shows_recipes_side_by_side(capsys):
+    d24, d22 = plan.main(["--recipe", "d24", "d22", "--nproc", "8"])["runs"]
+    assert (d22["config"]["n_layer"], d22["config"]["vocab_size"], d22["plan"]["batch_tokens"]) == (22, 49152, 2**19)
+    alone = plan.main(["--depth", "24", "--nproc", "8", "--target-param-data-ratio", "8"])["runs"][0]
+    assert d24 == alone and d22["hours"] < 0.85 * d24["hours"] and d22["fits"]
+    out = capsys.readouterr().out
+    assert re.search(r"^published time, on 8 H100 in fp8 +99.0 min +81.8 min$", out, re.MULTILINE)
+    assert re.search(r"^warm-down, part of the run +65% +85%$", out, re.MULTILINE) and "pull request 830" in out
+
+
 def test_plan_for_a_budget_takes_the_deepest_that_meets_it():
     hours = {depth: plan.main(["--depth", str(depth)])["runs"][0]["hours"] for depth in (6, 7)}
     between = str((hours[6] + hours[7]) / 2)
@@ -328,6 +339,8 @@ def test_plan_for_a_budget_takes_the_deepest_that_meets_it():
     (["--max-cost", "0.0001"], "no depth trains within .0.0001 on 1 h100: depth 1 takes .* allow more, or shorten"),
     (["--max-hours", "1", "--gpu", "wonder", "--tflops", "100", "--gb", "0.1"], r"no depth .* and [\d.]+ GiB on each"),
     (["--depth", "4", "--max-cost", "5"], "--depth and a budget"),
+    (["--recipe", "d22", "--vocab-size", "9"], "--recipe says what to train: leave out --vocab-size"),
+    (["--recipe", "d22", "--max-cost", "5"], "--recipe and a budget"),
     (["--nproc", "3"], "a step of 1048576 tokens at depth 20 must be a multiple of 6144"),
     (["--device-batch-size", "7"], "--device-batch-size 7 must divide the 512 rows"),
     (["--nproc", "0"], "--nproc 0 must be a positive number"),

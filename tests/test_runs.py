@@ -17,7 +17,7 @@ import pytest
 from nanochat import dataset
 from nanochat.run import read_metrics
 from nanochat.shards import write_shard
-from scripts import plan
+from scripts import base_train, plan
 from tests.eval_helpers import write_bundle
 from tests.helpers import REPO_DIR
 from tests.warm import use_warm_python
@@ -135,17 +135,20 @@ def test_run1000_costs_what_it_says(capsys):
     assert f"${run['dollars']:.0f} for the base model" in recipe and run["dollars"] < 1000
 
 
+def note_commands(recipe, tmp_path, name, **settings):
+    """The calls of Python that a recipe of runs/ makes. Each is answered with 7, as if that many shards were needed."""
+    shutil.copytree(REPO_DIR / "runs", tmp_path / "runs", dirs_exist_ok=True)
+    (tmp_path / "runs" / "setup.sh").write_text("set -euo pipefail\n")
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/{name}"\necho 7\n')
+    (tmp_path / "python").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC": "1"} | settings
+    subprocess.run(["bash", f"{tmp_path}/runs/{recipe}"], env=env, stdout=subprocess.DEVNULL, check=True)
+    return (tmp_path / name).read_text().splitlines()
+
+
 @pytest.mark.parametrize("recipe", ["speedrun.sh", "scaling_laws.sh"])
 def test_only_a_download_is_planned(recipe, tmp_path):
-    """Each call of Python is noted, and answered with 7, as if that many shards were needed."""
-    shutil.copytree(REPO_DIR / "runs", tmp_path / "runs")
-    (tmp_path / "runs" / "setup.sh").write_text("set -euo pipefail\n")
-    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/$DATA"\necho 7\n')
-    (tmp_path / "python").chmod(0o755)
-    for data in ("climbmix", "own"):
-        env = os.environ | TOY | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DATA": data, "NPROC": "1"}
-        subprocess.run(["bash", f"{tmp_path}/runs/{recipe}"], env=env, stdout=subprocess.DEVNULL, check=True)
-    commands = {data: (tmp_path / data).read_text().splitlines() for data in ("climbmix", "own")}
+    commands = {data: note_commands(recipe, tmp_path, data, **TOY | {"DATA": data}) for data in ("climbmix", "own")}
     assert commands["climbmix"][0].startswith("-m scripts.plan ") and " --shards" in commands["climbmix"][0]
     assert commands["climbmix"][1] == "-m nanochat.dataset --source climbmix -n 7 -w 8"
     assert commands["own"][0].startswith("-m scripts.tok_train --data own ")
@@ -221,3 +224,33 @@ def test_offline(base_dir, tmp_path):
     assert core["num_tasks"] == 3 and set(chat["tasks"]) == {"GSM8K", "MMLU", "SimpleSpelling"}
     page = (base_dir / "report" / "report.html").read_text()
     assert "CORE" in page and "MMLU" in page
+
+
+@pytest.mark.parametrize("name", plan.RECIPES)
+def test_recipes_of_the_speedrun_are_those_of_the_plan(name, tmp_path):
+    """Flag by flag, and the header's figures are the plan's and the published ones."""
+    recipe, (run,) = plan.RECIPES[name], plan.main(["--recipe", name, "--nproc", "8"])["runs"]
+    commands = note_commands("speedrun.sh", tmp_path, name, RECIPE=name, NAME="own")
+    command = next(line for line in commands if line.startswith("-m scripts.base_train "))
+    args, _ = base_train.parse_args(command.split()[2:])
+    expected = {key: value for key, value in vars(recipe).items() if hasattr(args, key)}
+    assert {key: getattr(args, key) for key in expected} == expected and len(expected) == 5
+    assert any(line.startswith("-m scripts.tok_train ") and f"--vocab-size {recipe.vocab_size} " in line
+               for line in commands)
+    assert f"--vocab-size {recipe.vocab_size} --shards" in commands[0]
+    header = (REPO_DIR / "runs" / "speedrun.sh").read_text().split("\nRECIPE=")[0]
+    assert f"{run['hours']:.1f} hours for" in header and f"of {name}" in header
+    assert f"${run['dollars']:.0f} for" in header and f"CORE {recipe.core:.4f}" in header
+    assert f"{recipe.minutes / 60:.2f} hours" in header or f"{recipe.minutes:.1f} minutes" in header
+
+
+def test_a_setting_overrides_the_recipe(tmp_path):
+    commands = note_commands("speedrun.sh", tmp_path, "log", RECIPE="d22", DEPTH="2", RATIO="20", RECIPE_FLAGS="")
+    command = next(line for line in commands if line.startswith("-m scripts.base_train "))
+    assert "--depth 2 " in command and "--target-param-data-ratio 20" in command and "warmdown" not in command
+
+
+def test_an_unknown_recipe_is_refused():
+    done = subprocess.run(["bash", str(REPO_DIR / "runs" / "speedrun.sh")], env=os.environ | {"RECIPE": "d23"},
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr == "error: RECIPE=d23 must be d24 or d22\n"
