@@ -128,7 +128,7 @@ def choose_fp8(wanted: str, device: torch.device, dtype: torch.dtype, config: GP
     """Whether to train in fp8, and why; `wanted` is auto, on or off."""
     if wanted != "on":
         return False, "asked for" if wanted == "off" else "auto: no GPU has shown yet that it pays; --fp8 on tries it"
-    reason = find_obstacle(device) if dtype == torch.bfloat16 else f"it goes with torch.bfloat16, not with {dtype}"
+    reason = find_obstacle(device) if dtype == torch.bfloat16 else "it goes with --dtype bfloat16 only"
     if config.n_embd % 16 or config.kv_dim % 16:
         reason = f"{config.n_embd} channels and {config.kv_dim} of keys must be multiples of 16"
     if reason:
