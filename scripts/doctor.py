@@ -186,7 +186,7 @@ def check_fp8(device, quick: bool) -> Finding:
             layers = [torch.compile(layer, dynamic=False) for layer in (linear, Fp8Linear(linear, torch.bfloat16))]
         bf16_sec, fp8_sec = (measure_sec(device, lambda layer=layer, x=x: layer(x)) for layer in layers)
         gains.append(f"{bf16_sec / fp8_sec:.2f}x the speed of bf16 at depth {depth}")
-    return Finding("fp8", "ok", f"the MLP's first product: {', '.join(gains)}; --fp8 on pays where that is well above 1")
+    return Finding("fp8", "ok", f"the MLP's first product: {', '.join(gains)}; --fp8 on pays if that is well above 1")
 
 
 def measure_sec(device, call: Callable[[], object], num_calls: int = 10) -> float:

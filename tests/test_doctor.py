@@ -100,6 +100,7 @@ def test_fp8_and_whether_it_pays(monkeypatch):
     monkeypatch.setattr("nanochat.fp8.find_obstacle", lambda device: "")
     seconds = iter((3.0, 4.0, 6.0, 4.0))
     monkeypatch.setattr(doctor, "measure_sec", lambda device, call: next(seconds))
+    monkeypatch.setattr(torch, "compile", lambda layer, dynamic: layer)
     monkeypatch.setattr(torch, "randn", lambda *shape, **more: None)    # "meta" stands in for a GPU
     assert "not timed" in doctor.check_fp8(torch.device("meta"), quick=True).what
     what = doctor.check_fp8(torch.device("meta"), quick=False).what
