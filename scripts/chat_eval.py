@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict:
     check_task_names(args.task_name)
     settings = ChatSettings(args.num_samples, args.temperature, args.top_k, args.max_new_tokens)
     model, tokenizer, meta, place = load_for(args.source, args.model_tag, args.step, args.dtype, args.device_type)
-    backend, _ = choose_backend(model.get_device(), model.compute_dtype)
+    backend, _ = choose_backend(model.get_device(), model.compute_dtype, model.config)
     run_dir, step = Path(meta["run_dir"]), meta["step"]
     print0(f"{args.source} model {run_dir.name}, step {step}, {place}, attention {backend}")
 
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> dict:
 def read_earlier(path: Path, task_names: list[str], max_problems: int) -> dict[str, dict]:
     """Earlier results of other tasks with as many problems: tasks evaluated one by one are one evaluation."""
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
         return {name: result for name, result in saved["tasks"].items()
                 if saved["max_problems"] == max_problems and name not in task_names}
     except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):  # none, or one that is damaged
