@@ -289,7 +289,7 @@ def make_chain(num_rows, seed):
 
 @pytest.mark.slow
 def test_final_loss_is_that_of_bf16(num_steps=150):
-    """At depth 4, over 3 seeds; the same of text, at a larger size, is in dev/LOG.md."""
+    """At depth 4, over 3 seeds."""
     held_out, differences = make_chain(64, seed=1000), []
     for seed in range(3):
         losses = []
