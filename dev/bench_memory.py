@@ -26,6 +26,7 @@ from nanochat import flash_attention
 from nanochat.common import COMPUTE_DTYPES, run_script
 from nanochat.config import GPTConfig
 from nanochat.cross_entropy import LOSSES
+from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT
 from nanochat.memory import GIB, Machine, Memory, get_usable_frac, measure_free_bytes, predict_memory
 from nanochat.optim import MuonAdamW
@@ -128,7 +129,10 @@ def fake_step(config: GPTConfig, machine: Machine) -> Iterator[tuple[GPT, MuonAd
         with FakeTensorMode():
             model = GPT(config, getattr(torch, machine.dtype))
             model.loss = machine.loss
-            yield model, model.setup_optimizer()
+            optimizer = model.setup_optimizer()
+            if machine.is_fp8:
+                use_fp8(model, optimizer)
+            yield model, optimizer
     finally:
         flash_attention._override_impl = wanted
         if machine.world_size > 1:

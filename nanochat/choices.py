@@ -1,5 +1,5 @@
 """The flags that all training stages share, and the choices that a run makes where these are auto: dtype, attention,
-compilation, micro-batch. Each choice is printed, recorded in run.json, and kept when the run is continued.
+compilation, fp8, micro-batch. Each choice is printed, recorded in run.json, and kept when the run is continued.
 """
 
 import argparse
@@ -16,13 +16,14 @@ from nanochat.common import UserError, gather, int_or_all, int_or_never
 from nanochat.compilation import choose_compile
 from nanochat.cross_entropy import LOSSES
 from nanochat.flash_attention import choose_backend
+from nanochat.fp8 import choose_fp8
 from nanochat.gpt import GPTConfig
 from nanochat.memory import GIB, Machine, get_peak_flops, list_divisors, measure_free_bytes
 from nanochat.run import decide
 from nanochat.scaling import Plan
 
 # Each flag is part of a run's identity, which a continued run must have as before, unless it stands in FREE_FLAGS
-MACHINE_FLAGS = {"device_type", "dtype", "attention", "compile", "device_batch_size", "sample_rows"}    # rounding
+MACHINE_FLAGS = {"device_type", "dtype", "fp8", "attention", "compile", "device_batch_size", "sample_rows"}  # rounding
 # Flags that don't change what is learned: the one list, which resume, comparisons and sweeps read
 FREE_FLAGS = MACHINE_FLAGS | {
     "run", "model_tag", "model_step", "out_tag", "resume", "stop_at", "allow_mismatch", "eval_every", "eval_tokens",
@@ -61,6 +62,8 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
     common.add_compute_flags(parser)
     add("--compile", choices=("auto", "on", "off"), default="auto")
     add("--attention", default="auto", help="auto, or one backend of nanochat.flash_attention")
+    add("--fp8", choices=("auto", "on", "off"), default="auto",
+        help="compute in 8 bits what reads normed activations; auto is off, for no GPU has shown the gain yet")
     add("--loss", choices=tuple(LOSSES), default="fused", help="fused saves memory, plain is easy to change")
     add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit on a GPU, slower")
 
@@ -71,6 +74,7 @@ class Wanted:
     dtype:         str       = "auto"
     attention:     str       = "auto"
     compile:       str       = "auto"    # or on, off
+    fp8:           str       = "auto"    # or on, off
     loss:          str       = "fused"   # a key of cross_entropy.LOSSES
     micro_rows:    int | str = "auto"
     deterministic: bool      = False
@@ -115,7 +119,8 @@ def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: 
     return StageFlags(
         given, {name: parser.get_default(name) for name in given}, sys.argv if argv is None else argv,
         SaveRules(args.save_every, args.save_every_minutes, args.keep_last, args.keep_every),
-        Wanted(args.dtype, args.attention, args.compile, args.loss, args.device_batch_size, args.deterministic),
+        Wanted(args.dtype, args.attention, args.compile, args.fp8, args.loss, args.device_batch_size,
+               args.deterministic),
         None if args.run in ("none", "dummy") else args.run,
         **{f.name: given[f.name] for f in fields(StageFlags) if f.name in given})
 
@@ -155,7 +160,7 @@ class Choices:
     def to_json(self, micro_rows: int) -> dict:
         """What a continued run must keep, or it wouldn't continue bit for bit; the rows may have been halved."""
         return {"dtype": self.machine.dtype, "attention": self.machine.attention, "micro_rows": micro_rows,
-                "use_compile": self.machine.is_compiled}
+                "use_compile": self.machine.is_compiled, "fp8": "on" if self.machine.is_fp8 else "off"}
 
 
 def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.device,
@@ -186,7 +191,9 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
     peak_flops = peak_flops and peak_flops * world_size
     eager_sec = num_flops / (EAGER_MFU * peak_flops) if peak_flops else None
     use_compile = choose("compile", lambda name: choose_compile(name, device, eager_sec))
-    machine = Machine(str(dtype).removeprefix("torch."), attention, use_compile, device.type, world_size, wanted.loss)
+    is_fp8 = choose("fp8", lambda name: choose_fp8(name, device, dtype, rows.config))
+    machine = Machine(str(dtype).removeprefix("torch."), attention, use_compile, device.type, world_size, wanted.loss,
+                      is_fp8)
     free_bytes = gather(measure_free_bytes(device))
     micro_rows, why = choose_micro_rows(wanted, rows, machine, None if None in free_bytes else min(free_bytes))
     decide(decisions, "rows of a micro-batch", micro_rows, why)

@@ -15,12 +15,17 @@ which are C wide, not V. Memory holds one chunk of logits, whatever the batch: t
 plain loss takes, and 94% of what torch.compile makes of that (dev/LOG.md, "Head and loss").
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.compilation import fused
 from nanochat.memory import CHUNK_TOKENS, CPU_EXP_TOKENS, get_even_size
+
+if TYPE_CHECKING:
+    from nanochat.fp8 import Float8
 
 # The softcap (Gemma 2, arXiv 2408.00118) bounds every logit by +-15: none runs away, and exp can't overflow fp32. In
 # nanochat's public log (2026-03-02) 20 was better than 15 by 0.001 nats at depth 24; not tried here
@@ -62,29 +67,33 @@ def _rational_tanh(z: Tensor) -> Tensor:
 #   targets:    (...) token ids, -1 where nothing is to be learned
 #   reduction:  'mean' over the targets that count (0 where none does), 'sum' of weights * nll, or 'none', shaped (...)
 #   weights:    (...) factors for 'sum'; None means 1
+#   fp8:        copy of the weight, with which the product for gradients is computed; None: in the dtype of x
 #   returns:    nats, fp32 (fp64 for fp64 input)
 
 
 @fused
 def plain_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, reduction: str = "mean",
-                        weights: Tensor | None = None) -> Tensor:
+                        weights: Tensor | None = None, fp8: "Float8 | None" = None) -> Tensor:
     """The definition: the logits of all tokens at once."""
-    logits = softcap(F.linear(x, weight[:vocab_size].to(x.dtype)))  # (..., V)
+    if fp8 is None or not torch.is_grad_enabled():
+        logits = softcap(F.linear(x, weight[:vocab_size].to(x.dtype)))  # (..., V)
+    else:
+        logits = softcap(fp8.apply(x, weight)[..., :vocab_size])
     nll = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1, reduction="none")  # (N,)
     coef = _make_coefficients(targets, reduction, weights, nll.dtype)
     return nll.view(targets.shape) if coef is None else (coef * nll).sum()
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, reduction: str = "mean",
-                         weights: Tensor | None = None) -> Tensor:
+                         weights: Tensor | None = None, fp8: "Float8 | None" = None) -> Tensor:
     """The fused loss: head, softcap and cross-entropy a chunk of tokens at a time."""
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if needs_grad and reduction == "none":  # no stage learns from it; the fused gradients need the coefficients
-        return plain_cross_entropy(x, weight, targets, vocab_size, reduction=reduction, weights=weights)
+        return plain_cross_entropy(x, weight, targets, vocab_size, reduction=reduction, weights=weights, fp8=fp8)
     coef = _make_coefficients(targets, reduction, weights, torch.promote_types(x.dtype, torch.float32))
     rows, flat_targets = x.flatten(0, -2), targets.flatten()
     if needs_grad:
-        return _WeightedLoss.apply(rows, weight, flat_targets, vocab_size, coef)
+        return _WeightedLoss.apply(rows, weight, flat_targets, vocab_size, coef, fp8)
     head, chunk_tokens = weight[:vocab_size].to(x.dtype), get_even_size(len(rows), CHUNK_TOKENS[x.device.type])
     nll = torch.cat([_score_logits(x_chunk @ head.T, target) for x_chunk, target
                      in zip(rows.split(chunk_tokens), flat_targets.split(chunk_tokens), strict=True)])
@@ -112,15 +121,20 @@ class _WeightedLoss(torch.autograd.Function):
     """sum(coef * nll). The coefficients are known in the forward pass, so the gradients are made there, once."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, coef):
-        head = weight[:vocab_size].to(x.dtype)  # (V, C)
+    def forward(ctx, x, weight, targets, vocab_size, coef, fp8):
+        head = weight[:vocab_size].to(x.dtype) if fp8 is None else fp8.dequantize(x.dtype)[:vocab_size]  # (V, C)
         nll, dx, dw = torch.empty_like(coef), torch.empty_like(x), torch.zeros_like(weight)
         chunk_tokens = get_even_size(len(x), CHUNK_TOKENS[x.device.type])
-        logits_buffer = x.new_empty(min(chunk_tokens, len(x)), vocab_size)
+        logits_buffer = x.new_empty(min(chunk_tokens, len(x)), vocab_size if fp8 is None else len(weight))
         for start in range(0, len(x), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             x_chunk, target = x[rows], targets[rows]
-            logits = torch.mm(x_chunk, head.T, out=logits_buffer[:len(x_chunk)])  # (n, V)
+            if fp8 is None:
+                logits = torch.mm(x_chunk, head.T, out=logits_buffer[:len(x_chunk)])  # (n, V)
+            else:
+                x8 = fp8.quantize_input(x_chunk)
+                x_chunk = x8.dequantize(x.dtype)  # for the gradient of the weight
+                logits = fp8.multiply(x8, x.dtype, out=logits_buffer[:len(x_chunk)])[:, :vocab_size]  # (n, V)
             index = target.clamp(min=0)[:, None]
             target_t = _scaled_tanh(logits.gather(1, index))[:, 0]  # (n,)
             pieces = logits.split(get_even_size(len(logits), CPU_EXP_TOKENS)) if x.device.type == "cpu" else (logits,)
@@ -139,7 +153,7 @@ class _WeightedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx.mul_(grad), dw.mul_(grad), None, None, None
+        return dx.mul_(grad), dw.mul_(grad), None, None, None, None
 
 
 @fused

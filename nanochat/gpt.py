@@ -55,9 +55,14 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Linear(nn.Linear):
     """A linear layer without bias that casts its master weight to the dtype of the activations."""
+    fp8 = None    # in training with --fp8 on, some layers are fp8.Fp8Linears: the weight's copy in 8 bits
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype):
         super().__init__(in_features, out_features, bias=False, dtype=dtype)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """What layers of the same input can share: nothing here, in fp8 its copy in 8 bits."""
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -97,6 +102,7 @@ class CausalSelfAttention(nn.Module):
         B, T, _ = x.shape
         H, Hk, D = self.n_head, self.n_kv_head, self.head_dim
         if self.c_qkv is None:
+            x = self.c_q.prepare(x)
             return (self.c_q(x).view(B, T, H, D), self.c_k(x).view(B, T, Hk, D)), self.c_v(x).view(B, T, Hk, D)
         qk, v = self.c_qkv(x).view(B, T, H + 2 * Hk, D).split((H + Hk, Hk), dim=2)
         return (qk,), v
@@ -345,7 +351,8 @@ class GPT(nn.Module):
             return self.unembed(x)
         # Evaluation takes each token's loss: always the cross-entropy, so that bits per byte stay comparable
         loss = LOSSES["fused" if loss_reduction == "none" else self.loss]
-        return loss(x, self.lm_head.weight, targets, self.config.vocab_size, reduction=loss_reduction, weights=weights)
+        return loss(x, self.lm_head.weight, targets, self.config.vocab_size, reduction=loss_reduction, weights=weights,
+                    fp8=self.lm_head.fp8)
 
     @torch.inference_mode()
     def generate(self, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None,

@@ -55,6 +55,7 @@ class Machine:
     device_type: str  = "cuda"
     world_size:  int  = 1
     loss:        str  = "fused"      # a key of cross_entropy.LOSSES
+    is_fp8:      bool = False        # whether the layers with normed inputs compute in 8 bits (fp8.py)
 
     def __post_init__(self):
         if self.dtype not in COMPUTE_DTYPES:
@@ -84,7 +85,7 @@ class Machine:
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one device."""
-    parameters:  int              # with the rotary tables
+    parameters:  int              # with the rotary tables and fp8's copies
     optimizer:   int              # this rank's part of the state
     gradients:   int              # at the end of the backward pass
     activations: dict[str, int]   # kept for the backward pass, by part of the model
@@ -131,7 +132,8 @@ def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
     num_copies = 8 if machine.is_compiled else 12  # of temporaries: most are in the MLP, whose tensors are 4 C wide
     block_backward = N * num_copies * a * C + 4 * C * C * (machine.master_bytes + machine.cast_bytes)
     blocks = [count_block_bytes(config, layer, rows, T, machine) for layer in range(config.n_layer)]
-    parts = Counter({"parameters": gradients + rope, "optimizer state": count_optimizer_bytes(config, machine),
+    copies = config.n_layer * count_fp8_weights(config) + config.padded_vocab_size * C if machine.is_fp8 else 0
+    parts = Counter({"parameters": gradients + rope + copies, "optimizer state": count_optimizer_bytes(config, machine),
                      "gradients": gradients if num_micro > 1 else 0, **dict.fromkeys(ACTIVATIONS, 0),
                      "logits and loss": 0, "workspace": 0})
     usages = []
@@ -267,14 +269,22 @@ def count_block_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine:
     N, a, C = rows * T, machine.act_bytes, config.n_embd
     kv_dim, stat = config.kv_dim, machine.master_bytes  # stat: a norm keeps one for each row
     normed = a if machine.is_compiled else machine.eager_norm_bytes
-    # the block's input (the first one's is x0), the norms' inputs, the inputs of the linear layers
-    residual = a * C * (layer > 0) + normed * C * (1 if machine.is_compiled else 2) + 2 * a * C + 2 * stat
+    # the inputs of the linear layers; in fp8 a copy, beside which the gate of an eager block keeps the attention's
+    linears = C * (2 + a * (config.has_value_embed(layer) and not machine.is_compiled)) if machine.is_fp8 else 2 * a * C
+    # the block's input (the first one's is x0), the norms' inputs
+    residual = a * C * (layer > 0) + normed * C * (1 if machine.is_compiled else 2) + linears + 2 * stat
     qk_norms = normed * (C + kv_dim) + stat * (config.n_head + config.n_kv_head)
     value_embed = a * (kv_dim + 2 * config.n_kv_head) if config.has_value_embed(layer) else 0
+    num_cast = sum(map(math.prod, list_matrices(config, layer))) - machine.is_fp8 * count_fp8_weights(config)
     return {"residual stream": N * residual,
             "attention": N * (qk_norms + value_embed) + count_attention_bytes(config, layer, rows, T, machine),
             "MLP": N * 2 * 4 * a * C,
-            "weights in the compute dtype": machine.cast_bytes * sum(map(math.prod, list_matrices(config, layer)))}
+            "weights in the compute dtype": machine.cast_bytes * num_cast}
+
+
+def count_fp8_weights(config: GPTConfig) -> int:
+    """Weights of a block that fp8 keeps a byte of: c_q, c_k, c_v and c_fc."""
+    return (5 * config.n_embd + 2 * config.kv_dim) * config.n_embd
 
 
 def count_attention_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine: Machine) -> int:
@@ -312,7 +322,8 @@ def get_even_size(num: int, most: int) -> int:
 def count_loss_bytes(config: GPTConfig, N: int, machine: Machine) -> int:
     """The loss's input, the head in the compute dtype, and logits with their copies; gradients too, if it is fused."""
     a, master, C, V = machine.act_bytes, machine.master_bytes, config.n_embd, config.vocab_size
-    is_cpu, head = machine.device_type == "cpu", machine.cast_bytes * V * C
+    logits_V = config.padded_vocab_size if machine.is_fp8 else V
+    is_cpu, head = machine.device_type == "cpu", machine.cast_bytes * logits_V * C
     if machine.loss == "plain":
         # eager: the sigmoid, the log-probabilities and the gradients of both; compiled, a CPU's sum has exp in a buffer
         copies = a + (master if is_cpu else a) if machine.is_compiled else 4 * master
@@ -323,7 +334,8 @@ def count_loss_bytes(config: GPTConfig, N: int, machine: Machine) -> int:
     num_copies = int(is_cpu)  # of the logits while they become e (1 - t^2)
     if not machine.is_compiled:  # tanh of bf16 on a CPU is a fraction with two polynomials
         num_copies = 5 if machine.dtype == "bfloat16" and is_cpu else 4
-    return (a * C * N + head + gradients + 4 * master * N + a * chunk * V
+    inputs = (1 + a) * chunk * C if machine.is_fp8 else 0  # in 8 bits, and as the gradient of the head reads them
+    return (a * C * N + head + gradients + 4 * master * N + a * chunk * logits_V + inputs
             + max(num_copies * master * exp_tokens * V, a * V * C))
 
 

@@ -19,6 +19,7 @@ from nanochat.common import Ranks, UserError, get_base_dir, get_environment, get
 from nanochat.compilation import set_compile_kernels
 from nanochat.dataloader import Groups, RowOrder, TrainLoader, ValidationBatches
 from nanochat.engine import Engine
+from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import evaluate_loss
 from nanochat.memory import GIB
@@ -136,6 +137,8 @@ def make_state(setup: Setup, narrow: Callable[[MuonAdamW], MuonAdamW] | None = N
         if scaler:
             vars(scaler).update(begin.meta["scaler"] or {})
     set_compile_kernels(machine.is_compiled)
+    if machine.is_fp8:
+        use_fp8(model, optimizer)
     if machine.is_compiled:
         model.compile_blocks()
     return TrainState(model, optimizer, scaler, recipe.rows_per_step // setup.ranks.world_size,

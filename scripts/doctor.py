@@ -88,6 +88,7 @@ def examine(device_type: str, quick: bool) -> Iterator[Finding]:
     yield guard("matmul", lambda: check_matmul(device, dtype, why))
     yield guard("memory", lambda: check_memory(device))
     yield guard("attention", lambda: check_attention(device, dtype))
+    yield guard("fp8", lambda: check_fp8(device, quick), broken="note")
     yield guard("compile", lambda: check_compile(device, quick))
     # the isolation of model-written code, which only HumanEval needs
     yield guard("sandbox", lambda: Finding("sandbox", "ok", check_isolation()), broken="note")
@@ -172,6 +173,41 @@ def check_attention(device, dtype) -> Finding:
     return Finding("attention", "ok", what)
 
 
+def check_fp8(device, quick: bool) -> Finding:
+    """Whether --fp8 on can be had, and the speed of the MLP's first product, cast included. Never run on a GPU."""
+    import torch
+
+    from nanochat.fp8 import Fp8Linear, find_obstacle
+    from nanochat.gpt import Linear
+    if reason := find_obstacle(device):
+        return Finding("fp8", "ok", f"not here: {reason}")
+    if device.type == "cpu":
+        return Finding("fp8", "ok", "doesn't pay: a CPU computes it slowly; --fp8 on shows what it does to the loss")
+    if quick:
+        return Finding("fp8", "ok", "--fp8 on works; whether it pays was not timed (--quick)")
+    gains = []
+    for depth in (12, 24):
+        channels = 64 * depth
+        with device:
+            linear = Linear(channels, 4 * channels, torch.bfloat16)
+            x = torch.randn(2**15, channels, dtype=torch.bfloat16, requires_grad=True)
+            layers = [torch.compile(layer, dynamic=False) for layer in (linear, Fp8Linear(linear, torch.bfloat16))]
+        bf16_sec, fp8_sec = (measure_sec(device, lambda layer=layer, x=x: layer(x)) for layer in layers)
+        gains.append(f"{bf16_sec / fp8_sec:.2f}x the speed of bf16 at depth {depth}")
+    return Finding("fp8", "ok", f"the MLP's first product: {', '.join(gains)}; --fp8 on pays if that is well above 1")
+
+
+def measure_sec(device, call: Callable[[], object], num_calls: int = 10) -> float:
+    """Seconds of a call; the first round warms up."""
+    for _ in range(2):
+        common.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(num_calls):
+            call()
+        common.synchronize(device)
+    return (time.perf_counter() - start) / num_calls
+
+
 def check_device(device) -> Finding:
     import torch
     if device.type in ("cuda", "xpu"):
@@ -190,15 +226,9 @@ def check_matmul(device, dtype, why: str) -> Finding:
     peak_flops, source = memory.get_peak_flops(device, dtype)
     rate = peak_flops
     if device.type != "cpu":
-        size, num_products = 4096, 10
+        size = 4096
         matrix = torch.randn(size, size, device=device, dtype=dtype)
-        for _ in range(2):  # the first round warms up
-            common.synchronize(device)
-            start = time.perf_counter()
-            for _ in range(num_products):
-                torch.mm(matrix, matrix)
-            common.synchronize(device)
-            rate = num_products * 2 * size**3 / (time.perf_counter() - start)
+        rate = 2 * size**3 / measure_sec(device, lambda: torch.mm(matrix, matrix))
         why += f"; {source}, {peak_flops / 1e12:.0f} TFLOP/s" if peak_flops else f"; {source}"
     return Finding("matmul", "ok", f"{rate / 1e12:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')}: {why}")
 

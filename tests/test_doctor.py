@@ -94,6 +94,19 @@ def test_no_attention_backend(monkeypatch):
     assert finding.state == "FAIL" and "sdpa: is off by 3" in finding.what
 
 
+def test_fp8_and_whether_it_pays(monkeypatch):
+    assert "doesn't pay: a CPU" in doctor.check_fp8(torch.device("cpu"), quick=True).what
+    assert "not here: it needs an NVIDIA GPU" in doctor.check_fp8(torch.device("mps"), quick=True).what
+    monkeypatch.setattr("nanochat.fp8.find_obstacle", lambda device: "")
+    seconds = iter((3.0, 4.0, 6.0, 4.0))
+    monkeypatch.setattr(doctor, "measure_sec", lambda device, call: next(seconds))
+    monkeypatch.setattr(torch, "compile", lambda layer, dynamic: layer)
+    monkeypatch.setattr(torch, "randn", lambda *shape, **more: None)    # "meta" stands in for a GPU
+    assert "not timed" in doctor.check_fp8(torch.device("meta"), quick=True).what
+    what = doctor.check_fp8(torch.device("meta"), quick=False).what
+    assert "0.75x the speed of bf16 at depth 12, 1.50x the speed of bf16 at depth 24" in what
+
+
 def test_a_check_that_breaks_is_a_finding():
     assert doctor.guard("x", lambda: 1 // 0) == doctor.Finding(
         "x", "FAIL", "ZeroDivisionError: integer division or modulo by zero")

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,6 +93,20 @@ def test_optimizer_state_is_the_optimizers(world_size, dtype):
         optimizer.get_named_state()
         state = [tensor for states in optimizer.state.values() for tensor in states.values()]
     assert memory.count_optimizer_bytes(config, machine) == sum(tensor.nbytes for tensor in state)
+
+
+@pytest.mark.parametrize(("config", "T", "rows", "num_micro", "loss"), [
+    (make_config(4, vocab_size=32768, sequence_len=2048),        2048, 4, 2, "fused"),
+    (make_config(4, vocab_size=32768, sequence_len=2048),        2048, 4, 1, "plain"),
+    (GPTConfig(256, 1000, 3, n_head=6, n_kv_head=2, n_embd=192), 256,  4, 1, "fused"),
+], ids=["fused", "plain", "grouped queries"])
+def test_prediction_meets_the_model_in_fp8(config, T, rows, num_micro, loss):
+    machine = Machine("bfloat16", "sdpa", False, "cpu", loss=loss, is_fp8=True)
+    check_trace(config, T, rows, machine, num_micro, tolerance=0.02)
+    fp8, bf16 = (predict_memory(config, T, rows, replace(machine, is_fp8=is_fp8)) for is_fp8 in (True, False))
+    copies = config.n_layer * memory.count_fp8_weights(config) + config.padded_vocab_size * config.n_embd
+    assert fp8.parameters == bf16.parameters + copies
+    assert sum(fp8.activations.values()) < sum(bf16.activations.values())
 
 
 def count_saved_bytes(model, idx, block):

@@ -462,6 +462,23 @@ def test_continuing_in_another_dtype():
     assert train("moved", "--dtype", "float16")["step"] == NUM_STEPS
 
 
+def test_fp8_at_any_resume(capsys):
+    """Kept by a run that began with it, to the bit; given up and taken up again where a person says so."""
+    in_fp8 = ("--dtype", "bfloat16", "--fp8", "on")
+    whole_dir = train("eight", *in_fp8, "--stop-at", "8")["run_dir"]
+    run_dir = train("cut-eight", *in_fp8, "--stop-at", "4")["run_dir"]
+    assert find_decision(run_dir, "fp8") == "True"
+    train("cut-eight", "--stop-at", "8", "--dtype", "auto")
+    assert "fp8: True (as the run began)" in capsys.readouterr().out
+    whole, cut = read_state(whole_dir), read_state(run_dir)
+    assert whole["model"] == cut["model"] and whole["optimizer"] == cut["optimizer"]
+    train("cut-eight", "--fp8", "off", "--dtype", "bfloat16", "--stop-at", "12")
+    assert "fp8: False (asked for)" in capsys.readouterr().out
+    assert train("cut-eight", *in_fp8)["step"] == NUM_STEPS
+    with pytest.raises(UserError, match="--fp8 on can't be had here: it goes with --dtype bfloat16 only"):
+        train("eight", "--dtype", "float32")
+
+
 def test_corrupt_shard_is_named(base_dir):
     path = base_dir / "data" / "toy" / "shard_00000.parquet"
     data = path.read_bytes()
