@@ -269,7 +269,12 @@ class GPT(nn.Module):
             by_shape.setdefault(tuple(param.shape), []).append(param)
         groups += [{"kind": "muon", "params": params, "lr": matrix_lr * s, "momentum": 0.95, "ns_steps": 5,
                     "beta2": 0.9, "weight_decay": weight_decay} for _, params in sorted(by_shape.items())]
-        names = {id(param): name for name, param in self.named_parameters()}
+        # In the order in which the backward pass reaches them, so that each is sent as soon as its gradient is there
+        parts: list[nn.Module] = [self.lm_head]
+        for i, block in reversed(list(enumerate(self.transformer.h))):
+            parts += [block, self.value_embeds[str(i)]] if self.config.has_value_embed(i) else [block]
+        name_of = {param: name for name, param in self.named_parameters()}
+        names = {id(param): name_of[param] for part in (*parts, self) for param in part.parameters()}
         bf16 = self.compute_dtype == torch.bfloat16
         return MuonAdamW(groups, names, matmul_dtype=torch.bfloat16 if bf16 else None)
 

@@ -6,6 +6,7 @@
 B rows, T tokens.
 """
 
+import contextlib
 import gc
 import math
 import operator
@@ -66,15 +67,16 @@ def train_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
     if num_targets == 0 or num_weighted == 0:
         return StepStats(0.0, 0.0, num_targets, "no weights" if num_targets else "no targets")
     scale, overflowed = scaler.scale if scaler else 1.0, False
-    loss, problem = add_gradients(model, batch, micro_rows, scale / num_targets)
-    # Asked before the gradients are summed over the ranks: a rank that entered that sum would deadlock waiting for the
-    # rank that ran out of memory. With several GPUs Python waits here for the backward pass (assumption, not studied:
-    # this costs little beside it)
+    loss, problem = add_gradients(model, optimizer, batch, micro_rows, scale / num_targets)
+    if problem:
+        model.zero_grad()
+        free_memory(model.get_device())
+    # Also by a rank that ran out of memory, which sends zeros: the others may have begun, and would wait for it
+    optimizer.reduce_gradients()
     if any_rank(problem is not None)[0]:
         optimizer.zero_grad()
         free_memory(model.get_device())
         raise OutOfMemory(problem or "another rank did")
-    optimizer.reduce_gradients()
     if scaler:
         torch._foreach_div_(optimizer.wait_gradients(), scale)
         grad_norm = optimizer.get_grad_norm()
@@ -89,20 +91,24 @@ def train_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
                      "fp16 overflow" if overflowed else "")
 
 
-def add_gradients(model: GPT, batch: Batch, micro_rows: int, factor: float) -> tuple[Tensor, str | None]:
-    """Gradients of sum(factor * weights * nll) of this rank's rows, micro-batch by micro-batch, without other ranks.
-    Returns that sum, and the first line of the allocator's error where memory ran out, else None."""
+def add_gradients(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
+                  factor: float) -> tuple[Tensor, str | None]:
+    """Gradients of sum(factor * weights * nll) of this rank's rows, micro-batch by micro-batch; in the last one the
+    optimizer begins to sum them over the ranks. Returns this rank's sum of the loss, and the first line of the
+    allocator's error where memory ran out, else None."""
     device = model.get_device()
     loss_dtype = torch.float64 if model.compute_dtype == torch.float64 else torch.float32
     loss = torch.zeros((), device=device, dtype=loss_dtype)  # the same on a rank that has no rows
     try:
-        for micro in batch.split(micro_rows):
+        micros = list(batch.split(micro_rows))
+        for i, micro in enumerate(micros):
             micro = micro.to(device)
             weights = torch.full(micro.targets.shape, factor, device=device, dtype=loss_dtype)  # (B, T)
             if micro.weights is not None:
                 weights *= micro.weights
             micro_loss = model(micro.inputs, micro.targets, loss_reduction="sum", weights=weights)
-            micro_loss.backward()
+            with optimizer.reduce_in_backward() if i == len(micros) - 1 else contextlib.nullcontext():
+                micro_loss.backward()
             loss = loss + micro_loss.detach()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
