@@ -14,8 +14,9 @@ GPT-2's CORE. Weights are fp32 and cast to the activations' dtype where they are
 compute dtype, bf16 without an fp32 master, which swallows small updates: loss-neutral there (2026-08-22).
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -164,6 +165,7 @@ class GPT(nn.Module):
         kv_dim = config.n_kv_head * config.head_dim
         self.compute_dtype = dtype
         self.loss = "fused"  # of training: a key of cross_entropy.LOSSES
+        self.is_trunk_compiled = False
         self.transformer = nn.ModuleDict({
             "wte": Embedding(V, C, dtype=embed),
             "h": nn.ModuleList(Block(config, i, master) for i in range(L)),
@@ -240,6 +242,11 @@ class GPT(nn.Module):
         """Compile block by block: the layers share a few compiled variants, so that starting takes seconds."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
+
+    def compile_trunk(self) -> None:
+        """Compile all but the head as one graph, in which one block's last addition and the next one's mix are one
+        kernel. Starting takes longer with each layer. Not run on a GPU yet."""
+        self.is_trunk_compiled = True
 
     def setup_optimizer(self, *, unembedding_lr: float = UNEMBEDDING_LR, embedding_lr: float = EMBEDDING_LR,
                         matrix_lr: float = MATRIX_LR, scalar_lr: float = SCALAR_LR,
@@ -345,7 +352,8 @@ class GPT(nn.Module):
                         scalar; 'none', (B, T), 0 where ignored
         weights:        (B, T) factor on each target's loss, for 'sum'
         """
-        x = self.forward_trunk(idx, kv_cache)
+        x = compile_trunk()(self, idx) if self.is_trunk_compiled and kv_cache is None else \
+            self.forward_trunk(idx, kv_cache)
         if targets is None:
             return self.unembed(x)
         # Evaluation takes each token's loss: always the cross-entropy, so that bits per byte stay comparable
@@ -362,3 +370,9 @@ class GPT(nn.Module):
             next_id = sample_rows(self.forward(idx)[:, -1], [sampling], [token_idx])[:, None]  # (1, 1)
             idx = torch.cat((idx, next_id), dim=1)
             yield int(next_id)
+
+
+@functools.cache
+def compile_trunk() -> Callable[[GPT, Tensor], Tensor]:
+    """GPT.forward_trunk compiled, of the class: a copy of a model would keep a bound method of the original."""
+    return torch.compile(GPT.forward_trunk, dynamic=False)

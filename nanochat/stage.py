@@ -137,7 +137,9 @@ def make_state(setup: Setup, narrow: Callable[[MuonAdamW], MuonAdamW] | None = N
         if scaler:
             vars(scaler).update(begin.meta["scaler"] or {})
     set_compile_kernels(machine.is_compiled)
-    if machine.is_compiled:
+    if setup.choices.is_one_trunk:
+        model.compile_trunk()
+    elif machine.is_compiled:
         model.compile_blocks()
     return TrainState(model, optimizer, scaler, recipe.rows_per_step // setup.ranks.world_size,
                       setup.choices.micro_rows)
