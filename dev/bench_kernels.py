@@ -117,7 +117,7 @@ def compare_memory(argv: list[str]) -> dict[str, float]:
     peaks = {}
     for loss in LOSSES:
         done = subprocess.run([sys.executable, "-m", "dev.bench_kernels", *argv, "--memory-of", loss],
-                              capture_output=True, text=True, check=True)
+                              capture_output=True, encoding="utf-8", check=True)
         peaks[loss] = float(done.stdout.split()[-1])
     print("\npeak resident memory of a process that trains")
     print_table(["loss", "MiB", "part"], [[loss, mib, mib / peaks["plain"]] for loss, mib in peaks.items()])

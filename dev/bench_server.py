@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> dict:
                    "-p", "0", "-d", args.dtype, "--workers", str(args.workers), "--max-rows", str(args.clients)]
         command += ["--device-type", args.device_type] if args.device_type else []
         command += ["--compile"] if args.compile else []
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
         try:
             port = read_port(server)
             threading.Thread(target=server.stdout.read, daemon=True).start()  # a full pipe would stop it in its log

@@ -20,9 +20,9 @@ from pathlib import Path
 import requests
 
 from nanochat.common import UserError, hash_file, print0, run_script, write_atomic
+from nanochat.conversations import parse_conversation
 from nanochat.download import PASSING_STATUS, describe_error, read_retry_after
 from tasks.common import make_rng
-from tasks.customjson import parse_conversation
 from tasks.embedded import DEFAULT_FIELDS, IDENTITY, Template, make_conversation
 
 TIMEOUT_SECONDS = (10, 300)     # to connect, and for an answer
@@ -128,11 +128,10 @@ def request_conversation(endpoint: Endpoint, prompt: str) -> dict:
 
 def read_conversation(text: str) -> dict:
     """The conversation in a model's answer, which may be fenced or between sentences."""
-    conversation = parse_conversation(json.loads(text[text.index("{"):text.rindex("}") + 1]))
-    if conversation["messages"][-1]["role"] != "assistant":
-        raise ValueError("it doesn't end with the assistant")
-    return {"messages": [{"role": message["role"], "content": message["content"]}
-                         for message in conversation["messages"]]}
+    messages = parse_conversation(json.loads(text[text.index("{"):text.rindex("}") + 1]))
+    if messages[-1]["role"] != "assistant" or any("weight" in message for message in messages):
+        raise ValueError("it doesn't end with an answer, or one has no text")
+    return {"messages": messages}
 
 
 def ask(endpoint: Endpoint, about: str, seed: int, index: int) -> dict | None:
@@ -260,7 +259,7 @@ def main(argv: list[str] | None = None) -> dict:
             raise UserError(f"{{{{{blank}}}}} would be filled with nothing; give it a value")
         templates = read_templates(args.templates, fields) if args.templates else list(IDENTITY)
         conversations = fill_templates(templates, fields, args.num, args.seed)
-    lines = [json.dumps(parse_conversation(row), ensure_ascii=False) + "\n" for row in conversations]
+    lines = [json.dumps({"messages": parse_conversation(row)}, ensure_ascii=False) + "\n" for row in conversations]
     write_atomic(args.out, "".join(lines))
     args.out.with_name(args.out.name + ".part").unlink(missing_ok=True)
     print0(f"{len(conversations)} conversations written to {args.out}")

@@ -83,7 +83,7 @@ def read_cpu_seconds() -> tuple[float, float] | None:
     """CPU seconds of the whole machine and of this process so far; None where the system has no /proc/stat."""
     if not Path("/proc/stat").exists():
         return None
-    fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    fields = [int(word) for word in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]]
     busy = sum(fields[:3]) + sum(fields[5:8])  # user, nice, system, interrupts, stolen; not idle, not waiting for disks
     times = os.times()
     return busy / os.sysconf("SC_CLK_TCK"), times.user + times.system

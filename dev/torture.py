@@ -195,7 +195,8 @@ class Life:
         self.wait(MAX_LIFE_SEC)
         codes = [process.exitcode for process in self.processes]
         if any(codes):
-            raise Fault(f"ranks ended with {codes}; {self.log_path} ends:\n" + self.log_path.read_text()[-2000:])
+            raise Fault(f"ranks ended with {codes}; {self.log_path} ends:\n"
+                        + self.log_path.read_text(encoding="utf-8")[-2000:])
 
 
 def was_changed(path: Path, since_ns: int) -> bool:
@@ -209,7 +210,7 @@ def was_changed(path: Path, since_ns: int) -> bool:
 def run_rank(work: Callable[[str], object], tag: str, env: dict[str, str], log_path: Path) -> None:
     """The main of a forked process: become a rank, and end as a script does."""
     os.environ.update(env)
-    with open(log_path, "a") as log:
+    with open(log_path, "a", encoding="utf-8") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
     run_script(lambda argv: work(tag))
@@ -226,7 +227,7 @@ def write_texts(folder: Path, seed: int, num_docs: int) -> None:
     folder.mkdir()
     for doc in range(num_docs):
         sentences = [f"The {rng.choice(words)} {rng.choice(words)}s the {rng.choice(words)}." for _ in range(20)]
-        (folder / f"{doc:03d}.txt").write_text(" ".join(sentences))
+        (folder / f"{doc:03d}.txt").write_text(" ".join(sentences), encoding="utf-8")
 
 
 def make_data(tag: str) -> None:

@@ -7,24 +7,15 @@ So the next prompt begins with the tokens of the last one, and the engine prefil
 import bisect
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.common import UserError, write_atomic
+from nanochat.conversations import OPENAI, Turn, get_parts, get_text, join_texts, read_row, split_turns
 from nanochat.engine import ChatTokens, Engine, Event, Request
-from nanochat.tokenizer import check_messages
 
 ANSWER_SHARE = 4  # 1 / this of the context is reserved for the answer, at most; assumption, not studied
 # Control characters of an answer must not move a terminal's cursor, change its title or type for the person
 CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
-
-
-@dataclass
-class Turn:
-    """A question and its answer."""
-    question: str
-    parts:    list[dict] = field(default_factory=list)  # the answer, as in a conversation
-    tokens:   list[int] | None = None                   # the answer without its end token; None: the parts are encoded
 
 
 class NoRoom(UserError):
@@ -40,40 +31,26 @@ def build_prompt(tokenizer, system: str, turns: Sequence[Turn], context_tokens: 
     max_tokens: of the answer; room is made for as many, up to a share of the context
     is_base:    a base model knows no conversations: its prompt is their texts, separated by blank lines
     """
-    render = render_texts if is_base else render_turns
+    def render(num_dropped: int) -> list[int]:
+        if is_base:
+            return render_texts(tokenizer, system, turns[num_dropped:])
+        return tokenizer.render_turns(system, turns[num_dropped:], is_prompt=True)[0]
+
     limit = context_tokens - min(max_tokens, context_tokens // ANSWER_SHARE)
-    tokens, num_dropped = render(tokenizer, system, turns), 0
+    tokens, num_dropped = render(0), 0
     if len(tokens) > limit:  # the length falls with the number of dropped turns, so it can be bisected
-        num_dropped = bisect.bisect_left(range(len(turns) - 1), True, key=lambda number: len(
-            render(tokenizer, system, turns[number:])) <= limit)
-        tokens = render(tokenizer, system, turns[num_dropped:])
+        num_dropped = bisect.bisect_left(range(len(turns) - 1), True, key=lambda number: len(render(number)) <= limit)
+        tokens = render(num_dropped)
     check_context(tokens, context_tokens)
     return tokens, num_dropped
 
 
-def render_turns(tokenizer, system: str, turns: Sequence[Turn]) -> list[int]:
-    """A conversation in the chat format of training, up to the start of the last turn's answer."""
-    tokens = []
-    for turn in turns:
-        messages = [{"role": "system", "content": system}] if system and not tokens else []
-        messages.append({"role": "user", "content": turn.question})
-        question = tokenizer.render_for_completion({"messages": messages})
-        tokens += question[1:] if tokens else question  # one bos per conversation, not per turn
-        if turn is turns[-1]:
-            return tokens
-        answer = turn.tokens
-        if answer is None:
-            messages.append({"role": "assistant", "content": turn.parts})
-            answer = tokenizer.render_conversation({"messages": messages}, max_tokens=None)[0][len(question):-1]
-        tokens += [*answer, tokenizer.encode_special("<|assistant_end|>")]
-
-
 def render_texts(tokenizer, system: str, turns: Sequence[Turn]) -> list[int]:
     """The texts of a conversation as one document, for a base model."""
-    texts = [system] if system else []
+    texts = [system]
     for turn in turns:
-        texts += [turn.question, "".join(part["text"] for part in turn.parts)]
-    return tokenizer.encode("\n\n".join(texts[:-1]), prepend=tokenizer.get_bos_token_id())
+        texts += [turn.question, *map(get_text, turn.answers)]
+    return tokenizer.encode(join_texts(texts), prepend=tokenizer.get_bos_token_id())
 
 
 def check_context(tokens: Sequence[int], context_tokens: int) -> None:
@@ -110,34 +87,45 @@ class ChatSession:
         prompt, self.num_dropped = self.build_prompt(question, max_tokens)
         max_tokens = min(max_tokens, self.context_tokens - len(prompt))
         request_id = self.engine.submit(Request(prompt, max_tokens=max_tokens, **fields_of_request))
-        turn = Turn(question, tokens=[])
-        self.turns = [turn] if self.is_base else [*self.turns, turn]
+        self.turns = self.add_question(question)
+        turn, parts = self.turns[-1], []
+        turn.answers, turn.tokens = [{"role": "assistant", "content": parts}], []
         try:
             while self.engine.has_work():
                 for event in self.engine.step():
                     if event.token not in self.engine.end_tokens:
                         turn.tokens.append(event.token)
-                    extend_parts(turn.parts, event, self.engine.chat_tokens)
+                    extend_parts(parts, event, self.engine.chat_tokens)
                     yield event
         finally:
             self.engine.cancel(request_id)
 
     def build_prompt(self, question: str, max_tokens: int) -> tuple[list[int], int]:
         """(tokens of the prompt, number of the oldest turns dropped to make it fit)."""
-        turns = [] if self.is_base else self.turns
-        return build_prompt(self.tokenizer, self.system, [*turns, Turn(question)], self.context_tokens, max_tokens,
+        return build_prompt(self.tokenizer, self.system, self.add_question(question), self.context_tokens, max_tokens,
                             self.is_base)
 
+    def add_question(self, question: str) -> list[Turn]:
+        """The turns with one more question, or with a longer last one where that has no answer yet."""
+        if self.is_base:
+            return [Turn(question)]
+        if not question:
+            raise UserError("the message is empty; write a text")
+        if self.has_open_question():
+            return [*self.turns[:-1], Turn(join_texts([self.turns[-1].question, question]))]
+        return [*self.turns, Turn(question)]
+
+    def has_open_question(self) -> bool:
+        """Whether the last question has no answer, as in a file that ends with it."""
+        return bool(self.turns) and not self.turns[-1].answers
+
     def save(self, path: Path) -> None:
-        """Write the conversation as one line of training data, without turns whose question or answer is empty."""
+        """Write the conversation as one line of training data."""
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for turn in self.turns:
-            parts = [part for part in turn.parts if part["text"].strip() or part["type"] == "python_output"]
-            if turn.question.strip() and parts:
-                is_text = [part["type"] for part in parts] == ["text"]
-                messages += [{"role": "user", "content": turn.question},
-                             {"role": "assistant", "content": parts[0]["text"] if is_text else parts}]
-        if not messages or messages[-1]["role"] == "system":
+            messages += [{"role": "user", "content": turn.question}] if turn.question else []
+            messages += map(simplify, turn.answers)
+        if not self.turns:
             raise UserError("there is nothing to save yet")
         try:
             if path.exists():
@@ -146,22 +134,28 @@ class ChatSession:
         except OSError as error:
             raise UserError(f"{path} can't be written ({error.strerror}); save elsewhere") from None
 
-    def load(self, path: Path) -> None:
-        """Continue a saved conversation, without a last question that has no answer."""
+    def load(self, path: Path) -> list[str]:
+        """Continue a saved conversation; returns what a person should know of how it was read."""
         try:
-            conversation = json.loads(path.read_text(encoding="utf-8"))
-            check_messages(conversation)
-            json.dumps(conversation, ensure_ascii=False).encode()  # lone surrogates are valid JSON, but not text
+            row = read_row(json.loads(path.read_text(encoding="utf-8-sig")))
         except OSError as error:
             raise UserError(f"{path} can't be read ({error.strerror}); name a saved file") from None
-        except ValueError as error:
-            raise UserError(f"{path} holds no conversation ({error}); name a saved file") from None
-        messages = conversation["messages"]
-        self.system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-        contents = [message["content"] for message in messages if message["role"] != "system"]
-        self.turns, self.num_dropped = [], 0
-        for question, answer in zip(contents[::2], contents[1::2], strict=False):
-            self.turns.append(Turn(question, [{"type": "text", "text": answer}] if isinstance(answer, str) else answer))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} doesn't hold one conversation ({error}); name a saved file") from None
+        self.system, turns = split_turns(row.messages)
+        self.turns, self.num_dropped = [turn for turn in turns if turn.num_messages], 0
+        notes = [f"converted from {row.form}"] if row.form != OPENAI else []
+        notes += [f"not read: {', '.join(sorted(row.unused))}"] if row.unused else []
+        open_question = "its last question has no answer, the next message is added to it"
+        return [*notes, open_question] if self.has_open_question() else notes
+
+
+def simplify(message: dict) -> dict:
+    """A message with text as its content, where that is one part of text, or none."""
+    parts = get_parts(message)
+    if len(parts) > 1 or any(part["type"] != "text" for part in parts):
+        return message
+    return message | {"content": get_text(message)}
 
 
 def format_answer(events: Iterable[Event], chat_tokens: ChatTokens, is_terminal: bool) -> Iterator[str]:

@@ -223,7 +223,8 @@ def evaluate_task(solver: Solver, name: str, max_problems: int | None = None, re
     solver.model.eval()
     with failing_together(), contextlib.ExitStack() as stack:
         stack.callback(solver.model.train, was_training)
-        part = records_dir and stack.enter_context(open(records_dir / f"{name}.part{ranks.rank}.jsonl", "w"))
+        path = records_dir and records_dir / f"{name}.part{ranks.rank}.jsonl"
+        part = path and stack.enter_context(open(path, "w", encoding="utf-8"))
         for record in solve(solver, task, mine) if mine else ():
             solved.append(record)
             if part:

@@ -76,8 +76,8 @@ def add_chat_args(parser: argparse.ArgumentParser, mixtures: Iterable[str]) -> N
     add("--mixture", choices=mixtures, help="tasks to learn from, see tasks/mixtures.py (default: the stage's)")
     add("--tasks", nargs="+", metavar="NAME[:COUNT[:WEIGHT]]", help="instead of a mixture: these tasks, of each COUNT "
         "conversations (default: all), each used WEIGHT times (default: once)")
-    add("--custom-json", action="append", default=[], metavar="FILE", help="your own conversations as well, a .jsonl "
-        "file with one per line; may be repeated")
+    add("--custom-json", action="append", default=[], metavar="FILE", help="your own conversations as well: a .jsonl, "
+        ".json, .csv or .parquet file, see tasks/customjson.py; may be repeated")
     # horizon and learning rates
     add("--num-epochs", type=int, default=1, help="times that each conversation is learned from")
     add("--num-iterations", type=int, help="optimizer steps, instead of whole epochs")
@@ -153,6 +153,8 @@ def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run
     saved, tokenizer = find_saved(stage.name, run_dir, flags.resume), load_run_tokenizer(source.meta)
     config, before = GPTConfig(**source.meta["model_config"]), source.meta["identity"]
     T = config.sequence_len
+    for account in mixture.accounts:
+        print0("\n".join(account.describe()))
     groups = ConversationGroups(mixture.name, mixture.train, tokenizer, T, keep_whole=stage.keep_whole)
     is_counted = saved and saved.meta["identity"]["conversations"] == groups.identity
     epoch = Epoch.from_json(saved.meta["epoch"]) if is_counted else count_epoch(groups, ranks, device)
@@ -162,7 +164,8 @@ def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run
     return groups, epoch, Recipe(
         stage.name, run_dir, flags, saved, source, tokenizer, source.meta["tokenizer"]["name"], config, plan, T,
         rows_per_step=count_rows(plan.batch_tokens, T, ranks.world_size), lrs={name: before[name] for name in LR_NAMES},
-        data={"name": mixture.name, "hash": groups.identity["data"], "tasks": mixture.parts},
+        data={"name": mixture.name, "hash": groups.identity["data"], "tasks": mixture.parts,
+              **({"files": [account.to_json() for account in mixture.accounts]} if mixture.accounts else {})},
         identity={"source": source.describe(), "tasks": mixture.parts, "conversations": groups.identity},
         notes={"epoch": epoch.to_json()})
 

@@ -41,7 +41,7 @@ def read_latest(run_dir: Path) -> int | None:
     """The step that `latest` names, or None in a folder without checkpoints."""
     steps = list_steps(run_dir)
     try:
-        return int((run_dir / "latest").read_text().strip().removeprefix("step_"))
+        return int((run_dir / "latest").read_text(encoding="utf-8").strip().removeprefix("step_"))
     except FileNotFoundError:  # killed just before the first one was written, or deleted
         return steps[-1] if steps else None
     except ValueError:
@@ -112,7 +112,7 @@ def load_meta(run_dir: Path, step: int) -> dict:
     """A checkpoint's meta.json; one that is damaged, or that a newer nanochat wrote, is refused."""
     path = run_dir / get_step_name(step) / META_NAME
     try:
-        meta = json.loads(path.read_text())
+        meta = json.loads(path.read_text(encoding="utf-8"))
         if (version := int(meta.get("format", 1))) > FORMAT_VERSION:
             raise UserError(f"the checkpoint {path.parent} has format {version}, but this nanochat reads up to "
                             f"{FORMAT_VERSION}; update nanochat, or use the version that wrote it")
@@ -148,9 +148,19 @@ def verify_files(run_dir: Path, step: int, names: list[str]) -> None:
                         f"{advise_steps(run_dir, step)}")
 
 
+def open_tensors(path: Path, device: str = "cpu"):
+    """A safetensors file, to be read a tensor or some rows at a time."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # Linux allows any bytes in a name, the library UTF-8 only: another name for the file
+        with open(path, "rb") as file:
+            return safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt", device=device)
+    return safe_open(path, framework="pt", device=device)
+
+
 def load_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
     """All tensors of one safetensors file."""
-    with safe_open(path, framework="pt", device=str(device)) as file:
+    with open_tensors(path, str(device)) as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
 
 
@@ -161,7 +171,7 @@ class SavedState:
         self.pieces: dict[str, list[tuple[int, int, object]]] = {}   # name -> (first row, end row, file)
         self.num_rows: dict[str, int] = {}                            # name -> of the whole tensor
         for name in names:
-            file = safe_open(folder / name, framework="pt")
+            file = open_tensors(folder / name)
             ranges = json.loads((file.metadata() or {}).get(RANGES_KEY, "{}"))
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 num_rows = file.get_slice(key).get_shape()[0]

@@ -12,13 +12,16 @@ import ctypes
 import errno
 import functools
 import hashlib
+import io
 import json
 import math
 import os
 import platform
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,9 +30,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import filelock
-
 if TYPE_CHECKING:
+    import filelock
     import torch
 
 
@@ -62,6 +64,12 @@ def prepare_process() -> None:
     beside one busy process; workers that sleep at once cost a tenth of a step where nothing else runs. A short spin has
     the best of both (dev/LOG.md, "How OpenMP's threads wait"). A setting that a person made stays.
     """
+    prepare_streams()
+    try:
+        sys.prefix.encode()
+    except UnicodeEncodeError:
+        exit_with(2, f"error: torch can't be loaded from {sys.prefix!a}, a path that isn't UTF-8; move it, or set "
+                     f"PYTHONUTF8=1 if only this locale ({sys.getfilesystemencoding()}) is to blame")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
@@ -75,9 +83,25 @@ def prepare_process() -> None:
     sys.excepthook = report_exception
 
 
+def prepare_streams() -> None:
+    """Make the standard streams safe to use, whatever the terminal and the locale.
+
+    A closed one is /dev/null from now on: the next file to be opened would get its number, and what is printed.
+    Characters that stdout can't show are replaced, as Python does for stderr.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)    # the lowest number that is free
+            os.set_inheritable(descriptor, descriptor == number)
+            setattr(sys, name, open(descriptor, "w" if number else "r", encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def run_script(main: Callable[[list[str] | None], object]) -> None:
     """Run a script's `main` and turn how it ended into an exit code: 0 done, 2 a person's mistake, 130 Ctrl-C.
     Any other error is a bug and keeps its traceback."""
+    prepare_streams()
     try:
         main(None)
         if dist := get_process_group():
@@ -89,8 +113,17 @@ def run_script(main: Callable[[list[str] | None], object]) -> None:
     except KeyboardInterrupt:
         exit_with(130, "stopped by Ctrl-C")
     except BrokenPipeError:  # the reader of our output has ended, as in `... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at exit
+        discard_output()
         sys.exit(128 + signal.SIGPIPE)
+    except UnicodeEncodeError as error:
+        character = error.object[error.start]
+        if "\udc80" <= character <= "\udcff":  # how Python keeps a byte of a file's name that it can't decode
+            exit_with(2, f"error: {ascii(error.object)[:500]} has the byte 0x{ord(character) - 0xdc00:x}, which isn't "
+                         f"{error.encoding}, and what is to open it takes nothing else; rename the file or the folder")
+        if error.encoding == "utf-8" or error.encoding != sys.getfilesystemencoding():
+            raise
+        exit_with(2, f"error: a file's name has the character {character!a}, which the encoding of this locale, "
+                     f"{error.encoding}, lacks; set LC_ALL=C.UTF-8 or PYTHONUTF8=1")
     except (RuntimeError, MemoryError) as error:
         dist = sys.modules.get("torch.distributed")  # where it isn't loaded, none of its errors can be raised
         if dist and (isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error).lower())):
@@ -127,23 +160,34 @@ def get_first_line(error: Exception) -> str:
 def end_process() -> None:
     """End this process with exit code 0, without Python's own teardown of all that is loaded."""
     atexit._run_exitfuncs()  # the compiler's, which would leave processes and semaphores behind, and wandb's
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(0)
 
 
 def exit_with(code: int, message: str) -> None:
     """Print `message` to stderr and end this process with `code`."""
-    sys.stderr.write(message + "\n")  # in one piece, unlike print: ranks share a terminal
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        sys.stderr.write(message + "\n")  # in one piece, unlike print: ranks share a terminal
+        sys.stderr.flush()
     if get_process_group():
         time.sleep(1)  # other ranks may still be reading this one's last message before they end alike
     sys.exit(code)
 
 
+def expand_home(path: str | Path, remedy: str = "give it without ~") -> Path:
+    """A path that a person typed, with ~ as the home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # HOME is not set, and the user has no entry in the system's list
+        raise UserError(f"the home folder in {path} isn't known on this system; set HOME, or {remedy}") from None
+
+
 def get_base_dir() -> Path:
     """The folder of all state on disk: $NANOCHAT_BASE_DIR, by default ~/.cache/nanochat. Created if missing."""
-    base_dir = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+    base_dir = expand_home(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat",
+                           "set NANOCHAT_BASE_DIR to a folder for all state")
     try:
         base_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -192,15 +236,18 @@ def get_collective_timeout() -> timedelta:
 def get_mirror_dir() -> Path | None:
     """A local folder that stands in for the hub ($NANOCHAT_MIRROR_DIR/<owner>/<repo>/<file>), if any."""
     mirror_dir = os.environ.get("NANOCHAT_MIRROR_DIR")
-    return Path(mirror_dir).expanduser() if mirror_dir else None
+    return expand_home(mirror_dir) if mirror_dir else None
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file so that a reader, or a crash, sees the old content or the new, never a part."""
+    """Write a whole file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Text is UTF-8. Bytes of a file's name that aren't come as lone surrogates, and are escaped as JSON writes them.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -223,9 +270,29 @@ def write_json(path: Path, value: object) -> None:
 
 
 def file_lock(path: Path) -> filelock.BaseFileLock:
-    """A lock held by one process at a time, beside `path`; released by the system when its holder dies."""
+    """A lock held by one process at a time, beside `path`; released by the system when its holder dies.
+    Where the disk has no locks, as NFS and Lustre may, nothing is locked, and a warning says so."""
+    import filelock  # here: scripts.doctor reports missing packages, and loads this file
+
+    class FileLock(filelock.FileLock):
+        def acquire(self, *args, **settings):
+            try:
+                return super().acquire(*args, **settings)
+            except (OSError, NotImplementedError) as error:
+                number = error.errno if isinstance(error, OSError) else errno.ENOSYS
+                if number not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                warn_without_lock(path.parent, os.strerror(number))
+                return contextlib.nullcontext(self)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return filelock.FileLock(path.with_name(path.name + ".lock"))
+    return FileLock(path.with_name(path.name + ".lock"))
+
+
+@functools.cache
+def warn_without_lock(folder: Path, reason: str) -> None:
+    """Once for each folder of a process."""
+    print0(f"warning: the disk of {folder} has no file locks ({reason}); nothing keeps a second process from writing "
+           "there too, so start one at a time")
 
 
 def hash_file(path: Path) -> str:
@@ -250,7 +317,11 @@ def get_ranks() -> Ranks:
     env = os.environ
     if "RANK" not in env:
         return Ranks()
-    return Ranks(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1)))
+    rank, local_rank, world_size = env["RANK"], env.get("LOCAL_RANK", "0"), env.get("WORLD_SIZE", "1")
+    if not (rank + local_rank + world_size).isdecimal() or int(rank) >= int(world_size):
+        raise UserError(f"RANK={rank}, LOCAL_RANK={local_rank} and WORLD_SIZE={world_size} in the environment don't "
+                        "name one of several ranks; start these with torchrun, or unset RANK for one process alone")
+    return Ranks(int(rank), int(local_rank), int(world_size))
 
 
 def count_local_ranks() -> int:
@@ -291,8 +362,31 @@ def gather(value: object, group=None) -> list:
 
 def print0(*values: object) -> None:
     """Print on rank 0 only, at once and in one piece, since the thread that writes checkpoints prints too."""
-    if get_ranks().rank == 0:
+    if get_ranks().rank > 0:
+        return
+    try:
         print(" ".join(map(str, values)) + "\n", end="", flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        lose_output()
+
+
+def lose_output() -> None:
+    """What to do where a pipe's reader has ended or the terminal was closed: a loop that stops at SIGHUP saves first,
+    as the signal itself may be late or not come; anything else ends here."""
+    hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hang_up is None or not callable(signal.getsignal(hang_up)):
+        raise BrokenPipeError(errno.EPIPE, "nobody reads the output any more")
+    discard_output()
+    signal.raise_signal(hang_up)
+
+
+def discard_output() -> None:
+    """Send stdout to /dev/null, what its buffer holds included, about which Python would complain at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 COMPUTE_DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}  # name in torch -> bytes
@@ -309,7 +403,8 @@ def init_compute(device_type: str = "auto", deterministic: bool = False) -> tupl
         torch.use_deterministic_algorithms(True)
     device = get_device(device_type, ranks)
     # compiled kernels stay with the rest of the state: /tmp, torch's choice, doesn't outlive a reboot
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(get_base_dir() / "compiled"))
+    compiled_dir = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or get_base_dir() / "compiled")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(find_plain_path(compiled_dir))
     is_cuda = device.type == "cuda"
     if device.type == "cpu":
         keep_freed_memory()
@@ -319,9 +414,35 @@ def init_compute(device_type: str = "auto", deterministic: bool = False) -> tupl
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if ranks.world_size > 1 and not dist.is_initialized():
+        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+            raise UserError(f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} not, where the ranks meet; "
+                            "start them with torchrun, or unset RANK for one process alone")
         dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo", device_id=device if is_cuda else None,
                                 timeout=get_collective_timeout())
     return device, ranks
+
+
+def is_plain(path: str | Path) -> bool:
+    """Whether a command line can hold a path without quotes; on Windows torch.compile writes these itself."""
+    return os.name == "nt" or not set(str(path)) & set(" \t\n'\"\\")
+
+
+def find_plain_path(folder: Path) -> Path:
+    """`folder`, or a link to it without blanks, quotes and backslashes: torch.compile leaves them unquoted in a
+    compiler's command line. The links are in a folder of this user's own among the temporary files."""
+    if is_plain(folder):
+        return folder
+    folder = folder.absolute()
+    links = Path(tempfile.gettempdir(), f"nanochat-links-{os.getuid()}")
+    link = links / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        links.mkdir(mode=0o700, exist_ok=True)
+        if links.lstat().st_uid == os.getuid() and stat.S_ISDIR(links.lstat().st_mode):  # not made by someone else
+            with contextlib.suppress(FileExistsError):
+                link.symlink_to(folder)
+            return link
+    return folder
 
 
 def get_device(device_type: str, ranks: Ranks) -> torch.device:
@@ -416,8 +537,8 @@ def get_peak_memory_bytes(device: torch.device) -> int:
 def get_git_revision() -> str | None:
     """The commit of this checkout, with '+changes' when files differ from it; None outside a checkout."""
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, text=True,
-                              timeout=10, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", Path(__file__).parent, *words], capture_output=True, encoding="utf-8",
+                              errors="replace", timeout=10, check=True).stdout.strip()
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     return None
@@ -442,7 +563,7 @@ def get_environment(device: torch.device) -> dict:
 def get_cpu_name() -> str:
     """The processor's name as the system gives it."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

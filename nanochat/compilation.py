@@ -2,13 +2,15 @@
 
 import contextlib
 import functools
+import sysconfig
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from nanochat.common import UserError, print0
+from nanochat.common import UserError, find_plain_path, is_plain, print0
 
 # Seconds of a cold compilation, and the part of an eager run that it saves: both measured at depths 4 to 6 on two cores
 # (dev/LOG.md, "The whole step, and where its time goes")
@@ -49,10 +51,28 @@ def choose_compile(wanted: str, device: torch.device, eager_sec: float | None) -
 def probe_compiler(device: torch.device) -> str:
     """'' if torch.compile works on this device, else the reason; takes a few seconds the first time."""
     try:
+        if awkward := link_awkward_paths():
+            return (f"the path {awkward} has a blank or a quote, which torch leaves unquoted for the C++ compiler, and "
+                    f"no link to it can be made in {tempfile.gettempdir()}; move it, or set TMPDIR")
         torch.compile(lambda x: (x * 2 + 1).sum(), dynamic=False)(torch.ones(64, device=device))
     except Exception as error:  # no compiler, no headers, a broken toolchain: each raises another type
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
     return ""
+
+
+def link_awkward_paths() -> str:
+    """Where torch, Python or the compiled kernels lie under a path with a blank or a quote, let the compiler reach them
+    by links (up to torch 2.13 at least, it quotes the paths of headers only). Returns a path that can't be linked."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # init_compute has set a plain one, if it could
+    paths, settings = [cache_dir()], sysconfig.get_config_vars()
+    if not is_plain(settings.get("LIBDIR") or ""):
+        settings["LIBDIR"] = str(find_plain_path(Path(settings["LIBDIR"])))
+        paths.append(settings["LIBDIR"])
+    if not is_plain(torch.__path__[0]):
+        from torch.utils import cpp_extension
+        cpp_extension.TORCH_LIB_PATH = str(find_plain_path(Path(cpp_extension.TORCH_LIB_PATH)))
+        paths.append(cpp_extension.TORCH_LIB_PATH)
+    return next((path for path in paths if not is_plain(path)), "")
 
 
 def remove_broken_kernels() -> int:

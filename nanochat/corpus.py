@@ -1,18 +1,13 @@
-"""Documents from files on this machine: Python's own documentation and sources, or a person's folder.
+"""Documents of Python's own documentation and sources: the standard library and the packages that nanochat needs.
 
-python-docs: the standard library and the packages that nanochat needs. The long docstrings of a module become a
-             document of English prose; its code keeps their first paragraph, so that (nearly) no text is there twice.
-files:       .txt .md .jsonl .jsonl.gz .parquet, in any language.
-Documents have at most MAX_DOC_CHARS; their order depends on the texts' names and contents alone.
+The long docstrings of a module become a document of English prose; its code keeps their first paragraph, so that
+(nearly) no text is there twice. Documents have at most MAX_DOC_CHARS; their order depends on the texts' names and
+contents alone. A person's own folder is read by text_files.py.
 """
 
 import ast
-import contextlib
-import errno
-import gzip
 import hashlib
 import itertools
-import json
 import os
 import platform
 import re
@@ -24,14 +19,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from nanochat.common import UserError
-
 MAX_DOC_CHARS = 50_000  # longer texts are cut; most modules stay whole and a row group of 1,024 documents small
 
-# python-docs: which files
+# Which files
 
 # nanochat's own dependencies, and through them theirs. Other installed packages are ignored, so that the corpus is the
 # same with and without development tools.
@@ -97,7 +87,7 @@ def list_files(root: Path, skipped_folders: Iterable[str] = ()) -> list[str]:
     return sorted(paths)
 
 
-# python-docs: documents
+# Documents
 
 FULL_DOC_CHARS  = 8_000 # a source's documents are filled up to this: a row of 2,048 tokens, and enough row groups
 MIN_DOC_CHARS   = 200
@@ -279,103 +269,3 @@ def cut_text(text: str) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-# files: a person's own folder
-
-FILE_SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
-BLOCK_CHARS   = 2**24  # of a text file in memory at once
-
-
-def find_text_files(folder: Path) -> list[Path]:
-    """All files of FILE_SUFFIXES below `folder`, or that one file, sorted by relative path."""
-    paths = [folder / path for path in list_files(folder)] if folder.is_dir() else [folder]
-    paths = [path for path in paths if path.name.lower().endswith(FILE_SUFFIXES)]
-    if not folder.exists() or not paths:
-        problem = f"holds no {' '.join(FILE_SUFFIXES)} file" if folder.exists() else "isn't there"
-        raise UserError(f"--path {folder} {problem}; give the folder that holds your {' '.join(FILE_SUFFIXES)} files")
-    return paths
-
-
-def read_documents(path: Path, text_column: str) -> Iterator[str]:
-    """The documents of one file, in bounded memory: pieces of a text file, or rows."""
-    name = path.name.lower()
-    with reading(path):
-        if name.endswith(".parquet"):
-            texts = read_rows(path, text_column)
-        elif name.endswith((".jsonl", ".jsonl.gz")):
-            texts = (read_line(line, text_column, f"{path}:{number}") for number, line in iter_lines(path))
-        else:
-            texts = read_text(path)
-        yield from (piece for text in texts for piece in cut_text(text) if piece.strip())
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn the errors that a person can mend into a UserError that names the file."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason}); make it again in UTF-8 (a text file with: "
-                        "iconv -t utf-8)") from None
-    except (pa.ArrowException, OSError) as error:
-        number = getattr(error, "errno", None)
-        if number in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.EISDIR):
-            raise UserError(f"{error.filename or path} can't be read ({error.strerror}); remove it or make it "
-                            "readable") from None
-        if not path.name.lower().endswith(".parquet"):
-            raise
-        raise UserError(f"{path} can't be read as parquet ({str(error).splitlines()[0]}); make it again") from None
-
-
-def read_text(path: Path) -> Iterator[str]:
-    """A text file in pieces of at most MAX_DOC_CHARS."""
-    with open(path, encoding="utf-8-sig") as file:
-        rest = ""
-        while block := file.read(BLOCK_CHARS):
-            *pieces, rest = cut_text(rest + block)
-            yield from pieces
-        yield rest
-
-
-def iter_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file, plain or gzipped, with their numbers; blank ones are left out."""
-    try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as file:
-            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is not a whole gzip file ({error}); make it again") from None
-
-
-def read_line(line: bytes, text_column: str, where: str) -> str:
-    """The text of one line of JSON; `where` names it in the error."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-        if not isinstance(row, dict) or text_column not in row:
-            fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise UserError(f"{where} has no field {text_column!r} but {fields}; choose another with --text-column")
-        text = row[text_column]
-        if not isinstance(text, str):
-            raise UserError(f"{where}: field {text_column!r} holds {type(text).__name__}, not text; choose another "
-                            "with --text-column")
-        text.encode()  # raises for a lone surrogate, which JSON allows and UTF-8 doesn't
-        return text
-    except UnicodeError as error:
-        raise UserError(f"{where} is not UTF-8 text ({error.reason}); correct or remove the line") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error}); correct or remove the line") from None
-
-
-def read_rows(path: Path, text_column: str) -> Iterator[str]:
-    """The texts of a .parquet file; rows without one are left out."""
-    with pq.ParquetFile(path) as file:
-        schema = file.schema_arrow
-        if text_column not in schema.names:
-            raise UserError(f"{path} has no column {text_column!r}; "
-                            f"choose one with --text-column: {', '.join(schema.names)}")
-        kind = schema.field(text_column).type
-        if kind not in (pa.string(), pa.large_string()):
-            raise UserError(f"column {text_column!r} of {path} holds {kind}, not text; choose another with "
-                            "--text-column")
-        for batch in file.iter_batches(batch_size=1024, columns=[text_column]):
-            yield from batch.column(0).drop_null().to_pylist()

@@ -86,7 +86,7 @@ class ConversationGroups(Groups):
         # "supervise" was an option; the key stays, so that runs of before continue or are refused
         super().__init__(name, tokenizer, T, {"data": hash_conversations(conversations), "T": T,
                                               "supervise": "assistant", "keep_whole": keep_whole},
-                         f"there is nothing to learn in {name}: no conversation has an answer within {T} tokens")
+                         f"there is nothing to learn in {name}: no answer of weight 1 begins within {T} tokens")
         self.conversations = conversations
         self.pack = pack_whole if keep_whole else partial(pack_documents, long_docs="crop")
 
@@ -371,31 +371,44 @@ def validation_batches(shards: ShardList, tokenizer, T: int, num_rows: int | Non
     """The first `num_rows` rows (None: all) of the 'val' or 'train' split as one batch, the same for any ranks, by one
     rule, whatever the training uses: the rule alone moves bpb by 0.03-0.05."""
     rule = f"{split} split, best-fit, long documents split, last rows padded"
-    return take_first_rows(TextGroups(shards, tokenizer, T, split=split, keep_tail=True), num_rows, rule, ranks)
+    groups = TextGroups(shards, tokenizer, T, split=split, keep_tail=True)
+    batches, _ = take_first_rows(groups, num_rows, rule, ranks)
+    if batches is None:
+        raise UserError(groups.empty)
+    return batches
 
 
 def validation_conversations(name: str, conversations: Sequence[dict], tokenizer, T: int, num_rows: int,
                              ranks: Ranks) -> ValidationBatches | None:
-    """A fixed set of held-out conversations as one batch, by one rule for all stages; None where none are held out."""
+    """A fixed set of held-out conversations as one batch, by one rule for all stages; None where none can be scored."""
     rule = f"held-out conversations of {name}; what the assistant writes; whole, truncated to the context, padded"
     groups = ConversationGroups(name, conversations, tokenizer, T, keep_whole=True)
-    return take_first_rows(groups, num_rows, rule, ranks) if len(conversations) else None
+    batches, stats = take_first_rows(groups, num_rows, rule, ranks)
+    if stats.skipped_docs:
+        print0(f"validation: {stats.skipped_docs:,} of {stats.num_docs:,} held-out conversations have no answer to "
+               f"score within {T} tokens" + ("" if batches else "; so there is no validation"))
+    return batches
 
 
-def take_first_rows(groups: Groups, num_rows: int | None, rule: str, ranks: Ranks) -> ValidationBatches:
-    """The first `num_rows` rows (None: all) of the groups in their order, each group shuffled in one fixed way: else a
-    part of it would be its longest documents. Row i of the set goes to rank i % world."""
-    parts = []
+def take_first_rows(groups: Groups, num_rows: int | None, rule: str,
+                    ranks: Ranks) -> tuple[ValidationBatches | None, PackStats]:
+    """(the first `num_rows` rows, None: all, of the groups in their order; what packing did to the groups read).
+
+    Each group is shuffled in one fixed way: else a part of it would be its longest documents. Row i of the set goes to
+    rank i % world. None instead of the rows where there are none.
+    """
+    parts, all_stats = [], PackStats()
     for group in range(len(groups)):
         if num_rows is None or sum(map(len, parts)) < num_rows:
-            group_rows, _ = groups.load_rows(group)
+            group_rows, stats = groups.load_rows(group)
             parts.append(group_rows[make_generator(0, 0, 1 + group).permutation(len(group_rows))])
+            all_stats += stats
     if not any(map(len, parts)):
-        raise UserError(groups.empty)
+        return None, all_stats
     rows = np.concatenate(parts)[:num_rows]
     rank_rows = -(-len(rows) // ranks.world_size)
     return ValidationBatches(pad_rows(rows[ranks.rank::ranks.world_size], rank_rows), rank_rows, len(rows),
-                             f"{rule}, T {groups.T}, {len(rows)} rows", groups.bos_id)
+                             f"{rule}, T {groups.T}, {len(rows)} rows", groups.bos_id), all_stats
 
 
 def pad_rows(rows: np.ndarray, num_rows: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 python -m nanochat.dataset                                          climbmix with a CUDA device, else python-docs
 python -m nanochat.dataset --source climbmix -n 170 -w 8            more shards later: the same with a larger -n
-python -m nanochat.dataset --source files --path FOLDER --name mine your own .txt .md .jsonl .parquet
+python -m nanochat.dataset --source files --path FOLDER --name mine your own texts, see text_files.py
 python -m nanochat.dataset --source climbmix --verify               check every sha256, make bad shards again
 
 <base dir>/data/<name>/shard_00000.parquet ... val.parquet, and manifest.json, which lists what is complete.
@@ -13,9 +13,9 @@ import contextlib
 import hashlib
 import itertools
 import json
-import shlex
+import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +23,13 @@ if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, 
     from nanochat.common import prepare_process
     prepare_process()
 
-import torch
-
 from nanochat import common, corpus, shards
+from nanochat.account import Account, printable
 from nanochat.common import UserError, get_base_dir, print0, timed
 from nanochat.download import CorruptFile, Job, download_all
+from nanochat.file_formats import LeftOut, quote
 from nanochat.shards import Manifest, Shard, load_shards, read_manifest, rebuilt_folder, write_shard, write_shards
+from nanochat.text_files import TextFile, find_text_files, read_documents
 
 # Sources that are built here: python-docs and files
 
@@ -60,27 +61,31 @@ def make_python_docs(folder: Path, seed: int, command: str, verify: bool) -> Non
 
 def make_from_files(folder: Path, path: Path, text_column: str, seed: int, command: str, verify: bool) -> None:
     """Build shards from a person's files, unless they exist and no file has changed since."""
-    files = corpus.find_text_files(path)
-    with corpus.reading(path):
-        stats = [(file.relative_to(path).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    settings = {"corpus_version": CORPUS_VERSION, "seed": seed, "text_column": text_column, "path": str(path),
+    account = Account()
+    files = find_text_files(path, account, get_base_dir().resolve())
+    stats = [(printable(file.path.relative_to(path)), file.num_bytes, file.modified_ns) for file in files]
+    settings = {"corpus_version": CORPUS_VERSION, "seed": seed, "text_column": text_column, "path": printable(path),
                 "files": hashlib.sha256(json.dumps(stats).encode()).hexdigest()}
+    if account.files["left out"]:    # another key only where it is needed: data without one stays valid
+        left_out = [[why, entry] for why, entry in account.reasons.items() if entry["outcome"] == "left out"]
+        settings["left_out"] = hashlib.sha256(json.dumps(left_out).encode()).hexdigest()
     if is_done(folder, settings, verify):
         return
-    with timed(f"reading {len(files)} files of {path}"), rebuilt_folder(folder) as new:
-        texts = (text for file in files for text in corpus.read_documents(file, text_column))
-        num_buckets = min(MAX_BUCKETS, 1 + sum(size for _, size, _ in stats) // BUCKET_BYTES)
-        buckets, num_docs, num_chars = spill_documents(texts, new, num_buckets, seed)
-        documents = read_spilled(buckets)
+    with timed(f"reading {len(files)} files of {printable(path)}"), rebuilt_folder(folder) as new:
+        num_buckets = min(MAX_BUCKETS, 1 + sum(file.num_bytes for file in files) // BUCKET_BYTES)
+        with Buckets(new, num_buckets, seed) as buckets:
+            for file in files:
+                buckets.add_file(file, text_column, account)
+        num_docs, num_chars = buckets.drop_repeats(account)
+        if num_docs < 2:
+            print0("\n".join(account.describe()))
+            left_out = "" if account.files["read"] else f" ({'; '.join(account.describe_files()) or 'it is empty'})"
+            raise UserError(f"--path {printable(path)} holds {num_docs} different documents{left_out}; at least two "
+                            "are needed, one of them for validation")
+        documents = buckets.read()
         val = take_val(documents, num_docs, num_chars)
-        if not (train := write_shards(new, documents)):
-            found = f"the same document {num_docs} times" if num_docs > 1 else f"{num_docs} documents"
-            raise UserError(f"--path {path} holds {found}; at least two different ones are needed, one of them for "
-                            "validation")
-        num_kept = len(val) + sum(shard.rows for shard in train)
-        if num_kept < num_docs:
-            print0(f"left out {num_docs - num_kept:,} of {num_docs:,} documents: exact repeats of others")
-        Manifest("files", settings, command, train, write_shard(new / "val.parquet", iter(val))).save(new)
+        train = write_shards(new, documents)
+        Manifest("files", settings, command, train, write_shard(new / "val.parquet", iter(val)), account).save(new)
 
 
 def is_done(folder: Path, settings: dict, verify: bool) -> bool:
@@ -94,36 +99,77 @@ def is_done(folder: Path, settings: dict, verify: bool) -> bool:
     return False
 
 
-def spill_documents(texts: Iterable[str], folder: Path, num_buckets: int, seed: int) -> tuple[list[Path], int, int]:
-    """First pass of the shuffle: append each text to the bucket of its key, a file in `folder`. Returns the buckets in
-    the order of their keys, and the numbers of documents and characters."""
-    paths = [folder / f"bucket_{idx:03d}" for idx in range(num_buckets)]
-    num_docs = num_chars = 0
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(path, "wb")) for path in paths]
-        for text in texts:
-            data = text.encode()
-            key = order_key(data, seed)
-            files[key[0] * num_buckets // 256].write(key + struct.pack("<Q", len(data)) + data)
-            num_docs, num_chars = num_docs + 1, num_chars + len(text)
-    return paths, num_docs, num_chars
+class Buckets:
+    """The shuffle on disk: first every document goes to a file, the bucket of its key; then one bucket at a time is
+    read in the order of its keys, without repeats."""
 
+    HEADER = struct.Struct("<8sQQ")    # of each document: its key, its bytes, its characters
 
-def read_spilled(buckets: list[Path]) -> Iterator[str]:
-    """Second pass: the texts in the order of their keys without repeats, one bucket in memory at a time."""
-    for path in buckets:
-        data, start, records = path.read_bytes(), 0, []
-        while start < len(data):
-            stop = start + 16 + struct.unpack_from("<Q", data, start + 8)[0]
-            records.append((data[start:start + 8], data[start + 16:stop]))
-            start = stop
-        path.unlink()
-        del data
-        yield from (text.decode() for (_, text), _ in itertools.groupby(sorted(records)))
+    def __init__(self, folder: Path, num_buckets: int, seed: int) -> None:
+        self.paths = [folder / f"bucket_{idx:03d}" for idx in range(num_buckets)]
+        self.seed, self.files, self.stack = seed, [], contextlib.ExitStack()
+
+    def __enter__(self) -> "Buckets":
+        self.files = [self.stack.enter_context(open(path, "wb")) for path in self.paths]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def add_file(self, file: TextFile, text_column: str, account: Account) -> None:
+        """Add the documents of a file, all or, where it is damaged, none."""
+        starts, read = [bucket.tell() for bucket in self.files], Account()
+        try:
+            for text in read_documents(file, text_column, read):
+                self.add(text)
+                read.count("kept", len(text))
+        except LeftOut as reason:
+            account.leave_out(file.name, str(reason), file.num_bytes)
+            for bucket, start in zip(self.files, starts, strict=True):
+                bucket.seek(start)
+                bucket.truncate()
+            return
+        account.add_file(file.format, file.num_bytes)
+        for outcome, num_docs in read.documents.items():
+            account.count(outcome, read.characters[outcome], num_docs)
+
+    def add(self, text: str) -> None:
+        data = text.encode()
+        key = order_key(data, self.seed)
+        self.files[key[0] * len(self.files) // 256].write(self.HEADER.pack(key, len(data), len(text)) + data)
+
+    def drop_repeats(self, account: Account) -> tuple[int, int]:
+        """Count the documents that `read` will give, and their characters; the account gets the repeats."""
+        num_docs = num_chars = 0
+        for path in self.paths:
+            seen = set()
+            with open(path, "rb") as file:
+                while header := file.read(self.HEADER.size):
+                    key, num_bytes, chars = self.HEADER.unpack(header)
+                    file.seek(num_bytes, os.SEEK_CUR)
+                    if key in seen:
+                        account.count("kept", -chars, -1)
+                        account.count("exact repeats of others", chars)
+                    else:
+                        seen.add(key)
+                        num_docs, num_chars = num_docs + 1, num_chars + chars
+        return num_docs, num_chars
+
+    def read(self) -> Iterator[str]:
+        """The texts in the order of their keys, without repeats, one bucket in memory at a time."""
+        for path in self.paths:
+            data, start, records = path.read_bytes(), 0, []
+            while start < len(data):
+                key, num_bytes, _ = self.HEADER.unpack_from(data, start)
+                start += self.HEADER.size + num_bytes
+                records.append((key, data[start - num_bytes:start]))
+            path.unlink()
+            del data
+            yield from (text.decode() for (_, text), _ in itertools.groupby(sorted(records)))
 
 
 def take_val(documents: Iterator[str], num_docs: int, num_chars: int) -> list[str]:
-    """The first documents of the shuffled order, for validation. Repeats are left out, so none is in training too."""
+    """The first documents of the shuffled order, for validation. Without repeats, so that none is in training too."""
     wanted_chars = max(VAL_FRAC * num_chars, min(MIN_VAL_CHARS, MAX_VAL_FRAC * num_chars))
     val, val_chars = [], 0
     for text in documents:
@@ -192,7 +238,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         f"last time, at first {DEFAULT_NUM_SHARDS})")
     add("-w", "--num-workers", type=int, help=f"hub sources: downloads at once (default {DEFAULT_NUM_WORKERS})")
     add("--path", type=Path, help="files: the folder to read")
-    add("--text-column", help="files: field of .jsonl and column of .parquet (default text)")
+    add("--text-column", help="files: field or column with the texts (default text)")
     add("--seed", type=int, help=f"python-docs, files: of the shuffle (default {DEFAULT_SEED})")
     add("--verify", action="store_true", help="check every sha256, make damaged shards again")
     args = parser.parse_args(argv)
@@ -219,13 +265,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def default_source() -> str:
     """The source where none is named: as much text as a GPU needs, or the text that is on every machine."""
+    import torch  # which takes seconds to load, and nothing else here needs it
     return "climbmix" if torch.cuda.is_available() else "python-docs"
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     source, folder = args.source, get_base_dir() / "data" / (args.name or args.source)
-    command = f"python -m nanochat.dataset --source {source}" + (f" --name {args.name}" if args.name else "")
+    command = f"python -m nanochat.dataset --source {source}" + (f" --name {quote(args.name)}" if args.name else "")
     seed = DEFAULT_SEED if args.seed is None else args.seed
     with shards.sole_writer(folder):
         if (folder / "manifest.json").is_file() and (made_from := read_manifest(folder).source) != source:
@@ -234,18 +281,21 @@ def main(argv: list[str] | None = None) -> dict:
             fetch_from_hub(folder, source, args.num_shards, args.num_workers or DEFAULT_NUM_WORKERS, command,
                            args.verify)
         elif source == "files":
-            path, text_column = args.path.expanduser().resolve(), args.text_column or "text"
-            command += f" --path {shlex.quote(str(path))} --text-column {shlex.quote(text_column)} --seed {seed}"
+            path = Path(os.path.realpath(common.expand_home(args.path)))    # resolve() fails for a link to itself
+            text_column = args.text_column or "text"
+            command += f" --path {quote(path)} --text-column {quote(text_column)} --seed {seed}"
             make_from_files(folder, path, text_column, seed, command, args.verify)
         else:
             make_python_docs(folder, seed, f"{command} --seed {seed}", args.verify)
         data_hash, manifest = load_shards(str(folder)).hash, read_manifest(folder)
+    if manifest.account:
+        print0("\n".join(manifest.account.describe()))
     if args.verify:
         print0("every sha256 agrees with the manifest")
     num_docs, num_chars = (sum(getattr(shard, unit) for shard in manifest.train) for unit in ("rows", "chars"))
-    print0(f"{folder}: {len(manifest.train)} training shards of {num_docs:,} documents ({num_chars / 1e6:,.1f} M "
-           f"characters), validation {manifest.val.rows:,} documents ({manifest.val.chars / 1e6:,.1f} M), "
-           f"hash {data_hash}")
+    print0(f"{printable(folder)}: {len(manifest.train)} training shards of {num_docs:,} documents "
+           f"({num_chars / 1e6:,.1f} M characters), validation {manifest.val.rows:,} documents "
+           f"({manifest.val.chars / 1e6:,.1f} M), hash {data_hash}")
     return {"folder": str(folder), "hash": data_hash, "num_shards": len(manifest.train), "num_chars": num_chars}
 
 

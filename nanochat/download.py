@@ -157,7 +157,7 @@ def put_in_place(part: Path, path: Path) -> None:
 
 def fetch_rest(url: str, part: Path, transfer: Transfer, token: str | None) -> str | None:
     """Append the missing bytes to `part`; returns the server's sha256, if it states one. Raises TryAgain."""
-    etag = etag_path(part).read_text() if etag_path(part).exists() else ""
+    etag = etag_path(part).read_text(encoding="utf-8") if etag_path(part).exists() else ""
     have_bytes = count_bytes(part) if etag else 0
     headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
     if have_bytes:
@@ -172,7 +172,7 @@ def fetch_rest(url: str, part: Path, transfer: Transfer, token: str | None) -> s
             with open(part, "ab" if response.status_code == 206 else "wb") as file:
                 if response.status_code == 200:  # for a later If-Range; without a strong ETag the file starts again
                     etag = response.headers.get("ETag", "")
-                    etag_path(part).write_text(etag if etag.startswith('"') else "")
+                    etag_path(part).write_text(etag if etag.startswith('"') else "", encoding="utf-8")
                 for chunk in response.iter_content(CHUNK_BYTES):
                     if transfer.stop.is_set():
                         raise DownloadError("stopped")

@@ -28,7 +28,7 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -59,7 +59,7 @@ class Request:
     top_p:        float | None = None
     seed:         int = 42
     sample:       int = 0
-    stop:         tuple[str, ...] = ()     # stop strings: the text ends before the first one
+    stop:         tuple[str, ...] = ()     # stop strings: the text without tool calls ends before the first one
     num_logprobs: int | None = None        # 0: log-probability of the chosen token; n: of the n likeliest as well
     __post_init__ = Sampling.__post_init__
 
@@ -81,7 +81,7 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class Event:
-    """One new token of a request."""
+    """One new token of a request. A stop string's own tokens have no events."""
     request_id:    int
     token:         int
     mask:          int                    # 1: sampled, 0: inserted by the calculator
@@ -103,35 +103,62 @@ class ChatTokens:
 
 
 class TextStream:
-    """Incremental detokenizer: emits whole UTF-8 characters only, and no part of a stop string."""
+    """Incremental detokenizer: emits whole UTF-8 characters only."""
 
-    def __init__(self, tokenizer, stop: tuple[str, ...] = ()):
-        self.tokenizer, self.stop = tokenizer, stop
-        self.stopped = False  # a stop string is complete
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.held = ""        # end of the text that may still become a stop string
 
     def feed(self, token: int) -> str:
-        """The text that can be shown now."""
-        return self._release(self.decoder.decode(self.tokenizer.decode_bytes([token])))
+        """The characters that a token completes."""
+        return self.decoder.decode(self.tokenizer.decode_bytes([token]))
 
     def flush(self) -> str:
-        """The text held back, when no more follows; incomplete UTF-8 becomes U+FFFD."""
-        text = self._release(self.decoder.decode(b"", final=True)) + self.held
-        self.held = ""
-        return text
+        """The end, when no more follows: incomplete UTF-8 becomes U+FFFD."""
+        return self.decoder.decode(b"", final=True)
 
-    def _release(self, text: str) -> str:
-        if self.stopped:
-            return ""
-        text = self.held + text
-        if found := [start for stop in self.stop if (start := text.find(stop)) >= 0]:
-            self.stopped, self.held = True, ""
-            return text[:min(found)]
-        num_shown = next((i for i in range(len(text)) if any(stop.startswith(text[i:]) for stop in self.stop)),
-                         len(text))
-        self.held = text[num_shown:]
-        return text[:num_shown]
+
+class StopStrings:
+    """Searches a request's events for stop strings, and holds those back whose text may be the beginning of one.
+
+    Only the text that a client sees counts, so a stop string may begin before a tool call and end after it. An answer
+    ends before its first stop string: the held events after that place are never shown.
+    """
+
+    def __init__(self, stop: tuple[str, ...]):
+        self.stop = stop
+        self.held: list[Event] = []
+        self.complete = False  # a stop string was found
+
+    def feed(self, event: Event) -> list[Event]:
+        """The events that can be shown now; the last one is this event where a stop string is complete."""
+        if not self.stop:
+            return [event]
+        self.held.append(event)
+        text = "".join(held.text for held in self.held if held.part == "text")
+        starts = [start for stop in self.stop if (start := text.find(stop)) >= 0]
+        if not starts:
+            num_chars = len(text) if event.finish_reason else next(
+                (i for i in range(len(text)) if any(stop.startswith(text[i:]) for stop in self.stop)), len(text))
+            return self._release(num_chars)[0]
+        self.complete = True
+        shown, num_chars = self._release(min(starts))
+        if self.held[0] is not event:
+            if num_chars:
+                shown.append(replace(self.held[0], text=self.held[0].text[:num_chars]))
+            num_chars = 0
+        return [*shown, replace(event, text=event.text[:num_chars], logprobs=event.logprobs if num_chars else None)]
+
+    def _release(self, num_chars: int) -> tuple[list[Event], int]:
+        """The events whose text lies within the next `num_chars` characters, and how many of these are left."""
+        shown = []
+        while self.held:
+            event_chars = len(self.held[0].text) if self.held[0].part == "text" else 0
+            if event_chars > num_chars:
+                break
+            num_chars -= event_chars
+            shown.append(self.held.pop(0))
+        return shown, num_chars
 
 
 class Generation:
@@ -148,7 +175,8 @@ class Generation:
         self.num_reused = 0                    # prompt tokens copied from a row
         self.part = "text"
         self.call_start = 0                    # index of the first token of the unfinished tool call
-        self.stream = TextStream(tokenizer, request.stop)
+        self.text_stream = self.tool_stream = TextStream(tokenizer)
+        self.stop_strings = StopStrings(request.stop)
         self.finish_reason: str | None = "length" if self.num_prompt == max_length else None
 
     def append(self, token: int, mask: int = 1, logprobs: Logprobs | None = None) -> list[Event]:
@@ -158,26 +186,28 @@ class Generation:
         chat, text, result = self.chat_tokens, "", None
         starts = {chat.python_start: "python", chat.output_start: "python_output"}.get(token)
         if starts:
-            self.part, self.call_start = starts, len(self.tokens)
+            self.part, self.call_start, self.tool_stream = starts, len(self.tokens), TextStream(self.tokenizer)
         part = self.part
+        stream = self.text_stream if part == "text" else self.tool_stream
         ends = (part, token) in (("python", chat.python_end), ("python_output", chat.output_end))
         if ends:
-            self.part = "text"
+            self.part, text = "text", stream.flush()
             if part == "python":
                 result = calculate(self.tokenizer.decode(self.tokens[self.call_start:-1]))
-        if starts or ends:
-            text = self.stream.flush()
-        elif token not in chat.end_tokens:
-            text = self.stream.feed(token)
-        if token in chat.end_tokens or self.stream.stopped:
+        elif not starts and token not in chat.end_tokens:
+            text = stream.feed(token)
+        if token in chat.end_tokens:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.max_length:
             self.finish_reason = "length"
-        usage = None
         if self.finish_reason:
-            text += self.stream.flush()
+            text += stream.flush()
+        events = self.stop_strings.feed(Event(self.id, token, mask, part, text, logprobs, self.finish_reason))
+        if self.stop_strings.complete:
+            self.finish_reason = "stop"
+        if self.finish_reason:
             usage = Usage(self.num_prompt, self.num_reused, len(self.tokens) - self.num_prompt)
-        events = [Event(self.id, token, mask, part, text, logprobs, self.finish_reason, usage)]
+            events[-1] = replace(events[-1], finish_reason=self.finish_reason, usage=usage)
         if result is not None:  # a failed evaluation inserts nothing
             for forced in (chat.output_start, *self.tokenizer.encode(result), chat.output_end):
                 if not self.finish_reason:

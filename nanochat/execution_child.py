@@ -95,7 +95,7 @@ def enter_namespaces(paths: list[str]) -> None:
         uid, gid = os.geteuid(), os.getegid()
         call("unshare", namespaces | CLONE_NEWUSER)
         for name, line in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"), ("gid_map", f"{NOBODY} {gid} 1")):
-            with open(f"/proc/self/{name}", "w") as file:
+            with open(f"/proc/self/{name}", "w", encoding="utf-8") as file:
                 file.write(line)
     outside_reader, outside_writer = os.pipe()  # reads its end when the process outside is dead
     fork_and_follow()
@@ -136,7 +136,7 @@ def change_root(paths: list[str]) -> None:
         if os.path.isdir(path):
             os.mkdir(target)
         else:
-            open(target, "x").close()
+            open(target, "xb").close()
         call("mount", os.fsencode(path), os.fsencode(target), None, MS_BIND | MS_REC, None)
     os.mkdir(ROOT + "/tmp")
     attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)

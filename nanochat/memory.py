@@ -230,7 +230,7 @@ def measure_free_bytes(device: torch.device) -> int | None:
 def read_available_bytes(path: Path = Path("/proc/meminfo")) -> int | None:
     """Memory that Linux could give to new processes without swapping."""
     with contextlib.suppress(OSError):
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
     return None
 
@@ -244,7 +244,7 @@ def read_cgroup_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = Path("
     """Memory left under the limits of this process's control groups (a container's, a job's); None without a limit."""
     left = []
     with contextlib.suppress(OSError):
-        for line in own.read_text().splitlines():
+        for line in own.read_text(encoding="utf-8").splitlines():
             _, controller, path = line.split(":", 2)
             if controller not in CGROUP_NAMES:
                 continue
@@ -253,8 +253,9 @@ def read_cgroup_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = Path("
             # groups above have limits too; in a container the root is the container's own, the path the host's
             for group in (folder, *folder.parents[:len(folder.relative_to(root / controller).parts)]):
                 with contextlib.suppress(OSError, ValueError):  # not there; "max", which is no limit
-                    limit_bytes, used_bytes = (int((group / name).read_text()) for name in (limit, usage))
-                    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                    limit_bytes, used_bytes = (int((group / name).read_bytes()) for name in (limit, usage))
+                    lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
+                    stat = dict(line.split() for line in lines)
                     left.append(max(0, limit_bytes - used_bytes + int(stat.get(cache, 0))))
     return min(left, default=None)
 

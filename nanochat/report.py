@@ -28,6 +28,7 @@ if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, 
 from nanochat.common import UserError, get_base_dir, get_ranks, print0, run_script, write_json
 from nanochat.report_render import Card, Curve, Section, Table, format_count, format_value, smooth, thin, write_card
 from nanochat.run import read_metrics
+from nanochat.shards import hash_shards, read_manifest
 
 STAGES = {"base": "BASE", "mid": "MID", "sft": "SFT", "rl": "RL"}  # in the order in which a model passes through them
 SECTION_ORDER = ("tok_train", "tok_eval", "base_train", "base_loss", "base_eval", "mid", "chat_sft", "sft", "chat_rl",
@@ -144,7 +145,7 @@ def build_card(base_dir: Path, price_per_hour: float | None) -> Card:
         # the time of an evaluation, in its own section, and the time of the run where the run is shown
         run_sec = max(run.info.get("wall_sec") or 0.0, run.get_last("train", "elapsed_sec") or 0.0)
         wall_sec += (record.get("wall_sec") or 0.0) + run_sec
-        sections.append(section)
+        sections += [section, *describe_data(run.info.get("data") or {})]
         created += [record.get("created"), run.info.get("created")]
         if argv := record.get("argv") or run.info.get("argv"):
             commands[format_command(argv)] = None    # each once, in order
@@ -200,7 +201,8 @@ def complete_section(section: Section, run: RunFiles, price_per_hour: float | No
         section.tables.append(Table("Evaluations", columns, rows))
     packing = {key: value for line in run.get_lines("data")[-1:] for key, value in line.items() if key != "kind"}
     folded = {"Packing of the data": packing, "Model": run.info.get("model_config"), "Plan": run.info.get("plan"),
-              "Data": run.info.get("data"), "Tokenizer": run.info.get("tokenizer")}
+              "Data": {key: value for key, value in (run.info.get("data") or {}).items() if key != "files"},
+              "Tokenizer": run.info.get("tokenizer")}
     section.tables += [Table(title, [], list(facts.items()), folded=True) for title, facts in folded.items() if facts]
     rows = [[d.get("what"), d.get("value"), d.get("why")] for d in run.info.get("decisions") or ()]
     if rows:
@@ -208,6 +210,27 @@ def complete_section(section: Section, run: RunFiles, price_per_hour: float | No
     if not section.samples and run.metrics.get("sample"):
         step, section.samples = list(run.metrics["sample"].items())[-1]
         section.notes.append(f"The samples are from step {step:,}.")
+
+
+def describe_data(data: dict) -> list[Section]:
+    """What of a person's files became a run's data and what was left out, where the data's manifest tells."""
+    folder = Path(data.get("folder") or "nowhere")
+    manifest = None
+    with contextlib.suppress(UserError):    # its damage is told where the data is used
+        manifest = read_manifest(folder) if (folder / "manifest.json").is_file() else None
+    if not manifest or not (account := manifest.account):
+        return []
+    section = Section(f"Data: {data.get('name')}", {
+        "files read": account.files["read"], "files left out": account.files["left out"],
+        "documents kept": account.documents["kept"], "characters kept": account.characters["kept"]})
+    rows = [[why, number, account.characters[why]] for why, number in account.documents.items() if why != "kept"]
+    section.tables += [Table("Documents left out", ["why", "documents", "characters"], rows)] if rows else []
+    rows = [[", ".join(entry["names"]), entry["files"], why] for why, entry in account.reasons.items()]
+    section.tables += [Table("Files left out or skipped", ["files", "number", "why"], rows)] if rows else []
+    section.notes += account.get_warnings()
+    if manifest.val and hash_shards([*manifest.train, manifest.val]) != data.get("hash"):
+        section.notes.append("The data was made again since this run: this tells of the new data.")
+    return [section]
 
 
 def measure_run(run: RunFiles) -> dict[str, float]:
@@ -288,9 +311,10 @@ def describe_code() -> Section:
     section = Section("Code", tables=[Table("", ["folder", "files", "lines", "characters"], rows)])
     lock, project = REPO_DIR / "requirements.lock", REPO_DIR / "pyproject.toml"
     if lock.is_file() and project.is_file():  # not where nanochat is installed as a package
-        declared = re.search(r"^dependencies = \[(.*?)^\]", project.read_text(), re.DOTALL | re.MULTILINE)
+        packages, text = lock.read_text(encoding="utf-8").split(), project.read_text(encoding="utf-8")
+        declared = re.search(r"^dependencies = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)
         section.values["dependencies declared"] = declared[1].count('"') // 2 if declared else None
-        section.values["packages locked, theirs and the tests' included"] = len(lock.read_text().split())
+        section.values["packages locked, theirs and the tests' included"] = len(packages)
     return section
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 
-
 class RunLog:
     """run.json (what the run is) and metrics.jsonl (what happened, one line per event); wandb too when a name is given.
     Only rank 0 writes. A log that is reopened at a step drops the lines of later steps: they are written again."""
@@ -41,7 +40,7 @@ class RunLog:
             kept = [line for line in read_metrics(run_dir) if line["step"] < resume_step or
                     (line["step"] == resume_step and line["kind"] == "train")]
             common.write_atomic(metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = open(metrics_path, "a" if resume_step is not None else "w", buffering=1)
+        self.file = open(metrics_path, "a" if resume_step is not None else "w", buffering=1, encoding="utf-8")
         self.update(status="running")
 
     def update(self, **info) -> None:
@@ -92,7 +91,7 @@ def decide(decisions: list[dict], what: str, value: object, why: str) -> object:
 def read_info(run_dir: Path) -> dict:
     """run.json of a run; {} where there is none, or a damaged one."""
     try:
-        return json.loads((run_dir / "run.json").read_text())
+        return json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
 
@@ -126,9 +125,10 @@ def init_wandb(name: str, info: dict, run_dir: Path):
         raise UserError(f"--run {name} needs wandb, which isn't installed: pip install wandb, or drop --run") from None
     id_path = run_dir / "wandb_id"
     if not id_path.exists():
-        id_path.write_text(wandb.util.generate_id())
+        common.write_atomic(id_path, wandb.util.generate_id())
+    wandb_id = id_path.read_text(encoding="utf-8")
     try:
-        return wandb.init(project="nanochat", name=name, id=id_path.read_text(), resume="allow", config=info)
+        return wandb.init(project="nanochat", name=name, id=wandb_id, resume="allow", config=info)
     except wandb.Error as error:
         raise UserError(f"--run {name}: wandb can't be used ({error}); log in, or drop --run") from None
 
@@ -258,14 +258,19 @@ def flatten(settings: dict) -> dict:
 
 
 ECHO_SEC = 3  # a signal may come twice: to all processes of a terminal or a job, and once more from torchrun
+# What ends a session: a person, a job system or a shut-down, a terminal that closes (Windows has no SIGHUP)
+STOP_SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM",
+                **({signal.SIGHUP: "SIGHUP"} if hasattr(signal, "SIGHUP") else {})}
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM as a flag that the loop reads between steps; a second Ctrl-C stops at once."""
+    """STOP_SIGNALS as a flag that the loop reads between steps; a second Ctrl-C stops at once.
+    A SIGHUP that this process was started to ignore, as by nohup, stays ignored."""
 
     def __enter__(self) -> "StopSignal":
         self.signum, self.first_time, self.error = 0, 0.0, None
-        self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS
+                         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -278,10 +283,10 @@ class StopSignal:
                 raise KeyboardInterrupt
             return
         self.signum, self.first_time = signum, time.monotonic()
-        name = "Ctrl-C" if signum == signal.SIGINT else "SIGTERM"
-        # not print: a signal may arrive inside one
-        message = f"\n{name}: will save after this step and stop; Ctrl-C after {ECHO_SEC} s stops at once\n"
-        os.write(sys.stderr.fileno(), message.encode())
+        message = (f"\n{STOP_SIGNALS[signum]}: will save after this step and stop; Ctrl-C after {ECHO_SEC} s stops at "
+                   "once\n")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(sys.stderr.fileno(), message.encode())  # not print: a signal may arrive inside one
 
     def fail(self, error: UserError) -> None:
         """Make the loop save and stop as if by a signal, because it can't go on."""
@@ -291,9 +296,10 @@ class StopSignal:
         return self.signum > 0 or self.error is not None
 
     def end(self) -> None:
-        """End with the error, or with the signal's exit code: 130 for Ctrl-C, 143 for SIGTERM."""
+        """End with the error, or with the signal's exit code: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
+        A rank that stops because another one was told to has no signal of its own, and ends as by SIGTERM."""
         if self.error:
             raise self.error
-        if self.signum == signal.SIGTERM:
-            sys.exit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt
+        if self.signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + (self.signum or signal.SIGTERM))

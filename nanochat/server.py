@@ -3,6 +3,7 @@
     POST /v1/chat/completions   POST /v1/completions   GET /v1/models     as in OpenAI's reference, streaming or not
     POST /chat/completions      {"messages", "temperature", "top_k", "max_tokens"} -> data: {"token": "...", "gpu": 0}
     GET  /health  /stats  /                                               the last one is the page
+    HEAD                                                                  as GET, without a body
 
 Every error is {"error": {"message", "type", "param", "code"}}. A client that disconnects frees its rows at once, and
 so does the page's stop button: fetch aborted -> http.disconnect -> Answer.close -> ("cancel", id) -> Engine.cancel. An
@@ -17,10 +18,9 @@ import hmac
 import json
 import re
 import secrets
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -35,14 +35,19 @@ from nanochat import engine
 from nanochat import server_api as api
 from nanochat.chat import NoRoom, build_prompt, check_context
 from nanochat.common import now
+from nanochat.conversations import split_turns
 from nanochat.server_engines import Answer, EngineError, EnginePool
 
 PAGE_PATH = Path(__file__).with_name("ui.html")
-MAX_BODY_BYTES = 2**20
+MIN_BODY_BYTES = 2**20         # largest body, at least
+MAX_CHAR_BYTES = 16            # of a character in JSON, "\\ud83d\\ude00" and what stands around it
 MAX_DISCARDED_BYTES = 2**25    # of a body that is too large: read, so that the client gets the error before the cut
 BODY_TIMEOUT_SEC = 30          # for a body to arrive
 OPEN_PATHS = {"/", "/health", "/openapi.json"}  # no key needed
 CLIENT_GONE = "the client has gone"
+MAX_HEADER_CHARS = 1000
+# nginx, as a proxy, would hold a stream back until its buffer is full
+STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 
 
@@ -56,6 +61,7 @@ class ServerSettings:
     top_k:               int
     max_tokens:          int
     request_timeout_sec: float
+    limits:              api.Limits = api.Limits()
     created:             int = 0        # time of the checkpoint, seconds since 1970
     api_key:             str | None = None
     cors_origins:        tuple[str, ...] = ()
@@ -74,14 +80,17 @@ class Service:
         """The answer, whole or as a stream. An error before the first token has its own status."""
         answer, num_dropped = self._begin(http, body)
         format_ = format_type(body, self.settings.model_name, answer.worker.worker_idx, num_dropped)
-        choices = {request_id: api.Choice(i, self.tokenizer) for i, request_id in enumerate(answer.request_ids)}
+        choices = {request_id: api.Choice(i, self.tokenizer, self._get_echo(body, i))
+                   for i, request_id in enumerate(answer.request_ids)}
         headers = {"X-Dropped-Messages": str(num_dropped)} if num_dropped else {}
+        if ignored := [name for name, value in (body.model_extra or {}).items() if value is not None]:
+            headers["X-Ignored-Fields"] = ascii(", ".join(ignored))[1:-1][:MAX_HEADER_CHARS]
         watcher = asyncio.ensure_future(fail_when_gone(http, answer))
         try:
             if body.stream:
                 await answer.wait()
                 return StreamingResponse(self._stream(http, answer, choices, format_), media_type="text/event-stream",
-                                         headers=headers | {"Cache-Control": "no-store"})
+                                         headers=headers | STREAM_HEADERS)
             async for events in answer.iterate():
                 for event in events:
                     choices[event.request_id].add(event)
@@ -96,29 +105,53 @@ class Service:
         if body.model not in (None, "", settings.model_name):
             raise api.ApiError(404, f"the model {ascii(body.model)[:100]} isn't here; this server has "
                                f"{settings.model_name!r}", param="model", code="model_not_found")
-        max_tokens = body.max_tokens or settings.max_tokens
-        param = "messages" if isinstance(body, api.ChatRequest) else "prompt"
-        try:
-            if isinstance(body, api.ChatRequest):
-                tokens, num_turns = build_prompt(self.tokenizer, *api.split_turns(body.messages),
-                                                 settings.context_tokens, max_tokens, settings.stage == "base")
-            else:
-                tokens, num_turns = body.prompt, 0
-                if isinstance(tokens, str):
-                    tokens = self.tokenizer.encode(tokens, prepend=self.tokenizer.get_bos_token_id())
-                check_context(tokens, settings.context_tokens)
-        except NoRoom as error:
-            raise api.ApiError(400, f"{param}: {error}", param=param, code="context_length_exceeded") from None
+        settings.limits.check(body)
+        self.pool.check_size(body.count_choices())
+        max_tokens = min(body.max_tokens or settings.max_tokens, settings.limits.max_answer_tokens)
+        prompts, num_dropped = self._encode_prompts(body, max_tokens)
         if settings.log_contents:
-            http.state.record |= body.model_dump(include={param})
+            http.state.record |= body.model_dump(include={"messages", "prompt"})
         seed = secrets.randbits(63) if body.seed is None else body.seed
         requests = [engine.Request(
             tokens, min(max_tokens, settings.context_tokens - len(tokens)),
             settings.temperature if body.temperature is None else body.temperature,
             settings.top_k if body.top_k is None else body.top_k,
-            body.top_p, seed, sample, tuple(body.stop or ()), body.get_num_logprobs()) for sample in range(body.n or 1)]
+            body.top_p, seed, sample, tuple(body.stop or ()), body.get_num_logprobs())
+            for tokens in prompts for sample in range(body.n or 1)]
         answer = http.state.record["answer"] = self.pool.submit(requests, settings.request_timeout_sec)
-        return answer, 2 * num_turns
+        return answer, num_dropped
+
+    def _encode_prompts(self, body: api.ChatRequest | api.CompletionRequest,
+                        max_tokens: int) -> tuple[list[list[int]], int]:
+        """(tokens of each prompt, messages that were dropped to leave room for the answer)."""
+        context_tokens, vocab_size = self.settings.context_tokens, self.tokenizer.get_vocab_size()
+        param = "messages"
+        try:
+            if isinstance(body, api.ChatRequest):
+                system, turns = split_turns(body.messages)
+                tokens, num_turns = build_prompt(self.tokenizer, system, turns, context_tokens, max_tokens,
+                                                 self.settings.stage == "base")
+                return [tokens], sum(turn.num_messages for turn in turns[:num_turns])
+            prompts = []
+            for name, prompt in body.get_prompts():
+                param, tokens = name, prompt
+                if isinstance(prompt, str):
+                    tokens = self.tokenizer.encode(prompt, prepend=self.tokenizer.get_bos_token_id())
+                elif max(prompt) >= vocab_size:
+                    raise api.ApiError(400, f"{param}: has token ids outside the vocabulary, 0 to {vocab_size - 1}",
+                                       param=param)
+                check_context(tokens, context_tokens)
+                prompts.append(tokens)
+            return prompts, 0
+        except NoRoom as error:
+            raise api.ApiError(400, f"{param}: {error}", param=param, code="context_length_exceeded") from None
+
+    def _get_echo(self, body: api.ChatRequest | api.CompletionRequest, choice_idx: int) -> str:
+        """The text of a choice's prompt, where a completion is to repeat it."""
+        if not (isinstance(body, api.CompletionRequest) and body.echo):
+            return ""
+        _, prompt = body.get_prompts()[choice_idx // (body.n or 1)]
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
     async def _stream(self, http: Request, answer: Answer, choices: dict[int, api.Choice],
                       format_: api.ChatFormat) -> AsyncIterator[str]:
@@ -156,15 +189,16 @@ async def fail_when_gone(http: Request, answer: Answer) -> None:
 def log_line(**fields) -> None:
     """One JSON object per line on stdout, in one write, since threads log, too; a closed stdout is ignored."""
     with contextlib.suppress(OSError):
-        sys.stdout.write(json.dumps({"time": now(), **fields}) + "\n")
-        sys.stdout.flush()
+        print(json.dumps({"time": now(), **fields}) + "\n", end="", flush=True)
 
 
 class Gate:
     """Middleware around all routes: gives a request its id, checks host, key and body, logs it, closes its answer."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, hosts: tuple[str, ...], log: Callable[..., None]):
-        self.app, self.api_key, self.hosts, self.log = app, api_key, hosts, log
+    def __init__(self, app: ASGIApp, settings: ServerSettings, log: Callable[..., None]):
+        self.app, self.log = app, log
+        self.api_key, self.hosts = settings.api_key, settings.hosts
+        self.max_body_bytes = max(MIN_BODY_BYTES, MAX_CHAR_BYTES * settings.limits.max_conversation_chars)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -173,8 +207,12 @@ class Gate:
         start, request_id, status = time.perf_counter(), f"req_{secrets.token_hex(8)}", 500
         record = scope.setdefault("state", {})["record"] = {}
 
+        is_head = scope["method"] == "HEAD"
+
         async def send_start(message: Message) -> None:
             nonlocal status
+            if is_head and message["type"] == "http.response.body":
+                message["body"] = b""
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), *SECURITY_HEADERS]
@@ -184,7 +222,8 @@ class Gate:
             self._check_host(headers)
             if scope["path"] not in OPEN_PATHS:
                 self._check_key(headers)
-            await self.app(scope, await read_body(Request(scope, receive)), send_start)
+            receive_again = await read_body(Request(scope, receive), self.max_body_bytes)
+            await self.app(scope | {"method": "GET"} if is_head else scope, receive_again, send_start)
         except api.ApiError as error:
             await error.make_response()(scope, receive, send_start)
         finally:
@@ -215,18 +254,18 @@ class Gate:
                                code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
-async def read_body(request: Request) -> Receive:
+async def read_body(request: Request, max_bytes: int) -> Receive:
     """Read a body of limited size in limited time; returns a function that receives it again, whole."""
     async def read() -> bytes:
         body, num_bytes = bytearray(), 0
         async for chunk in request.stream():
             num_bytes += len(chunk)
-            if num_bytes <= MAX_BODY_BYTES:
+            if num_bytes <= max_bytes:
                 body += chunk
-            elif num_bytes > MAX_DISCARDED_BYTES:
+            elif num_bytes > max_bytes + MAX_DISCARDED_BYTES:
                 break
-        if num_bytes > MAX_BODY_BYTES:
-            raise api.ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+        if num_bytes > max_bytes:
+            raise api.ApiError(413, f"the body is larger than {max_bytes} bytes")
         return bytes(body)
     try:
         messages = [{"type": "http.request", "body": await asyncio.wait_for(read(), BODY_TIMEOUT_SEC)}]
@@ -258,11 +297,12 @@ def load_page() -> Response:
 def make_app(settings: ServerSettings, pool: EnginePool, tokenizer, log: Callable[..., None] = log_line) -> FastAPI:
     """The application, on a pool that has been started."""
     app = FastAPI(title="nanochat", docs_url=None, redoc_url=None)  # those load from elsewhere
-    app.add_middleware(Gate, api_key=settings.api_key, hosts=settings.hosts, log=log)
+    app.add_middleware(Gate, settings=settings, log=log)
     if settings.cors_origins:  # outside the gate, so that a page can read the gate's errors, too
-        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST"],
-                           allow_headers=["Authorization", "Content-Type"],
-                           expose_headers=["X-Request-Id", "X-Dropped-Messages", "Retry-After"])
+        # Clients send headers of their own, as OpenAI's for JavaScript its x-stainless-*
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "HEAD", "POST"],
+                           allow_headers=["*"], allow_private_network=True,
+                           expose_headers=["X-Request-Id", "X-Dropped-Messages", "X-Ignored-Fields", "Retry-After"])
 
     async def answer_error(_, error: Exception) -> JSONResponse:
         return api.convert_error(error).make_response()
@@ -279,8 +319,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
     stream, whole = {"text/event-stream": {}}, {"application/json": {}}
     settings, page = service.settings, load_page()
     description = {"id": settings.model_name, "object": "model", "created": settings.created, "owned_by": "nanochat",
-                   "stage": settings.stage, "context_tokens": settings.context_tokens,  # these three: extensions
-                   "max_tokens": settings.max_tokens}
+                   "stage": settings.stage, "context_tokens": settings.context_tokens,  # these four: extensions
+                   "max_tokens": settings.max_tokens, "limits": asdict(settings.limits)}
 
     @app.post("/v1/chat/completions", responses=errors | {200: {"content": whole | stream}})
     async def chat_completions(body: api.ChatRequest, http: Request):
@@ -292,6 +332,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/chat/completions", responses=errors | {200: {"content": stream}}, response_class=StreamingResponse)
     async def legacy_chat_completions(body: api.LegacyChatRequest, http: Request):
+        if body.model is not None or "x-stainless-lang" in http.headers:  # its own clients name no model
+            raise api.ApiError(404, f"this is the legacy endpoint; {api.BASE_URL_HINT}", code="unknown_url")
         return await service.respond(http, body.to_chat_request(), api.LegacyFormat)
 
     @app.get("/v1/models")

@@ -1,33 +1,37 @@
 """The HTTP API's formats: OpenAI's requests and answers, the limits of each field, errors, and the legacy endpoint.
 
-An unsupported field that would change the answer is refused; any other unknown field is ignored.
+The fields of OpenAI's reference are honoured, with two exceptions. One that would change the answer is refused: those
+of UNSUPPORTED, and some combinations. One that wouldn't is ignored: user, safety_identifier, metadata, store,
+service_tier, prompt_cache_key, prompt_cache_options, prompt_cache_retention, prediction, parallel_tool_calls,
+reasoning_effort, verbosity. A field outside the reference is ignored, too. The header X-Ignored-Fields of an answer
+names the ignored fields of its request.
+
 Extensions: `top_k`, and the model's tool calls (of its calculator), which the plain content leaves out:
 
     delta of a stream    {"tool": {"type": "call", "text": "34*27"}}, then {"tool": {"type": "output", "text": "918"}}
     a whole message      "parts": [{"type": "text" | "python" | "python_output", "text": ...}], where there are calls
 
-An assistant message of a request may have such parts as its content, so that the model sees its calls again. Only the
-limit of the conversation bounds its length, so that every answer can be sent back.
+An assistant message of a request may have such parts, as its content or beside it, so that the model sees its calls
+again. Only the limit of the conversation bounds its length, so that every answer can be sent back.
 """
 
 import json
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from starlette.exceptions import HTTPException
 
-from nanochat.chat import Turn, extend_parts
+from nanochat.chat import extend_parts
+from nanochat.conversations import ConversationError, get_text, parse_messages
 from nanochat.engine import ChatTokens, Event, Usage
 from nanochat.server_engines import EngineError
 
-MAX_MESSAGE_CHARS = 8_000      # of all but the assistant's
-MAX_CONVERSATION_CHARS = 32_000
-MAX_TOKENS = 4_096
 MAX_TEMPERATURE = 2
 MAX_TOP_K = 200
 MAX_TOP_LOGPROBS = 20
@@ -36,7 +40,40 @@ MAX_TOP_LOGPROBS = 20
 UNSUPPORTED = {"tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
                "response_format": ({"type": "text"},), "logit_bias": ({},), "presence_penalty": (0,),
                "frequency_penalty": (0,), "modalities": (["text"],), "audio": (), "web_search_options": (),
-               "prediction": (), "echo": (False,), "suffix": ("",), "best_of": (1,)}
+               "moderation": (), "echo": (False,), "suffix": ("",)}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for: flags of scripts/chat_web.py, told by GET /v1/models."""
+    max_messages:           int = 500
+    max_message_chars:      int = 8_000   # of a message that isn't the assistant's
+    max_conversation_chars: int = 32_000  # of all messages, or of a prompt; of token ids, as many
+    max_answer_tokens:      int = 4_096   # a soft one: max_tokens is cut to it, and to what the context leaves
+    max_choices:            int = 16      # of a prompt
+
+    def check(self, body: "ChatRequest | CompletionRequest") -> None:
+        """ApiError where a request is above a limit."""
+        if (body.n or 1) > self.max_choices:
+            raise ApiError(400, f"n: {body.n} choices are asked for, {self.max_choices} are the most", param="n")
+        if isinstance(body, CompletionRequest):
+            for place, prompt in body.get_prompts():
+                self._check_number(place, len(prompt), "characters" if isinstance(prompt, str) else "token ids")
+            return
+        if len(body.messages) > self.max_messages:
+            raise ApiError(400, f"messages: there are {len(body.messages)}, {self.max_messages} are the most; leave "
+                           "out the oldest", param="messages")
+        sizes = [len(get_text(message)) for message in body.messages]
+        for i, (message, size) in enumerate(zip(body.messages, sizes, strict=True)):
+            if size > self.max_message_chars and message["role"] != "assistant":
+                raise ApiError(400, f"messages[{i}]: has {size} characters, {self.max_message_chars} are the most, "
+                               "except in an assistant message", param=f"messages[{i}]")
+        self._check_number("messages", sum(sizes), "characters", "; leave out the oldest")
+
+    def _check_number(self, param: str, number: int, what: str, advice: str = "") -> None:
+        if number > self.max_conversation_chars:
+            raise ApiError(400, f"{param}: has {number} {what}, {self.max_conversation_chars} are the most{advice}",
+                           param=param)
 
 
 class ApiError(Exception):
@@ -58,6 +95,9 @@ ENGINE_ERRORS = {"refused": (400, "invalid_request_error", None), "busy": (429, 
                  "gone": (499, "invalid_request_error", None)}  # for the log alone
 
 
+BASE_URL_HINT = "the base_url of a client of OpenAI's API ends with /v1"
+
+
 def convert_error(error: Exception) -> ApiError:
     """The API's error for an exception of any layer."""
     match error:
@@ -70,18 +110,14 @@ def convert_error(error: Exception) -> ApiError:
             return ApiError(status, str(error), kind=kind, code=code,
                             headers={"Retry-After": str(seconds)} if seconds else None)
         case HTTPException(status_code=404):
-            return ApiError(404, "there is no such route; see /openapi.json", code="unknown_url")
+            return ApiError(404, "there is no such route; /v1 has chat/completions, completions and models, and "
+                            f"/openapi.json lists all; {BASE_URL_HINT}", code="unknown_url")
         case HTTPException(status_code=405):
             return ApiError(405, "this route has other methods; see /openapi.json", code="method_not_allowed",
                             headers=error.headers)
         case HTTPException():  # FastAPI's, for a body that isn't UTF-8 or is nested too deeply
             return ApiError(error.status_code, "the body can't be read: it must be JSON in UTF-8, not nested deeply")
     return ApiError(500, "internal error; the server's output has the traceback", kind="server_error")
-
-
-# Fields whose types are unions, where pydantic would name just one branch
-UNION_HINTS = {"content": "must be a string or a list of text parts; an assistant message may have python parts, too",
-               "prompt": "must be one string or one list of token ids; send each prompt in a request of its own"}
 
 
 def describe_validation(errors: list[dict]) -> ApiError:
@@ -95,8 +131,6 @@ def describe_validation(errors: list[dict]) -> ApiError:
         return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
     param = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names).lstrip(".")
     reason = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "string_type":
-        reason = UNION_HINTS.get(names[-1], reason)
     return ApiError(400, f"{param}: {reason[0].lower()}{reason[1:]}", param=param)
 
 
@@ -105,76 +139,20 @@ class ErrorResponse(BaseModel):
     error: dict[str, str | None]
 
 
-class Part(BaseModel, strict=True):
-    """A piece of a message; python and python_output are an assistant's tool call and its output."""
-    type: Literal["text", "python", "python_output"]
-    text: str
+def check_messages(messages: list) -> list[dict]:
+    """The conversation in normal form; the place of a fault is the error's param."""
+    try:
+        return parse_messages(messages)
+    except ConversationError as error:
+        param = "messages" + (f"[{error.index}]" if error.index is not None else "")
+        param += f".{error.field}" if error.field else ""
+        raise ApiError(400, f"{param}: {error.reason}", param=param) from None
 
 
-class Message(BaseModel, strict=True):
-    role:    Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str | list[Part], Field(description=(
-        f"At most {MAX_MESSAGE_CHARS} characters; an assistant's message only counts toward the "
-        f"{MAX_CONVERSATION_CHARS} of the conversation."))]
-
-    @model_validator(mode="after")
-    def check_content(self):
-        text = self.get_text()
-        if len(text) > MAX_MESSAGE_CHARS and self.role != "assistant":
-            raise ValueError(f"has {len(text)} characters, {MAX_MESSAGE_CHARS} are the most, except in an assistant "
-                             "message")
-        if self.role == "user" and not text:
-            raise ValueError("is empty")
-        if self.role != "assistant" and any(part.type != "text" for part in self.get_parts()):
-            raise ValueError("has a python part; only an assistant message may have one")
-        return self
-
-    def get_parts(self) -> list[Part]:
-        return [Part(type="text", text=self.content)] if isinstance(self.content, str) else self.content
-
-    def get_text(self) -> str:
-        return "".join(part.text for part in self.get_parts())
-
-
-def check_length(messages: list[Message]) -> list[Message]:
-    num_chars = sum(len(message.get_text()) for message in messages)
-    if num_chars > MAX_CONVERSATION_CHARS:
-        raise ValueError(f"has {num_chars} characters, {MAX_CONVERSATION_CHARS} are the most; leave out the oldest")
-    return messages
-
-
-Messages = Annotated[list[Message], AfterValidator(check_length), Field(
-    min_length=1, max_length=500, description=f"At most {MAX_CONVERSATION_CHARS} characters, all together.")]
-
-
-def split_turns(messages: list[Message]) -> tuple[str, list[Turn]]:
-    """(system message or "", turns of a question and its answer each, the last one without an answer).
-
-    Consecutive messages of one role are joined; any other break of the alternation is refused.
-    """
-    system: list[str] = []
-    merged: list[tuple[str, list[dict]]] = []
-    for i, message in enumerate(messages):
-        parts = [part.model_dump() for part in message.get_parts()]
-        if message.role in ("system", "developer"):
-            if merged:
-                raise ApiError(400, f"messages[{i}]: a {message.role} message must come before all others",
-                               param=f"messages[{i}].role")
-            system.append(message.get_text())
-        elif merged and merged[-1][0] == message.role:
-            merged[-1][1].extend([{"type": "text", "text": "\n\n"}, *parts])
-        else:
-            merged.append((message.role, parts))
-    if not merged:
-        raise ApiError(400, "messages has no user message", param="messages")
-    for (role, _), place in ((merged[0], "first"), (merged[-1], "last")):
-        if role != "user":
-            raise ApiError(400, f"messages: the {place} message, system messages aside, must be a user message",
-                           param="messages")
-    answers = [*(parts for _, parts in merged[1::2]), []]
-    return "\n\n".join(filter(None, system)), [
-        Turn("".join(part["text"] for part in parts), answer)
-        for (_, parts), answer in zip(merged[::2], answers, strict=True)]
+Messages = Annotated[list, AfterValidator(check_messages), Field(min_length=1, description=(
+    "OpenAI's messages, of the roles system, developer, user, assistant and tool in any order; content is a string or "
+    "a list of text parts. At most max_messages, of max_conversation_chars characters all together, and of "
+    "max_message_chars in each but the assistant's (see GET /v1/models)."))]
 
 
 class StreamOptions(BaseModel, strict=True):
@@ -186,7 +164,7 @@ class SamplingFields(BaseModel, strict=True, extra="allow", allow_inf_nan=False)
     model:       str | None = None
     temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
     top_k:       Annotated[int, Field(ge=0, le=MAX_TOP_K)] | None = None  # an extension; 0: all tokens
-    max_tokens:  Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_tokens:  Annotated[int, Field(ge=1)] | None = None                # cut to max_answer_tokens and the context
 
     @model_validator(mode="after")
     def refuse_unsupported(self):
@@ -200,7 +178,7 @@ class SamplingFields(BaseModel, strict=True, extra="allow", allow_inf_nan=False)
 class OpenAIFields(SamplingFields):
     """The fields of both of OpenAI's endpoints."""
     top_p:          Annotated[float, Field(gt=0, le=1)] | None = None
-    n:              Annotated[int, Field(ge=1, le=16)] | None = None
+    n:              Annotated[int, Field(ge=1)] | None = None
     seed:           Annotated[int, Field(ge=-2**63, lt=2**64)] | None = None
     stop:           Annotated[
         list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=4),
@@ -208,11 +186,14 @@ class OpenAIFields(SamplingFields):
     stream:         bool | None = None
     stream_options: StreamOptions | None = None
 
+    def count_choices(self) -> int:
+        return self.n or 1
+
 
 class ChatRequest(OpenAIFields):
     """POST /v1/chat/completions"""
     messages:              Messages
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs:              bool | None = None
     top_logprobs:          Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
 
@@ -227,11 +208,51 @@ class ChatRequest(OpenAIFields):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
+def check_prompt(value: object) -> object:
+    """The prompt of a completion in any of its forms; ValueError for any other value."""
+    def is_ids(item: object) -> bool:
+        return isinstance(item, list) and len(item) > 0 and all(type(token) is int and token >= 0 for token in item)
+    prompts = value if isinstance(value, list) and not is_ids(value) else ["" if value is None else value]
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if not prompts or len(texts) != len(prompts) and not all(map(is_ids, prompts)):
+        raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists; no list is "
+                         "empty")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no character") from None
+    return value
+
+
 class CompletionRequest(OpenAIFields):
     """POST /v1/completions"""
-    prompt:   Annotated[str, Field(max_length=MAX_CONVERSATION_CHARS)] | Annotated[
-        list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_CONVERSATION_CHARS)]
+    prompt:   Annotated[str | list[str] | list[int] | list[list[int]] | None, BeforeValidator(check_prompt), Field(
+        description="Each prompt has n choices; null is the beginning of a document.")] = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo:     bool | None = None
+    best_of:  int | None = None
+
+    @model_validator(mode="after")
+    def check_pairs(self):
+        if "messages" in (self.model_extra or {}):
+            raise ApiError(400, "messages belong to POST /v1/chat/completions; this route takes a prompt",
+                           param="messages")
+        if self.echo and self.logprobs is not None:
+            raise ApiError(400, "echo with logprobs isn't supported by this server, which has none for a prompt; leave "
+                           "one of them out", param="echo", code="unsupported_parameter")
+        if self.best_of not in (None, self.n or 1):
+            raise ApiError(400, "best_of other than n isn't supported by this server; leave it out", param="best_of",
+                           code="unsupported_parameter")
+        return self
+
+    def get_prompts(self) -> list[tuple[str, str | list[int]]]:
+        """Name and text, or token ids, of each prompt."""
+        if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int):
+            return [(f"prompt[{i}]", prompt) for i, prompt in enumerate(self.prompt)]
+        return [("prompt", self.prompt or "")]
+
+    def count_choices(self) -> int:
+        return len(self.get_prompts()) * (self.n or 1)
 
     def get_num_logprobs(self) -> int | None:
         return self.logprobs
@@ -249,20 +270,23 @@ class LegacyChatRequest(SamplingFields):
 class Choice:
     """One sample of an answer, assembled from its events."""
 
-    def __init__(self, index: int, tokenizer):
+    def __init__(self, index: int, tokenizer, echo: str = ""):
+        """echo: the prompt's text, where the answer's is to follow it"""
         self.index, self.tokenizer = index, tokenizer
         self.special_tokens = frozenset(tokenizer.get_special_tokens().values())
         self.chat_tokens = ChatTokens(tokenizer)
-        self.content = ""                 # visible text, without tool calls
+        self.content = echo               # visible text, without tool calls
         self.parts: list[dict] = []       # as in a conversation
         self.in_tool = False              # the last part is an unfinished tool call or output
-        self.deltas: list[dict] = []      # for a stream: text at once, a tool's part when complete, {} at the end
+        # for a stream: text at once, a tool's part when complete, {} at the end
+        self.deltas: list[dict] = [{"content": echo}] if echo else []
         self.logprobs: list[dict] = []
+        self.offsets: list[int] = []      # of their tokens in `content`, in characters
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
 
     def add(self, event: Event) -> None:
-        num_parts = len(self.parts)
+        num_parts, num_chars = len(self.parts), len(self.content)
         extend_parts(self.parts, event, self.chat_tokens)
         if self.in_tool and len(self.parts) > num_parts:
             self._end_tool(self.parts[num_parts - 1])
@@ -278,6 +302,7 @@ class Choice:
         if event.logprobs and event.part == "text" and event.token not in self.special_tokens:
             self.logprobs.append(self._describe_token(event.token, event.logprobs.chosen) | {
                 "top_logprobs": [self._describe_token(*pair) for pair in event.logprobs.likeliest]})
+            self.offsets.append(num_chars)
         if event.finish_reason:
             self.finish_reason, self.usage = event.finish_reason, event.usage
             self.deltas.append({})
@@ -305,6 +330,7 @@ class ChatFormat:
         self.worker_idx = worker_idx
         self.with_logprobs = body.get_num_logprobs() is not None
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self.num_samples = body.n or 1
         self.envelope = {"id": self.id_prefix + secrets.token_hex(12), "object": self.name,
                          "created": int(time.time()), "model": model}
         if num_dropped:  # an extension, only where the context was too short
@@ -321,7 +347,7 @@ class ChatFormat:
         return fields | {"message": {"role": "assistant", "content": choice.content, "refusal": None} | calls}
 
     def format_whole(self, choices: Sequence[Choice]) -> dict:
-        return self.envelope | {"choices": list(map(self.format_choice, choices)), "usage": sum_usage(choices)}
+        return self.envelope | {"choices": list(map(self.format_choice, choices)), "usage": self.sum_usage(choices)}
 
     def start(self, choices: Sequence[Choice]) -> str:
         return "".join(self.encode(choice, self.first_delta) for choice in choices) if self.first_delta else ""
@@ -329,11 +355,21 @@ class ChatFormat:
     def encode(self, choice: Choice, delta: dict) -> str:
         event = to_sse(self.chunk | {"choices": [self.format_choice(choice, delta)]})
         choice.logprobs.clear()
+        choice.offsets.clear()
         return event
 
     def end(self, choices: Sequence[Choice]) -> str:
-        usage = self.envelope | {"object": self.chunk_name, "choices": [], "usage": sum_usage(choices)}
+        usage = self.envelope | {"object": self.chunk_name, "choices": [], "usage": self.sum_usage(choices)}
         return (to_sse(usage) if self.with_usage else "") + "data: [DONE]\n\n"
+
+    def sum_usage(self, choices: Sequence[Choice]) -> dict:
+        """Token counts of an answer; a prompt, which its samples share, counts once."""
+        prompts = [choice.usage for choice in choices[::self.num_samples]]
+        prompt_tokens = sum(usage.prompt_tokens for usage in prompts)
+        completion_tokens = sum(choice.usage.completion_tokens for choice in choices)
+        return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
+                "total_tokens": prompt_tokens + completion_tokens,
+                "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in prompts)}}
 
 
 class TextFormat(ChatFormat):
@@ -344,7 +380,7 @@ class TextFormat(ChatFormat):
         columns = {"tokens": [token["token"] for token in choice.logprobs],
                    "token_logprobs": [token["logprob"] for token in choice.logprobs],
                    "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]}
-                                    for token in choice.logprobs]}
+                                    for token in choice.logprobs], "text_offset": list(choice.offsets)}
         return {"index": choice.index, "text": choice.content if delta is None else delta.get("content", ""),
                 "logprobs": columns if self.with_logprobs else None,
                 "finish_reason": None if delta else choice.finish_reason}
@@ -359,11 +395,3 @@ class LegacyFormat(ChatFormat):
 
     def end(self, choices: Sequence[Choice]) -> str:
         return to_sse({"done": True})
-
-
-def sum_usage(choices: Sequence[Choice]) -> dict:
-    """Token counts of an answer; the prompt, which all samples share, counts once."""
-    prompt, completion_tokens = choices[0].usage, sum(choice.usage.completion_tokens for choice in choices)
-    return {"prompt_tokens": prompt.prompt_tokens, "completion_tokens": completion_tokens,
-            "total_tokens": prompt.prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": prompt.cached_tokens}}

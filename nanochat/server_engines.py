@@ -80,8 +80,9 @@ def start_process(worker_idx: int, settings: EngineSettings) -> tuple[Connection
 
 def run_process(worker_idx: int, settings: EngineSettings, connection: Connection) -> None:
     """The main function of an engine's process; ends with the connection, so signals are left to the server."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows lacks the last one
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     try:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device_type = settings.device_type
@@ -162,7 +163,7 @@ class Answer:
 
     def __init__(self, pool: "EnginePool", worker: "EngineWorker", requests: Sequence[Request], timeout_sec: float):
         self.pool, self.worker = pool, worker
-        self.num_prompt_tokens = len(requests[0].tokens)
+        self.num_prompt_tokens = sum(len(request.tokens) for request in requests if request.sample == 0)
         self.num_tokens = 0
         self.request_ids = [next(pool.ids) for _ in requests]  # of the samples
         self.start = time.perf_counter()
@@ -239,6 +240,7 @@ class EngineWorker:
         self.description = ""                      # device and dtype
         self.failure: str | None = None            # reason why the last engine could not be loaded
         self.num_restarts = 0
+        self.num_messages = 0                      # of all its engines
         self.process: multiprocessing.Process | None = None
         self.started = threading.Event()           # the first engine is ready, or failed
         self.thread = threading.Thread(target=self._watch, name=f"engine-{worker_idx}", daemon=True)
@@ -251,7 +253,7 @@ class EngineWorker:
             self.outbox.submit(connection.send, message)  # the reader thread notices a failure
 
     def _watch(self) -> None:
-        """The thread: start an engine, read its messages until it ends, and again."""
+        """The thread: start an engine, watch it until it ends, and again."""
         pause_sec = 1.0
         while not self.pool.closed.is_set():
             start = time.monotonic()
@@ -276,26 +278,33 @@ class EngineWorker:
         except OSError as error:
             self.failure = f"engine {self.worker_idx} can't be started ({error.strerror})"
             return
-        silent_sec = 0.0
-        with connection, contextlib.suppress(EOFError, OSError):  # the engine has ended
-            while True:
-                if connection.poll(PULSE_SEC):
-                    self._handle(connection, connection.recv())
-                    silent_sec = 0.0
-                    continue
-                silent_sec += PULSE_SEC
-                if silent_sec > (MAX_SILENT_SEC if self.connection else START_TIMEOUT_SEC):
-                    hint = "" if self.connection else "; try a smaller model or --device-type cpu"
-                    self.failure = f"no sign of life for {silent_sec:g} s{hint}"
-                    self.process.kill()
+        self.failure = None
+        reader = threading.Thread(target=self._read, args=(connection,), name=f"reader-{self.worker_idx}", daemon=True)
+        reader.start()
+        silent_sec, num_seen = 0.0, self.num_messages
+        while reader.is_alive():
+            reader.join(PULSE_SEC)
+            silent_sec = silent_sec + PULSE_SEC if num_seen == self.num_messages else 0.0
+            num_seen = self.num_messages
+            if silent_sec > (MAX_SILENT_SEC if self.connection else START_TIMEOUT_SEC):
+                hint = "" if self.connection else "; try a smaller model or --device-type cpu"
+                self.failure = self.failure or f"no sign of life for {silent_sec:g} s{hint}"
+                self.process.kill()
         self.connection = None
         self.pool.call_soon(self._fail_answers)
         self.process.join(STOP_TIMEOUT_SEC)
         self.process.kill()  # a process may outlive its end of the connection
         self.process.join(STOP_TIMEOUT_SEC)
 
+    def _read(self, connection: Connection) -> None:
+        """The reader thread: the messages of one engine, until it ends. Half a message makes it wait, too."""
+        with connection, contextlib.suppress(EOFError, OSError):  # the engine has ended
+            while True:
+                self._handle(connection, connection.recv())
+                self.num_messages += 1
+
     def _handle(self, connection: Connection, message: tuple) -> None:
-        """The thread: one message of the engine."""
+        """The reader thread: one message of the engine."""
         self.failure = None
         match message:
             case "ready", description:
@@ -369,15 +378,18 @@ class EnginePool:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self.loop.call_soon_threadsafe(function, *args)
 
+    def check_size(self, num_requests: int) -> None:
+        """EngineError where there would never be room for as many requests at once."""
+        if num_requests > self.max_rows + self.max_waiting:
+            raise EngineError("refused", f"{num_requests} choices at once are more than the "
+                              f"{self.max_rows + self.max_waiting} that this server's rows and queue hold")
+
     def submit(self, requests: Sequence[Request], timeout_sec: float) -> Answer:
-        """Send the samples of a prompt to the least busy engine; EngineError where there is no room for them."""
+        """Send the samples of some prompts to the least busy engine; EngineError where there is no room for them."""
         self.loop = asyncio.get_running_loop()
         ready = [worker for worker in self.workers if worker.connection is not None]
         if not ready:
             raise EngineError("lost", "no engine is ready; one is being started, try again", RETRY_SEC)
-        if len(requests) > self.max_rows + self.max_waiting:
-            raise EngineError("refused", f"{len(requests)} samples at once are more than this server's rows and queue "
-                              "hold")
         num_active = sum(len(worker.answers) for worker in ready)
         if num_active + len(requests) > len(ready) * self.max_rows + self.max_waiting:
             rounds = self.max_waiting / (self.max_rows * len(self.workers))  # of answers, until the queue is empty

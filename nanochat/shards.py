@@ -17,8 +17,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError, file_lock, get_base_dir, hash_file, print0, sync_folder, write_json
+from nanochat.account import Account
+from nanochat.common import (
+    UserError,
+    expand_home,
+    file_lock,
+    get_base_dir,
+    hash_file,
+    print0,
+    sync_folder,
+    write_json,
+)
 from nanochat.download import CorruptFile, put_in_place
+from nanochat.file_formats import holds_text, list_names
 
 SOURCES     = ("python-docs", "climbmix", "fineweb-edu", "files")  # what nanochat.dataset can make
 GROUP_ROWS  = 1024         # documents per row group: the unit of packing, of shuffling and of resuming
@@ -44,6 +55,7 @@ class Manifest:
     command:  str                # makes missing or damaged shards again
     train:    tuple[Shard, ...] = ()
     val:      Shard | None      = None
+    account:  Account | None    = None    # of a person's files
 
     def save(self, folder: Path) -> None:
         write_json(folder / "manifest.json", asdict(self))
@@ -55,7 +67,7 @@ class ShardList:
     name:  str
     train: tuple[Path, ...]
     val:   Path
-    hash:  str  # of the files' names, order and contents: the identity of the data
+    hash:  str  # the identity of the data, see hash_shards
 
 
 def load_shards(name_or_folder: str, verify: bool = False, train_files: Sequence[str] | None = None) -> ShardList:
@@ -80,8 +92,12 @@ def load_shards(name_or_folder: str, verify: bool = False, train_files: Sequence
                 break
     expected_sha256.update({folder / shard.file: shard.sha256 for shard in used})
     *train, val = [folder / shard.file for shard in used]
-    identity = json.dumps([(shard.file, shard.sha256) for shard in used])
-    return ShardList(folder.name, tuple(train), val, hashlib.sha256(identity.encode()).hexdigest()[:16])
+    return ShardList(folder.name, tuple(train), val, hash_shards(used))
+
+
+def hash_shards(used: Sequence[Shard]) -> str:
+    """The identity of the data: of the files' names, order and contents."""
+    return hashlib.sha256(json.dumps([(shard.file, shard.sha256) for shard in used]).encode()).hexdigest()[:16]
 
 
 def check_shards(folder: Path, manifest: Manifest, verify: bool, train_files: Sequence[str] | None) -> list[Shard]:
@@ -99,10 +115,10 @@ def check_shards(folder: Path, manifest: Manifest, verify: bool, train_files: Se
 def find_folder(name_or_folder: str) -> Path:
     """The folder of a dataset by name, which comes first, or by path."""
     named = get_base_dir() / "data" / name_or_folder
-    for folder in (named, Path(name_or_folder).expanduser()):
+    for folder in (named, expand_home(name_or_folder)):
         if (folder / "manifest.json").is_file():
             return folder.resolve()
-    if Path(name_or_folder).expanduser().is_dir():
+    if expand_home(name_or_folder).is_dir():
         raise UserError(f"{name_or_folder} has no manifest.json; make shards of its texts with: python -m "
                         f"nanochat.dataset --source files --path {name_or_folder} --name NAME, then use that NAME")
     source = name_or_folder if name_or_folder in SOURCES else "files --path FOLDER --name " + Path(name_or_folder).name
@@ -113,9 +129,11 @@ def find_folder(name_or_folder: str) -> Path:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder."""
     try:
-        content = json.loads((folder / "manifest.json").read_text())
+        content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         train, val = tuple(Shard(**shard) for shard in content["train"]), content["val"]
-        return Manifest(**content | {"train": train, "val": Shard(**val) if val else None})
+        account = content.get("account")    # older manifests have none
+        return Manifest(**content | {"train": train, "val": Shard(**val) if val else None,
+                                     "account": Account(**account) if account else None})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'manifest.json'} is damaged ({error}); delete {folder} and run nanochat.dataset "
                         f"again") from None
@@ -141,7 +159,7 @@ def inspect_shard(path: Path) -> tuple[int, int, int]:
         for group_idx in range(file.num_row_groups):
             texts = file.read_row_group(group_idx, columns=["text"], use_threads=False).column(0)
             texts.validate(full=True)
-            num_chars += pc.sum(pc.utf8_length(texts)).as_py() or 0
+            num_chars += pc.sum(pc.utf8_length(texts.cast(pa.large_string()))).as_py() or 0
             if texts.null_count:
                 raise CorruptFile(f"row group {group_idx} has {texts.null_count} rows without text")
         if not num_chars:
@@ -161,11 +179,15 @@ def reading_parquet() -> Iterator[None]:
 @contextlib.contextmanager
 def open_shard(path: Path) -> Iterator[pq.ParquetFile]:
     """A parquet file with a whole footer and a column `text`; raises CorruptFile."""
-    with reading_parquet():
-        file = pq.ParquetFile(path)
-    with file:
-        if "text" not in file.schema_arrow.names:
-            raise CorruptFile(f"it has no column 'text' among {', '.join(file.schema_arrow.names)}")
+    with contextlib.ExitStack() as stack:
+        with reading_parquet():
+            source = stack.enter_context(open(path, "rb"))    # arrow itself opens no path that isn't UTF-8
+            file = stack.enter_context(pq.ParquetFile(source))
+        names = file.schema_arrow.names
+        if names.count("text") != 1:
+            raise CorruptFile(f"it has {names.count('text') or 'no'} columns 'text' among {list_names(names)}")
+        if not holds_text(kind := file.schema_arrow.field("text").type):
+            raise CorruptFile(f"its column 'text' holds {kind}, not text")
         yield file
 
 
@@ -242,7 +264,8 @@ def write_shard(path: Path, documents: Iterator[str], shard_chars: float = math.
     part = path.with_name(path.name + ".part")
     rows = groups = chars = 0
     # A dictionary and statistics of long, unique texts would repeat the texts
-    with pq.ParquetWriter(part, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False) as writer:
+    with open(part, "wb") as file, \
+            pq.ParquetWriter(file, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False) as writer:
         while chars < shard_chars and (group := list(itertools.islice(documents, GROUP_ROWS))):
             writer.write_table(pa.table({"text": group}, SCHEMA), row_group_size=GROUP_ROWS)
             rows, groups, chars = rows + len(group), groups + 1, chars + sum(map(len, group))

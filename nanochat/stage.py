@@ -25,7 +25,7 @@ from nanochat.loss_eval import evaluate_loss
 from nanochat.memory import GIB
 from nanochat.optim import MuonAdamW
 from nanochat.report import write_section
-from nanochat.run import Progress, RunLog, StopSignal, check_ranks, compare_with_saved, read_info
+from nanochat.run import STOP_SIGNALS, Progress, RunLog, StopSignal, check_ranks, compare_with_saved, read_info
 from nanochat.scaling import Plan
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import LossScaler, PendingStats, TrainState
@@ -212,6 +212,8 @@ class Run:
     def stop(self, signal: StopSignal) -> None:
         """End a run that was told to stop, when its last save is on disk; raises what ends the process."""
         self.saver.wait()
+        if not signal.error:  # whose reason is there already
+            self.log.update(reason=STOP_SIGNALS.get(signal.signum, "the signal of another rank"))
         self.log.close("stopped")
         signal.end()
 
@@ -288,6 +290,7 @@ def write_report(section: str, title: str, run_dir: Path, info: dict, metrics: d
     write_section(section, {
         "title": title, "stage": info["stage"], "argv": info["argv"], "created": info["ended"],
         "run": str(run_dir.relative_to(get_base_dir())), "metrics": metrics,
+        "notes": [line for file in info["data"].get("files", ()) for line in file["lines"]],    # of a person's own
         "values": {"parameters": params["total"], "steps": results["step"], "tokens": results["tokens"],
                    "tokens per scaling parameter": plan["tokens_per_param"], "training FLOPs": plan["total_flops"],
                    "validation bits per byte": results.get("val_bpb"), "minutes": results["train_sec"] / 60,

@@ -17,6 +17,16 @@ import tiktoken
 import torch
 
 from nanochat.common import UserError, get_base_dir, write_atomic, write_json
+from nanochat.conversations import (
+    PARTS,
+    SEPARATOR,
+    Turn,
+    get_parts,
+    is_output,
+    join_texts,
+    parse_conversation,
+    split_turns,
+)
 
 SPECIAL_TOKENS = ("<|bos|>",                                    # begins every document and every conversation
                   "<|user_start|>",      "<|user_end|>",
@@ -24,12 +34,23 @@ SPECIAL_TOKENS = ("<|bos|>",                                    # begins every d
                   "<|python_start|>",    "<|python_end|>",      # the assistant calls the interpreter
                   "<|output_start|>",    "<|output_end|>")      # what the interpreter answered
 
-# The parts of an assistant's message: the name in their special tokens, and whether they are learned
-PARTS = {"text": (None, 1), "python": ("python", 1), "python_output": ("output", 0)}
-
-# GPT-4's pattern, but numbers are cut into one or two digits: three-digit tokens cost too much of a small vocabulary.
+# How text is cut into pieces; no token spans two. Ours is GPT-4's pattern, but numbers are cut into one or two digits:
+# three-digit tokens cost too much of a small vocabulary.
 SPLIT_PATTERN = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"""
                  r"""|\s*[\r\n]|\s+(?!\S)|\s+""")
+# As Qwen2's tokenizer.json has it; llama.cpp and others know this pattern and those made from it by their names.
+QWEN2_PATTERN = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+                 r"""|\s*[\r\n]+|\s+(?!\S)|\s+""")
+# Combining marks (\p{M}: vowel signs, tone marks, points) stand within the words of Hindi, Thai and other scripts of
+# South and Southeast Asia; words of \p{L}+ end there. `python -m dev.bench_split` shows what that costs.
+SPLIT_PATTERNS = {
+    "nanochat": SPLIT_PATTERN,
+    "marks":    SPLIT_PATTERN.replace(r"\p{L}+", r"\p{L}[\p{L}\p{M}]*"),      # ours, marks within words
+    "llama3":   QWEN2_PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|"),
+    "qwen2":    QWEN2_PATTERN,
+    "qwen35":   QWEN2_PATTERN.replace(r"\p{L}+", r"[\p{L}\p{M}]+")            # Qwen2's, marks within words
+                             .replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}"),
+}
 
 NUM_BYTES = 256
 # The spelling of bytes in files since GPT-2: visible characters of Latin-1 as they are, the other bytes from U+0100 on.
@@ -68,20 +89,24 @@ class RustBPETokenizer:
                                           special_tokens=special_tokens)
 
     @classmethod
-    def train_from_iterator(cls, text_iterator: Iterable[str], vocab_size: int) -> "RustBPETokenizer":
-        """Learn a vocabulary of `vocab_size` tokens, specials included. Deterministic: a function of the texts."""
+    def train_from_iterator(cls, text_iterator: Iterable[str], vocab_size: int,
+                            pattern: str = SPLIT_PATTERN) -> "RustBPETokenizer":
+        """Learn a vocabulary of `vocab_size` tokens, specials included. Deterministic: a function of the texts.
+
+        pattern: a regular expression; its matches, one after the other, are the pieces that merges stay within
+        """
         import rustbpe  # here, so that a machine that only runs models needs no rustbpe
         if vocab_size < MIN_VOCAB_SIZE:
             raise UserError(f"a vocabulary of {vocab_size} tokens is too small: {NUM_BYTES} bytes and "
                             f"{len(SPECIAL_TOKENS)} special tokens are always in it; ask for {MIN_VOCAB_SIZE} or more")
         trainer, pieces = rustbpe.Tokenizer(), (piece for text in text_iterator for piece in cut_blanks(text))
         trainer.train_from_iterator(pieces, vocab_size - len(SPECIAL_TOKENS), buffer_size=TRAIN_BUFFER_DOCUMENTS,
-                                    pattern=SPLIT_PATTERN)
+                                    pattern=pattern)
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         if len(ranks) + len(SPECIAL_TOKENS) < vocab_size:
             raise UserError(f"the text is too short for a vocabulary of {vocab_size} tokens: it gives "
                             f"{len(ranks) + len(SPECIAL_TOKENS)}; train on more text or ask for a smaller vocabulary")
-        return cls(SPLIT_PATTERN, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
+        return cls(pattern, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "RustBPETokenizer":
@@ -190,7 +215,22 @@ class RustBPETokenizer:
         """One conversation as (ids, mask), cut to `max_tokens`; mask is 1 on what the assistant must learn to write.
 
         That is its text, its python calls and assistant_end, but not the output of a call: the interpreter writes that.
-        conversation: {"messages": [{"role", "content"}, ...]}; one that breaks the format raises ValueError
+        conversation: {"messages": [...]}, see conversations.py; what is none raises ValueError
+        """
+        ids, mask = self.render_turns(*split_turns(parse_conversation(conversation)))
+        return ids[:max_tokens], mask[:max_tokens]
+
+    def render_for_completion(self, conversation: dict) -> list[int]:
+        """The whole prompt for the next answer, ending in assistant_start, without the conversation's last answer."""
+        messages = parse_conversation(conversation)
+        if messages[-1]["role"] == "assistant" and not is_output(messages[-1]):
+            messages = messages[:-1]
+        return self.render_turns(*split_turns(messages), is_prompt=True)[0]
+
+    def render_turns(self, system: str, turns: Sequence[Turn], is_prompt: bool = False) -> tuple[list[int], list[int]]:
+        """(ids, mask) of turns, as conversations.split_turns gives them: the chat format, for training and serving.
+
+        is_prompt: the last answer is left open, for the model to begin or continue it
         """
         special = self.encode_special
         ids, mask = [self.get_bos_token_id()], [0]
@@ -199,27 +239,30 @@ class RustBPETokenizer:
             ids.extend(new_ids)
             mask.extend([learned] * len(new_ids))
 
-        for message in check_messages(conversation):
-            content = message["content"]
-            if message["role"] == "user":
-                add([special("<|user_start|>"), *self.encode(content), special("<|user_end|>")], 0)
+        for turn in turns:
+            if question := join_texts([system if turn is turns[0] else "", turn.question]):
+                add([special("<|user_start|>"), *self.encode(question), special("<|user_end|>")], 0)
+            is_open = is_prompt and turn is turns[-1]
+            if not turn.answers and not is_open:
                 continue
             add([special("<|assistant_start|>")], 0)
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                part_ids, (name, learned) = self.encode(part["text"]), PARTS[part["type"]]
-                if name:
-                    part_ids = [special(f"<|{name}_start|>"), *part_ids, special(f"<|{name}_end|>")]
-                add(part_ids, learned)
-            add([special("<|assistant_end|>")], 1)
-        return ids[:max_tokens], mask[:max_tokens]
-
-    def render_for_completion(self, conversation: dict) -> list[int]:
-        """The whole prompt for the next answer, ending in assistant_start, without the conversation's last answer."""
-        messages = check_messages(conversation)
-        if messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        ids, _ = self.render_conversation({"messages": messages}, max_tokens=None)
-        return [*ids, self.encode_special("<|assistant_start|>")]
+            learned, ends_in_text = 1, False
+            for message in turn.answers if turn.tokens is None else ():
+                learned, parts = message.get("weight", 1), get_parts(message)
+                if ends_in_text and parts and parts[0]["type"] == "text":
+                    add(self.encode(SEPARATOR), learned)
+                for part in parts:
+                    part_ids, (name, is_written) = self.encode(part["text"]), PARTS[part["type"]]
+                    if name:
+                        part_ids = [special(f"<|{name}_start|>"), *part_ids, special(f"<|{name}_end|>")]
+                    add(part_ids, learned * is_written)
+                    ends_in_text = part["type"] == "text" and bool(part["text"])
+            add(turn.tokens or [], 0)
+            if not is_open:
+                add([special("<|assistant_end|>")], learned)
+            elif ends_in_text:
+                add(self.encode(SEPARATOR), 0)
+        return ids, mask
 
 
 def get_tokenizer_dir(name: str = "default") -> Path:
@@ -248,34 +291,6 @@ def cut_blanks(text: str) -> Iterator[str]:
             yield text[start:end]
             start = end
     yield text[start:]
-
-
-def check_messages(conversation: dict) -> list[dict]:
-    """The messages, user and assistant in turn; a system message is put before the user's first one. ValueError where
-    they aren't, or a content is neither text nor, from the assistant, a list of PARTS."""
-    messages = conversation.get("messages") if isinstance(conversation, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise ValueError('a conversation is {"messages": [...]} with at least one message')
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not message.keys() >= {"role", "content"}:
-            raise ValueError(f'message {i} is not {{"role": ..., "content": ...}}')
-        parts, role = message["content"], message["role"]
-        if not isinstance(parts, str) and (role != "assistant" or not isinstance(parts, list)):
-            raise ValueError(f"the content of message {i} ({role}) is not text")
-        for part in parts if isinstance(parts, list) else ():
-            if not isinstance(part, dict) or part.get("type") not in list(PARTS):
-                raise ValueError(f"a part of message {i} has none of the types {', '.join(PARTS)}")
-            if not isinstance(part.get("text"), str):
-                raise ValueError(f"a {part['type']} part of message {i} holds no text")
-    if messages[0]["role"] == "system":
-        if len(messages) < 2 or messages[1]["role"] != "user":
-            raise ValueError("the system message is not followed by a message of the user")
-        system, first, *rest = messages
-        messages = [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
-    for i, message in enumerate(messages):
-        if message["role"] != (expected := ("user", "assistant")[i % 2]):
-            raise ValueError(f"message {i}, system aside, has role {message['role']!r} where {expected!r} is due")
-    return messages
 
 
 def check_vocabulary(ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:

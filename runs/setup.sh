@@ -19,8 +19,9 @@ fail() {
 }
 
 find_python() {
-    local name
-    for name in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 python3.10 python}; do
+    local name names=(python3 python3.14 python3.13 python3.12 python3.11 python3.10 python)
+    [[ -z ${PYTHON:-} ]] || names=("$PYTHON")
+    for name in "${names[@]}"; do
         if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
             echo "$name"
             return

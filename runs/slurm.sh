@@ -24,11 +24,11 @@ EXTRA=${EXTRA:-}                         # more flags for scripts.base_train
 
 cd "${SLURM_SUBMIT_DIR:?this is a job script: sbatch runs/slurm.sh}" || exit 2
 source .venv/bin/activate
-latest=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/runs/base/$NAME/latest
+latest=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}/runs/base/$NAME/latest
 before=$(cat "$latest" 2> /dev/null)
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110  # torchrun kills ranks that still save so many seconds after SIGTERM, else 30
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$NPROC" --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \
+srun python -m torch.distributed.run --nnodes "$SLURM_NNODES" --nproc-per-node "$NPROC" --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \
     --rdzv-endpoint "$head_node:29500" -m scripts.base_train -- --data "$DATA" --tokenizer "$NAME" \
     --model-tag "$NAME" --depth "$DEPTH" --target-param-data-ratio "$RATIO" $EXTRA
 status=$?

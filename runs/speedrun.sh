@@ -28,11 +28,11 @@ CHAT_EVAL_EXTRA=${CHAT_EVAL_EXTRA:-}     # more flags for scripts.chat_eval
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-launch() {    # a module on every GPU, with its flags; torchrun reads those before -- itself
+launch() {    # a module on every GPU, with its flags; torchrun, by its module's name, reads those before -- itself
     local module=$1
     shift
     if (( NPROC > 1 )); then
-        torchrun --standalone --nproc-per-node "$NPROC" -m "$module" -- "$@"
+        python -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m "$module" -- "$@"
     else
         python -m "$module" "$@"
     fi

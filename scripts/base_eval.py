@@ -160,7 +160,7 @@ def load_results(path: Path, settings: dict, fresh: bool, ranks: Ranks) -> dict[
     Every rank reads the file: it changes only after all ranks have finished a task together.
     """
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
         saved_settings, tasks = saved["settings"], dict(saved["tasks"])
     except FileNotFoundError:
         return {}

@@ -16,11 +16,10 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from nanochat.chat import ChatSession, format_answer
 from nanochat.checkpoint_manager import add_model_flags, load_for
-from nanochat.common import UserError, add_compute_flags, get_base_dir, run_script
+from nanochat.common import UserError, add_compute_flags, expand_home, get_base_dir, run_script
 from nanochat.engine import Engine, Event
 
 HELP = '''/new                 forget the conversation
@@ -199,9 +198,9 @@ def run_command(session: ChatSession, chat: dict, name: str, value: str) -> str:
     if name in ("save", "load"):
         if not value:
             raise UserError(f"/{name} wants the name of a file, as in /{name} talk.jsonl")
-        path = Path(value).expanduser()
-        (session.save if name == "save" else session.load)(path)
-        return f"{'saved' if name == 'save' else 'loaded'} {len(session.turns)} turns, {path}"
+        path = expand_home(value)
+        notes = (session.save if name == "save" else session.load)(path) or []
+        return "; ".join([f"{'saved' if name == 'save' else 'loaded'} {len(session.turns)} turns, {path}", *notes])
     raise UserError(f"there is no command /{name}; /help lists them, and a message that begins with / stands between "
                     'lines of """')
 

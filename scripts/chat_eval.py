@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> dict:
 def read_earlier(path: Path, task_names: list[str], max_problems: int) -> dict[str, dict]:
     """Earlier results of other tasks with as many problems: tasks evaluated one by one are one evaluation."""
     try:
-        saved = json.loads(path.read_text())
+        saved = json.loads(path.read_text(encoding="utf-8"))
         return {name: result for name, result in saved["tasks"].items()
                 if saved["max_problems"] == max_problems and name not in task_names}
     except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):  # none, or one that is damaged

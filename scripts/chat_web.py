@@ -6,12 +6,15 @@
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
 
-SIGTERM and Ctrl-C let running answers finish, up to --drain-seconds. The log has no contents without --log-contents.
+SIGTERM, Ctrl-C and a closed terminal let running answers finish, up to --drain-seconds. The log has no contents without
+--log-contents.
 """
 
 import argparse
 import errno
 import functools
+import ipaddress
+import os
 import signal
 import socket
 import sys
@@ -22,7 +25,7 @@ import uvicorn
 from nanochat.checkpoint_manager import add_model_flags, find_checkpoint, find_last_stage, load_run_tokenizer
 from nanochat.common import UserError, add_compute_flags, let_threads_spin, print0, run_script
 from nanochat.server import ServerSettings, log_line, make_app
-from nanochat.server_api import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K
+from nanochat.server_api import MAX_TEMPERATURE, MAX_TOP_K, Limits
 from nanochat.server_engines import EnginePool, EngineSettings, start_process
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")    # names of this machine in URLs
@@ -40,6 +43,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("-p", "--port", type=int, default=8000, help="0 = any free port")
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 admits other machines")
     add("-n", "--workers", type=int, default=1, help="engine processes, distributed over the GPUs in turn")
+    add("--max-answer-tokens", type=int, default=Limits.max_answer_tokens,
+        help="longest answer in tokens; a request's max_tokens is cut to it, and to what the context leaves")
+    add("--max-messages", type=int, default=Limits.max_messages, help="messages of a conversation, at most")
+    add("--max-message-chars", type=int, default=Limits.max_message_chars,
+        help="characters of a message, at most; the assistant's messages only count in the conversation")
+    add("--max-conversation-chars", type=int, default=Limits.max_conversation_chars,
+        help="characters of a conversation or of a prompt, at most")
+    add("--max-choices", type=int, default=Limits.max_choices, help="answers to a prompt, at most: n of a request")
     add("--max-rows", type=int, default=32, help="rows of an engine's batch")
     add("--queue", type=int, default=64, help="answers that may wait for a row; further ones get 429")
     add("--request-timeout", type=float, default=300, help="seconds per answer, at most")
@@ -55,9 +66,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     if not (0 <= args.temperature <= MAX_TEMPERATURE and 0 <= args.top_k <= MAX_TOP_K
-            and 1 <= args.max_tokens <= MAX_TOKENS):
+            and 1 <= args.max_tokens <= args.max_answer_tokens):
         raise UserError(f"--temperature must be from 0 to {MAX_TEMPERATURE}, --top-k from 0 to {MAX_TOP_K}, "
-                        f"--max-tokens from 1 to {MAX_TOKENS}")
+                        f"--max-tokens from 1 to --max-answer-tokens, which is {args.max_answer_tokens}")
+    if min(args.max_messages, args.max_message_chars, args.max_conversation_chars, args.max_choices) < 1:
+        raise UserError("--max-messages, --max-message-chars, --max-conversation-chars and --max-choices must be 1 or "
+                        "more")
     if min(args.workers, args.max_rows) < 1 or args.queue < 0:
         raise UserError("--workers and --max-rows must be 1 or more, --queue 0 or more")
     if not 0 < args.request_timeout < float("inf") or args.drain_seconds < 0:
@@ -80,21 +94,28 @@ def main(argv: list[str] | None = None) -> dict:
         let_threads_spin()  # inherited by the engines, which only decode
         pool = EnginePool(functools.partial(start_process, settings=engine), args.workers, args.max_rows, args.queue,
                           log_line)
-        url_host = f"[{args.host}]" if ":" in args.host else args.host  # IPv6 in brackets
-        is_local = url_host in LOCAL_HOSTS
+        host, port = listener.getsockname()[:2]
+        is_local = ipaddress.ip_address(host.partition("%")[0]).is_loopback
+        url_host = args.host.strip("[]")
+        url_host = f"[{url_host}]" if ":" in url_host else url_host  # IPv6 in brackets
+        limits = Limits(args.max_messages, args.max_message_chars, args.max_conversation_chars,
+                        args.max_answer_tokens, args.max_choices)
         settings = ServerSettings(
             f"{stage}/{tag}", stage, found.meta["model_config"]["sequence_len"], args.temperature, args.top_k,
-            args.max_tokens, args.request_timeout, created=int((found.run_dir / "latest").stat().st_mtime),
+            args.max_tokens, args.request_timeout, limits, created=int((found.run_dir / "latest").stat().st_mtime),
             api_key=api_key, cors_origins=tuple(args.cors_origin), log_contents=args.log_contents,
-            hosts=LOCAL_HOSTS if is_local and api_key is None else ())
+            hosts=(*LOCAL_HOSTS, url_host.lower()) if is_local and api_key is None else ())
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # ends the engines, too, even while they load
+        hang_up = getattr(signal, "SIGHUP", None)              # not on Windows
+        if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:  # which nohup sets
+            signal.signal(hang_up, lambda *_: signal.raise_signal(signal.SIGTERM))
         try:
             pool.start()
             if stage == "base":
                 print0("warning: a base model only completes text, it wasn't taught to answer; see -i")
             if not is_local and api_key is None:
                 print0(f"warning: anyone who reaches {args.host} can use this server; --api-key-file sets a key")
-            print0(f"serving {settings.model_name}, step {step}, at http://{url_host}:{listener.getsockname()[1]}")
+            print0(f"serving {settings.model_name}, step {step}, at http://{url_host}:{port}")
             serve(make_app(settings, pool, tokenizer), listener, args.drain_seconds)
         finally:
             pool.close()
@@ -117,14 +138,24 @@ def read_api_key(args: argparse.Namespace) -> str | None:
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens at an address; UserError where it can't."""
+    """A socket that listens at a name or an address, an IPv6 address in brackets or not; UserError where it can't."""
+    host = host.strip("[]")
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+        if not host:
+            raise OSError("it is empty")
+        addresses = {info[0]: info[4] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        if socket.AF_INET in addresses:  # of a name with both, since not every client tries ::1 for localhost
+            return socket.create_server(addresses[socket.AF_INET])
+        # :: stands for all addresses, those of IPv4, too
+        return socket.create_server(addresses[socket.AF_INET6], family=socket.AF_INET6,
+                                    dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6())
+    except (OSError, UnicodeError) as error:  # UnicodeError: of a name that can't be encoded
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise UserError(f"port {port} of {host} is in use; stop what uses it, or choose another with -p") from None
-        raise UserError(f"can't listen at --host {host} -p {port} ({error.strerror or error}); 127.0.0.1 is this "
-                        "machine only, 0.0.0.0 all of its addresses") from None
+        number = getattr(error, "errno", None) or 0
+        reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
+        raise UserError(f"can't listen at --host {host} -p {port} ({reason}); 127.0.0.1 is this machine only, 0.0.0.0 "
+                        "all of its addresses, :: those of IPv6 as well") from None
 
 
 def serve(app, listener: socket.socket, drain_sec: int) -> None:

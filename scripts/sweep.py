@@ -268,7 +268,7 @@ class Sweep:
         tag, code, info = worker.point.tag, worker.process.returncode, self.read_run(worker.point).info
         if info.get("status") == "failed" and info != worker.before:
             return info["reason"]
-        lines = (self.folder / "logs" / f"{tag}.log").read_text(errors="replace").split("\n")
+        lines = (self.folder / "logs" / f"{tag}.log").read_text(encoding="utf-8", errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return f"{how} ({last[:300]})"

@@ -1,6 +1,6 @@
 """The task: a list of conversations and a grade for answers. Mixtures of tasks; multiple-choice questions.
 
-A conversation is {"messages": [{"role", "content"}, ...]}, as nanochat.tokenizer renders it; its last message is the
+A conversation is {"messages": [{"role", "content"}, ...]}, see nanochat.conversations; its last message is the
 reference answer. A task may add fields that its own `evaluate` reads; a categorical one adds "letters", the choices.
 The graded answer is text as the tokenizer decodes it, special tokens by their names.
 """

@@ -1,43 +1,119 @@
-"""A person's own conversations, one per line of a .jsonl or .jsonl.gz file.
+"""A person's own conversations, a row of a file each: .jsonl, .ndjson, .json, .csv (also .gz and .zst) or .parquet.
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+
+or a row of another common form, see nanochat.conversations. A row that is no conversation is left out and counted.
 """
 
+import copy
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.common import UserError
-from nanochat.tokenizer import check_messages
+from nanochat.common import UserError, expand_home
+from nanochat.conversations import OPENAI, TAKEN_FORMS, get_text, is_output, read_row
 from tasks.common import Task
-from tasks.rows import JsonLines
+from tasks.rows import read_rows
+
+UNEXPECTED_FRAC = 0.05    # of the rows: more left out is a warning of its own
+MAX_NUMBERS = 5           # of lines named for each reason
+MAX_REASONS = 10          # shown and kept in the records; all rows are counted
+
+
+@dataclass
+class RowAccount:
+    """What became of the rows of a file: every one is kept or left out."""
+    file:       str
+    unit:       str         # what is numbered: "line" or "row"
+    rows:       int = 0
+    kept:       int = 0
+    characters: int = 0     # of the kept rows
+    unlearned:  int = 0     # kept rows in which an answer is read, but not learned: it has weight 0, or no text
+    reasons:    dict[str, list[int]] = field(default_factory=dict)     # why rows were left out -> their numbers
+    forms:      Counter[str] = field(default_factory=Counter)          # of the kept rows
+    unused:     Counter[str] = field(default_factory=Counter)          # fields that are not read, by the rows with them
+
+    @property
+    def left_out(self) -> int:
+        return self.rows - self.kept
+
+    def get_reasons(self) -> list[tuple[str, list[int]]]:
+        """The commonest reasons, with the numbers of their rows."""
+        return sorted(self.reasons.items(), key=lambda item: -len(item[1]))[:MAX_REASONS]
+
+    def to_json(self) -> dict:
+        """For the records of a run, bounded in size."""
+        reasons = {reason: {"rows": len(numbers), "first": numbers[:MAX_NUMBERS]}
+                   for reason, numbers in self.get_reasons()}
+        return vars(self) | {"left_out": self.left_out, "reasons": reasons, "forms": dict(self.forms),
+                             "unused": dict(self.unused.most_common(MAX_REASONS)), "lines": self.describe()}
+
+    def describe(self) -> list[str]:
+        """Lines for a person; the warning comes last."""
+        lines = [f"{self.kept:,} conversations of {self.characters:,} characters in {self.rows:,} rows"]
+        lines += [f"converted from {form}: {number:,} rows" for form, number in self.forms.items() if form != OPENAI]
+        for reason, numbers in self.get_reasons():
+            more = f" and {len(numbers) - MAX_NUMBERS:,} more" if len(numbers) > MAX_NUMBERS else ""
+            lines.append(f"left out {self.unit} {', '.join(map(str, numbers[:MAX_NUMBERS]))}{more}: {reason}")
+        if len(self.reasons) > MAX_REASONS:
+            num_rows = self.left_out - sum(len(numbers) for _, numbers in self.get_reasons())
+            lines.append(f"left out {num_rows:,} rows more for {len(self.reasons) - MAX_REASONS:,} other reasons")
+        if self.unused:
+            names = [f"{name} ({number:,} rows)" for name, number in self.unused.most_common(MAX_REASONS)]
+            more = f" and {len(self.unused) - MAX_REASONS:,} other fields" if len(self.unused) > MAX_REASONS else ""
+            lines.append(f"not read: {', '.join(names)}{more}")
+        if self.unlearned:
+            lines.append(f"{self.unlearned:,} conversations have an answer that is read, but not learned: its weight "
+                         "is 0, or it has no text")
+        lines = [f"{self.file}: {line}" for line in lines]
+        if self.left_out > UNEXPECTED_FRAC * self.rows:
+            lines.append(f"WARNING: {self.left_out / self.rows:.0%} of the rows of {self.file} were left out "
+                         f"({self.left_out:,} of {self.rows:,}); the reasons stand above")
+        return lines
 
 
 class CustomJSON(Task):
-    """Conversations of a file. The first bad line raises UserError with file, line and reason."""
+    """The conversations of a file; UserError where there is none."""
 
     def __init__(self, path: str | Path, **kwargs) -> None:
         super().__init__(**kwargs)
-        self.rows = JsonLines(Path(path).expanduser())
+        path = expand_home(path)
+        self.rows, self.indices = read_rows(path), []    # indices: of the rows that are conversations
+        self.account = RowAccount(path.name, self.rows.unit, len(self.rows))
         for index in range(len(self.rows)):
             try:
-                parse_conversation(self.rows[index])
-            except ValueError as error:
-                raise UserError(f"{self.rows.where(index)}: {error}; correct or remove the line") from None
+                self.add_row(index)
+            except ValueError as error:      # JSON's, UTF-8's and ConversationError
+                self.account.reasons.setdefault(explain(error), []).append(self.rows.numbers[index])
+        self.account.kept = len(self.indices)
+        if not self.indices:
+            reason, numbers = next(iter(self.account.reasons.items()))
+            raise UserError(f"{path} holds no conversation ({self.rows.unit} {numbers[0]}: {reason}); give rows of "
+                            f"{TAKEN_FORMS}")
+
+    def add_row(self, index: int) -> None:
+        """Count a row that is a conversation; ValueError for any other."""
+        row, account = read_row(self.rows[index]), self.account
+        self.indices.append(index)
+        account.characters += sum(len(get_text(message)) for message in row.messages)
+        account.forms[row.form] += 1
+        account.unused.update(row.unused)
+        account.unlearned += any("weight" in message and not is_output(message) for message in row.messages)
+
+    def cut(self, start: int, stop: int | None) -> "CustomJSON":
+        """The conversations [start:stop], of the rows read before."""
+        part = copy.copy(self)
+        part.start, part.stop = start, stop
+        return part
+
+    def num_examples(self) -> int:
+        return len(self.indices)
 
     def get_example(self, index: int) -> dict:
-        return parse_conversation(self.rows[index])
+        return {"messages": read_row(self.rows[self.indices[index]]).messages}
 
 
-def parse_conversation(row: object) -> dict:
-    """The conversation of one row; ValueError with the reason where the format is broken."""
-    conversation = {"messages": row["messages"] if isinstance(row, dict) and "messages" in row else row}
-    check_messages(conversation)
-    for i, message in enumerate(conversation["messages"]):
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for part in parts:
-            part["text"].encode()   # a lone surrogate can stand in JSON, but it is no text
-        # an output may be empty: some calls print nothing
-        if not parts or any(not part["text"].strip() for part in parts if part["type"] != "python_output"):
-            raise ValueError(f"the content of message {i} ({message['role']}) is empty")
-    return conversation
+def explain(error: ValueError) -> str:
+    """Why a row was left out, without what differs from row to row."""
+    return f"it is not JSON ({error.msg})" if hasattr(error, "msg") else str(error)

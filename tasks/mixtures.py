@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UserError, hash_file
+from nanochat.common import UserError, expand_home, hash_file
 from tasks.catalog import TASKS, get_task
 from tasks.common import Task, TaskMixture
-from tasks.customjson import CustomJSON
+from tasks.customjson import CustomJSON, RowAccount
 
 # Each entry is NAME[:COUNT[:WEIGHT]], as --tasks takes them. 'mid' and 'sft' are those of the public record (January
 # 2026), 'sft-direct' that of SFT straight from the base model (July 2026); 'quickstart' needs no download.
@@ -31,6 +31,7 @@ class Mixture:
     train: Task
     val:   Task
     parts: dict[str, str]   # task or file -> its size, weight and hash, to print and to compare runs
+    accounts: Sequence[RowAccount] = ()   # of the person's own files
 
     @property
     def name(self) -> str:
@@ -42,7 +43,7 @@ def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = ()) -> Mi
 
     COUNT: conversations, all by default; WEIGHT: how often each is used, 2 = twice
     """
-    train, val, weights, parts = [], [], [], {}
+    train, val, weights, parts, accounts = [], [], [], {}, []
     for entry in entries:
         name, count, weight = parse_entry(entry)
         if name in parts:
@@ -62,16 +63,17 @@ def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = ()) -> Mi
         if name in parts:
             raise UserError(f"two files or tasks are called {name}, so records couldn't tell them apart; rename one")
         num_train = len(whole) - len(whole) // CUSTOM_VAL_ONE_IN
-        train.append(CustomJSON(path, stop=num_train))
-        val.append(CustomJSON(path, start=num_train))
+        train.append(whole.cut(0, num_train))
+        val.append(whole.cut(num_train, None))
+        accounts.append(whole.account)
         weights.append(1.0)
-        parts[name] = f"{num_train} x1, sha256 {hash_file(Path(path).expanduser())[:16]}"
+        parts[name] = f"{num_train} x1, sha256 {hash_file(expand_home(path))[:16]}"
     if not train:
         raise UserError(f"there is nothing to learn from: name some --tasks ({', '.join(TASKS)}) or a --custom-json")
     mixture = TaskMixture(train, weights)
     if unused := [name for name, num in zip(parts, mixture.counts, strict=True) if not num]:
         raise UserError(f"of {unused[0]} nothing would be used; give it a larger COUNT or WEIGHT")
-    return Mixture(mixture, TaskMixture(val), parts)
+    return Mixture(mixture, TaskMixture(val), parts, accounts)
 
 
 def parse_entry(entry: str) -> tuple[str, int | None, float]:

@@ -8,76 +8,142 @@ Local files are in $NANOCHAT_MIRROR_DIR or <base dir>/hub, named as on the hub:
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError, get_base_dir, get_mirror_dir
-from nanochat.corpus import iter_lines
+from nanochat.account import printable
+from nanochat.common import UserError, get_base_dir, get_first_line, get_mirror_dir
+from nanochat.file_formats import (
+    COMPRESSIONS,
+    LeftOut,
+    iter_json_values,
+    iter_lines,
+    iter_table,
+    list_names,
+    reading,
+    require_text,
+)
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")  # the first kind that exists is read
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")  # the first kind that exists is read, of the hub's
 
 
 class JsonLines(Sequence):
-    """The rows of a .jsonl or .jsonl.gz file, kept as bytes, which take a fraction of the memory of objects.
+    """The rows of a file other than .parquet, kept as JSON in bytes, which take a fraction of the memory of objects.
 
-    All rows are parsed once at the start, so that a damaged line is found then and not hours later.
+    A row that is not JSON raises ValueError when it is asked for; `check` does so for all, as UserError.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.lines, self.numbers = path, [], []     # numbers: of the lines in the file
-        try:
-            for number, line in iter_lines(path):
-                line = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
-                if line:
-                    self.lines.append(line)
-                    self.numbers.append(number)
-        except OSError as error:
-            raise UserError(f"{path} can't be read ({error.strerror}); give a .jsonl file") from None
+        self.path, self.lines, self.numbers = path, [], []     # numbers: of the file's lines, .json: of its rows
+        self.unit = "row" if get_format(path) == ".json" else "line"
+        for number, line in iter_rows(path):
+            self.lines.append(line)
+            self.numbers.append(number)
         if not self.lines:
             raise UserError(f"{path} is empty; it must hold one JSON object per line")
-        for index in range(len(self.lines)):
-            try:
-                self[index]
-            except (ValueError, RecursionError) as error:      # broken UTF-8 is a ValueError, too
-                raise UserError(f"{self.where(index)} is not JSON ({error}); correct or remove the line") from None
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def __getitem__(self, index: int) -> object:
-        return json.loads(self.lines[index])
+        try:
+            return json.loads(self.lines[index].decode())    # of bytes, json would guess the encoding
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
 
-    def where(self, index: int) -> str:
-        """File and line of a row, for an error."""
-        return f"{self.path}:{self.numbers[index]}"
+    def check(self) -> "JsonLines":
+        """Itself; UserError for a damaged row, so that it is found now and not hours later."""
+        for index in range(len(self.lines)):
+            try:
+                self[index]
+            except ValueError as error:      # broken UTF-8 is one, too
+                raise UserError(f"{self.path}:{self.numbers[index]} is not JSON ({error}); correct or remove the "
+                                "line") from None
+        return self
+
+
+def get_format(path: Path) -> str:
+    """The end of a file's name, such as .json, without .gz or .zst."""
+    return next((suffix for suffix in reversed(path.suffixes) if suffix.lower() not in COMPRESSIONS), "").lower()
+
+
+def iter_rows(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The rows of a file as JSON, each with the number of its line (.json: of the row). By the end of the name, without
+    .gz or .zst: .json is an array, or values one after the other; .csv has names in its first line; others have a value
+    on each line. UserError where the file can't be read as a whole."""
+    if path.exists() and not path.is_file():    # a pipe would be waited for
+        raise UserError(f"{printable(path)} can't be read, it is no file; give a file, such as a .jsonl")
+    reader = {".json": iter_values, ".csv": iter_objects, ".tsv": iter_objects}.get(get_format(path), iter_json)
+    try:
+        with reading(path):
+            yield from reader(path)
+    except LeftOut as reason:
+        raise UserError(f"{printable(path)} {reason}") from None
+
+
+def iter_json(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that aren't blank, as they are."""
+    for number, line in iter_lines(path):
+        yield number, require_text(path, f"{printable(path)}:{number}", line).strip().encode()
+
+
+def iter_values(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The values of a JSON file; an array of messages is one conversation."""
+    values = [value for _, value in iter_json_values(path)]
+    if any(isinstance(value, dict) and "role" in value for value in values):
+        values = [values]
+    yield from ((number, json.dumps(value).encode()) for number, value in enumerate(values, start=1))
+
+
+def iter_objects(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The rows of a table as objects."""
+    names = []
+    for number, row in iter_table(path):
+        if names:
+            yield number, json.dumps(dict(zip(names, row, strict=False))).encode()
+        elif len(set(row)) < len(row):
+            raise UserError(f"{printable(path)} has two columns of the same name among {list_names(row)}; rename one")
+        else:
+            names = row
 
 
 class TableRows(Sequence):
     """The rows of parquet files, held as an Arrow table."""
 
+    unit = "row"
+
     def __init__(self, paths: Sequence[Path]) -> None:
         tables = []
         for path in paths:
             try:
-                tables.append(pq.read_table(path))
-                if not len(tables[-1]):
-                    raise UserError(f"{path} has no rows; fetch it again")
+                with open(path, "rb") as source, pq.ParquetFile(source) as file:   # arrow opens no path beside UTF-8
+                    if len(set(names := file.schema_arrow.names)) < len(names):
+                        raise UserError(f"{path} has two columns of the same name among {', '.join(names)}; rename one")
+                    tables.append(file.read())
             except (pa.ArrowException, OSError) as error:
-                raise UserError(f"{path} can't be read as parquet ({str(error).splitlines()[0]}); fetch it "
+                raise UserError(f"{path} can't be read as parquet ({get_first_line(error)}); fetch or make it "
                                 "again") from None
+            if not len(tables[-1]):
+                raise UserError(f"{path} has no rows; fetch or make it again")
         try:
             self.table = pa.concat_tables(tables)
         except pa.ArrowException:
             raise UserError(f"{paths[0].parent} holds files with different columns; fetch them again") from None
+        self.numbers = range(1, self.table.num_rows + 1)
 
     def __len__(self) -> int:
         return self.table.num_rows
 
     def __getitem__(self, index: int) -> dict:
         return self.table.slice(range(len(self))[index], 1).to_pylist()[0]
+
+
+def read_rows(path: Path) -> JsonLines | TableRows:
+    """The rows of a person's file."""
+    return TableRows([path]) if path.suffix.lower() == ".parquet" else JsonLines(path)
 
 
 def load_rows(repo: str, subset: str | None, split: str, columns: Sequence[str] = ()) -> Sequence[dict]:
@@ -87,7 +153,8 @@ def load_rows(repo: str, subset: str | None, split: str, columns: Sequence[str] 
     if paths is None:
         rows, source = load_from_hub(repo, subset, split, folders[-1]), repo
     else:
-        rows, source = TableRows(paths) if paths[0].suffix == ".parquet" else JsonLines(paths[0]), str(paths[0])
+        rows = TableRows(paths) if paths[0].suffix == ".parquet" else JsonLines(paths[0]).check()
+        source = str(paths[0])
     check_columns(rows[0], columns, source)
     return rows
 

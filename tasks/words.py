@@ -84,7 +84,7 @@ def read_list(path: Path) -> list[str]:
     """The words of a file with one per line."""
     advice = "delete it and run python -m tasks.words, or go on without it"
     try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             words = sorted({word for word in map(str.strip, file) if is_word(word)})
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); {advice}") from None

@@ -10,9 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat import dataset
+from nanochat.account import Account
 from nanochat.common import Ranks
 from nanochat.dataloader import Groups, RowOrder, TextGroups, TrainLoader
 from nanochat.shards import ShardList
+from nanochat.text_files import find_text_files, read_documents
 from tests.helpers import BYTE_TOKENIZER
 
 REPO, NUM_IN_REPO = dataset.HUB_SOURCES["climbmix"]
@@ -183,3 +185,17 @@ def write_lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def compress_zst(data):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as file:
+        file.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+def read_texts(folder, text_column="text", account=None):
+    """The documents of a folder or file in the order of its files, and the account."""
+    account = account or Account()
+    files = find_text_files(folder, account)
+    return [text for file in files for text in read_documents(file, text_column, account)], account

@@ -9,6 +9,7 @@ from nanochat.chat import ChatSession, format_answer
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from tasks.customjson import CustomJSON
+from tests.data_helpers import write_lines
 from tests.helpers import BYTE_TOKENIZER
 from tests.server_helpers import ScriptedModel
 
@@ -75,29 +76,59 @@ def test_saved_conversations_are_training_data_and_can_be_loaded(tmp_path):
     ask(session, " ")
     session.save(tmp_path / "talk.jsonl")
     messages = CustomJSON(tmp_path / "talk.jsonl").get_example(0)["messages"]
-    assert len(messages) == 5 and messages[4]["content"][2] == {"type": "python_output", "text": "918"}
+    assert len(messages) == 7 and messages[4]["content"][2] == {"type": "python_output", "text": "918"}
     other = make_session()
     other.load(tmp_path / "talk.jsonl")
-    session.turns.pop()  # which was empty
     assert other.build_prompt("So?", 9) == session.build_prompt("So?", 9)
-    assert [(turn.question, turn.parts) for turn in other.turns] == [
-        (turn.question, turn.parts) for turn in session.turns]
+    other.save(tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "talk.jsonl").read_bytes()
     with pytest.raises(UserError, match="exists"):
         other.save(tmp_path / "talk.jsonl")
     with pytest.raises(UserError, match="nothing to save"):
         make_session().save(tmp_path / "empty.jsonl")
     with pytest.raises(UserError, match="can't be written"):
         session.save(tmp_path / "no" / "talk.jsonl")
+    with pytest.raises(UserError, match="the message is empty"):
+        ask(session, "")
+
+
+@pytest.mark.parametrize(("messages", "prompt"), [
+    ([{"role": "assistant", "content": "Hi!"}], "<|assistant_start|>Hi!<|assistant_end|><|user_start|>So?"),
+    ([{"role": "user", "content": "a"}], "<|user_start|>a\n\nSo?"),    # which has no answer yet
+    ([{"role": "developer", "content": "S"}], "<|user_start|>S\n\nSo?"),
+    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0},
+      {"role": "system", "content": "S"}],
+     "<|user_start|>a<|user_end|><|assistant_start|>b<|assistant_end|><|user_start|>S\n\nSo?"),
+])
+def test_what_training_takes_can_be_loaded(tmp_path, messages, prompt):
+    session = make_session()
+    session.load(write_lines(tmp_path / "talk.jsonl", [{"messages": messages}]))
+    assert BYTE_TOKENIZER.decode(session.build_prompt("So?", 9)[0]) == (
+        f"<|bos|>{prompt}<|user_end|><|assistant_start|>")
+    assert ask(session, "So?")
+    session.save(tmp_path / "saved.jsonl")
+    saved = CustomJSON(tmp_path / "saved.jsonl")[0]
+    assert [message for message in saved["messages"] if "weight" in message] == [
+        message for message in messages if "weight" in message]
+
+
+def test_what_is_said_of_a_loaded_conversation(tmp_path):
+    session = make_session()
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert session.load(write_lines(tmp_path / "a", [{"conversations": talk, "id": 1, "tools": [2]}])) == [
+        "converted from ShareGPT", "not read: id, tools"]
+    assert session.load(write_lines(tmp_path / "b", [[{"role": "user", "content": "a"}]])) == [
+        "its last question has no answer, the next message is added to it"]
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"{", b"[]", b"\xff", b'{"messages": [3]}', b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
-    b'{"messages": [{"role": "assistant", "content": "Hi"}]}'])
+    b"", b"{", b"[]", b"\xff", b'{"messages": [3]}', b'{"messages": [{"role": "user", "content": 5}]}',
+    b'{"messages": [{"role": "user", "content": ""}]}'])
 def test_what_is_no_conversation_is_not_loaded(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     session = make_session()
     ask(session, "Hi")
-    with pytest.raises(UserError, match="holds no conversation"):
+    with pytest.raises(UserError, match="doesn't hold one conversation"):
         session.load(tmp_path / "file")
     with pytest.raises(UserError, match="can't be read"):
         session.load(tmp_path)

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from nanochat import chat_stage
 from nanochat.common import UserError
 from nanochat.run import read_metrics
 from scripts import base_train, chat_cli, chat_sft, mid_train
+from tests.data_helpers import write_lines
 from tests.helpers import (
     assert_same_runs,
+    assert_stopped_after,
+    hang_up_in_step,
     make_base,
     out_of_memory_at,
     read_state,
@@ -173,6 +177,13 @@ def test_out_of_memory_twice(mid, train):
     assert_same_runs(train("--out-tag", "short", *calm)["run_dir"], expected["run_dir"])
 
 
+def test_terminal_that_closes_saves_and_stops(base_dir, sft):
+    with hang_up_in_step(chat_stage, 3):
+        train_sft("--out-tag", "hung_up")
+    assert_stopped_after(base_dir / "runs" / "sft" / "hung_up", 3)
+    assert_same_runs(train_sft("--out-tag", "hung_up")["run_dir"], sft["run_dir"])
+
+
 def test_kill_changes_nothing(base_dir, mid):
     argv = ["-g", "toy", *TASKS, "--num-epochs", "8", "--sample-every", "-1", *MACHINE, "--eval-every", "20",
             "--save-every", "10"]
@@ -222,15 +233,41 @@ def write_conversations(path, conversations):
 
 @pytest.mark.parametrize("train", [mid_train, chat_sft])
 def test_odd_conversations(mid, tmp_path, train, capsys):
-    """Longer than the context, without an answer, with an answer beyond the context: counted, finite, and it ends."""
+    """Longer than the context, without an answer, with an answer beyond the context: counted, finite, and it ends. The
+    last one is held out, though there is nothing to score."""
     argv = write_conversations(tmp_path / "odd.jsonl", [
-        ["Hello?"], ["Why? " * 200, "Because."], ["Tell me.", "Well, " * 300], ["Hi", "Hello"]] * 4)
+        ["Hello?"], ["Tell me.", "Well, " * 300], ["Hi", "Hello"], ["Why? " * 200, "Because."]] * 5)
     result = train.main(["-g", "toy", *argv, "--out-tag", "odd", "--sample-every", "-1", *MACHINE])
     assert all(line["loss"] > 0 for line in read_lines(result["run_dir"])) and "val_bpb" not in result
-    assert result["num_conversations"] == 16
-    assert result["num_skipped_conversations"] == 8
-    assert result["num_shortened"] >= 4
-    assert f"{result['num_shortened']} shortened" in capsys.readouterr().out
+    assert result["num_conversations"] == 19
+    assert result["num_skipped_conversations"] == 9
+    assert result["num_shortened"] >= 5
+    out = capsys.readouterr().out
+    assert f"{result['num_shortened']} shortened" in out
+    assert "validation: 1 of 1 held-out conversations have no answer to score within 128 tokens; so there is no" in out
+
+
+def test_account_of_a_file(base_dir, mid, tmp_path, capsys):
+    """What became of each row is said, and kept in run.json and the report card."""
+    rows = [{"messages": [{"role": "user", "content": f"Hi {i}"}, {"role": "assistant", "content": "Hello"}], "id": i}
+            for i in range(8)]
+    rows += [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, {"chosen": "a",
+             "rejected": "b"}]
+    path = write_lines(tmp_path / "mine.jsonl", rows)
+    result = chat_sft.main(["-g", "toy", "--mixture", "none", "--custom-json", str(path), "--out-tag", "account",
+                            "--sample-every", "-1", *MACHINE])
+    assert result["num_conversations"] == 9
+    out = capsys.readouterr().out
+    for text in ("mine.jsonl: 9 conversations of 79 characters in 10 rows",
+                 "mine.jsonl: converted from ShareGPT: 1 rows",
+                 "mine.jsonl: left out line 10: a row of pairs", "mine.jsonl: not read: id (8 rows)",
+                 "WARNING: 10% of the rows of mine.jsonl were left out (1 of 10)"):
+        assert text in out, text
+    (file,) = read_info(result["run_dir"])["data"]["files"]
+    assert (file["rows"], file["kept"], file["left_out"]) == (10, 9, 1) and file["forms"]["ShareGPT"] == 1
+    assert [reason["first"] for reason in file["reasons"].values()] == [[10]]
+    section = json.loads((base_dir / "report" / "chat_sft.json").read_text())
+    assert section["notes"] == file["lines"] and set(file["lines"]) <= set(out.splitlines())
 
 
 def test_step_with_nothing_to_learn(mid, tmp_path):
@@ -245,7 +282,7 @@ def test_step_with_nothing_to_learn(mid, tmp_path):
 
 def test_no_answer_at_all(mid, tmp_path):
     argv = write_conversations(tmp_path / "mute.jsonl", [["Hello?"]] * 3)
-    with pytest.raises(UserError, match="nothing to learn in mute.jsonl: no conversation has an answer within 128"):
+    with pytest.raises(UserError, match="nothing to learn in mute.jsonl: no answer of weight 1 begins within 128"):
         chat_sft.main(["-g", "toy", *argv, "--out-tag", "mute", *MACHINE])
 
 

@@ -4,6 +4,8 @@ import concurrent.futures
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import openai
 import pytest
@@ -21,9 +24,10 @@ from dev import bench_server
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
+from nanochat.server_api import Limits
 from nanochat.server_engines import EngineSettings
 from scripts import chat_web
-from tests.helpers import BYTE_TOKENIZER, make_model
+from tests.helpers import BYTE_TOKENIZER, REPO_DIR, make_model
 from tests.server_helpers import CONFIG, QUESTION, ServerProcess, save_toy
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
@@ -64,7 +68,7 @@ def open_stream(server: ServerProcess, **fields):
     return response
 
 
-def test_official_client(client):
+def test_official_client(server, client):
     (model,) = client.models.list().data
     answer = client.chat.completions.create(model=model.id, messages=QUESTION, max_tokens=5, temperature=0, seed=1,
                                             logprobs=True, top_logprobs=2, stop=["never"], top_p=0.9)
@@ -79,12 +83,37 @@ def test_official_client(client):
     assert "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices if c.index == 1) == text
     assert chunks[-1].usage.completion_tokens == 10
     assert client.completions.create(model=model.id, prompt="Hi", max_tokens=3).usage.prompt_tokens == 3
+    completion = client.completions.create(model=model.id, prompt=["a", "b"], n=2, max_tokens=2, echo=True)
+    assert [choice.text[0] for choice in completion.choices] == ["a", "a", "b", "b"]
+    assert client.models.retrieve(model.id).id == model.id
     with pytest.raises(openai.NotFoundError, match="isn't here"):
         client.chat.completions.create(model="gpt-4", messages=QUESTION)
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(model=model.id, messages=QUESTION, temperature=9)
+    with pytest.raises(openai.NotFoundError, match="ends with /v1"):
+        client.with_options(base_url=server.url).chat.completions.create(model=model.id, messages=QUESTION)
     with pytest.raises(openai.AuthenticationError, match="API key"):
         client.with_options(api_key="wrong").models.list()
+
+
+EXAMPLES = [(language, code) for language, code in re.findall(
+    r"```(bash|python)\n(.*?)```", (REPO_DIR / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    if "http://127.0.0.1:8000/v1" in code]
+
+
+@pytest.mark.parametrize("language,code", EXAMPLES)
+def test_examples_of_the_readme(server, language, code, capsys):
+    """As they stand there, but for the server's address and its key."""
+    code = code.replace("http://127.0.0.1:8000", server.url)
+    if language == "python":
+        exec(re.sub(r'api_key="[^"]*"', 'api_key="secret"', code), {})
+        assert capsys.readouterr().out
+        return
+    if shutil.which("curl") is None:
+        pytest.skip("curl isn't installed")
+    code = re.sub(r"\bcurl ", "curl -sS -H 'Authorization: Bearer secret' ", code)
+    done = subprocess.run(["bash", "-ec", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and json.loads(done.stdout)["choices"][0]["message"]["content"], done.stderr
 
 
 def test_large_body_hears_why(server):
@@ -136,9 +165,52 @@ def test_mistakes_end_with_one_sentence(base_dir, monkeypatch, tmp_path):
     for argv, reason in ((["-i", "mid"], "there is no mid model"), (["-g", "nope"], "there is no"),
                          (["-s", "99"], "no checkpoint of step 99"), (["--host", "nowhere.invalid"], "can't listen"),
                          (["-p", "70000"], "--port"), (["-t", "3"], "--temperature"), (["--workers", "0"], "--workers"),
+                         (["--max-choices", "0"], "--max-choices"), (["-m", "5000"], "--max-answer-tokens"),
                          (["--api-key", ""], "one word"), (["--api-key-file", str(tmp_path / "no")], "can't be read")):
         with pytest.raises(UserError, match=reason):
             chat_web.main(argv)
+
+
+@pytest.mark.parametrize("host,answers_at", [
+    ("127.0.0.1", ["127.0.0.1"]), ("localhost", ["127.0.0.1"]), ("::1", ["::1"]), ("[::1]", ["::1"]),
+    ("0.0.0.0", ["127.0.0.1"]), ("::", ["::1", "127.0.0.1"]), ("[::]", ["::1", "127.0.0.1"])])
+def test_forms_of_hosts(host, answers_at):
+    if ":" in host and not has_ipv6():
+        with pytest.raises(UserError, match="can't listen"):
+            chat_web.open_socket(host, 0)
+        return
+    with chat_web.open_socket(host, 0) as listener:
+        for address in answers_at:
+            socket.create_connection((address, listener.getsockname()[1]), timeout=5).close()
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("host", ["", "nowhere.invalid", "a..b", "x" * 70, "http://127.0.0.1", "127.0.0.1:80", "\udcff",
+                                  "192.0.2.1", "fe80::1%nowhere"])
+def test_bad_hosts_end_with_one_sentence(host):
+    with pytest.raises(UserError, match="can't listen at --host .* is this machine only"):
+        chat_web.open_socket(host, 0)
+
+
+def test_flags_reach_the_server(base_dir, monkeypatch):
+    served = []
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
+    monkeypatch.setattr(chat_web, "EnginePool", lambda *_: SimpleNamespace(start=lambda: None, close=lambda: None))
+    monkeypatch.setattr(chat_web, "make_app", lambda settings, *_: served.append(settings))
+    monkeypatch.setattr(chat_web, "serve", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    limits = Limits(max_messages=1, max_message_chars=2, max_conversation_chars=3, max_answer_tokens=4, max_choices=5)
+    argv = [word for name, value in vars(limits).items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    for host, hosts in (("127.0.0.2", {"127.0.0.1", "localhost", "[::1]", "127.0.0.2"}), ("0.0.0.0", set())):
+        chat_web.main(["-i", "rl", "-p", "0", "-m", "3", "--host", host, *argv])
+        assert served[-1].limits == limits and served[-1].max_tokens == 3 and set(served[-1].hosts) == hosts
 
 
 def test_flags_reach_the_engine(base_dir, monkeypatch):
@@ -216,10 +288,12 @@ def test_500_requests_with_random_disconnects(base_dir):
 
 
 # The last one: it ends the server of this file
-def test_stop_lets_answers_finish(server):
+def test_closed_terminal_lets_answers_finish(server):
+    """SIGHUP reaches all processes; the server then ends as by SIGTERM."""
     stream = open_stream(server, max_tokens=200)
     engines = server.find_engines()
-    server.process.send_signal(signal.SIGTERM)
+    for pid in (*engines, server.process.pid):
+        os.kill(pid, signal.SIGHUP)
     assert stream.read().decode().rstrip().endswith("data: [DONE]")
     assert server.process.wait(30) == 0
     for pid in engines:

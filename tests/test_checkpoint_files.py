@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,19 @@ from safetensors import SafetensorError
 from nanochat import checkpoint_files
 from nanochat.checkpoint_files import FORMAT_VERSION, MODEL_NAME, list_steps, load_meta, read_latest
 from nanochat.checkpoint_manager import find_step, load_model, restore, save_checkpoint
-from nanochat.common import UserError, run_script
-from tests.helpers import CPU, TINY, make_meta, make_model, make_trained, run_program, save_run
+from nanochat.common import Ranks, UserError, get_base_dir, run_script
+from nanochat.run import RunLog, read_info, read_metrics
+from tests.helpers import (
+    BYTE_TOKENIZER,
+    CPU,
+    TINY,
+    assert_same_weights,
+    make_meta,
+    make_model,
+    make_trained,
+    run_program,
+    save_run,
+)
 
 pytestmark = pytest.mark.usefixtures("byte_base")
 
@@ -159,6 +171,21 @@ def test_broken_weights_are_not_saved(value):
         save_checkpoint(run_dir, 2, model, optimizer, make_meta(optimizer), keep_last=1)
     assert sorted(path.name for path in run_dir.iterdir()) == ["latest", "step_000001"]
     assert load_model("base", CPU)[2]["step"] == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' file names are Unicode")
+def test_base_folder_with_a_name_that_is_not_utf8(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", os.fsdecode(os.fsencode(tmp_path) + b"/l'\xe9t\xe9 d'avant"))
+    BYTE_TOKENIZER.save(get_base_dir() / "tokenizer" / "default")
+    run_dir = save_run()
+    expected, optimizer = make_trained(num_steps=1)
+    model, _, meta = load_model("base", CPU)
+    assert_same_weights(model, expected)
+    restore(run_dir, 1, model, optimizer)
+    log = RunLog(run_dir, meta, Ranks())
+    log.write("sample", 1, text=meta["run_dir"])
+    log.close("finished")
+    assert read_info(run_dir)["run_dir"] == read_metrics(run_dir)[0]["text"] == str(run_dir)
 
 
 def test_no_pickle_on_disk():

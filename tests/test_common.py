@@ -2,9 +2,13 @@
 
 import errno
 import hashlib
+import importlib.util
+import io
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -13,8 +17,10 @@ import torch
 import torch.distributed as dist
 
 from nanochat import common, memory
+from nanochat.checkpoint_manager import locked_run
 from nanochat.common import Ranks, UserError, let_threads_spin
-from tests.helpers import run_program, start_script
+from tasks.customjson import CustomJSON
+from tests.helpers import run_forked, run_program, start_script
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -69,6 +75,54 @@ def test_other_errors_of_the_system_stay_bugs():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Streams and locales
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("latin-1", "été ?? ?".encode("latin-1")), ("ascii", b"?t? ?? ?"),
+                                                 ("utf-8", "été 中文 ?".encode())])
+def test_what_stdout_can_not_show_is_replaced(encoding, shown, monkeypatch):
+    """PYTHONIOENCODING, or a locale that isn't UTF-8; the last character is a byte of a path that isn't UTF-8."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding))
+    common.run_script(lambda argv: common.print0("été 中文 \udcff"))
+    assert raw.getvalue() == shown + b"\n"
+
+
+def test_closed_streams_are_dev_null(tmp_path):
+    """Else the first file that is opened would be stdin, the second stdout, and get what is printed."""
+    def close_and_write():
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            os.close(number)
+            setattr(sys, name, None)
+        common.run_script(lambda argv: None)
+        with open(tmp_path / "file", "w", encoding="utf-8") as file:
+            print("to stdout")
+            print("to stderr", file=sys.stderr)
+            subprocess.run(["echo", "to stdout"], check=True)
+            return [file.fileno() > 2, sys.stdin.read(), os.path.samestat(os.fstat(1), os.stat(os.devnull))]
+    assert run_forked(close_and_write) == [True, "", True]
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+@pytest.mark.parametrize(("path", "encoding", "message"), [
+    ("/data/é", "ascii", "the character '\\xe9', which the encoding of this locale, ascii, lacks; set LC_ALL="),
+    ("/data/\udcff", "utf-8", "'/data/\\udcff' has the byte 0xff, which isn't utf-8, and what is to open it takes")])
+def test_file_name_that_can_not_be_encoded(path, encoding, message, monkeypatch, capsys):
+    """Under LC_ALL=C PYTHONUTF8=0, where a file of ours names a path; and by a library that takes UTF-8 only."""
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
+    with pytest.raises(SystemExit) as ending:
+        common.run_script(lambda argv: path.encode(encoding))
+    assert ending.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_environment_that_torch_can_not_be_loaded_from(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "prefix", "/home/\udcff/.venv")
+    with pytest.raises(SystemExit) as ending:
+        common.prepare_process()
+    assert ending.value.code == 2 and "a path that isn't UTF-8; move it" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Environment, files, ranks
 
 
@@ -86,6 +140,21 @@ def test_base_dir(tmp_path, monkeypatch):
         common.get_base_dir()
 
 
+def test_user_without_a_home(monkeypatch):
+    """As in a container that is started with any user's id."""
+    def find_nobody(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+    monkeypatch.setattr("pwd.getpwuid", find_nobody)
+    for name in ("HOME", "NANOCHAT_BASE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="home folder in ~/.cache/nanochat isn't known .* set NANOCHAT_BASE_DIR"):
+        common.get_base_dir()
+    monkeypatch.setenv("NANOCHAT_MIRROR_DIR", "~/hub")
+    for find in (common.get_mirror_dir, lambda: CustomJSON("~/mine.jsonl")):
+        with pytest.raises(UserError, match="~/.* isn't known on this system; set HOME, or give it without ~"):
+            find()
+
+
 def test_write_atomic_replaces_a_file(tmp_path):
     path = tmp_path / "text"
     common.write_atomic(path, "größer\n")
@@ -93,6 +162,8 @@ def test_write_atomic_replaces_a_file(tmp_path):
     assert path.read_bytes() == b"\x00\xff"
     common.write_json(path, {"a": [1, "é"]})
     assert path.read_text(encoding="utf-8") == '{\n  "a": [\n    1,\n    "é"\n  ]\n}\n'
+    common.write_json(path, {"path": os.fsdecode(b"/data/\xff")})
+    assert os.fsencode(json.loads(path.read_text(encoding="utf-8"))["path"]) == b"/data/\xff"
     assert os.listdir(tmp_path) == ["text"]
 
 
@@ -121,6 +192,66 @@ def test_file_lock_is_exclusive(tmp_path):
             other.acquire(timeout=0)
     other.acquire(timeout=0)
     other.release()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_disk_without_locks(number, tmp_path, monkeypatch, capsys):
+    """As NFS and Lustre may be mounted: work goes on, and a warning says once what is missing."""
+    def fail(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr("fcntl.flock", fail)
+    for _ in range(2):
+        with common.file_lock(tmp_path / "thing"), locked_run(tmp_path / "run"):
+            pass
+    with common.file_lock(tmp_path / "thing").acquire():
+        pass
+    out = capsys.readouterr().out
+    assert out.count("has no file locks") == 1 and out.startswith(f"warning: the disk of {tmp_path} has no file locks")
+
+
+def test_other_errors_of_a_lock_are_raised(tmp_path, monkeypatch):
+    def fail(descriptor, operation):
+        raise OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr("fcntl.flock", fail)
+    with pytest.raises(OSError, match="Input/output error"), common.file_lock(tmp_path / "thing"):
+        pass
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"RANK": "3"}, "RANK=3, LOCAL_RANK=0 and WORLD_SIZE=1 .* don't name one of several ranks; start these with torch"),
+    ({"RANK": "first"}, "RANK=first"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT not, where the ranks meet; start them with torch"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}, "but MASTER_ADDR not")])
+def test_half_an_environment_of_ranks(settings, message, monkeypatch, tmp_path):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    with pytest.raises(UserError, match=message):
+        common.init_compute("cpu")
+
+
+def test_compiled_kernels_are_reached_without_blanks_and_quotes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    plain, awkward = tmp_path / "Grüße", tmp_path / "John O'Neill"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(plain))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    common.init_compute("cpu")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(plain / "compiled")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(awkward))
+    for _ in range(2):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+        common.init_compute("cpu")
+        link = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        assert common.is_plain(link) and link.samefile(awkward / "compiled")
+    assert link.parent.stat().st_mode & 0o77 == 0  # others could put their own kernels there
+    link.unlink()
+    link.parent.rename(tmp_path / "theirs")
+    link.parent.symlink_to(tmp_path / "theirs")
+    assert common.find_plain_path(awkward) == awkward
 
 
 def test_ranks(monkeypatch, capsys):
@@ -258,7 +389,8 @@ def test_flags_of_ranks_on_gpus_stay_in_host_memory(gpu_group):
 
 def test_ranks_on_gpus_have_both_backends(monkeypatch, tmp_path):
     groups = []
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    for name, value in (("NANOCHAT_BASE_DIR", str(tmp_path)), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(common, "get_ranks", lambda: common.Ranks(1, 1, 2))
     monkeypatch.setattr(common, "get_device", lambda device_type, ranks: torch.device("cuda", ranks.local_rank))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -267,6 +399,17 @@ def test_ranks_on_gpus_have_both_backends(monkeypatch, tmp_path):
     common.init_compute("cuda")
     (backend, options), = groups
     assert backend == "cpu:gloo,cuda:nccl" and options["device_id"] == torch.device("cuda", 1)
+
+
+def test_common_is_loaded_where_packages_are_missing(monkeypatch):
+    """The doctor needs it to say which."""
+    for name in ("filelock", "torch"):
+        monkeypatch.setitem(sys.modules, name, None)    # imports fail
+    spec = importlib.util.spec_from_file_location("common_again", common.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    assert module.get_ranks() is not None
 
 
 def test_import_of_the_library_changes_nothing():

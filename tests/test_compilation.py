@@ -2,11 +2,17 @@
 
 import copy
 import os
+import shlex
+import sysconfig
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._inductor import cpp_builder
+from torch.utils import cpp_extension
 
 from nanochat import compilation, gpt
 from nanochat.common import UserError
@@ -46,6 +52,27 @@ def test_probe_names_what_is_wrong_with_the_compiler(monkeypatch):
         raise RuntimeError("No working C++ compiler found\nin any of these")
     monkeypatch.setattr(torch, "compile", fail)
     assert compilation.probe_compiler(CPU) == "RuntimeError: No working C++ compiler found"
+
+
+def test_compiler_is_told_no_path_with_blanks_or_quotes(tmp_path, monkeypatch):
+    """Torch, as in a .venv, and Python lie in such a folder; only the paths of headers are quoted."""
+    awkward = tmp_path / "John O'Neill"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(torch, "__path__", [str(awkward / "torch")])
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", str(awkward / "torch" / "lib"))
+    monkeypatch.setitem(sysconfig.get_config_vars(), "LIBDIR", str(awkward / "lib"))
+    assert compilation.link_awkward_paths() == ""
+    folders = [*cpp_builder._get_torch_related_args(False, False)[1], *cpp_builder._get_python_related_args()[1]]
+    assert [Path(folder).resolve() for folder in folders] == [awkward / "torch" / "lib", awkward / "lib"]
+    options = cpp_builder.BuildOptionsBase("g++", libraries_dirs=folders)
+    command = cpp_builder.CppBuilder("kernel", "kernel.cpp", options).get_command_line()
+    assert shlex.split(command)[-2:] == [f"-L{folder}" for folder in folders]
+    # where no link can be made, the reason is in words
+    monkeypatch.setattr(tempfile, "tempdir", str(awkward))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(awkward / "compiled"))
+    reason = compilation.probe_compiler(CPU)
+    assert f"the path {awkward / 'compiled'} has a blank or a quote" in reason and "or set TMPDIR" in reason
 
 
 def test_half_written_kernels_are_removed(tmp_path, monkeypatch):

@@ -1,17 +1,12 @@
-"""nanochat/corpus.py: which files, which documents, and which sentence for which mistake."""
+"""nanochat/corpus.py: which files and which documents."""
 
 import ast
-import gzip
-import json
 import re
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from nanochat import corpus
-from nanochat.common import UserError
-from nanochat.corpus import Package, build_python_docs, cut_text, find_text_files, is_new, read_documents
+from nanochat.corpus import Package, build_python_docs, cut_text, is_new
 from tests.data_helpers import make_package
 
 
@@ -91,72 +86,3 @@ def test_cut_text_loses_nothing(mark):
     assert "".join(pieces) == text and len(pieces) > 1
     assert all(len(piece) <= corpus.MAX_DOC_CHARS for piece in pieces)
     assert all(piece.endswith(mark) for piece in pieces)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# files
-
-
-def test_reads_all_kinds(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.txt").write_text("\ufeffплоский текст", encoding="utf-8")
-    (tmp_path / "b.MD").write_text("# 标题\n", encoding="utf-8")
-    (tmp_path / "c.jsonl").write_text('{"text": "eins"}\n\n{"text": "zwei", "id": 2}\n')
-    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "drei"}\n'))
-    pq.write_table(pa.table({"text": ["vier", None, "f\u00fcnf", "  "]}), tmp_path / "e.parquet")
-    pq.write_table(pa.table({"text": pa.array(["sechs"], pa.large_string())}), tmp_path / "f.parquet")
-    (tmp_path / ".hidden.txt").write_text("no")
-    (tmp_path / "data.csv").write_text("no")
-    files = find_text_files(tmp_path)
-    texts = [text for path in files for text in read_documents(path, "text")]
-    assert texts == ["# 标题\n", "eins", "zwei", "drei", "vier", "f\u00fcnf", "sechs", "плоский текст"]
-    assert find_text_files(tmp_path / "b.MD") == [tmp_path / "b.MD"]
-
-
-def test_long_text_file_is_cut_whatever_the_block(tmp_path, monkeypatch):
-    text = "".join(f"Line {idx} of a long book.\n{'' if idx % 7 else chr(10)}" for idx in range(9_000))
-    (tmp_path / "book.txt").write_text(text)
-    whole = list(read_documents(tmp_path / "book.txt", "text"))
-    assert "".join(whole) == text and len(whole) > 3
-    monkeypatch.setattr(corpus, "BLOCK_CHARS", 7_001)
-    assert list(read_documents(tmp_path / "book.txt", "text")) == whole
-
-
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.txt",      b"caf\xe9 au lait",                    r"a\.txt is not UTF-8"),
-    ("a.jsonl",    b'{"text": "x"}\n{"text": \n',         r"a\.jsonl:2 is not JSON"),
-    ("a.jsonl",    b'{"text": "x"}\n[1]\n',               r"a\.jsonl:2 has no field 'text' but list"),
-    ("a.jsonl",    b'{"body": "x"}\n',                    r"a\.jsonl:1 has no field 'text' but body; .*--text-column"),
-    ("a.jsonl",    b'{"text": 5}\n',                      r"a\.jsonl:1: field 'text' holds int"),
-    ("a.jsonl",    b'{"text": "caf\xe9"}\n',              r"a\.jsonl:1 is not UTF-8"),
-    ("a.jsonl",    b'{"text": "\\ud800"}\n',              r"a\.jsonl:1 is not UTF-8"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}', mtime=0)[:-9],  r"a\.jsonl\.gz is not a whole gzip file"),
-    ("a.jsonl.gz", b'{"text": "x"}\n',                    r"a\.jsonl\.gz is not a whole gzip file"),
-    ("a.parquet",  b"PAR1 and then nothing",              r"a\.parquet can't be read as parquet"),
-])
-def test_mistakes_name_the_place(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        list(read_documents(tmp_path / name, "text"))
-
-
-def test_parquet_columns(tmp_path):
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"body": ["x"], "id": [1], "raw": pa.array([b"\xe9"], pa.binary())}), path)
-    with pytest.raises(UserError, match=r"no column 'text'; .*--text-column: body, id, raw"):
-        list(read_documents(path, "text"))
-    with pytest.raises(UserError, match="column 'id' of .* holds int64"):
-        list(read_documents(path, "id"))
-    assert list(read_documents(path, "body")) == ["x"]
-    invalid = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xe9"], pa.binary()).buffers())
-    pq.write_table(pa.table({"text": invalid}), path)
-    with pytest.raises(UserError, match="not UTF-8"):
-        list(read_documents(path, "text"))
-
-
-def test_nothing_to_read(tmp_path):
-    with pytest.raises(UserError, match="isn't there"):
-        find_text_files(tmp_path / "nowhere")
-    (tmp_path / "image.png").write_text(json.dumps({}))
-    with pytest.raises(UserError, match=r"holds no \.txt"):
-        find_text_files(tmp_path)

@@ -1,5 +1,7 @@
 """nanochat/dataset.py: shards on disk, the sources, and the command with its exit codes."""
 
+import gzip
+import hashlib
 import json
 import os
 import signal
@@ -18,11 +20,12 @@ from nanochat import corpus, dataset, download
 from nanochat.common import UserError
 from nanochat.corpus import Package
 from nanochat.dataset import main
-from nanochat.shards import count_groups, iter_documents, load_shards, read_group
+from nanochat.shards import count_groups, iter_documents, load_shards, read_group, read_manifest
 from tests.data_helpers import (
     NUM_IN_REPO,
     REPO,
     Server,
+    compress_zst,
     hash_shards,
     make_files,
     make_hub_shard,
@@ -97,8 +100,8 @@ def test_a_failed_build_leaves_the_old_data(texts, base_dir):
 
 
 @pytest.mark.parametrize(("contents", "message"), [
-    ([], "holds no .txt"), (["  \n"], "holds 0 documents"), (["one"], "holds 1 documents"),
-    (["same"] * 5, "the same document 5 times"),
+    ([], r"0 different documents \(it is empty\)"), (["  \n"], "holds 0 different documents;"),
+    (["one"], "holds 1 different documents;"), (["same"] * 5, "holds 1 different documents;"),
 ])
 def test_too_little_text(tmp_path, base_dir, contents, message):
     folder = tmp_path / "few"
@@ -112,9 +115,119 @@ def test_too_little_text(tmp_path, base_dir, contents, message):
 def test_two_documents_are_enough(tmp_path, base_dir):
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "b.txt").write_text("two")
-    main(["--source", "files", "--path", str(tmp_path), "--name", "two"])
-    shards = load_shards("two")
-    assert sorted(iter_documents([*shards.train, shards.val])) == ["one", "two"]
+    for name in ("two", "again"):    # the base folder is among what is read, but for what is made there
+        main(["--source", "files", "--path", str(tmp_path), "--name", name])
+        shards = load_shards(name)
+        assert sorted(iter_documents([*shards.train, shards.val])) == ["one", "two"]
+    assert read_manifest(base_dir / "data" / "again").account.reasons == {
+        "holds what nanochat has made": {"outcome": "skipped", "files": 1, "names": ["base"]}}
+
+
+def make_folder(folder, contents):
+    folder.mkdir()
+    for name, content in contents.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def test_validation_is_a_tenth_of_the_distinct_text(tmp_path, base_dir):
+    rows = [json.dumps({"text": f"Document {idx}. " + "word " * (idx % 50)}) + "\n" for idx in range(400)]
+    vals = []
+    for times in (1, 3, 12):
+        make_folder(tmp_path / f"{times}", {"rows.jsonl": "".join(rows * times)})
+        main(["--source", "files", "--path", str(tmp_path / f"{times}"), "--name", "mine"])
+        shards = load_shards("mine")
+        vals.append(list(iter_documents([shards.val])))
+        train = list(iter_documents(shards.train))
+        assert len(train) + len(vals[-1]) == 400 and not set(train) & set(vals[-1])
+        assert 0.1 < sum(map(len, vals[-1])) / sum(map(len, vals[-1] + train)) < 0.12
+    assert vals[0] == vals[1] == vals[2]
+
+
+def test_the_account_adds_up(tmp_path, base_dir, capsys):
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in ("one", None, "two", " ", "one", "three"))
+    folder = make_folder(tmp_path / "mixed", {
+        "a.txt": "four", "b.txt.gz": gzip.compress(b"five"), "c.jsonl": rows, "e.md": "one",
+        "d.jsonl.zst": compress_zst(rows.encode() * 900)[:-3],    # damaged after some of its rows
+        "page.html": "<p>six", "data.bin": "x" * 100, ".hidden": ""})
+    make_files(folder)
+    account, told = read_manifest(base_dir / "data" / "mine").account, capsys.readouterr().out
+    assert account.files == {"read": 4, "left out": 3, "skipped": 1}
+    assert account.formats == {".txt": 2, ".jsonl": 1, ".md": 1}
+    assert sum(account.bytes.values()) == sum(path.stat().st_size for path in folder.iterdir())
+    assert account.documents == {"kept": 5, "without text": 1, "blank": 1, "exact repeats of others": 2}
+    assert account.characters == {"kept": 19, "without text": 0, "blank": 1, "exact repeats of others": 6}
+    shards = load_shards("mine")
+    assert sorted(iter_documents([*shards.train, shards.val])) == ["five", "four", "one", "three", "two"]
+    for line in ("read 4 of 7 files (1 .jsonl, 1 .md, 2 .txt)", "left out d.jsonl.zst: is not a whole zstd file",
+                 "left out page.html: is markup", "left out data.bin: has none of the formats", "skipped .hidden",
+                 "left out 4 of 9 documents: ", "kept 5 documents of 19 characters", "WARNING: 42.9% of the files",
+                 "WARNING: 44.4% of the documents", "WARNING: 26.9% of the characters"):
+        assert f"\n{line}" in told, line
+    (folder / ".another").touch()
+    make_files(folder)    # nothing to do, but said again
+    assert capsys.readouterr().out.startswith("read 4 of 7 files")
+    (folder / "page.html").unlink()
+    make_files(folder)
+    assert read_manifest(base_dir / "data" / "mine").account.files["left out"] == 2
+
+
+@pytest.mark.parametrize("path", ["", "part1.jsonl"])
+def test_a_dataset_of_before_is_not_made_again(texts, base_dir, path):
+    """Data that was made before accounts were kept is valid, if no file of the folder is left out."""
+    (texts / "part1").mkdir()
+    (texts / "part1" / "a.txt").write_text("more")
+    manifest = Path(make_files(texts / path)["folder"]) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    names = ["part0.jsonl", "part1.jsonl", "part1/a.txt", "part2.jsonl"] if not path else ["."]
+    stats = [(texts / path / name).stat() for name in names]
+    stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)]
+    assert content["settings"] == {"corpus_version": 1, "seed": 42, "text_column": "text", "path": str(texts / path),
+                                   "files": hashlib.sha256(json.dumps(stats).encode()).hexdigest()}
+    del content["account"]
+    manifest.write_text(json.dumps(content))
+    stamp, result = manifest.stat().st_ino, make_files(texts / path)
+    assert manifest.stat().st_ino == stamp and load_shards("mine").hash == result["hash"]
+
+
+@pytest.mark.parametrize("name", ["mit Blank und 'Apostroph'", "café", b"caf\xe9", "two\nlines"])
+def test_any_name_of_a_folder(tmp_path, base_dir, name, capfd):
+    folder = make_folder(tmp_path / os.fsdecode(name), {
+        "a.txt": "one", os.fsdecode(b"b\xff.txt"): "two", os.fsdecode(b"\xff.bin"): "three"})
+    result = make_files(folder)
+    manifest = (Path(result["folder"]) / "manifest.json").read_bytes().decode("utf-8")    # must be valid
+    assert "\\\\xff.bin" in manifest and result["num_chars"] == 3
+    command = json.loads(manifest)["command"]
+    words = subprocess.run(["bash", "-c", command.replace("python -m nanochat.dataset", "printf '%s\\0'")],
+                           capture_output=True, check=True).stdout.split(b"\0")
+    assert words[words.index(b"--path") + 1] == os.fsencode(folder)
+    stamp = (Path(result["folder"]) / "manifest.json").stat().st_ino
+    make_files(folder)
+    assert (Path(result["folder"]) / "manifest.json").stat().st_ino == stamp
+    assert r"left out \xff.bin" in capfd.readouterr().out
+
+
+def test_a_path_that_is_no_folder(tmp_path, base_dir):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "self").symlink_to("self")
+    for path, message in (("pipe.txt", "is a named pipe; copy"), ("self", "can't be read"), ("no", "can't be read"),
+                          ("/dev/null", "is a device")):
+        with pytest.raises(UserError, match=message):
+            make_files(tmp_path / path)
+
+
+def test_another_locale(tmp_path):
+    """Everything is UTF-8 in a locale that isn't, and what was made in one locale is valid in another."""
+    folder = make_folder(tmp_path / "données", {"é.txt": "un", "b.txt": "deux", "ñ.bin": ""})
+    env = {name: value for name, value in os.environ.items() if not name.startswith("LC_")} | {
+        "NANOCHAT_BASE_DIR": str(tmp_path / "état"), "OMP_NUM_THREADS": "1"}
+    words = ["--source", "files", "--path", str(folder), "--name", "été"]
+    told = [run_command(*words, env=env | extra) for extra in (
+        {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONIOENCODING": "utf-8"}, {})]
+    assert [(result.returncode, result.stderr) for result in told] == [(0, "")] * 2
+    assert "reading" in told[0].stdout and "reading" not in told[1].stdout
+    manifest = json.loads((tmp_path / "état" / "data" / "été" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["settings"]["path"] == str(folder)
 
 
 @pytest.mark.skipif(not REAL_DATA.exists(), reason="needs ../shared/data/pretrain")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from nanochat.chat import extend_parts
 from nanochat.engine import ChatTokens, Generation, Request, TextStream
 from tests.helpers import BYTE_TOKENIZER
 
@@ -51,12 +52,40 @@ def test_end(text, max_length, stop, shown, reason):
     assert events[-1].finish_reason == generation.finish_reason == reason and len(generation.tokens) <= max_length
 
 
-def test_stop_strings_are_held_back_however_they_are_cut():
-    stream = TextStream(BYTE_TOKENIZER, ("END", "ENOUGH"))
-    assert [stream.feed(token) for token in b"aENEO"] == ["a", "", "", "EN", "EO"]
-    assert [stream.feed(token) for token in b"ENOUGH!"] == [""] * 7 and stream.stopped and stream.flush() == ""
-    stream = TextStream(BYTE_TOKENIZER, ("END",))
-    assert [stream.feed(token) for token in b"EN"] == ["", ""] and stream.flush() == "EN"
+@pytest.mark.parametrize("stop,pieces,reason", [
+    (("END", "ENOUGH"), ["a", "EN", "EO"], "length"), (("ENEO",), ["a", ""], "stop"), (("OX",), [*"aENEO"], "length")])
+def test_stop_strings_are_held_back_however_they_are_cut(stop, pieces, reason):
+    generation = Generation(7, Request(PROMPT, stop=stop), 8, BYTE_TOKENIZER, ChatTokens(BYTE_TOKENIZER))
+    steps = [generation.append(token) for token in b"aENEO"]
+    assert ["".join(event.text for event in events) for events in steps if events] == pieces
+    assert generation.finish_reason == reason
+
+
+CALL = "<|python_start|>34*27<|python_end|>"
+
+
+@pytest.mark.parametrize("stop,shown", [
+    ("*", "It is 918, 5"), ("34", "It is 918, 5*7"), ("918", "It is "), ("is 9", "It "), ("s 918,", "It i"),
+    ("It is 918", ""), (" 919", "It is 918, 5*7"), ("5*7", "It is 918, ")])
+def test_stop_strings_look_at_what_the_client_sees(stop, shown):
+    """Not at the hidden call and its output; a stop string may begin before the call and end after it."""
+    generation, events = generate(f"It is {CALL}918, 5*7<|assistant_end|>", stop=(stop,))
+    assert "".join(event.text for event in events if event.part == "text") == shown
+    assert generation.finish_reason == events[-1].finish_reason == "stop" and events[-1].usage
+    assert all(event.finish_reason is None for event in events[:-1])
+    calls = "".join(event.text for event in events if event.part == "python")
+    assert calls == ("" if stop in ("is 9", "s 918,", "It is 918") else "34*27")  # what follows the end isn't shown
+
+
+def test_held_text_stays_before_the_call():
+    """An answer's parts keep their order, though the text before the call was shown only after it."""
+    generation, events = generate(f"It is {CALL}8<|assistant_end|>", stop=("is 9",))
+    parts: list[dict] = []
+    for event in events:
+        extend_parts(parts, event, generation.chat_tokens)
+    assert parts == [{"type": "text", "text": "It is "}, {"type": "python", "text": "34*27"},
+                     {"type": "python_output", "text": "918"}, {"type": "text", "text": "8"}]
+    assert [event.token for event in events] == generation.tokens[3:]
 
 
 def test_only_whole_characters_are_streamed():

@@ -1,6 +1,8 @@
 """The package: dependencies are declared if and only if imported, locked, and set up by one script on any machine."""
 
 import ast
+import functools
+import json
 import re
 import shutil
 import subprocess
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import doctor
+from scripts import doctor, plan
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 LOCKS = ("requirements.lock", "requirements-py310.lock")
@@ -21,6 +23,26 @@ USER_BUILT = {"flash_attn_interface", "flash_attn"}    # FlashAttention from sou
 NEWER_THAN_PYTHON_310 = re.compile(r"\b(hashlib\.file_digest|import tomllib|ExceptionGroup|contextlib\.chdir|"
                                    r"asyncio\.(TaskGroup|timeout)|(datetime\.|from datetime import [^\n]*\b)UTC|"
                                    r"(typing\.|from typing import [^\n]*\b)(Self|Never|assert_never))\b")
+
+
+@functools.cache
+def list_nodes(path: Path) -> list[ast.AST]:
+    """The syntax tree of a Python file, flat."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def names_no_encoding(call: ast.Call) -> bool:
+    """Whether a call opens a text file, or reads a process's text, in the encoding of whatever locale it runs in."""
+    name, method = ast.unparse(call.func), ast.unparse(call.func).split(".")[-1]
+    settings = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    mode = settings.get("mode") or (ast.unparse(call.args[1]) if len(call.args) > 1 else "'r'")
+    if "encoding" in settings:
+        return False
+    if name.startswith("subprocess."):
+        return "text" in settings or "universal_newlines" in settings
+    return method in ("read_text", "write_text") and "." in name or \
+        name in ("open", "os.fdopen") and mode.startswith("'") and "b" not in mode or \
+        name in ("gzip.open", "bz2.open", "lzma.open") and "t" in mode
 
 
 def normalize(name: str) -> str:
@@ -40,7 +62,7 @@ def find_imports(*folders: str) -> set[str]:
     """Top-level packages of others that the Python files of these folders import, anywhere in a file."""
     names = set()
     for path in (path for folder in folders for path in (REPO_DIR / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in list_nodes(path):
             if isinstance(node, ast.Import):
                 names |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -55,11 +77,30 @@ def find_our_imports(folder: str) -> set[str]:
     """The folders of ours that the files of a folder import from."""
     found = set()
     for path in (REPO_DIR / folder).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in list_nodes(path):
             if isinstance(node, ast.ImportFrom | ast.Import):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
                 found |= {name.split(".")[0] for name in names}
     return found & set(OUR_FOLDERS)
+
+
+def test_files_of_ours_are_utf8_whatever_the_locale():
+    calls = [(path, node) for folder in ("nanochat", "scripts", "tasks", "dev") for path in
+             (REPO_DIR / folder).rglob("*.py") for node in list_nodes(path)
+             if isinstance(node, ast.Call)]
+    assert len(calls) > 1000
+    assert not [f"{path}:{call.lineno}: {ast.unparse(call)}" for path, call in calls if names_no_encoding(call)]
+
+
+def test_script_that_is_started_as_a_file(tmp_path):
+    """python scripts/plan.py, from any folder; it imports no torch."""
+    argv = ["--depth", "4", "--nproc", "1", "--json"]
+    done = subprocess.run([sys.executable, REPO_DIR / "scripts" / "plan.py", *argv], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 0 and json.loads(done.stdout) == plan.main(argv), done.stderr
+    done = subprocess.run([sys.executable, REPO_DIR / "scripts" / "plan.py", "--depth", "0"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
 
 
 def test_imports_point_downwards():
@@ -77,7 +118,7 @@ def test_each_module_has_a_test_file():
 def test_test_files_share_by_helpers_and_run_programs_from_files():
     """What two test files need is in helpers, and a program is a file in tests/programs/, where tools see it."""
     for path in (REPO_DIR / "tests").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in list_nodes(path):
             names = []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -141,7 +182,8 @@ esac
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "runs").mkdir()
+    tmp_path = tmp_path / "John O'Neill's café"
+    (tmp_path / "runs").mkdir(parents=True)
     shutil.copy(REPO_DIR / "runs" / "setup.sh", tmp_path / "runs")
     for lock in LOCKS:
         (tmp_path / lock).write_text("numpy==1.0\ntorch==2.0\n")

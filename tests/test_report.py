@@ -3,13 +3,16 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from nanochat import report, report_render
+from nanochat.account import Account
 from nanochat.common import UserError
+from nanochat.shards import Manifest, Shard, hash_shards
 
 MARKUP = "</pre><script>alert(1)</script><img src=http://x.y/z>\n```\n# not a heading | ![a](http://x.y/z)\x1b[2J"
 HOSTILE = MARKUP + "\ud800"  # JSON can hold half a character
@@ -279,3 +282,25 @@ def test_mistakes(base_dir):
         report.main(["generate"])
     with pytest.raises(ValueError, match="can't name a section"):
         report.write_section("../x", {})
+
+
+def test_the_account_of_the_data_is_shown(base_dir):
+    account = Account()
+    account.add_file(".txt", 10)
+    account.leave_out(HOSTILE[:-1], "is markup", 90)
+    account.count("kept", 1234)
+    account.count("without text")
+    folder = base_dir / "data" / "mine"
+    folder.mkdir(parents=True)
+    shard = Shard("shard_00000.parquet", "0", 1, 1, 1, 1)
+    Manifest("files", {}, "command", (shard,), replace(shard, file="val.parquet"), account).save(folder)
+    shards_hash = hash_shards([shard, replace(shard, file="val.parquet")])
+    write_run(base_dir, data={"name": "mine", "folder": str(folder), "hash": shards_hash})
+    markdown, page = generate(base_dir)
+    assert "## Data: mine" in markdown and "| without text | 1 | 0 |" in markdown and "| is markup |" in markdown
+    assert "| characters kept | 1,234 |" in markdown and "made again" not in markdown
+    assert "WARNING: 50% of the files were left out (1 of 2)" in page and "<script>" not in page
+    Manifest("files", {}, "command", (replace(shard, sha256="1"),), shard, account).save(folder)
+    assert "The data was made again since this run" in generate(base_dir)[0]
+    (folder / "manifest.json").write_text("{")
+    assert "Data: mine" not in generate(base_dir)[0]

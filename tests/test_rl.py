@@ -41,10 +41,12 @@ from nanochat.rl import (
 from nanochat.run import read_metrics
 from nanochat.scaling import make_rl_plan
 from nanochat.train import Batch, train_step
-from scripts import base_train, chat_cli, chat_sft
+from scripts import base_train, chat_cli, chat_rl, chat_sft
 from tasks.arithmetic import Arithmetic
 from tests.helpers import (
     PER_PROCESS_KEYS,
+    assert_stopped_after,
+    hang_up_in_step,
     make_base,
     make_model,
     out_of_memory_at,
@@ -408,6 +410,13 @@ def test_out_of_memory_twice(base_dir):
     with out_of_memory_at(0, 1), pytest.raises(UserError, match="at step 0 with --device-batch-size 8: "):
         train("short")
     assert_same_runs(train("short")["run_dir"], train("eights", "--device-batch-size", "8")["run_dir"])
+
+
+def test_terminal_that_closes_saves_and_stops(base_dir, whole):
+    with hang_up_in_step(chat_rl, 4):
+        train("hung_up")
+    assert_stopped_after(base_dir / "runs" / "rl" / "hung_up", 4)
+    assert_same_runs(train("hung_up")["run_dir"], whole["run_dir"])
 
 
 def test_kill_changes_nothing(base_dir):

@@ -1,19 +1,22 @@
 """A run beside its checkpoints: the log, the progress, the identity, the signals."""
 
+import errno
 import json
 import os
 import signal
 import sys
+import types
 
 import pytest
 import torch
 
 from nanochat import run
-from nanochat.common import Ranks, UserError
+from nanochat.common import Ranks, UserError, print0
 from nanochat.run import Progress, RunLog, StopSignal, compare_with_saved, read_metrics
 from nanochat.scaling import make_config, make_plan
 from nanochat.train import StepStats
 from tests.helpers import start_script
+from tests.warm import WarmProcess
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The log
@@ -127,16 +130,58 @@ def test_progress_passes_over_skipped_steps_and_resumes():
     assert actual == expected
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signal_sets_the_flag_and_names_the_exit_code(signum):
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, None), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signal_sets_the_flag_and_names_the_exit_code(signum, code):
     before = signal.getsignal(signum)
     with pytest.raises(KeyboardInterrupt if signum == signal.SIGINT else SystemExit) as ending, StopSignal() as stop:
         os.kill(os.getpid(), signum)
         assert stop.signum == signum  # and the program goes on
         stop.end()
     assert signal.getsignal(signum) is before
-    if signum == signal.SIGTERM:
-        assert ending.value.code == 143
+    if code:
+        assert ending.value.code == code
+
+
+def test_hang_up_that_nohup_ignores_stays_ignored(monkeypatch):
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_rank_that_another_ranks_signal_stops_does_not_speak_of_ctrl_c():
+    with pytest.raises(SystemExit) as ending, StopSignal() as stop:
+        stop.end()
+    assert ending.value.code == 143
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EPIPE])
+def test_lost_output_stops_a_loop_as_a_hang_up_does(number, monkeypatch, tmp_path):
+    """A closed terminal fails each write, the signal may come later or never; elsewhere the script just ends."""
+    def fail(text):
+        raise OSError(number, os.strerror(number))
+    with open(tmp_path / "stdout", "w", encoding="utf-8") as file:
+        monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=fail, flush=lambda: None, fileno=file.fileno))
+        with StopSignal() as stop:
+            print0("step 1")
+            assert stop.signum == signal.SIGHUP
+        with pytest.raises(BrokenPipeError):
+            print0("step 1")
+
+
+def test_terminal_that_closes(tmp_path):
+    """As when an SSH session ends: a signal, and no output any more; what is done until the end must not fail."""
+    ours, theirs = os.openpty()
+    words = ["tests.programs.stop_signal", str(tmp_path / "saved")]
+    process = WarmProcess(words, dict(os.environ), terminal=theirs)
+    os.close(theirs)
+    assert os.read(ours, 5) == b"ready"
+    os.close(ours)
+    assert process.wait(timeout=30) == 129
+    assert (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize("signum, code, said", [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")])

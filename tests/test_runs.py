@@ -20,6 +20,7 @@ from nanochat.shards import write_shard
 from scripts import plan
 from tests.eval_helpers import write_bundle
 from tests.helpers import REPO_DIR
+from tests.warm import use_warm_python
 
 TOY = {"DEPTH": "2", "SEQ_LEN": "64", "VOCAB_SIZE": "320", "DATA": "toy", "NAME": "toy", "TOK_CHARS": "100000",
        "EXTRA": "--aspect-ratio 16 --head-dim 16 --eval-tokens 2048 --dtype float32 --device-type cpu "
@@ -32,18 +33,20 @@ pytestmark = pytest.mark.skipif(Path(sys.prefix).resolve() != REPO_DIR / ".venv"
 @pytest.fixture
 def base_dir(tmp_path, monkeypatch):
     """A base folder with the data 'toy'."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    base_dir = tmp_path / "John O'Neill's café"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))    # of the links for the compiler
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklm", k=rng.randint(2, 7))) for _ in range(60)]
     (tmp_path / "texts").mkdir()
     for i in range(300):
         (tmp_path / "texts" / f"{i}.txt").write_text(" ".join(rng.choices(words, k=60)))
     dataset.main(["--source", "files", "--path", str(tmp_path / "texts"), "--name", "toy"])
-    return tmp_path / "base"
+    return base_dir
 
 
 def start_recipe(name, base_dir, **settings):
-    env = os.environ | TOY | {"NANOCHAT_BASE_DIR": str(base_dir), "OMP_NUM_THREADS": "1"} | settings
+    env = use_warm_python(os.environ | TOY | {"NANOCHAT_BASE_DIR": str(base_dir), "OMP_NUM_THREADS": "1"} | settings)
     return subprocess.Popen(["bash", str(REPO_DIR / "runs" / name)], env=env, text=True, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

@@ -2,13 +2,20 @@
 
 import base64
 import hashlib
+import io
 import json
+import sys
 
 import pytest
 
 from nanochat import server
 from tests.helpers import BYTE_TOKENIZER, make_model
 from tests.server_helpers import CHAT, CONFIG, LEGACY, QUESTION, TEXT, ScriptedEngine, serving
+
+
+class ClosedPipe(io.StringIO):
+    def write(self, _):
+        raise BrokenPipeError
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +62,13 @@ def test_log_has_no_contents_unless_asked(engine):
             assert line["ms"] >= line["first_token_ms"] > 0 and line["id"].startswith("req_")
 
 
+@pytest.mark.parametrize("stdout", [None, ClosedPipe()])
+def test_log_needs_no_stdout(stdout, monkeypatch):
+    """A server goes on where its output was closed, from the start or by a reader that has ended."""
+    monkeypatch.setattr(sys, "stdout", stdout)
+    server.log_line(event="unseen")
+
+
 def test_health_stats_models(engine):
     with serving(engine) as client:
         client.post(CHAT, json={"messages": QUESTION})
@@ -77,6 +91,58 @@ def test_cors_only_where_asked(engine):
         for response, status in ((allowed, 200), (refused, 401)):
             assert response.status_code == status
             assert response.headers["access-control-allow-origin"] == "https://example.org"
+
+
+# What version 6.49.0 of openai for JavaScript sends from a page in Chrome
+JAVASCRIPT_HEADERS = {
+    "accept": "application/json", "authorization": "Bearer secret", "content-type": "application/json",
+    "x-stainless-arch": "unknown", "x-stainless-lang": "js", "x-stainless-os": "Unknown",
+    "x-stainless-package-version": "6.49.0", "x-stainless-retry-count": "0", "x-stainless-timeout": "600",
+    "x-stainless-runtime": "browser:chrome", "x-stainless-runtime-version": "131.0.0"}
+
+
+@pytest.mark.parametrize("method,path,body,headers", [
+    ("GET", "/v1/models", None, {}), ("POST", CHAT, {"messages": QUESTION}, {}),
+    ("POST", CHAT, {"messages": QUESTION, "stream": True}, {"x-stainless-helper-method": "stream"}),
+    ("POST", TEXT, {"prompt": ["a", "b"]}, {"x-my-own": "1"})])
+def test_javascript_client_works_from_a_page(engine, method, path, body, headers):
+    """The preflight of a browser names each header that isn't a simple one; then comes the request itself."""
+    engine.script = b"Hello"
+    origin = {"Origin": "https://example.org"}
+    names = ",".join(sorted({*JAVASCRIPT_HEADERS, *headers} - {"accept"}))
+    with serving(engine, cors_origins=("https://example.org",), api_key="secret") as client:
+        preflight = client.options(path, headers=origin | {
+            "Access-Control-Request-Method": method, "Access-Control-Request-Headers": names,
+            "Access-Control-Request-Private-Network": "true"})
+        response = client.request(method, path, json=body and body | {"model": "sft/toy"},
+                                  headers=JAVASCRIPT_HEADERS | headers | origin)
+    assert preflight.status_code == response.status_code == 200, preflight.text + response.text
+    assert set(preflight.headers["access-control-allow-headers"].replace(" ", "").lower().split(",")) >= set(
+        names.split(","))
+    for answer in (preflight, response):
+        assert answer.headers["access-control-allow-origin"] == "https://example.org"
+    assert "stop" in response.text or method == "GET"
+
+
+def test_head_is_get_without_a_body(engine):
+    with serving(engine, api_key="secret") as client:
+        client.headers = {"Authorization": "Bearer secret"}
+        for path in ("/", "/health", "/v1/models", "/v1/models/sft/toy", "/stats", "/openapi.json", "/nope", CHAT):
+            head, got = client.head(path), client.get(path)
+            assert head.status_code == got.status_code and head.content == b"" != got.content
+            assert head.headers["content-type"] == got.headers["content-type"]
+            assert path == "/stats" or head.headers["content-length"] == got.headers["content-length"]
+        client.headers = {}
+        assert client.head("/health").status_code == 200 and client.head("/v1/models").status_code == 401
+    assert any(line["route"] == "HEAD /health" for line in client.lines)
+
+
+def test_a_proxy_passes_streams_on_at_once(engine):
+    engine.script = b"Hello"
+    with serving(engine) as client:
+        for path, body in ((CHAT, {"messages": QUESTION, "stream": True}), (LEGACY, {"messages": QUESTION}),
+                           (TEXT, {"prompt": "a", "stream": True})):
+            assert client.post(path, json=body).headers["x-accel-buffering"] == "no"
 
 
 def test_page_runs_its_own_blocks_only(engine, monkeypatch, tmp_path):

@@ -1,12 +1,17 @@
 """The HTTP API's formats, as clients see them: requests, answers, streams, limits and errors."""
 
 import json
+import re
 
 import pytest
+from openai.types import completion_create_params as text_params
+from openai.types.chat import completion_create_params as chat_params
 
+from nanochat import server_api
 from nanochat.chat import build_prompt
+from nanochat.conversations import parse_messages, split_turns
 from nanochat.engine import Engine, Request
-from nanochat.server_api import ApiError, Message, split_turns
+from nanochat.server_api import ChatRequest, CompletionRequest, Limits
 from tests.helpers import BYTE_TOKENIZER, make_model
 from tests.server_helpers import CHAT, CONFIG, LEGACY, QUESTION, TEXT, ScriptedEngine, read_stream, serving
 
@@ -18,12 +23,17 @@ def engine():
     return ScriptedEngine(make_model(CONFIG), BYTE_TOKENIZER, max_rows=4)
 
 
-@pytest.fixture
-def client(engine):
-    """Serves an engine that writes `script` to any question."""
-    engine.script, engine.pause_sec = b"Hello there.", 0.0
+@pytest.fixture(scope="module")
+def served(engine):
     with serving(engine) as client:
         yield client
+
+
+@pytest.fixture
+def client(engine, served):
+    """Serves an engine that writes `script` to any question."""
+    engine.script = b"Hello there."
+    yield served
     assert not engine.has_work()
 
 
@@ -83,6 +93,91 @@ def test_stop_and_length(client):
     assert (choice["message"]["content"], choice["finish_reason"]) == ("Hell", "length")
 
 
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stop,shown", [("*", "It is 918"), ("918", "It is "), (["is 9"], "It "),
+                                        (["34", "8*"], "It is 91")])
+def test_stop_strings_look_at_what_the_client_sees(client, engine, path, stream, stop, shown):
+    engine.script = [*b"It is ", PYTHON_START, *b"34*27", PYTHON_END, *b"918*!"]
+    body = {"messages": QUESTION, "prompt": "Hi", "max_tokens": 60, "stop": stop, "stream": stream, "temperature": 0}
+    del body["prompt" if path == CHAT else "messages"]
+    response = client.post(path, json=body)
+    choices = [choice for chunk in (read_stream(response) if stream else [response.json()])
+               for choice in chunk["choices"]]
+    texts = [(choice.get("delta") or choice.get("message", {})).get("content", choice.get("text"))
+             for choice in choices]
+    assert "".join(filter(None, texts)) == shown and choices[-1]["finish_reason"] == "stop"
+
+
+def test_each_prompt_has_its_choices(client, engine):
+    """A string, strings, token ids, or lists of these: one choice for each prompt and sample, in that order."""
+    ids = [BYTE_TOKENIZER.encode(text, prepend="<|bos|>") for text in ("a", "bc")]
+    for prompt, num_tokens in (("The", 4), (["The"], 4), (["a", "bc"], 5), (ids[0], 2), (ids, 5), (None, 1), ("", 1)):
+        for n in (1, 2):
+            answer = client.post(TEXT, json={"prompt": prompt, "n": n, "max_tokens": 5}).json()
+            num_choices = n * (len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1)
+            assert [choice["index"] for choice in answer["choices"]] == list(range(num_choices))
+            assert {choice["text"] for choice in answer["choices"]} == {"Hello"}
+            assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (num_tokens,
+                                                                                               5 * num_choices)
+    body = {"prompt": ["a", ids[1]], "echo": True, "n": 2, "max_tokens": 5}
+    assert client.post(TEXT, json=body).json()["error"]["param"] == "prompt"
+    for prompt in (["a", "bc"], [ids[0][1:], ids[1][1:]]):
+        body["prompt"] = prompt
+        texts = [choice["text"] for choice in client.post(TEXT, json=body).json()["choices"]]
+        assert texts == ["aHello", "aHello", "bcHello", "bcHello"]
+        chunks = read_stream(client.post(TEXT, json=body | {"stream": True}))
+        assert ["".join(choice["text"] for chunk in chunks for choice in chunk["choices"] if choice["index"] == index)
+                for index in range(4)] == texts
+
+
+def test_prompts_sample_as_they_do_alone():
+    with serving(Engine(make_model(CONFIG), BYTE_TOKENIZER, max_rows=4)) as client:
+        settings = {"temperature": 1.0, "seed": 7, "max_tokens": 6, "n": 2}
+        alone = [choice["text"] for prompt in ("abc", "xy")
+                 for choice in client.post(TEXT, json=settings | {"prompt": prompt}).json()["choices"]]
+        together = client.post(TEXT, json=settings | {"prompt": ["abc", "xy"]}).json()["choices"]
+    assert [choice["text"] for choice in together] == alone and len(set(alone)) == 4
+
+
+def test_max_tokens_is_cut_to_what_there_is(engine):
+    engine.script = b"x" * 40
+    question = {"messages": QUESTION}
+    room = 40 - len(BYTE_TOKENIZER.render_for_completion(question))
+    with serving(engine, context_tokens=40) as client:
+        for fields in ({"max_tokens": 8192}, {"max_tokens": 10**40}, {"max_completion_tokens": 32768}):
+            answer = client.post(CHAT, json=question | fields).json()
+            assert (answer["usage"]["completion_tokens"], answer["choices"][0]["finish_reason"]) == (room, "length")
+        assert client.post(TEXT, json={"prompt": "a", "max_tokens": 8192}).json()["usage"]["total_tokens"] == 40
+        assert client.post(LEGACY, json=question | {"max_tokens": 8192}).text.count("x") == room
+
+
+def test_limits_are_settings():
+    engine = ScriptedEngine(make_model(CONFIG), BYTE_TOKENIZER, max_rows=4)
+    engine.script = b"x" * 300
+    limits = Limits(max_messages=3, max_message_chars=10, max_conversation_chars=25, max_answer_tokens=20,
+                    max_choices=2)
+    user, assistant = {"role": "user", "content": "x" * 10}, {"role": "assistant", "content": "y" * 15}
+    with serving(engine, limits=limits) as client:
+        assert client.get("/v1/models").json()["data"][0]["limits"] == vars(limits)
+        for path, body, param in (
+                (CHAT, {"messages": [user]}, None), (CHAT, {"messages": [user, assistant, user]}, "messages"),
+                (CHAT, {"messages": QUESTION * 4}, "messages"), (CHAT, {"messages": QUESTION, "n": 2}, None),
+                (CHAT, {"messages": [user | {"content": "x" * 11}]}, "messages[0]"), (TEXT, {"prompt": "x" * 25}, None),
+                (CHAT, {"messages": QUESTION, "n": 3}, "n"), (TEXT, {"prompt": "x" * 26}, "prompt"),
+                (TEXT, {"prompt": ["x", "x" * 26]}, "prompt[1]"), (TEXT, {"prompt": [5] * 26}, "prompt")):
+            response = client.post(path, json=body | {"max_tokens": 4096})
+            assert response.status_code == (400 if param else 200), response.text
+            assert not param or response.json()["error"]["param"] == param
+            assert param or response.json()["usage"]["completion_tokens"] == 20 * body.get("n", 1)
+    with serving(engine, limits=Limits(max_conversation_chars=10**6), context_tokens=10**6) as client:
+        response = client.post(TEXT, json={"prompt": "\U0001f600" * 10**5, "max_tokens": 1})  # 1.2 MB as JSON
+        assert "leaves no room" in response.json()["error"]["message"]  # the engine's own refusal
+    with serving(engine, max_waiting=0) as client:  # 4 rows
+        error = client.post(TEXT, json={"prompt": ["a"] * 5}).json()["error"]
+        assert "5 choices at once are more than the 4" in error["message"]
+
+
 def test_logprobs(client):
     body = {"messages": QUESTION, "logprobs": True, "top_logprobs": 2}
     choice = client.post(CHAT, json=body).json()["choices"][0]
@@ -91,11 +186,17 @@ def test_logprobs(client):
     assert all(token["top_logprobs"][0]["token"] == token["token"] and token["logprob"] == pytest.approx(0, abs=1e-3)
                and len(token["top_logprobs"]) == 2 and token["bytes"] == list(token["token"].encode())
                for token in tokens)
+    stopped = client.post(CHAT, json=body | {"stop": "there"}).json()["choices"][0]
+    assert "".join(token["token"] for token in stopped["logprobs"]["content"]) == "Hello "  # nor the stop string
     chunks = read_stream(client.post(CHAT, json=body | {"stream": True}))
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     assert [token for choice in choices for token in choice["logprobs"]["content"]] == tokens
     text = client.post(TEXT, json={"prompt": "x", "logprobs": 1}).json()["choices"][0]
     assert "".join(text["logprobs"]["tokens"]) == text["text"] == "Hello there."
+    assert text["logprobs"]["text_offset"] == list(range(12))
+    chunks = read_stream(client.post(TEXT, json={"prompt": "x", "logprobs": 1, "stream": True}))
+    assert [offset for chunk in chunks for choice in chunk["choices"]
+            for offset in choice["logprobs"]["text_offset"]] == list(range(12))
 
 
 def test_tool_calls_are_shown_apart(client, engine):
@@ -141,7 +242,7 @@ def test_oldest_turns_are_dropped(client):
 
 def test_messages_become_turns():
     def render(*turns, is_base=False):
-        messages = [Message(role=role, content=content) for role, content in turns]
+        messages = parse_messages([{"role": role, "content": content} for role, content in turns])
         tokens, num_dropped = build_prompt(BYTE_TOKENIZER, *split_turns(messages), 256, 16, is_base)
         assert num_dropped == 0
         return BYTE_TOKENIZER.decode(tokens)
@@ -149,10 +250,37 @@ def test_messages_become_turns():
         "<|bos|><|user_start|>A\n\nB\n\nc\n\nd<|user_end|><|assistant_start|>")
     assert render(("user", "a"), ("assistant", "b"), ("user", "c"), is_base=True) == "<|bos|>a\n\nb\n\nc"
     assert render(("system", "A"), ("user", "b"), is_base=True) == "<|bos|>A\n\nb"
-    for turns in ([("system", "A")], [("assistant", "b"), ("user", "c")], [("user", "a"), ("assistant", "b")],
-                  [("user", "a"), ("system", "B"), ("user", "c")]):
-        with pytest.raises(ApiError):
-            render(*turns)
+
+
+CALL = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
+
+
+@pytest.mark.parametrize("path", [CHAT, LEGACY])
+@pytest.mark.parametrize("messages", [
+    [{"role": "user", "content": "a"}, {"role": "user", "content": [{"type": "text", "text": "b"}]}],
+    [{"role": "user", "content": "a"}, {"role": "developer", "content": "b"}], [{"role": "system", "content": "a"}],
+    [{"role": "assistant", "content": "Hi!"}, {"role": "user", "content": "a", "name": "Eve"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "refusal": None, "weight": 0},
+     {"role": "system", "content": "b"}, {"role": "user", "content": "c"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+     {"role": "tool", "tool_call_id": "c", "content": "cold"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]])
+def test_what_training_takes_is_answered(client, path, messages):
+    response = client.post(path, json={"messages": messages, "max_tokens": 20})
+    assert response.status_code == 200
+    if path == CHAT:
+        messages = [*messages, {"role": "assistant", "content": "Hello"}]
+        ids, _ = BYTE_TOKENIZER.render_conversation({"messages": messages})
+        assert response.json()["usage"]["prompt_tokens"] == len(ids) - len("Hello") - 1
+
+
+def test_an_answer_with_calls_is_sent_back_as_it_is(client, engine):
+    engine.script = [*b"It is ", PYTHON_START, *b"34*27", PYTHON_END, *b"918!"]
+    message = client.post(CHAT, json={"messages": QUESTION, "max_tokens": 40}).json()["choices"][0]["message"]
+    history = [*QUESTION, message, *QUESTION]
+    asked = client.post(CHAT, json={"messages": history}).json()["usage"]["prompt_tokens"]
+    with_calls = [*QUESTION, {"role": "assistant", "content": message["parts"]}, *QUESTION]
+    assert asked == len(BYTE_TOKENIZER.render_for_completion({"messages": with_calls}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,12 +288,13 @@ def test_messages_become_turns():
 
 BAD_FIELDS = [
     ("messages", []), ("messages", None), ("messages", "Hi"), ("messages", [{"role": "user"}]),
-    ("messages[0].role", [{"role": "tool", "content": "x"}]), ("messages[0].content", [{"role": "user", "content": 5}]),
+    ("messages[0].role", [{"role": "robot", "content": "x"}]),
+    ("messages[0].content", [{"role": "user", "content": 5}]),
     ("messages[0].content", [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]),
     ("messages[0]", [{"role": "user", "content": ""}]), ("messages[0]", [{"role": "user", "content": "x" * 8001}]),
     ("messages", [{"role": "user", "content": "x" * 8000}] * 5), ("messages", QUESTION * 501),
     ("temperature", -0.1), ("temperature", 2.1), ("temperature", "1"), ("temperature", True), ("top_k", -1),
-    ("top_k", 201), ("top_p", 0), ("top_p", 1.5), ("max_tokens", 0), ("max_tokens", 4097), ("max_tokens", 10**40),
+    ("top_k", 201), ("top_p", 0), ("top_p", 1.5), ("max_tokens", 0), ("max_tokens", -1),
     ("max_tokens", 1.5), ("n", 0), ("n", 17), ("seed", 2**70), ("stop", ""), ("stop", ["a"] * 5), ("stop", 5),
     ("stream", "yes"), ("logprobs", 1), ("top_logprobs", 3), ("tools", [{"type": "function"}]),
     ("response_format", {"type": "json_object"}), ("presence_penalty", 0.5), ("logit_bias", {"5": 1}),
@@ -197,16 +326,52 @@ def test_whatever_a_model_wrote_can_be_sent_back(client):
     assert client.post(CHAT, json={"messages": history}).json()["dropped_messages"] == 2
     error = client.post(CHAT, json={"messages": [*history[:2], *history]}).json()["error"]
     assert error["param"] == "messages" and "32000 are the most" in error["message"]
-    schemas = client.get("/openapi.json").json()["components"]["schemas"]
-    assert "At most 8000 characters; an assistant's" in schemas["Message"]["properties"]["content"]["description"]
-    assert "At most 32000" in schemas["ChatRequest"]["properties"]["messages"]["description"]
 
 
 def test_harmless_fields_are_ignored(client):
     body = {"messages": QUESTION, "user": "me", "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": None,
             "tools": [], "store": False, "metadata": {}, "response_format": {"type": "text"}, "temperature": None,
-            "max_tokens": None, "n": None, "stop": None, "stream": None, "seed": None, "top_p": None, "unheard_of": 1}
-    assert client.post(CHAT, json=body).status_code == 200
+            "max_tokens": None, "n": None, "stop": None, "stream": None, "seed": None, "top_p": None, "unheard\n_öf": 1}
+    response = client.post(CHAT, json=body)
+    assert response.status_code == 200
+    assert response.headers["x-ignored-fields"] == (
+        "user, presence_penalty, frequency_penalty, tools, store, metadata, response_format, unheard\\n_\\xf6f")
+    assert "x-ignored-fields" not in client.post(CHAT, json={"messages": QUESTION}).headers
+
+
+@pytest.mark.parametrize("request_type,reference", [
+    (ChatRequest, chat_params.CompletionCreateParamsStreaming),
+    (CompletionRequest, text_params.CompletionCreateParamsStreaming)])
+def test_each_field_of_the_reference_has_its_place(request_type, reference):
+    """Read, refused, or in the list of the ignored ones, which the documentation of the formats names."""
+    ignored = set(re.split(r",\s+", re.search(r"is ignored: (.*?)\. A field", server_api.__doc__, re.DOTALL)[1]))
+    read, refused = set(request_type.model_fields), set(server_api.UNSUPPORTED)
+    assert set(reference.__annotations__) - read - refused - ignored == set()
+    assert ignored <= set(chat_params.CompletionCreateParamsStreaming.__annotations__) and not ignored & refused
+
+
+@pytest.mark.parametrize("fields,param", [
+    *(({"prompt": prompt}, "prompt") for prompt in ([], [[]], 5, 0, {}, ["a", 5], [1, True], [-1], [[1], "a"],
+                                                     "\ud800")),
+    ({"prompt": [[1], [300]]}, "prompt[1]"), ({"messages": QUESTION}, "messages"),
+    ({"prompt": "a", "best_of": 3, "n": 2}, "best_of"), ({"prompt": "a", "echo": True, "logprobs": 1}, "echo"),
+    ({"prompt": "a", "suffix": "b"}, "suffix")])
+def test_bad_completion_is_named(client, fields, param):
+    response = client.post(TEXT, content=json.dumps(fields), headers={"Content-Type": "application/json"})
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == param and param in error["message"]
+
+
+def test_base_url_without_v1(client):
+    """A client of OpenAI's API names a model; those of the legacy endpoint don't."""
+    body = {"messages": QUESTION, "model": "sft/toy"}
+    for path, method, fields in ((LEGACY, "POST", body), (LEGACY, "POST", body | {"stream": True}),
+                                 ("/models", "GET", None), ("/completions", "POST", {"prompt": "a"})):
+        response = client.request(method, path, json=fields)
+        assert response.status_code == 404
+        assert "base_url of a client of OpenAI's API ends with /v1" in response.json()["error"]["message"]
+    response = client.post(LEGACY, json={"messages": QUESTION}, headers={"X-Stainless-Lang": "js"})
+    assert response.status_code == 404 and "/v1" in response.json()["error"]["message"]
 
 
 def test_other_mistakes(client):
@@ -220,7 +385,5 @@ def test_other_mistakes(client):
                        (TEXT, {"prompt": [1] * 300})):
         error = client.post(path, json=body)
         assert error.status_code == 400 and error.json()["error"]["code"] == "context_length_exceeded"
-    error = client.post(TEXT, json={"prompt": [10**6]})  # the engine's own refusal
-    assert error.status_code == 400 and "vocabulary" in error.json()["error"]["message"]
     plain = client.post(CHAT, content=json.dumps({"messages": QUESTION}), headers={"Content-Type": "text/plain"})
     assert plain.status_code == 400 and "Content-Type: application/json" in plain.json()["error"]["message"]

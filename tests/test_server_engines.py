@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -115,6 +116,28 @@ def test_long_steps_are_no_hang_but_endless_ones_are(monkeypatch):
         unblock.set()
         assert response.status_code == 503 and int(response.headers["retry-after"]) > 0 and killed.is_set()
         assert response.json()["error"]["code"] == "engine_lost"
+
+
+def test_engine_that_hangs_within_a_message_is_killed(monkeypatch):
+    """As one that is suspended while it writes more than the connection holds."""
+    monkeypatch.setattr(server_engines, "PULSE_SEC", 0.02)
+    monkeypatch.setattr(server_engines, "MAX_SILENT_SEC", 0.1)
+    killed = threading.Event()
+
+    def start(_):
+        ours, theirs = multiprocessing.Pipe()
+        theirs.send(("ready", "a pipe"))
+        os.write(theirs.fileno(), struct.pack("!i", 100_000) + bytes(1000))  # a length, and less than that
+
+        def kill():
+            killed.set()
+            theirs.close()
+        return ours, SimpleNamespace(join=lambda _: None, kill=kill)
+    pool = EnginePool(start, 1, 4, 8, lambda **_: None)
+    pool.start()
+    assert killed.wait(10)
+    pool.close()
+    assert "no sign of life" in pool.workers[0].failure
 
 
 def test_conversations_stay_with_their_engine():

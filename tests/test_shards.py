@@ -3,10 +3,12 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from nanochat.common import UserError
+from nanochat.download import CorruptFile
 from nanochat.shards import count_groups, inspect_shard, iter_documents, load_shards, read_group, write_shards
 from tests.data_helpers import hash_shards, make_files, write_documents
 
@@ -33,6 +35,24 @@ def test_write_and_read(tmp_path):
     assert sum(shard.chars for shard in shards) == sum(map(len, docs))
     assert pq.ParquetFile(paths[0]).metadata.row_group(0).column(0).compression == "ZSTD"
     assert inspect_shard(paths[2]) == (904, 1, shards[2].chars)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(),
+                                  pa.dictionary(pa.int32(), pa.string())])
+def test_a_shard_of_any_type_of_text(tmp_path, kind):
+    path, texts = tmp_path / "a.parquet", ["eins", "fünf"]
+    pq.write_table(pa.table({"text": pa.array(texts).cast(kind)}), path)
+    assert inspect_shard(path) == (2, 1, 8) and read_group(path, 0) == texts
+
+
+@pytest.mark.parametrize(("names", "columns", "message"), [
+    (["text", "text"], [["a"], ["b"]], "it has 2 columns 'text'"),
+    (["body"], [["a"]], "it has no columns 'text' among body"),
+    (["text"], [[1]], "its column 'text' holds int64, not text")])
+def test_a_shard_without_one_column_of_text(tmp_path, names, columns, message):
+    pq.write_table(pa.Table.from_arrays(list(map(pa.array, columns)), names), tmp_path / "a.parquet")
+    with pytest.raises(CorruptFile, match=message):
+        inspect_shard(tmp_path / "a.parquet")
 
 
 def test_first_documents(tmp_path):

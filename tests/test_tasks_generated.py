@@ -8,7 +8,7 @@ import pytest
 
 from nanochat.calculator import calculate
 from nanochat.common import UserError
-from nanochat.tokenizer import check_messages
+from nanochat.conversations import parse_conversation
 from tasks import words as words_module
 from tasks.arithmetic import Arithmetic
 from tasks.catalog import get_task
@@ -32,7 +32,7 @@ def base_dir(tmp_path, monkeypatch):
 def test_conversations_are_well_formed_and_their_references_right(split):
     for task in [*make_tasks(split), PythonDocs(split)]:
         for conversation in task:
-            check_messages(conversation)
+            parse_conversation(conversation)
             assert all(part["text"] for part in parts_of(conversation))
             assert task.evaluate(conversation, decode_answer(conversation))
             assert not task.evaluate(conversation, "")
