@@ -110,7 +110,7 @@ def trace_step(config: GPTConfig, T: int, rows: int, machine: Machine, num_micro
     """Peak bytes of the phases of one eager step as it runs on CPUs: nothing is computed, so any size will do."""
     with fake_step(config, machine) as (model, optimizer), LiveBytes(list_kept(model, optimizer)) as live:
         tokens = torch.zeros((rows * num_micro, T + 1), dtype=torch.int64)
-        add_gradients(model, Batch(tokens[:, :-1], tokens[:, 1:], None), rows, 1.0)
+        add_gradients(model, optimizer, Batch(tokens[:, :-1], tokens[:, 1:], None), rows, 1.0)
         peaks = {"loss, backward": live.peak_bytes}
         live.peak_bytes = live.now_bytes
         optimizer.reduce_gradients()  # not train_step, which reads numbers back, and fake tensors have none

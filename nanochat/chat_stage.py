@@ -21,7 +21,18 @@ from nanochat.dataloader import ConversationGroups, Epoch, ValidationBatches, co
 from nanochat.optim import MuonAdamW
 from nanochat.run import StopSignal, decide, read_info
 from nanochat.scaling import get_chat_momentum, get_lr_frac, make_chat_plan
-from nanochat.stage import Recipe, Run, Setup, begin_run, evaluate, make_state, prepare_run, print_samples, write_report
+from nanochat.stage import (
+    Recipe,
+    Run,
+    Setup,
+    TakenStep,
+    begin_run,
+    evaluate,
+    make_state,
+    prepare_run,
+    print_samples,
+    write_report,
+)
 from nanochat.train import take_step
 from tasks.mixtures import Mixture
 
@@ -106,29 +117,30 @@ def train(run: Run, val_batches: ValidationBatches | None, settings: ChatSetting
     with StopSignal() as stop, run.loader, log, saver:
         while True:
             evaluating = run.is_due(step, flags.eval_every)
+            sampling, is_last = run.is_due(step, flags.sample_every), step == run.setup.last_step
             saving, stopping = saver.due(step, stop.is_set(), evaluating)
+            if saving or stopping or evaluating or sampling or is_last:
+                run.finish_step()
             if saving:
                 saver.save(step, state.model, state.optimizer, run.get_meta())
             if stopping:
                 run.stop(stop)
             if val_batches and (evaluating or step == 0 and flags.eval_every):
                 results |= evaluate(run, step, val_batches)
-            if run.is_due(step, flags.sample_every):
+            if sampling:
                 print_samples(run, step, prompts, max_tokens=64)
-            if step == run.setup.last_step:
+            if is_last:
                 return run.finish(step, results | epoch.describe())
-            step_start = time.perf_counter()
+            begin_time = time.perf_counter()
             lr_frac = set_schedules(state.optimizer, step, plan.num_iterations, settings.init_lr_frac,
                                     settings.warmdown_ratio)
             stats = take_step(state, run.loader.next_step(), step, log, stop)
             if stats is None:  # out of memory twice: save the steps before, and stop
                 run.loader.give_back()
                 continue
-            stats.check_finite(step)
             step += 1
-            values = run.progress.update(stats, time.perf_counter() - step_start)
-            values |= {"lr_frac": lr_frac, "tokens": step * plan.batch_tokens, **run.loader.stats}
-            run.write_step(step, values, run.progress.format_line(step, values))
+            values = {"lr_frac": lr_frac, "tokens": step * plan.batch_tokens, **run.loader.stats}
+            run.log_step(TakenStep(step, begin_time, stats, values))
 
 
 def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run_dir: Path, device: torch.device,

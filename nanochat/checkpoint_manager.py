@@ -83,9 +83,11 @@ class Checkpointer:
 
     def save(self, step: int, model, optimizer, meta: dict) -> None:
         """Start to save a step; returns when parameters and optimizer may change again. Waits for an earlier save.
+        Collective.
         meta: JSON-able; the configuration, the loader's state, all else that the run needs to continue"""
         self.wait()
         self.last_save_time, self.saved_step = time.monotonic(), step
+        optimizer.gather_masters()
         state = optimizer.get_named_state()
         tensors = {name: piece.tensor for name, piece in state.items() if piece.is_ours}
         ranges = {name: (piece.start, piece.stop, piece.num_rows) for name, piece in state.items()

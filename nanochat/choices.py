@@ -60,7 +60,8 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
         help="go on though tokenizer, data or settings aren't those of the saved run (recorded in run.json)")
     # machine
     common.add_compute_flags(parser)
-    add("--compile", choices=("auto", "on", "off"), default="auto")
+    add("--compile", choices=("auto", "on", "trunk", "off"), default="auto",
+        help="on: each block; trunk: all blocks as one, which starts more slowly (default: %(default)s, off or on)")
     add("--attention", default="auto", help="auto, or one backend of nanochat.flash_attention")
     add("--fp8", choices=("auto", "on", "off"), default="auto",
         help="compute in 8 bits what reads normed activations; auto is off, for no GPU has shown the gain yet")
@@ -73,7 +74,7 @@ class Wanted:
     """What a person asked for. Where that is auto, what the run began with is kept, or the run decides."""
     dtype:         str       = "auto"
     attention:     str       = "auto"
-    compile:       str       = "auto"    # or on, off
+    compile:       str       = "auto"    # or on, trunk, off
     fp8:           str       = "auto"    # or on, off
     loss:          str       = "fused"   # a key of cross_entropy.LOSSES
     micro_rows:    int | str = "auto"
@@ -156,11 +157,13 @@ class Choices:
     peak_flops:   float | None   # of all ranks together, against which MFU is measured; None where no figure is known
     micro_rows:   int            # of a forward pass, a divisor of the rank's rows of a step
     memory_bytes: int            # predicted peak, as get_peak_memory_bytes will measure it
+    is_one_trunk: bool = False   # compiled as one graph, not block by block
 
     def to_json(self, micro_rows: int) -> dict:
         """What a continued run must keep, or it wouldn't continue bit for bit; the rows may have been halved."""
         return {"dtype": self.machine.dtype, "attention": self.machine.attention, "micro_rows": micro_rows,
-                "use_compile": self.machine.is_compiled, "fp8": "on" if self.machine.is_fp8 else "off"}
+                "use_compile": "trunk" if self.is_one_trunk else self.machine.is_compiled,
+                "fp8": "on" if self.machine.is_fp8 else "off"}
 
 
 def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.device,
@@ -169,7 +172,7 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
     num_flops: model FLOPs that the run still has before it, all ranks together"""
     kept = dict(wanted.kept)
     if "use_compile" in kept:
-        kept["compile"] = "on" if kept["use_compile"] else "off"
+        kept["compile"] = {True: "on", False: "off"}.get(kept["use_compile"], "trunk")
 
     def choose(name: str, find: Callable[[str], tuple]) -> object:
         """One choice: kept, or as `find` has it: (value, why). Ranks may measure differently, so rank 0's counts."""
@@ -201,7 +204,8 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
         f"{rows.predict(micro_rows, replace(machine, loss=loss)) / GIB:.2f} GiB with {loss}" for loss in LOSSES))
     # a CPU's measured peak is that of the whole process, with Python and all libraries
     loaded_bytes = common.get_peak_memory_bytes(device) if device.type == "cpu" else 0
-    return Choices(machine, peak_flops, micro_rows, rows.predict(micro_rows, machine) + loaded_bytes)
+    is_one_trunk = "trunk" in (wanted.compile, kept.get("compile") if wanted.compile == "auto" else "")
+    return Choices(machine, peak_flops, micro_rows, rows.predict(micro_rows, machine) + loaded_bytes, is_one_trunk)
 
 
 def choose_micro_rows(wanted: Wanted, rows: StepRows, machine: Machine, free_bytes: int | None) -> tuple[int, str]:

@@ -105,10 +105,9 @@ def run_script(main: Callable[[list[str] | None], object]) -> None:
     try:
         main(None)
         if dist := get_process_group():
-            is_gloo = dist.get_backend() == "gloo"
             dist.destroy_process_group()
-            if is_gloo:  # it now and then aborts a process at its end (dev/LOG.md, "A rank on gloo that is aborted")
-                end_process()
+            # gloo now and then aborts a process at its end (dev/LOG.md, "A rank on gloo that is aborted")
+            end_process()
     except UserError as error:
         exit_with(2, f"error: {error}")
     except KeyboardInterrupt:
@@ -337,11 +336,9 @@ def get_process_group():
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all ranks, in place where the ranks can send it from its device. Collective."""
+    """The sum of a tensor over all ranks, in place. Collective. Of host memory it is gloo's, which doesn't wait for the
+    work that is queued on the GPU; of a GPU's it is NCCL's, which is queued behind that."""
     if dist := get_process_group():
-        if dist.get_backend() != "gloo":  # nccl sends tensors of the GPU only
-            import torch
-            values = values.to(torch.accelerator.current_accelerator())
         dist.all_reduce(values)
     return values
 
@@ -420,7 +417,7 @@ def init_compute(device_type: str = "auto", deterministic: bool = False) -> tupl
         if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
             raise UserError(f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} not, where the ranks meet; "
                             "start them with torchrun, or unset RANK for one process alone")
-        dist.init_process_group("nccl" if is_cuda else "gloo", device_id=device if is_cuda else None,
+        dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo", device_id=device if is_cuda else None,
                                 timeout=get_collective_timeout())
     return device, ranks
 

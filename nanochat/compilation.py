@@ -30,7 +30,8 @@ def set_compile_kernels(enabled: bool) -> None:
 
 
 def choose_compile(wanted: str, device: torch.device, eager_sec: float | None) -> tuple[bool, str]:
-    """Whether to compile the model, and why; `wanted` is auto, on or off, `eager_sec` the run's seconds without."""
+    """Whether to compile the model, and why; `wanted` is auto, on (each block), trunk (all of them as one) or off,
+    `eager_sec` the run's seconds without."""
     if wanted == "off":
         return False, "asked for"
     if wanted == "auto" and device.type not in ("cpu", "cuda", "xpu"):
@@ -40,9 +41,11 @@ def choose_compile(wanted: str, device: torch.device, eager_sec: float | None) -
     if broken := remove_broken_kernels():
         print0(f"deleted {broken} half-written compiled kernels that a killed process left behind")
     reason = probe_compiler(device)
-    if reason and wanted == "on":
-        raise UserError(f"--compile on can't be had here: {reason}")
-    return (False, f"torch.compile doesn't work here: {reason}") if reason else (True, "it works here")
+    if reason and wanted != "auto":
+        raise UserError(f"--compile {wanted} can't be had here: {reason}")
+    if reason:
+        return False, f"torch.compile doesn't work here: {reason}"
+    return True, "asked for, all blocks as one" if wanted == "trunk" else "it works here"
 
 
 def probe_compiler(device: torch.device) -> str:

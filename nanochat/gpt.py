@@ -14,8 +14,9 @@ GPT-2's CORE. Weights are fp32 and cast to the activations' dtype where they are
 compute dtype, bf16 without an fp32 master, which swallows small updates: loss-neutral there (2026-08-22).
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +171,7 @@ class GPT(nn.Module):
         kv_dim = config.n_kv_head * config.head_dim
         self.compute_dtype = dtype
         self.loss = "fused"  # of training: a key of cross_entropy.LOSSES
+        self.is_trunk_compiled = False
         self.transformer = nn.ModuleDict({
             "wte": Embedding(V, C, dtype=embed),
             "h": nn.ModuleList(Block(config, i, master) for i in range(L)),
@@ -247,6 +249,11 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             block.compile(dynamic=False)
 
+    def compile_trunk(self) -> None:
+        """Compile all but the head as one graph, in which one block's last addition and the next one's mix are one
+        kernel. Starting takes longer with each layer. Not run on a GPU yet."""
+        self.is_trunk_compiled = True
+
     def setup_optimizer(self, *, unembedding_lr: float = UNEMBEDDING_LR, embedding_lr: float = EMBEDDING_LR,
                         matrix_lr: float = MATRIX_LR, scalar_lr: float = SCALAR_LR,
                         weight_decay: float = WEIGHT_DECAY, batch_lr_scale: float = 1.0) -> MuonAdamW:
@@ -275,7 +282,12 @@ class GPT(nn.Module):
             by_shape.setdefault(tuple(param.shape), []).append(param)
         groups += [{"kind": "muon", "params": params, "lr": matrix_lr * s, "momentum": 0.95, "ns_steps": 5,
                     "beta2": 0.9, "weight_decay": weight_decay} for _, params in sorted(by_shape.items())]
-        names = {id(param): name for name, param in self.named_parameters()}
+        # In the order in which the backward pass reaches them, so that each is sent as soon as its gradient is there
+        parts: list[nn.Module] = [self.lm_head]
+        for i, block in reversed(list(enumerate(self.transformer.h))):
+            parts += [block, self.value_embeds[str(i)]] if self.config.has_value_embed(i) else [block]
+        name_of = {param: name for name, param in self.named_parameters()}
+        names = {id(param): name_of[param] for part in (*parts, self) for param in part.parameters()}
         bf16 = self.compute_dtype == torch.bfloat16
         return MuonAdamW(groups, names, matmul_dtype=torch.bfloat16 if bf16 else None)
 
@@ -346,7 +358,8 @@ class GPT(nn.Module):
                         scalar; 'none', (B, T), 0 where ignored
         weights:        (B, T) factor on each target's loss, for 'sum'
         """
-        x = self.forward_trunk(idx, kv_cache)
+        x = compile_trunk()(self, idx) if self.is_trunk_compiled and kv_cache is None else \
+            self.forward_trunk(idx, kv_cache)
         if targets is None:
             return self.unembed(x)
         # Evaluation takes each token's loss: always the cross-entropy, so that bits per byte stay comparable
@@ -364,3 +377,9 @@ class GPT(nn.Module):
             next_id = sample_rows(self.forward(idx)[:, -1], [sampling], [token_idx])[:, None]  # (1, 1)
             idx = torch.cat((idx, next_id), dim=1)
             yield int(next_id)
+
+
+@functools.cache
+def compile_trunk() -> Callable[[GPT, Tensor], Tensor]:
+    """GPT.forward_trunk compiled, of the class: a copy of a model would keep a bound method of the original."""
+    return torch.compile(GPT.forward_trunk, dynamic=False)

@@ -149,16 +149,18 @@ def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
     add("forward", "norm")
     add("loss", part="logits and loss", extra=count_loss_bytes(config, N, machine))
     parts["embedding, final norm"] -= final_norm
-    parts["gradients"] += config.padded_vocab_size * C * machine.master_bytes  # the head's
+    # each gradient is sent as soon as it is there: the rank's share of the sum stands beside it
+    share = 1 / machine.world_size if machine.world_size > 1 else 0
+    parts["gradients"] += round(config.padded_vocab_size * C * machine.master_bytes * (1 + share))  # the head's
     parts["workspace"] = 3 * N * C * a  # gradients of x, x0, middle block's output
     add("backward", "norm")
     for layer in reversed(range(config.n_layer)):
         add("backward", str(layer), extra=block_backward)
         parts.subtract(blocks[layer])
-        if num_micro == 1:
-            parts["gradients"] += sum(map(math.prod, list_matrices(config, layer))) * machine.master_bytes
-            if config.has_value_embed(layer):
-                parts["gradients"] += config.padded_vocab_size * config.kv_dim * machine.embed_bytes
+        num_bytes = sum(map(math.prod, list_matrices(config, layer))) * machine.master_bytes
+        if config.has_value_embed(layer):
+            num_bytes += config.padded_vocab_size * config.kv_dim * machine.embed_bytes
+        parts["gradients"] += round(num_bytes * ((num_micro == 1) + share))
     add("backward", "embed")
     parts = {**parts, **dict.fromkeys([*ACTIVATIONS, "workspace"], 0), "gradients": gradients}
     add("update", extra=count_update_bytes(config, machine) - gradients)
@@ -347,9 +349,11 @@ def count_update_bytes(config: GPTConfig, machine: Machine) -> int:
     muon = [(K * rows * cols * master, -(-K // world) * rows * cols * master)
             for (rows, cols), K in sorted(count_shapes(config).items())]
     live = peak = sum(grads for grads, *_ in [*adamw, *muon]) + sum(own for grads, own, _ in adamw if own < grads)
-    for grads, own in muon:  # reduce_gradients makes a stack; with several ranks a share of it stands beside
-        peak = max(peak, live + own * world)
+    for grads, own in muon:
+        if world == 1:  # reduce_gradients makes a stack; several ranks have sent smaller ones in the backward pass
+            peak = max(peak, live + own)
         live += own * world - grads + (own if world > 1 else 0)
+    peak = max(peak, live)
     for grads, own, size in adamw:
         is_sent = own < grads
         live -= grads if is_sent else 0
@@ -360,7 +364,9 @@ def count_update_bytes(config: GPTConfig, machine: Machine) -> int:
         live -= own * world if world > 1 else 0
         copies = 2 * a + master if machine.is_compiled else a + 5 * master  # beside the stack of parameters
         peak = max(peak, live + own + own // master * copies)
-        live += own + own * world if world > 1 else 0  # the stack that is sent and the whole that is gathered
+        # the stack that is sent and the whole that is gathered, in the compute dtype where the forward pass casts to it
+        sent = own // master * (a if machine.dtype == "bfloat16" else master)
+        live += sent + sent * world if world > 1 else 0
     return max(peak, live)
 
 

@@ -11,12 +11,16 @@ AdamW parameter, whole matrices of each shape for Muon. Small AdamW parameters a
 
     gradients --reduce_scatter--> this rank's part --update--> parameters --all_gather--> every rank
 
-K matrices of one shape make one stack: n = ceil(K / world) on each rank, the last ranks' missing ones are zeros.
+Of K matrices of one shape rank r has the i-th where i % world == r, n = ceil(K / world) at most; missing ones are
+zeros. So `world` matrices of neighbouring layers make one message, which is sent while the backward pass goes on.
+A matrix that the forward pass casts to bf16 is gathered in bf16: only its owner has it in fp32, until `gather_masters`.
 """
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -45,19 +49,28 @@ class Part:
     params:     list[nn.Parameter]
     is_muon:    bool
     is_sharded: bool
-    start:      int                      # this rank's first row of the parameter, or first of the matrices
-    stop:       int
     num_own:    int                      # rows, or matrices of this rank's stack, missing ones included
+    start:      int                      # AdamW: this rank's rows of the parameter
+    stop:       int
+    matrices:   list[nn.Parameter]       # Muon: those of this rank
     grad:       Tensor | None = None     # of this rank's rows or matrices, summed over the ranks
-    work:       dist.Work | None = None  # the reduction, until it is waited for
-    source:     Tensor | None = None     # the reduction's input, kept alive until then
+    messages:   list[tuple[dist.Work, Tensor]] = field(default_factory=list)  # under way; their inputs are kept alive
 
     def wait(self) -> Tensor:
         """This rank's gradient, once it is reduced."""
-        if self.work is not None:
-            self.work.wait()
-            self.work = self.source = None
+        for work, _ in self.messages:
+            work.wait()
+        self.messages.clear()
         return self.grad
+
+
+@dataclass
+class Piece:
+    """The unit of reduction: an AdamW parameter, or as many neighbouring Muon matrices as there are ranks."""
+    part:        Part
+    params:      list[nn.Parameter]
+    idx:         int       # of the matrix of this rank's stack that it fills
+    num_missing: int = 0   # parameters whose gradients the backward pass hasn't reached yet
 
 
 @dataclass(frozen=True)
@@ -77,8 +90,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
         groups:       dicts with kind 'adamw' (lr, betas, eps, weight_decay) or 'muon' (lr, momentum, ns_steps, beta2,
                       weight_decay; matrices of one shape)
-        names:        id(parameter) -> its name in the model, for saved state
-        matmul_dtype: of Muon's orthogonalisation; None means the parameters' own
+        names:        id(parameter) -> its name in the model, for saved state, in the order in which the backward pass
+                      reaches the parameters
+        matmul_dtype: of Muon's orthogonalisation and of the forward pass, which casts the matrices; None means the
+                      parameters' own
         """
         for group in groups:
             group["initial_lr"], group["initial_weight_decay"] = group["lr"], group["weight_decay"]
@@ -94,25 +109,65 @@ class MuonAdamW(torch.optim.Optimizer):
                     count_own_rows(num, params[0].numel() // num, self.world_size)
                 is_sharded = is_muon or num_own < num
                 start = min(self.rank * num_own, num) if is_sharded else 0
-                self.parts.append(Part(group, params, is_muon, is_sharded, start, min(start + num_own, num), num_own))
+                self.parts.append(Part(group, params, is_muon, is_sharded, num_own, start, min(start + num_own, num),
+                                       params[self.rank::self.world_size] if is_muon else []))
+        self.pieces = [piece for part in self.parts for piece in self._cut(part)]
+        # All ranks must send in one order; the best one is that in which gradients come
+        place = {key: place for place, key in enumerate(self.names)}
+        self.pieces.sort(key=lambda piece: max(place.get(id(param), 0) for param in piece.params))
+        self.num_sent = 0  # pieces of this step whose reduction has begun
 
-    @torch.no_grad()
+    def _cut(self, part: Part) -> list[Piece]:
+        """The pieces of a part, from the end, which the backward pass reaches first; one rank alone sends none."""
+        num = self.world_size if part.is_muon and self.world_size > 1 else len(part.params)
+        return [Piece(part, part.params[i:i + num], i // num) for i in reversed(range(0, len(part.params), num))]
+
+    @contextlib.contextmanager
+    def reduce_in_backward(self) -> Iterator[None]:
+        """Around the backward pass of a step's last micro-batch: each reduction starts as soon as its gradients are
+        complete, and all before it in the order have started. Those that are left wait for `reduce_gradients`."""
+        def receive(piece: Piece, _: nn.Parameter) -> None:
+            piece.num_missing -= 1
+            while self.num_sent < len(self.pieces) and self.pieces[self.num_sent].num_missing == 0:
+                self._reduce_next()
+        hooks = []
+        for piece in self.pieces if self.world_size > 1 else ():
+            piece.num_missing = len(piece.params)
+            hooks += [param.register_post_accumulate_grad_hook(functools.partial(receive, piece))
+                      for param in piece.params]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def reduce_gradients(self) -> None:
-        """Start to sum the gradients over all ranks; the parameters' own are dropped. Collective.
+        """Start to sum over all ranks what isn't summed yet; the parameters' own gradients are dropped. Collective.
 
         A sum, not a mean: the loss is divided by the whole step's targets already.
         """
-        for part in self.parts:
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part.params]  # None counts as zero
-            for param in part.params:
-                param.grad = None
-            grad = stack_padded(grads, part.num_own * self.world_size, grads[0]) if part.is_muon else grads[0]
-            del grads
-            if self.world_size > 1 and part.is_sharded:
-                part.source, part.grad = grad, grad.new_empty(part.num_own, *grad.shape[1:])
-                part.work = reduce_scatter(part.grad, grad, async_op=True)
-            else:
-                part.grad, part.work = grad, dist.all_reduce(grad, async_op=True) if self.world_size > 1 else None
+        while self.num_sent < len(self.pieces):
+            self._reduce_next()
+
+    @torch.no_grad()
+    def _reduce_next(self) -> None:
+        """Start the next reduction in the order."""
+        piece, is_sent = self.pieces[self.num_sent], self.world_size > 1
+        part = piece.part
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in piece.params]  # None counts as zero
+        for param in piece.params:
+            param.grad = None
+        grad = stack_padded(grads, max(len(grads), self.world_size), grads[0]) if part.is_muon else grads[0]
+        del grads
+        if is_sent and part.is_sharded:
+            if part.grad is None:
+                part.grad = grad.new_empty(part.num_own, *grad.shape[1:])
+            own = part.grad[piece.idx:piece.idx + 1] if part.is_muon else part.grad
+            part.messages.append((reduce_scatter(own, grad, async_op=True), grad))
+        else:
+            part.grad = grad
+            part.messages += [(dist.all_reduce(grad, async_op=True), grad)] if is_sent else []
+        self.num_sent += 1  # last: a piece that memory runs out for is still to be sent, as zeros
 
     def wait_gradients(self) -> list[Tensor]:
         """This rank's gradients, summed over the ranks; `step` uses them, changes in place included."""
@@ -135,16 +190,16 @@ class MuonAdamW(torch.optim.Optimizer):
         for part in self.parts:
             part.wait()
             part.grad = None
+        self.num_sent = 0
 
     @torch.no_grad()
     def step(self) -> Tensor:
         """Update all parameters from their gradients, drop these, and return their norm. Collective.
 
-        Three phases, so that one part's communication runs beside another's update: start all reductions (unless
-        `reduce_gradients` did), update part by part and start its gather, wait for the gathers.
+        Three phases, so that one part's communication runs beside another's update: start the reductions that haven't
+        begun yet, update part by part and start its gather, wait for the gathers.
         """
-        if self.parts[0].grad is None:
-            self.reduce_gradients()
+        self.reduce_gradients()
         self.num_steps += 1
         gathers = [self._update(part) for part in self.parts]
         grad_norm = self.get_grad_norm()
@@ -159,25 +214,40 @@ class MuonAdamW(torch.optim.Optimizer):
         grad, is_sent = part.wait(), part.is_sharded and self.world_size > 1
         if part.is_muon:
             rows, cols = params[0].shape
-            own = stack_padded(params[part.start:part.stop], part.num_own, params[0])  # (n, rows, cols)
+            own = stack_padded(part.matrices, part.num_own, params[0])  # (n, rows, cols)
             lr = group["lr"] * max(1.0, rows / cols) ** 0.5  # so that outputs move as much, whatever the shape
             muon_update(own, grad, *state, group["ns_steps"], self.matmul_dtype or own.dtype,
                         *as_scalars([lr, group["momentum"], group["beta2"], group["weight_decay"]]))
-            whole = own.new_empty(part.num_own * self.world_size, rows, cols) if is_sent else own
-        else:
-            own, whole = params[0][part.start:part.stop], params[0].data
-            update = adamw_update if whole.numel() >= SMALL_PARAM else adamw_update.__wrapped__
-            update(own, grad, *state,
-                   *as_scalars([group["lr"], *group["betas"], group["eps"], group["weight_decay"], self.num_steps]))
-            own = own.clone() if is_sent else own  # gloo doesn't promise to gather in place
-        work = all_gather(whole, own, async_op=True) if is_sent else None
+            copy_all(part.matrices, own)
+            return self._gather_matrices(part, own.to(self.matmul_dtype or own.dtype)) if is_sent else None
+        own = params[0][part.start:part.stop]
+        update = adamw_update if params[0].numel() >= SMALL_PARAM else adamw_update.__wrapped__
+        update(own, grad, *state,
+               *as_scalars([group["lr"], *group["betas"], group["eps"], group["weight_decay"], self.num_steps]))
+        if not is_sent:
+            return None
+        own = own.clone()  # gloo doesn't promise to gather in place
+        work = all_gather(params[0].data, own, async_op=True)
+        return lambda own=own: work.wait()  # the gather reads `own`
 
-        def finish(sent: Tensor = own) -> None:  # kept alive while the gather reads it
-            if work:
-                work.wait()
-            if part.is_muon:
-                torch._foreach_copy_(params, list(whole[:len(params)].unbind(0)))
-        return finish if is_sent else finish()
+    def _gather_matrices(self, part: Part, own: Tensor) -> Callable[[], None]:
+        """Start to send this rank's stack of matrices to all others; returns what waits for theirs and stores them."""
+        whole = own.new_empty(part.num_own * self.world_size, *own.shape[1:])
+        work = all_gather(whole, own, async_op=True)
+
+        def finish(own: Tensor = own) -> None:  # kept alive while the gather reads it
+            work.wait()
+            for rank, stack in enumerate(whole.view(self.world_size, *own.shape)):
+                if rank != self.rank:
+                    copy_all(part.params[rank::self.world_size], stack)
+        return finish
+
+    @torch.no_grad()
+    def gather_masters(self) -> None:
+        """Give every rank all matrices as their owners have them; a checkpoint holds these. Collective."""
+        for part in self.parts if self.world_size > 1 else ():
+            if part.is_muon and part.params[0].dtype != (self.matmul_dtype or part.params[0].dtype):
+                self._gather_matrices(part, stack_padded(part.matrices, part.num_own, part.params[0]))()
 
     def get_named_state(self) -> dict[str, StateSlice]:
         """This rank's state as a checkpoint holds it: `<parameter>.<state>`, Muon's matrix by matrix."""
@@ -187,7 +257,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 params, slices = part.params, [StateSlice(tensor, part.start, part.stop, len(part.params[0]),
                                                           part.is_sharded or self.rank == 0)]
                 if part.is_muon:
-                    params = part.params[part.start:part.stop]  # without padding
+                    params = part.matrices  # without padding
                     slices = [StateSlice(matrix, 0, len(matrix), len(matrix), True) for matrix in tensor[:len(params)]]
                 named |= {f"{self.names[id(param)]}.{key}": piece for param, piece in zip(params, slices, strict=True)}
         return named
@@ -231,6 +301,12 @@ def list_state(kind: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
 def stack_padded(tensors: Sequence[Tensor], num: int, like: Tensor) -> Tensor:
     """A stack of `num` tensors: the given ones, then zeros."""
     return torch.stack([*tensors, *[torch.zeros_like(like)] * (num - len(tensors))])
+
+
+def copy_all(matrices: list[nn.Parameter], stack: Tensor) -> None:
+    """Set the matrices, none perhaps, to the first ones of the stack."""
+    if matrices:
+        torch._foreach_copy_(matrices, list(stack[:len(matrices)].unbind(0)))
 
 
 def as_scalars(values: Sequence[float]) -> list[Tensor]:

@@ -161,6 +161,7 @@ class Progress:
         self.loss_ema, self.num_losses, self.elapsed_sec, self.num_skipped = 0.0, 0, 0.0, 0
         vars(self).update(state or {})
         self.recent_sec: list[float] = []
+        self.end_time = -math.inf   # when the last step's figures were there
 
     def get_state(self) -> dict:
         """The state that a continued run starts from."""
@@ -180,6 +181,12 @@ class Progress:
                 "step_ms": step_sec * 1e3, "tokens_per_sec": self.plan.batch_tokens / step_sec,
                 "mfu_pct": 100 * (flops / step_sec / self.peak_flops) if self.peak_flops else None,
                 "elapsed_sec": self.elapsed_sec, "peak_memory_bytes": common.get_peak_memory_bytes(self.device)}
+
+    def measure_sec(self, begin_time: float) -> float:
+        """Seconds of a step whose figures are there now: since it was begun, or since the end of the one before, where
+        it was queued behind that. Times are of time.perf_counter."""
+        begin_time, self.end_time = max(begin_time, self.end_time), time.perf_counter()
+        return self.end_time - begin_time
 
     def get_smooth_loss(self) -> float:
         """The running mean of the loss, debiased by the number of losses in it."""

@@ -5,9 +5,10 @@
 There is no trainer: each stage shows its own loop, and calls these.
 """
 
+import gc
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from nanochat.report import write_section
 from nanochat.run import STOP_SIGNALS, Progress, RunLog, StopSignal, check_ranks, compare_with_saved, read_info
 from nanochat.scaling import Plan
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train import LossScaler, TrainState
+from nanochat.train import LossScaler, PendingStats, TrainState
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,22 @@ def make_state(setup: Setup, narrow: Callable[[MuonAdamW], MuonAdamW] | None = N
     set_compile_kernels(machine.is_compiled)
     if machine.is_fp8:
         use_fp8(model, optimizer)
-    if machine.is_compiled:
+    if setup.choices.is_one_trunk:
+        model.compile_trunk()
+    elif machine.is_compiled:
         model.compile_blocks()
     return TrainState(model, optimizer, scaler, recipe.rows_per_step // setup.ranks.world_size,
                       setup.choices.micro_rows)
+
+
+@dataclass(frozen=True)
+class TakenStep:
+    """A step whose line of the log isn't written yet."""
+    step:       int
+    begin_time: float             # of time.perf_counter
+    stats:      PendingStats
+    values:     dict              # to log beside its figures
+    flops:      float | None = None   # where its rows are shorter than the context
 
 
 @dataclass(frozen=True)
@@ -154,6 +167,7 @@ class Run:
     saver:    Checkpointer
     log:      RunLog
     progress: Progress
+    late:     list[TakenStep] = field(default_factory=list)   # the last step, at most
 
     def is_due(self, step: int, every: int | None) -> bool:
         """Whether something is to be done at this step: at multiples of `every` and at the end; None is never."""
@@ -166,11 +180,35 @@ class Run:
                                   "loader": self.loader.state_dict(), "optimizer_steps": state.optimizer.num_steps,
                                   "scaler": state.scaler and vars(state.scaler), "progress": self.progress.get_state()}
 
+    def log_step(self, taken: TakenStep) -> None:
+        """Log a step: a CPU's at once, a GPU's when the one after it is queued. The GPU would idle while Python waits
+        for a step's figures and writes them."""
+        self.finish_step()
+        self.late.append(taken)
+        if taken.stats.copied is None:  # not asked whether it is there by now: ranks would answer differently
+            self.finish_step()
+
+    def finish_step(self) -> None:
+        """Log the step that isn't logged yet; called before anything but a step happens."""
+        while self.late:
+            taken = self.late.pop()
+            stats = taken.stats.read()
+            stats.check_finite(taken.step - 1)
+            values = self.progress.update(stats, self.progress.measure_sec(taken.begin_time), taken.flops)
+            values |= taken.values
+            self.write_step(taken.step, values, self.progress.format_line(taken.step, values))
+
     def write_step(self, step: int, values: dict, line: str) -> None:
         """Log a step and print its line; after the first one, the measured memory beside the predicted."""
         self.log.write("train", step, **values)
         print0(line)
-        if step == self.setup.first_step + 1 and self.setup.recipe.flags.wanted.micro_rows == "auto":
+        if step > self.setup.first_step + 1:
+            return
+        # All that exists by now stays to the end. To go through it takes the garbage collector a tenth of a second, in
+        # the midst of some rank's step, which all others then wait for
+        gc.collect()
+        gc.freeze()
+        if self.setup.recipe.flags.wanted.micro_rows == "auto":
             print0(f"memory: {values['peak_memory_bytes'] / GIB:.2f} GiB at the peak of the first step, "
                    f"{self.setup.choices.memory_bytes / GIB:.2f} predicted")
 
@@ -194,6 +232,7 @@ class Run:
 
 def begin_run(setup: Setup, state: TrainState, loader) -> Run:
     """Claim the folder, open the log, and print the plan. Collective."""
+    gc.unfreeze()  # what an earlier run of this process froze
     recipe, flags, config, plan = setup.recipe, setup.recipe.flags, setup.recipe.config, setup.recipe.plan
     resume_step = recipe.saved.step if recipe.saved else None
     params, data, tokenizer = state.model.num_scaling_params(), recipe.data, setup.meta["tokenizer"]

@@ -6,6 +6,7 @@
 B rows, T tokens.
 """
 
+import contextlib
 import gc
 import math
 import operator
@@ -51,9 +52,35 @@ class Batch:
             yield self.map(operator.itemgetter(slice(start, start + num_rows)))
 
 
+@dataclass(frozen=True)
+class PendingStats:
+    """The figures of a step that a GPU may still be computing: Python is ahead of it."""
+    figures:     Tensor               # (2,) loss, times its scale, and gradient norm, in host memory
+    copied:      torch.Event | None   # when the figures are there; None: they are
+    loss_scale:  float
+    num_targets: int
+    skipped:     str                  # as in StepStats
+
+    def read(self) -> StepStats:
+        """Wait for the step's end."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        loss, grad_norm = self.figures.tolist()
+        return StepStats(loss / self.loss_scale, grad_norm, self.num_targets, self.skipped)
+
+
 def train_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
                scaler: "LossScaler | None" = None) -> StepStats:
+    """`queue_step`, waited for."""
+    return queue_step(model, optimizer, batch, micro_rows, scaler).read()
+
+
+def queue_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
+               scaler: "LossScaler | None" = None) -> PendingStats:
     """One optimizer step on this rank's rows of it. Collective: all ranks call it.
+
+    On a GPU it is queued: Python waits for nothing but the other ranks' Python (fp16: for the gradient norm). So the
+    GPU has work while Python logs the step before and prepares the rows of the next.
 
     The loss is normalised once, by the targets of the whole step over all micro-batches and ranks, so it doesn't depend
     on how the step is cut. A step with nothing to learn leaves parameters and optimizer alone, on all ranks. So does a
@@ -64,17 +91,18 @@ def train_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
     has_weight = is_target if batch.weights is None else is_target & (batch.weights != 0)
     num_targets, num_weighted = sum_over_ranks(torch.stack((is_target.sum(), has_weight.sum()))).tolist()
     if num_targets == 0 or num_weighted == 0:
-        return StepStats(0.0, 0.0, num_targets, "no weights" if num_targets else "no targets")
+        return PendingStats(torch.zeros(2), None, 1.0, num_targets, "no weights" if num_targets else "no targets")
     scale, overflowed = scaler.scale if scaler else 1.0, False
-    loss, problem = add_gradients(model, batch, micro_rows, scale / num_targets)
-    # Asked before the gradients are summed over the ranks: a rank that entered that sum would deadlock waiting for the
-    # rank that ran out of memory. With several GPUs Python waits here for the backward pass (assumption, not studied:
-    # this costs little beside it)
+    loss, problem = add_gradients(model, optimizer, batch, micro_rows, scale / num_targets)
+    if problem:
+        model.zero_grad()
+        free_memory(model.get_device())
+    # Also by a rank that ran out of memory, which sends zeros: the others may have begun, and would wait for it
+    optimizer.reduce_gradients()
     if any_rank(problem is not None)[0]:
         optimizer.zero_grad()
         free_memory(model.get_device())
         raise OutOfMemory(problem or "another rank did")
-    optimizer.reduce_gradients()
     if scaler:
         torch._foreach_div_(optimizer.wait_gradients(), scale)
         grad_norm = optimizer.get_grad_norm()
@@ -84,25 +112,31 @@ def train_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
         optimizer.zero_grad()
     else:
         grad_norm = optimizer.step()
-    # read back last: a GPU must not idle while Python waits for a number
-    return StepStats(float(sum_over_ranks(loss)) / scale, float(grad_norm), num_targets,
-                     "fp16 overflow" if overflowed else "")
+    figures, copied = torch.stack((sum_over_ranks(loss), grad_norm.to(loss.dtype))), None
+    if figures.device.type in ("cuda", "xpu"):
+        figures, copied = figures.to("cpu", non_blocking=True), torch.Event(figures.device)
+        copied.record()
+    return PendingStats(figures, copied, scale, num_targets, "fp16 overflow" if overflowed else "")
 
 
-def add_gradients(model: GPT, batch: Batch, micro_rows: int, factor: float) -> tuple[Tensor, str | None]:
-    """Gradients of sum(factor * weights * nll) of this rank's rows, micro-batch by micro-batch, without other ranks.
-    Returns that sum, and the first line of the allocator's error where memory ran out, else None."""
+def add_gradients(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
+                  factor: float) -> tuple[Tensor, str | None]:
+    """Gradients of sum(factor * weights * nll) of this rank's rows, micro-batch by micro-batch; in the last one the
+    optimizer begins to sum them over the ranks. Returns this rank's sum of the loss, and the first line of the
+    allocator's error where memory ran out, else None."""
     device = model.get_device()
     loss_dtype = torch.float64 if model.compute_dtype == torch.float64 else torch.float32
     loss = torch.zeros((), device=device, dtype=loss_dtype)  # the same on a rank that has no rows
     try:
-        for micro in batch.split(micro_rows):
+        micros = list(batch.split(micro_rows))
+        for i, micro in enumerate(micros):
             micro = micro.to(device)
             weights = torch.full(micro.targets.shape, factor, device=device, dtype=loss_dtype)  # (B, T)
             if micro.weights is not None:
                 weights *= micro.weights
             micro_loss = model(micro.inputs, micro.targets, loss_reduction="sum", weights=weights)
-            micro_loss.backward()
+            with optimizer.reduce_in_backward() if i == len(micros) - 1 else contextlib.nullcontext():
+                micro_loss.backward()
             loss = loss + micro_loss.detach()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -155,7 +189,7 @@ class TrainState:
     has_halved:    bool = False        # whether memory ran out once
 
 
-def take_step(state: TrainState, batch: Batch, step: int, log: RunLog, stop: StopSignal) -> StepStats | None:
+def take_step(state: TrainState, batch: Batch, step: int, log: RunLog, stop: StopSignal) -> PendingStats | None:
     """One optimizer step of a run. Collective: all ranks call it.
 
     The first time that memory runs out, micro-batches get half their rows, from this very batch on. The second time
@@ -164,7 +198,7 @@ def take_step(state: TrainState, batch: Batch, step: int, log: RunLog, stop: Sto
     # Sequence-length warm-up splits each row into several shorter rows; the tokens of a micro-batch stay the same
     micro_rows = state.micro_rows * len(batch.inputs) // state.rows_per_rank
     try:
-        return train_step(state.model, state.optimizer, batch, micro_rows, state.scaler)
+        return queue_step(state.model, state.optimizer, batch, micro_rows, state.scaler)
     except OutOfMemory as error:
         problem = f"out of memory at step {step} with --device-batch-size {state.micro_rows}: {error}"
     smaller = [n for n in list_divisors(state.rows_per_rank) if n <= state.micro_rows // 2]

@@ -23,7 +23,18 @@ from nanochat.optim import MuonAdamW
 from nanochat.run import StopSignal, decide, read_info
 from nanochat.scaling import get_lr_frac, get_muon_momentum, get_weight_decay_frac, make_config, make_plan
 from nanochat.shards import ShardList, load_shards
-from nanochat.stage import Recipe, Run, Setup, begin_run, evaluate, make_state, prepare_run, print_samples, write_report
+from nanochat.stage import (
+    Recipe,
+    Run,
+    Setup,
+    TakenStep,
+    begin_run,
+    evaluate,
+    make_state,
+    prepare_run,
+    print_samples,
+    write_report,
+)
 from nanochat.tokenizer import get_tokenizer
 from nanochat.train import take_step
 
@@ -97,7 +108,10 @@ def train(run: Run, val_batches: ValidationBatches, args: argparse.Namespace) ->
     with StopSignal() as stop, run.loader, log, saver:
         while True:
             evaluating, scoring = run.is_due(step, flags.eval_every), run.is_due(step, args.core_metric_every)
+            sampling, is_last = run.is_due(step, flags.sample_every), step == run.setup.last_step
             saving, stopping = saver.due(step, stop.is_set(), evaluating or scoring)
+            if saving or stopping or evaluating or scoring or sampling or is_last:
+                run.finish_step()
             if saving:
                 saver.save(step, state.model, state.optimizer, run.get_meta())
             if stopping:
@@ -106,24 +120,22 @@ def train(run: Run, val_batches: ValidationBatches, args: argparse.Namespace) ->
                 results |= evaluate(run, step, val_batches)
             if scoring:
                 results |= evaluate_core_metric(run, step, args.core_metric_max_per_task)
-            if run.is_due(step, flags.sample_every):
+            if sampling:
                 print_samples(run, step, prompts, max_tokens=24)
-            if step == run.setup.last_step:
+            if is_last:
                 return run.finish(step, results)
-            step_start = time.perf_counter()
+            begin_time = time.perf_counter()
             lr_frac = set_schedules(state.optimizer, step, plan.num_iterations, args)
             row_tokens = plan.get_row_tokens(step, recipe.T)
             stats = take_step(state, run.loader.next_step().cut(row_tokens), step, log, stop)
             if stats is None:  # out of memory twice: save the steps before, and stop
                 run.loader.give_back()
                 continue
-            stats.check_finite(step)
             step += 1
             flops = plan.count_flops(step)
-            values = run.progress.update(stats, time.perf_counter() - step_start, flops - plan.count_flops(step - 1))
-            values |= {"lr_frac": lr_frac, "row_tokens": row_tokens, "tokens": step * plan.batch_tokens, "flops": flops,
-                       **run.loader.stats}
-            run.write_step(step, values, run.progress.format_line(step, values))
+            values = {"lr_frac": lr_frac, "row_tokens": row_tokens, "tokens": step * plan.batch_tokens, "flops": flops,
+                      **run.loader.stats}
+            run.log_step(TakenStep(step, begin_time, stats, values, flops - plan.count_flops(step - 1)))
 
 
 def make_recipe(args: argparse.Namespace, flags: StageFlags, run_dir: Path, ranks: Ranks) -> tuple[Recipe, ShardList]:

@@ -131,10 +131,11 @@ def train(run: Run, held_out: list[Question], args: argparse.Namespace) -> dict:
                     "reward": rollouts.stats.get("reward")})
             step_start = time.perf_counter()
             lr_frac = set_schedules(state.optimizer, step, plan.num_iterations, args.init_lr_frac, warmdown_ratio=1.0)
-            stats = take_step(state, rollouts.next_step(state.model, step, state.micro_rows), step, log, stop)
-            if stats is None:  # out of memory twice: save the steps before, and stop
+            pending = take_step(state, rollouts.next_step(state.model, step, state.micro_rows), step, log, stop)
+            if pending is None:  # out of memory twice: save the steps before, and stop
                 rollouts.give_back()
                 continue
+            stats = pending.read()  # the next step begins with answers of the model that it has made
             stats.check_finite(step)
             rollouts.measure_step(state.model, state.micro_rows)
             step += 1

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanochat.choices import Choices, StepRows, Wanted, choose_micro_rows, predict_run
+from nanochat.choices import Choices, StepRows, Wanted, choose_how, choose_micro_rows, predict_run
 from nanochat.common import UserError
 from nanochat.memory import CPU_MFU, GIB, PUBLISHED_MFU, Machine, get_usable_frac
 from nanochat.scaling import make_config, make_plan
@@ -55,6 +55,18 @@ def test_micro_rows_that_are_asked_for_or_kept():
     for wanted in (5, 13, -1, 0):
         with pytest.raises(UserError, match=f"--device-batch-size {wanted} must divide the 12 rows .* 12, or auto"):
             choose(wanted, 12, None)
+
+
+@pytest.mark.parametrize(("asked", "kept", "saved"), [
+    ("off", "trunk", False), ("on", "trunk", True), ("trunk", False, "trunk"),
+    ("auto", "trunk", "trunk"), ("auto", True, True), ("auto", False, False)])
+def test_what_is_compiled_as_one_is_kept(asked, kept, saved, monkeypatch):
+    monkeypatch.setattr("nanochat.choices.choose_compile", lambda wanted, *_: (wanted != "off", "it works here"))
+    monkeypatch.setattr("nanochat.choices.choose_backend", lambda *_, **__: ("sdpa", "asked for"))
+    monkeypatch.setattr("nanochat.choices.get_peak_flops", lambda *_: (1e12, "measured"))
+    wanted = Wanted("float32", compile=asked, kept={"use_compile": kept}, kept_why="as the run began")
+    chosen = choose_how(wanted, StepRows(SMALL, 512, 4), 1e9, torch.device("cpu"), [])
+    assert chosen.to_json(4)["use_compile"] == saved and chosen.machine.is_compiled == bool(saved)
 
 
 def test_prediction_of_a_run(monkeypatch):

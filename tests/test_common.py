@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nanochat import common, memory
 from nanochat.checkpoint_manager import locked_run
@@ -369,6 +370,35 @@ def test_decoding_processes_spin_longer_unless_a_person_chose(monkeypatch, befor
         monkeypatch.delenv("GOMP_SPINCOUNT")
     let_threads_spin()
     assert os.environ.get("GOMP_SPINCOUNT") == after
+
+
+@pytest.fixture
+def gpu_group():
+    """One rank with a backend for each kind of memory, as ranks on GPUs have NCCL beside gloo."""
+    dist.init_process_group("cpu:gloo,cuda:gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_flags_of_ranks_on_gpus_stay_in_host_memory(gpu_group):
+    """On a GPU they would wait for all work that is queued there."""
+    assert common.any_rank(True, False) == [True, False] and common.gather("x") == ["x"]
+    counts = torch.tensor([3, 4])
+    assert common.sum_over_ranks(counts) is counts and counts.tolist() == [3, 4]
+
+
+def test_ranks_on_gpus_have_both_backends(monkeypatch, tmp_path):
+    groups = []
+    for name, value in (("NANOCHAT_BASE_DIR", str(tmp_path)), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(common, "get_ranks", lambda: common.Ranks(1, 1, 2))
+    monkeypatch.setattr(common, "get_device", lambda device_type, ranks: torch.device("cuda", ranks.local_rank))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: groups.append((backend, options)))
+    common.init_compute("cuda")
+    (backend, options), = groups
+    assert backend == "cpu:gloo,cuda:nccl" and options["device_id"] == torch.device("cuda", 1)
 
 
 def test_common_is_loaded_where_packages_are_missing(monkeypatch):

@@ -1,5 +1,6 @@
 """Whether to compile, what is said when that can't be done, and kernels that a killed process left half-written."""
 
+import copy
 import os
 import shlex
 import sysconfig
@@ -13,8 +14,9 @@ from torch._dynamo.testing import CompileCounter
 from torch._inductor import cpp_builder
 from torch.utils import cpp_extension
 
-from nanochat import compilation
+from nanochat import compilation, gpt
 from nanochat.common import UserError
+from nanochat.decoding import make_cache
 from nanochat.gpt import GPT, GPTConfig
 
 CPU = torch.device("cpu")
@@ -29,6 +31,7 @@ CPU = torch.device("cpu")
     ("auto", "cuda", 1e4,  "",            True,  "it works here"),
     ("auto", "cpu",  1e4,  "no compiler", False, "no compiler"),
     ("on",   "cpu",  10.0, "",            True,  "it works here"),
+    ("trunk", "cpu", 10.0, "",            True,  "all blocks as one"),
 ])
 def test_choose_compile(wanted, device, eager_sec, broken_compiler, expected, reason, monkeypatch):
     monkeypatch.setattr(compilation, "probe_compiler", lambda device: broken_compiler)
@@ -104,6 +107,28 @@ def test_fused_runs_compiled_only_when_that_is_on(monkeypatch):
     assert double(4) == -1 and calls == [(4,)]
     compilation.set_compile_kernels(False)
     assert double(5) == 10
+
+
+def test_trunk_is_one_graph_and_a_copy_reads_its_own_weights(monkeypatch):
+    """With a cache, as in decoding, it runs as it did."""
+    torch._dynamo.reset()
+    counter, real = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=counter, **options))
+    gpt.compile_trunk.cache_clear()
+    model = GPT(GPTConfig(sequence_len=32, vocab_size=64, n_layer=4, n_head=1, n_kv_head=1, n_embd=32), torch.float32)
+    model.init_weights()
+    ids = torch.arange(64).view(2, 32)
+    expected = model(ids, ids)
+    model.compile_trunk()
+    assert torch.equal(model(ids, ids), expected) and counter.frame_count == 1
+    model(ids, ids).backward()
+    assert all(param.grad is not None for param in model.parameters()) and counter.frame_count == 1
+    other = copy.deepcopy(model)
+    torch.nn.init.normal_(other.transformer.wte.weight)
+    assert not torch.equal(other(ids, ids), expected)
+    count = counter.frame_count
+    assert model(ids, kv_cache=make_cache(model, 2, 32)).shape == (2, 32, 64) and counter.frame_count == count
+    gpt.compile_trunk.cache_clear()
 
 
 def test_rows_of_every_length_stay_compiled(monkeypatch):

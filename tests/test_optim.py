@@ -1,9 +1,12 @@
 """The optimizer's kernels against slow versions, one matrix at a time, and its groups against the public record."""
 
+import contextlib
 import math
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nanochat import compilation
 from nanochat.gpt import GPTConfig
@@ -246,6 +249,39 @@ def test_first_steps_of_a_fresh_model_are_finite_and_learn(dtype):
         assert all(param.isfinite().all() for param in model.parameters())
     assert losses[0] == pytest.approx(math.log(CONFIG.vocab_size), abs=0.1) and losses[-1] < losses[0] - 0.5
     assert all(param.any() for param in model.parameters())  # each was reached
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several ranks; what they compute together is tested in test_train.py and test_ranks.py
+
+
+@pytest.fixture
+def fake_ranks():
+    """Rank 0 of two, whose collectives send nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+def test_gradients_are_sent_during_the_backward_pass(fake_ranks):
+    """In one order on all ranks, which is that in which they come: head first, then layer by layer from the last."""
+    model = make_fresh()
+    optimizer, num_sent = model.setup_optimizer(), {}
+    for name, param in model.named_parameters():
+        param.register_post_accumulate_grad_hook(lambda _, name=name: num_sent.update({name: optimizer.num_sent}))
+    idx = torch.arange(2 * 17).view(2, 17) % CONFIG.vocab_size
+    for is_last in (False, True):
+        with optimizer.reduce_in_backward() if is_last else contextlib.nullcontext():
+            model(idx[:, :-1], idx[:, 1:]).backward()
+        assert optimizer.num_sent == (len(optimizer.pieces) if is_last else 0)
+    # what had been sent when the gradient of a layer's value embeddings came: that of the head, of the layers above
+    layers = [[optimizer.names[id(param)].split(".")[2] for param in piece.params]
+              for piece in optimizer.pieces if piece.part.is_muon and piece.params[0].shape == (64, 64)]
+    assert layers == [["3", "3"], ["2", "2"], ["1", "1"], ["0", "0"]]
+    assert 0 < num_sent["value_embeds.3.weight"] < num_sent["value_embeds.1.weight"] < len(optimizer.pieces) - 5
+    assert all(param.grad is None for param in model.parameters())
+    optimizer.zero_grad()
+    assert optimizer.num_sent == 0 and all(part.grad is None for part in optimizer.parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """From text to a trained model by the scripts themselves: stopped in every way, resumed, fed what they must refuse."""
 
 import contextlib
+import dataclasses
 import functools
+import gc
 import json
 import os
 import re
@@ -10,12 +12,14 @@ import signal
 import statistics
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from nanochat import choices, dataset
+from nanochat import train as training
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, count_cpus
 from nanochat.compilation import probe_compiler, set_compile_kernels
@@ -260,6 +264,28 @@ def test_signals_and_kills_change_nothing(base_dir):
             assert step <= latest < step + 30 and status == "stopped"
     assert train("stormy", *more)["step"] == 120
     assert_same_runs(run_dir, expected["run_dir"])
+
+
+def test_log_that_is_a_step_late_says_the_same(whole):
+    """As on a GPU: figures are read when the next step is queued, or before anything but a step happens."""
+    events, queue_step = [], training.queue_step
+
+    def queue(*args):
+        events.append("queue")
+        copied = types.SimpleNamespace(synchronize=lambda: events.append("read"))
+        return dataclasses.replace(queue_step(*args), copied=copied)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "queue_step", queue)
+        result = train("late")
+    assert_same_runs(result["run_dir"], whole["run_dir"])
+    assert events == 2 * ["queue", *9 * ["queue", "read"], "read"]  # evaluated at steps 10 and 20
+
+
+def test_garbage_collector_passes_over_what_a_run_keeps():
+    gc.unfreeze()
+    train("frozen", "--stop-at", "1")
+    assert gc.get_freeze_count() > 10**5  # torch alone is so many objects
+    assert sum(map(len, map(gc.get_objects, range(3)))) < gc.get_freeze_count() / 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
