@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -105,45 +106,52 @@ def run_script(main: Callable[[list[str] | None], object]) -> None:
     try:
         main(None)
         if dist := get_process_group():
-            is_gloo = dist.get_backend() == "gloo"
             dist.destroy_process_group()
-            if is_gloo:  # it now and then aborts a process at its end (dev/LOG.md, "A rank on gloo that is aborted")
-                end_process()
-    except UserError as error:
-        exit_with(2, f"error: {error}")
-    except KeyboardInterrupt:
-        exit_with(130, "stopped by Ctrl-C")
+            # gloo now and then aborts a process at its end (dev/LOG.md, "A rank on gloo that is aborted")
+            end_process()
     except BrokenPipeError:  # the reader of our output has ended, as in `... | head -1`
         discard_output()
         sys.exit(128 + signal.SIGPIPE)
-    except UnicodeEncodeError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if ending := explain_ending(error):
+            exit_with(*ending)
+        if not get_process_group():
+            raise
+        exit_with(1, traceback.format_exc().rstrip())
+
+
+def explain_ending(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the sentence for an error that is no bug of ours, else None."""
+    if isinstance(error, UserError):
+        return 2, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped by Ctrl-C"
+    if isinstance(error, UnicodeEncodeError):
         character = error.object[error.start]
         if "\udc80" <= character <= "\udcff":  # how Python keeps a byte of a file's name that it can't decode
-            exit_with(2, f"error: {ascii(error.object)[:500]} has the byte 0x{ord(character) - 0xdc00:x}, which isn't "
-                         f"{error.encoding}, and what is to open it takes nothing else; rename the file or the folder")
-        if error.encoding == "utf-8" or error.encoding != sys.getfilesystemencoding():
-            raise
-        exit_with(2, f"error: a file's name has the character {character!a}, which the encoding of this locale, "
-                     f"{error.encoding}, lacks; set LC_ALL=C.UTF-8 or PYTHONUTF8=1")
-    except (RuntimeError, MemoryError) as error:
+            return 2, f"error: {ascii(error.object)[:500]} has the byte 0x{ord(character) - 0xdc00:x}, which isn't " \
+                      f"{error.encoding}, and what is to open it takes nothing else; rename the file or the folder"
+        if error.encoding != "utf-8" and error.encoding == sys.getfilesystemencoding():
+            return 2, f"error: a file's name has the character {character!a}, which the encoding of this locale, " \
+                      f"{error.encoding}, lacks; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+    if isinstance(error, (RuntimeError, MemoryError)):
         dist = sys.modules.get("torch.distributed")  # where it isn't loaded, none of its errors can be raised
         if dist and (isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error).lower())):
-            exit_with(1, f"error: rank {get_ranks().rank} can't reach the other ranks any more: one of them has ended "
-                         "(what it said stands above) or did not answer for "
-                         f"{get_collective_timeout().total_seconds():g} s; run the same command again to go on from "
-                         f"the last checkpoint ({get_first_line(error)})")
-        if not is_out_of_memory(error):
-            raise
-        exit_with(2, f"error: out of memory ({get_first_line(error)}); set a smaller --device-batch-size, where the "
-                     "script has it")
-    except OSError as error:
+            return 1, f"error: rank {get_ranks().rank} can't reach the other ranks any more: one of them has ended " \
+                      "(what it said stands above) or did not answer for " \
+                      f"{get_collective_timeout().total_seconds():g} s; run the same command again to go on from " \
+                      f"the last checkpoint ({get_first_line(error)})"
+        if is_out_of_memory(error):
+            return 2, f"error: out of memory ({get_first_line(error)}); set a smaller --device-batch-size, where the " \
+                      "script has it"
+    if isinstance(error, OSError):
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
-            exit_with(2, f"error: no permission for {error.filename} ({error.strerror}); change it, or set "
-                         "NANOCHAT_BASE_DIR to a folder that you can write to")
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        exit_with(2, f"error: the disk is full{where}; what was saved before is intact, free some space and run again")
+            return 2, f"error: no permission for {error.filename} ({error.strerror}); change it, or set " \
+                      "NANOCHAT_BASE_DIR to a folder that you can write to"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" while writing {error.filename}" if error.filename else ""
+            return 2, f"error: the disk is full{where}; what was saved before is intact, free some space and run again"
+    return None
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -158,13 +166,13 @@ def get_first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no details"])[0]
 
 
-def end_process() -> None:
-    """End this process with exit code 0, without Python's own teardown of all that is loaded."""
+def end_process(code: int = 0) -> None:
+    """End this process with exit code `code`, without Python's own teardown of all that is loaded."""
     atexit._run_exitfuncs()  # the compiler's, which would leave processes and semaphores behind, and wandb's
     with contextlib.suppress(OSError):  # the terminal may be gone
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def exit_with(code: int, message: str) -> None:
@@ -174,6 +182,9 @@ def exit_with(code: int, message: str) -> None:
         sys.stderr.flush()
     if get_process_group():
         time.sleep(1)  # other ranks may still be reading this one's last message before they end alike
+        # Torn down alive, NCCL's communicator waits for kernels that need the other ranks (never seen, no GPU was
+        # there); gloo's may abort the process
+        end_process(code)
     sys.exit(code)
 
 

@@ -73,6 +73,44 @@ def test_other_errors_of_the_system_stay_bugs():
     common.run_script(lambda argv: {"loss": 1.0})  # returns: exit code 0
 
 
+class Ended(BaseException):
+    """os._exit, with its exit code."""
+
+
+@pytest.fixture
+def live_group(monkeypatch):
+    """A communicator, of NCCL for all that common can tell; the calls that end it and the process, in order."""
+    calls = []
+
+    def leave(code):
+        calls.append(code)
+        raise Ended
+    monkeypatch.setattr(common, "get_process_group", lambda: types.SimpleNamespace(
+        destroy_process_group=lambda: calls.append("destroy"), get_backend=lambda: "nccl"))
+    monkeypatch.setattr(common.time, "sleep", lambda seconds: calls.append("wait"))
+    monkeypatch.setattr(common.atexit, "_run_exitfuncs", lambda: calls.append("exit functions"))
+    monkeypatch.setattr(os, "_exit", leave)
+    return calls
+
+
+@pytest.mark.parametrize(("error", "code", "message"), [
+    (UserError("no data"), 2, "error: no data\n"), (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
+    (torch.OutOfMemoryError("Tried to allocate"), 2, "error: out of memory"),
+    (torch.distributed.DistBackendError("NCCL timeout"), 1, "can't reach the other ranks any more"),
+    (ValueError("a bug"), 1, "Traceback (most recent call last)")])
+def test_rank_ends_without_the_teardown_of_a_live_communicator(error, code, message, live_group, capsys):
+    """NCCL's would wait for the other ranks."""
+    with pytest.raises(Ended):
+        common.run_script(lambda argv: raise_error(error))
+    assert live_group == ["wait", "exit functions", code] and message in capsys.readouterr().err
+
+
+def test_rank_that_is_done_destroys_its_communicator(live_group):
+    with pytest.raises(Ended):
+        common.run_script(lambda argv: None)
+    assert live_group == ["destroy", "exit functions", 0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Streams and locales
 
