@@ -34,9 +34,23 @@ SPECIAL_TOKENS = ("<|bos|>",                                    # begins every d
                   "<|python_start|>",    "<|python_end|>",      # the assistant calls the interpreter
                   "<|output_start|>",    "<|output_end|>")      # what the interpreter answered
 
-# GPT-4's pattern, but numbers are cut into one or two digits: three-digit tokens cost too much of a small vocabulary.
+# How text is cut into pieces; no token spans two. Ours is GPT-4's pattern, but numbers are cut into one or two digits:
+# three-digit tokens cost too much of a small vocabulary.
 SPLIT_PATTERN = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"""
                  r"""|\s*[\r\n]|\s+(?!\S)|\s+""")
+# As Qwen2's tokenizer.json has it; llama.cpp and others know this pattern and those made from it by their names.
+QWEN2_PATTERN = (r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+                 r"""|\s*[\r\n]+|\s+(?!\S)|\s+""")
+# Combining marks (\p{M}: vowel signs, tone marks, points) stand within the words of Hindi, Thai and other scripts of
+# South and Southeast Asia; words of \p{L}+ end there. `python -m dev.bench_split` shows what that costs.
+SPLIT_PATTERNS = {
+    "nanochat": SPLIT_PATTERN,
+    "marks":    SPLIT_PATTERN.replace(r"\p{L}+", r"\p{L}[\p{L}\p{M}]*"),      # ours, marks within words
+    "llama3":   QWEN2_PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|"),
+    "qwen2":    QWEN2_PATTERN,
+    "qwen35":   QWEN2_PATTERN.replace(r"\p{L}+", r"[\p{L}\p{M}]+")            # Qwen2's, marks within words
+                             .replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}"),
+}
 
 NUM_BYTES = 256
 # The spelling of bytes in files since GPT-2: visible characters of Latin-1 as they are, the other bytes from U+0100 on.
@@ -75,20 +89,24 @@ class RustBPETokenizer:
                                           special_tokens=special_tokens)
 
     @classmethod
-    def train_from_iterator(cls, text_iterator: Iterable[str], vocab_size: int) -> "RustBPETokenizer":
-        """Learn a vocabulary of `vocab_size` tokens, specials included. Deterministic: a function of the texts."""
+    def train_from_iterator(cls, text_iterator: Iterable[str], vocab_size: int,
+                            pattern: str = SPLIT_PATTERN) -> "RustBPETokenizer":
+        """Learn a vocabulary of `vocab_size` tokens, specials included. Deterministic: a function of the texts.
+
+        pattern: a regular expression; its matches, one after the other, are the pieces that merges stay within
+        """
         import rustbpe  # here, so that a machine that only runs models needs no rustbpe
         if vocab_size < MIN_VOCAB_SIZE:
             raise UserError(f"a vocabulary of {vocab_size} tokens is too small: {NUM_BYTES} bytes and "
                             f"{len(SPECIAL_TOKENS)} special tokens are always in it; ask for {MIN_VOCAB_SIZE} or more")
         trainer, pieces = rustbpe.Tokenizer(), (piece for text in text_iterator for piece in cut_blanks(text))
         trainer.train_from_iterator(pieces, vocab_size - len(SPECIAL_TOKENS), buffer_size=TRAIN_BUFFER_DOCUMENTS,
-                                    pattern=SPLIT_PATTERN)
+                                    pattern=pattern)
         ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
         if len(ranks) + len(SPECIAL_TOKENS) < vocab_size:
             raise UserError(f"the text is too short for a vocabulary of {vocab_size} tokens: it gives "
                             f"{len(ranks) + len(SPECIAL_TOKENS)}; train on more text or ask for a smaller vocabulary")
-        return cls(SPLIT_PATTERN, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
+        return cls(pattern, ranks, {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)})
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> "RustBPETokenizer":

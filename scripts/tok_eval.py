@@ -72,6 +72,19 @@ KOREAN = """
 저녁이 될 무렵에는 둘 다 그 이야기의 끝을 알게 되었다.
 """
 
+HINDI = """
+समुद्र के किनारे एक छोटे से गाँव में एक पुराना पुस्तकालय था। सर्दियों में वहाँ बहुत कम लोग आते थे, फिर भी मीरा हर सुबह सात बजे \
+दरवाज़ा खोलती और अँगीठी जलाती थी। एक दिन बर्फ़ गिर रही थी, तभी एक बच्चा भीगी हुई किताब लेकर अंदर आया। \
+"क्या यह किताब ठीक हो सकती है?" बच्चे ने पूछा। मीरा मुस्कुराई और एक-एक पन्ना सुखाने लगी, \
+और शाम होते-होते दोनों को उस कहानी का अंत पता चल गया।
+"""
+
+THAI = """
+ในหมู่บ้านเล็ก ๆ ริมทะเลมีห้องสมุดเก่าแก่อยู่แห่งหนึ่ง ฤดูหนาวแทบไม่มีคนมา แต่มินดาบรรณารักษ์ก็เปิดประตูตอนเจ็ดโมงเช้าทุกวัน\
+และจุดไฟในเตาผิง วันหนึ่งที่ฝนตกหนัก เด็กคนหนึ่งเดินเข้ามาพร้อมหนังสือที่เปียกโชก "หนังสือเล่มนี้ซ่อมได้ไหมคะ" เด็กถาม \
+มินดายิ้มแล้วเริ่มผึ่งหน้าหนังสือให้แห้งทีละหน้า พอตกเย็นทั้งสองก็รู้ตอนจบของเรื่องนั้น
+"""
+
 SCIENCE = """
 Enzymes lower the activation energy of a reaction by binding its transition state more tightly than its substrate. \
 In the Michaelis-Menten model the initial rate is v = Vmax[S] / (Km + [S]), where Km equals the substrate \
@@ -82,7 +95,7 @@ histidine that acts as a general base. Mitochondria, chloroplasts and phosphoryl
 centrifugation beforehand.
 """
 
-TEXTS = {"news": NEWS, "code": CODE, "maths": MATHS, "Korean": KOREAN, "science": SCIENCE}
+TEXTS = {"news": NEWS, "code": CODE, "maths": MATHS, "Korean": KOREAN, "Hindi": HINDI, "Thai": THAI, "science": SCIENCE}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -122,11 +135,12 @@ def main(argv: list[str] | None = None) -> dict:
 
 def report_compression(results: dict, labels: list[str], argv: list[str], wall_sec: float) -> None:
     """Write the section of the report card."""
-    rows = [[domain, result["num_bytes"], *(round(result["tokenizers"][label]["bytes_per_token"], 2)
-                                            for label in labels)] for domain, result in results.items()]
-    write_section("tok_eval", {
-        "title": "Tokenizer: compression", "created": now(), "argv": argv, "wall_sec": wall_sec,
-        "tables": [{"title": "Bytes per token", "columns": ["text", "bytes", *labels], "rows": rows}]})
+    tables = [{"title": f"{unit.capitalize()} per token", "columns": ["text", unit, *labels],
+               "rows": [[domain, result[f"num_{short}"], *(round(result["tokenizers"][label][f"{short}_per_token"], 2)
+                                                           for label in labels)] for domain, result in results.items()]}
+              for unit, short in (("bytes", "bytes"), ("characters", "chars"))]
+    write_section("tok_eval", {"title": "Tokenizer: compression", "created": now(), "argv": argv, "wall_sec": wall_sec,
+                               "tables": tables})
 
 
 def find_data_folder(directory: Path) -> str | None:
@@ -154,25 +168,27 @@ def take_documents(paths: list[Path], max_chars: int) -> list[str]:
 
 
 def measure(documents: list[str], tokenizers: dict[str, RustBPETokenizer]) -> dict:
-    """Bytes of the documents, and for each tokenizer its tokens and bytes per token."""
-    num_bytes = sum(len(document.encode()) for document in documents)
-    result = {"num_bytes": num_bytes, "tokenizers": {}}
+    """Size of the documents, and for each tokenizer its tokens, bytes per token and characters per token."""
+    num_bytes, num_chars = sum(len(document.encode()) for document in documents), sum(map(len, documents))
+    result = {"num_bytes": num_bytes, "num_chars": num_chars, "tokenizers": {}}
     for label, tokenizer in tokenizers.items():
         num_tokens = sum(map(len, tokenizer.encode(documents, num_threads=1)))
-        result["tokenizers"][label] = {"num_tokens": num_tokens, "bytes_per_token": num_bytes / num_tokens}
+        result["tokenizers"][label] = {"num_tokens": num_tokens, "bytes_per_token": num_bytes / num_tokens,
+                                       "chars_per_token": num_chars / num_tokens}
     return result
 
 
 def format_table(results: dict, tokenizers: dict[str, RustBPETokenizer]) -> str:
-    """One line per domain, one group of columns per tokenizer."""
+    """One line per domain, one group of columns per tokenizer; characters too, of which scripts take 1 to 4 bytes."""
     references = [label for label in tokenizers if label != "ours"]
     sizes = [f"{label}: {tokenizer.get_vocab_size():,} tokens" for label, tokenizer in tokenizers.items()]
-    header = f"{'':8} {'bytes':>10} | {'ours':>9} {'bytes/tok':>9}"
+    header = f"{'':8} {'bytes':>10} {'chars':>10} | {'ours':>9} {'bytes/tok':>9} {'chars/tok':>9}"
     header += "".join(f" | {label:>9} {'bytes/tok':>9} {'ours %':>7}" for label in references)
     lines = ["   ".join(sizes) + "   (ours %: tokens that ours needs more or fewer)", header, "-" * len(header)]
     for domain, result in results.items():
         ours = result["tokenizers"]["ours"]
-        line = f"{domain:8} {result['num_bytes']:>10,} | {ours['num_tokens']:>9,} {ours['bytes_per_token']:>9.2f}"
+        line = f"{domain:8} {result['num_bytes']:>10,} {result['num_chars']:>10,} | {ours['num_tokens']:>9,} "
+        line += f"{ours['bytes_per_token']:>9.2f} {ours['chars_per_token']:>9.2f}"
         for label in references:
             theirs = result["tokenizers"][label]
             extra_pct = 100 * (ours["num_tokens"] / theirs["num_tokens"] - 1)

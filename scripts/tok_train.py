@@ -2,6 +2,7 @@
 
 python -m nanochat.dataset --source python-docs && python -m scripts.tok_train --vocab-size 8192
 python -m scripts.tok_train --data climbmix --max-chars 2000000000 --vocab-size 32768
+python -m scripts.tok_train --data hindi --split-pattern marks     Hindi, Thai, ...: combining marks stay in their words
 """
 
 import argparse
@@ -16,9 +17,10 @@ from nanochat.common import UserError, now, print0, run_script, write_json
 from nanochat.dataset import default_source
 from nanochat.report import write_section
 from nanochat.shards import iter_documents, load_shards, rebuilt_folder, sole_writer
-from nanochat.tokenizer import RustBPETokenizer, get_tokenizer_dir
+from nanochat.tokenizer import SPLIT_PATTERNS, RustBPETokenizer, get_tokenizer_dir
 
 PROGRESS_SECONDS = 5.0
+DEFAULT_PATTERN = "nanochat"
 MAX_VOCAB_SIZE = 2**24   # far above any in use, and what the trainer can count
 
 
@@ -28,6 +30,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="characters to learn from (%(default)s)")
     parser.add_argument("--doc-cap", type=int, default=10_000, help="characters used of one document (%(default)s)")
     parser.add_argument("--vocab-size", type=int, default=32768, help="tokens, specials included (%(default)s)")
+    parser.add_argument("--split-pattern", choices=SPLIT_PATTERNS, default=DEFAULT_PATTERN,
+                        help="how text is cut into words, which no token spans (%(default)s); marks: as nanochat, but "
+                             "combining marks stay with their letters, for Hindi, Thai, vocalised Arabic and the like; "
+                             "llama3, qwen2, qwen35 (keeps marks too): what other engines know by these names")
     parser.add_argument("--name", default="default", help="folder under <base dir>/tokenizer (%(default)s)")
     parser.add_argument("--force", action="store_true", help="replace a tokenizer that other text or settings made")
     args = parser.parse_args(argv)
@@ -69,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict:
     directory = get_tokenizer_dir(args.name)
     shards = load_shards(args.data or default_source())
     made_from = {"data_hash": shards.hash, "max_chars": args.max_chars, "doc_cap": args.doc_cap,
-                 "vocab_size": args.vocab_size}
+                 "vocab_size": args.vocab_size, "split_pattern": args.split_pattern}
     with sole_writer(directory):
         if directory.exists() and not args.force:
             training = keep_existing(directory, made_from)
@@ -79,7 +85,7 @@ def main(argv: list[str] | None = None) -> dict:
         counter = TextCounter()
         print0(f"training a tokenizer of {args.vocab_size:,} tokens on {shards.name} ...")
         texts = take_texts(iter_documents(shards.train), args.max_chars, args.doc_cap, counter)
-        tokenizer = RustBPETokenizer.train_from_iterator(texts, args.vocab_size)
+        tokenizer = RustBPETokenizer.train_from_iterator(texts, args.vocab_size, SPLIT_PATTERNS[args.split_pattern])
         training = {"tokenizer_hash": tokenizer.hash, "made_from": made_from, "data": shards.name,
                     "data_folder": str(shards.train[0].parent), "num_documents": counter.documents,
                     "num_chars": counter.chars, "train_seconds": round(time.perf_counter() - start, 2)}
@@ -95,7 +101,8 @@ def report_tokenizer(training: dict, name: str, argv: list[str]) -> None:
     """Write the section of the report card."""
     write_section("tok_train", {
         "title": "Tokenizer: training", "created": now(), "argv": argv, "wall_sec": training["train_seconds"],
-        "values": {"name": name, "vocabulary": training["made_from"]["vocab_size"], "data": training["data"],
+        "values": {"name": name, "vocabulary": training["made_from"]["vocab_size"],
+                   "split pattern": training["made_from"]["split_pattern"], "data": training["data"],
                    "documents": training["num_documents"], "characters": training["num_chars"],
                    "hash": training["tokenizer_hash"]}})
 
@@ -104,6 +111,7 @@ def keep_existing(directory: Path, made_from: dict) -> dict:
     """The record of the existing tokenizer; UserError if other text or settings made it."""
     try:
         training = json.loads((directory / "training.json").read_text(encoding="utf-8"))
+        training["made_from"].setdefault("split_pattern", DEFAULT_PATTERN)     # the only one when there was no choice
         differences = [f"{key} {training['made_from'].get(key)}, not {value}" for key, value in made_from.items()
                        if training["made_from"].get(key) != value]
         differences += [] if RustBPETokenizer.from_directory(directory).hash == training["tokenizer_hash"] else \

@@ -1,15 +1,28 @@
 """Shared by all tests."""
 
+import functools
 import signal
 
 import pytest
 import torch
 
+from nanochat import flash_attention
 from tests.helpers import BYTE_TOKENIZER
 
 torch.set_num_threads(1)  # threads that share their cores with another process cost more than they gain
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what ends in &, and what that starts inherits
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def probe_each_backend_once():
+    """What a probe finds out doesn't change within a process, as long as the backend is the same."""
+    real = flash_attention.probe_backend
+    probe = functools.cache(lambda call, *args: real(*args))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash_attention, "probe_backend",
+                      lambda name, *args: probe(flash_attention._TRAIN_CALLS.get(name), name, *args))
+        yield
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from nanochat.run import read_info, read_metrics
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 from nanochat.train import Batch, train_step
 from scripts import tok_train
+from tests.warm import WarmProcess, start_warm_process
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -167,13 +168,23 @@ def measure_peak_bytes(call):
 # Processes
 
 
-def start_script(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings):
-    return subprocess.Popen([sys.executable, "-u", "-m", *argv], cwd=REPO_DIR, text=True, stdout=stdout, stderr=stderr,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **settings)
+def start_script(*argv, **env):
+    """`python -u -m` with these words, in a fork of a warm process; env: changes of the environment."""
+    return WarmProcess(list(map(str, argv)), os.environ | {"OMP_NUM_THREADS": "1"} | env)
 
 
-def run_program(name, *argv, before=(), env=None, timeout=100):
-    """Run tests/programs/<name>.py to its end, after the words `before` of another command."""
+def run_to_end(*argv, input="", timeout=100, **env):
+    """As start_script; returns exit code and outputs as subprocess.run does."""
+    with start_script(*argv, **env) as process:
+        stdout, stderr = process.communicate(input, timeout)
+    return subprocess.CompletedProcess(argv, process.returncode, stdout, stderr)
+
+
+def run_program(name, *argv, before=(), fresh=False, env=None, timeout=100):
+    """Run tests/programs/<name>.py to its end, in a fork of a warm process; where its imports matter (`fresh`), it has
+    an environment of its own, or it stands after the words `before` of another command, in a fresh interpreter."""
+    if not (before or fresh or env):
+        return run_to_end(f"tests.programs.{name}", *argv, timeout=timeout)
     return subprocess.run([*before, sys.executable, "-m", f"tests.programs.{name}", *map(str, argv)], cwd=REPO_DIR,
                           capture_output=True, text=True, env=env, timeout=timeout)
 
@@ -221,17 +232,18 @@ def run_jobs(rank, jobs, folder):
 def run_on_ranks(jobs, folder):
     """Run (world size, function, arguments) jobs; returns for each the results of its ranks."""
     jobs = [(world_size, choose_port(), work, args) for world_size, work, args in jobs]
-    mp.spawn(run_jobs, (jobs, str(folder)), nprocs=max(job[0] for job in jobs))
+    start_warm_process()
+    mp.start_processes(run_jobs, (jobs, str(folder)), max(job[0] for job in jobs), start_method="forkserver")
     return [[json.loads((folder / f"{i}_{rank}.json").read_text()) for rank in range(job[0])]
             for i, job in enumerate(jobs)]
 
 
 def run_program_on_ranks(program, folder, world_size=2):
     """Run tests/programs/<program>.py once for each rank, in `folder`, which the ranks meet in."""
-    ranks = [subprocess.Popen([sys.executable, "-m", f"tests.programs.{program}", str(folder)], cwd=REPO_DIR,
-                              env=os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank),
-                                                "WORLD_SIZE": str(world_size)}) for rank in range(world_size)]
-    assert [process.wait(timeout=120) for process in ranks] == [0] * world_size
+    ranks = [start_script(f"tests.programs.{program}", folder, RANK=str(rank), LOCAL_RANK=str(rank),
+                          WORLD_SIZE=str(world_size)) for rank in range(world_size)]
+    outputs = [process.communicate(timeout=120) for process in ranks]
+    assert [process.returncode for process in ranks] == [0] * world_size, outputs
 
 
 def run_forked(function, uid=None):

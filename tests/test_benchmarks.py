@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
-from dev import bench_checkpoint, bench_kernels, bench_loader, bench_server, bench_step
+from dev import bench_checkpoint, bench_kernels, bench_loader, bench_server, bench_split, bench_step
 from dev.timing import print_table, time_in_turn
+from nanochat.tokenizer import SPLIT_PATTERNS
 
 
-@pytest.mark.parametrize("module", [bench_checkpoint, bench_kernels, bench_loader, bench_server, bench_step])
+@pytest.mark.parametrize("module", [bench_checkpoint, bench_kernels, bench_loader, bench_server, bench_split,
+                                    bench_step])
 def test_help(module, capsys):
     with pytest.raises(SystemExit) as ended:
         module.parse_args(["--help"])
@@ -31,6 +33,12 @@ def test_checkpoint(tmp_path, monkeypatch, capsys):
     assert [row["save"] for row in rows] == ["first", "later"] and all(row["load s"] > 0 for row in rows)
     assert json.loads((tmp_path / "table.json").read_text()) == rows
     assert list(tmp_path.iterdir()) == [tmp_path / "table.json"]    # no checkpoint is left behind
+
+
+def test_split_patterns(capsys):
+    rows = bench_split.main(["--vocab-size", "300", "--num-chars", "2000", "--rounds", "1"])["rows"]
+    assert [row["pattern"] for row in rows] == list(SPLIT_PATTERNS) and all(row["Hindi"] > 0.3 for row in rows)
+    assert "Hebrew with points" in capsys.readouterr().out
 
 
 def test_table(capsys):

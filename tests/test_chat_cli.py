@@ -5,8 +5,6 @@ import json
 import os
 import re
 import select
-import signal
-import subprocess
 import sys
 import time
 
@@ -18,10 +16,11 @@ from nanochat.checkpoint_manager import find_last_stage, save_checkpoint
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
 from scripts import chat_cli
-from tests.helpers import BYTE_TOKENIZER, REPO_DIR, make_model
+from tests.helpers import BYTE_TOKENIZER, make_model, run_to_end
 from tests.server_helpers import ScriptedModel
+from tests.warm import WarmProcess
 
-WAIT_SEC = 30
+WAIT_SEC = 120     # without any output; a busy machine may take 10 s for what takes one
 CONFIG = GPTConfig(sequence_len=64, vocab_size=265, n_layer=1, n_head=1, n_kv_head=1, n_embd=128)
 
 
@@ -100,14 +99,12 @@ def test_mistakes_in_a_pipe_end_it(use_model, monkeypatch, lines, message):
 # ---------------------------------------------------------------------------------------------------------------------
 # Real processes
 
-COMMAND = [sys.executable, "-m", "tests.programs.chat_cli", "-i", "sft", "-d", "float32", "--device-type", "cpu",
-           "--max-tokens", "2000"]
+COMMAND = ["tests.programs.chat_cli", "-i", "sft", "-d", "float32", "--device-type", "cpu", "--max-tokens", "2000"]
 
 
 def test_pipe(tmp_path):
     text = f'Hi\n\n/temperature 0\n34 * 27?\n"""\n/is this\n27?\n"""\n/etc/hosts?\n/save {tmp_path}/talk.jsonl\n'
-    done = subprocess.run(COMMAND, input=text, capture_output=True, text=True, cwd=REPO_DIR,
-                          env=os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path)})
+    done = run_to_end(*COMMAND, input=text, NANOCHAT_BASE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout == "Hello!\nThat is [34*27 = 918].\nThat is [34*27 = 918].\nHello!\n"
     assert done.stderr.splitlines()[1:] == ["temperature 0", f"saved 4 turns, {tmp_path / 'talk.jsonl'}"]
@@ -120,23 +117,24 @@ class Terminal:
 
     def __init__(self, base_dir):
         import pty  # not on Windows
-        pid, self.fd = pty.fork()
-        if pid == 0:
-            os.chdir(REPO_DIR)
-            os.execvpe(sys.executable, COMMAND, os.environ | {"NANOCHAT_BASE_DIR": str(base_dir), "TERM": "xterm"})
-        self.pid, self.shown = pid, ""
+        self.fd, theirs = pty.openpty()
+        env = os.environ | {"NANOCHAT_BASE_DIR": str(base_dir), "TERM": "xterm"}
+        self.process, self.shown = WarmProcess(COMMAND, env, terminal=theirs), ""
+        os.close(theirs)
 
     def wait_for(self, pattern, keys=""):
         """What is shown up to the end of a pattern; `keys` are typed where nothing comes.
 
         A Ctrl-C just before readline reads has its effect when the next key comes.
         """
-        deadline = time.monotonic() + WAIT_SEC
+        silent_sec = 0
         while not (found := re.search(pattern, self.shown)):
-            assert time.monotonic() < deadline, self.shown
             if select.select([self.fd], [], [], 5)[0]:
                 self.shown += os.read(self.fd, 4096).decode(errors="replace").replace("\r", "")
+                silent_sec = 0
             else:
+                silent_sec += 5
+                assert silent_sec < WAIT_SEC, self.shown
                 self.type(keys)
         text, self.shown = self.shown[:found.end()], self.shown[found.end():]
         return text
@@ -157,17 +155,13 @@ class Terminal:
             except OSError:  # Linux's way to say that nobody is at the other end
                 pass
             time.sleep(0.02)
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
+            if self.process.returncode is not None:
+                return self.process.returncode
         raise AssertionError(f"still running after {WAIT_SEC} s: {self.shown}")
 
     def close(self):
-        try:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
+        self.process.kill()
+        self.process.wait()
         os.close(self.fd)
 
 

@@ -1,7 +1,6 @@
 """The order of the data on any topology, after any resume, in any epoch; validation's fixed rows."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from nanochat.dataloader import TextGroups, TrainLoader, choose_num_lanes, valid
 from nanochat.packing import PAD, pack_documents
 from nanochat.shards import ShardList
 from tests.data_helpers import ALONE, BOS, make_loader
-from tests.helpers import BYTE_TOKENIZER
+from tests.helpers import BYTE_TOKENIZER, start_script
 
 REPO = Path(__file__).resolve().parent.parent
 REAL_DATA = REPO.parent / "shared" / "data" / "pretrain_tiny"
@@ -267,9 +266,7 @@ def test_close_drops_what_waits(shards, monkeypatch):
 
 
 def test_connected_ranks_agree_on_the_state(shards, tmp_path):
-    runs = [subprocess.Popen([sys.executable, "-m", "tests.programs.loader_state", tmp_path], stdout=subprocess.PIPE,
-                             text=True, cwd=REPO, env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"})
-            for rank in range(2)]
+    runs = [start_script("tests.programs.loader_state", tmp_path, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
     states = [json.loads(run.communicate(timeout=60)[0].splitlines()[-1]) for run in runs]
     alone = make_loader(shards)
     alone.next_step()

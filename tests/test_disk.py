@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from multiprocessing import forkserver, get_context
 
 import pytest
 
@@ -24,8 +23,8 @@ from nanochat.shards import iter_documents, load_shards
 from nanochat.tokenizer import get_token_bytes, get_tokenizer
 from scripts import tok_train
 from tests.data_helpers import NUM_IN_REPO, REPO, Server, make_hub_shard, make_package
+from tests.warm import FORKS, start_warm_process
 
-CHILDREN = get_context("forkserver")  # each child begins with everything imported and no threads
 KINDS = ("files", "python-docs", "download", "tokenizer")
 NUM_TIMED_KILLS = 15
 RENAMES = ("os.rename",)
@@ -35,10 +34,7 @@ WRITES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtr
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """What the data sets and tokenizers are made from, read by all tests: a folder, and the server's address."""
-    CHILDREN.set_forkserver_preload(["test_disk", "pandas"])  # pyarrow imports pandas late, where it is installed
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python 3.11 gives it no path
-        forkserver.ensure_running()
+    start_warm_process()
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "texts").mkdir()
     random.seed(1)
@@ -103,7 +99,7 @@ def make_in_child(kind, inputs, base_dir, log, version, kill_at, events):
 
 def start(kind, inputs, base_dir, version=0, kill_at=0, events=()):
     log = base_dir.with_name(f"log_{time.monotonic_ns()}")
-    child = CHILDREN.Process(target=make_in_child, args=(kind, inputs.folder, base_dir, log, version, kill_at, events))
+    child = FORKS.Process(target=make_in_child, args=(kind, inputs.folder, base_dir, log, version, kill_at, events))
     child.log = log
     child.start()
     return child
@@ -198,8 +194,8 @@ def poll(kind, base_dir, stop, seen):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_reader_sees_nothing_or_a_whole_one(kind, inputs, base_dir, undisturbed):
     hashes = [undisturbed(kind, version)[1] for version in range(2)]
-    stop, seen = CHILDREN.Event(), CHILDREN.Queue()
-    readers = [CHILDREN.Process(target=poll, args=(kind, base_dir, stop, seen)) for _ in range(2)]
+    stop, seen = FORKS.Event(), FORKS.Queue()
+    readers = [FORKS.Process(target=poll, args=(kind, base_dir, stop, seen)) for _ in range(2)]
     for reader in readers:
         reader.start()
     for version in (0, 1) * (1 if kind in ("download", "tokenizer") else 2):

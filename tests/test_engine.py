@@ -27,8 +27,8 @@ def tokenizer():
 # The same tokens as the naive way
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("num_prompt_tokens", [1, 2, 50, 63, 140])
+@pytest.mark.parametrize(("num_prompt_tokens", "dtype"), [
+    (1, torch.float64), (2, torch.float32), (50, torch.float32), (63, torch.float64), (140, torch.float32)])
 def test_greedy_equals_naive(tokenizer, dtype, num_prompt_tokens):
     """Prompts and outputs shorter and longer than the windows and than the context the model was trained with."""
     model, prompt, num_tokens = make_model(dtype=dtype), make_prompt(num_prompt_tokens), 100

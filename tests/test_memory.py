@@ -299,7 +299,7 @@ def test_plan_of_short_rows_counts_what_they_save():
 
 
 def test_plan_needs_no_torch_and_prints_json():
-    done = run_program("plan_without_torch", "--depth", 4, 12, "--json")
+    done = run_program("plan_without_torch", "--depth", 4, 12, "--json", fresh=True)
     assert done.returncode == 0, done.stderr
     depths = [run["config"]["n_layer"] for run in json.loads(done.stdout)["runs"]]
     assert depths == [4, 12]

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -28,12 +27,13 @@ from tests.helpers import (
     out_of_memory_at,
     read_state,
     run_on_ranks,
+    run_to_end,
     send_signal_at,
     start_script,
 )
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=80, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
-NUM_ROWS, NUM_STEPS = 8, 8
+NUM_ROWS, NUM_STEPS, STOP_AT = 8, 6, 3
 SHAPE = ("--depth", "2", "--aspect-ratio", "16", "--head-dim", "16", "--max-seq-len", "64")
 
 
@@ -88,7 +88,7 @@ def to_vector(params):
 
 def train_toy(tag, *more):
     base_train.main(["--model-tag", tag, "--data", "toy", *SHAPE, "--num-iterations", str(NUM_STEPS),
-                     "--total-batch-size", "512", "--eval-tokens", "1024", "--eval-every", "4", "--sample-every", "-1",
+                     "--total-batch-size", "512", "--eval-tokens", "1024", "--eval-every", "3", "--sample-every", "-1",
                      "--device-type", "cpu", "--compile", "off", *more])
 
 
@@ -120,9 +120,9 @@ def start_differently(other_dir):
     return errors
 
 
-STEPPED = [(1, 8, "float64", 20), (1, 3, "float64", 20), (2, 4, "float64", 20), (2, 1, "float64", 20),
-           (4, 2, "float64", 20), (3, 3, "float64", 4), (1, 8, "float64", 4),
-           (1, 8, "float32", 100), (2, 4, "float32", 100), (4, 2, "float32", 10)]
+STEPPED = [(1, 8, "float64", 12), (1, 3, "float64", 12), (2, 4, "float64", 12), (2, 1, "float64", 12),
+           (4, 2, "float64", 12), (3, 3, "float64", 4), (1, 8, "float64", 4),
+           (1, 8, "float32", 50), (2, 4, "float32", 50), (4, 2, "float32", 10)]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def finished(base_dir, tmp_path_factory):
         for world_size in world_sizes:
             jobs.append((world_size, train_toy, (f"{dtype}-{world_size}", "--dtype", dtype)))
         for first, second in changes:
-            for world_size, more in ((first, ("--stop-at", "5")), (second, ())):
+            for world_size, more in ((first, ("--stop-at", str(STOP_AT))), (second, ())):
                 jobs.append((world_size, train_toy, (f"{dtype}-{first}to{second}", "--dtype", dtype, *more)))
     jobs.append((2, train_short, ("short", "--device-batch-size", "2")))
     jobs += [(2, train_toy, ("expected", "--device-batch-size", rows, *more))
@@ -167,8 +167,8 @@ def runs(finished, base_dir):
     return base_dir / "runs" / "base"
 
 
-@pytest.mark.parametrize("case", [(1, 3, "float64", 20), (2, 4, "float64", 20), (2, 1, "float64", 20),
-                                  (4, 2, "float64", 20), (3, 3, "float64", 4)])
+@pytest.mark.parametrize("case", [(1, 3, "float64", 12), (2, 4, "float64", 12), (2, 1, "float64", 12),
+                                  (4, 2, "float64", 12), (3, 3, "float64", 4)])
 def test_any_cut_trains_the_same_parameters(stepped, case):
     """Three ranks don't divide the rows of the embeddings, nor the eight rows of the step evenly."""
     facts, expected = stepped[case][0], stepped[(1, 8, "float64", case[3])][0]
@@ -177,16 +177,16 @@ def test_any_cut_trains_the_same_parameters(stepped, case):
     assert (to_vector(facts["params"]) - to_vector(expected["params"])).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("case", [(2, 4, "float32", 100), (4, 2, "float32", 10)])
+@pytest.mark.parametrize("case", [(2, 4, "float32", 50), (4, 2, "float32", 10)])
 def test_fp32_losses_stay_together(stepped, case):
-    losses, expected = stepped[case][0]["losses"], stepped[(1, 8, "float32", 100)][0]["losses"]
+    losses, expected = stepped[case][0]["losses"], stepped[(1, 8, "float32", 50)][0]["losses"]
     assert losses[0] == pytest.approx(expected[0], rel=1e-6)
     assert losses == pytest.approx(expected[:len(losses)], abs=0.03)
 
 
 def test_fp32_gradients_of_one_step(stepped):
-    expected = to_vector(stepped[(1, 8, "float32", 100)][0]["grads"])
-    for case in ((2, 4, "float32", 100), (4, 2, "float32", 10)):
+    expected = to_vector(stepped[(1, 8, "float32", 50)][0]["grads"])
+    for case in ((2, 4, "float32", 50), (4, 2, "float32", 10)):
         grads = to_vector(stepped[case][0]["grads"])
         large = expected.abs() > 1e-8
         assert large.float().mean() > 0.3  # rows of tokens that don't occur have none
@@ -196,8 +196,8 @@ def test_fp32_gradients_of_one_step(stepped):
 
 
 def test_each_rank_keeps_its_share_of_the_state(stepped):
-    whole = stepped[(1, 8, "float64", 20)][0]["state_numel"]
-    for case, world_size in (((2, 4, "float64", 20), 2), ((4, 2, "float64", 20), 4)):
+    whole = stepped[(1, 8, "float64", 12)][0]["state_numel"]
+    for case, world_size in (((2, 4, "float64", 12), 2), ((4, 2, "float64", 12), 4)):
         sizes = [facts["state_numel"] for facts in stepped[case]]
         assert max(sizes) < 1.35 * whole / world_size  # three layers don't divide evenly
         assert sum(sizes) < 1.05 * whole               # small parameters are on every rank
@@ -226,7 +226,7 @@ def test_every_number_of_ranks_makes_the_same_run(runs, run, tolerance):
 def test_fp32_goes_on_with_the_same_loss(runs, run):
     """The first step after the change; on the way there the runs differ by rounding."""
     first = run.split("-")[1][0]
-    assert read_losses(runs / run)[5] == pytest.approx(read_losses(runs / f"float32-{first}")[5], rel=1e-5)
+    assert read_losses(runs / run)[STOP_AT] == pytest.approx(read_losses(runs / f"float32-{first}")[STOP_AT], rel=1e-5)
 
 
 def test_the_same_ranks_go_on_bit_for_bit(runs):
@@ -252,12 +252,12 @@ def test_files_of_a_checkpoint_of_four_ranks(runs):
 
 
 def test_missing_part_is_named(runs):
-    folder = runs / "float64-4to2" / "step_000005"
+    folder = runs / "float64-4to2" / f"step_{STOP_AT:06d}"
     path = folder / "optim_3.safetensors"
     path.rename(folder / "away")
     try:
         code, stderr = run_alone("float64-4to2", "--dtype", "float64", "--num-iterations", str(NUM_STEPS),
-                                 "--resume", "5")
+                                 "--resume", str(STOP_AT))
     finally:
         (folder / "away").rename(path)
     assert code == 2 and stderr == f"error: the checkpoint file {path} is missing; use another step: {NUM_STEPS}\n"
@@ -276,21 +276,19 @@ def test_ranks_that_were_started_differently_are_refused(finished, base_dir):
 
 
 def make_argv(tag, *more):
-    return [sys.executable, "-u", "-m", "scripts.base_train", "--model-tag", tag, "--data", "toy", *SHAPE,
+    return ["scripts.base_train", "--model-tag", tag, "--data", "toy", *SHAPE,
             "--num-iterations", "400", "--total-batch-size", "512", "--eval-every", "-1", "--sample-every", "-1",
             "--save-every", "5", "--device-type", "cpu", "--dtype", "float32", "--compile", "off", *more]
 
 
 def run_alone(tag, *more):
-    result = subprocess.run(make_argv(tag, *more), cwd=REPO_DIR, capture_output=True, text=True, timeout=100)
+    result = run_to_end(*make_argv(tag, *more))
     return result.returncode, result.stderr
 
 
 def start_ranks(tag, *more, **env):
     port = choose_port()
-    return [subprocess.Popen(make_argv(tag, *more), cwd=REPO_DIR, text=True, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, env=os.environ | get_rank_env(rank, 2, port) | env)
-            for rank in range(2)]
+    return [start_script(*make_argv(tag, *more), **get_rank_env(rank, 2, port), **env) for rank in range(2)]
 
 
 def wait_for_step(process, step):

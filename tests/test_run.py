@@ -1,12 +1,10 @@
 """A run beside its checkpoints: the log, the progress, the identity, the signals."""
 
 import errno
-import fcntl
 import json
 import os
 import signal
 import sys
-import termios
 import types
 
 import pytest
@@ -18,6 +16,7 @@ from nanochat.run import Progress, RunLog, StopSignal, compare_with_saved, read_
 from nanochat.scaling import make_config, make_plan
 from nanochat.train import StepStats
 from tests.helpers import start_script
+from tests.warm import WarmProcess
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The log
@@ -176,12 +175,12 @@ def test_lost_output_stops_a_loop_as_a_hang_up_does(number, monkeypatch, tmp_pat
 def test_terminal_that_closes(tmp_path):
     """As when an SSH session ends: a signal, and no output any more; what is done until the end must not fail."""
     ours, theirs = os.openpty()
-    with start_script("tests.programs.stop_signal", str(tmp_path / "saved"), stdin=theirs, stdout=theirs, stderr=theirs,
-                      preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0))) as process:
-        os.close(theirs)
-        assert os.read(ours, 5) == b"ready"
-        os.close(ours)
-        assert process.wait(timeout=30) == 129
+    words = ["tests.programs.stop_signal", str(tmp_path / "saved")]
+    process = WarmProcess(words, dict(os.environ), terminal=theirs)
+    os.close(theirs)
+    assert os.read(ours, 5) == b"ready"
+    os.close(ours)
+    assert process.wait(timeout=30) == 129
     assert (tmp_path / "saved").exists()
 
 

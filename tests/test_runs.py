@@ -20,6 +20,7 @@ from nanochat.shards import write_shard
 from scripts import plan
 from tests.eval_helpers import write_bundle
 from tests.helpers import REPO_DIR
+from tests.warm import use_warm_python
 
 TOY = {"DEPTH": "2", "SEQ_LEN": "64", "VOCAB_SIZE": "320", "DATA": "toy", "NAME": "toy", "TOK_CHARS": "100000",
        "EXTRA": "--aspect-ratio 16 --head-dim 16 --eval-tokens 2048 --dtype float32 --device-type cpu "
@@ -45,7 +46,7 @@ def base_dir(tmp_path, monkeypatch):
 
 
 def start_recipe(name, base_dir, **settings):
-    env = os.environ | TOY | {"NANOCHAT_BASE_DIR": str(base_dir), "OMP_NUM_THREADS": "1"} | settings
+    env = use_warm_python(os.environ | TOY | {"NANOCHAT_BASE_DIR": str(base_dir), "OMP_NUM_THREADS": "1"} | settings)
     return subprocess.Popen(["bash", str(REPO_DIR / "runs" / name)], env=env, text=True, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

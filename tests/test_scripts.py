@@ -1,6 +1,7 @@
 """From text to a trained model by the scripts themselves: stopped in every way, resumed, fed what they must refuse."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -70,9 +71,14 @@ def read_info(run_dir):
 
 
 @pytest.fixture(scope="module")
-def whole(base_dir):
-    """An undisturbed run."""
-    return train("whole")
+def undisturbed(base_dir):
+    """An undisturbed run in a dtype, made once."""
+    return functools.cache(lambda dtype: train("whole" if dtype == "float32" else f"whole_{dtype}", "--dtype", dtype))
+
+
+@pytest.fixture(scope="module")
+def whole(undisturbed):
+    return undisturbed("float32")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,16 +144,16 @@ def test_resume_none_keeps_the_old_run(base_dir):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
-def test_dtypes(dtype, whole):
-    result = train(f"dtype_{dtype}", "--dtype", dtype)
+def test_dtypes(dtype, whole, undisturbed):
+    result = undisturbed(dtype)
     losses = [line["loss"] for line in read_metrics(Path(result["run_dir"])) if line["kind"] == "train"]
     assert losses[0] == pytest.approx(5.768, abs=0.02)  # ln 320: nothing is known yet
     assert result["val_bpb"] == pytest.approx(whole["val_bpb"], rel=0.05)
 
 
-def test_gradient_accumulation_gives_the_same_loss(whole):
+def test_gradient_accumulation_gives_the_same_loss(undisturbed):
     """In float64: fp32 turns rounding noise into full Adam steps at the start."""
-    runs = [train(f"rows_{rows}", "--dtype", "float64", "--device-batch-size", str(rows)) for rows in (8, 2)]
+    runs = [undisturbed("float64"), train("rows_2", "--dtype", "float64", "--device-batch-size", "2")]
     losses = [[line["loss"] for line in read_metrics(Path(run["run_dir"])) if line["kind"] == "train"] for run in runs]
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)
     assert [find_decision(run["run_dir"], "rows of a micro-batch") for run in runs] == ["8", "2"]
@@ -158,9 +164,9 @@ def test_gradient_accumulation_gives_the_same_loss(whole):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_stopping_and_resuming_changes_nothing(dtype):
+def test_stopping_and_resuming_changes_nothing(dtype, undisturbed):
     """A stop between evaluations, so that the last one of the log comes from before it."""
-    expected = train(f"undisturbed_{dtype}", "--dtype", dtype)
+    expected = undisturbed(dtype)
     stopped = train(f"parts_{dtype}", "--dtype", dtype, "--stop-at", "10")
     assert read_info(stopped["run_dir"])["status"] == "stopped" and stopped["step"] == 10
     result = train(f"parts_{dtype}", "--dtype", dtype)
@@ -425,16 +431,16 @@ def test_same_command_twice_writes_the_same_log(compile_choice):
     """With only deterministic algorithms allowed: an operation without one would raise."""
     if compile_choice == "on" and (reason := probe_compiler(torch.device("cpu"))):
         pytest.skip(f"torch.compile doesn't work here: {reason}")
+    flags = ("--compile", compile_choice, "--depth", "1", "--aspect-ratio", "32")   # few graphs to compile
     try:
-        runs = [train(f"twice_{compile_choice}_{i}", "--deterministic", "--compile", compile_choice, "--stop-at", "4")
-                for i in range(2)]
+        runs = [train(f"twice_{compile_choice}_{i}", "--deterministic", "--stop-at", "3", *flags) for i in range(2)]
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
         set_compile_kernels(False)
     assert_same_runs(runs[0]["run_dir"], runs[1]["run_dir"])
     with pytest.raises(UserError, match="deterministic: saved True, now False"):
-        train(f"twice_{compile_choice}_0", "--compile", compile_choice)
+        train(f"twice_{compile_choice}_0", *flags)
 
 
 def test_allowed_mismatch_is_said_and_recorded(capsys):
@@ -507,11 +513,10 @@ def test_exit_code_2_and_one_line(whole, argv, message):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="libgomp, which torch brings on Linux, prints its settings")
-@pytest.mark.parametrize("script", ["base_train", "base_loss", "chat_cli"])
-def test_idle_threads_sleep(script):
-    """OpenMP reads its settings when torch is loaded, so nanochat must come before torch in every script."""
+def test_idle_threads_sleep():
+    """OpenMP reads its settings when torch is loaded: `scripts` itself makes them, before any script loads torch."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
-    result = subprocess.run([sys.executable, "-m", f"scripts.{script}", "--help"], cwd=REPO_DIR, text=True,
+    result = subprocess.run([sys.executable, "-m", "scripts.base_train", "--help"], cwd=REPO_DIR, text=True,
                             capture_output=True, env=env | {"OMP_DISPLAY_ENV": "verbose"})
     settings = [line.strip() for line in result.stderr.splitlines() if "GOMP_SPINCOUNT" in line]
     if not settings:
@@ -536,12 +541,14 @@ def measure_step_ms(tag, num_busy):
     return statistics.median(line["step_ms"] for line in read_metrics(run_dir) if line["kind"] == "train")
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.skipif(count_cpus() < 2, reason="on one core no thread waits for another")
 def test_slowdown_beside_a_busy_process():
     """Two training threads and one busy process on two cores. A product is cut into one half per thread, so the half
     that shares its core sets the pace: a step of twice the time (measured: 1.6 to 2.1), and 3 to 8 times with threads
-    that spin while they wait (dev/LOG.md, "How OpenMP's threads wait"). The bound lies between the two."""
+    that spin while they wait (dev/LOG.md, "How OpenMP's threads wait"). The bound lies between the two. Slow, for it
+    takes half a minute of both cores alone; that scripts choose the setting is what test_idle_threads_sleep shows."""
     ratios = []
     for attempt in range(3):
         alone = measure_step_ms(f"alone_{attempt}", num_busy=0)

@@ -3,16 +3,16 @@
 import json
 import random
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import rustbpe
 import safetensors.torch
 import tiktoken
 import torch
 
+from dev import bench_split
 from nanochat import dataset
 from nanochat.common import UserError
 from nanochat.tokenizer import (
@@ -20,12 +20,13 @@ from nanochat.tokenizer import (
     MIN_VOCAB_SIZE,
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
+    SPLIT_PATTERNS,
     RustBPETokenizer,
     get_token_bytes,
     get_tokenizer,
 )
 from scripts import tok_eval, tok_train
-from tests.helpers import REPO_DIR
+from tests.helpers import BYTE_TOKENIZER, REPO_DIR, run_to_end
 
 TABLES = REPO_DIR.parent / "shared" / "data" / "tokenizers"
 VOCAB_SIZE = 600
@@ -131,9 +132,12 @@ def test_numbers_are_cut_into_pairs(tokenizer):
     assert all(len(token) <= 2 for token in trained.ranks if token.isdigit())
 
 
+@pytest.mark.parametrize("name", ["nanochat", "marks", "llama3"])
 @pytest.mark.parametrize("text", [" " * 2_500_000, "x" + "\t " * 700_000, "\n" + " " * 1_200_000 + "\nx",
-                                  "a" * 1_000_000], ids=["blanks", "mixed blanks", "blank line", "letters"])
-def test_endless_runs_do_not_overflow_the_regex(tokenizer, text):
+                                  "a" * 1_000_000, "e\u0301" * 500_000, "?" * 1_000_000],
+                         ids=["blanks", "mixed blanks", "blank line", "letters", "marks", "signs"])
+def test_endless_runs_do_not_overflow_the_regex(text, name):
+    tokenizer = RustBPETokenizer(SPLIT_PATTERNS[name], BYTE_TOKENIZER.ranks, BYTE_TOKENIZER.special_tokens)
     assert tokenizer.decode(tokenizer.encode(text)) == text
     [row] = tokenizer.encode([text], prepend="<|bos|>")
     assert len(row) == 1 + len(tokenizer.encode(text))
@@ -142,6 +146,85 @@ def test_endless_runs_do_not_overflow_the_regex(tokenizer, text):
 def test_endless_blanks_do_not_stop_the_training():
     texts = ["abab " * 100, " " * 12 * MAX_BLANKS]
     assert RustBPETokenizer.train_from_iterator(texts, MIN_VOCAB_SIZE).get_vocab_size() == MIN_VOCAB_SIZE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Split patterns
+
+
+# What the patterns of other engines must be, to the letter: as the models' tokenizer.json files have them
+PUBLISHED_PATTERNS = {
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+              r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+             r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen35": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+              r"|\s*[\r\n]+|\s+(?!\S)|\s+"}
+
+HARD_TEXT = ("नमस्ते दुनिया, क्‍ष श्री।\n\nสวัสดีครับ ผมชื่ออเล็กซ์\r\n\r\n  السَّلَامُ عَلَيْكُمْ שָׁלוֹם עֲלֵיכֶם "
+             "e\u0301te\u0301 \u0301\u0301 1\u0301a \u0301a 한국어 \u1112\u1161\u11ab 👩‍👩‍👧 ❤️abc 1️⃣2️⃣ 🇰🇷 12345678 "
+             "٣٤٥ ²³ I'LL it's 'S 'ſ don’t x\t\t y  \u00a0\u3000 z\r\n\n\r   \n!?\n...\r\na_b = {'a': 1}  \n\n  ")
+
+
+def name_blocks() -> str:
+    """Every seventh character of the blocks that hold marks, within a word, at its end and at its start."""
+    codes = [*range(0xD800), *range(0xE000, 0x12000), *range(0x16A00, 0x17000), *range(0x1CF00, 0x1F000),
+             *range(0xE0000, 0xE0200)]
+    return "".join(f"x{c}y{c}{c} {c}\n" for c in map(chr, codes[::7]))
+
+
+@pytest.mark.parametrize("name", SPLIT_PATTERNS)
+def test_all_engines_split_alike(name):
+    """Training (rustbpe), encoding (tiktoken), and Hugging Face's library; Unicode's versions in them included."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pattern, text = SPLIT_PATTERNS[name], HARD_TEXT + "".join(make_random_texts(300, seed=2)) + name_blocks()
+    splitter = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    pieces = [piece.encode() for piece, _ in splitter.pre_tokenize_str(text)]
+    assert b"".join(pieces) == text.encode()
+    trainer = rustbpe.Tokenizer()   # learns until each of its pieces is one token, so that ids show how it splits
+    trainer.train_from_iterator(iter([text, text]), 2**21, pattern=pattern)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    ids = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}).encode_ordinary(text)
+    tokens = list(ranks)
+    assert [tokens[token_id] for token_id in ids] == pieces
+    assert trainer.encode(text) == ids
+
+
+def split(name: str, text: str) -> list[str]:
+    """The pieces that a pattern cuts a text into: the tokens of a vocabulary that has each of them."""
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter([text, text]), 2**20, pattern=SPLIT_PATTERNS[name])
+    return [bytes(trainer.get_mergeable_ranks()[token_id][0]).decode() for token_id in trainer.encode(text)]
+
+
+def test_marks_stay_with_their_letters():
+    text = "नमस्ते दुनिया"
+    assert split("nanochat", text) == ["नमस", "्त", "े", " द", "ुन", "िय", "ा"]
+    assert split("marks", text) == split("qwen35", text) == ["नमस्ते", " दुनिया"]
+    assert split("marks", "e\u0301te\u0301 שָׁלוֹם สวัสดี") == ["e\u0301te\u0301", " שָׁלוֹם", " สวัสดี"]
+    # a mark without a letter before it, and what emoji are made of, are as in the pattern without marks
+    for other in ("1\u0301a", "\u0301\u0301", "❤️abc 1️⃣", "(\u0301)", "👩‍👩‍👧"):
+        assert split("marks", other) == split("nanochat", other), other
+
+
+def test_digits_of_a_token():
+    assert {name: split(name, "1234567")[0] for name in SPLIT_PATTERNS} == \
+        {"nanochat": "12", "marks": "12", "llama3": "123", "qwen2": "1", "qwen35": "1"}
+
+
+def test_patterns_that_others_know_by_name():
+    assert {name: SPLIT_PATTERNS[name] for name in PUBLISHED_PATTERNS} == PUBLISHED_PATTERNS
+    assert SPLIT_PATTERNS["nanochat"] == SPLIT_PATTERN
+
+
+@pytest.mark.parametrize(("language", "gain"), [("Hindi", 1.5), ("Thai", 1.1), ("Hebrew with points", 1.5),
+                                                ("Arabic", 1), ("Korean", 1), ("English", 1)])
+def test_characters_per_token_with_marks_kept(language, gain):
+    texts, held_out = (bench_split.make_text(language, 20_000, seed) for seed in range(2))
+    num_tokens = {name: sum(map(len, bench_split.learn(texts, 1024, SPLIT_PATTERNS[name]).encode(held_out)))
+                  for name in ("nanochat", "marks")}
+    ratio = num_tokens["nanochat"] / num_tokens["marks"]
+    assert ratio > gain if gain > 1 else ratio == 1     # text without marks is encoded as before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,6 +270,11 @@ def test_hash_names_the_content_not_the_file(tokenizer, tmp_path):
               RustBPETokenizer(SPLIT_PATTERN, tokenizer.ranks, specials),
               RustBPETokenizer.train_from_iterator(read_sources()[:2], VOCAB_SIZE)]
     assert len({tokenizer.hash, *(other.hash for other in others)}) == 4
+
+
+def test_tokenizers_on_disk_keep_their_hash():
+    """Checkpoints name the tokenizer by its hash: one that changes with the code would refuse them all."""
+    assert BYTE_TOKENIZER.hash == "54adc86c891312d4"
 
 
 def drop_last_merge(content: dict) -> None:
@@ -433,6 +521,33 @@ def test_tok_train_never_takes_a_changed_tokenizer_for_its_own(data_dir, tokeniz
         tok_train.main(flags)
 
 
+@pytest.mark.parametrize("name", ["marks", "llama3"])
+def test_tok_train_split_pattern(data_dir, name, capsys):
+    flags = ["--data", "tiny", "--vocab-size", "400", "--split-pattern"]
+    training = tok_train.main([*flags, name])
+    tokenizer = get_tokenizer()
+    assert tokenizer.pattern == SPLIT_PATTERNS[name] and tokenizer.hash == training["tokenizer_hash"]
+    assert training["made_from"]["split_pattern"] == name
+    assert tokenizer.hash != RustBPETokenizer(SPLIT_PATTERN, tokenizer.ranks, tokenizer.special_tokens).hash
+    assert tok_train.main([*flags, name]) == training
+    with pytest.raises(UserError, match=f"split_pattern {name}, not nanochat"):
+        tok_train.main(flags[:-1])
+    with pytest.raises(SystemExit):
+        tok_train.main([*flags, "other"])
+    assert "nanochat" in capsys.readouterr().err
+
+
+def test_tok_train_keeps_a_tokenizer_of_before_the_choice_of_pattern(data_dir):
+    flags = ["--data", "tiny", "--vocab-size", "400"]
+    training = tok_train.main(flags)
+    path = data_dir.parents[1] / "tokenizer" / "default" / "training.json"
+    del training["made_from"]["split_pattern"]
+    path.write_text(json.dumps(training))
+    assert tok_train.main(flags)["made_from"]["split_pattern"] == "nanochat"
+    with pytest.raises(UserError, match="split_pattern nanochat, not marks"):
+        tok_train.main([*flags, "--split-pattern", "marks"])
+
+
 def test_tok_train_recovers_what_a_crash_moved_aside(data_dir):
     flags = ["--data", "tiny", "--vocab-size", "400"]
     training = tok_train.main(flags)
@@ -469,7 +584,11 @@ def test_tok_eval_without_tables(data_dir, tmp_path, capsys):
     result = tok_eval.main(["--tables", str(tmp_path)])
     printed = capsys.readouterr().out
     assert printed.count("not compared with") == 2
-    assert set(result["domains"]) == {"news", "code", "maths", "Korean", "science", "train", "val"}
+    assert set(result["domains"]) == {"news", "code", "maths", "Korean", "Hindi", "Thai", "science", "train", "val"}
+    hindi = result["domains"]["Hindi"]
+    assert 2.5 < hindi["num_bytes"] / hindi["num_chars"] < 3    # three bytes a letter: bytes per token flatter it
+    ours = hindi["tokenizers"]["ours"]
+    assert ours["chars_per_token"] == hindi["num_chars"] / ours["num_tokens"] < ours["bytes_per_token"]
     val = result["domains"]["val"]
     assert val["num_bytes"] == len(read_sources()[-1].encode())
     assert val["tokenizers"]["ours"]["num_tokens"] == len(get_tokenizer().encode(read_sources()[-1]))
@@ -479,7 +598,7 @@ def test_tok_eval_without_tables(data_dir, tmp_path, capsys):
 def test_tok_eval_without_data(tokenizer, base_dir, tmp_path, capsys):
     tokenizer.save(base_dir / "tokenizer" / "default")
     result = tok_eval.main(["--tables", str(tmp_path)])
-    assert set(result["domains"]) == {"news", "code", "maths", "Korean", "science"}
+    assert set(result["domains"]) == {"news", "code", "maths", "Korean", "Hindi", "Thai", "science"}
     assert "name another with --data" in capsys.readouterr().out
     data = {"data_folder": str(tmp_path / "moved away")}
     (base_dir / "tokenizer" / "default" / "training.json").write_text(json.dumps(data))
@@ -496,12 +615,12 @@ def test_tok_eval_against_published_tables(data_dir, capsys):
         counts = {label: values["num_tokens"] for label, values in domain["tokenizers"].items()}
         assert counts["ours"] > counts["GPT-4"]     # 400 tokens can't compress as 100,277 do
     table = [line for line in capsys.readouterr().out.splitlines() if line.count("|") == 3]
-    assert len(table) == 8 and len({len(line) for line in table}) == 1
+    assert len(table) == 10 and len({len(line) for line in table}) == 1
 
 
 @pytest.mark.parametrize(("script", "reason"), [("tok_train", "there is no data"),
                                                 ("tok_eval", "there is no tokenizer")])
 def test_scripts_end_with_one_sentence_and_code_2(base_dir, script, reason):
-    done = subprocess.run([sys.executable, "-m", f"scripts.{script}"], cwd=REPO_DIR, capture_output=True, text=True)
+    done = run_to_end(f"scripts.{script}")
     assert done.returncode == 2
     assert reason in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -14,6 +14,7 @@ from nanochat.common import Ranks, UserError, any_rank, end_process, gather, sum
 from nanochat.gpt import GPTConfig
 from nanochat.train import Batch, LossScaler, OutOfMemory, StepStats, train_step
 from tests.helpers import make_model, out_of_memory_at
+from tests.warm import start_warm_process
 
 CPU = torch.device("cpu")
 CONFIG = GPTConfig(sequence_len=16, vocab_size=80, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
@@ -306,7 +307,8 @@ def run_rank(rank, folder):
 
 
 def test_two_ranks_equal_one(tmp_path):
-    mp.spawn(run_rank, (str(tmp_path),), nprocs=2)
+    start_warm_process()
+    mp.start_processes(run_rank, (str(tmp_path),), nprocs=2, start_method="forkserver")
     model = make_fresh()
     stats = run_steps(model, 4)
     facts = [json.loads((tmp_path / f"facts_{rank}.json").read_text()) for rank in (0, 1)]
