@@ -13,9 +13,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv_python=.venv/bin/python
-stamp=.venv/nanochat-setup    # "installing"; then "torch: <build>" and a copy of the lock whose packages are all in
+stamp=.venv/nanochat-setup    # "installing"; then "torch: <build>" and a copy of the locks whose packages are in
 log=.venv/setup.log
 indexes=https://download.pytorch.org/whl
+gpu_lock=requirements-gpu.lock
 
 fail() {
     echo "error: $1" >&2
@@ -106,6 +107,14 @@ install_packages() {
         *) install --index-url "$build" "$torch" ;;
     esac
     install -r "$lock"
+    case $build in
+        default | *cu[0-9]*) install -r "$gpu_lock" ;;    # the kernels hub, for FlashAttention 3
+    esac
+}
+
+describe() {    # what the stamp says of an environment
+    echo "torch: $2"
+    cat "$1" "$gpu_lock"
 }
 
 set_up() {
@@ -117,7 +126,11 @@ set_up() {
     build=$(choose_build)
     if [[ -f $stamp ]]; then
         first=$(head -n 1 "$stamp")
-        [[ $first == torch:* ]] || first="torch: cpu"    # as before the stamp named a build; nothing is lost if it wasn't
+        if [[ $first != torch:* ]]; then    # from before stamps named a build, and the locks of a GPU: taken for a CPU's
+            first="torch: cpu"
+            { echo "$first"; cat "$stamp" "$gpu_lock"; } > "$stamp.new"
+            mv "$stamp.new" "$stamp"
+        fi
         if still_serves "${first#torch: }" "$build"; then
             build=${first#torch: }
         else
@@ -126,14 +139,14 @@ set_up() {
         fi
     fi
     lock=$(choose_lock)
-    if ! { echo "torch: $build"; cat "$lock"; } | cmp -s - "$stamp"; then
+    if ! describe "$lock" "$build" | cmp -s - "$stamp"; then
         echo installing > "$stamp"
         : > "$log"
         echo "set-up: installing the $(wc -l < "$lock" | tr -d ' ') packages of $lock, 1-5 minutes (tail -f $log) ..."
         [[ $build != cpu ]] || echo "set-up: no NVIDIA GPU here, so torch is for CPUs (a login node? see runs/setup.sh)"
         SECONDS=0
         install_packages "$lock" "$build"
-        { echo "torch: $build"; cat "$lock"; } > "$stamp"
+        describe "$lock" "$build" > "$stamp"
         echo "set-up: done in $SECONDS s"
     fi
 }

@@ -189,12 +189,13 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(REPO_DIR / "nanochat" / "nvidia.py", tmp_path / "nanochat")
     for lock in LOCKS:
         (tmp_path / lock).write_text("numpy==1.0\ntorch==2.0\n")
+    (tmp_path / "requirements-gpu.lock").write_text("kernels==1.0\n")
     fake = tmp_path / "fake_python"
     fake.write_text(FAKE_PYTHON)
     fake.chmod(0o755)
     tools = tmp_path / "tools"  # no uv and no nvidia-smi, whatever this machine has
     tools.mkdir()
-    for name in ("bash", "mkdir", "cp", "rm", "cat", "cmp", "head", "tail", "grep", "tr", "wc", "uname", "dirname"):
+    for name in ("bash", "mkdir", "cp", "mv", "rm", "cat", "cmp", "head", "tail", "grep", "tr", "wc", "uname", "dirname"):
         (tools / name).symlink_to(shutil.which(name))
     monkeypatch.setenv("PATH", str(tools))
     monkeypatch.setenv("PYTHON", str(fake))
@@ -239,6 +240,7 @@ def add_gpu(checkout: Path, driver: str, capability: str) -> None:
 
 
 INDEXES = "https://download.pytorch.org/whl"
+GPU_LOCK = "pip -r requirements-gpu.lock"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's CPU index is for Linux")
@@ -252,7 +254,7 @@ def test_cpu_build_is_replaced_by_the_one_for_the_gpu(driver, capability, pip, c
     add_gpu(checkout, driver, capability)
     done, calls = set_up(checkout)
     assert done.returncode == 0, done.stderr
-    assert calls == ["venv", *pip, f"pip -r {get_lock_name()}"] and "has torch's build cpu" in done.stdout
+    assert calls == ["venv", *pip, f"pip -r {get_lock_name()}", GPU_LOCK] and "has torch's build cpu" in done.stdout
     assert set_up(checkout)[1] == []
     (checkout / "tools" / "nvidia-smi").unlink()
     assert set_up(checkout)[1] == []    # back on the login node
@@ -263,13 +265,14 @@ def test_build_that_was_asked_for_stays(checkout, monkeypatch):
     done, _ = set_up(checkout)
     assert "no NVIDIA GPU here" in done.stdout
     monkeypatch.setenv("TORCH_INDEX", f"{INDEXES}/cu130")
-    assert set_up(checkout)[1] == ["venv", f"pip --index-url {INDEXES}/cu130 torch==2.0", f"pip -r {get_lock_name()}"]
+    calls = [f"pip --index-url {INDEXES}/cu130 torch==2.0", f"pip -r {get_lock_name()}", GPU_LOCK]
+    assert set_up(checkout)[1] == ["venv", *calls]
     monkeypatch.delenv("TORCH_INDEX")
     assert set_up(checkout)[1] == []
     add_gpu(checkout, "580.65.06", "9.0")
     assert set_up(checkout)[1] == []
     (checkout / get_lock_name()).write_text("torch==2.1\n")
-    assert set_up(checkout)[1] == [f"pip --index-url {INDEXES}/cu130 torch==2.1", f"pip -r {get_lock_name()}"]
+    assert set_up(checkout)[1] == [f"pip --index-url {INDEXES}/cu130 torch==2.1", f"pip -r {get_lock_name()}", GPU_LOCK]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's CPU index is for Linux")
@@ -293,10 +296,11 @@ def test_environment_of_an_older_set_up(checkout):
     """Its stamp is a copy of the lock, and says nothing of torch's build."""
     set_up(checkout)
     shutil.copy(checkout / get_lock_name(), checkout / ".venv" / "nanochat-setup")
-    assert set_up(checkout)[1] == ["pip torch==2.0", f"pip -r {get_lock_name()}"]    # pip finds all there
+    done, calls = set_up(checkout)
+    assert (done.returncode, done.stdout, calls) == (0, "", [])
     shutil.copy(checkout / get_lock_name(), checkout / ".venv" / "nanochat-setup")
     add_gpu(checkout, "580.65.06", "9.0")
-    assert set_up(checkout)[1] == ["venv", f"pip -r {get_lock_name()}"]
+    assert set_up(checkout)[1] == ["venv", f"pip -r {get_lock_name()}", GPU_LOCK]
 
 
 def test_interrupted_set_up_begins_again_but_keeps_a_persons_own_venv(checkout):
