@@ -517,8 +517,11 @@ def get_device(device_type: str, ranks: Ranks) -> torch.device:
     return device
 
 
+@functools.cache
 def check_gpus(device: torch.device) -> None:
-    """Warn of GPUs of different kinds, and of those that other processes use. Collective where there are ranks."""
+    """Warn of the ranks' GPUs where they are of different kinds, or used by other processes; once a process, since
+    later this one uses them too. Collective.
+    """
     import torch
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     gpus = gather((torch.cuda.get_device_name(device), has_bf16_units(device), free_bytes, total_bytes))

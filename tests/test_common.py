@@ -395,16 +395,16 @@ def test_gpus_of_ranks_that_differ_or_are_in_use(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     gpus = []
     monkeypatch.setattr(common, "gather", lambda value: [value, *gpus])
-    common.check_gpus(CUDA)
+    common.check_gpus.__wrapped__(CUDA)
     assert capsys.readouterr().out == ""
     gpus.append(("NVIDIA H100", True, 10 * 2**30, 80 * 2**30))
-    common.check_gpus(CUDA)
+    common.check_gpus.__wrapped__(CUDA)
     differ, used = capsys.readouterr().out.splitlines()
     assert differ.startswith("warning: the ranks' GPUs differ (NVIDIA A100, NVIDIA H100): each step waits for the")
     assert used.startswith("warning: only 10.0 of 80.0 GiB are free on rank 1's GPU (NVIDIA H100), another process")
     gpus.append(("Tesla T4", False, 16 * 2**30, 16 * 2**30))
     with pytest.raises(UserError, match="only some of the ranks' GPUs have bf16 .*A100, NVIDIA H100, Tesla T4"):
-        common.check_gpus(CUDA)
+        common.check_gpus.__wrapped__(CUDA)
 
 
 def test_compute_dtype(monkeypatch):

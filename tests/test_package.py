@@ -195,7 +195,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     fake.chmod(0o755)
     tools = tmp_path / "tools"  # no uv and no nvidia-smi, whatever this machine has
     tools.mkdir()
-    for name in ("bash", "mkdir", "cp", "mv", "rm", "cat", "cmp", "head", "tail", "grep", "tr", "wc", "uname", "dirname"):
+    for name in ("bash", "mkdir", "cp", "mv", "rm", "cat", "cmp", "head", "tail", "grep", "tr", "wc", "uname",
+                 "dirname"):
         (tools / name).symlink_to(shutil.which(name))
     monkeypatch.setenv("PATH", str(tools))
     monkeypatch.setenv("PYTHON", str(fake))
