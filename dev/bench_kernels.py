@@ -60,7 +60,7 @@ def bench_attention(args: argparse.Namespace, device: torch.device, dtype: torch
     shape = (args.rows, args.max_seq_len, config.n_head, config.head_dim)
     q, k, v = (torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3))
     grad = torch.randn(shape, device=device).to(dtype)
-    backend, _ = flash_attention.choose_backend(device, dtype)
+    backend, _ = flash_attention.choose_backend(device, dtype, config)
     window = config.window(0) if config.n_layer > 1 else -1
 
     def run(call, window: int):
@@ -131,7 +131,7 @@ def measure_step_memory(args: argparse.Namespace, device: torch.device, dtype: t
     model.init_weights()
     model.loss = args.memory_of
     optimizer = model.setup_optimizer()
-    flash_attention.choose_backend(device, dtype)
+    flash_attention.choose_backend(device, dtype, model.config)
     model.compile_blocks()
     idx = torch.randint(args.vocab_size, (args.rows, args.max_seq_len))
     for _ in range(3):

@@ -76,7 +76,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=2, help="rows of a micro-batch")
     parser.add_argument("--num-micro", type=int, nargs="+", default=[1, 2], help="micro-batches of a step")
     parser.add_argument("--dtype", choices=COMPUTE_DTYPES, default="bfloat16")
-    parser.add_argument("--attention", choices=("sdpa", "blocks"), default="sdpa")
+    parser.add_argument("--attention", choices=("fa2", "sdpa", "blocks"), default="sdpa")
     parser.add_argument("--loss", choices=LOSSES, default="fused")
     parser.add_argument("--world-size", type=int, default=1, help="ranks of the run; the first one's memory is shown")
     return parser.parse_args(argv)

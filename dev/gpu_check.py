@@ -86,13 +86,14 @@ def make_setup(args: argparse.Namespace, device: torch.device) -> tuple[Setup, d
     """The setup of the checks, and its decisions with their reasons."""
     sizes = TINY if args.tiny else FULL
     dtype, dtype_reason = get_compute_dtype(args.dtype, device)
-    backend, backend_reason = choose_backend(device, dtype)
     use_compile, compile_reason = choose_compile(args.compile, device, eager_sec=0 if args.tiny else None)
     sizes, rows = read_rows(args, sizes) if args.data else (sizes, make_synthetic_rows(sizes, DATA_ROWS))
+    setup = Setup(sizes, device, dtype, use_compile, "auto", args.out, rows)
+    backend, backend_reason = choose_backend(device, dtype, setup.make_config(sizes.depths[0]))
     decisions = {"device": str(device), "dtype": f"{dtype} ({dtype_reason})", "attention":
                  f"{backend} ({backend_reason})", "compile": f"{use_compile} ({compile_reason})",
                  "tokens": args.data or "synthetic, with frequencies by Zipf's law", "torch": torch.__version__}
-    return Setup(sizes, device, dtype, use_compile, backend, args.out, rows), decisions
+    return replace(setup, backend=backend), decisions
 
 
 def read_rows(args: argparse.Namespace, sizes: Sizes) -> tuple[Sizes, torch.Tensor]:

@@ -29,11 +29,10 @@ HYPERS = {"adamw": (0.02, 0.8, 0.95, 1e-10, 0.1, 3), "muon": (0.02, 0.95, 0.9, 0
 
 def check_attention(setup: Setup) -> Iterator[Check]:
     """Every backend that this device has: windows, grouped heads, odd lengths, backward, and decoding from a cache."""
-    for name, works, reason in probe_report(setup.device, setup.dtype):
+    for name, works, reason in probe_report(setup.device, setup.dtype, setup.make_config(setup.sizes.depths[0])):
         if not works:
             # a backend that isn't there, or isn't for this device, is no fault; one that is there and fails is
-            absent = reason.startswith(("needs ", "is for ", "no package "))
-            yield Check(name, "absent" if absent else "FAIL", reason)
+            yield Check(name, "absent" if works is None else "FAIL", reason)
             continue
         flash_attention._override_impl = name
         try:

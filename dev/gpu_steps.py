@@ -217,7 +217,7 @@ def check_backends(setup: Setup) -> Iterator[Check]:
     depth = setup.sizes.depths[0]
     reference = None
     num_rows = max(1, guess_rows(setup, depth) // 2)  # the least economical backend must fit as well
-    for name, works, reason in probe_report(setup.device, setup.dtype):
+    for name, works, reason in probe_report(setup.device, setup.dtype, setup.make_config(depth)):
         if not works:
             yield Check(name, "absent", reason)
             continue

@@ -41,7 +41,7 @@ def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, 
     """Device, dtype and attention backend, as a training run would choose them."""
     device, _ = init_compute(args.device_type)
     dtype, why = get_compute_dtype(args.dtype, device)
-    backend, _ = choose_backend(device, dtype)
+    backend, _ = choose_backend(device, dtype, GPTConfig())
     print(f"{device.type}, {dtype} ({why}), attention {backend}", flush=True)
     return device, dtype, backend
 

@@ -170,15 +170,18 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
         """One choice: kept, or as `find` has it: (value, why). Ranks may measure differently, so rank 0's counts."""
         asked = getattr(wanted, name)
         is_kept = asked == "auto" and name in kept
-        value, why = gather(find(kept[name] if is_kept else asked))[0]
+        mine = find(kept[name] if is_kept else asked)
+        value, why = gather(mine)[0]
+        if name == "attention" and mine[0] != value:
+            find(value)  # rank 0 found another backend: this rank uses the same, or says why it can't
         return decide(decisions, name, value, wanted.kept_why if is_kept else why)
 
     world_size = common.get_ranks().world_size
     dtype = choose("dtype", lambda name: common.get_compute_dtype(name, device))
-    # sdpa is the only backend of a GPU whose backward pass repeats bit for bit
+    # the backward pass of fa3 and flex doesn't repeat bit for bit; fa2's should (by torch's source), not shown yet
     auto = "sdpa" if wanted.deterministic and device.type == "cuda" else "auto"
     attention = choose("attention", lambda name: choose_backend(
-        device, dtype, rows.T, wanted=auto if name == "auto" else name))
+        device, dtype, rows.config, rows.T, wanted=auto if name == "auto" else name))
     peak_flops = decide(decisions, "peak FLOP/s of one device", *get_peak_flops(device, dtype))
     peak_flops = peak_flops and peak_flops * world_size
     eager_sec = num_flops / (EAGER_MFU * peak_flops) if peak_flops else None

@@ -17,6 +17,7 @@ import itertools
 import types
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from nanochat.common import is_out_of_memory, print0
 from nanochat.compilation import choose_compile
 from nanochat.gpt import GPT, Linear
-from nanochat.kv_cache import KVCache
+from nanochat.kv_cache import KVCache, add_unused_token
 
 MIN_PACKED = 64         # rows and columns; smaller matrices aren't packed
 GRAPH_WARMUP_STEPS = 3  # before a capture, so that libraries have allocated what they need
@@ -44,16 +45,39 @@ def copy_for_decoding(model: GPT, keep_weights: bool = False) -> GPT:
     keep_weights: beside the packed ones, for a compiled step. A compiled block is made for training's one shape, while
     decoding's changes with every call.
     """
-    replacements = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    copied = copy.deepcopy(model, replacements)  # which leaves a module's compiled call behind
-    for module in list(copied.modules()):
-        if hasattr(module, "fuse"):
-            module.fuse()
+    copied = fuse_copy(model)
     for module in list(copied.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, Linear):
                 setattr(module, name, DecodingLinear(child.weight, model.compute_dtype, keep_weights))
     return copied
+
+
+def fuse_copy(model: GPT) -> GPT:
+    """The model with its modules fused, and nothing compiled; tensors that aren't fused are shared."""
+    if any(isinstance(module, DecodingLinear) for module in model.modules()):
+        raise ValueError("this model is an engine's own copy, whose weights are packed; make the engine from the model "
+                         "that was copied")
+    replacements = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copied = copy.deepcopy(model, replacements)  # which leaves a module's compiled call behind
+    for module in list(copied.modules()):
+        if hasattr(module, "fuse"):
+            module.fuse()
+    return copied
+
+
+@torch.no_grad()
+def refresh_copy(copied: GPT, model: GPT) -> None:
+    """Give what copy_for_decoding made of a model the weights that this model has now, in place: CUDA graphs and
+    compiled steps know a weight by its address, or its number."""
+    fused = fuse_copy(model)
+    linears = {name: module for name, module in fused.named_modules() if isinstance(module, Linear)}
+    shared = dict(copied.named_parameters())
+    if any(shared.get(name) is not param for name, param in fused.named_parameters()
+           if name.rpartition(".")[0] not in linears):
+        raise ValueError("an engine takes new weights from the model that it was made from, not from another one")
+    for name, linear in linears.items():
+        copied.get_submodule(name).refresh(linear.weight)
 
 
 class DecodingLinear(nn.Module):
@@ -70,6 +94,13 @@ class DecodingLinear(nn.Module):
             _packed_weights[self.number] = self.packed
             weakref.finalize(self, _packed_weights.pop, self.number)
         self.weight = nn.Parameter(weight, requires_grad=False) if self.packed is None or keep_weight else None
+
+    def refresh(self, weight: Tensor) -> None:
+        """Take the values of another weight of the same shape."""
+        if self.weight is not None:
+            self.weight.copy_(weight)
+        if self.packed is not None:
+            self.packed = _packed_weights[self.number] = pack(weight.detach().to(self.packed.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and x.device.type == "cpu":
@@ -139,7 +170,9 @@ def make_cache(model: GPT, num_rows: int, num_tokens: int, is_compiled: bool = F
 
 
 def make_step(model: GPT, compile: bool = False, max_rows: int = 2) -> Callable[[Tensor, KVCache], Tensor]:
-    """The function of a decoding step: (B, 1) token ids and the cache of these rows -> (B, V) logits.
+    """The function of a decoding step: (B, 1) token ids and a cache of at least B rows -> (B, V) logits.
+
+    The tokens are those of the cache's first rows, of which the longest holds `num_tokens`.
 
     compile:  on a CPU, now; on CUDA the step is a graph anyway, elsewhere it is eager
     max_rows: B is never more; one row alone needs one graph less
@@ -154,7 +187,11 @@ def make_step(model: GPT, compile: bool = False, max_rows: int = 2) -> Callable[
                 return step
         else:
             print0(f"decoding eagerly: {reason}")
-    return lambda idx, cache: model(idx, kv_cache=cache)[:, -1]
+    return functools.partial(run_eagerly, model)
+
+
+def run_eagerly(model: GPT, idx: Tensor, cache: KVCache) -> Tensor:
+    return model(idx, kv_cache=cache.view_rows(0, len(idx), cache.num_tokens))[:, -1]
 
 
 class CompiledStep:
@@ -179,83 +216,121 @@ class CompiledStep:
         for num_rows in range(1, min(max_rows, 2) + 1):
             # A cache with room for more of everything, so that no stride follows from sizes
             cache = make_cache(model, num_rows + 1, 8, is_compiled=True)
-            self(torch.zeros(num_rows, 1, dtype=torch.long), cache.view_rows(0, num_rows, 3))
+            cache.num_tokens = 3
+            self(torch.zeros(num_rows, 1, dtype=torch.long), cache)
 
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) of the next token, from (B, 1) token ids."""
         if not self.works:
-            return self.model(idx, kv_cache=cache)[:, -1]
-        num_keys = max(cache.num_tokens + 1, 2)  # a size of 1 would be compiled anew
-        k_cache, v_cache = cache.k_cache[:, :, :num_keys], cache.v_cache[:, :, :num_keys]
+            return run_eagerly(self.model, idx, cache)
+        rows = cache.view_rows(0, len(idx), cache.num_tokens)
+        num_keys = max(rows.num_tokens + 1, 2)  # a size of 1 would be compiled anew
+        k_cache, v_cache = rows.k_cache[:, :, :num_keys], rows.v_cache[:, :, :num_keys]
         for tensor in (k_cache, v_cache):
             # Unbacked: a guard on the size would recompile, for 6-10 s, at 4,096 keys
             torch._dynamo.decorators.mark_unbacked(tensor, 2)
-        for tensor, row_dim in ((k_cache, 1), (v_cache, 1), (idx, 0), (cache.cache_seqlens, 0), (cache.last_embed, 0)):
+        for tensor, row_dim in ((k_cache, 1), (v_cache, 1), (idx, 0), (rows.cache_seqlens, 0), (rows.last_embed, 0)):
             torch._dynamo.maybe_mark_dynamic(tensor, row_dim)
         try:
-            return self.compute(idx, k_cache, v_cache, cache.cache_seqlens, cache.last_embed)
+            return self.compute(idx, k_cache, v_cache, rows.cache_seqlens, rows.last_embed)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             self.works = False
             print0(f"decoding eagerly: the step can't be compiled ({(str(error).splitlines() or [''])[0][:200]})")
-            return self.model(idx, kv_cache=cache)[:, -1]
+            return run_eagerly(self.model, idx, cache)
 
     def _compute(self, idx: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, last_embed: Tensor) -> Tensor:
         torch._check(k_cache.size(2) == v_cache.size(2))
         return self.model(idx, kv_cache=KVCache.wrap(k_cache, v_cache, lengths, last_embed))[:, -1]
 
 
-class GraphedStep:
-    """The forward pass of one new token in the first rows of a cache as a CUDA graph, one for each number of rows.
+@dataclass(frozen=True)
+class Graph:
+    """A captured step of so many rows, and the tensors by which it takes its input and gives its output."""
+    graph:    torch.cuda.CUDAGraph
+    idx:      Tensor   # (B, 1) token ids
+    num_live: Tensor   # () int32: the first rows, which count
+    logits:   Tensor   # (B, V)
 
-    Untested: no CUDA device was at hand when it was written. What fails to be captured runs eagerly, and it says so.
+
+class GraphedStep:
+    """The forward pass of one new token in the first rows of a cache, as one CUDA graph for each power of two of rows.
+
+    A graph replays kernels on the addresses that they had when it was captured: of the weights, the cache, its own
+    input and output. So it holds nothing that the host decides anew in each step, and where the cache has moved, all
+    graphs are dropped and captured again when they are next needed. The rows beyond the live ones are computed, too,
+    but leave nothing behind except keys and values beyond the tokens that they hold.
+
+    No CUDA device was at hand: tests replay the step's recorded operations on a CPU, and run it on the meta device,
+    where a copy from the host or a value read back is an error. What fails to be captured runs eagerly, and says so.
     """
 
     def __init__(self, model: GPT):
         self.model = model
         self.works = True
-        self.memory = None                    # one pool for all graphs, which never run at once
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}  # rows -> graph, its idx and logits
-        self.keys = None                      # the cache's memory that they were captured with
+        self.graphs: dict[int, Graph] = {}  # by number of rows
+        self.addresses = None               # of the cache that they were captured with
+        self.pool = None                    # memory of all graphs, which never run at once
 
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) of the next token, from (B, 1) token ids; valid until the next call."""
         if not self.works:
-            return self.model(idx, kv_cache=cache)[:, -1]
-        if self.keys is None or self.keys.data_ptr() != cache.k_cache.data_ptr() or self.keys.shape[2:] != (
-                cache.k_cache.shape[2:]):
-            self.graphs.clear()               # the cache has grown, so it lies elsewhere
-            self.keys = cache.k_cache
-        if len(idx) not in self.graphs:
+            return run_eagerly(self.model, idx, cache)
+        tensors = (cache.k_cache, cache.v_cache, cache.cache_seqlens, cache.last_embed)
+        addresses = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
+        if addresses != self.addresses:
+            self.graphs.clear()
+            self.addresses, self.pool = addresses, None
+        num_rows = min(round_up_rows(len(idx)), len(cache.cache_seqlens))
+        if num_rows not in self.graphs:
             try:
-                self.graphs[len(idx)] = self._capture(idx, cache)
+                self.graphs[num_rows] = self._capture(num_rows, cache)
             except RuntimeError as error:
                 self.works = False
-                print0(f"decoding eagerly: a CUDA graph can't be captured ({str(error).splitlines()[0][:200]})")
-                return self.model(idx, kv_cache=cache)[:, -1]
-        graph, static_idx, logits = self.graphs[len(idx)]
-        static_idx.copy_(idx)
-        graph.replay()
-        return logits
+                self.graphs.clear()
+                reason = (str(error).splitlines() or [""])[0][:200]
+                print0(f"decoding eagerly: a CUDA graph can't be captured ({reason})")
+                return run_eagerly(self.model, idx, cache)
+        graph = self.graphs[num_rows]
+        graph.idx[:len(idx)] = idx
+        graph.num_live.fill_(len(idx))
+        graph.graph.replay()
+        return graph.logits[:len(idx)]
 
-    def _capture(self, idx: Tensor, cache: KVCache) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        static_idx, graph = idx.clone(), torch.cuda.CUDAGraph()
-        lengths, last_embed = cache.cache_seqlens.clone(), cache.last_embed.clone()
-        # a cache of the same memory that never grows: a graph knows addresses, not where the memory has moved to
-        fixed = KVCache.wrap(cache.k_cache, cache.v_cache, cache.cache_seqlens, cache.last_embed)
-
-        def run() -> Tensor:
-            return self.model(static_idx, kv_cache=fixed)[:, -1]
-        stream = torch.cuda.Stream()
+    def _capture(self, num_rows: int, cache: KVCache) -> Graph:
+        idx = cache.cache_seqlens.new_zeros(num_rows, 1, dtype=torch.long)
+        num_live = cache.cache_seqlens.new_zeros(())  # while no row is live, no run leaves a trace
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(GRAPH_WARMUP_STEPS):
-                run()
-                cache.cache_seqlens.copy_(lengths)  # every one of them is the same step
-                cache.last_embed.copy_(last_embed)
+                compute_step(self.model, idx, num_live, cache)
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, pool=self.memory):  # records, computes nothing
-            logits = run()
-        self.memory = graph.pool()
-        return graph, static_idx, logits
+        # Records, computes nothing; another thread may use CUDA meanwhile, as one that prepares batches does
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+            logits = compute_step(self.model, idx, num_live, cache)
+        self.pool = graph.pool()
+        return Graph(graph, idx, num_live, logits)
+
+
+def round_up_rows(num_rows: int) -> int:
+    """The power of two that a graph for so many rows has."""
+    return 1 << (num_rows - 1).bit_length()
+
+
+def compute_step(model: GPT, idx: Tensor, num_live: Tensor, cache: KVCache) -> Tensor:
+    """Logits (B, V) of the next token in the first B rows of a cache, of which the first `num_live` () count.
+
+    The other rows keep their length and last embedding. Their keys and values are written where their next token's
+    will be, in a row that is full into the token of its memory that is never used.
+    """
+    B = len(idx)
+    lengths, last_embed = cache.cache_seqlens[:B], cache.last_embed[:B]
+    k_cache, v_cache = (add_unused_token(memory[:, :B]) for memory in (cache.k_cache, cache.v_cache))
+    rows = KVCache.wrap(k_cache, v_cache, lengths.clone(), last_embed.clone())
+    logits = model(idx, kv_cache=rows)[:, -1]
+    is_live = torch.arange(B, device=idx.device) < num_live  # (B,)
+    lengths.copy_(torch.where(is_live, rows.cache_seqlens, lengths))
+    last_embed.copy_(torch.where(is_live[:, None, None], rows.last_embed, last_embed))
+    return logits

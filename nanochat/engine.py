@@ -9,7 +9,8 @@
 
 The engine has no thread and no lock: each call of `step` advances all requests (continuous batching: Orca, Yu et al.
 2022). A step first prefills a bounded number of prompt tokens, so that a long prompt doesn't stall the others (chunked
-prefill: Sarathi-Serve, Agrawal et al. 2024), then decodes one token for every prefilled row:
+prefill: Sarathi-Serve, Agrawal et al. 2024), on CUDA those of similar length in one forward pass, then decodes one
+token for every prefilled row:
 
     waiting --free row--> chunked prefill, all but the prompt's last token --> decoding --> row free, tokens kept
                  ^ starts after the prefix that a row already holds
@@ -34,13 +35,24 @@ import torch
 
 from nanochat.calculator import calculate
 from nanochat.common import UserError
-from nanochat.decoding import CompiledStep, copy_for_decoding, make_cache, make_step
+from nanochat.decoding import (
+    CompiledStep,
+    GraphedStep,
+    copy_for_decoding,
+    make_cache,
+    make_step,
+    refresh_copy,
+    round_up_rows,
+)
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.sampling import Sampling, sample_rows
 
 PREFILL_TOKENS = 512      # prompt tokens per step; bounds its memory (assumption, not studied, as is the next one)
 SHARED_STEP_TOKENS = 128  # the same on a CPU while other rows decode; bounds the time between their tokens
+# The same on CUDA, padding included: a pass that fills the GPU (assumptions, not measured)
+CUDA_PREFILL_TOKENS, CUDA_SHARED_STEP_TOKENS = 8192, 2048
+MIN_FILL_FRAC = 0.75      # least length of a pass's prompts, of the longest one's; the rest is padding
 HEADROOM_TOKENS = 256     # room of a new cache beyond the first prompt, before the cache has to grow
 MIN_SHARED_TOKENS = 16    # shortest prefix that is worth copying from another row
 MAX_ROWS = 64             # default number of rows; further requests wait
@@ -215,7 +227,7 @@ class Generation:
         return events
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """A row of the cache: the tokens whose keys and values it holds, and the request that it belongs to."""
     tokens:     list[int] = field(default_factory=list)
@@ -229,20 +241,23 @@ class Row:
 
 class Engine:
     def __init__(self, model: GPT, tokenizer, max_rows: int = MAX_ROWS, kept_rows: int = KEPT_ROWS,
-                 compile: bool = False):
-        """The weights are copied as they are now: a model that is trained further needs a new engine.
+                 compile: bool = False, cache_tokens: int | None = None):
+        """The weights are copied as they are now: a model that is trained further needs `refresh`, or a new engine.
 
-        max_rows:  sequences in the batch; the cache grows with the requests, further requests wait
-        kept_rows: rows that are allocated before the least recently used free row is overwritten
-        compile:   compile the decoding step, on a CPU; takes seconds to a minute now, and holds the blocks'
-                   matrices twice
+        max_rows:     sequences in the batch; the cache grows with the requests, further requests wait
+        kept_rows:    rows that are allocated before the least recently used free row is overwritten
+        compile:      compile the decoding step, on a CPU; takes seconds to a minute now, and holds the blocks'
+                      matrices twice
+        cache_tokens: room of each row from the start, for callers that know their longest sequence; the cache grows
+                      beyond it, by default from the first prompt's need on
         """
         self.model = copy_for_decoding(model, keep_weights=compile)
         self.tokenizer = tokenizer
         self.chat_tokens = ChatTokens(tokenizer)
         self.device = model.get_device()
         self.num_positions = len(model.cos)  # of the longest sequence, prompt and answer
-        self.max_rows, self.kept_rows = max_rows, min(kept_rows, max_rows)
+        self.max_rows, self.kept_rows, self.cache_tokens = max_rows, min(kept_rows, max_rows), cache_tokens
+        self.prefills_together = self.device.type == "cuda"  # a CPU is busy with one prompt
         self.waiting: deque[Generation] = deque()
         self.rows: list[Row] = []
         self.cache: KVCache | None = None
@@ -277,6 +292,29 @@ class Engine:
         self._advance()
         events, self._events = self._events, []
         return events
+
+    @torch.inference_mode()
+    def forget(self) -> None:
+        """Forget the conversations and free the cache, unless CUDA graphs know its address; there must be no work.
+
+        A cache that has outgrown `cache_tokens` is freed, too: the next answers don't depend on how long the last were.
+        """
+        if self.has_work():
+            raise ValueError("an engine with unfinished requests can't forget their tokens; cancel them first")
+        self.rows = []
+        if self.cache is not None and self._is_graphed() and self.cache.k_cache.size(2) == self.cache_tokens:
+            self.cache.cache_seqlens.zero_()
+            self.cache.last_embed.zero_()
+        else:
+            self.cache = None
+
+    def refresh(self, model: GPT) -> None:
+        """Take the weights that the engine's model has now; it then answers as a new engine does."""
+        self.forget()
+        refresh_copy(self.model, model)
+
+    def _is_graphed(self) -> bool:
+        return isinstance(self._run_step, GraphedStep) and self._run_step.works
 
     def _check(self, request: Request, min_new_tokens: int = 1) -> None:
         """UserError with the reason where a request can't be answered."""
@@ -355,11 +393,14 @@ class Engine:
             return oldest
         # The cache grows by the number of waiting requests, and by half at least
         num_new = min(max(num_waiting, len(self.rows) // 2), self.max_rows - len(self.rows))
+        num_rows = len(self.rows) + num_new
+        if self._is_graphed():
+            num_rows = round_up_rows(num_rows)
         if self.cache is None:
-            num_tokens = min(len(generation.tokens) + HEADROOM_TOKENS, generation.max_length)
-            self.cache = make_cache(self.model, num_new, num_tokens, isinstance(self._run_step, CompiledStep))
-        else:
-            self.cache.add_rows(num_new)
+            num_tokens = self.cache_tokens or min(len(generation.tokens) + HEADROOM_TOKENS, generation.max_length)
+            self.cache = make_cache(self.model, num_rows, num_tokens, isinstance(self._run_step, CompiledStep))
+        elif num_rows > self.cache.count_rows():
+            self.cache.add_rows(num_rows - self.cache.count_rows())
         self.rows.extend(Row() for _ in range(num_new))
         return len(self.rows) - 1
 
@@ -379,20 +420,57 @@ class Engine:
         The decoding step reads that one, so the samples of a prompt that share its prefix differ from their first
         token on, and the head is never computed for a whole prompt.
         """
-        others_wait = self.device.type == "cpu" and any(row.count_pending() == 1 for row in self.rows)
-        budget = SHARED_STEP_TOKENS if others_wait else PREFILL_TOKENS
-        reading = [(row.generation.id, i, row) for i, row in enumerate(self.rows) if row.count_pending() > 1]
-        for _, i, row in sorted(reading):
-            start = len(row.tokens)
-            chunk = row.generation.tokens[start:min(start + budget, len(row.generation.tokens) - 1)]
-            if not chunk:
-                break
-            self.cache.num_tokens = 0
-            self.cache.reserve(start + len(chunk))
-            self.model.forward_trunk(torch.tensor([chunk], device=self.device), self.cache.view_rows(i, i + 1, start))
+        budget = self._get_prefill_budget()
+        reading = [row for row in self.rows if row.count_pending() > 1]
+        reading.sort(key=lambda row: row.generation.id)
+        while reading and budget > 0:
+            rows, num_tokens = self._choose_together(reading, budget)
+            self._read(rows, num_tokens)
+            budget -= len(rows) * num_tokens
+            reading = [row for row in reading if row not in rows]
+
+    def _get_prefill_budget(self) -> int:
+        """Prompt tokens of this step."""
+        others_wait = any(row.count_pending() == 1 for row in self.rows)
+        if self.prefills_together:
+            return CUDA_SHARED_STEP_TOKENS if others_wait else CUDA_PREFILL_TOKENS
+        return SHARED_STEP_TOKENS if others_wait and self.device.type == "cpu" else PREFILL_TOKENS
+
+    def _choose_together(self, reading: list[Row], budget: int) -> tuple[list[Row], int]:
+        """The first row and those that are read in one pass with it, and the tokens that the longest of them reads."""
+        rows, shortest, longest, room = [], budget, 0, self.num_positions
+        for row in reading if self.prefills_together else reading[:1]:
+            num_tokens = min(row.count_pending() - 1, budget)
+            low, high = min(shortest, num_tokens), max(longest, num_tokens)
+            least_room = min(room, self.num_positions - len(row.tokens))  # the padding has positions, too
+            if not rows or (len(rows) + 1) * high <= budget and low >= MIN_FILL_FRAC * high and high <= least_room:
+                rows.append(row)
+                shortest, longest, room = low, high, least_room
+        return rows, longest
+
+    def _read(self, rows: list[Row], num_tokens: int) -> None:
+        """One forward pass over up to `num_tokens` pending tokens of each row, the shorter ones padded at their end.
+
+        The padding's keys and values are overwritten by the next tokens; all else is as if there had been none.
+        """
+        idxs = [i for i, row in enumerate(self.rows) if row in rows]
+        first = min(idxs[0], len(self.rows) - len(idxs))
+        self._move_together(idxs, first)
+        rows = self.rows[first:first + len(idxs)]
+        chunks = [row.generation.tokens[len(row.tokens):-1][:num_tokens] for row in rows]
+        longest = max(len(row.tokens) for row in rows)
+        self.cache.num_tokens = longest
+        self.cache.reserve(num_tokens)
+        inputs = torch.tensor([chunk + [0] * (num_tokens - len(chunk)) for chunk in chunks], device=self.device)
+        cache = self.cache.view_rows(first, first + len(rows), longest)
+        self.model.forward_trunk(inputs, cache)  # (B, T)
+        for row, chunk in zip(rows, chunks, strict=True):
             row.tokens.extend(chunk)
             row.last_used = self._num_steps
-            budget -= len(chunk)
+        if any(len(chunk) < num_tokens for chunk in chunks):
+            cache.cache_seqlens.copy_(torch.tensor([len(row.tokens) for row in rows]))
+            last_tokens = torch.tensor([[chunk[-1]] for chunk in chunks], device=self.device)
+            cache.last_embed.copy_(self.model.embed_tokens(last_tokens))  # (B, 1, C)
 
     def _decode(self) -> None:
         """Sample one token for each row that has read its whole prompt."""
@@ -400,11 +478,10 @@ class Engine:
         if not rows:
             return
         generations = [row.generation for row in rows]
-        longest = max(len(row.tokens) for row in rows)
-        self.cache.num_tokens = 0
-        self.cache.reserve(longest + 1)
+        self.cache.num_tokens = max(len(row.tokens) for row in rows)
+        self.cache.reserve(1)
         inputs = torch.tensor([[generation.tokens[-1]] for generation in generations], device=self.device)  # (B, 1)
-        logits = self._run_step(inputs, self.cache.view_rows(0, len(rows), longest))                        # (B, V)
+        logits = self._run_step(inputs, self.cache)                                                         # (B, V)
         sampled = sample_rows(logits, [generation.request for generation in generations],
                               [len(generation.tokens) - generation.num_prompt for generation in generations]).tolist()
         for i, (row, generation, token) in enumerate(zip(rows, generations, sampled, strict=True)):
@@ -426,11 +503,16 @@ class Engine:
     def _gather_ready_rows(self) -> list[Row]:
         """Move the decoding rows to the front, where they are one slice of the cache; returns them."""
         ready = [i for i, row in enumerate(self.rows) if row.count_pending() == 1]
-        gaps = [i for i in range(len(ready)) if self.rows[i].count_pending() != 1]
-        for gap, i in zip(gaps, reversed(ready), strict=False):
+        self._move_together(ready, 0)
+        return self.rows[:len(ready)]
+
+    def _move_together(self, idxs: list[int], first: int) -> None:
+        """Swap rows so that those of these indices, in ascending order, are the neighbours from `first` on."""
+        block = range(first, first + len(idxs))
+        gaps = [i for i in block if i not in idxs]
+        for gap, i in zip(gaps, reversed([i for i in idxs if i not in block]), strict=True):
             self.cache.swap_rows(gap, i, max(len(self.rows[gap].tokens), len(self.rows[i].tokens)))
             self.rows[gap], self.rows[i] = self.rows[i], self.rows[gap]
-        return self.rows[:len(ready)]
 
     @property
     def end_tokens(self) -> frozenset[int | None]:

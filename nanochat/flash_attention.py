@@ -1,46 +1,53 @@
 """One attention call, several backends; tensors (B, T, H, D), FlashAttention 3's signature.
 
-    fa3    FlashAttention on NVIDIA GPUs: an installed package, or the `kernels` hub
+    fa3    FlashAttention 3 (arXiv 2407.08608) on NVIDIA GPUs: an installed package, or the `kernels` hub
+    fa2    FlashAttention 2 (arXiv 2307.08691) as torch itself has it: Ampere GPUs and newer, no package
     flex   FlexAttention with a block-sparse sliding window (CUDA)
     blocks products of query blocks with the keys they see, for training on CPUs, where it is 3 to 5 times faster than
            torch's own backward pass (dev/LOG.md, "Attention on CPUs: blocks")
     sdpa   torch's own attention, everywhere; a window is cut into chunks, so no T x T mask exists
 
-A backend counts as there only when its output and gradients on the real device agree with fp32: `choose_backend` probes
-them in that order. Until it is called, and in any dtype or device that the others can't take, sdpa serves.
+A backend counts as there only when its output and gradients on the real device, with the model's own heads, agree with
+fp32: `choose_backend` probes them in that order. Until it is called, and in any dtype or device that the others can't
+take, sdpa serves. fa3, fa2 and flex have never run on a GPU of ours: a CPU checks their masks, shapes and choice only.
 
 B rows, T tokens, H query heads, Hk key/value heads, D head dim. A window (N, 0) sees itself and the N tokens before it.
 """
 
-import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.common import UserError, print0
+from nanochat.common import UserError, get_first_line, print0
+from nanochat.config import GPTConfig
 from nanochat.memory import list_query_blocks
 
-BACKENDS = ("fa3", "flex", "blocks", "sdpa")
-FA3_PACKAGES = ("flash_attn_interface", "flash_attn")                                # installed packages
-FA3_KERNELS = ("varunneal/flash-attention-3", "kernels-community/flash-attn3")       # repositories of the kernels hub
+BACKENDS = ("fa3", "fa2", "flex", "blocks", "sdpa")
+GPU_BACKENDS = ("fa3", "fa2", "flex")    # bf16 and fp16 only
+FA3_PACKAGE = "flash_attn_interface"     # of the wheel flash-attn-3 on torch's own index, or built from source
+# A repository of the kernels hub, and its major version, within which functions stay as they are. Its publisher is one
+# whom the hub marks as trusted; code of others is not run (trust_remote_code)
+FA3_KERNEL, FA3_KERNEL_VERSION = "kernels-community/flash-attn3", 1
+# What a library built for another torch says when it is loaded
+ABI_ERRORS = ("undefined symbol", "Symbol not found", "cannot open shared object file", "DLL load failed")
 PROBE_TOLERANCE = 0.03  # relative error of bf16 or fp16 attention against fp32; a wrong mask or layout gives over 0.3
 
 FLEX_BLOCK = 128                   # flex works on whole blocks of so many queries
 
 _override_impl: str | None = None  # a test's choice, before any other
 _chosen: dict[str, str] = {}       # device type -> backend
-_fa3_module = None                 # found by _load_fa3; a plain global, which torch.compile can trace
+_fa3_module: ModuleType | None = None    # found by load_fa3; a plain global, which torch.compile can trace
 
 
 def __getattr__(name: str):
     if name == "HAS_FA3":  # asked for by name, not at import, since finding it loads libraries
-        return _load_fa3() is not None
+        return load_fa3()[0] is not None
     raise AttributeError(name)
 
 
@@ -88,28 +95,29 @@ def uses_fa3(q: Tensor) -> bool:
 
 def _backend_of(q: Tensor) -> str:
     backend = _override_impl or _chosen.get(q.device.type, "sdpa")
-    if backend in ("fa3", "flex") and q.dtype not in (torch.bfloat16, torch.float16):
+    if backend in GPU_BACKENDS and q.dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
     if backend == "flex" and q.size(1) % FLEX_BLOCK:
         return "sdpa"  # or each length of a prompt would be compiled for
     if backend == "blocks" and not q.requires_grad:
         return "sdpa"  # whose forward pass is the fast half
-    if backend == "fa3" and _fa3_module is None:
-        raise UserError(f"fa3 was asked for, but there is no package {' or '.join(FA3_PACKAGES)} and no hub kernel")
+    if backend == "fa3" and _fa3_module is None and load_fa3()[0] is None:
+        raise UserError(f"fa3 was asked for, but {load_fa3()[1]}")
     return backend
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, num_tokens: int | None = None, *,
-                   wanted: str = "auto") -> tuple[str, str]:
+def choose_backend(device: torch.device, dtype: torch.dtype, config: GPTConfig,
+                   num_tokens: int | None = None, *, wanted: str = "auto") -> tuple[str, str]:
     """Use the first backend that passes its probe, or the wanted one; returns its name and why.
 
+    config:     the model, whose heads are probed
     num_tokens: the length of the sequences to train on, if it is known
     """
     if wanted != "auto" and wanted not in BACKENDS:
         raise UserError(f"--attention {wanted} is not one of auto, {', '.join(BACKENDS)}")
     reasons = []
     for name in BACKENDS if wanted == "auto" else (wanted,):
-        works, reason = probe_backend(name, device, dtype, num_tokens)
+        works, reason = probe_backend(name, device, dtype, config, num_tokens)
         if works:
             _chosen[device.type] = name
             return name, "; ".join([*reasons, f"{name} {reason}"])
@@ -117,31 +125,27 @@ def choose_backend(device: torch.device, dtype: torch.dtype, num_tokens: int | N
     raise UserError(f"no attention backend works here: {'; '.join(reasons)}")
 
 
-def probe_report(device: torch.device, dtype: torch.dtype) -> list[tuple[str, bool, str]]:
+def probe_report(device: torch.device, dtype: torch.dtype,
+                 config: GPTConfig) -> list[tuple[str, bool | None, str]]:
     """(name, works, reason) for each backend, from a small forward and backward pass on the device itself."""
-    return [(name, *probe_backend(name, device, dtype)) for name in BACKENDS]
+    return [(name, *probe_backend(name, device, dtype, config)) for name in BACKENDS]
 
 
-def probe_backend(name: str, device: torch.device, dtype: torch.dtype,
-                  num_tokens: int | None = None) -> tuple[bool, str]:
-    """Does this backend compute attention here? Compares output and gradients, windowed and not, with fp32."""
-    if name == "blocks" and device.type != "cpu":
-        return False, f"is for CPUs, this is {device.type}"
-    if name in ("fa3", "flex"):
-        if device.type != "cuda":
-            return False, f"needs a CUDA device, this is {device.type}"
-        if dtype not in (torch.bfloat16, torch.float16):
-            return False, f"needs bf16 or fp16, this is {dtype}"
-    if name == "flex" and (num_tokens or 0) % FLEX_BLOCK:
-        return False, f"needs a context of a multiple of {FLEX_BLOCK}"
-    if name == "fa3" and _load_fa3() is None:
-        return False, f"no package {' or '.join(FA3_PACKAGES)}, and no kernel from the hub"
+def probe_backend(name: str, device: torch.device, dtype: torch.dtype, config: GPTConfig,
+                  num_tokens: int | None = None) -> tuple[bool | None, str]:
+    """Does this backend compute attention here? Compares output and gradients, windowed and not, with fp32.
+
+    The model's own heads and dtype are probed: whether a GPU's shared memory suffices for a kernel depends on them.
+    Returns None in place of False where the backend isn't installed or isn't for this device.
+    """
+    if obstacle := _find_obstacle(name, device, dtype, num_tokens):
+        return None, obstacle
     if device.type == "cuda":
         print0(f"probing attention: {name} ...")
     if name == "flex":  # compiled on its own: its block mask must not become part of the model's graph
         _TRAIN_CALLS[name] = torch.compiler.disable(_flex)  # not at import: that loads the compiler, which takes 1.5 s
     rng = torch.Generator().manual_seed(0)
-    shape_q, shape_kv = (2, 384, 4, 64), (2, 384, 2, 64)
+    shape_q, shape_kv = ((2, 384, num_heads, config.head_dim) for num_heads in (config.n_head, config.n_kv_head))
     values = [torch.randn(shape, generator=rng) for shape in (shape_q, shape_kv, shape_kv, shape_q)]
     try:
         for window in (-1, 128):
@@ -152,8 +156,30 @@ def probe_backend(name: str, device: torch.device, dtype: torch.dtype,
                 if not error < PROBE_TOLERANCE:
                     return False, f"its {label} is off by {error:.2g} at window {window}"
     except Exception as error:  # a probe's purpose is to find out what goes wrong, whatever it is
-        return False, f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:200]}"
-    return True, "agrees with fp32"
+        return False, f"{type(error).__name__}: {get_first_line(error)[:200]}"
+    return True, "agrees with fp32" + (f", {load_fa3()[1]}" if name == "fa3" else "")
+
+
+def _find_obstacle(name: str, device: torch.device, dtype: torch.dtype, num_tokens: int | None) -> str:
+    """Why a backend isn't here, or isn't for this device, dtype or length; '' if it can be probed."""
+    if name == "blocks" and device.type != "cpu":
+        return f"is for CPUs, this is {device.type}"
+    if name not in GPU_BACKENDS:
+        return ""
+    if device.type != "cuda":
+        return f"needs a CUDA device, this is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bf16 or fp16, this is {dtype}"
+    if name == "fa3":
+        module, reason = load_fa3()
+        return "" if module else reason
+    if name == "fa2" and not torch.backends.cuda.is_flash_attention_available():
+        return "needs a torch that was built with FlashAttention"
+    if name == "fa2" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs an Ampere GPU or a newer one"
+    if name == "flex" and (num_tokens or 0) % FLEX_BLOCK:
+        return f"needs a context of a multiple of {FLEX_BLOCK}"
+    return ""
 
 
 def _run_probe(call: Callable, values: list[Tensor], device: torch.device, dtype: torch.dtype, window: int):
@@ -234,30 +260,64 @@ def _fa3(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-@functools.cache
-def _load_fa3():
-    """Find the module with flash_attn_func and flash_attn_with_kvcache, or None; looks for it once.
+def _fa2(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """By the operator under F.scaled_dot_product_attention, which offers no windows itself.
 
-    A package may be broken, the hub out of reach or without this build of torch: then the next one is tried.
+    Differentiable, traced by torch.compile without a graph break, and native to fewer key/value heads in both passes
+    (mha_fwd and mha_bwd in torch's flash_api.cpp).
     """
+    left, right = (window, 0) if window >= 0 else (None, None)
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, q.size(1), k.size(1), dropout_p=0.0, is_causal=True, return_debug_mask=False,
+        window_size_left=left, window_size_right=right)[0]
+
+
+@functools.cache
+def load_fa3() -> tuple[ModuleType | None, str]:
+    """The module of FlashAttention 3 and where it is from; or None and why no place has it. Looks once a process."""
     global _fa3_module
-    if torch.cuda.is_available() and not torch.version.hip:
-        finders = [(importlib.import_module, name) for name in FA3_PACKAGES]
-        if torch.cuda.get_device_capability() == (9, 0):  # the hub's FlashAttention 3 is built for Hopper
-            finders += [(_get_kernel, name) for name in FA3_KERNELS]
-        for find, name in finders:
-            with contextlib.suppress(Exception):
-                module = find(name)
-                if hasattr(module, "flash_attn_with_kvcache"):
-                    _fa3_module = module
-                    break
-    return _fa3_module
+    if not torch.cuda.is_available() or torch.version.hip:
+        return None, "needs an NVIDIA GPU"
+    hub = f"{FA3_KERNEL} version {FA3_KERNEL_VERSION} of the kernels hub"
+    reasons = []
+    for place, find in ((FA3_PACKAGE, lambda: importlib.import_module(FA3_PACKAGE)), (hub, _fetch_kernel)):
+        try:
+            module = find()
+        except Exception as error:  # a broken library, a hub out of reach: each raises another type
+            reasons.append(f"{place} {_explain_failure(error)}")
+            continue
+        missing = [name for name in ("flash_attn_func", "flash_attn_with_kvcache") if not hasattr(module, name)]
+        if not missing:
+            _fa3_module = module
+            return module, ", ".join([f"from {place}", *(f"since {reason}" for reason in reasons)])
+        reasons.append(f"{place} has no {missing[0]}")
+    return None, ", ".join(reasons)
 
 
-def _get_kernel(name: str):
+def _fetch_kernel() -> ModuleType:
+    if torch.cuda.get_device_capability() != (9, 0):  # others have fa2 without a download
+        raise UserError("is for Hopper GPUs")
     from kernels import get_kernel
-    kernel = get_kernel(name)
-    return getattr(kernel, "flash_attn_interface", kernel)
+    print0(f"loading {FA3_KERNEL} from the kernels hub ...")
+    return get_kernel(FA3_KERNEL, version=FA3_KERNEL_VERSION)
+
+
+def _explain_failure(error: Exception) -> str:
+    """Why FlashAttention 3 can't be had from a place, as the rest of a sentence whose subject is the place."""
+    text = get_first_line(error)[:200]
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, ModuleNotFoundError):
+        return "isn't installed" if error.name == FA3_PACKAGE else f"needs the package {error.name}"
+    if any(mark in text for mark in ABI_ERRORS):
+        return f"is built for another torch than {torch.__version__} ({text})"
+    if "build variant" in text:
+        return f"has no build for torch {torch.__version__} with CUDA {torch.version.cuda}"
+    if "trust status" in text:
+        return "can't be had, for the hub doesn't answer"
+    if "trusted publisher" in text:
+        return "is refused: the hub doesn't mark its publisher as trusted"
+    return f"fails: {type(error).__name__}: {text}"
 
 
 _compile_once = functools.cache(functools.partial(torch.compile, dynamic=False))
@@ -279,7 +339,7 @@ def _flex_mask(num_tokens: int, window: int, device: torch.device):
                                  device=device)
 
 
-_TRAIN_CALLS = {"fa3": _fa3, "flex": _flex, "blocks": _blocks, "sdpa": _sdpa}
+_TRAIN_CALLS = {"fa3": _fa3, "fa2": _fa2, "flex": _flex, "blocks": _blocks, "sdpa": _sdpa}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

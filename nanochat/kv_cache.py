@@ -45,6 +45,10 @@ class KVCache:
         cache.num_tokens = None
         return cache
 
+    def count_rows(self) -> int:
+        """Rows that there is memory for."""
+        return self.k_cache.size(1)
+
     def get_pos(self) -> int:
         """Tokens that the longest row holds."""
         return self.num_tokens
@@ -55,7 +59,8 @@ class KVCache:
         """Begin a forward pass over `num_tokens` new tokens of each row."""
         self.reserve(num_tokens)
         self.masks: dict[int, tuple[slice, Tensor | None]] = {}    # by window
-        self.positions = find_positions(self.cache_seqlens, num_tokens, self.k_cache.size(2))
+        end = self.k_cache.size(2) if self.num_tokens is None else self.num_tokens + num_tokens
+        self.positions = find_positions(self.cache_seqlens, num_tokens, end)
 
     def get_positions(self) -> Tensor | slice:
         """Of the new tokens: (B, T), or one slice where all rows are equally long."""
@@ -184,6 +189,12 @@ def make_memory(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     layers, B, T, H, D = shape
     memory = torch.zeros((layers, B * (T + 1) + 1, H, D), device=device, dtype=dtype)
     return memory[:, :-1].unflatten(1, (B, T + 1))[:, :, :T]
+
+
+def add_unused_token(memory: Tensor) -> Tensor:
+    """The same memory with the unused token of each row: (layers, B, T + 1, H, D)."""
+    layers, B, T, H, D = memory.shape
+    return memory.as_strided((layers, B, T + 1, H, D), memory.stride(), memory.storage_offset())
 
 
 def grow_memory(cache: Tensor, num_rows: int, num_tokens: int) -> Tensor:

@@ -293,7 +293,8 @@ def count_attention_bytes(config: GPTConfig, layer: int, rows: int, T: int, mach
         padded = -(-T // chunk) * chunk  # queries and output; keys and values are padded by one chunk more
         copies = a * C * (2 * padded + 2 * (padded + chunk) + T)
         return rows * (copies + machine.master_bytes * H * padded) + a * padded * 2 * chunk  # and the mask
-    return rows * T * (4 * a * C + machine.master_bytes * H)
+    kv_dim = C if machine.attention == "sdpa" else config.kv_dim  # sdpa repeats shared key/value heads
+    return rows * T * (2 * a * (C + kv_dim) + machine.master_bytes * H)
 
 
 def list_query_blocks(T: int, window: int) -> list[tuple[int, int, int]]:

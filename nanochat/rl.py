@@ -14,11 +14,12 @@ Q questions, S answers each, B rows, T tokens.
 """
 
 import bisect
+import contextlib
 import itertools
 import math
 import operator
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -220,6 +221,7 @@ class Rollouts:
     num_tokens:      int = 0                               # that have been learned from
     stats:           dict = field(default_factory=dict)    # of the last step, all ranks together but for times
     sample:          dict = field(default_factory=dict)    # the first of its answers
+    engine:          Engine | None = None                  # which serves all steps, and evaluations
 
     def state_dict(self) -> dict:
         """What a continued run needs to know; all else follows from the step."""
@@ -229,15 +231,30 @@ class Rollouts:
         """Take back the last step's count, because nothing was learned from its answers."""
         self.num_tokens -= self.stats["row_tokens"]
 
+    @contextlib.contextmanager
+    def refreshed_engine(self, model: GPT) -> Iterator[Engine]:
+        """An engine with the model's weights as they are now, which frees its cache at the end, without CUDA graphs.
+
+        These serve all steps as long as weights and cache stay where they are. So the cache has room for the longest
+        sequence from the start.
+        """
+        if self.engine is None:
+            longest = max(len(question.prompt) for question in self.questions) + self.sampling.max_new_tokens
+            self.engine = Engine(model, self.tokenizer, self.sampling.sample_rows, cache_tokens=longest)
+        else:
+            self.engine.refresh(model)
+        yield self.engine
+        self.engine.forget()
+
     def next_step(self, model: GPT, step: int, micro_rows: int) -> PolicyBatch:
         """The batch of this rank's answers, weighted by their advantages. Collective: all ranks call it."""
         start_time, sampling = time.perf_counter(), self.sampling
         chosen = choose_questions(len(self.questions), self.num_questions, sampling.seed, step)
         share = take_share(len(chosen), self.ranks)
         asked = [self.questions[chosen[i]] for i in share]
-        # a new engine for each step, since an engine keeps the weights that it began with
-        groups = write_answers(Engine(model, self.tokenizer, sampling.sample_rows), asked, sampling.num_samples,
-                               sampling.max_new_tokens, 1.0, get_sampling_seed(sampling.seed, step, share.start))
+        with self.refreshed_engine(model) as engine:
+            groups = write_answers(engine, asked, sampling.num_samples, sampling.max_new_tokens, 1.0,
+                                   get_sampling_seed(sampling.seed, step, share.start))
         first = groups[0][0]
         self.sample = {"prompt": asked[0].conversation["messages"][-2]["content"], "text": first.text,
                        "reward": first.reward}
@@ -296,10 +313,10 @@ def add_up(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, sums, strict=True))
 
 
-def evaluate_answers(model: GPT, tokenizer, questions: Sequence[Question], sampling: Sampling, ranks: Ranks) -> dict:
+def evaluate_answers(engine: Engine, questions: Sequence[Question], sampling: Sampling, ranks: Ranks) -> dict:
     """Rewards on held-out questions: of greedy answers, and of samples at temperature 1. Collective.
     The samples are drawn with the same random numbers each time, so that two evaluations differ by the model alone."""
-    engine, values = Engine(model, tokenizer, sampling.sample_rows), {}
+    values = {}
     num_samples, max_new_tokens, seed = sampling.num_samples, sampling.max_new_tokens, sampling.seed
     for name in dict.fromkeys(question.task_name for question in questions):
         of_task = [question for question in questions if question.task_name == name]

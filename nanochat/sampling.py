@@ -5,7 +5,7 @@ token). There is no generator whose state other rows could change, so a row is t
 any device.
 
 Inverse transform sampling: the token is the one at which the cumulative probability passes the random number. The
-cumulative sums are in fp64 and in the vocabulary's order, in which ties have a defined place.
+cumulative sums are in fp64, on GPUs in fixed point, and in the vocabulary's order, in which ties have a defined place.
 B rows, V vocabulary, N candidates.
 """
 
@@ -24,6 +24,7 @@ MIN_TEMPERATURE = 1e-30  # dividing by a lower one might overflow, and it sample
 BLOCK_TOKENS = 128       # width of the vocabulary's blocks in a two-level sum or search
 MIN_BLOCK_ROWS = 4       # fewer rows take argmax over the whole vocabulary
 NUM_CANDIDATES = (64, 256, 1024)  # topk sizes, tried in turn; sorting the whole vocabulary takes one to two ms
+FIXED_POINT_BITS = 42    # of a GPU's cumulative sums: weights of at most 1 fit into 63 bits up to 2^21 of them
 MAX_TIES = 14            # expected ties with the last token of a top-k: bf16 has many equal logits
 
 
@@ -105,10 +106,10 @@ def sample_among_all(logits: Tensor, samplings: Sequence[Sampling], draws: Tenso
     if V % BLOCK_TOKENS:
         probs = F.pad(probs, (0, -V % BLOCK_TOKENS))
     blocks = probs.view(B, -1, BLOCK_TOKENS)
-    ends = blocks.sum(dim=-1).double().cumsum(dim=-1)  # (B, blocks)
+    ends = cumulate(blocks.sum(dim=-1))  # (B, blocks)
     target = draws * ends[:, -1:]
     block = find_passing(ends, target)  # (B, 1)
-    inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK_TOKENS)).squeeze(1).double().cumsum(dim=-1)
+    inside = cumulate(blocks.gather(1, block[..., None].expand(-1, -1, BLOCK_TOKENS)).squeeze(1))  # (B, BLOCK_TOKENS)
     rest = (target - ends.gather(1, block) + inside[:, -1:]).clamp(min=0)
     return (block * BLOCK_TOKENS + find_passing(inside, rest)).squeeze(1)
 
@@ -142,7 +143,7 @@ def sample_among(num_candidates: int, logits: Tensor, samplings: Sequence[Sampli
         tokens, order = tokens.sort(dim=-1)  # the vocabulary's order; topk's order of ties is undefined
         values = values.gather(1, order)
     weights = find_weights(values, logits, samplings) * (values >= lowest)
-    ends = weights.cumsum(dim=-1, dtype=torch.float64)
+    ends = cumulate(weights)
     return tokens.gather(1, find_passing(ends, draws * ends[:, -1:])).squeeze(1), decided
 
 
@@ -167,7 +168,7 @@ def find_lowest(logits: Tensor, values: Tensor, samplings: Sequence[Sampling]) -
         mass = torch.where(ranks < V - 1, mass, whole)
     top_ps = [float("inf") if sampling.top_p in (None, 1) else sampling.top_p for sampling in samplings]
     wanted = mass * torch.tensor(top_ps, dtype=torch.float64, device=logits.device)[:, None]
-    num_before = (weights.cumsum(dim=-1) < wanted).sum(dim=-1, keepdim=True)
+    num_before = (cumulate(weights) < wanted).sum(dim=-1, keepdim=True)
     kept = torch.maximum(lowest, values.gather(1, num_before.clamp(max=values.size(1) - 1)))
     return kept, torch.where(ranks < V - 1, lowest, kept)  # top-p's mass is that of all tokens that pass top-k
 
@@ -176,6 +177,18 @@ def find_weights(values: Tensor, logits: Tensor, samplings: Sequence[Sampling]) 
     """Probabilities of some of a row's logits (B, N), relative to that of its likeliest token."""
     largest = logits.amax(dim=-1, keepdim=True)
     return ((values - largest) / get_temperatures(samplings, values)).exp()
+
+
+def cumulate(weights: Tensor) -> Tensor:
+    """Cumulative sums of weights (B, N), each from 0 to 1 -> (B, N) fp64, which never falls along a row."""
+    return weights.cumsum(dim=-1, dtype=torch.float64) if weights.device.type == "cpu" else cumulate_exactly(weights)
+
+
+def cumulate_exactly(weights: Tensor) -> Tensor:
+    """`cumulate` in fixed point. Sums of integers don't depend on their order, which changes from run to run on a GPU:
+    CUDA has no deterministic cumsum of floats, and --deterministic refuses it."""
+    whole = (weights.double() * 2**FIXED_POINT_BITS).round().long()
+    return whole.cumsum(dim=-1).double() * 2**-FIXED_POINT_BITS
 
 
 def find_passing(cumulative: Tensor, target: Tensor) -> Tensor:

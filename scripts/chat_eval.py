@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict:
     check_task_names(args.task_name)
     settings = ChatSettings(args.num_samples, args.temperature, args.top_k, args.max_new_tokens)
     model, tokenizer, meta, place = load_for(args.source, args.model_tag, args.step, args.dtype, args.device_type)
-    backend, _ = choose_backend(model.get_device(), model.compute_dtype)
+    backend, _ = choose_backend(model.get_device(), model.compute_dtype, model.config)
     run_dir, step = Path(meta["run_dir"]), meta["step"]
     print0(f"{args.source} model {run_dir.name}, step {step}, {place}, attention {backend}")
 

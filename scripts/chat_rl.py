@@ -222,8 +222,9 @@ def make_rollouts(args: argparse.Namespace, setup: Setup, questions: list[Questi
 def evaluate(run: Run, step: int, held_out: list[Question], num_samples: int) -> dict:
     """Held-out questions, greedily and at temperature 1. Collective."""
     start = time.perf_counter()
-    values = evaluate_answers(run.state.model, run.setup.recipe.tokenizer, held_out,
-                              replace(run.loader.sampling, num_samples=num_samples), run.setup.ranks)
+    with run.loader.refreshed_engine(run.state.model) as engine:
+        values = evaluate_answers(engine, held_out, replace(run.loader.sampling, num_samples=num_samples),
+                                  run.setup.ranks)
     run.log.write("eval", step, **values, eval_sec=time.perf_counter() - start)
     for name in dict.fromkeys(question.task_name for question in held_out):
         print0(f"step {step:05d} | {name}: {values[f'{name}_greedy_frac']:.1%} of {values[f'{name}_problems']} "

@@ -155,14 +155,22 @@ def check_compile(device, quick: bool) -> Finding:
 
 
 def check_attention(device, dtype) -> Finding:
+    import torch
+
+    from nanochat.config import GPTConfig
     from nanochat.flash_attention import probe_report
-    probes = probe_report(device, dtype)
+    with contextlib.redirect_stdout(sys.stderr):  # what it says while it waits is no part of --json
+        probes = probe_report(device, dtype, GPTConfig())
     working = [name for name, works, _ in probes if works]
     others = "; ".join(f"{name}: {reason}" for name, works, reason in probes if not works)
     if not working:
         return Finding("attention", "FAIL", f"no backend works: {others}", SET_UP)
-    what = f"uses {working[0]}; works: {', '.join(working)}"
-    return Finding("attention", "ok", f"{what}; not: {others}" if others else what)
+    what = f"uses {working[0]}; works: {', '.join(working)}" + (f"; not: {others}" if others else "")
+    if device.type == "cuda" and working[0] != "fa3" and torch.cuda.get_device_capability(device) == (9, 0):
+        index = f"https://download.pytorch.org/whl/cu{(torch.version.cuda or '').replace('.', '')}"
+        return Finding("attention", "note", f"{what}; FlashAttention 3 is made for this Hopper GPU",
+                       f"pip install 'kernels>=0.15', or pip install flash-attn-3 --index-url {index}")
+    return Finding("attention", "ok", what)
 
 
 def check_device(device) -> Finding:

@@ -87,7 +87,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--device-batch-size", type=rows_or_auto, default="auto", metavar="ROWS",
         help="rows of a micro-batch; auto: the largest that fits, as training chooses it (default: %(default)s)")
     add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
-    add("--attention", choices=("auto", "fa3", "flex", "blocks", "sdpa"), default="auto")
+    add("--attention", choices=("auto", "fa3", "fa2", "flex", "blocks", "sdpa"), default="auto")
     add("--compile", choices=("on", "off"), default="on")
     add("--loss", choices=("fused", "plain"), default="fused", help="plain keeps the logits of a whole micro-batch")
     output = parser.add_mutually_exclusive_group()
@@ -139,7 +139,8 @@ def choose_hardware(args: argparse.Namespace) -> tuple[Hardware, Machine]:
     if dtype == "auto":
         dtype = "float16" if name in WITHOUT_BF16 else "bfloat16"
     if attention == "auto":
-        attention = "blocks" if is_cpu else "fa3" if name.split()[0] in HOPPER else "flex"
+        attention = "blocks" if is_cpu else "fa3" if name.split()[0] in HOPPER else \
+            "flex" if name in WITHOUT_BF16 else "fa2"    # which needs Ampere
     return hardware, Machine(dtype, attention, args.compile == "on", "cpu" if is_cpu else "cuda", args.nproc, args.loss)
 
 

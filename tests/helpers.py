@@ -216,8 +216,10 @@ def get_rank_env(rank, world_size, port):
             "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
 
 
-def run_jobs(rank, jobs, folder):
+def run_jobs(rank, jobs, folder, env):
     """What each of four processes does: the jobs one after the other, each by the ranks that it is for."""
+    os.environ.clear()
+    os.environ.update(env)  # a fork has the environment in which the warm process was started
     torch.set_num_threads(1)
     for i, (world_size, port, work, args) in enumerate(jobs):
         if rank < world_size:
@@ -233,7 +235,8 @@ def run_on_ranks(jobs, folder):
     """Run (world size, function, arguments) jobs; returns for each the results of its ranks."""
     jobs = [(world_size, choose_port(), work, args) for world_size, work, args in jobs]
     start_warm_process()
-    mp.start_processes(run_jobs, (jobs, str(folder)), max(job[0] for job in jobs), start_method="forkserver")
+    mp.start_processes(run_jobs, (jobs, str(folder), dict(os.environ)), max(job[0] for job in jobs),
+                       start_method="forkserver")
     return [[json.loads((folder / f"{i}_{rank}.json").read_text()) for rank in range(job[0])]
             for i, job in enumerate(jobs)]
 

@@ -1,6 +1,8 @@
 """Decoding runs the model's own forward pass: eager, compiled and captured, of GPT and of what a fork makes of it."""
 
+import copy
 import functools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,11 +10,13 @@ import torch
 from torch.nn import functional as F
 
 from nanochat import decoding
-from nanochat.engine import Engine
+from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT, MLP, Block
 from nanochat.rl import Question, compute_logprobs, make_batch, write_answers
 from nanochat.train import Batch, train_step
-from tests.helpers import BYTE_TOKENIZER, make_model, make_prompt, run_program
+from tests import fake_cuda
+from tests.fake_cuda import NoHostCalls, NothingOfTheHost, fake_cuda_graphs
+from tests.helpers import BYTE_TOKENIZER, CONFIG, make_model, make_prompt, run_program
 from tests.server_helpers import serving
 
 # GPT.generate neither ends rows nor calls tools
@@ -24,18 +28,18 @@ NO_CHAT_TOKENS = SimpleNamespace(python_start=None, python_end=None, output_star
 def test_decoding_copy_computes_the_same_and_shares_the_rest(dtype):
     model = make_model(dtype=dtype)
     model.compile_blocks()
-    copy = Engine(model, BYTE_TOKENIZER).model
+    copied = Engine(model, BYTE_TOKENIZER).model
     assert {p.dtype for p in model.transformer.h.parameters()} == {torch.promote_types(dtype, torch.float32)}
-    assert {p.dtype for p in copy.parameters() if p.dim() > 1} == {dtype}
-    assert copy.transformer.wte.weight is model.transformer.wte.weight
-    assert copy.value_embeds["1"].weight is model.value_embeds["1"].weight and copy.cos is model.cos
+    assert {p.dtype for p in copied.parameters() if p.dim() > 1} == {dtype}
+    assert copied.transformer.wte.weight is model.transformer.wte.weight
+    assert copied.value_embeds["1"].weight is model.value_embeds["1"].weight and copied.cos is model.cos
     assert all(block._compiled_call_impl is not None for block in model.transformer.h)
-    assert all(block._compiled_call_impl is None for block in copy.transformer.h)  # shapes change with every call
+    assert all(block._compiled_call_impl is None for block in copied.transformer.h)  # shapes change with every call
     prompts = torch.tensor([make_prompt(100), make_prompt(100, seed=1)])
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.3, torch.float64: 1e-11}[dtype]  # of logits within +-15
     with torch.no_grad():
         cache = decoding.make_cache(model, 2, 4)
-        logits = torch.cat([copy(part, kv_cache=cache) for part in prompts.split((90, 1, 9), dim=1)], dim=1)
+        logits = torch.cat([copied(part, kv_cache=cache) for part in prompts.split((90, 1, 9), dim=1)], dim=1)
         torch.testing.assert_close(logits, make_model(dtype=dtype)(prompts), rtol=0, atol=tolerance)
 
 
@@ -52,17 +56,6 @@ def test_matrices_that_cannot_be_packed_are_said_so_once(monkeypatch, capsys):
     decoding.can_pack.cache_clear()
     assert results == [False, False]
     assert capsys.readouterr().out.count("packed torch.float32 weights don't work here (its results are wrong)") == 1
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="graphs can be captured here")
-def test_graph_that_cannot_be_captured_runs_eagerly_and_says_so_once(capsys):
-    model, prompt = make_model(), make_prompt(20)
-    engine = Engine(model, BYTE_TOKENIZER)
-    engine.chat_tokens = NO_CHAT_TOKENS
-    engine._run_step = decoding.GraphedStep(engine.model)  # there is no CUDA where this runs
-    rows, _ = engine.generate_batch(prompt, 2, max_tokens=10, temperature=0)
-    assert rows == [prompt + list(model.generate(prompt, 10, temperature=0))] * 2
-    assert capsys.readouterr().out.count("decoding eagerly: a CUDA graph can't be captured") == 1
 
 
 def check_compiled(engine, model):
@@ -126,6 +119,173 @@ def test_step_that_cannot_be_compiled_runs_eagerly_and_says_so_once(monkeypatch,
     model = make_model()
     check_compiled(Engine(model, BYTE_TOKENIZER, compile=True), model)
     assert capsys.readouterr().out.count("decoding eagerly: ") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA graphs, without CUDA
+
+
+def make_graphed(model, **settings):
+    """An engine that decodes with CUDA graphs, and ends no row."""
+    engine = Engine(model, BYTE_TOKENIZER, **settings)
+    engine.chat_tokens = NO_CHAT_TOKENS
+    engine._run_step = decoding.GraphedStep(engine.model)
+    return engine
+
+
+def make_step_tensors(model, num_rows, num_live, device="cpu"):
+    """(token ids, number of live rows, a cache in which each row holds other tokens)."""
+    cache = decoding.make_cache(model, num_rows, 6)
+    cache.num_tokens = num_rows
+    cache.cache_seqlens += torch.arange(1, num_rows + 1, device=device, dtype=torch.int32)
+    for tensor in (cache.k_cache, cache.v_cache, cache.last_embed):
+        tensor.normal_()
+    idx = torch.arange(num_rows, device=device)[:, None]
+    return idx, torch.full((), num_live, device=device, dtype=torch.int32), cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_step_needs_nothing_of_the_host(dtype):
+    with torch.device("meta"):
+        model = decoding.copy_for_decoding(GPT(CONFIG, dtype))
+        step_tensors = make_step_tensors(model, 4, 3, "meta")
+    with torch.inference_mode(), NothingOfTheHost(), NoHostCalls():
+        assert decoding.compute_step(model, *step_tensors).shape == (4, 265)
+        for is_forbidden in (lambda x: x.new_tensor(15.0), lambda x: x.cpu(), lambda x: x * torch.ones(()),
+                             lambda x: x.tolist(), lambda x: x[[0, 2]], lambda x: float(x[0]), lambda x: x[x > 0]):
+            with pytest.raises(Exception):  # noqa: B017  each in its own way
+                is_forbidden(torch.empty(3, device="meta"))
+
+
+@torch.inference_mode()
+def test_step_on_the_same_buffers_is_the_same_and_leaves_other_rows_alone(monkeypatch):
+    """Of four rows two are live, one is not, one is full."""
+    monkeypatch.setattr("nanochat.kv_cache.find_positions", fake_cuda.find_positions)
+    model = decoding.copy_for_decoding(make_model(dtype=torch.float64))
+    idx, num_live, cache = make_step_tensors(model, 4, 0)
+    cache.cache_seqlens[3] = 6
+    before = [tensor.clone() for tensor in vars(cache).values() if isinstance(tensor, torch.Tensor)]
+    keys, values, lengths, last_embed = before
+    expected = decoding.run_eagerly(model, idx[:2], copy.deepcopy(cache))
+    for _ in range(3):
+        torch.testing.assert_close(decoding.compute_step(model, idx, num_live, cache)[:2], expected)
+        assert cache.cache_seqlens.equal(lengths) and cache.last_embed.equal(last_embed)
+    torch.testing.assert_close(decoding.compute_step(model, idx, num_live + 2, cache)[:2], expected)
+    assert cache.cache_seqlens.tolist() == [2, 3, 3, 6]
+    assert [row.equal(old) for row, old in zip(cache.last_embed, last_embed, strict=True)] == [False, False, True, True]
+    for row, length in enumerate(lengths.tolist()):
+        for memory, old in ((cache.k_cache, keys), (cache.v_cache, values)):
+            assert memory[:, row, :length].equal(old[:, row, :length])
+            assert memory[:, row, length + 1:].equal(old[:, row, length + 1:])
+
+
+def test_graphed_decoding_equals_naive_while_the_cache_grows(monkeypatch):
+    model, graphs = make_model(dtype=torch.float64), fake_cuda_graphs(monkeypatch)
+    engine = make_graphed(model, cache_tokens=4, max_rows=8)
+    for num_tokens, num_rows in ((1, 1), (7, 2), (5, 3), (70, 5), (30, 1)):
+        prompts = [make_prompt(num_tokens + 3 * i, seed=i + num_tokens) for i in range(num_rows)]
+        answers = engine.generate_many(prompts, max_tokens=12, temperature=0)
+        assert [rows[0] for rows, _ in answers] == [
+            prompt + list(model.generate(prompt, 12, temperature=0)) for prompt in prompts]
+    assert engine._run_step.works and set(engine._run_step.graphs) <= {1, 2, 4, 8}
+    num_graphs, capacity = len(graphs), engine.cache.k_cache.size(2)
+    for num_rows in (1, 2, 3, 5, 8):  # no more growth: at most one graph for each power of two
+        engine.generate_batch(make_prompt(20), num_rows, max_tokens=5)
+    assert engine.cache.k_cache.size(2) == capacity and len(graphs) <= num_graphs + 4
+    assert set(engine._run_step.graphs) == {1, 2, 4, 8}
+
+
+def test_rows_beyond_the_live_ones_keep_what_they_hold(monkeypatch):
+    """Three rows decode in a graph of four, beside a prompt that is being read, then beside a conversation that fills
+    its row."""
+    monkeypatch.setattr("nanochat.engine.PREFILL_TOKENS", 9)
+    monkeypatch.setattr("nanochat.engine.SHARED_STEP_TOKENS", 9)
+    model, graphs = make_model(dtype=torch.float64), fake_cuda_graphs(monkeypatch)
+    engine = make_graphed(model, cache_tokens=63, max_rows=4)
+    prompts = [make_prompt(4, seed=1), make_prompt(5, seed=2), make_prompt(6, seed=3), make_prompt(50)]
+    expected = [prompt + list(model.generate(prompt, 14, temperature=0)) for prompt in prompts]
+    assert [rows[0] for rows, _ in engine.generate_many(prompts, max_tokens=14, temperature=0)] == expected
+    assert max(len(row.tokens) for row in engine.rows) == 63 and len(graphs) == 3  # of 1, 2 and 4 rows
+    assert engine.generate_many(prompts[:3], max_tokens=10, temperature=0) == [
+        ([row[:-4]], [[0] * (len(row) - 14) + [1] * 10]) for row in expected[:3]]
+    engine.submit(Request(expected[3], 5, 0))
+    events = [event for _ in iter(engine.has_work, False) for event in engine.step()]
+    assert events[-1].usage.cached_tokens == 63
+    assert [event.token for event in events] == list(model.generate(expected[3], 5, temperature=0))
+
+
+class ReadingMLP(MLP):
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square()) * (1 if float(x.sum()) > 0 else 1)
+
+
+class ReadingModel(GPT):
+    """Reads a value back in its last layer, when the first ones have done their work."""
+
+    def __init__(self, config, dtype=torch.float32):
+        super().__init__(config, dtype)
+        self.transformer.h[-1].mlp.__class__ = ReadingMLP
+
+
+@pytest.mark.parametrize("has_cuda", [True, False])
+def test_graph_that_cannot_be_captured_runs_eagerly_and_says_so_once(monkeypatch, capsys, has_cuda):
+    if has_cuda:
+        fake_cuda_graphs(monkeypatch)
+    elif torch.cuda.is_available():
+        pytest.skip("graphs can be captured here")
+    model, prompt = make_model(model_class=ReadingModel if has_cuda else GPT), make_prompt(20)
+    rows, _ = make_graphed(model).generate_batch(prompt, 2, max_tokens=10, temperature=0)
+    assert rows == [prompt + list(model.generate(prompt, 10, temperature=0))] * 2
+    assert capsys.readouterr().out.count("decoding eagerly: a CUDA graph can't be captured") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The copy's weights
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [
+    ("eager", torch.float32), ("eager", torch.bfloat16), ("unpacked", torch.float32), ("unpacked", torch.bfloat16),
+    ("compiled", torch.bfloat16), ("graphed", torch.float32), ("graphed", torch.bfloat16)])
+def test_refreshed_engine_answers_as_a_new_one(monkeypatch, kind, dtype):
+    monkeypatch.setattr(torch, "compile", functools.partial(
+        torch.compile, backend=lambda graph, inputs, options: graph.forward))
+    monkeypatch.setattr(decoding, "choose_compile", lambda *args: (True, ""))
+    graphs = fake_cuda_graphs(monkeypatch) if kind == "graphed" else []
+    if kind in ("unpacked", "graphed"):
+        monkeypatch.setattr(decoding, "can_pack", lambda dtype: False)
+
+    def make_engine():
+        if kind == "graphed":
+            return make_graphed(model, cache_tokens=50)
+        return Engine(model, BYTE_TOKENIZER, compile=kind == "compiled", max_rows=1 if kind == "compiled" else 4)
+
+    def answer(engine):
+        ids = [engine.submit(Request(make_prompt(30 + i, seed=i), 8, seed=i, num_logprobs=0)) for i in range(3)]
+        return [(event.request_id - ids[0], event.token, event.logprobs.chosen)
+                for _ in iter(engine.has_work, False) for event in engine.step()]
+    model = make_model(replace(CONFIG, n_layer=1), dtype)
+    engine, optimizer, rows = make_engine(), model.setup_optimizer(), torch.tensor([make_prompt(41)])
+    before, num_graphs = answer(engine), len(graphs)
+    train_step(model, optimizer, Batch(rows[:, :-1], rows[:, 1:], None), 1)
+    engine.refresh(model)
+    assert answer(engine) == answer(make_engine()) != before
+    assert len(graphs) == 2 * num_graphs  # the new engine's
+    engine.generate_batch(make_prompt(60), max_tokens=2)
+    engine.forget()
+    assert engine.rows == [] and engine.cache is None  # also where graphs know it: it had grown
+    assert answer(engine) == answer(make_engine())
+    engine.submit(Request([1], 2))
+    with pytest.raises(ValueError, match="unfinished requests"):
+        engine.refresh(model)
+
+
+def test_engines_take_no_other_models_weights_and_no_engines_copy():
+    model = make_model()
+    engine = Engine(model, BYTE_TOKENIZER)
+    with pytest.raises(ValueError, match="from the model that it was made from"):
+        engine.refresh(make_model(seed=1))
+    with pytest.raises(ValueError, match="make the engine from the model that was copied"):
+        Engine(engine.model, BYTE_TOKENIZER)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN")

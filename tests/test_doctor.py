@@ -114,7 +114,7 @@ def test_gpus_of_different_kinds_and_in_use(monkeypatch):
 
 
 def test_no_attention_backend(monkeypatch):
-    monkeypatch.setattr("nanochat.flash_attention.probe_report", lambda device, dtype: [("sdpa", False, "is off by 3")])
+    monkeypatch.setattr("nanochat.flash_attention.probe_report", lambda *args: [("sdpa", False, "is off by 3")])
     finding = doctor.check_attention(torch.device("cpu"), torch.float32)
     assert finding.state == "FAIL" and "sdpa: is off by 3" in finding.what
 

@@ -205,6 +205,77 @@ def test_long_prompt_does_not_stall_the_others(tokenizer, monkeypatch):
     assert told[:9] == [[short]] * 9 and sorted(told[9]) == [short, long]  # 200 tokens, 20 a step, then both
 
 
+def note_shapes(monkeypatch, engine):
+    """The shapes of all prompts that are read from now on."""
+    shapes, forward_trunk = [], type(engine.model).forward_trunk
+
+    def note(model, idx, kv_cache=None):
+        if idx.size(1) > 1:
+            shapes.append(tuple(idx.shape))
+        return forward_trunk(model, idx, kv_cache)
+    monkeypatch.setattr(type(engine.model), "forward_trunk", note)
+    return shapes
+
+
+def make_reading_together(model, tokenizer, **settings):
+    """An engine that reads prompts as on CUDA, and ends no row."""
+    engine = Engine(model, tokenizer, **settings)
+    engine.chat_tokens, engine.prefills_together = NO_CHAT_TOKENS, True
+    return engine
+
+
+def test_prompts_of_similar_length_are_read_in_one_pass(tokenizer, monkeypatch):
+    model = make_model(dtype=torch.float64)
+    prompts = [make_prompt(size, seed=size) for size in (41, 90, 37, 101, 33, 40, 1)]
+    expected = [prompt + list(model.generate(prompt, 8, temperature=0)) for prompt in prompts]
+    engine = make_reading_together(model, tokenizer)
+    with monkeypatch.context() as patch:
+        shapes = note_shapes(patch, engine)
+        answers = engine.generate_many(prompts, max_tokens=8, temperature=0)
+    assert [rows[0] for rows, _ in answers] == expected
+    assert sorted(shapes) == [(2, 100), (4, 40)]
+    alone = Engine(model, tokenizer)
+    alone.chat_tokens = NO_CHAT_TOKENS
+    for chosen, other in zip(engine.generate_many(prompts, 2, 9, 1.1, 20, seed=3),
+                             alone.generate_many(prompts, 2, 9, 1.1, 20, seed=3), strict=True):
+        assert chosen == other
+
+
+@pytest.mark.parametrize("max_rows", [3, 16])
+def test_reading_together_in_pieces_beside_rows_that_decode(tokenizer, monkeypatch, max_rows):
+    """With rows that lie apart, a prefix that others share, a budget that cuts prompts, and a cache that grows."""
+    monkeypatch.setattr("nanochat.engine.CUDA_PREFILL_TOKENS", 90)
+    monkeypatch.setattr("nanochat.engine.CUDA_SHARED_STEP_TOKENS", 50)
+    model, shared = make_model(dtype=torch.float64), make_prompt(30)
+    prompts = [make_prompt(size, seed=size) for size in (4, 20, 22, 140, 25, 18, 3, 21)]
+    prompts += [[*shared, *make_prompt(size, seed=size)] for size in (5, 9, 7)]
+    requests = [Request(prompt, 5 + 7 * i % 11, 0) for i, prompt in enumerate(prompts)]
+    engine = make_reading_together(model, tokenizer, max_rows=max_rows, cache_tokens=10)
+    with monkeypatch.context() as patch:
+        shapes = note_shapes(patch, engine)
+        answers = run(engine, {0: requests[:3], 2: requests[3:5], 5: requests[5:7], 9: requests[7:]})
+    for request, events in zip(requests, answers, strict=True):
+        assert get_tokens(events) == list(model.generate(request.tokens, request.max_tokens, temperature=0))
+    assert max(rows for rows, _ in shapes) >= 2 and max(rows * num_tokens for rows, num_tokens in shapes) <= 90
+
+
+def test_padding_stays_within_the_positions(tokenizer, monkeypatch):
+    """A conversation that has 40 positions left is read beside a prompt of 40 tokens, but not beside one of 41."""
+    model = make_model()
+    history, first = make_prompt(NUM_POSITIONS - 40), Request(make_prompt(NUM_POSITIONS - 39), 1, 0)
+    for num_tokens, expected in ((40, [(2, 40)]), (41, [(1, 35), (1, 41)])):
+        engine = make_reading_together(model, tokenizer)
+        run(engine, {0: [first]})
+        requests = [Request([*history, *make_prompt(36, seed=5)], 3, 0),
+                    Request(make_prompt(num_tokens + 1, seed=num_tokens), 3, 0)]
+        with monkeypatch.context() as patch:
+            shapes = note_shapes(patch, engine)
+            answers = run(engine, {0: requests})
+        assert sorted(shapes) == expected
+        for request, events in zip(requests, answers, strict=True):
+            assert get_tokens(events) == list(model.generate(list(request.tokens), 3, temperature=0))
+
+
 def test_cancelled_request_frees_its_row_at_once(tokenizer):
     engine = Engine(make_model(), tokenizer, max_rows=1)
     first, second, third = (engine.submit(Request([256, i], 50)) for i in range(3))

@@ -70,5 +70,13 @@ def test_bad_values_are_refused(argv, message):
         infer_bench.main([*argv, "--device-type", "cpu", "--vocab-size", "128"])
 
 
-def test_read_rate_is_positive():
+def test_read_rate(monkeypatch):
+    """A GPU reads more, several times for one wait."""
     assert infer_bench.measure_read_rate(torch.device("cpu")) > 0
+    made, waits, ones = [], [], torch.ones
+    monkeypatch.setattr(torch, "ones", lambda size, device: made.append(4 * size) or ones(size, device="meta"))
+    monkeypatch.setattr(infer_bench, "synchronize", waits.append)
+    monkeypatch.setattr(infer_bench.time, "perf_counter", lambda: float(len(waits)))
+    rate = infer_bench.measure_read_rate(torch.device("cuda"))
+    assert made == [infer_bench.CUDA_READ_BYTES] and made[0] >= 2**31
+    assert rate == infer_bench.CUDA_READS * made[0] and len(waits) == 2 * infer_bench.READ_ROUNDS

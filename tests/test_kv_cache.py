@@ -98,3 +98,13 @@ def test_a_pass_beyond_the_rotary_table_is_refused():
     model(torch.tensor([prompt[:-2]]), kv_cache=cache)
     with pytest.raises(ValueError, match="641 tokens exceed the 640 positions"):
         model(torch.tensor([prompt[-2:]]), kv_cache=cache)
+
+
+def test_a_gpu_attends_to_the_keys_in_use():
+    """Which the host knows without reading lengths back, except in a graph; the meta device goes a GPU's ways."""
+    memory = make_cache(3, 100, torch.float64)
+    cache = KVCache.wrap(memory.k_cache.to("meta"), memory.v_cache.to("meta"), memory.cache_seqlens.to("meta"), None)
+    for num_tokens, expected in ((None, 100), (20, 27)):
+        cache.num_tokens = num_tokens
+        cache.begin(7)
+        assert (cache.positions.first, cache.positions.end) == (0, expected)

@@ -48,6 +48,7 @@ def check_trace(config, T, rows, machine, num_micro, tolerance):
 @pytest.mark.parametrize(("depth", "rows", "num_micro", "dtype", "attention", "world_size", "loss"), [
     (4,  8, 1, "bfloat16", "sdpa",   1, "fused"),
     (4,  4, 2, "bfloat16", "blocks", 1, "fused"),
+    (4,  4, 1, "bfloat16", "fa2",    1, "fused"),    # and fa3, flex: all keep no probabilities
     (4,  4, 1, "bfloat16", "sdpa",   1, "plain"),
     (4,  4, 1, "float32",  "sdpa",   1, "plain"),
     (4,  8, 1, "bfloat16", "sdpa",   8, "fused"),
@@ -75,6 +76,7 @@ def test_prediction_meets_the_model_at_full_size(depth, rows, num_micro, dtype, 
     (make(8, 300, 128, "S", aspect_ratio=32),                   128, 4, 2, "bfloat16", "sdpa"),
     (make(2, 256, 1024, "S"),                                   640, 2, 1, "float64",  "sdpa"),     # backward is
     (GPTConfig(256, 1000, 3, n_head=6, n_kv_head=2, n_embd=192), 256, 4, 1, "float32",  "sdpa"),     # grouped queries
+    (GPTConfig(256, 1000, 3, n_head=6, n_kv_head=2, n_embd=192), 256, 4, 1, "bfloat16", "fa2"),
     (make(1, 300, 128),                                         128, 8, 1, "bfloat16", "sdpa"),
 ], ids=lambda value: f"d{value.n_layer}" if isinstance(value, GPTConfig) else str(value))
 def test_prediction_meets_the_model_of_odd_shapes(config, T, rows, num_micro, dtype, attention):

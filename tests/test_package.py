@@ -19,7 +19,7 @@ OUR_FOLDERS = ("nanochat", "scripts", "tasks", "tests", "dev")
 TOOLS = {"ruff", "pytest", "pytest-xdist"}        # run by runs/test.sh, whether or not a test imports them
 INSIDE_OTHERS = {"tiktoken_ext", "triton"}    # of tiktoken, and of torch's GPU builds
 DISTRIBUTIONS = {"yaml": "pyyaml"}             # where the package isn't named like its module
-USER_BUILT = {"flash_attn_interface", "flash_attn"}    # FlashAttention from source: used where a person has it
+USER_BUILT = {"flash_attn_interface"}    # FlashAttention 3, from torch's own index or from source
 NEWER_THAN_PYTHON_310 = re.compile(r"\b(hashlib\.file_digest|import tomllib|ExceptionGroup|contextlib\.chdir|"
                                    r"asyncio\.(TaskGroup|timeout)|(datetime\.|from datetime import [^\n]*\b)UTC|"
                                    r"(typing\.|from typing import [^\n]*\b)(Self|Never|assert_never))\b")
@@ -157,6 +157,13 @@ def test_lock_is_a_plain_list_that_pins_all_that_is_declared(lock):
     project = load_project()
     assert parse_names(project["dependencies"] + project["optional-dependencies"]["dev"]) <= parse_names(lines)
     assert len(parse_names(lines)) == len(lines)
+
+
+def test_gpu_lock_pins_what_gpus_need_beside_the_other_locks():
+    lines = (REPO_DIR / "requirements-gpu.lock").read_text().splitlines()
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", line) for line in lines)
+    assert parse_names(load_project()["optional-dependencies"]["gpu"]) <= parse_names(lines)
+    assert not any(parse_names(lines) & parse_names((REPO_DIR / lock).read_text().splitlines()) for lock in LOCKS)
 
 
 def test_nothing_newer_than_python_310_is_used():

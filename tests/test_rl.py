@@ -383,7 +383,8 @@ def test_reward_rises(base_dir):
         rewards.append(rollouts.stats["reward"])
         entropies.append(rollouts.stats["entropy_nats"])
     assert rewards[0] < 0.1 and rewards[-1] > 0.18 and entropies[-1] < 5
-    values = evaluate_answers(model, tokenizer, questions[20:], replace(sampling, num_samples=4), Ranks())
+    with rollouts.refreshed_engine(model) as engine:
+        values = evaluate_answers(engine, questions[20:], replace(sampling, num_samples=4), Ranks())
     assert values["Vowels_problems"] == 10 and values["Vowels_reward"] > 0.18
 
 

@@ -4,10 +4,11 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import sampling
 from nanochat.common import UserError
-from nanochat.sampling import Sampling, draw_uniform, find_likeliest, sample_rows
+from nanochat.sampling import Sampling, cumulate, cumulate_exactly, draw_uniform, find_likeliest, sample_rows
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -float("inf"), 1.5])
 
@@ -42,9 +43,11 @@ def sample_slowly(logits, sampling, token_idx):
     return next(token for token, end in enumerate(probs.cumsum(0).tolist()) if end > target)
 
 
+@pytest.mark.parametrize("sums", [cumulate, cumulate_exactly])
 @pytest.mark.parametrize("vocab_size", [40, 1500, 4096, 5000])
-def test_samples_equal_those_of_the_slow_way(vocab_size):
-    """Also where many are equally likely, so that more than k are kept."""
+def test_samples_equal_those_of_the_slow_way(monkeypatch, vocab_size, sums):
+    """Also where many are equally likely, so that more than k are kept, and with the sums of a GPU."""
+    monkeypatch.setattr(sampling, "cumulate", sums)
     rng = random.Random(vocab_size)
     logits = torch.randn(120, vocab_size, generator=torch.Generator().manual_seed(0)).mul(3).bfloat16().float()
     logits[::3] = logits[::3].round()
@@ -90,6 +93,38 @@ def test_cold_and_narrow_sampling_is_greedy():
                                       (1.0, 1, None), (1.0, None, 1e-9)):
         samplings = [Sampling(temperature, top_k, top_p, seed=i) for i in range(5)]
         assert sample_rows(logits, samplings, [0] * 5).equal(logits.argmax(-1))
+
+
+def test_exact_sums():
+    weights = torch.rand(3, 5000, generator=torch.Generator().manual_seed(0)) ** 20
+    weights[:, ::3] = 0
+    weights[0] = 1
+    weights[1] /= weights[1].sum()
+    sums = cumulate_exactly(weights)
+    torch.testing.assert_close(sums, cumulate(weights), rtol=0, atol=1e-9)
+    steps = sums.diff(dim=-1)
+    assert (steps >= 0).all() and not steps[1:, 2::3].any()  # a weight of 0 has no share
+    assert cumulate_exactly(torch.ones(1, 2**20))[0, -1] == 2**20
+
+
+class NoFloatCumsum(TorchDispatchMode):
+    """Fails where CUDA has no deterministic kernel."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.overloadpacket is torch.ops.aten.cumsum:
+            assert not (kwargs.get("dtype") or args[0].dtype).is_floating_point
+        return function(*args, **kwargs)
+
+
+def test_sums_on_a_gpu_are_deterministic():
+    """The meta device takes the same way."""
+    logits, draws = torch.empty(2, 300, device="meta"), torch.empty(2, 1, dtype=torch.float64, device="meta")
+    samplings = [Sampling(0.7), Sampling(0.7, 5, 0.9)]
+    with NoFloatCumsum():
+        assert sampling.sample_among_all(logits, samplings, draws).shape == (2,)
+        for num_candidates in (64, 300):
+            assert sampling.sample_among(num_candidates, logits, samplings, draws)[0].shape == (2,)
 
 
 def test_row_does_not_depend_on_the_others():

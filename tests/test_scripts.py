@@ -255,7 +255,7 @@ def test_signals_and_kills_change_nothing(base_dir):
         latest = int((run_dir / "latest").read_text().removeprefix("step_"))
         status = read_info(run_dir)["status"]
         if signum == signal.SIGKILL:
-            assert 40 <= latest < 120 and status == "running"
+            assert 30 <= latest < 120 and status == "running"   # the save of step 40 may not have ended
         else:  # saved where it was, not at a step that was due
             assert step <= latest < step + 30 and status == "stopped"
     assert train("stormy", *more)["step"] == 120
