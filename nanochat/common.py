@@ -23,12 +23,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from nanochat import nvidia
 
 if TYPE_CHECKING:
     import filelock
@@ -62,7 +65,10 @@ def prepare_process() -> None:
 
     OpenMP reads how idle threads wait when torch is loaded. Workers that spin while they wait slow a step 3 times down
     beside one busy process; workers that sleep at once cost a tenth of a step where nothing else runs. A short spin has
-    the best of both (dev/LOG.md, "How OpenMP's threads wait"). A setting that a person made stays.
+    the best of both (dev/LOG.md, "How OpenMP's threads wait").
+    CUDA's allocator is told beside NVIDIA's driver only: segments that grow lose less memory to gaps between blocks
+    (PyTorch's notes on CUDA, "Optimizing memory usage with PYTORCH_ALLOC_CONF"; never measured here).
+    A setting that a person made stays.
     """
     prepare_streams()
     try:
@@ -73,6 +79,8 @@ def prepare_process() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
+    if nvidia.PROC_DIR.is_dir() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
     def report_exception(kind, error, trace) -> None:
         """While modules are loaded no script can catch Ctrl-C yet."""
@@ -108,41 +116,49 @@ def run_script(main: Callable[[list[str] | None], object]) -> None:
             dist.destroy_process_group()
             # gloo now and then aborts a process at its end (dev/LOG.md, "A rank on gloo that is aborted")
             end_process()
-    except UserError as error:
-        exit_with(2, f"error: {error}")
-    except KeyboardInterrupt:
-        exit_with(130, "stopped by Ctrl-C")
     except BrokenPipeError:  # the reader of our output has ended, as in `... | head -1`
         discard_output()
         sys.exit(128 + signal.SIGPIPE)
-    except UnicodeEncodeError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if ending := explain_ending(error):
+            exit_with(*ending)
+        if not get_process_group():
+            raise
+        exit_with(1, traceback.format_exc().rstrip())
+
+
+def explain_ending(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the sentence for an error that is no bug of ours, else None."""
+    if isinstance(error, UserError):
+        return 2, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped by Ctrl-C"
+    if isinstance(error, UnicodeEncodeError):
         character = error.object[error.start]
         if "\udc80" <= character <= "\udcff":  # how Python keeps a byte of a file's name that it can't decode
-            exit_with(2, f"error: {ascii(error.object)[:500]} has the byte 0x{ord(character) - 0xdc00:x}, which isn't "
-                         f"{error.encoding}, and what is to open it takes nothing else; rename the file or the folder")
-        if error.encoding == "utf-8" or error.encoding != sys.getfilesystemencoding():
-            raise
-        exit_with(2, f"error: a file's name has the character {character!a}, which the encoding of this locale, "
-                     f"{error.encoding}, lacks; set LC_ALL=C.UTF-8 or PYTHONUTF8=1")
-    except (RuntimeError, MemoryError) as error:
+            return 2, f"error: {ascii(error.object)[:500]} has the byte 0x{ord(character) - 0xdc00:x}, which isn't " \
+                      f"{error.encoding}, and what is to open it takes nothing else; rename the file or the folder"
+        if error.encoding != "utf-8" and error.encoding == sys.getfilesystemencoding():
+            return 2, f"error: a file's name has the character {character!a}, which the encoding of this locale, " \
+                      f"{error.encoding}, lacks; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+    if isinstance(error, (RuntimeError, MemoryError)):
         dist = sys.modules.get("torch.distributed")  # where it isn't loaded, none of its errors can be raised
         if dist and (isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error).lower())):
-            exit_with(1, f"error: rank {get_ranks().rank} can't reach the other ranks any more: one of them has ended "
-                         "(what it said stands above) or did not answer for "
-                         f"{get_collective_timeout().total_seconds():g} s; run the same command again to go on from "
-                         f"the last checkpoint ({get_first_line(error)})")
-        if not is_out_of_memory(error):
-            raise
-        exit_with(2, f"error: out of memory ({get_first_line(error)}); set a smaller --device-batch-size, where the "
-                     "script has it")
-    except OSError as error:
+            return 1, f"error: rank {get_ranks().rank} can't reach the other ranks any more: one of them has ended " \
+                      "(what it said stands above) or did not answer for " \
+                      f"{get_collective_timeout().total_seconds():g} s; run the same command again to go on from " \
+                      f"the last checkpoint ({get_first_line(error)})"
+        if is_out_of_memory(error):
+            return 2, f"error: out of memory ({get_first_line(error)}); set a smaller --device-batch-size, where the " \
+                      "script has it"
+    if isinstance(error, OSError):
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
-            exit_with(2, f"error: no permission for {error.filename} ({error.strerror}); change it, or set "
-                         "NANOCHAT_BASE_DIR to a folder that you can write to")
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        exit_with(2, f"error: the disk is full{where}; what was saved before is intact, free some space and run again")
+            return 2, f"error: no permission for {error.filename} ({error.strerror}); change it, or set " \
+                      "NANOCHAT_BASE_DIR to a folder that you can write to"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" while writing {error.filename}" if error.filename else ""
+            return 2, f"error: the disk is full{where}; what was saved before is intact, free some space and run again"
+    return None
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -157,13 +173,13 @@ def get_first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no details"])[0]
 
 
-def end_process() -> None:
-    """End this process with exit code 0, without Python's own teardown of all that is loaded."""
+def end_process(code: int = 0) -> None:
+    """End this process with exit code `code`, without Python's own teardown of all that is loaded."""
     atexit._run_exitfuncs()  # the compiler's, which would leave processes and semaphores behind, and wandb's
     with contextlib.suppress(OSError):  # the terminal may be gone
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def exit_with(code: int, message: str) -> None:
@@ -173,6 +189,9 @@ def exit_with(code: int, message: str) -> None:
         sys.stderr.flush()
     if get_process_group():
         time.sleep(1)  # other ranks may still be reading this one's last message before they end alike
+        # Torn down alive, NCCL's communicator waits for kernels that need the other ranks (never seen, no GPU was
+        # there); gloo's may abort the process
+        end_process(code)
     sys.exit(code)
 
 
@@ -419,6 +438,8 @@ def init_compute(device_type: str = "auto", deterministic: bool = False) -> tupl
                             "start them with torchrun, or unset RANK for one process alone")
         dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo", device_id=device if is_cuda else None,
                                 timeout=get_collective_timeout())
+    if is_cuda:
+        check_gpus(device)
     return device, ranks
 
 
@@ -445,19 +466,83 @@ def find_plain_path(folder: Path) -> Path:
     return folder
 
 
-def get_device(device_type: str, ranks: Ranks) -> torch.device:
-    """The torch device of this rank; 'auto' chooses the accelerator that torch sees, else the CPU."""
+def find_device_type(device_type: str) -> str:
+    """'auto' as the accelerator that torch sees, else the CPU; a GPU that the driver lists and torch can't use is an
+    error, since training would take months on the CPU."""
     import torch
-    if device_type in ("auto", ""):
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device_type = accelerator.type if accelerator else "cpu"
+    if device_type not in ("auto", ""):
+        return device_type
+    if accelerator := torch.accelerator.current_accelerator(check_available=True):
+        return accelerator.type
+    if (driver := nvidia.find_driver()).names:
+        raise UserError(explain_unusable_gpu(driver))
+    return "cpu"
+
+
+def explain_unusable_gpu(driver: nvidia.Driver) -> str:
+    """One sentence on GPUs that `driver` lists and torch can't use."""
+    import torch
+    error = "torch gives no reason"
     try:
-        # MPS has one device only and takes no number; numbering is for CUDA, ROCm ("cuda" to torch) and XPU
-        device = torch.device(device_type, *((ranks.local_rank,) if device_type in ("cuda", "xpu") else ()))
-        torch.empty(1, device=device)
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as cause:
+        error = get_first_line(cause)
+    return nvidia.explain_unusable(driver, torch.version.cuda, os.environ.get("CUDA_VISIBLE_DEVICES"), error)
+
+
+def get_device(device_type: str, ranks: Ranks) -> torch.device:
+    """The torch device of this rank, which computes; 'auto' as in `find_device_type`."""
+    import torch
+    device_type = find_device_type(device_type)
+    is_numbered = device_type in ("cuda", "xpu")  # to torch ROCm is "cuda" too; MPS has one device and takes no number
+    if is_numbered and ranks.world_size > 1:
+        num_devices, num_ranks = torch.get_device_module(device_type).device_count(), count_local_ranks()
+        if 0 < num_devices < num_ranks:
+            raise UserError(f"{num_ranks} ranks run on this machine, and torch sees {num_devices} of its GPUs; start "
+                            f"torchrun with --nproc-per-node={num_devices}, or name more in CUDA_VISIBLE_DEVICES")
+    try:
+        device = torch.device(device_type, *((ranks.local_rank,) if is_numbered else ()))
+        float(torch.ones(1, device=device))  # a kernel runs
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device-type {device_type} can't be used here: {get_first_line(error)}") from None
+        why = get_first_line(error)
+        if device_type.startswith("cuda"):
+            why = nvidia.explain_error(why)
+            if not torch.cuda.is_available():
+                driver = nvidia.find_driver()
+                why = explain_unusable_gpu(driver) if driver.names else \
+                    f"{driver.problem or 'no NVIDIA driver lists a GPU'} ({why})"
+        raise UserError(f"--device-type {device_type} can't be used here: {why}") from None
     return device
+
+
+@functools.cache
+def check_gpus(device: torch.device) -> None:
+    """Warn of the ranks' GPUs where they are of different kinds, or used by other processes; once a process, since
+    later this one uses them too. Collective.
+    """
+    import torch
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    gpus = gather((torch.cuda.get_device_name(device), has_bf16_units(device), free_bytes, total_bytes))
+    names = tuple(name for name, *_ in gpus)
+    if len({has_bf16 for _, has_bf16, *_ in gpus}) > 1:
+        raise UserError(f"only some of the ranks' GPUs have bf16 matrix units ({nvidia.count_names(names)}); choose "
+                        "GPUs of one kind by CUDA_VISIBLE_DEVICES")
+    if len(set(names)) > 1:
+        print0(f"warning: the ranks' GPUs differ ({nvidia.count_names(names)}): each step waits for the slowest, and "
+               "batches fit the smallest; CUDA_VISIBLE_DEVICES chooses among them")
+    for rank, (name, _, free_bytes, total_bytes) in enumerate(gpus):
+        if free_bytes < FREE_GPU_FRAC * total_bytes:
+            print0(f"warning: only {free_bytes / 2**30:.1f} of {total_bytes / 2**30:.1f} GiB are free on rank {rank}'s "
+                   f"GPU ({name}), another process uses it (nvidia-smi shows which)")
+
+
+FREE_GPU_FRAC = 0.7  # a GPU with less of its memory free is used by others too; assumption, not studied
+
+
+def has_bf16_units(device: torch.device) -> bool:
+    """Whether a GPU ("cuda" to torch) multiplies matrices in bf16 itself."""
+    import torch
+    return torch.cuda.get_device_capability(device) >= (8, 0) or bool(torch.version.hip)
 
 
 def get_compute_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -466,11 +551,15 @@ def get_compute_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str
     if name != "auto":
         if name not in COMPUTE_DTYPES:
             raise UserError(f"--dtype {name} is not one of auto, {', '.join(COMPUTE_DTYPES)}")
+        if name == "bfloat16" and device.type == "cuda" and not has_bf16_units(device):
+            return torch.bfloat16, "asked for, though the GPU has no bf16 matrix units and emulates them slowly"
         return getattr(torch, name), "asked for"
     if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) >= (8, 0) or torch.version.hip:
+        if has_bf16_units(device):
             return torch.bfloat16, "the GPU has bf16 matrix units"
-        return torch.float16, "the GPU has no bf16 matrix units; fp16 with a gradient scaler"
+        if torch.cuda.get_device_capability(device) >= (7, 0):
+            return torch.float16, "the GPU has no bf16 matrix units; fp16 with a gradient scaler"
+        return torch.float32, "the GPU has no matrix units for bf16 or fp16"
     if device.type == "cpu":
         gain = measure_matmul_rate(torch.bfloat16, 1024) / measure_matmul_rate(torch.float32, 1024)
         # A busy machine blurs the measurement, so the gain must be clear: native units gave 2.2 to 5.6 here, with other

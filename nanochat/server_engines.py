@@ -36,7 +36,7 @@ from statistics import median, quantiles
 import torch
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import UserError, count_cpus, end_process, get_compute_dtype, init_compute
+from nanochat.common import UserError, count_cpus, end_process, find_device_type, get_compute_dtype, init_compute
 from nanochat.engine import Engine, Event, Request
 
 PULSE_SEC = 1.0               # between two heartbeats of an engine
@@ -84,10 +84,7 @@ def run_process(worker_idx: int, settings: EngineSettings, connection: Connectio
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     try:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device_type = settings.device_type
-        if device_type in ("auto", ""):
-            device_type = accelerator.type if accelerator else "cpu"
+        device_type = find_device_type(settings.device_type)
         if device_type in ("cuda", "xpu"):  # the workers are distributed over the GPUs in turn
             device_type += f":{worker_idx % max(1, torch.accelerator.device_count())}"
         device, _ = init_compute(device_type)

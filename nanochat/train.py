@@ -94,11 +94,17 @@ def queue_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
         return PendingStats(torch.zeros(2), None, 1.0, num_targets, "no weights" if num_targets else "no targets")
     scale, overflowed = scaler.scale if scaler else 1.0, False
     loss, problem = add_gradients(model, optimizer, batch, micro_rows, scale / num_targets)
-    if problem:
+    try:
+        if problem is None:
+            optimizer.reduce_gradients()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = get_first_line(error)
+    if problem:  # the others may have begun to send, and would wait for this rank: it sends zeros
         model.zero_grad()
         free_memory(model.get_device())
-    # Also by a rank that ran out of memory, which sends zeros: the others may have begun, and would wait for it
-    optimizer.reduce_gradients()
+        optimizer.reduce_gradients()
     if any_rank(problem is not None)[0]:
         optimizer.zero_grad()
         free_memory(model.get_device())

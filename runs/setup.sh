@@ -2,16 +2,21 @@
 # Needs Python >= 3.10, 2 GB of disk (9 GB beside an NVIDIA GPU) and 1-5 minutes; once done, a second call skips it all.
 #
 # PYTHON=python3.12          the Python to use; else the first one >= 3.10 that is found
-# TORCH_INDEX=https://...    the index that torch comes from, for instance torch's own for ROCm; else torch's CPU index
+# TORCH_INDEX=https://...    the index that torch comes from, for instance torch's own for ROCm; else the one of the build
+#                            for this machine's driver and GPUs (nanochat/nvidia.py has the table), or of the CPU build
 #                            where Linux has no NVIDIA GPU and the index answers; else the configured sources
+# On a cluster whose login node has no GPU, ask for the GPU nodes' build, by their driver:
+# TORCH_INDEX=https://download.pytorch.org/whl/cu130 (driver 580 or newer), .../cu126 (525 or newer). What was asked for
+# stays; a build for CPUs that nobody asked for is replaced where there is a GPU.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv_python=.venv/bin/python
-stamp=.venv/nanochat-setup    # "installing", then a copy of the lock whose packages are all in
+stamp=.venv/nanochat-setup    # "installing"; then "torch: <build>" and a copy of the locks whose packages are in
 log=.venv/setup.log
-cpu_index=https://download.pytorch.org/whl/cpu
+indexes=https://download.pytorch.org/whl
+gpu_lock=requirements-gpu.lock
 
 fail() {
     echo "error: $1" >&2
@@ -50,8 +55,22 @@ choose_lock() {    # some packages have left Python 3.10 behind
     fi
 }
 
-has_nvidia_gpu() {
-    [[ $(nvidia-smi -L 2>/dev/null || true) == GPU* ]]
+choose_build() {    # of torch: an index that was asked for; default (PyPI's), cu126 or cpu; fails with a sentence
+    if [[ -n ${TORCH_INDEX:-} ]]; then
+        echo "$TORCH_INDEX"
+    elif [[ $(uname -s) == Linux ]]; then
+        "$venv_python" -m nanochat.nvidia
+    else
+        echo any
+    fi
+}
+
+still_serves() {    # whether an environment with torch of build $1 can stay where $2 would be chosen now
+    [[ $1 != "$2" ]] || return 0
+    [[ -z ${TORCH_INDEX:-} ]] || return 1
+    case $1:$2 in
+        cpu:default | cpu:cu* | default:cu*) return 1 ;;    # without kernels for a GPU, or too new for the driver
+    esac
 }
 
 answers() {
@@ -74,19 +93,28 @@ install() {    # pip also where uv fails: pip's configuration may name sources t
 }
 
 install_packages() {
-    local lock=$1 torch
+    local lock=$1 build=$2 torch
     torch=$(grep '^torch==' "$lock")
-    if [[ -n ${TORCH_INDEX:-} ]]; then
-        install --index-url "$TORCH_INDEX" "$torch"
-    elif [[ $(uname -s) == Linux ]] && ! has_nvidia_gpu; then    # the default build brings gigabytes of CUDA
-        if answers "$cpu_index/torch/"; then
-            install --index-url "$cpu_index" --no-deps "$torch"
-        else
-            pip_install "$torch"    # not uv, which wouldn't see a CPU build among pip's configured sources
-        fi
-    fi
+    case $build in
+        default | any) ;;
+        cu*) install --index-url "$indexes/$build" "$torch" ;;
+        cpu)    # the default build brings gigabytes of CUDA
+            if answers "$indexes/cpu/torch/"; then
+                install --index-url "$indexes/cpu" --no-deps "$torch"
+            else
+                pip_install "$torch"    # not uv, which wouldn't see a CPU build among pip's configured sources
+            fi ;;
+        *) install --index-url "$build" "$torch" ;;
+    esac
     install -r "$lock"
-    ! has_nvidia_gpu || install -r requirements-gpu.lock    # the kernels hub, for FlashAttention 3
+    case $build in
+        default | *cu[0-9]*) install -r "$gpu_lock" ;;    # the kernels hub, for FlashAttention 3
+    esac
+}
+
+describe() {    # what the stamp says of an environment
+    echo "torch: $2"
+    cat "$1" "$gpu_lock"
 }
 
 set_up() {
@@ -94,15 +122,31 @@ set_up() {
     if ! "$venv_python" -c '' 2>/dev/null || [[ -f $stamp && $(head -n 1 "$stamp") == installing ]]; then
         make_venv
     fi
-    local lock
+    local build first lock
+    build=$(choose_build)
+    if [[ -f $stamp ]]; then
+        first=$(head -n 1 "$stamp")
+        if [[ $first != torch:* ]]; then    # from before stamps named a build, and the locks of a GPU: taken for a CPU's
+            first="torch: cpu"
+            { echo "$first"; cat "$stamp" "$gpu_lock"; } > "$stamp.new"
+            mv "$stamp.new" "$stamp"
+        fi
+        if still_serves "${first#torch: }" "$build"; then
+            build=${first#torch: }
+        else
+            echo "set-up: .venv has torch's build ${first#torch: }, and this machine wants $build"
+            make_venv    # pip takes any build of the locked version for the right one
+        fi
+    fi
     lock=$(choose_lock)
-    if ! cmp -s "$lock" "$stamp"; then
+    if ! describe "$lock" "$build" | cmp -s - "$stamp"; then
         echo installing > "$stamp"
         : > "$log"
         echo "set-up: installing the $(wc -l < "$lock" | tr -d ' ') packages of $lock, 1-5 minutes (tail -f $log) ..."
+        [[ $build != cpu ]] || echo "set-up: no NVIDIA GPU here, so torch is for CPUs (a login node? see runs/setup.sh)"
         SECONDS=0
-        install_packages "$lock"
-        cp "$lock" "$stamp"
+        install_packages "$lock" "$build"
+        describe "$lock" "$build" > "$stamp"
         echo "set-up: done in $SECONDS s"
     fi
 }

@@ -2,6 +2,7 @@
 # The speedrun's training on several nodes under SLURM: one torchrun a node, which find each other by themselves.
 #
 #   sbatch runs/slurm.sh                    set-up, data and tokenizer must be there: runs/speedrun.sh up to base_train
+#                                           (a login node without a GPU needs TORCH_INDEX, see runs/setup.sh)
 #
 # Before the time limit, and when it is pre-empted, every rank gets SIGTERM: the run saves, stops and is queued again,
 # and the same command goes on, on as many nodes as it then gets. $NANOCHAT_BASE_DIR must be a disk that all nodes see.

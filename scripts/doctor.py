@@ -146,7 +146,8 @@ def check_compile(device, quick: bool) -> Finding:
     if quick:
         return Finding("compile", "ok", f"{compilers[0]} is there; torch.compile not tried (--quick)")
     from nanochat.compilation import probe_compiler
-    common.init_compute(device.type)  # as a run would, so that the kernels are kept for it
+    with contextlib.redirect_stdout(sys.stderr):  # its warnings are no part of --json
+        common.init_compute(device.type)  # as a run would, so that the kernels are kept for it
     start = time.perf_counter()
     if reason := probe_compiler(device):
         return Finding("compile", "note", f"torch.compile fails, so training runs eager and slower: {reason}",
@@ -210,13 +211,24 @@ def measure_sec(device, call: Callable[[], object], num_calls: int = 10) -> floa
 
 def check_device(device) -> Finding:
     import torch
+
+    from nanochat import nvidia
     if device.type in ("cuda", "xpu"):
         module = torch.get_device_module(device)
-        return Finding("device", "ok", f"{module.device_count()} x {module.get_device_name(device)}")
-    what = f"{common.get_cpu_name()}, {common.count_cpus()} cores" if device.type == "cpu" else device.type
-    if device.type == "cpu" and shutil.which("nvidia-smi") and not torch.version.cuda:
-        return Finding("device", "note", f"{what}; nvidia-smi is there, but this torch is built for CPUs only",
-                       f"if there is a GPU: rm -r .venv && {SET_UP}")
+        names = tuple(map(module.get_device_name, range(module.device_count())))
+        if len(set(names)) > 1:
+            return Finding("device", "note", f"{nvidia.count_names(names)}: several ranks wait for the slowest GPU",
+                           "name GPUs of one kind in CUDA_VISIBLE_DEVICES")
+        return Finding("device", "ok", f"{len(names)} x {names[0]}")
+    if device.type != "cpu":
+        return Finding("device", "ok", device.type)
+    what, driver = f"{common.get_cpu_name()}, {common.count_cpus()} cores", nvidia.find_driver()
+    if driver.names:
+        return Finding("device", "ok", f"{what}; not used, as asked: {nvidia.count_names(driver.names)}")
+    if nvidia.has_pci_gpu():
+        return Finding("device", "note", f"{what}; an NVIDIA GPU is there, and no driver that lists it"
+                       + (f" ({driver.problem})" if driver.problem else ""),
+                       f"install NVIDIA's driver, or restart after an update of it; then {SET_UP}")
     return Finding("device", "ok", what)
 
 
@@ -237,13 +249,16 @@ def check_memory(device) -> Finding:
     import torch
     ram_bytes = common.get_ram_bytes()
     what = f"{ram_bytes / 2**30:.0f} GiB of RAM" if ram_bytes else "RAM unknown"
-    lowest = ram_bytes or LOW_MEMORY_BYTES
+    lowest, advice = ram_bytes or LOW_MEMORY_BYTES, "choose a small --depth and --device-batch-size"
     if device.type in ("cuda", "xpu"):
         free_bytes, total_bytes = torch.get_device_module(device).mem_get_info(device)
         what += f", {free_bytes / 2**30:.0f} of {total_bytes / 2**30:.0f} GiB free on the GPU"
         lowest = min(lowest, free_bytes)
+        if free_bytes < common.FREE_GPU_FRAC * total_bytes:
+            return Finding("memory", "note", f"{what}: another process uses it",
+                           f"nvidia-smi shows which; CUDA_VISIBLE_DEVICES names another GPU, else {advice}")
     if lowest < LOW_MEMORY_BYTES:
-        return Finding("memory", "note", f"{what}, which is little", "choose a small --depth and --device-batch-size")
+        return Finding("memory", "note", f"{what}, which is little", advice)
     return Finding("memory", "ok", what)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nanochat import common, memory
+from nanochat import common, memory, nvidia
 from nanochat.checkpoint_manager import locked_run
 from nanochat.common import Ranks, UserError, let_threads_spin
 from tasks.customjson import CustomJSON
@@ -74,6 +74,44 @@ def test_other_errors_of_the_system_stay_bugs():
     common.run_script(lambda argv: {"loss": 1.0})  # returns: exit code 0
 
 
+class Ended(BaseException):
+    """os._exit, with its exit code."""
+
+
+@pytest.fixture
+def live_group(monkeypatch):
+    """A communicator, of NCCL for all that common can tell; the calls that end it and the process, in order."""
+    calls = []
+
+    def leave(code):
+        calls.append(code)
+        raise Ended
+    monkeypatch.setattr(common, "get_process_group", lambda: types.SimpleNamespace(
+        destroy_process_group=lambda: calls.append("destroy"), get_backend=lambda: "nccl"))
+    monkeypatch.setattr(common.time, "sleep", lambda seconds: calls.append("wait"))
+    monkeypatch.setattr(common.atexit, "_run_exitfuncs", lambda: calls.append("exit functions"))
+    monkeypatch.setattr(os, "_exit", leave)
+    return calls
+
+
+@pytest.mark.parametrize(("error", "code", "message"), [
+    (UserError("no data"), 2, "error: no data\n"), (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
+    (torch.OutOfMemoryError("Tried to allocate"), 2, "error: out of memory"),
+    (torch.distributed.DistBackendError("NCCL timeout"), 1, "can't reach the other ranks any more"),
+    (ValueError("a bug"), 1, "Traceback (most recent call last)")])
+def test_rank_ends_without_the_teardown_of_a_live_communicator(error, code, message, live_group, capsys):
+    """NCCL's would wait for the other ranks."""
+    with pytest.raises(Ended):
+        common.run_script(lambda argv: raise_error(error))
+    assert live_group == ["wait", "exit functions", code] and message in capsys.readouterr().err
+
+
+def test_rank_that_is_done_destroys_its_communicator(live_group):
+    with pytest.raises(Ended):
+        common.run_script(lambda argv: None)
+    assert live_group == ["destroy", "exit functions", 0]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Streams and locales
 
@@ -120,6 +158,19 @@ def test_environment_that_torch_can_not_be_loaded_from(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ending:
         common.prepare_process()
     assert ending.value.code == 2 and "a path that isn't UTF-8; move it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("settings", "has_driver", "expected"), [
+    ({}, True, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}), ({}, False, {}),
+    ({"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}, True, {"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync"}),
+    ({"PYTORCH_CUDA_ALLOC_CONF": ""}, True, {"PYTORCH_CUDA_ALLOC_CONF": ""})])
+def test_allocator_of_cuda_is_set_beside_a_driver_unless_a_person_did(settings, has_driver, expected, tmp_path,
+                                                                      monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(settings))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(common.nvidia, "PROC_DIR", tmp_path if has_driver else tmp_path / "missing")
+    common.prepare_process()
+    assert {name: value for name, value in os.environ.items() if "ALLOC" in name} == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,6 +338,76 @@ def test_device_that_is_not_here_is_a_mistake():
             common.get_device(name, Ranks())
 
 
+H100 = nvidia.Driver("535.104.05", ("NVIDIA H100",), (9.0,))
+
+
+@pytest.fixture
+def no_accelerator(monkeypatch):
+    """torch has none; the driver is what a test sets as its second item."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return lambda driver: monkeypatch.setattr(nvidia, "find_driver", lambda: driver)
+
+
+def test_gpu_that_torch_can_not_use_is_a_mistake(no_accelerator, monkeypatch):
+    """Else a large model would train on the CPU without a word."""
+    no_accelerator(H100)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    sentence = "driver 535.104.05 lists NVIDIA H100, but .* CUDA 13.0, which needs driver 580 or newer; .*--device-"
+    for name in ("auto", "", "cuda"):
+        with pytest.raises(UserError, match=sentence):
+            common.get_device(name, Ranks())
+    assert common.get_device("cpu", Ranks()) == CPU
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES= hides all GPUs; unset it"):
+        common.get_device("auto", Ranks())
+    no_accelerator(nvidia.Driver(problem="NVIDIA-SMI has failed"))
+    assert common.get_device("auto", Ranks()) == CPU
+    with pytest.raises(UserError, match="--device-type cuda can't be used here: NVIDIA-SMI has failed"):
+        common.get_device("cuda", Ranks())
+    no_accelerator(nvidia.Driver())
+    with pytest.raises(UserError, match="--device-type cuda can't be used here: no NVIDIA driver lists a GPU"):
+        common.get_device("cuda", Ranks())
+
+
+def test_more_ranks_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(UserError, match="8 ranks run on this machine, and torch sees 2 .* --nproc-per-node=2, or name"):
+        common.get_device("cuda", Ranks(0, 0, 8))
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    (torch.OutOfMemoryError("CUDA error: out of memory\nmore"), "its memory is full; nvidia-smi shows who uses it"),
+    (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), "another process has it"),
+    (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "has no kernels for it"),
+    (RuntimeError("CUDA error: misaligned address\nmore"), "CUDA error: misaligned address$")])
+def test_gpu_that_does_not_compute(error, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *args, **settings: raise_error(error))
+    with pytest.raises(UserError, match=f"--device-type cuda can't be used here: .*{message}"):
+        common.get_device("cuda", Ranks())
+
+
+def test_gpus_of_ranks_that_differ_or_are_in_use(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    gpus = []
+    monkeypatch.setattr(common, "gather", lambda value: [value, *gpus])
+    common.check_gpus.__wrapped__(CUDA)
+    assert capsys.readouterr().out == ""
+    gpus.append(("NVIDIA H100", True, 10 * 2**30, 80 * 2**30))
+    common.check_gpus.__wrapped__(CUDA)
+    differ, used = capsys.readouterr().out.splitlines()
+    assert differ.startswith("warning: the ranks' GPUs differ (NVIDIA A100, NVIDIA H100): each step waits for the")
+    assert used.startswith("warning: only 10.0 of 80.0 GiB are free on rank 1's GPU (NVIDIA H100), another process")
+    gpus.append(("Tesla T4", False, 16 * 2**30, 16 * 2**30))
+    with pytest.raises(UserError, match="only some of the ranks' GPUs have bf16 .*A100, NVIDIA H100, Tesla T4"):
+        common.check_gpus.__wrapped__(CUDA)
+
+
 def test_compute_dtype(monkeypatch):
     assert common.get_compute_dtype("float64", CPU) == (torch.float64, "asked for")
     with pytest.raises(UserError, match="--dtype int8 is not one of auto, bfloat16, float16, float32, float64"):
@@ -298,9 +419,11 @@ def test_compute_dtype(monkeypatch):
         chosen, reason = common.get_compute_dtype("auto", CPU)
         assert chosen == dtype and f"{bf16_rate}x" in reason
     monkeypatch.setattr(torch.version, "hip", None)
-    for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+    for capability, dtype in (((6, 1), torch.float32), ((7, 5), torch.float16), ((8, 0), torch.bfloat16),
+                              ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         assert common.get_compute_dtype("auto", CUDA)[0] == dtype
+        assert ("emulates" in common.get_compute_dtype("bfloat16", CUDA)[1]) == (dtype != torch.bfloat16)
 
 
 @pytest.mark.parametrize(("name", "tera_flops"), [

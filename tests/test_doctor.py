@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import dataset
+from nanochat import dataset, nvidia
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer_dir
 from scripts import doctor
 
@@ -86,6 +86,31 @@ def test_a_broken_compiler_costs_speed_only(monkeypatch):
     assert finding.state == "note" and "file too short" in finding.what
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     assert "no C++ compiler" in doctor.check_compile(torch.device("cpu"), quick=False).what
+
+
+def test_gpu_that_training_would_not_use(monkeypatch, base_dir, capsys):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(nvidia, "find_driver", lambda: nvidia.Driver("580.65.06", ("NVIDIA H100",), (9.0,)))
+    assert states(doctor.main(["--quick"]))["device"] == "FAIL"
+    assert "580.65.06 lists NVIDIA H100, but torch can't use it: this torch is built for CPU" in capsys.readouterr().out
+    assert "not used, as asked: NVIDIA H100" in doctor.check_device(torch.device("cpu")).what
+
+    monkeypatch.setattr(nvidia, "find_driver", nvidia.Driver)
+    monkeypatch.setattr(nvidia, "has_pci_gpu", lambda: True)
+    finding = doctor.check_device(torch.device("cpu"))
+    assert finding.state == "note" and "an NVIDIA GPU is there, and no driver" in finding.what
+
+
+def test_gpus_of_different_kinds_and_in_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", ["NVIDIA A100", "NVIDIA A100", "NVIDIA H100"].__getitem__)
+    finding = doctor.check_device(torch.device("cuda"))
+    assert finding.state == "note" and finding.what.startswith("2 x NVIDIA A100, NVIDIA H100: ")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * 2**30, 80 * 2**30))
+    finding = doctor.check_memory(torch.device("cuda"))
+    assert finding.state == "note" and "30 of 80 GiB free on the GPU: another process uses it" in finding.what
 
 
 def test_no_attention_backend(monkeypatch):

@@ -181,7 +181,7 @@ case "$*" in
     "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && echo venv >> calls ;;
     "-m pip install"*) echo "pip ${*:4}" >> calls; [[ ! -f pip_fails ]] || { cat pip_fails; exit 1; } ;;
     *urllib*) [[ -f index_answers ]] ;;
-    *version_info*) exec "$REAL_PYTHON" "$@" ;;
+    *version_info* | "-m nanochat.nvidia") exec "$REAL_PYTHON" "$@" ;;
     --version) echo "Python 3.99.0" ;;
 esac
 """
@@ -192,14 +192,18 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tmp_path = tmp_path / "John O'Neill's café"
     (tmp_path / "runs").mkdir(parents=True)
     shutil.copy(REPO_DIR / "runs" / "setup.sh", tmp_path / "runs")
+    (tmp_path / "nanochat").mkdir()
+    shutil.copy(REPO_DIR / "nanochat" / "nvidia.py", tmp_path / "nanochat")
     for lock in LOCKS:
         (tmp_path / lock).write_text("numpy==1.0\ntorch==2.0\n")
+    (tmp_path / "requirements-gpu.lock").write_text("kernels==1.0\n")
     fake = tmp_path / "fake_python"
     fake.write_text(FAKE_PYTHON)
     fake.chmod(0o755)
     tools = tmp_path / "tools"  # no uv and no nvidia-smi, whatever this machine has
     tools.mkdir()
-    for name in ("bash", "mkdir", "cp", "rm", "cat", "cmp", "head", "tail", "grep", "tr", "wc", "uname", "dirname"):
+    for name in ("bash", "mkdir", "cp", "mv", "rm", "cat", "cmp", "head", "tail", "grep", "tr", "wc", "uname",
+                 "dirname"):
         (tools / name).symlink_to(shutil.which(name))
     monkeypatch.setenv("PATH", str(tools))
     monkeypatch.setenv("PYTHON", str(fake))
@@ -231,14 +235,80 @@ def test_set_up_once(checkout):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's CPU index is for Linux")
-def test_torch_from_its_cpu_index_unless_there_is_a_gpu(checkout):
+def test_torch_from_its_cpu_index_where_it_answers(checkout):
     (checkout / "index_answers").touch()
     assert set_up(checkout)[1][1] == "pip --index-url https://download.pytorch.org/whl/cpu --no-deps torch==2.0"
-    shutil.rmtree(checkout / ".venv")
+
+
+def add_gpu(checkout: Path, driver: str, capability: str) -> None:
+    """What nvidia-smi says of the machine from now on."""
     nvidia_smi = checkout / "tools" / "nvidia-smi"
-    nvidia_smi.write_text("#!/bin/bash\necho 'GPU 0: NVIDIA H100'\n")
+    nvidia_smi.write_text(f"#!/bin/bash\necho '{driver}, {capability}, NVIDIA GPU'\n")
     nvidia_smi.chmod(0o755)
-    assert set_up(checkout)[1] == ["venv", f"pip -r {get_lock_name()}", "pip -r requirements-gpu.lock"]
+
+
+INDEXES = "https://download.pytorch.org/whl"
+GPU_LOCK = "pip -r requirements-gpu.lock"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's CPU index is for Linux")
+@pytest.mark.parametrize(("driver", "capability", "pip"), [
+    ("580.65.06", "9.0", []),                                                 # PyPI's build
+    ("535.104.05", "8.0", [f"pip --index-url {INDEXES}/cu126 torch==2.0"]),   # the driver is older than CUDA 13
+    ("580.65.06", "7.0", [f"pip --index-url {INDEXES}/cu126 torch==2.0"])])   # CUDA 13 has no Volta
+def test_cpu_build_is_replaced_by_the_one_for_the_gpu(driver, capability, pip, checkout):
+    """Set up on a login node, used on a GPU node."""
+    set_up(checkout)
+    add_gpu(checkout, driver, capability)
+    done, calls = set_up(checkout)
+    assert done.returncode == 0, done.stderr
+    assert calls == ["venv", *pip, f"pip -r {get_lock_name()}", GPU_LOCK] and "has torch's build cpu" in done.stdout
+    assert set_up(checkout)[1] == []
+    (checkout / "tools" / "nvidia-smi").unlink()
+    assert set_up(checkout)[1] == []    # back on the login node
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's CPU index is for Linux")
+def test_build_that_was_asked_for_stays(checkout, monkeypatch):
+    done, _ = set_up(checkout)
+    assert "no NVIDIA GPU here" in done.stdout
+    monkeypatch.setenv("TORCH_INDEX", f"{INDEXES}/cu130")
+    calls = [f"pip --index-url {INDEXES}/cu130 torch==2.0", f"pip -r {get_lock_name()}", GPU_LOCK]
+    assert set_up(checkout)[1] == ["venv", *calls]
+    monkeypatch.delenv("TORCH_INDEX")
+    assert set_up(checkout)[1] == []
+    add_gpu(checkout, "580.65.06", "9.0")
+    assert set_up(checkout)[1] == []
+    (checkout / get_lock_name()).write_text("torch==2.1\n")
+    assert set_up(checkout)[1] == [f"pip --index-url {INDEXES}/cu130 torch==2.1", f"pip -r {get_lock_name()}", GPU_LOCK]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's CPU index is for Linux")
+def test_build_follows_an_older_driver_only(checkout):
+    """A shared disk's environment isn't made again and again by nodes with different drivers."""
+    add_gpu(checkout, "580.65.06", "9.0")
+    set_up(checkout)
+    add_gpu(checkout, "550.54.15", "9.0")
+    assert set_up(checkout)[1][1] == f"pip --index-url {INDEXES}/cu126 torch==2.0"
+    add_gpu(checkout, "580.65.06", "9.0")
+    assert set_up(checkout)[1] == []
+    add_gpu(checkout, "470.199.02", "7.5")
+    done, calls = set_up(checkout)
+    assert done.returncode == 2 and calls == [] and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: no build of torch serves NVIDIA GPU (compute capability 7.5) with the NVIDIA "
+                                  "driver 470.199.02; update the driver")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's CPU index is for Linux")
+def test_environment_of_an_older_set_up(checkout):
+    """Its stamp is a copy of the lock, and says nothing of torch's build."""
+    set_up(checkout)
+    shutil.copy(checkout / get_lock_name(), checkout / ".venv" / "nanochat-setup")
+    done, calls = set_up(checkout)
+    assert (done.returncode, done.stdout, calls) == (0, "", [])
+    shutil.copy(checkout / get_lock_name(), checkout / ".venv" / "nanochat-setup")
+    add_gpu(checkout, "580.65.06", "9.0")
+    assert set_up(checkout)[1] == ["venv", f"pip -r {get_lock_name()}", GPU_LOCK]
 
 
 def test_interrupted_set_up_begins_again_but_keeps_a_persons_own_venv(checkout):
