@@ -312,7 +312,7 @@ def test_final_loss_is_that_of_bf16(num_steps=150):
 
 @pytest.mark.slow
 def test_compiled_blocks_train_as_eager_ones():
-    """q, k and v share one cast there too, and nothing of it breaks the graph."""
+    """Nothing of it breaks the graph."""
     torch._dynamo.reset()
     models = []
     for is_compiled in (False, True):
