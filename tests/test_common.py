@@ -517,6 +517,7 @@ def test_ranks_on_gpus_have_both_backends(monkeypatch, tmp_path):
     monkeypatch.setattr(common, "get_ranks", lambda: common.Ranks(1, 1, 2))
     monkeypatch.setattr(common, "get_device", lambda device_type, ranks: torch.device("cuda", ranks.local_rank))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(common, "check_gpus", lambda device: None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: groups.append((backend, options)))
     common.init_compute("cuda")

@@ -226,6 +226,25 @@ def test_step_without_memory_changes_nothing(kind, text):
     assert_equal(copy_state(optimizer), copy_state(other_optimizer), rtol=0, atol=0)
 
 
+def test_gradients_without_memory_to_gather_them_change_nothing(monkeypatch):
+    """Where memory runs out between the backward pass and the update, in the copies that are sent."""
+    model, other = make_fresh(), make_fresh()
+    optimizer, other_optimizer = model.setup_optimizer(), other.setup_optimizer()
+    reduce_next, calls = optimizer._reduce_next, []
+
+    def fail_once():
+        calls.append(len(calls))
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        reduce_next()
+    monkeypatch.setattr(optimizer, "_reduce_next", fail_once)
+    with pytest.raises(OutOfMemory, match="CUDA out of memory"):
+        train_step(model, optimizer, make_batch(), 2)
+    assert len(calls) > 3   # the rest is sent all the same, for the other ranks wait for it
+    assert train_step(model, optimizer, make_batch(), 2) == train_step(other, other_optimizer, make_batch(), 2)
+    assert_equal(copy_params(model), copy_params(other), rtol=0, atol=0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # fp16
 
