@@ -199,8 +199,10 @@ def test_damaged_files_are_one_sentence(tmp_path, name, content, message):
 
 
 def test_custom_json_that_is_no_file(tmp_path):
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    for path in (tmp_path, tmp_path / "none.jsonl", tmp_path / "none.parquet", tmp_path / "pipe.jsonl"):
+    names = ["pipe.jsonl", "pipe.parquet"]
+    for name in names:
+        os.mkfifo(tmp_path / name)
+    for path in (tmp_path, *(tmp_path / name for name in (*names, "none.jsonl", "none.parquet"))):
         with pytest.raises(UserError, match=f"{path} can't be read"):
             CustomJSON(path)
 
