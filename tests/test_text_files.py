@@ -140,6 +140,7 @@ def test_long_text_file_is_cut_whatever_the_block(tmp_path, monkeypatch):
     ("a.json",     b'[{"text": "x"}] [1]',                r"a\.json goes on after its array of 1 rows"),
     ("a.json",     b'{"data": [{"text": "x"}]}',          r"a\.json, row 1 has no field 'text' but data"),
     ("a.json",     b"[" * 100_000,                        r"a\.json, row 1 is not JSON"),
+    ("a.jsonl",    b'null\n',                             r"a\.jsonl:1 has no field 'text' but null"),
     ("a.json",     b'"text"',                             r"a\.json, row 1 has no field 'text' but str"),
     ("a.csv",      b"id,body\n1,x\n",                     r"a\.csv has no column 'text'; .*--text-column: id, body"),
     ("a.csv",      b"text,id,text\nx,1,y\n",              r"a\.csv has 2 columns named 'text'"),
