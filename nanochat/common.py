@@ -337,7 +337,7 @@ def get_ranks() -> Ranks:
     if "RANK" not in env:
         return Ranks()
     rank, local_rank, world_size = env["RANK"], env.get("LOCAL_RANK", "0"), env.get("WORLD_SIZE", "1")
-    if not (rank + local_rank + world_size).isdecimal() or int(rank) >= int(world_size):
+    if not all(map(str.isdecimal, (rank, local_rank, world_size))) or int(rank) >= int(world_size):
         raise UserError(f"RANK={rank}, LOCAL_RANK={local_rank} and WORLD_SIZE={world_size} in the environment don't "
                         "name one of several ranks; start these with torchrun, or unset RANK for one process alone")
     return Ranks(int(rank), int(local_rank), int(world_size))
@@ -436,6 +436,8 @@ def init_compute(device_type: str = "auto", deterministic: bool = False) -> tupl
         if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
             raise UserError(f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} not, where the ranks meet; "
                             "start them with torchrun, or unset RANK for one process alone")
+        if not os.environ["MASTER_PORT"].isdecimal():
+            raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']} is no number; start the ranks with torchrun")
         dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo", device_id=device if is_cuda else None,
                                 timeout=get_collective_timeout())
     if is_cuda:

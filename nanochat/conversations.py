@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from nanochat.account import escape
 from nanochat.common import UserError
 
 # The parts of an assistant's message: the name in their special tokens, and whether they are learned
@@ -25,6 +26,7 @@ CALCULATORS = ("python", "calculator")   # tools whose call is its one argument,
 READ_FIELDS = {"assistant": {"role", "content", "parts", "refusal", "tool_calls", "function_call", "weight"},
                "tool": {"role", "content", "name", "tool_call_id"}}   # by role; of others role and content
 SEPARATOR = "\n\n"      # between the texts of one turn
+MAX_NAME_CHARS = 200    # of a row's fields in a message
 
 
 class ConversationError(UserError, ValueError):
@@ -269,7 +271,7 @@ def read_row(row: object) -> Row:
         unused |= {f"{key} of {role} messages" for key in extra if message[key] not in (None, "", [], {})}
     if any("\ufffd" in get_text(message) for message in normal) and has_half_pairs(row):
         unused.add("halves of surrogate pairs, which become U+FFFD")
-    return Row(form, normal, set(map(printable, unused)))
+    return Row(form, normal, {escape(name)[:MAX_NAME_CHARS] for name in unused})
 
 
 def convert_fields(fields: dict) -> tuple[str, object, set[str]]:
@@ -290,7 +292,7 @@ def convert_fields(fields: dict) -> tuple[str, object, set[str]]:
     if "text" in fields:
         raise ConversationError("a row of text is no conversation, but for pretraining (python -m nanochat.dataset "
                                 "--source files)")
-    names = printable(", ".join(fields)) or "nothing"
+    names = escape(", ".join(fields))[:MAX_NAME_CHARS] or "nothing"
     raise ConversationError(f"a row of {names} is no form of a conversation that is known")
 
 
@@ -334,8 +336,3 @@ def has_half_pairs(row: object) -> bool:
         return False
     except UnicodeEncodeError:
         return True
-
-
-def printable(name: str) -> str:
-    """A field's name for a message: one line, not long."""
-    return (name if name.isprintable() else ascii(name))[:200]

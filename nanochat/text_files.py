@@ -65,8 +65,9 @@ def get_texts(rows: Iterable[tuple[str, object]], text_column: str) -> Iterator[
     num_rows, has_field, mistake = 0, False, None
     for num_rows, (where, row) in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise UserError(f"{where} has no field {text_column!r} but {type(row).__name__}; make each row an object "
-                            "with such a field")
+            kind = "null" if row is None else type(row).__name__
+            raise UserError(f"{where} has no field {text_column!r} but {kind}; make each row an object with such a "
+                            "field")
         has_field |= text_column in row
         mistake = mistake or f"{where} has no field {text_column!r} but {list_names(row)}; choose another with " \
                              "--text-column"

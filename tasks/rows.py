@@ -74,8 +74,6 @@ def iter_rows(path: Path) -> Iterator[tuple[int, bytes]]:
     """The rows of a file as JSON, each with the number of its line (.json: of the row). By the end of the name, without
     .gz or .zst: .json is an array, or values one after the other; .csv has names in its first line; others have a value
     on each line. UserError where the file can't be read as a whole."""
-    if path.exists() and not path.is_file():    # a pipe would be waited for
-        raise UserError(f"{printable(path)} can't be read, it is no file; give a file, such as a .jsonl")
     reader = {".json": iter_values, ".csv": iter_objects, ".tsv": iter_objects}.get(get_format(path), iter_json)
     try:
         with reading(path):
@@ -143,6 +141,8 @@ class TableRows(Sequence):
 
 def read_rows(path: Path) -> JsonLines | TableRows:
     """The rows of a person's file."""
+    if path.exists() and not path.is_file():    # a pipe would be waited for
+        raise UserError(f"{printable(path)} can't be read, it is no file; give a file, such as a .jsonl")
     return TableRows([path]) if path.suffix.lower() == ".parquet" else JsonLines(path)
 
 

@@ -270,7 +270,9 @@ def test_other_errors_of_a_lock_are_raised(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"RANK": "3"}, "RANK=3, LOCAL_RANK=0 and WORLD_SIZE=1 .* don't name one of several ranks; start these with torch"),
-    ({"RANK": "first"}, "RANK=first"),
+    ({"RANK": "first"}, "RANK=first"), ({"RANK": ""}, "RANK=, LOCAL"),
+    ({"RANK": "0", "LOCAL_RANK": "", "WORLD_SIZE": "2"}, "LOCAL_RANK= and"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "b"}, "MASTER_PORT=b is no number"),
     ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT not, where the ranks meet; start them with torch"),
     ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}, "but MASTER_ADDR not")])
 def test_half_an_environment_of_ranks(settings, message, monkeypatch, tmp_path):

@@ -49,7 +49,7 @@ def test_custom_json(tmp_path):
     ({"conversations": [{"from": "function_call", "value": "x"}]}, "message 0 has a tool call that is not"),
     ({"instruction": "x", "output": "y", "history": [3]}, "a history that is int"),
     ({"prompt": {"x": 1}, "completion": "y"}, "a content that is dict"),
-    ({"prompt": "x", "completion": 1}, "a content that is int"), ({"a\nb": 1}, r"a row of 'a\\nb' is no form"),
+    ({"prompt": "x", "completion": 1}, "a content that is int"), ({"a\nb": 1}, r"a row of a\\nb is no form"),
 ])
 def test_what_is_no_conversation_is_left_out_and_counted(tmp_path, row, message):
     path = write_lines(tmp_path / "mine.jsonl", [TALK, row, *[TALK] * 30, row])
@@ -101,7 +101,7 @@ def assistant(text, **fields):
     ("alpaca", {"instruction": "a", "input": "c", "output": "b", "history": [["d", "e"]], "system": "S"},
      [{"role": "system", "content": "S"}, user("d"), assistant("e"), user("a\n\nc"), assistant("b")], set()),
     ("OpenAI's messages", [user("a \ud83d"), assistant("b") | {"x\n": 1}], [user("a \ufffd"), assistant("b")],
-     {"halves of surrogate pairs, which become U+FFFD", r"'x\n of assistant messages'"}),
+     {"halves of surrogate pairs, which become U+FFFD", r"x\n of assistant messages"}),
     ("dolly", {"instruction": "a", "context": "c", "response": "b"}, [user("a\n\nc"), assistant("b")], set()),
     ("prompt and completion", {"prompt": "a", "completion": " b"}, [user("a"), assistant(" b")], set()),
     ("prompt and completion", {"prompt": [user("a")], "completion": [assistant("b")]}, [user("a"), assistant("b")],
@@ -199,8 +199,10 @@ def test_damaged_files_are_one_sentence(tmp_path, name, content, message):
 
 
 def test_custom_json_that_is_no_file(tmp_path):
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    for path in (tmp_path, tmp_path / "none.jsonl", tmp_path / "none.parquet", tmp_path / "pipe.jsonl"):
+    names = ["pipe.jsonl", "pipe.parquet"]
+    for name in names:
+        os.mkfifo(tmp_path / name)
+    for path in (tmp_path, *(tmp_path / name for name in (*names, "none.jsonl", "none.parquet"))):
         with pytest.raises(UserError, match=f"{path} can't be read"):
             CustomJSON(path)
 

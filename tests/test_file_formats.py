@@ -25,6 +25,15 @@ def test_iter_table(tmp_path):
     assert list(iter_table(tmp_path / "a.csv")) == []
 
 
+@pytest.mark.parametrize(("content", "rows"), [
+    ("text\nHello, world\n", [["text"], ["Hello, world"]]),
+    ("a, b, c\ttext\n1\tx, y\n", [["a, b, c", "text"], ["1", "x, y"]]),
+    ("id,text\n1,x\n", [["id", "text"], ["1", "x"]])])
+def test_commas_do_not_part_the_fields_of_a_tsv(tmp_path, content, rows):
+    (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(content.encode()))
+    assert [row for _, row in iter_table(tmp_path / "a.tsv.gz")] == rows
+
+
 RUSSIAN = "Река у камня была тиха. " * 40
 ENGLISH = "The river near the stone was quiet. " * 40
 

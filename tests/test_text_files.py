@@ -82,7 +82,8 @@ def test_links_are_followed_but_no_loops(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (root / "real" / "a.txt").write_text("a")
     (tmp_path / "elsewhere" / "b.txt").write_text("b")
-    (root / "aa").symlink_to("real")
+    for name in ("aa", "zz"):    # one before and one after the folder that they lead to
+        (root / name).symlink_to("real")
     (root / "real" / "loop").symlink_to("..")
     (root / "above").symlink_to(tmp_path)
     (root / "other").symlink_to(tmp_path / "elsewhere")
@@ -91,9 +92,9 @@ def test_links_are_followed_but_no_loops(tmp_path):
     (root / "self").symlink_to("self")
     account = Account()
     assert [file.name for file in find_text_files(root, account)] == ["file.txt", "other/b.txt", "real/a.txt"]
-    assert account.files == {"read": 0, "left out": 1, "skipped": 4}    # self is a link to nothing
+    assert account.files == {"read": 0, "left out": 1, "skipped": 5}    # self is a link to nothing
     assert sorted(name for entry in account.reasons.values() for name in entry["names"]) == \
-        ["aa", "above", "other/back", "real/loop", "self"]
+        ["aa", "above", "other/back", "real/loop", "self", "zz"]
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to become someone else")
@@ -140,6 +141,7 @@ def test_long_text_file_is_cut_whatever_the_block(tmp_path, monkeypatch):
     ("a.json",     b'[{"text": "x"}] [1]',                r"a\.json goes on after its array of 1 rows"),
     ("a.json",     b'{"data": [{"text": "x"}]}',          r"a\.json, row 1 has no field 'text' but data"),
     ("a.json",     b"[" * 100_000,                        r"a\.json, row 1 is not JSON"),
+    ("a.jsonl",    b'null\n',                             r"a\.jsonl:1 has no field 'text' but null"),
     ("a.json",     b'"text"',                             r"a\.json, row 1 has no field 'text' but str"),
     ("a.csv",      b"id,body\n1,x\n",                     r"a\.csv has no column 'text'; .*--text-column: id, body"),
     ("a.csv",      b"text,id,text\nx,1,y\n",              r"a\.csv has 2 columns named 'text'"),
