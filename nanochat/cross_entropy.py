@@ -15,17 +15,12 @@ which are C wide, not V. Memory holds one chunk of logits, whatever the batch: t
 plain loss takes, and 94% of what torch.compile makes of that (dev/LOG.md, "Head and loss").
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.compilation import fused
 from nanochat.memory import CHUNK_TOKENS, CPU_EXP_TOKENS, get_even_size
-
-if TYPE_CHECKING:
-    from nanochat.fp8 import Float8
 
 # The softcap (Gemma 2, arXiv 2408.00118) bounds every logit by +-15: none runs away, and exp can't overflow fp32. In
 # nanochat's public log (2026-03-02) 20 was better than 15 by 0.001 nats at depth 24; not tried here
@@ -67,13 +62,13 @@ def _rational_tanh(z: Tensor) -> Tensor:
 #   targets:    (...) token ids, -1 where nothing is to be learned
 #   reduction:  'mean' over the targets that count (0 where none does), 'sum' of weights * nll, or 'none', shaped (...)
 #   weights:    (...) factors for 'sum'; None means 1
-#   fp8:        copy of the weight, with which the product for gradients is computed; None: in the dtype of x
+#   fp8:        an fp8.Float8 of the weight, for the product where gradients are wanted; None: in the dtype of x
 #   returns:    nats, fp32 (fp64 for fp64 input)
 
 
 @fused
 def plain_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, reduction: str = "mean",
-                        weights: Tensor | None = None, fp8: "Float8 | None" = None) -> Tensor:
+                        weights: Tensor | None = None, fp8=None) -> Tensor:
     """The definition: the logits of all tokens at once."""
     if fp8 is None or not torch.is_grad_enabled():
         logits = softcap(F.linear(x, weight[:vocab_size].to(x.dtype)))  # (..., V)
@@ -85,7 +80,7 @@ def plain_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: 
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, reduction: str = "mean",
-                         weights: Tensor | None = None, fp8: "Float8 | None" = None) -> Tensor:
+                         weights: Tensor | None = None, fp8=None) -> Tensor:
     """The fused loss: head, softcap and cross-entropy a chunk of tokens at a time."""
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if needs_grad and reduction == "none":  # no stage learns from it; the fused gradients need the coefficients

@@ -118,7 +118,7 @@ def count_saved_bytes(model, idx, block):
     lambdas = (model.resid_lambdas[block], model.x0_lambdas[block])
     ve = model.value_embeds[str(block)](idx) if model.config.has_value_embed(block) else None
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        model.transformer.h[block](x, x0, lambdas, ve, model.get_positions(idx.size(1)), model.config.window(block))
+        model.transformer.h[block](x, x0, lambdas, ve, model.get_positions(idx.size(1)))
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
     return sum(size for key, size in storages.items() if key not in shared)
 
