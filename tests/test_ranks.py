@@ -324,7 +324,7 @@ def test_dead_or_stalled_rank_ends_the_others(base_dir, signum, timeout_sec):
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM])
 def test_torchrun_passes_a_signal_on_to_ranks_that_save(base_dir, signum):
-    script, *flags = make_argv(f"signal{signum}")[3:]
+    script, *flags = make_argv(f"signal{signum}")
     process = start_script("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", script, "--", *flags)
     send_signal_at(process, 12, signum)
     run_dir = base_dir / "runs" / "base" / f"signal{signum}"
