@@ -116,6 +116,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--attention", choices=("auto", "fa3", "fa2", "flex", "blocks", "sdpa"), default="auto")
     add("--compile", choices=("on", "off"), default="on")
     add("--loss", choices=("fused", "plain"), default="fused", help="plain keeps the logits of a whole micro-batch")
+    add("--fp8", choices=("on", "off"), default="off", help="in memory alone: what it saves in time isn't measured yet")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON instead of a table")
     output.add_argument("--shards", action="store_true",
@@ -174,7 +175,8 @@ def choose_hardware(args: argparse.Namespace) -> tuple[Hardware, Machine]:
     if attention == "auto":
         attention = "blocks" if is_cpu else "fa3" if name.split()[0] in HOPPER else \
             "flex" if name in WITHOUT_BF16 else "fa2"    # which needs Ampere
-    return hardware, Machine(dtype, attention, args.compile == "on", "cpu" if is_cpu else "cuda", args.nproc, args.loss)
+    return hardware, Machine(dtype, attention, args.compile == "on", "cpu" if is_cpu else "cuda", args.nproc, args.loss,
+                             args.fp8 == "on")
 
 
 def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, machine: Machine) -> Estimate:
@@ -309,8 +311,8 @@ def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine,
         print0(f"Published, {name}: {RECIPES[name].source}.")
     compared = "compared with tensors counted one by one; the process grows by up to twice as much" \
         if machine.device_type == "cpu" else "not yet compared with a GPU"
-    print0(f"Memory: {machine.dtype}, attention {machine.attention}, {machine.loss} loss, "
-           f"{'' if machine.is_compiled else 'not '}compiled; predicted, {compared}.")
+    print0(f"Memory: {machine.dtype}{', fp8' if machine.is_fp8 else ''}, attention {machine.attention}, {machine.loss} "
+           f"loss, {'' if machine.is_compiled else 'not '}compiled; predicted, {compared}.")
     print0(f"Shards: about {TOKENS_PER_SHARD / 1e6:.0f} M tokens each (assumption, for a vocabulary of 32K), and "
            f"{100 * (SPARE_DATA - 1):.0f}% to spare.")
 

@@ -304,6 +304,13 @@ def test_plan_of_the_speedrun():
     assert 0.9 < run["hardware_flops"] / run["plan"]["total_flops"] < 1.1
 
 
+def test_plan_of_fp8_is_one_of_memory(capsys):
+    runs = [plan.main(["--depth", "12", "--device-batch-size", "16", "--fp8", fp8])["runs"][0] for fp8 in ("off", "on")]
+    assert runs[0]["memory"]["peak"] != runs[1]["memory"]["peak"] and runs[0]["hours"] == runs[1]["hours"]
+    off, on = capsys.readouterr().out.split("Memory: ")[1:]
+    assert "fp8" in on and "fp8" not in off.splitlines()[0]
+
+
 def test_plan_of_short_rows_counts_what_they_save():
     """All of a run in rows of 512 costs what a model of that context costs in keys; windows stay the longer one's."""
     argv = ["--depth", "12", "--num-iterations", "100", "--total-batch-size", str(2**19), "--window-pattern", "L"]
