@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from dev.gpu_setup import Candidate, Check, Setup, find_module, guarded, judge, relative_error
+from dev.gpu_setup import Candidate, Check, Setup, guarded, judge, relative_error
 from dev.timing import time_in_turn
 from nanochat.common import synchronize
 from nanochat.cross_entropy import linear_cross_entropy
+from nanochat.fp8 import find_obstacle
 from nanochat.memory import CHUNK_TOKENS, get_peak_flops
 
 FP8_TOLERANCE = 0.05      # relative error of a product whose factors have 3 bits of mantissa: 2^-4 / sqrt(3) each
@@ -59,8 +60,7 @@ def _measure_product(setup: Setup, label: str, dtype: str, M: int, K: int) -> Ch
     x, weight = (torch.randn(shape, device=setup.device).bfloat16() for shape in ((N, K), (M, K)))
     expected = x[:64].double() @ weight.double().T
     if dtype == "fp8":
-        fp8 = find_module("nanochat.fp8")
-        if fp8 and (obstacle := fp8.find_obstacle(setup.device)):
+        if obstacle := find_obstacle(setup.device):
             return Check(label, "absent", obstacle)
         multiply = make_fp8_product(x, weight)
     else:

@@ -1,20 +1,20 @@
 """Training in fp8 against bf16: the linear layers alone, and whole steps. Untested on a GPU.
 
-Where this checkout has no nanochat/fp8.py, or the device no units for it, that is what the lines say.
+Where the device has no units for it, that is what the line says.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dev.gpu_ceilings import list_matrices
-from dev.gpu_setup import Check, Setup, find_module, guarded, judge, relative_error
+from dev.gpu_setup import Check, Setup, guarded, judge, relative_error
 from dev.gpu_steps import StepCase, TimedRun
 from dev.timing import time_in_turn
+from nanochat import fp8
 from nanochat.gpt import Linear
 
 # Relative errors against float64: products of factors with 3 bits of mantissa; a bf16 product of one such factor
@@ -25,21 +25,19 @@ FP8_LAYERS = ("q", "c_fc", "head")    # the other layers' inputs aren't RMS-norm
 def check_fp8(setup: Setup) -> Iterator[Check]:
     """Layers at the shapes of the first two depths, then steps at these depths, in bf16 and in fp8."""
     setup = replace(setup, dtype=torch.bfloat16)
-    fp8 = find_module("nanochat.fp8")
-    reason = "no nanochat/fp8.py here" if fp8 is None else fp8.find_obstacle(setup.device)
-    if reason:
+    if reason := fp8.find_obstacle(setup.device):
         yield Check("fp8", "absent", reason)
         return
     for depth in setup.sizes.depths[:2]:
         for name in FP8_LAYERS:
             label = f"d{depth} {name}"
             shape = list_matrices(setup, depth)[name]
-            yield guarded(label, setup.device, lambda label=label, shape=shape: _check_layer(setup, fp8, label, shape))
+            yield guarded(label, setup.device, lambda label=label, shape=shape: _check_layer(setup, label, shape))
     for depth in setup.sizes.depths[:2]:
         yield from _check_steps(setup, depth)
 
 
-def _check_layer(setup: Setup, fp8: ModuleType, label: str, shape: tuple[int, int]) -> Check:
+def _check_layer(setup: Setup, label: str, shape: tuple[int, int]) -> Check:
     """Output and gradients against float64, and the time of forward and backward against the bf16 layer."""
     torch.manual_seed(7)
     M, K = shape

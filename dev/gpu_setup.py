@@ -1,17 +1,16 @@
 """Shared by the GPU checks: their sizes, the line that a check reports, its guard, models, and measurements."""
 
 import gc
-import importlib
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from nanochat import fp8
 from nanochat.common import get_peak_memory_bytes, is_out_of_memory
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.scaling import make_config
@@ -103,7 +102,7 @@ class Setup:
         model.init_weights()
         optimizer = model.setup_optimizer()
         if build == "fp8":
-            find_module("nanochat.fp8").use_fp8(model, optimizer)
+            fp8.use_fp8(model, optimizer)
         if self.use_compile:
             BUILDS[build](model)
         return model, optimizer
@@ -127,16 +126,6 @@ def compile_tuned(model: GPT) -> None:
 BUILDS: dict[str, Callable[[GPT], None]] = {
     "blocks": GPT.compile_blocks, "trunk": lambda model: model.compile_trunk(), "max-autotune": compile_tuned,
     "fp8": GPT.compile_blocks}
-
-
-def find_module(name: str) -> ModuleType | None:
-    """A module that this checkout may not have."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        return None
 
 
 def make_synthetic_rows(sizes: Sizes, num_rows: int) -> Tensor:

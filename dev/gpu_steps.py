@@ -15,15 +15,13 @@ from torch.profiler import ProfilerActivity, profile
 from dev.gpu_setup import Candidate, Check, Setup, free_memory, guarded, is_no_memory, judge
 from dev.timing import time_in_turn
 from nanochat import flash_attention
-from nanochat import train as training
 from nanochat.common import get_peak_memory_bytes, synchronize
 from nanochat.compilation import set_compile_kernels
 from nanochat.config import estimate_flops
 from nanochat.cross_entropy import linear_cross_entropy
 from nanochat.flash_attention import probe_report
-from nanochat.gpt import GPT
 from nanochat.memory import GIB, Machine, get_peak_flops, predict_memory
-from nanochat.train import OutOfMemory, train_step
+from nanochat.train import OutOfMemory, queue_step, train_step
 
 WARMUP_STEPS = 3        # not counted: compilation, allocation, rising clocks
 MIN_STEPS = 3           # that are timed
@@ -58,8 +56,6 @@ def check_steps(setup: Setup) -> Iterator[Check]:
     for case in list_cases(setup):
         if case.build != DEFAULT_BUILD and not setup.use_compile:
             yield Check(case.name, "absent", "nothing is compiled here")
-        elif case.build == "trunk" and not hasattr(GPT, "compile_trunk"):
-            yield Check(case.name, "absent", "no GPT.compile_trunk here")
         else:
             yield from measure_case(setup, case, losses)
 
@@ -179,7 +175,7 @@ class TimedRun:
         if setup.device.type != "cuda":
             return {}
         machine = Machine(str(setup.dtype).removeprefix("torch."), setup.backend, setup.use_compile, "cuda",
-                          **({"is_fp8": True} if case.build == "fp8" else {}))
+                          is_fp8=case.build == "fp8")
         predicted = predict_memory(setup.make_config(case.depth), setup.sizes.T, case.num_rows, machine, self.num_micro)
         return {"peak_memory_bytes": get_peak_memory_bytes(setup.device) - self.before_bytes,
                 "predicted_bytes": predicted.peak}
@@ -187,9 +183,6 @@ class TimedRun:
     def measure_queue(self) -> Check:
         """Steps whose figures are read when the next one is queued, as a run reads them, against steps that are waited
         for: the difference is what the host takes between two steps."""
-        name, queue_step = f"d{self.case.depth} queue", getattr(training, "queue_step", None)
-        if queue_step is None:
-            return Check(name, "absent", "no train.queue_step here")
         batches = [self.setup.make_batch(self.case.num_rows * self.num_micro, self.step + i) for i in range(MIN_STEPS)]
 
         def run(num_late: int) -> None:
@@ -202,7 +195,7 @@ class TimedRun:
                 stats.read()
         ms = time_in_turn({"late": lambda: run(1), "waited": lambda: run(0)}, self.setup.device, rounds=3, warmup=1)
         ms = {option: total_ms / MIN_STEPS for option, total_ms in ms.items()}
-        return Check(name, "ok", f"{ms['late']:.2f} ms a step, waited for {ms['waited']:.2f} ms",
+        return Check(f"d{self.case.depth} queue", "ok", f"{ms['late']:.2f} ms a step, waited for {ms['waited']:.2f} ms",
                      {f"{option}_ms": value for option, value in ms.items()})
 
     def measure_phases(self) -> Check:

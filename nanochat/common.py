@@ -119,6 +119,10 @@ def run_script(main: Callable[[list[str] | None], object]) -> None:
     except BrokenPipeError:  # the reader of our output has ended, as in `... | head -1`
         discard_output()
         sys.exit(128 + signal.SIGPIPE)
+    except SystemExit as error:  # a rank that a signal told to stop, as before a time limit
+        if get_process_group() and isinstance(error.code, int):
+            exit_with(error.code)
+        raise
     except (Exception, KeyboardInterrupt) as error:
         if ending := explain_ending(error):
             exit_with(*ending)
@@ -182,10 +186,10 @@ def end_process(code: int = 0) -> None:
     os._exit(code)
 
 
-def exit_with(code: int, message: str) -> None:
-    """Print `message` to stderr and end this process with `code`."""
+def exit_with(code: int, message: str = "") -> None:
+    """Print `message`, if there is one, to stderr and end this process with `code`."""
     with contextlib.suppress(OSError):  # the terminal may be gone
-        sys.stderr.write(message + "\n")  # in one piece, unlike print: ranks share a terminal
+        sys.stderr.write(message and message + "\n")  # in one piece, unlike print: ranks share a terminal
         sys.stderr.flush()
     if get_process_group():
         time.sleep(1)  # other ranks may still be reading this one's last message before they end alike

@@ -120,7 +120,8 @@ def use_fp8(model: GPT, optimizer: MuonAdamW) -> None:
 
     def renew(*_) -> None:    # in place, for compiled code may know the address
         for layer in layers:
-            torch._foreach_copy_(layer.fp8, quantize_weight(layer.weight.detach(), layer.dtype))
+            for kept, new in zip(layer.fp8, quantize_weight(layer.weight.detach(), layer.dtype), strict=True):
+                kept.copy_(new)
     optimizer.register_step_post_hook(renew)
 
 

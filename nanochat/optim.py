@@ -132,9 +132,10 @@ class MuonAdamW(torch.optim.Optimizer):
                 self._reduce_next()
         hooks = []
         for piece in self.pieces if self.world_size > 1 else ():
-            piece.num_missing = len(piece.params)
+            learning = [param for param in piece.params if param.requires_grad]  # others may be frozen
+            piece.num_missing = len(learning)
             hooks += [param.register_post_accumulate_grad_hook(functools.partial(receive, piece))
-                      for param in piece.params]
+                      for param in learning]
         try:
             yield
         finally:

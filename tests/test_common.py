@@ -98,6 +98,7 @@ def live_group(monkeypatch):
     (UserError("no data"), 2, "error: no data\n"), (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
     (torch.OutOfMemoryError("Tried to allocate"), 2, "error: out of memory"),
     (torch.distributed.DistBackendError("NCCL timeout"), 1, "can't reach the other ranks any more"),
+    (SystemExit(143), 143, ""),  # how StopSignal ends a run
     (ValueError("a bug"), 1, "Traceback (most recent call last)")])
 def test_rank_ends_without_the_teardown_of_a_live_communicator(error, code, message, live_group, capsys):
     """NCCL's would wait for the other ranks."""

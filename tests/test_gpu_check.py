@@ -294,7 +294,7 @@ def test_builds_are_timed_against_each_other(tmp_path, monkeypatch):
     """What each build compiles, with a compiler that does nothing; a build with other losses fails."""
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled.append(how.get("mode", "default")))
-    monkeypatch.setattr(GPT, "compile_trunk", lambda self: compiled.append("trunk"), raising=False)
+    monkeypatch.setattr(GPT, "compile_trunk", lambda self: compiled.append("trunk"))
     tuned = gpu_setup.compile_tuned
 
     def spoil(model):
@@ -303,7 +303,7 @@ def test_builds_are_timed_against_each_other(tmp_path, monkeypatch):
             model.lm_head.weight.mul_(100)
     monkeypatch.setitem(gpu_setup.BUILDS, "max-autotune", spoil)
     pending = SimpleNamespace(read=lambda: None)
-    monkeypatch.setattr(gpu_steps, "training", SimpleNamespace(queue_step=lambda *args: pending))
+    monkeypatch.setattr(gpu_steps, "queue_step", lambda *args: pending)
     checks = list(gpu_steps.check_steps(replace(make_setup(tmp_path), use_compile=True)))
     statuses = {check.name: check.status for check in checks}
     assert statuses["d1 1 rows trunk"] == statuses["d2 2 rows trunk"] == statuses["d2 queue"] == "ok"
@@ -335,7 +335,7 @@ class FakeFp8:
 def test_fp8_against_bf16(tmp_path, monkeypatch, error, status):
     fp8 = FakeFp8(error)
     for module in (gpu_fp8, gpu_setup):
-        monkeypatch.setattr(module, "find_module", lambda name: fp8)
+        monkeypatch.setattr(module, "fp8", fp8)
     results = run_checks(tmp_path, "--only", "fp8")
     layers = {f"fp8/d{depth} {name}" for depth in (1, 2) for name in gpu_fp8.FP8_LAYERS}
     statuses = get_statuses(results)
@@ -422,9 +422,11 @@ def test_the_shell_script_is_killed_and_leaves_whole_results(tmp_path):
 
 @pytest.mark.parametrize(("words", "runs"), [
     ("", ["1", "2", "3"]), ("--toy", ["1 --toy", "2 --toy", "3 --toy"]), ("2 --toy", ["2 --toy"]),
+    ("2 --budget-sec 900", ["2 --budget-sec 900"]), ("3 --budget-sec=900", ["3 --budget-sec=900"]),
     ("--only step save", ["--only step save"]), ("--table", ["--table"])])
 def test_each_part_is_a_process_of_its_own(tmp_path, words, runs):
-    """With a python3 that notes its words and fails in part 2, and no .venv."""
+    """With a python3 that notes its words and fails in part 2, and no .venv. Each is killed where it hangs, unless a
+    budget was given, which may be longer."""
     (tmp_path / "dev").mkdir()
     shutil.copy(REPO_DIR / "dev" / "gpu_check.sh", tmp_path / "dev")
     (tmp_path / "python3").write_text(f"""#!/bin/sh
@@ -433,11 +435,14 @@ shift 2
 echo "$@" >> {tmp_path}/runs
 [ "$1" != 2 ]
 """)
-    (tmp_path / "python3").chmod(0o755)
+    (tmp_path / "timeout").write_text(f'#!/bin/sh\nshift 4\necho "$@" >> {tmp_path}/limited\nexec "$@"\n')
+    for name in ("python3", "timeout"):
+        (tmp_path / name).chmod(0o755)
     done = subprocess.run(["bash", str(tmp_path / "dev" / "gpu_check.sh"), *words.split()], check=False,
                           env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
     assert (tmp_path / "runs").read_text().splitlines() == runs
     assert done.returncode == any(run.startswith("2") for run in runs)
+    assert (tmp_path / "limited").exists() == (runs[0][0] in "123" and "budget" not in words)
 
 
 def test_a_missing_package_is_one_sentence(tmp_path):

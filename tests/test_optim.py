@@ -284,6 +284,18 @@ def test_gradients_are_sent_during_the_backward_pass(fake_ranks):
     assert optimizer.num_sent == 0 and all(part.grad is None for part in optimizer.parts)
 
 
+def test_frozen_parameters_hold_nothing_up(fake_ranks):
+    """One of a message's matrices, and a parameter of its own; their gradients count as zero, as on one rank."""
+    model = make_fresh()
+    optimizer = model.setup_optimizer()
+    for param in (model.lm_head.weight, model.transformer.h[1].attn.c_q.weight):
+        param.requires_grad_(False)
+    idx = torch.arange(2 * 17).view(2, 17) % CONFIG.vocab_size
+    with optimizer.reduce_in_backward():
+        model(idx[:, :-1], idx[:, 1:]).backward()
+    assert optimizer.num_sent == len(optimizer.pieces) and not optimizer.parts[0].wait().any()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Saved state
 
