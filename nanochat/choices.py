@@ -144,10 +144,12 @@ class StepRows:
     config: GPTConfig
     T:      int    # tokens of the longest
     num:    int
+    beside: int = 0    # bytes that the stage keeps beside a step's
 
     def predict(self, micro_rows: int, machine: Machine) -> int:
         """Bytes that a step needs in micro-batches of so many rows."""
-        return memory.predict_memory(self.config, self.T, micro_rows, machine, self.num // micro_rows).needed
+        predicted = memory.predict_memory(self.config, self.T, micro_rows, machine, self.num // micro_rows)
+        return predicted.needed + self.beside
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,8 @@ def choose_micro_rows(wanted: Wanted, rows: StepRows, machine: Machine, free_byt
     gain nothing.
     """
     divisors, max_tokens = list_divisors(rows.num), memory.get_max_micro_tokens(machine.device_type)
-    fitting = memory.largest_micro_rows(rows.config, rows.T, machine, free_bytes, rows.num)
+    room_bytes = None if free_bytes is None else max(0, free_bytes - rows.beside)
+    fitting = memory.largest_micro_rows(rows.config, rows.T, machine, room_bytes, rows.num)
     kept, chosen = wanted.kept.get("micro_rows"), fitting or 1
     if wanted.micro_rows != "auto":
         chosen, why = wanted.micro_rows, "asked for"

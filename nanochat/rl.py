@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 
 from nanochat.common import Ranks, UserError, sum_over_ranks
+from nanochat.config import GPTConfig, count_params
+from nanochat.decoding import round_up_rows
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
@@ -198,6 +200,14 @@ def keep_matrices(optimizer: MuonAdamW) -> MuonAdamW:
             param.requires_grad_(group["kind"] == "muon")
     return MuonAdamW([group for group in optimizer.param_groups if group["kind"] == "muon"], optimizer.names,
                      optimizer.matmul_dtype)
+
+
+def count_engine_bytes(config: GPTConfig, num_rows: int, num_tokens: int) -> int:
+    """Bytes of 16-bit numbers that the engine of `Rollouts` keeps on CUDA, where its graphs know their addresses: a
+    cache of so many rows and tokens, and the linear layers' weights."""
+    params = count_params(config)
+    cache = 2 * config.n_layer * round_up_rows(num_rows) * (num_tokens + 1) * config.kv_dim
+    return 2 * (cache + params["transformer_matrices"] + params["lm_head"])
 
 
 @dataclass(frozen=True)

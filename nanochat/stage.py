@@ -50,6 +50,7 @@ class Recipe:
     data:           dict                 # its record in run.json: name, hash, ...
     identity:       dict                 # of the data and the source, beside tokenizer, model, plan and flags
     notes:          dict                 # what checkpoints keep for the stage's own use
+    beside_bytes:   int = 0              # that the stage keeps beside a step
 
     def get_saved(self, key: str) -> object:
         """An entry of the checkpoint's meta.json; None in a new run."""
@@ -110,7 +111,7 @@ def prepare_run(recipe: Recipe, device: torch.device, ranks: Ranks) -> Setup | N
     last_step = min(flags.stop_at or plan.num_iterations, plan.num_iterations)
     if last_step < first_step:
         raise UserError(f"--stop-at {last_step} is behind the run in {run_dir}, which is at step {first_step}")
-    rows = StepRows(recipe.config, recipe.T, recipe.rows_per_step // ranks.world_size)
+    rows = StepRows(recipe.config, recipe.T, recipe.rows_per_step // ranks.world_size, recipe.beside_bytes)
     num_flops = plan.count_flops(last_step) - plan.count_flops(first_step)
     choices = choose_how(flags.wanted.keep(recipe.saved, recipe.source, device), rows, num_flops, device, decisions)
     check_ranks(run_dir, choices.to_json(choices.micro_rows))

@@ -36,6 +36,7 @@ from nanochat.rl import (
     Question,
     Rollouts,
     Sampling,
+    count_engine_bytes,
     evaluate_answers,
     get_length_multiple,
     keep_matrices,
@@ -197,14 +198,17 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, source: Checkpoint,
     data = {"name": ", ".join(args.tasks), "hash": hash_conversations([q.conversation for q in questions]),
             "questions": len(questions)}
     longest = max(len(question.prompt) for question in questions) + max_new_tokens - 1
-    sample_rows = args.sample_rows or saved and saved.meta["sample_rows"]
+    sample_rows = args.sample_rows or (saved and saved.meta["sample_rows"]) or \
+        SAMPLE_ROWS.get(device.type, DEFAULT_SAMPLE_ROWS)
     return Recipe(
         "rl", run_dir, flags, saved, source=source, tokenizer=tokenizer,
         tokenizer_name=source.meta["tokenizer"]["name"], config=config, plan=plan,
         T=round_up(longest, get_length_multiple(device, use_compile=False)),
         rows_per_step=args.examples_per_step * args.num_samples, lrs={name: before[name] for name in LR_NAMES},
         data=data, identity={"source": source.describe(), "data": data, "max_new_tokens": max_new_tokens},
-        notes={"sample_rows": sample_rows or SAMPLE_ROWS.get(device.type, DEFAULT_SAMPLE_ROWS)}), questions, held_out
+        notes={"sample_rows": sample_rows},
+        beside_bytes=count_engine_bytes(config, sample_rows, longest + 1) if device.type == "cuda" else 0
+    ), questions, held_out
 
 
 def make_rollouts(args: argparse.Namespace, setup: Setup, questions: list[Question]) -> Rollouts:

@@ -26,6 +26,13 @@ def predict(rows, rows_per_rank):
     return StepRows(SMALL, 512, rows_per_rank).predict(rows, MACHINE)
 
 
+def test_what_a_stage_keeps_beside_a_step_is_not_there_for_rows():
+    room, rows = round(predict(4, 12) / get_usable_frac(MACHINE)) + 1, StepRows(SMALL, 512, 12, beside=100 * MIB)
+    assert choose_micro_rows(Wanted(), rows, MACHINE, room)[0] < 4
+    assert choose_micro_rows(Wanted(), rows, MACHINE, room + 100 * MIB)[0] == 4
+    assert rows.predict(4, MACHINE) == predict(4, 12) + 100 * MIB
+
+
 def test_micro_rows_are_what_fits_and_pays():
     room = predict(4, 12) / get_usable_frac(MACHINE)
     assert choose("auto", 12, room + 1) == (4, f"largest that fits: {predict(4, 12) / GIB:.2f} GiB predicted, "

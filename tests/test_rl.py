@@ -16,8 +16,9 @@ from dev import rl_curve
 from nanochat.chat_stage import set_schedules
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import Ranks, UserError
+from nanochat.decoding import make_cache
 from nanochat.engine import Engine
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPT, GPTConfig, Linear
 from nanochat.rl import (
     Answer,
     Question,
@@ -28,6 +29,7 @@ from nanochat.rl import (
     compute_advantages,
     compute_logprobs,
     compute_pass_at,
+    count_engine_bytes,
     evaluate_answers,
     get_sampling_seed,
     keep_matrices,
@@ -64,6 +66,16 @@ TIME_KEYS = PER_PROCESS_KEYS | {"sample_sec", "sample_tokens_per_sec", "train_to
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Golden values
+
+
+def test_bytes_of_an_engine_are_those_of_its_tensors():
+    """What it keeps beside a step on a GPU: six rows are eight there."""
+    config = GPTConfig(sequence_len=32, vocab_size=64, n_layer=2, n_head=2, n_kv_head=1, n_embd=64)
+    cache = make_cache(GPT(config, torch.bfloat16), 8, 20, is_compiled=True)
+    weights = sum(layer.weight.numel() for block in GPT(config).transformer.h for layer in block.modules()
+                  if isinstance(layer, Linear)) + config.padded_vocab_size * 64
+    kept = cache.k_cache.untyped_storage().nbytes() + cache.v_cache.untyped_storage().nbytes() + 2 * weights
+    assert count_engine_bytes(config, 6, 20) == pytest.approx(kept, rel=0.01)
 
 
 def test_advantages():
