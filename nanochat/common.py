@@ -527,6 +527,8 @@ def check_gpus(device: torch.device) -> None:
     later this one uses them too. Collective.
     """
     import torch
+    if dist := get_process_group():  # NCCL takes its buffers at its first collective: before free memory is measured
+        dist.all_reduce(torch.zeros(1, device=device))
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     gpus = gather((torch.cuda.get_device_name(device), has_bf16_units(device), free_bytes, total_bytes))
     names = tuple(name for name, *_ in gpus)

@@ -6,6 +6,7 @@
 #
 # Before the time limit, and when it is pre-empted, every rank gets SIGTERM: the run saves, stops and is queued again,
 # and the same command goes on, on as many nodes as it then gets. $NANOCHAT_BASE_DIR must be a disk that all nodes see.
+# Where a node's own name means 127.0.x.x, GLOO_SOCKET_IFNAME must name the network's interface (`ip -br address`).
 # Hardware, hours and cost: not run on a cluster by this code base yet.
 #SBATCH --job-name=nanochat
 #SBATCH --nodes=2
