@@ -251,7 +251,7 @@ class GPT(nn.Module):
 
     def compile_trunk(self) -> None:
         """Compile all but the head as one graph, in which one block's last addition and the next one's mix are one
-        kernel. Starting takes longer with each layer. Not run on a GPU yet."""
+        kernel (flex breaks the graph at each layer). Starting takes longer with each layer. Not run on a GPU yet."""
         self.is_trunk_compiled = True
 
     def setup_optimizer(self, *, unembedding_lr: float = UNEMBEDDING_LR, embedding_lr: float = EMBEDDING_LR,
