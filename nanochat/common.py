@@ -554,7 +554,12 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 def get_compute_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The activations' dtype for `name` ('auto' or a key of COMPUTE_DTYPES) and one sentence on why."""
+    """The activations' dtype for `name` ('auto' or a key of COMPUTE_DTYPES) and one sentence on why. Collective: ranks
+    may measure differently, and a model in two dtypes would be evaluated as if it were one, so rank 0's counts."""
+    return gather(_find_compute_dtype(name, device))[0]
+
+
+def _find_compute_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     import torch
     if name != "auto":
         if name not in COMPUTE_DTYPES:

@@ -421,6 +421,10 @@ def test_compute_dtype(monkeypatch):
         monkeypatch.setattr(common, "measure_matmul_rate", lambda dtype, size, rates=rates: rates[dtype])
         chosen, reason = common.get_compute_dtype("auto", CPU)
         assert chosen == dtype and f"{bf16_rate}x" in reason
+    mine = (torch.float32, "bf16 measured only 0.2x the matmul rate of fp32 on this CPU")
+    monkeypatch.setattr(common, "gather", lambda value: [(torch.bfloat16, "rank 0's")] if value == mine else None)
+    assert common.get_compute_dtype("auto", CPU)[0] == torch.bfloat16    # all ranks compute in what rank 0 measured
+    monkeypatch.undo()
     monkeypatch.setattr(torch.version, "hip", None)
     for capability, dtype in (((6, 1), torch.float32), ((7, 5), torch.float16), ((8, 0), torch.bfloat16),
                               ((9, 0), torch.bfloat16)):

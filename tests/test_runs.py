@@ -54,7 +54,10 @@ def start_recipe(name, base_dir, **settings):
 def run_recipe(name, base_dir, **settings):
     with start_recipe(name, base_dir, **settings) as process:
         output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    if process.returncode:    # the errors first: of a long output, what a reader is shown is its ends
+        lines = output.splitlines()
+        pytest.fail("\n".join([f"{name} ended with {process.returncode}", *(line for line in lines if "error" in line),
+                               *lines[-60:]]), pytrace=False)
     return output
 
 
