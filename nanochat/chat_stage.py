@@ -16,7 +16,7 @@ import torch
 from nanochat.checkpoint_manager import Checkpoint, find_saved, load_run_tokenizer
 from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, count_rows
 from nanochat.common import Ranks, UserError, print0
-from nanochat.config import GPTConfig, estimate_flops
+from nanochat.config import estimate_flops, read_config
 from nanochat.dataloader import ConversationGroups, Epoch, ValidationBatches, count_epoch, validation_conversations
 from nanochat.optim import MuonAdamW
 from nanochat.run import StopSignal, decide, read_info
@@ -151,7 +151,7 @@ def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run
         raise UserError(f"--init-lr-frac {settings.init_lr_frac:g} must be above 0 and --warmdown-ratio "
                         f"{settings.warmdown_ratio:g} from 0 to 1")
     saved, tokenizer = find_saved(stage.name, run_dir, flags.resume), load_run_tokenizer(source.meta)
-    config, before = GPTConfig(**source.meta["model_config"]), source.meta["identity"]
+    config, before = read_config(source.meta["model_config"]), source.meta["identity"]
     T = config.sequence_len
     for account in mixture.accounts:
         print0("\n".join(account.describe()))

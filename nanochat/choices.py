@@ -30,9 +30,9 @@ FREE_FLAGS = MACHINE_FLAGS | {
     "eval_examples", "eval_samples", "sample_every", "core_metric_every", "core_metric_max_per_task", "save_every",
     "save_every_minutes", "keep_last", "keep_every"}
 # Flags whose outcome is part of the identity in their place: data, tokenizer, model, plan, source
-OUTCOME_FLAGS = {"data", "tokenizer", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "source",
+OUTCOME_FLAGS = {"data", "tokenizer", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "knobs",
                  "num_iterations", "target_flops", "target_param_data_ratio", "total_batch_size", "weight_decay",
-                 "num_epochs", "mixture", "tasks", "custom_json", "max_new_tokens"}
+                 "source", "num_epochs", "mixture", "tasks", "custom_json", "max_new_tokens"}
 LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")    # later stages take over the base run's
 
 

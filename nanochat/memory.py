@@ -127,10 +127,11 @@ def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
     N, a, C = rows * T, machine.act_bytes, config.n_embd
     # outside the blocks nothing is compiled. Before them: normed, shifted, smeared; ids, targets, their weights
     embedding = N * (machine.eager_norm_bytes * C + 3 * a * C + 20)
-    last_is_middle = config.n_layer // 2 == config.n_layer - 1  # so that no later block keeps it
+    last_is_middle = config.middle_layer == config.n_layer - 1  # so that no later block keeps it
     final_norm = N * (machine.eager_norm_bytes * C + machine.master_bytes + a * C * last_is_middle)
     num_copies = 8 if machine.is_compiled else 12  # of temporaries: most are in the MLP, whose tensors are 4 C wide
-    block_backward = N * num_copies * a * C + 4 * C * C * (machine.master_bytes + machine.cast_bytes)
+    block_backward = N * num_copies * a * config.hidden_dim // 4 + \
+        config.hidden_dim * C * (machine.master_bytes + machine.cast_bytes)
     blocks = [count_block_bytes(config, layer, rows, T, machine) for layer in range(config.n_layer)]
     copies = config.n_layer * count_fp8_weights(config) + config.padded_vocab_size * C if machine.is_fp8 else 0
     parts = Counter({"parameters": gradients + rope + copies, "optimizer state": count_optimizer_bytes(config, machine),
@@ -268,30 +269,30 @@ def read_cgroup_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = Path("
 
 def count_block_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine: Machine) -> dict[str, int]:
     """Activations of one block, by part. A compiled one recomputes the inputs of its norms, except the MLP's."""
-    N, a, C = rows * T, machine.act_bytes, config.n_embd
+    N, a, C, Q = rows * T, machine.act_bytes, config.n_embd, config.query_dim
     kv_dim, stat = config.kv_dim, machine.master_bytes  # stat: a norm keeps one for each row
     normed = a if machine.is_compiled else machine.eager_norm_bytes
     # the inputs of the linear layers; in fp8 a copy, beside which the gate of an eager block keeps the attention's
     linears = C * (2 + a * (config.has_value_embed(layer) and not machine.is_compiled)) if machine.is_fp8 else 2 * a * C
     # the block's input (the first one's is x0), the norms' inputs
     residual = a * C * (layer > 0) + normed * C * (1 if machine.is_compiled else 2) + linears + 2 * stat
-    qk_norms = normed * (C + kv_dim) + stat * (config.n_head + config.n_kv_head)
+    qk_norms = (normed * (Q + kv_dim) + stat * (config.n_head + config.n_kv_head)) * (config.qk_scale != 0)
     value_embed = a * (kv_dim + 2 * config.n_kv_head) if config.has_value_embed(layer) else 0
     num_cast = sum(map(math.prod, list_matrices(config, layer))) - machine.is_fp8 * count_fp8_weights(config)
     return {"residual stream": N * residual,
             "attention": N * (qk_norms + value_embed) + count_attention_bytes(config, layer, rows, T, machine),
-            "MLP": N * 2 * 4 * a * C,
+            "MLP": N * config.hidden_dim * a * (2 if config.mlp_act == "relu2" else 4 - machine.is_compiled),
             "weights in the compute dtype": machine.cast_bytes * num_cast}
 
 
 def count_fp8_weights(config: GPTConfig) -> int:
     """Weights of a block that fp8 keeps a byte of: c_q, c_k, c_v and c_fc."""
-    return (5 * config.n_embd + 2 * config.kv_dim) * config.n_embd
+    return (config.query_dim + 2 * config.kv_dim + config.hidden_dim) * config.n_embd
 
 
 def count_attention_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine: Machine) -> int:
     """Activations of one attention call: queries, keys, values, output, and a statistic or the probabilities."""
-    a, C, H, window = machine.act_bytes, config.n_embd, config.n_head, config.window(layer)
+    a, C, H, window = machine.act_bytes, config.query_dim, config.n_head, config.window(layer)
     is_windowed = window < T - 1
     if machine.attention == "blocks":
         pairs = [(end - start) * (end - first)

@@ -28,14 +28,14 @@ FINAL_LR_FRAC  = 0.05
 
 
 def make_config(depth: int, *, vocab_size: int, sequence_len: int, aspect_ratio: int = 64, head_dim: int = 128,
-                window_pattern: str = "SSSL") -> GPTConfig:
-    """The model of a given depth: width = depth * aspect_ratio, rounded up to whole heads."""
+                window_pattern: str = "SSSL", **knobs) -> GPTConfig:
+    """The model of a given depth: width = depth * aspect_ratio, rounded up to whole heads; knobs: of GPTConfig."""
     if depth < 1 or aspect_ratio < 1 or head_dim < 2 or head_dim % 2 or sequence_len < 1:
         raise UserError(f"no model has --depth {depth} --aspect-ratio {aspect_ratio} --head-dim {head_dim} "
                         f"--max-seq-len {sequence_len}: all must be at least 1, the head dim even")
     n_head = math.ceil(depth * aspect_ratio / head_dim)
     return GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head, n_kv_head=n_head,
-                     n_embd=n_head * head_dim, window_pattern=window_pattern.upper())
+                     n_embd=n_head * head_dim, window_pattern=window_pattern.upper(), **knobs)
 
 
 def count_scaling_params(config: GPTConfig) -> int:

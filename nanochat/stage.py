@@ -18,10 +18,10 @@ from nanochat.checkpoint_manager import Checkpoint, Checkpointer
 from nanochat.choices import FREE_FLAGS, OUTCOME_FLAGS, Choices, StageFlags, StepRows, choose_how, predict_run
 from nanochat.common import Ranks, UserError, get_base_dir, get_environment, get_peak_memory_bytes, now, print0
 from nanochat.compilation import set_compile_kernels
+from nanochat.config import GPTConfig, read_config
 from nanochat.dataloader import Groups, RowOrder, TrainLoader, ValidationBatches
 from nanochat.engine import Engine
 from nanochat.fp8 import use_fp8
-from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import evaluate_loss
 from nanochat.memory import GIB
 from nanochat.optim import MuonAdamW
@@ -103,7 +103,9 @@ def prepare_run(recipe: Recipe, device: torch.device, ranks: Ranks) -> Setup | N
     first_step, meta = recipe.saved.step if recipe.saved else 0, recipe.get_meta(device)
     check_ranks(run_dir, {"step": first_step, "flags": flags.given, **meta["identity"]})
     if recipe.saved:
-        decisions += compare_with_saved(recipe.saved.meta, meta, take_identity(flags.defaults), run_dir,
+        saved = recipe.saved.meta
+        identity = saved["identity"] | {"model": asdict(read_config(saved["model_config"]))}    # with all knobs
+        decisions += compare_with_saved(saved | {"identity": identity}, meta, take_identity(flags.defaults), run_dir,
                                         flags.allow_mismatch)
         if first_step >= plan.num_iterations and read_info(run_dir).get("status") == "finished":
             print0(f"the run in {run_dir} is finished; --resume none or another --model-tag starts a new one")

@@ -20,6 +20,7 @@ from nanochat.dataloader import TextGroups, ValidationBatches, validation_batche
 from nanochat.dataset import default_source
 from nanochat.flash_attention import FLEX_BLOCK
 from nanochat.optim import MuonAdamW
+from nanochat.presets import parse_knobs
 from nanochat.run import StopSignal, decide, read_info
 from nanochat.scaling import get_lr_frac, get_muon_momentum, get_weight_decay_frac, make_config, make_plan
 from nanochat.shards import ShardList, load_shards
@@ -54,6 +55,8 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     add("--head-dim", type=int, default=128, help="channels of an attention head")
     add("--max-seq-len", type=int, default=2048, help="context in tokens")
     add("--window-pattern", default="SSSL", help="attention windows, tiled over the layers: L whole, S a quarter")
+    add("--knobs", nargs="+", default=[], metavar="KNOB=VALUE", help="other parts of the model, such as smear=off "
+        "softcap=0 (nanochat/config.py)")
     # horizon: the first that is given
     add("--num-iterations", type=int, help="optimizer steps")
     add("--target-flops", type=float, help="training FLOPs")
@@ -143,7 +146,8 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, run_dir: Path, rank
     saved, tokenizer = find_saved("base", run_dir, flags.resume), get_tokenizer(args.tokenizer)
     shards = load_shards(args.data or default_source(), train_files=saved and saved.meta["data"]["train_files"])
     config = make_config(args.depth, vocab_size=tokenizer.get_vocab_size(), sequence_len=args.max_seq_len,
-                         aspect_ratio=args.aspect_ratio, head_dim=args.head_dim, window_pattern=args.window_pattern)
+                         aspect_ratio=args.aspect_ratio, head_dim=args.head_dim, window_pattern=args.window_pattern,
+                         **parse_knobs(args.knobs))
     plan = make_plan(config, estimate_flops(config), num_iterations=args.num_iterations,
                      target_flops=args.target_flops, target_param_data_ratio=args.target_param_data_ratio,
                      batch_tokens=args.total_batch_size, weight_decay=args.weight_decay,

@@ -28,7 +28,7 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, read_flags
 from nanochat.common import Ranks, UserError, init_compute, print0, run_script
-from nanochat.config import GPTConfig, estimate_flops
+from nanochat.config import estimate_flops, read_config
 from nanochat.dataloader import hash_conversations
 from nanochat.rl import (
     DEFAULT_SAMPLE_ROWS,
@@ -183,7 +183,7 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, source: Checkpoint,
                 ranks: Ranks) -> tuple[Recipe, list[Question], list[Question]]:
     """What is learned and how fast, the questions to learn from, and those that are held out."""
     saved, tokenizer = find_saved("rl", run_dir, flags.resume), load_run_tokenizer(source.meta)
-    config, before = GPTConfig(**source.meta["model_config"]), source.meta["identity"]
+    config, before = read_config(source.meta["model_config"]), source.meta["identity"]
     max_new_tokens = choose_max_new_tokens(args.max_new_tokens, config.sequence_len)
     # a stage learns from rows of one token more than the context
     questions, held_out = load_questions(args.tasks, args.eval_examples, tokenizer,
