@@ -126,7 +126,7 @@ def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
     rope = 2 * ROPE_LENGTHS * config.sequence_len * config.head_dim // 2 * machine.act_bytes
     N, a, C = rows * T, machine.act_bytes, config.n_embd
     # outside the blocks nothing is compiled. Before them: normed, shifted, smeared; ids, targets, their weights
-    embedding = N * (machine.eager_norm_bytes * C + 3 * a * C + 20)
+    embedding = N * (machine.eager_norm_bytes * C * config.embed_norm + (1 + 2 * config.smear) * a * C + 20)
     last_is_middle = config.middle_layer == config.n_layer - 1  # so that no later block keeps it
     final_norm = N * (machine.eager_norm_bytes * C + machine.master_bytes + a * C * last_is_middle)
     num_copies = 8 if machine.is_compiled else 12  # of temporaries: most are in the MLP, whose tensors are 4 C wide
@@ -153,7 +153,8 @@ def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
     # each gradient is sent as soon as it is there: the rank's share of the sum stands beside it
     share = 1 / machine.world_size if machine.world_size > 1 else 0
     parts["gradients"] += round(config.padded_vocab_size * C * machine.master_bytes * (1 + share))  # the head's
-    parts["workspace"] = 3 * N * C * a  # gradients of x, x0, middle block's output
+    num_streams = 1 + (config.x0_init is not None) + (config.middle_layer is not None)
+    parts["workspace"] = num_streams * N * C * a  # gradients of x, x0, middle block's output
     add("backward", "norm")
     for layer in reversed(range(config.n_layer)):
         add("backward", str(layer), extra=block_backward)
@@ -275,7 +276,8 @@ def count_block_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine:
     # the inputs of the linear layers; in fp8 a copy, beside which the gate of an eager block keeps the attention's
     linears = C * (2 + a * (config.has_value_embed(layer) and not machine.is_compiled)) if machine.is_fp8 else 2 * a * C
     # the block's input (the first one's is x0), the norms' inputs
-    residual = a * C * (layer > 0) + normed * C * (1 if machine.is_compiled else 2) + linears + 2 * stat
+    is_mixed = config.resid_init is not None or config.x0_init is not None
+    residual = a * C * (layer > 0 and is_mixed) + normed * C * (1 if machine.is_compiled else 2) + linears + 2 * stat
     qk_norms = (normed * (Q + kv_dim) + stat * (config.n_head + config.n_kv_head)) * (config.qk_scale != 0)
     value_embed = a * (kv_dim + 2 * config.n_kv_head) if config.has_value_embed(layer) else 0
     num_cast = sum(map(math.prod, list_matrices(config, layer))) - machine.is_fp8 * count_fp8_weights(config)
@@ -337,6 +339,8 @@ def count_loss_bytes(config: GPTConfig, N: int, machine: Machine) -> int:
     num_copies = int(is_cpu)  # of the logits while they become e (1 - t^2)
     if not machine.is_compiled:  # tanh of bf16 on a CPU is a fraction with two polynomials
         num_copies = 5 if machine.dtype == "bfloat16" and is_cpu else 4
+        if not config.softcap:  # the logits in fp32, less their maximum, and exp
+            num_copies = 2 + (a < master)
     inputs = (1 + a) * chunk * C if machine.is_fp8 else 0  # in 8 bits, and as the gradient of the head reads them
     return (a * C * N + head + gradients + 4 * master * N + a * chunk * logits_V + inputs
             + max(num_copies * master * exp_tokens * V, a * V * C))

@@ -56,8 +56,9 @@ def make_marin(n_layer: int, n_head: int) -> Preset:
     """A size of marin's: heads of 128, a context of 2,048, the vocabulary of Llama 3 (128,256)."""
     C = 128 * n_head
     knobs = {"rope_base": 1024.0, "rope_fraction": 0.5, "qk_scale": 1.35 ** 0.5, "ve_gate_channels": 0, "smear": False,
-             "backout_layer": 2 * n_layer // 3 - 1, "backout_init": 0.5, "resid_init": (1.1, 1.1), "x0_init": (0.0, 0.0),
-             "softcap": 0.0, "wte_std": 1 / C, "head_std": 0.0, "linear_init": "normal", "fc_init": 1.0}
+             "backout_layer": 2 * n_layer // 3 - 1, "backout_init": 0.5, "resid_init": (1.1, 1.1),
+             "x0_init": (0.0, 0.0), "softcap": 0.0, "wte_std": 1 / C, "head_std": 0.0, "linear_init": "normal",
+             "fc_init": 1.0}
     shape = {"n_layer": n_layer, "n_head": n_head, "n_kv_head": n_head, "n_embd": C, "window_pattern": "L"}
     return Preset("marin-community/marin, its speedrun with features of modded-nanogpt", knobs, shape)
 

@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dev.bench_memory import join_phases, trace_step
 from nanochat.common import UserError
 from nanochat.config import GPTConfig, count_params, estimate_flops
 from nanochat.engine import Engine
+from nanochat.memory import Machine, predict_memory
 from nanochat.presets import KNOBS, PRESETS, find_preset, parse_knobs
 from nanochat.train import train_step
 from tests.helpers import BYTE_TOKENIZER, CONFIG, make_batch, make_model, make_prompt
@@ -93,3 +95,14 @@ def test_impossible_knobs_are_refused(knobs, message):
 def test_unknown_preset_names_those_that_exist():
     with pytest.raises(UserError, match="--preset gpt5 is not one of nanochat-july26, nanochat-jan26, marin-150m"):
         find_preset("gpt5")
+
+
+@pytest.mark.parametrize("name", ["nanochat-jan26", "marin-150m", "arcadium-200m", "plain"])
+def test_memory_of_a_preset_is_predicted(name):
+    """As tests/test_memory.py does for the model of today: the model's own step on fake tensors."""
+    small = {"attn_dim": 512, "mlp_dim": 640} if name.startswith("arcadium") else {}
+    config = replace(make_config(name), sequence_len=512, vocab_size=8192, n_embd=256, n_kv_head=4, **small)
+    machine = Machine("bfloat16", "sdpa", False, "cpu")
+    predicted = join_phases(predict_memory(config, 512, 8, machine))
+    for phase, num_bytes in trace_step(config, 512, 8, machine, 1).items():
+        assert predicted[phase] == pytest.approx(num_bytes, rel=0.02), phase
