@@ -91,14 +91,19 @@ CHAT_SETTINGS = {"MID_EXTRA": f"--tasks Arithmetic:40 {CHAT_EXTRA}", "SFT_EXTRA"
                  "CHAT_EVAL_EXTRA": "--task-name Arithmetic -x 2 -m 4 --device-type cpu"}
 
 
+def write_hub(folder, source):
+    """The hub as a folder: the first training shard of a source, and its validation shard."""
+    hub = dataset.HUB_SOURCES[source]
+    documents = [f"The {i} {word}s are {word}." for i in range(200) for word in ("dog", "cat", "fox", "hen")]
+    for name, texts in ((hub.train[0], documents), (hub.val, documents[:80])):
+        (folder / hub.repo / name).parent.mkdir(parents=True, exist_ok=True)
+        write_shard(folder / hub.repo / name, iter(texts))
+
+
 def test_speedrun_is_killed_and_goes_on(base_dir, tmp_path):
     """The hub is a folder with as many shards as the plan asks for, and CORE's tasks. Killed on one rank, continued on
     two, every command of the recipe runs."""
-    repo, num_in_repo = dataset.HUB_SOURCES["climbmix"]
-    documents = [f"The {i} {word}s are {word}." for i in range(200) for word in ("dog", "cat", "fox", "hen")]
-    (tmp_path / "hub" / repo).mkdir(parents=True)
-    for idx, texts in ((0, documents), (num_in_repo - 1, documents[:80])):
-        write_shard(tmp_path / "hub" / repo / f"shard_{idx:05d}.parquet", iter(texts))
+    write_hub(tmp_path / "hub", "climbmix")
     shutil.make_archive(tmp_path / "hub" / "eval_bundle", "zip", write_bundle(tmp_path / "bundle"))
     settings = {"DATA": "climbmix", "NANOCHAT_MIRROR_DIR": str(tmp_path / "hub"), **CHAT_SETTINGS,
                 "EXTRA": TOY["EXTRA"].replace("--num-iterations 12", "--num-iterations 60 --save-every 2"),
