@@ -32,8 +32,14 @@ FREE_FLAGS = MACHINE_FLAGS | {
 # Flags whose outcome is part of the identity in their place: data, tokenizer, model, plan, source
 OUTCOME_FLAGS = {"data", "tokenizer", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "source",
                  "num_iterations", "target_flops", "target_param_data_ratio", "total_batch_size", "weight_decay",
-                 "num_epochs", "mixture", "tasks", "custom_json", "max_new_tokens"}
+                 "num_epochs", "mixture", "tasks", "custom_json", "words", "max_new_tokens"}
 LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")    # later stages take over the base run's
+
+
+def add_words_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of all that learns from tasks or evaluates them."""
+    parser.add_argument("--words", metavar="DATA", help="dataset whose words are spelled (default: the published list "
+                        "where it is on disk, else those of the first dataset there), see tasks/words.py")
 
 
 def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_every: int, has_rows: bool = True) -> None:

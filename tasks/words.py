@@ -1,6 +1,10 @@
-"""Words to spell: the published list of 370,000 English words where it is on disk, else the words of the texts there.
+"""Words to spell: those of a named dataset. Where none is named, the published list of 370,000 English words where
+it is on disk, else the words of the texts there.
 
     python -m tasks.words       download the published list to the base folder; nothing else ever does
+
+Without a name the words depend on what earlier commands left on this machine. So a recipe that must learn from the same
+data everywhere, with a network or without, names its dataset: `--words NAME` of the stages and of scripts.chat_eval.
 """
 
 import gzip
@@ -29,21 +33,39 @@ MAX_TEXT_CHARS = 100_000_000    # of a corpus are read for their words, which ta
 KEPT_NAME = "words_found.txt"    # the words that were collected; delete it to have them collected anew
 
 
-def load_words() -> list[str]:
+def load_words(data: str | None = None) -> list[str]:
     """Lower-case words of the letters a-z, sorted: the published list, the corpus's words, or the docstrings' words.
 
-    The words that are collected in place of the list are kept, so that all stages of a chain spell the same words.
+    data: the dataset whose words they are, whatever else is on disk, the list too; UserError if it has none
+    The words that are collected are kept, so that all stages of a chain spell the same words.
     """
+    if data:
+        return read_list(keep_words(data))
     path = find_list()
     if path is None:
         path = get_base_dir() / KEPT_NAME
-        with file_lock(path):     # one rank for all
+        with file_lock(path):
             if not path.exists():
                 source, words = collect_words_here()
                 print0(f"words to spell: {len(words):,} of {source}, kept in {path}; to use the published list "
                        "instead: python -m tasks.words")
                 write_atomic(path, "\n".join(words) + "\n")
     return read_list(path)
+
+
+def keep_words(data: str) -> Path:
+    """The file with a dataset's words, which are collected once."""
+    shards = load_shards(data)
+    path = get_base_dir() / f"words_{shards.hash}.txt"
+    with file_lock(path):
+        if not path.exists():
+            words = collect_words(iter_documents(shards.train, MAX_TEXT_CHARS))
+            if not words:
+                raise UserError(f"--words {data}: no word of the letters a-z stands there {MIN_OCCURRENCES} times; "
+                                "leave out the flag, or the tasks that spell")
+            print0(f"words to spell: {len(words):,} of the corpus {shards.name}, kept in {path}")
+            write_atomic(path, "\n".join(words) + "\n")
+    return path
 
 
 def collect_words_here() -> tuple[str, list[str]]:
