@@ -36,47 +36,33 @@ KEPT_NAME = "words_found.txt"    # the words that were collected; delete it to h
 def load_words(data: str | None = None) -> list[str]:
     """Lower-case words of the letters a-z, sorted: the published list, the corpus's words, or the docstrings' words.
 
-    data: the dataset whose words they are, whatever else is on disk, the list too; UserError if it has none
+    data: the dataset whose words they are, whatever else is on disk, the list too; the docstrings' words if it has none
     The words that are collected are kept, so that all stages of a chain spell the same words.
     """
     if data:
-        return read_list(keep_words(data))
-    path = find_list()
-    if path is None:
-        path = get_base_dir() / KEPT_NAME
-        with file_lock(path):
+        path, folders, advice = get_base_dir() / f"words_{load_shards(data).hash}.txt", [data], ""
+    else:
+        path = find_list() or get_base_dir() / KEPT_NAME
+        folders = [str(manifest.parent) for manifest in sorted(get_base_dir().glob("data/*/manifest.json"))]
+        advice = "; to use the published list instead: python -m tasks.words"
+    if not path.exists():
+        with file_lock(path):     # one rank for all
             if not path.exists():
-                source, words = collect_words_here()
-                print0(f"words to spell: {len(words):,} of {source}, kept in {path}; to use the published list "
-                       "instead: python -m tasks.words")
+                source, words = collect_first_words(folders)
+                print0(f"words to spell: {len(words):,} of {source}, kept in {path}{advice}")
                 write_atomic(path, "\n".join(words) + "\n")
     return read_list(path)
 
 
-def keep_words(data: str) -> Path:
-    """The file with a dataset's words, which are collected once."""
-    shards = load_shards(data)
-    path = get_base_dir() / f"words_{shards.hash}.txt"
-    with file_lock(path):
-        if not path.exists():
-            words = collect_words(iter_documents(shards.train, MAX_TEXT_CHARS))
-            if not words:
-                raise UserError(f"--words {data}: no word of the letters a-z stands there {MIN_OCCURRENCES} times; "
-                                "leave out the flag, or the tasks that spell")
-            print0(f"words to spell: {len(words):,} of the corpus {shards.name}, kept in {path}")
-            write_atomic(path, "\n".join(words) + "\n")
-    return path
-
-
-def collect_words_here() -> tuple[str, list[str]]:
-    """The source of text on this machine, and its words."""
-    for manifest in sorted(get_base_dir().glob("data/*/manifest.json")):
+def collect_first_words(folders: Iterable[str]) -> tuple[str, list[str]]:
+    """The words of the first dataset that has any, else those of Python's docstrings; and whose they are."""
+    for folder in folders:
         try:
-            documents = iter_documents(load_shards(str(manifest.parent)).train, MAX_TEXT_CHARS)
+            shards = load_shards(folder)
         except UserError:
             continue    # not complete: not at hand
-        if words := collect_words(documents):     # none in many languages
-            return f"the corpus {manifest.parent.name}", words
+        if words := collect_words(iter_documents(shards.train, MAX_TEXT_CHARS)):     # none in many languages
+            return f"the corpus {shards.name}", words
     return "Python's docstrings", collect_words(doc for _, doc in iter_docstrings())
 
 
