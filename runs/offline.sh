@@ -66,7 +66,9 @@ core="" words=own
 [[ ! -e $NANOCHAT_MIRROR_DIR/eval_bundle.zip ]] || core="core 150"
 [[ ! -e $NANOCHAT_MIRROR_DIR/dwyl/english-words/words_alpha.txt.gz ]] || words=""    # but those of the folder's list
 
-size=$(( DEPTH * DEPTH ))    # a stage's seconds grow about as much
+# Seconds by the header; those of training grow about as the depth squared, the base model's with its tokens too. Only
+# those of the base model and SFT were measured one by one
+size=$(( DEPTH * DEPTH ))
 begin_chain "$NAME" text 30 tokenizer 30 base $(( NUM_ITERATIONS * BATCH_TOKENS * size / 238000 )) loss 30 $core \
     sft $(( 46 * size )) eval $(( 5 * size )) report 5
 stage text

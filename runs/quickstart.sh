@@ -19,7 +19,7 @@ DATA=${DATA:-python-docs}                # a source of nanochat.dataset, or a da
                                          # climbmix (web pages, 0.2 GB) or tinystories (0.3 GB) teach English
 NUM_SHARDS=${NUM_SHARDS:-}               # training shards to download; empty: as many as the base model reads
 TOK_CHARS=${TOK_CHARS:-100000000}        # characters that the tokenizer learns from
-NAME=${NAME:-quickstart}                 # of the tokenizer and the runs
+NAME=${NAME:-quickstart}                 # of the tokenizer and the runs; other DATA needs another
 MID_TASKS=${MID_TASKS:-Arithmetic:12000 SimpleSpelling:110000 SpellingBee:8000 Identity:1500:2 PythonDocs}
 SFT_TASKS=${SFT_TASKS:-Arithmetic:3000 SimpleSpelling:25000 SpellingBee:4000 Identity:1500:2 PythonDocs}
 RL_TASKS=${RL_TASKS:-SimpleSpelling:320}    # 16 questions a step
@@ -31,7 +31,8 @@ RL_EXTRA=${RL_EXTRA:-}                   # more flags for chat_rl alone
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-size=$(( DEPTH * DEPTH ))    # a stage's seconds grow about as much
+# Seconds by the header; those of training grow about as the depth squared, the base model's with its tokens too
+size=$(( DEPTH * DEPTH ))
 begin_chain "$NAME" text 25 tokenizer 15 base $(( NUM_ITERATIONS * BATCH_TOKENS * size / 238000 )) loss 20 \
     mid $(( 19 * size )) sft $(( 6 * size )) rl $(( 2 * size )) eval $(( 6 * size )) report 5
 stage text
