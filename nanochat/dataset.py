@@ -2,6 +2,7 @@
 
 python -m nanochat.dataset                                          climbmix with a CUDA device, else python-docs
 python -m nanochat.dataset --source climbmix -n 170 -w 8            more shards later: the same with a larger -n
+python -m nanochat.dataset --source tinystories -n 1                250 MB of stories that a small model can learn
 python -m nanochat.dataset --source files --path FOLDER --name mine your own texts, see text_files.py
 python -m nanochat.dataset --source climbmix --verify               check every sha256, make bad shards again
 
