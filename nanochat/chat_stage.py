@@ -76,9 +76,9 @@ def add_chat_args(parser: argparse.ArgumentParser, mixtures: Iterable[str]) -> N
     add("--mixture", choices=mixtures, help="tasks to learn from, see tasks/mixtures.py (default: the stage's)")
     add("--tasks", nargs="+", metavar="NAME[:COUNT[:WEIGHT]]", help="instead of a mixture: these tasks, of each COUNT "
         "conversations (default: all), each used WEIGHT times (default: once)")
+    add_words_flag(parser)
     add("--custom-json", action="append", default=[], metavar="FILE", help="your own conversations as well: a .jsonl, "
         ".json, .csv or .parquet file, see tasks/customjson.py; may be repeated")
-    add_words_flag(parser)
     # horizon and learning rates
     add("--num-epochs", type=int, default=1, help="times that each conversation is learned from")
     add("--num-iterations", type=int, help="optimizer steps, instead of whole epochs")

@@ -36,12 +36,6 @@ OUTCOME_FLAGS = {"data", "tokenizer", "depth", "aspect_ratio", "head_dim", "max_
 LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")    # later stages take over the base run's
 
 
-def add_words_flag(parser: argparse.ArgumentParser) -> None:
-    """The flag of all that learns from tasks or evaluates them."""
-    parser.add_argument("--words", metavar="DATA", help="dataset whose words are spelled (default: the published list "
-                        "where it is on disk, else those of the first dataset there), see tasks/words.py")
-
-
 def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_every: int, has_rows: bool = True) -> None:
     """The flags that every stage has; has_rows: it learns from rows of data, and is evaluated on them."""
     add = parser.add_argument
@@ -73,6 +67,12 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
         help="compute in 8 bits what reads normed activations; auto is off, for no GPU has shown the gain yet")
     add("--loss", choices=tuple(LOSSES), default="fused", help="fused saves memory, plain is easy to change")
     add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit on a GPU, slower")
+
+
+def add_words_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of all that learns from tasks or evaluates them."""
+    parser.add_argument("--words", metavar="DATA", help="dataset whose words are spelled (default: the published list "
+                        "where it is on disk, else those of the first dataset there), see tasks/words.py")
 
 
 @dataclass(frozen=True)
