@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from nanochat.checkpoint_manager import Checkpoint, find_saved, load_run_tokenizer
-from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, count_rows
+from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, add_words_flag, count_rows
 from nanochat.common import Ranks, UserError, print0
 from nanochat.config import GPTConfig, estimate_flops
 from nanochat.dataloader import ConversationGroups, Epoch, ValidationBatches, count_epoch, validation_conversations
@@ -76,6 +76,7 @@ def add_chat_args(parser: argparse.ArgumentParser, mixtures: Iterable[str]) -> N
     add("--mixture", choices=mixtures, help="tasks to learn from, see tasks/mixtures.py (default: the stage's)")
     add("--tasks", nargs="+", metavar="NAME[:COUNT[:WEIGHT]]", help="instead of a mixture: these tasks, of each COUNT "
         "conversations (default: all), each used WEIGHT times (default: once)")
+    add_words_flag(parser)
     add("--custom-json", action="append", default=[], metavar="FILE", help="your own conversations as well: a .jsonl, "
         ".json, .csv or .parquet file, see tasks/customjson.py; may be repeated")
     # horizon and learning rates

@@ -38,10 +38,11 @@ class Mixture:
         return ", ".join(self.parts)
 
 
-def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = ()) -> Mixture:
+def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = (), words: str | None = None) -> Mixture:
     """The mixture of tasks, given as NAME[:COUNT[:WEIGHT]], and of a person's own files; UserError if one is missing.
 
     COUNT: conversations, all by default; WEIGHT: how often each is used, 2 = twice
+    words: the dataset whose words are spelled, see tasks.words.load_words
     """
     train, val, weights, parts, accounts = [], [], [], {}, []
     for entry in entries:
@@ -50,9 +51,9 @@ def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = ()) -> Mi
             raise UserError(f"--tasks names {name} twice; name it once, with a WEIGHT to use it more often, such as "
                             f"{name}:{count or ''}:2")
         try:
-            train.append(make_task(name, "train", count))
+            train.append(make_task(name, "train", count, words))
             val.append(make_task(name, VAL_SPLITS.get(name, "test"), min(count or MAX_VAL_GENERATED, MAX_VAL_GENERATED)
-                                 if name in GENERATED else None))
+                                 if name in GENERATED else None, words))
         except UserError as error:
             raise UserError(f"{name}: {error}; or choose what there is with --tasks, or --mixture quickstart, which "
                             "needs no download") from None
@@ -89,8 +90,8 @@ def parse_entry(entry: str) -> tuple[str, int | None, float]:
     return parsed
 
 
-def make_task(name: str, split: str, count: int | None) -> Task:
-    """A task, `count` conversations of it or all."""
+def make_task(name: str, split: str, count: int | None, words: str | None = None) -> Task:
+    """A task, `count` conversations of it or all; words: as get_task has it."""
     if count is None:
-        return get_task(name, split)
-    return get_task(name, split, **({"size": count} if name in GENERATED else {"stop": count}))
+        return get_task(name, split, words)
+    return get_task(name, split, words, **({"size": count} if name in GENERATED else {"stop": count}))

@@ -10,7 +10,9 @@ from nanochat import download
 from nanochat.common import UserError
 from nanochat.dataset import main as make_dataset
 from tasks import words as words_module
+from tasks.catalog import get_task
 from tasks.common import is_test
+from tasks.mixtures import make_mixture
 from tasks.spellingbee import SimpleSpelling
 from tasks.words import collect_words, load_words, read_list
 from tests.data_helpers import Server
@@ -78,6 +80,25 @@ def test_words_of_docstrings_then_of_the_corpus(base_dir, tmp_path, capsys):
     assert SimpleSpelling("train", words=found)[0]["word"] in found
     (base_dir / "words_alpha.txt").write_text("apple\n")             # a person's own list goes first
     assert load_words() == ["apple"]
+
+
+def test_named_data_goes_before_whatever_is_on_disk(base_dir, tmp_path, capsys):
+    """A recipe learns from the same words on a machine with the published list, and with other datasets."""
+    for name, words in (("another", "lemon melon"), ("mine", "harbour quay"), ("numbers", "12 345")):
+        rows = [{"text": f"{idx} {words} " * 5} for idx in range(30)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        make_dataset(["--source", "files", "--path", str(tmp_path / f"{name}.jsonl"), "--name", name])
+    (base_dir / "words_alpha.txt").write_text("apple\n")
+    capsys.readouterr()
+    assert load_words("mine") == load_words("mine") == ["harbour", "quay"]
+    assert capsys.readouterr().out.count("2 of the corpus mine") == 1
+    assert get_task("SimpleSpelling", "train", "another", size=5).words == ["lemon", "melon"]
+    assert get_task("Arithmetic", "train", "another", size=5)[0]
+    assert make_mixture(["SimpleSpelling:5"], words="mine").train[0]["word"] in ("harbour", "quay")
+    assert load_words() == ["apple"]
+    assert "docstring" in load_words("numbers") and "of Python's docstrings, kept in" in capsys.readouterr().out
+    with pytest.raises(UserError, match="there is no data 'none'"):
+        load_words("none")
 
 
 def test_collect_words_keeps_words_only():
