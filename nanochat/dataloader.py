@@ -324,14 +324,14 @@ class Epoch:
                 **self.stats.fractions()}
 
 
-def count_epoch(groups: ConversationGroups, ranks: Ranks, device: torch.device) -> Epoch:
+def count_epoch(groups: ConversationGroups, ranks: Ranks) -> Epoch:
     """Pack all groups once: counts the rows and checks every conversation. Collective: all ranks call it."""
     num_threads = max(1, count_cpus() // ranks.world_size)
     with timed(f"packing {len(groups.conversations):,} conversations"), ThreadPoolExecutor(num_threads) as pool:
         packed = pool.map(groups.load_rows, range(ranks.rank, len(groups), ranks.world_size))
         sums = sum((np.array([len(rows), *astuple(stats)]) for rows, stats in packed),
                    np.zeros(1 + len(astuple(PackStats())), np.int64))
-    num_rows, *sums = sum_over_ranks(torch.from_numpy(sums).to(device)).tolist()
+    num_rows, *sums = sum_over_ranks(torch.from_numpy(sums)).tolist()
     if not num_rows:
         raise UserError(groups.empty)
     stats = PackStats(*sums)
