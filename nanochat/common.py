@@ -496,6 +496,13 @@ def find_device_type(device_type: str) -> str:
     return "cpu"
 
 
+def has_gpu() -> bool:
+    """Whether this process has a GPU that "cuda" means: also one that the driver lists and torch can't use yet."""
+    import torch
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    return torch.cuda.is_available() or not is_hidden and bool(nvidia.find_driver().names)
+
+
 def explain_unusable_gpu(driver: nvidia.Driver) -> str:
     """One sentence on GPUs that `driver` lists and torch can't use."""
     import torch
