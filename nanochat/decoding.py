@@ -172,15 +172,15 @@ def make_cache(model: GPT, num_rows: int, num_tokens: int, is_compiled: bool = F
 # The step: each row of a cache gets its next token
 
 
-def make_step(model: GPT, compile: bool = False, max_rows: int = 2) -> Callable[[Tensor, KVCache], Tensor]:
+def make_step(model: GPT, compile: bool | None = False, max_rows: int = 2) -> Callable[[Tensor, KVCache], Tensor]:
     """The function of a decoding step: (B, 1) token ids and a cache of at least B rows -> (B, V) logits.
 
     The tokens are those of the cache's first rows, of which the longest holds `num_tokens`.
 
-    compile:  on a CPU, now; on CUDA the step is a graph anyway, elsewhere it is eager
+    compile:  on a CPU, now; on CUDA the step is a graph anyway, elsewhere it is eager. None: eager everywhere
     max_rows: B is never more; one row alone needs one graph less
     """
-    if model.get_device().type == "cuda":
+    if model.get_device().type == "cuda" and compile is not None:
         return GraphedStep(model)
     if compile and model.get_device().type == "cpu":
         works, reason = choose_compile("auto", model.get_device(), None)
