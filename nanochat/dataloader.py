@@ -181,6 +181,8 @@ class TrainLoader(contextlib.AbstractContextManager):
         rows_per_step, seed, num_lanes, num_epochs = order.rows_per_step, order.seed, order.num_lanes, order.num_epochs
         if num_lanes is None:
             num_lanes = state["num_lanes"] if state else choose_num_lanes(rows_per_step)
+            if rows_per_step % num_lanes and order.allow_mismatch:    # another batch: the data begins anew below
+                num_lanes = choose_num_lanes(rows_per_step)
         for count, what in ((ranks.world_size, "ranks"), (num_lanes, "lanes of the run")):
             if rows_per_step % count:
                 raise UserError(f"{rows_per_step} rows a step don't divide evenly over the {count} {what}; "
