@@ -65,6 +65,15 @@ def test_what_is_no_conversation_is_left_out_and_counted(tmp_path, row, message)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
+def test_a_row_with_two_fields_of_one_name_is_left_out(tmp_path):
+    """json would take the second answer without a word."""
+    rows = [json.dumps(TALK)] * 30
+    rows[3] = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]'
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows))
+    account = CustomJSON(tmp_path / "mine.jsonl").account
+    assert account.kept == 29 and account.reasons == {"two fields are named 'content'": [4]}
+
+
 @pytest.mark.parametrize(("num", "num_val"), [(19, 0), (20, 1), (40, 2)])
 def test_what_is_held_out_for_validation(tmp_path, num, num_val):
     """A file too small for any says so, where other tasks have some: nothing else would."""
