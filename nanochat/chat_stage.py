@@ -90,7 +90,7 @@ def add_chat_args(parser: argparse.ArgumentParser, mixtures: Iterable[str]) -> N
 def run_chat_stage(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run_dir: Path, device: torch.device,
                    ranks: Ranks) -> dict:
     """Begin or continue a run of a stage, write its section of the report, and return its results. Collective."""
-    groups, epoch, recipe = make_recipe(stage, settings, flags, run_dir, device, ranks)
+    groups, epoch, recipe = make_recipe(stage, settings, flags, run_dir, ranks)
     setup = prepare_run(recipe, device, ranks)
     if setup:
         describe_changes(setup, settings)
@@ -144,7 +144,7 @@ def train(run: Run, val_batches: ValidationBatches | None, settings: ChatSetting
             run.log_step(TakenStep(step, begin_time, stats, values))
 
 
-def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run_dir: Path, device: torch.device,
+def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run_dir: Path,
                 ranks: Ranks) -> tuple[ConversationGroups, Epoch, Recipe]:
     """The conversations, what an epoch of them is, and how they are learned from. Collective."""
     source, mixture = settings.source, settings.mixture
@@ -158,7 +158,7 @@ def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run
         print0("\n".join(account.describe()))
     groups = ConversationGroups(mixture.name, mixture.train, tokenizer, T, keep_whole=stage.keep_whole)
     is_counted = saved and saved.meta["identity"]["conversations"] == groups.identity
-    epoch = Epoch.from_json(saved.meta["epoch"]) if is_counted else count_epoch(groups, ranks, device)
+    epoch = Epoch.from_json(saved.meta["epoch"]) if is_counted else count_epoch(groups, ranks)
     batch_tokens = before["plan"]["batch_tokens"] if flags.total_batch_size is None else flags.total_batch_size
     plan = make_chat_plan(config, estimate_flops(config), epoch_rows=epoch.num_rows, num_epochs=settings.num_epochs,
                           num_iterations=settings.num_iterations, batch_tokens=batch_tokens, scales_lr=stage.scales_lr)

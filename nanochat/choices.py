@@ -186,10 +186,7 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
         """One choice: kept, or as `find` has it: (value, why). Ranks may measure differently, so rank 0's counts."""
         asked = getattr(wanted, name)
         is_kept = asked == "auto" and name in kept
-        mine = find(kept[name] if is_kept else asked)
-        value, why = gather(mine)[0]
-        if name == "attention" and mine[0] != value:
-            find(value)  # rank 0 found another backend: this rank uses the same, or says why it can't
+        value, why = gather(find(kept[name] if is_kept else asked))[0]
         return decide(decisions, name, value, wanted.kept_why if is_kept else why)
 
     world_size = common.get_ranks().world_size

@@ -1,6 +1,6 @@
 """The sources of text, and the command that makes or downloads a dataset.
 
-python -m nanochat.dataset                                          climbmix with a CUDA device, else python-docs
+python -m nanochat.dataset                                          climbmix on a machine with a GPU, else python-docs
 python -m nanochat.dataset --source climbmix -n 170 -w 8            more shards later: the same with a larger -n
 python -m nanochat.dataset --source tinystories -n 1                250 MB of stories that a small model can learn
 python -m nanochat.dataset --source files --path FOLDER --name mine your own texts, see text_files.py
@@ -256,7 +256,7 @@ def fetch_from_hub(folder: Path, source: str, num_shards: int | None, num_worker
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Bring text onto this machine as parquet shards.")
     add = parser.add_argument
-    add("--source", choices=shards.SOURCES, help="default: climbmix with a CUDA device, else python-docs")
+    add("--source", choices=shards.SOURCES, help="default: climbmix on a machine with a GPU, else python-docs")
     add("--name", help="folder under <base dir>/data (default: the source's name)")
     add("-n", "--num-shards", type=int, help="hub sources: training shards to have at least (default: as many as the "
         f"last time, at first {DEFAULT_NUM_SHARDS} or all there are)")
@@ -268,8 +268,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.source:
         args.source = default_source()
-        print0(f"source: {args.source} (a CUDA device is {'' if args.source == 'climbmix' else 'not '}there; see "
-               "--source)")
+        print0(f"source: {args.source} ({'a' if args.source == 'climbmix' else 'no'} GPU is there; see --source)")
     used = {"files": ("path", "text_column", "seed"), "python-docs": ("seed",)}
     used = used.get(args.source, ("num_shards", "num_workers"))
     for name in ("num_shards", "num_workers", "path", "text_column", "seed"):
@@ -289,8 +288,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def default_source() -> str:
     """The source where none is named: as much text as a GPU needs, or the text that is on every machine."""
-    import torch  # which takes seconds to load, and nothing else here needs it
-    return "climbmix" if torch.cuda.is_available() else "python-docs"
+    return "climbmix" if common.has_gpu() else "python-docs"
 
 
 def main(argv: list[str] | None = None) -> dict:

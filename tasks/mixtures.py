@@ -7,7 +7,7 @@ from pathlib import Path
 from nanochat.common import UserError, expand_home, hash_file
 from tasks.catalog import TASKS, get_task
 from tasks.common import Task, TaskMixture
-from tasks.customjson import CustomJSON, RowAccount
+from tasks.customjson import VAL_ONE_IN, CustomJSON, RowAccount
 
 # Each entry is NAME[:COUNT[:WEIGHT]], as --tasks takes them. 'mid' and 'sft' are those of the public record (January
 # 2026), 'sft-direct' that of SFT straight from the base model (July 2026); 'quickstart' needs no download.
@@ -22,7 +22,6 @@ MIXTURES = {
 GENERATED = ("SpellingBee", "SimpleSpelling", "Arithmetic", "Identity")   # of any size
 VAL_SPLITS = {"MMLU": "validation", "ARC-Easy": "validation", "ARC-Challenge": "validation"}   # of others: test
 MAX_VAL_GENERATED = 1000    # held-out conversations of a generated task
-CUSTOM_VAL_ONE_IN = 20      # of a person's own conversations are held out, the last ones of the file
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = (), words
         whole, name = CustomJSON(path), Path(path).name
         if name in parts:
             raise UserError(f"two files or tasks are called {name}, so records couldn't tell them apart; rename one")
-        num_train = len(whole) - len(whole) // CUSTOM_VAL_ONE_IN
+        num_train = len(whole) - len(whole) // VAL_ONE_IN
         train.append(whole.cut(0, num_train))
         val.append(whole.cut(num_train, None))
         accounts.append(whole.account)

@@ -15,8 +15,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from nanochat import corpus, dataset, download
+from nanochat import corpus, dataset, download, nvidia
 from nanochat.common import UserError
 from nanochat.corpus import Package
 from nanochat.dataset import main
@@ -237,6 +238,27 @@ def test_real_prose(base_dir):
     shards = load_shards("prose")
     count = sum(1 for _ in iter_documents([*shards.train, shards.val]))
     assert count == 3 * 8082 + 2048  # every document, none twice
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The source where none is named
+
+
+@pytest.mark.parametrize(("names", "visible", "works", "source"), [
+    ((), None, False, "python-docs"), (("NVIDIA H100",), None, True, "climbmix"),
+    (("NVIDIA H100",), None, False, "climbmix"),    # the driver is too old for this torch, say
+    (("NVIDIA H100",), "", False, "python-docs"),   # hidden
+    ((), None, True, "climbmix")])                  # of AMD
+def test_source_of_a_machine(names, visible, works, source, monkeypatch, capsys):
+    """It follows from the GPU that is there, not from whether this torch can use it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: works)
+    monkeypatch.setattr(nvidia, "find_driver", lambda: nvidia.Driver("470.1", names))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert dataset.parse_args([]).source == source
+    there = "a GPU is there" if source == "climbmix" else "no GPU is there"
+    assert capsys.readouterr().out == f"source: {source} ({there}; see --source)\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,26 +21,17 @@ from tests.helpers import REPO_DIR
 REAL_LIST = REPO_DIR.parent / "shared" / "data" / "tasks" / "words_alpha.txt.gz"
 
 
-@pytest.fixture
-def base_dir(tmp_path, monkeypatch):
-    monkeypatch.delenv("NANOCHAT_MIRROR_DIR", raising=False)
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(words_module, "LIST_URL", "http://127.0.0.1:9/words_alpha.txt")   # where nobody listens
-    return tmp_path
-
-
 @pytest.mark.skipif(not REAL_LIST.exists(), reason=f"the published list is not at {REAL_LIST}")
-def test_published_list(base_dir, capsys):
-    (base_dir / "words_alpha.txt.gz").write_bytes(REAL_LIST.read_bytes())
+def test_published_list(offline_base, capsys):
+    (offline_base / "words_alpha.txt.gz").write_bytes(REAL_LIST.read_bytes())
     words = load_words()
     assert len(words) > 350_000 and words == sorted(set(words)) and "strawberry" in words
     assert 0.09 < sum(map(is_test, words)) / len(words) < 0.11
     assert not capsys.readouterr().out
-    assert read_list(base_dir / "words_alpha.txt.gz") == words
+    assert read_list(offline_base / "words_alpha.txt.gz") == words
 
 
-def test_list_is_downloaded_by_command_alone(base_dir, monkeypatch, capsys):
+def test_list_is_downloaded_by_command_alone(offline_base, monkeypatch, capsys):
     listed = [first + second + third + fourth for first in "abcdefghij" for second in "aeiou" for third in "klmno"
               for fourth in "stuvwxyz"]
     monkeypatch.setattr(words_module, "MIN_LIST_WORDS", 1000)
@@ -52,7 +43,7 @@ def test_list_is_downloaded_by_command_alone(base_dir, monkeypatch, capsys):
         for _ in range(2):  # an error, then a page: neither is kept
             with pytest.raises(UserError, match="the list of words can't be had: .*connect to the network"):
                 words_module.main([])
-            assert not (base_dir / "words_alpha.txt").exists()
+            assert not (offline_base / "words_alpha.txt").exists()
         server.content = "\r\n".join(listed).encode() + b"\r\n"
         num_requests = len(server.requests)
         collected = load_words()
@@ -63,7 +54,7 @@ def test_list_is_downloaded_by_command_alone(base_dir, monkeypatch, capsys):
         server.shutdown()
 
 
-def test_words_of_docstrings_then_of_the_corpus(base_dir, tmp_path, capsys):
+def test_words_of_docstrings_then_of_the_corpus(offline_base, tmp_path, capsys):
     words = load_words()
     lines = capsys.readouterr().out.splitlines()
     assert len(words) > 800 and {"return", "string", "value", "number"} <= set(words)
@@ -73,12 +64,12 @@ def test_words_of_docstrings_then_of_the_corpus(base_dir, tmp_path, capsys):
     make_dataset(["--source", "files", "--path", str(tmp_path / "texts.jsonl"), "--name", "mine"])
     capsys.readouterr()
     assert load_words() == words and not capsys.readouterr().out    # those that were kept
-    (base_dir / words_module.KEPT_NAME).unlink()
+    (offline_base / words_module.KEPT_NAME).unlink()
     found = load_words()
     assert {"harbour", "quay", "the"} <= set(found) and "once" not in found
     assert "the corpus mine" in capsys.readouterr().out
     assert SimpleSpelling("train", words=found)[0]["word"] in found
-    (base_dir / "words_alpha.txt").write_text("apple\n")             # a person's own list goes first
+    (offline_base / "words_alpha.txt").write_text("apple\n")             # a person's own list goes first
     assert load_words() == ["apple"]
 
 
@@ -106,8 +97,8 @@ def test_collect_words_keeps_words_only():
     assert collect_words([text]) == ["and", "apples", "pears", "server"]
 
 
-def test_damaged_list(base_dir):
-    path = base_dir / "words_alpha.txt.gz"
+def test_damaged_list(offline_base):
+    path = offline_base / "words_alpha.txt.gz"
     for content in (b"no gzip", gzip.compress(b"apple\n" * 1000)[:-9], gzip.compress(b"1\n2\n")):
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"{path} .*delete it"):
