@@ -104,16 +104,33 @@ def iter_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, text
 
 
+def make_object(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object; ValueError where two fields have one name, of which json would take the last without a word."""
+    fields, names = dict(pairs), [name for name, _ in pairs]
+    if len(fields) < len(names):
+        repeated = next(name for name in fields if names.count(name) > 1)
+        raise ValueError(f"two fields are named {escape(repeated)[:MAX_NAMES_CHARS]!r}")
+    return fields
+
+
+def parse_json(text: str) -> object:
+    """The value of one row; ValueError for anything else."""
+    try:
+        return json.loads(text, object_pairs_hook=make_object)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def iter_json_lines(path: Path) -> Iterator[tuple[str, object]]:
-    """The values of JSON lines, each with its place for an error."""
+    """The values of JSON lines, each with its place for an error. A line that is not JSON comes as a ValueError."""
     name = printable(path)
     for number, line in iter_lines(path):
         where = f"{name}:{number}"
         try:
-            yield where, json.loads(line)
-        except (ValueError, RecursionError) as error:
+            yield where, parse_json(line)
+        except ValueError as error:
             require_text(path, where, line)
-            raise UserError(f"{where} is not JSON ({error}); correct or remove the line") from None
+            yield where, ValueError(f"{where} is not JSON ({error})")
 
 
 def iter_json_values(path: Path) -> Iterator[tuple[str, object]]:
@@ -121,7 +138,8 @@ def iter_json_values(path: Path) -> Iterator[tuple[str, object]]:
     content is in memory."""
     with open_text(path) as file:
         content = require_text(path, printable(path), file.read())
-    name, decoder, blanks, number = printable(path), json.JSONDecoder(), re.compile(r"[ \t\r\n]*"), 0
+    name, blanks, number = printable(path), re.compile(r"[ \t\r\n]*"), 0
+    decoder = json.JSONDecoder(object_pairs_hook=make_object)
     start = blanks.match(content).end()
     is_array = content.startswith("[", start)
     start = blanks.match(content, start + is_array).end()

@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from nanochat.account import Account, printable
-from nanochat.common import UserError
+from nanochat.common import UserError, print0
 from nanochat.corpus import cut_text
 from nanochat.file_formats import (
     COMPRESSIONS,
@@ -50,7 +50,7 @@ def read_text(path: Path, text_column: str) -> Iterator[str]:
         yield rest
 
 
-def read_lines(path: Path, text_column: str) -> Iterator[str | None]:
+def read_lines(path: Path, text_column: str) -> Iterator[str | ValueError | None]:
     """The texts of JSON lines."""
     return get_texts(iter_json_lines(path), text_column)
 
@@ -60,10 +60,17 @@ def read_json(path: Path, text_column: str) -> Iterator[str | None]:
     return get_texts(iter_json_values(path), text_column)
 
 
-def get_texts(rows: Iterable[tuple[str, object]], text_column: str) -> Iterator[str | None]:
-    """The texts of JSON objects, None where one has none; `rows` come with their places for an error."""
-    num_rows, has_field, mistake = 0, False, None
+def get_texts(rows: Iterable[tuple[str, object]], text_column: str) -> Iterator[str | ValueError | None]:
+    """The texts of JSON objects, None where one has none; `rows` come with their places for an error. A row that is not
+    JSON stays the ValueError that it is."""
+    num_rows, has_field, mistake, broken = 0, False, None, None
     for num_rows, (where, row) in enumerate(rows, start=1):
+        if isinstance(row, ValueError):
+            broken = broken or row
+            if num_rows == MAX_ROWS_WITHOUT and not has_field:
+                break
+            yield row
+            continue
         if not isinstance(row, dict):
             kind = "null" if row is None else type(row).__name__
             raise UserError(f"{where} has no field {text_column!r} but {kind}; make each row an object with such a "
@@ -83,7 +90,7 @@ def get_texts(rows: Iterable[tuple[str, object]], text_column: str) -> Iterator[
             raise UserError(f"{where} is not UTF-8 text ({error.reason}); correct or remove the row") from None
         yield text
     if num_rows and not has_field:
-        raise UserError(mistake)
+        raise UserError(mistake or f"{broken}; correct or remove the line")
 
 
 def read_csv(path: Path, text_column: str) -> Iterator[str | None]:
@@ -219,11 +226,15 @@ def read_documents(file: TextFile, text_column: str, account: Account) -> Iterat
     """
     with reading(file.path):
         for text in READERS[file.format](file.path, text_column):
-            if text is None:
+            if isinstance(text, ValueError):
+                if "not JSON" not in account.documents:
+                    print0(f"warning: {text}; it is left out, and so is each other row like it")
+                account.count("not JSON")
+            elif text is None:
                 account.count("without text")
-                continue
-            for piece in cut_text(text):
-                if piece.strip():
-                    yield piece
-                else:
-                    account.count("blank", len(piece))
+            else:
+                for piece in cut_text(text):
+                    if piece.strip():
+                        yield piece
+                    else:
+                        account.count("blank", len(piece))
