@@ -15,7 +15,7 @@ from nanochat.checkpoint_manager import Checkpoint, SaveRules
 from nanochat.common import UserError, gather, int_or_all, int_or_never
 from nanochat.compilation import choose_compile
 from nanochat.cross_entropy import LOSSES
-from nanochat.flash_attention import choose_backend
+from nanochat.flash_attention import FLEX_BLOCK, choose_backend
 from nanochat.fp8 import choose_fp8
 from nanochat.gpt import GPTConfig
 from nanochat.memory import GIB, Machine, get_peak_flops, list_divisors, measure_free_bytes
@@ -34,6 +34,11 @@ OUTCOME_FLAGS = {"data", "tokenizer", "depth", "aspect_ratio", "head_dim", "max_
                  "num_iterations", "target_flops", "target_param_data_ratio", "total_batch_size", "weight_decay",
                  "num_epochs", "mixture", "tasks", "custom_json", "max_new_tokens"}
 LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")    # later stages take over the base run's
+
+
+def take_identity(flags: dict[str, object]) -> dict[str, object]:
+    """The flags that resume compares by value."""
+    return {name: value for name, value in flags.items() if name not in FREE_FLAGS | OUTCOME_FLAGS}
 
 
 def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_every: int, has_rows: bool = True) -> None:
@@ -243,6 +248,17 @@ def choose_micro_rows(wanted: Wanted, rows: StepRows, machine: Machine, free_byt
         free, warning = f"{free_bytes / GIB:.2f} GiB", " and may not fit" if needed_bytes > free_bytes else ""
     return chosen, (f"{why}: {needed_bytes / GIB:.2f} GiB predicted, {free} free{warning}; "
                     f"{rows.num // chosen} a step")
+
+
+def describe_short_rows(plan: Plan, T: int, machine: Machine, decisions: list[dict]) -> None:
+    """Print and record the stages of a sequence-length warm-up."""
+    if not plan.short_rows:
+        return
+    stages = ", ".join(f"{stage.row_tokens} to step {stage.end_step}" for stage in plan.short_rows)
+    why = "asked for" + ("; the first step of each length compiles" if machine.is_compiled else "")
+    if machine.attention == "flex" and plan.short_rows[0].row_tokens % FLEX_BLOCK:
+        why += f"; rows that are no multiple of {FLEX_BLOCK} tokens use sdpa"
+    decide(decisions, "tokens of a row", f"{stages}, then {T}", why)
 
 
 def predict_run(stage: str, choices: Choices, config: GPTConfig, plan: Plan) -> dict:

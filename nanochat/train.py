@@ -20,7 +20,7 @@ from nanochat.common import UserError, any_rank, get_first_line, is_out_of_memor
 from nanochat.gpt import GPT
 from nanochat.memory import list_divisors
 from nanochat.optim import MuonAdamW
-from nanochat.run import RunLog, StepStats, StopSignal
+from nanochat.run import PendingStats, RunLog, StepStats, StopSignal
 
 
 @dataclass(frozen=True)
@@ -50,23 +50,6 @@ class Batch:
         """Micro-batches of at most `num_rows` rows."""
         for start in range(0, len(self.inputs), num_rows):
             yield self.map(operator.itemgetter(slice(start, start + num_rows)))
-
-
-@dataclass(frozen=True)
-class PendingStats:
-    """The figures of a step that a GPU may still be computing: Python is ahead of it."""
-    figures:     Tensor               # (2,) loss, times its scale, and gradient norm, in host memory
-    copied:      torch.Event | None   # when the figures are there; None: they are
-    loss_scale:  float
-    num_targets: int
-    skipped:     str                  # as in StepStats
-
-    def read(self) -> StepStats:
-        """Wait for the step's end."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        loss, grad_norm = self.figures.tolist()
-        return StepStats(loss / self.loss_scale, grad_norm, self.num_targets, self.skipped)
 
 
 def train_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,

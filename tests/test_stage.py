@@ -4,9 +4,8 @@ import argparse
 
 import pytest
 
-from nanochat.choices import FREE_FLAGS, OUTCOME_FLAGS, count_rows
+from nanochat.choices import FREE_FLAGS, OUTCOME_FLAGS, count_rows, take_identity
 from nanochat.common import UserError, int_or_all, int_or_never
-from nanochat.stage import take_identity
 from scripts import base_train, chat_rl, chat_sft, mid_train
 
 STAGES = {"base": base_train, "mid": mid_train, "sft": chat_sft, "rl": chat_rl}
