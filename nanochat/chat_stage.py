@@ -67,7 +67,7 @@ def add_chat_args(parser: argparse.ArgumentParser, mixtures: Iterable[str]) -> N
     add("--tasks", nargs="+", metavar="NAME[:COUNT[:WEIGHT]]", help="instead of a mixture: these tasks, of each COUNT "
         "conversations (default: all), each used WEIGHT times (default: once)")
     add("--custom-json", action="append", default=[], metavar="FILE", help="your own conversations as well: a .jsonl, "
-        ".json, .csv or .parquet file, see tasks/customjson.py; may be repeated")
+        ".json, .csv, .tsv or .parquet file, see tasks/customjson.py; may be repeated")
     # horizon and learning rates
     add("--num-epochs", type=int, default=1, help="times that each conversation is learned from")
     add("--num-iterations", type=int, help="optimizer steps, instead of whole epochs")

@@ -50,7 +50,8 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
         add("--total-batch-size", type=int, help="tokens of a step, all ranks together (default: chosen)")
         add("--eval-tokens", type=int, help="tokens of a validation loss (default: chosen)")
     add("--device-batch-size", type=memory.rows_or_auto, default="auto", metavar="ROWS",
-        help="rows of a forward pass; auto: the largest micro-batch that fits (default: %(default)s)")
+        help="rows of a forward pass; auto: the largest micro-batch that is predicted to fit, up to the size beyond "
+             "which more rows gain nothing (default: %(default)s)")
     # evaluation and saving
     add("--eval-every", type=int_or_never, default=eval_every, help="steps between evaluations, or never")
     add("--sample-every", type=int_or_never, default=sample_every, help="steps between samples, or never")
@@ -69,7 +70,9 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
         help="on: each block; trunk: all blocks as one, which starts more slowly (default: %(default)s, off or on)")
     add("--attention", default="auto", help="auto, or one backend of nanochat.flash_attention")
     add("--fp8", choices=("auto", "on", "off"), default="auto",
-        help="compute in 8 bits what reads normed activations; auto is off, for no GPU has shown the gain yet")
+        help="compute in 8 bits what reads normed activations, on NVIDIA GPUs of compute capability 8.9 or more (a CPU "
+             "does it slowly, for studies); a run may change it whenever it is continued; auto is off, for no GPU has "
+             "shown the gain yet")
     add("--loss", choices=tuple(LOSSES), default="fused", help="fused saves memory, plain is easy to change")
     add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit on a GPU, slower")
 

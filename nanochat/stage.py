@@ -17,6 +17,7 @@ from nanochat.checkpoint_manager import Checkpoint, Checkpointer
 from nanochat.choices import Choices, StageFlags, StepRows, choose_how, describe_short_rows, predict_run, take_identity
 from nanochat.common import Ranks, UserError, get_environment, get_peak_memory_bytes, now, print0
 from nanochat.compilation import set_compile_kernels
+from nanochat.cross_entropy import LossScaler
 from nanochat.dataloader import Groups, RowOrder, TrainLoader, ValidationBatches
 from nanochat.engine import Engine
 from nanochat.fp8 import use_fp8
@@ -26,7 +27,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.run import STOP_SIGNALS, Progress, RunLog, StepLog, StopSignal, check_ranks, compare_with_saved, read_info
 from nanochat.scaling import Plan
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train import LossScaler, TrainState
+from nanochat.train import TrainState
 
 
 @dataclass(frozen=True)
