@@ -9,8 +9,8 @@
 #     d24   2.0 hours, $47         1.65 hours, CORE 0.2626, 0.7180 bits per byte, means of 5 runs
 #     d22   1.6 hours, $38         81.8 minutes, CORE 0.2618, 0.7188 bits per byte, means of 6 runs
 #
-#           Not run by this code base yet. Chat stages and RL on top. `python -m scripts.plan --recipe d24 d22 --nproc 8`
-#           compares both; RECIPES in that file has the sources, and what the published run of d22 did otherwise.
+#           Chat stages and RL come on top. Not run by this code base yet. RECIPES in scripts/plan.py has the sources,
+#           and what d22's published run did otherwise; `python -m scripts.plan --recipe d24 d22 --nproc 8` compares both.
 #
 # Run it again to continue where it stopped; what is done is skipped. To change it, set any of these:
 RECIPE=${RECIPE:-d24}

@@ -18,13 +18,13 @@ from nanochat.run import (
     Progress,
     RunLog,
     StepLog,
+    StepStats,
     StopSignal,
     TakenStep,
     compare_with_saved,
     read_metrics,
 )
 from nanochat.scaling import make_config, make_plan
-from nanochat.train import StepStats
 from tests.helpers import start_script
 from tests.warm import WarmProcess
 
