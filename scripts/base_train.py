@@ -13,9 +13,9 @@ from pathlib import Path
 from nanochat import scaling
 from nanochat.checkpoint_manager import find_saved, get_run_dir, locked_run
 from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, count_rows, read_flags
-from nanochat.common import Ranks, UserError, init_compute, int_or_all, int_or_never, print0, run_script
+from nanochat.common import Ranks, init_compute, int_or_all, int_or_never, run_script
 from nanochat.config import estimate_flops
-from nanochat.core_eval import evaluate_core
+from nanochat.core_eval import log_core
 from nanochat.dataloader import TextGroups, ValidationBatches, validation_batches
 from nanochat.dataset import default_source
 from nanochat.optim import MuonAdamW
@@ -107,7 +107,7 @@ def train(run: Run, val_batches: ValidationBatches, args: argparse.Namespace) ->
             if evaluating:
                 results |= evaluate(run, step, val_batches)
             if scoring:
-                results |= evaluate_core_metric(run, step, args.core_metric_max_per_task)
+                results |= log_core(state.model, tokenizer, log, step, args.core_metric_max_per_task)
             if sampling:
                 print_samples(run, step, prompts, max_tokens=24)
             if is_last:
@@ -155,18 +155,6 @@ def set_schedules(optimizer: MuonAdamW, step: int, num_iterations: int, args: ar
             group["momentum"] = get_muon_momentum(step, num_iterations, warmdown_ratio=args.warmdown_ratio)
             group["weight_decay"] = group["initial_weight_decay"] * get_weight_decay_frac(step, num_iterations)
     return lr_frac
-
-
-def evaluate_core_metric(run: Run, step: int, max_per_task: int | None) -> dict:
-    """The CORE metric; where its data is missing the run goes on without."""
-    try:
-        values = evaluate_core(run.state.model, run.setup.recipe.tokenizer, max_per_task=max_per_task)
-    except UserError as error:
-        print0(f"CORE was not evaluated: {error}")
-        return {}
-    run.log.write("core", step, **values)
-    print0(f"step {step:05d} | CORE {values['core_metric']:.4f}")
-    return {"core_metric": values["core_metric"]}
 
 
 if __name__ == "__main__":
