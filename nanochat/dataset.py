@@ -7,8 +7,8 @@ python -m nanochat.dataset --source climbmix --verify               check every 
 
 <base dir>/data/<name>/shard_00000.parquet ... val.parquet, and manifest.json, which lists what is complete.
 
-With no network python-docs, made from the Python installation itself, and files always work; climbmix and fineweb-edu
-can come from a folder, $NANOCHAT_MIRROR_DIR/<owner>/<repo>/<file>, or from a mirror of the hub, $HF_ENDPOINT.
+With no network python-docs, made from the Python installation itself, and files always work; climbmix, fineweb-edu and
+tinystories can come from a folder, $NANOCHAT_MIRROR_DIR/<owner>/<repo>/<file>, or from a mirror, $HF_ENDPOINT.
 
 files reads .txt .text .md .rst (a document each), .json .jsonl .ndjson .csv .tsv (a row with the field `text` each, or
 --text-column), all of these also as .gz or .zst, and .parquet. Text is UTF-8; another encoding is refused with the
