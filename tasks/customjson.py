@@ -9,7 +9,8 @@ What system and user say in a row is one question, a call and its output are par
 (nanochat.conversations).
 
 The account, printed and kept in run.json and the report card, has the rows kept, rows left out and why, and fields that
-are not read. Every twentieth conversation, the last ones of the file, is held out for validation (tasks.mixtures).
+are not read. Every twentieth conversation, the last ones of the file, is held out for validation (tasks.mixtures); of
+fewer than 20 none is.
 """
 
 import copy
