@@ -30,6 +30,7 @@ class RunLog:
     def __init__(self, run_dir: Path, info: dict, ranks: Ranks, *, resume_step: int | None = None,
                  wandb_name: str | None = None):
         self.run_dir, self.active, self.info, self.wandb = run_dir, ranks.rank == 0, info, None
+        self.steps: StepLog | None = None   # which may owe the last step's line
         if not self.active:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -71,6 +72,8 @@ class RunLog:
 
     def __exit__(self, kind, error, trace) -> None:
         if self.active and error is not None and self.info["status"] == "running":
+            if self.steps:
+                self.steps.finish_after_error()
             self.update(reason=f"{kind.__name__}: {error}")
             self.close("failed")
 
@@ -234,6 +237,9 @@ class Progress:
                 (f" | SKIPPED: {values['skipped']}" if values["skipped"] else ""))
 
 
+LATE_SEC = 5    # that a run which failed waits for the figures of its last step (assumption, not studied)
+
+
 class StepLog:
     """The lines of a run's steps: a CPU's at once, a GPU's when the step after it is queued. The GPU would idle while
     Python waits for a step's figures and writes them.
@@ -246,6 +252,7 @@ class StepLog:
         gc.unfreeze()  # what an earlier run of this process froze
         self.log, self.progress, self.first_step, self.predicted_bytes = log, progress, first_step, predicted_bytes
         self.late: TakenStep | None = None
+        log.steps = self
 
     def add(self, taken: TakenStep) -> None:
         """Log a step, or the one before it where a GPU may still be computing this one."""
@@ -263,6 +270,17 @@ class StepLog:
             values = self.progress.update(stats, self.progress.measure_sec(taken.begin_time), taken.flops)
             values |= taken.values
             self.write(taken.step, values, self.progress.format_line(taken.step, values))
+
+    def finish_after_error(self) -> None:
+        """Log the last step though the one after it failed, if its figures are there soon. They never come where the
+        GPU has failed, or waits for a rank that has died."""
+        deadline = time.monotonic() + LATE_SEC
+        with contextlib.suppress(RuntimeError, OSError, UserError):    # a GPU that failed answers with its error
+            while self.late and not self.late.stats.copied.query():
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.01)
+            self.finish()
 
     def write(self, step: int, values: dict, line: str) -> None:
         """Log a step and print its line; after the first one, the measured memory beside the predicted."""

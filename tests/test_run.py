@@ -166,6 +166,23 @@ def test_step_of_a_gpu_is_logged_when_the_next_one_is_queued(is_late, tmp_path, 
     assert capsys.readouterr().out.count("at the peak of the first step, 3.00 predicted") == 1
 
 
+def fail(*_):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize(("query", "logged"), [(lambda: True, [1, 2]), (lambda: False, [1]), (fail, [1])])
+def test_last_step_before_an_error_is_logged_where_its_figures_are_there(query, logged, tmp_path, monkeypatch):
+    """They never come where the GPU failed, or waits for a rank that has died."""
+    monkeypatch.setattr(run, "LATE_SEC", 0.02)
+    with pytest.raises(ValueError, match="of the next step"), RunLog(tmp_path, {}, Ranks()) as log:
+        steps = StepLog(log, make_progress(), first_step=0, predicted_bytes=None)
+        for step in (1, 2):
+            steps.add(take_step(step, types.SimpleNamespace(synchronize=lambda: None, query=query)))
+        raise ValueError("of the next step")
+    assert [line["step"] for line in read_metrics(tmp_path)] == logged
+    assert json.loads((tmp_path / "run.json").read_text())["reason"] == "ValueError: of the next step"
+
+
 def test_step_that_is_not_finite_stops_the_run_before_it_is_logged(tmp_path):
     log = RunLog(tmp_path, {}, Ranks())
     steps = StepLog(log, make_progress(), first_step=0, predicted_bytes=None)
