@@ -173,6 +173,16 @@ def is_out_of_memory(error: Exception) -> bool:
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
+def printable(path: str | os.PathLike) -> str:
+    """A path as one line of UTF-8 in any locale: bytes that aren't UTF-8, and control characters, as escapes."""
+    return escape(os.fsencode(path).decode("utf-8", "backslashreplace"))
+
+
+def escape(text: str) -> str:
+    """Text as one line, with escapes for control characters and for what UTF-8 can't hold."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def get_first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no details"])[0]
 

@@ -15,8 +15,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from nanochat.account import escape
-from nanochat.common import UserError
+from nanochat.common import UserError, escape
 
 # The parts of an assistant's message: the name in their special tokens, and whether they are learned
 PARTS = {"text": (None, 1), "python": ("python", 1), "python_output": ("output", 0)}

@@ -24,12 +24,10 @@ if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, 
     prepare_process()
 
 from nanochat import common, corpus, shards
-from nanochat.account import Account, printable
-from nanochat.common import UserError, get_base_dir, print0, timed
+from nanochat.common import UserError, get_base_dir, print0, printable, timed
 from nanochat.download import CorruptFile, Job, download_all
-from nanochat.file_formats import LeftOut, quote
 from nanochat.shards import Manifest, Shard, load_shards, read_manifest, rebuilt_folder, write_shard, write_shards
-from nanochat.text_files import TextFile, find_text_files, read_documents
+from nanochat.text_files import Account, LeftOut, TextFile, find_text_files, quote, read_documents
 
 # Sources that are built here: python-docs and files
 

@@ -548,3 +548,8 @@ def test_import_of_the_library_changes_nothing():
     env = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     done = run_program("import_library", env=env)
     assert done.returncode == 0, done.stderr
+
+
+def test_printable():
+    assert common.printable("caf\u00e9 \u6807") == "caf\u00e9 \u6807"
+    assert common.printable(os.fsdecode(b"a\xff\x1b[2J\nb")) == r"a\xff\x1b[2J\nb"
