@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat import checkpoint_files as disk
-from nanochat import common
+from nanochat import common, devices
 from nanochat.checkpoint_files import MODEL_NAME, get_step_name, list_steps, load_meta, read_latest
 from nanochat.common import Ranks, UserError, any_rank, gather, get_base_dir, get_ranks, print0
 from nanochat.gpt import GPT, GPTConfig
@@ -95,7 +95,7 @@ class Checkpointer:
         files = {f"optim_{self.ranks.rank}.safetensors": (self._copy("optim", tensors), ranges)}
         if self.ranks.rank == 0:
             files[MODEL_NAME] = (self._copy("model", model.state_dict()), {})
-        common.synchronize(model.get_device())  # the copies are under way
+        devices.synchronize(model.get_device())  # the copies are under way
         meta = meta | {"format": disk.FORMAT_VERSION, "step": step, "world_size": self.ranks.world_size}
         # a daemon: a second Ctrl-C must end the process at once; an orderly end waits in __exit__
         self.thread = threading.Thread(target=self._write, args=(step, files, meta), name="checkpoint", daemon=True)
@@ -302,8 +302,8 @@ def add_model_flags(parser: argparse.ArgumentParser, **stage) -> None:
 def load_for(stage: str | None, tag: str | None, step: int | None, dtype: str,
              device_type: str) -> tuple[GPT, object, dict, str]:
     """load_model for the values of these flags and of common.add_compute_flags', with device and dtype in words."""
-    device, _ = common.init_compute(device_type)
-    compute_dtype, reason = common.get_compute_dtype(dtype, device)
+    device, _ = devices.init_compute(device_type)
+    compute_dtype, reason = devices.get_compute_dtype(dtype, device)
     model, tokenizer, meta = load_model(stage or find_last_stage(tag), device, tag=tag, step=step, dtype=compute_dtype)
     return model, tokenizer, meta, f"on {device} in {compute_dtype} ({reason})"
 

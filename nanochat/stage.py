@@ -16,9 +16,10 @@ import torch
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.checkpoint_manager import Checkpoint, Checkpointer
 from nanochat.choices import FREE_FLAGS, OUTCOME_FLAGS, Choices, StageFlags, StepRows, choose_how, predict_run
-from nanochat.common import Ranks, UserError, get_base_dir, get_environment, get_peak_memory_bytes, now, print0
+from nanochat.common import Ranks, UserError, get_base_dir, now, print0
 from nanochat.compilation import set_compile_kernels
 from nanochat.dataloader import Groups, RowOrder, TrainLoader, ValidationBatches
+from nanochat.devices import get_environment, get_peak_memory_bytes
 from nanochat.engine import Engine
 from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPTConfig

@@ -31,10 +31,8 @@ from nanochat.common import (
     add_compute_flags,
     file_lock,
     get_base_dir,
-    get_compute_dtype,
     get_mirror_dir,
     hash_file,
-    init_compute,
     int_or_all,
     print0,
     run_script,
@@ -49,6 +47,7 @@ from nanochat.core_eval import (
     find_bundle,
     load_tasks,
 )
+from nanochat.devices import get_compute_dtype, init_compute
 from nanochat.download import CorruptFile, Job, download_all
 from nanochat.flash_attention import choose_backend
 from nanochat.report import write_section

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanochat import choices, flash_attention, memory
+from nanochat import choices, devices, flash_attention, memory
 from nanochat.choices import StepRows, Wanted, choose_how
 from nanochat.common import UserError
 from nanochat.config import GPTConfig
@@ -327,7 +327,7 @@ def test_the_models_own_heads_and_dtype_are_probed(forget_choice, monkeypatch):
 
 def test_a_rank_uses_the_backend_of_rank_0_or_says_why_it_cannot(forget_choice, monkeypatch):
     rows, gather = StepRows(CONFIG, 512, 4), choices.gather
-    monkeypatch.setattr(memory, "measure_matmul_rate", lambda dtype, size: 1e11)
+    monkeypatch.setattr(devices, "measure_matmul_rate", lambda dtype, size: 1e11)
     for rank_0, message in (("sdpa", None), ("fa3", "fa3: needs a CUDA device")):
         monkeypatch.setattr(choices, "gather", lambda found, name=rank_0: [(name, "")] if isinstance(found, tuple) and (
             found[0] == "blocks") else gather(found))

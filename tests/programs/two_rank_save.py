@@ -12,7 +12,8 @@ import torch
 
 from nanochat import checkpoint_files
 from nanochat.checkpoint_manager import Checkpointer, get_run_dir
-from nanochat.common import init_compute, run_script
+from nanochat.common import run_script
+from nanochat.devices import init_compute
 from nanochat.train import train_step
 from tests import helpers
 
