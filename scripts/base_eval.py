@@ -38,7 +38,10 @@ from nanochat.common import (
     run_script,
     write_json,
 )
-from nanochat.core_eval import (
+from nanochat.devices import get_compute_dtype, init_compute
+from nanochat.download import CorruptFile, Job, download_all
+from nanochat.flash_attention import choose_backend
+from nanochat.loss_eval import (
     BUNDLE_URL,
     NUM_CORE_TASKS,
     CoreTask,
@@ -47,9 +50,6 @@ from nanochat.core_eval import (
     find_bundle,
     load_tasks,
 )
-from nanochat.devices import get_compute_dtype, init_compute
-from nanochat.download import CorruptFile, Job, download_all
-from nanochat.flash_attention import choose_backend
 from nanochat.report import write_section
 
 DEFAULT_CONTEXT = 2048   # of a Hugging Face model whose configuration names none

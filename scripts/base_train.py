@@ -15,11 +15,11 @@ from nanochat.checkpoint_manager import find_saved, get_run_dir, locked_run
 from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, count_rows, read_flags
 from nanochat.common import Ranks, UserError, int_or_all, int_or_never, print0, run_script
 from nanochat.config import estimate_flops
-from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TextGroups, ValidationBatches, validation_batches
 from nanochat.dataset import default_source
 from nanochat.devices import init_compute
 from nanochat.flash_attention import FLEX_BLOCK
+from nanochat.loss_eval import evaluate_core
 from nanochat.optim import MuonAdamW
 from nanochat.run import StopSignal, decide, read_info
 from nanochat.scaling import get_lr_frac, get_muon_momentum, get_weight_decay_frac, make_config, make_plan
