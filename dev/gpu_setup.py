@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dev.gpu_copies import use_copies
 from nanochat import fp8
 from nanochat.common import is_out_of_memory
 from nanochat.devices import get_peak_memory_bytes
@@ -104,6 +105,8 @@ class Setup:
         optimizer = model.setup_optimizer()
         if build == "fp8":
             fp8.use_fp8(model, optimizer)
+        if build == "copies":
+            use_copies(model, optimizer)
         if self.use_compile:
             BUILDS[build](model)
         return model, optimizer
@@ -123,10 +126,10 @@ def compile_tuned(model: GPT) -> None:
         block.compile(dynamic=False, mode="max-autotune-no-cudagraphs")
 
 
-# How a model is compiled; fp8 replaces its linear layers before that
+# How a model is compiled; fp8 and copies replace its linear layers before that
 BUILDS: dict[str, Callable[[GPT], None]] = {
     "blocks": GPT.compile_blocks, "trunk": lambda model: model.compile_trunk(), "max-autotune": compile_tuned,
-    "fp8": GPT.compile_blocks}
+    "fp8": GPT.compile_blocks, "copies": GPT.compile_blocks}
 
 
 def make_synthetic_rows(sizes: Sizes, num_rows: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from dev.gpu_copies import predict_peak
 from dev.gpu_setup import Candidate, Check, Setup, free_memory, guarded, is_no_memory, judge
 from dev.timing import time_in_turn
 from nanochat import flash_attention
@@ -50,14 +51,21 @@ class StepCase:
 
 
 def check_steps(setup: Setup) -> Iterator[Check]:
-    """Steps of some micro-batches at each depth: compiled block by block, as one, and tuned. The first run of a depth
-    is profiled, too. Runs of the same rows have the same losses, but for rounding."""
+    """Steps of some micro-batches at each depth: compiled block by block, as one, and tuned; with the weights cast once
+    a step. The first run of a depth is profiled, too. Runs of the same rows have the same losses, but for rounding."""
     losses: dict[tuple[int, int], list[float]] = {}
     for case in list_cases(setup):
-        if case.build != DEFAULT_BUILD and not setup.use_compile:
-            yield Check(case.name, "absent", "nothing is compiled here")
+        if reason := find_obstacle(setup, case.build):
+            yield Check(case.name, "absent", reason)
         else:
             yield from measure_case(setup, case, losses)
+
+
+def find_obstacle(setup: Setup, build: str) -> str:
+    """Why this setup has nothing to show of a build; '' where it has."""
+    if build == "copies":
+        return "" if setup.dtype.itemsize < 4 else f"in {setup.dtype} the weights are read as they are"
+    return "" if build == DEFAULT_BUILD or setup.use_compile else "nothing is compiled here"
 
 
 def list_cases(setup: Setup) -> list[StepCase]:
@@ -65,7 +73,7 @@ def list_cases(setup: Setup) -> list[StepCase]:
     small, large = setup.sizes.step_rows
     most, others = setup.sizes.depths[:2], setup.sizes.depths[2:]
     order = ((DEFAULT_BUILD, small), ("trunk", small), (DEFAULT_BUILD, large), ("max-autotune", small),
-             ("trunk", large), ("max-autotune", large))
+             ("trunk", large), ("copies", small), ("max-autotune", large))
     return [StepCase(depth, num_rows, build) for depths in (most, others) for build, num_rows in order
             for depth in depths]
 
@@ -178,7 +186,7 @@ class TimedRun:
                           is_fp8=case.build == "fp8")
         predicted = predict_memory(setup.make_config(case.depth), setup.sizes.T, case.num_rows, machine, self.num_micro)
         return {"peak_memory_bytes": get_peak_memory_bytes(setup.device) - self.before_bytes,
-                "predicted_bytes": predicted.peak}
+                "predicted_bytes": predict_peak(predicted) if case.build == "copies" else predicted.peak}
 
     def measure_queue(self) -> Check:
         """Steps whose figures are read when the next one is queued, as a run reads them, against steps that are waited

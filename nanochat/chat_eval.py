@@ -59,6 +59,7 @@ class Solver:
     settings:     ChatSettings = ChatSettings()
     batch_rows:   int  = 64        # sequences at once, on each rank
     allow_unsafe: bool = False     # run programs that the model wrote even where this machine can't isolate them
+    words:        str | None = None   # dataset whose words are spelled, see tasks.words.load_words
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def evaluate_task(solver: Solver, name: str, max_problems: int | None = None, re
                         "leave nothing to evaluate; give at least 1 of each")
     ranks, records = get_ranks(), {}
     with failing_together():
-        task = get_task(name, "test")
+        task = get_task(name, "test", solver.words)
         problems = load_problems(task, name, solver.tokenizer, max_problems)
         if records_dir and ranks.rank == 0:
             records_dir.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from nanochat.checkpoint_manager import Checkpoint, find_saved, load_run_tokenizer
-from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, count_rows
+from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, add_words_flag, count_rows
 from nanochat.common import Ranks, UserError, print0
 from nanochat.config import GPTConfig, estimate_flops
 from nanochat.dataloader import ConversationGroups, Epoch, ValidationBatches, count_epoch, validation_conversations
@@ -76,6 +76,7 @@ def add_chat_args(parser: argparse.ArgumentParser, mixtures: Iterable[str]) -> N
     add("--mixture", choices=mixtures, help="tasks to learn from, see tasks/mixtures.py (default: the stage's)")
     add("--tasks", nargs="+", metavar="NAME[:COUNT[:WEIGHT]]", help="instead of a mixture: these tasks, of each COUNT "
         "conversations (default: all), each used WEIGHT times (default: once)")
+    add_words_flag(parser)
     add("--custom-json", action="append", default=[], metavar="FILE", help="your own conversations as well: a .jsonl, "
         ".json, .csv or .parquet file, see tasks/customjson.py; may be repeated")
     # horizon and learning rates
@@ -89,7 +90,7 @@ def add_chat_args(parser: argparse.ArgumentParser, mixtures: Iterable[str]) -> N
 def run_chat_stage(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run_dir: Path, device: torch.device,
                    ranks: Ranks) -> dict:
     """Begin or continue a run of a stage, write its section of the report, and return its results. Collective."""
-    groups, epoch, recipe = make_recipe(stage, settings, flags, run_dir, device, ranks)
+    groups, epoch, recipe = make_recipe(stage, settings, flags, run_dir, ranks)
     setup = prepare_run(recipe, device, ranks)
     if setup:
         describe_changes(setup, settings)
@@ -143,7 +144,7 @@ def train(run: Run, val_batches: ValidationBatches | None, settings: ChatSetting
             run.log_step(TakenStep(step, begin_time, stats, values))
 
 
-def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run_dir: Path, device: torch.device,
+def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run_dir: Path,
                 ranks: Ranks) -> tuple[ConversationGroups, Epoch, Recipe]:
     """The conversations, what an epoch of them is, and how they are learned from. Collective."""
     source, mixture = settings.source, settings.mixture
@@ -157,7 +158,7 @@ def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run
         print0("\n".join(account.describe()))
     groups = ConversationGroups(mixture.name, mixture.train, tokenizer, T, keep_whole=stage.keep_whole)
     is_counted = saved and saved.meta["identity"]["conversations"] == groups.identity
-    epoch = Epoch.from_json(saved.meta["epoch"]) if is_counted else count_epoch(groups, ranks, device)
+    epoch = Epoch.from_json(saved.meta["epoch"]) if is_counted else count_epoch(groups, ranks)
     batch_tokens = before["plan"]["batch_tokens"] if flags.total_batch_size is None else flags.total_batch_size
     plan = make_chat_plan(config, estimate_flops(config), epoch_rows=epoch.num_rows, num_epochs=settings.num_epochs,
                           num_iterations=settings.num_iterations, batch_tokens=batch_tokens, scales_lr=stage.scales_lr)

@@ -33,7 +33,7 @@ FREE_FLAGS = MACHINE_FLAGS | {
 # Flags whose outcome is part of the identity in their place: data, tokenizer, model, plan, source
 OUTCOME_FLAGS = {"data", "tokenizer", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "source",
                  "num_iterations", "target_flops", "target_param_data_ratio", "total_batch_size", "weight_decay",
-                 "num_epochs", "mixture", "tasks", "custom_json", "max_new_tokens"}
+                 "num_epochs", "mixture", "tasks", "custom_json", "words", "max_new_tokens"}
 LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")    # later stages take over the base run's
 
 
@@ -68,6 +68,12 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
         help="compute in 8 bits what reads normed activations; auto is off, for no GPU has shown the gain yet")
     add("--loss", choices=tuple(LOSSES), default="fused", help="fused saves memory, plain is easy to change")
     add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit on a GPU, slower")
+
+
+def add_words_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of all that learns from tasks or evaluates them."""
+    parser.add_argument("--words", metavar="DATA", help="dataset whose words are spelled (default: the published list "
+                        "where it is on disk, else those of the first dataset there), see tasks/words.py")
 
 
 @dataclass(frozen=True)
@@ -181,10 +187,7 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
         """One choice: kept, or as `find` has it: (value, why). Ranks may measure differently, so rank 0's counts."""
         asked = getattr(wanted, name)
         is_kept = asked == "auto" and name in kept
-        mine = find(kept[name] if is_kept else asked)
-        value, why = gather(mine)[0]
-        if name == "attention" and mine[0] != value:
-            find(value)  # rank 0 found another backend: this rank uses the same, or says why it can't
+        value, why = gather(find(kept[name] if is_kept else asked))[0]
         return decide(decisions, name, value, wanted.kept_why if is_kept else why)
 
     world_size = common.get_ranks().world_size

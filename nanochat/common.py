@@ -142,6 +142,10 @@ def explain_ending(error: BaseException) -> tuple[int, str] | None:
                       f"{error.encoding}, lacks; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
     if isinstance(error, (RuntimeError, MemoryError)):
         dist = sys.modules.get("torch.distributed")  # where it isn't loaded, none of its errors can be raised
+        if is_collective_error(error) and "out of memory" in str(error):
+            return 2, f"error: NCCL, which connects the GPUs, is out of memory on rank {get_ranks().rank} " \
+                      f"({get_first_line(error)}); set a smaller --device-batch-size, where the script has it, and " \
+                      "run again to go on from the last checkpoint"
         if dist and (isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error).lower())):
             return 1, f"error: rank {get_ranks().rank} can't reach the other ranks any more: one of them has ended " \
                       "(what it said stands above) or did not answer for " \
@@ -161,11 +165,18 @@ def explain_ending(error: BaseException) -> tuple[int, str] | None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed. CUDA's allocator has its own type of error, which the compiler wraps into another;
-    other allocators and CUDA's libraries are known by their text only."""
+    """Whether an allocation failed, so that a smaller step may fit. CUDA's allocator has its own type of error, which
+    the compiler wraps into another; other allocators and CUDA's libraries are known by their text only. NCCL may lack
+    memory, too, but no step can follow: its communicator is broken."""
     texts = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or \
-        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts) and not is_collective_error(error)
+
+
+def is_collective_error(error: Exception) -> bool:
+    """Whether an error is NCCL's, or torch's own of its collectives."""
+    dist = sys.modules.get("torch.distributed")
+    return "NCCL" in str(error) or bool(dist) and isinstance(error, dist.DistError)
 
 
 def printable(path: str | os.PathLike) -> str:

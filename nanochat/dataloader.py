@@ -181,6 +181,8 @@ class TrainLoader(contextlib.AbstractContextManager):
         rows_per_step, seed, num_lanes, num_epochs = order.rows_per_step, order.seed, order.num_lanes, order.num_epochs
         if num_lanes is None:
             num_lanes = state["num_lanes"] if state else choose_num_lanes(rows_per_step)
+            if rows_per_step % num_lanes and order.allow_mismatch:    # another batch: the data begins anew below
+                num_lanes = choose_num_lanes(rows_per_step)
         for count, what in ((ranks.world_size, "ranks"), (num_lanes, "lanes of the run")):
             if rows_per_step % count:
                 raise UserError(f"{rows_per_step} rows a step don't divide evenly over the {count} {what}; "
@@ -324,14 +326,14 @@ class Epoch:
                 **self.stats.fractions()}
 
 
-def count_epoch(groups: ConversationGroups, ranks: Ranks, device: torch.device) -> Epoch:
+def count_epoch(groups: ConversationGroups, ranks: Ranks) -> Epoch:
     """Pack all groups once: counts the rows and checks every conversation. Collective: all ranks call it."""
     num_threads = max(1, count_cpus() // ranks.world_size)
     with timed(f"packing {len(groups.conversations):,} conversations"), ThreadPoolExecutor(num_threads) as pool:
         packed = pool.map(groups.load_rows, range(ranks.rank, len(groups), ranks.world_size))
         sums = sum((np.array([len(rows), *astuple(stats)]) for rows, stats in packed),
                    np.zeros(1 + len(astuple(PackStats())), np.int64))
-    num_rows, *sums = sum_over_ranks(torch.from_numpy(sums).to(device)).tolist()
+    num_rows, *sums = sum_over_ranks(torch.from_numpy(sums)).tolist()
     if not num_rows:
         raise UserError(groups.empty)
     stats = PackStats(*sums)

@@ -1,7 +1,8 @@
 """The sources of text, and the command that makes or downloads a dataset.
 
-python -m nanochat.dataset                                          climbmix with a CUDA device, else python-docs
+python -m nanochat.dataset                                          climbmix on a machine with a GPU, else python-docs
 python -m nanochat.dataset --source climbmix -n 170 -w 8            more shards later: the same with a larger -n
+python -m nanochat.dataset --source tinystories -n 1                250 MB of stories that a small model can learn
 python -m nanochat.dataset --source files --path FOLDER --name mine your own texts, see text_files.py
 python -m nanochat.dataset --source climbmix --verify               check every sha256, make bad shards again
 
@@ -16,14 +17,14 @@ import json
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, so that Ctrl-C ends in one sentence
     from nanochat.common import prepare_process
     prepare_process()
 
-from nanochat import common, corpus, shards
+from nanochat import common, corpus, devices, shards
 from nanochat.common import UserError, get_base_dir, print0, printable, timed
 from nanochat.download import CorruptFile, Job, download_all
 from nanochat.shards import Manifest, Shard, load_shards, read_manifest, rebuilt_folder, write_shard, write_shards
@@ -178,9 +179,32 @@ def take_val(documents: Iterator[str], num_docs: int, num_chars: int) -> list[st
     return val
 
 
-# Sources on the hub: repository, and how many shards it has; the last one is validation
-HUB_SOURCES = {"climbmix":    ("karpathy/climbmix-400b-shuffle", 6543),
-               "fineweb-edu": ("karpathy/fineweb-edu-100b-shuffle", 1823)}
+@dataclass(frozen=True)
+class HubSource:
+    """A dataset on the hub: its files of a column `text`, by their names in the repository."""
+    repo:        str
+    train:       tuple[str, ...]    # shard_00000.parquet, ... on this disk
+    val:         str                # val.parquet on this disk, never among the training shards
+    shard_chars: int                # of a training shard, about
+
+
+def number_shards(repo: str, num_shards: int) -> HubSource:
+    """The layout of the published shuffles: files by their number, of which the last is validation."""
+    *train, val = (f"shard_{idx:05d}.parquet" for idx in range(num_shards))
+    return HubSource(repo, tuple(train), val, shard_chars=250_000_000)
+
+
+HUB_SOURCES = {
+    "climbmix":    number_shards("karpathy/climbmix-400b-shuffle", 6543),
+    "fineweb-edu": number_shards("karpathy/fineweb-edu-100b-shuffle", 1823),
+    # Short stories in the words of a small child (Eldan and Li, 2023, arXiv 2305.07759), 1.9 billion characters
+    "tinystories": HubSource("roneneldan/TinyStories",
+                             ("data/train-00000-of-00004-2d5a1467fff1081b.parquet",
+                              "data/train-00001-of-00004-5852b56a2bd28fd9.parquet",
+                              "data/train-00002-of-00004-a26307300439e943.parquet",
+                              "data/train-00003-of-00004-d243063613e5a057.parquet"),
+                             "data/validation-00000-of-00001-869c898b519ad725.parquet", shard_chars=470_000_000),
+}
 DEFAULT_NUM_SHARDS, DEFAULT_NUM_WORKERS, DEFAULT_SEED = 8, 4, 42
 
 
@@ -188,24 +212,23 @@ def fetch_from_hub(folder: Path, source: str, num_shards: int | None, num_worker
                    verify: bool) -> None:
     """Download the validation shard and at least the first `num_shards` training shards (None: as many as the last
     time, at first DEFAULT_NUM_SHARDS), where they are missing or damaged."""
-    repo, num_in_repo = HUB_SOURCES[source]
-    if num_shards and num_shards >= num_in_repo:
-        raise UserError(f"--num-shards {num_shards}: {repo} has {num_in_repo - 1:,} training shards")
+    hub = HUB_SOURCES[source]
+    if num_shards and num_shards > len(hub.train):
+        raise UserError(f"--num-shards {num_shards}: {hub.repo} has {len(hub.train):,} training shards")
     folder.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(folder) if (folder / "manifest.json").is_file() else \
-        Manifest(source, {"repo": repo, "num_shards": DEFAULT_NUM_SHARDS}, command)
+        Manifest(source, {"repo": hub.repo, "num_shards": min(DEFAULT_NUM_SHARDS, len(hub.train))}, command)
     settings = manifest.settings | ({"num_shards": num_shards} if num_shards else {})
     # Names on this disk -> names on the hub; validation comes first: without it the rest is useless
-    remote_names = {"val.parquet": f"shard_{num_in_repo - 1:05d}.parquet"}
-    remote_names |= {f"shard_{idx:05d}.parquet": f"shard_{idx:05d}.parquet" for idx in range(settings["num_shards"])}
-    complete = {}
+    remote_names = {"val.parquet": hub.val} | {f"shard_{idx:05d}.parquet": name for idx, name in enumerate(hub.train)}
+    wanted, complete = list(remote_names)[:1 + settings["num_shards"]], {}
     for shard in filter(None, (*manifest.train, manifest.val)):
         try:
             shards.check_shard(folder / shard.file, shard, verify)
             complete[shard.file] = shard
         except CorruptFile as error:
             print0(f"{folder / shard.file}: {error}; fetching it again")
-            remote_names.setdefault(shard.file, shard.file)
+            wanted = [*wanted, shard.file]
 
     def save() -> None:
         train = tuple(shard for name, shard in sorted(complete.items()) if name != "val.parquet")
@@ -217,8 +240,9 @@ def fetch_from_hub(folder: Path, source: str, num_shards: int | None, num_worker
 
     save()
     mirror_dir, (endpoint, token) = common.get_mirror_dir(), common.get_hub()
-    jobs = [Job(mirror_dir / repo / remote if mirror_dir else f"{endpoint}/datasets/{repo}/resolve/main/{remote}",
-                folder / name) for name, remote in remote_names.items() if name not in complete]
+    sources = {name: mirror_dir / hub.repo / remote_names[name] if mirror_dir else
+               f"{endpoint}/datasets/{hub.repo}/resolve/main/{remote_names[name]}" for name in wanted}
+    jobs = [Job(source, folder / name) for name, source in sources.items() if name not in complete]
     failed = download_all(jobs, num_workers, shards.inspect_shard, keep, token) if jobs else {}
     if failed:
         reasons = "; ".join(f"{remote_names[name]}{' (validation)' if name == 'val.parquet' else ''}: {reason}"
@@ -230,10 +254,10 @@ def fetch_from_hub(folder: Path, source: str, num_shards: int | None, num_worker
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Bring text onto this machine as parquet shards.")
     add = parser.add_argument
-    add("--source", choices=shards.SOURCES, help="default: climbmix with a CUDA device, else python-docs")
+    add("--source", choices=shards.SOURCES, help="default: climbmix on a machine with a GPU, else python-docs")
     add("--name", help="folder under <base dir>/data (default: the source's name)")
     add("-n", "--num-shards", type=int, help="hub sources: training shards to have at least (default: as many as the "
-        f"last time, at first {DEFAULT_NUM_SHARDS})")
+        f"last time, at first {DEFAULT_NUM_SHARDS} or all there are)")
     add("-w", "--num-workers", type=int, help=f"hub sources: downloads at once (default {DEFAULT_NUM_WORKERS})")
     add("--path", type=Path, help="files: the folder to read")
     add("--text-column", help="files: field or column with the texts (default text)")
@@ -242,8 +266,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.source:
         args.source = default_source()
-        print0(f"source: {args.source} (a CUDA device is {'' if args.source == 'climbmix' else 'not '}there; see "
-               "--source)")
+        print0(f"source: {args.source} ({'a' if args.source == 'climbmix' else 'no'} GPU is there; see --source)")
     used = {"files": ("path", "text_column", "seed"), "python-docs": ("seed",)}
     used = used.get(args.source, ("num_shards", "num_workers"))
     for name in ("num_shards", "num_workers", "path", "text_column", "seed"):
@@ -263,8 +286,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def default_source() -> str:
     """The source where none is named: as much text as a GPU needs, or the text that is on every machine."""
-    import torch  # which takes seconds to load, and nothing else here needs it
-    return "climbmix" if torch.cuda.is_available() else "python-docs"
+    return "climbmix" if devices.has_gpu() else "python-docs"
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -45,39 +45,42 @@ def copy_for_decoding(model: GPT, keep_weights: bool = False) -> GPT:
     keep_weights: beside the packed ones, for a compiled step. A compiled block is made for training's one shape, while
     decoding's changes with every call.
     """
-    copied = fuse_copy(model)
-    for module in list(copied.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, Linear):
-                setattr(module, name, DecodingLinear(child.weight, model.compute_dtype, keep_weights))
+    copied = copy_structure(model)
+    replace_linears(copied, lambda _, linear: DecodingLinear(linear.weight, model.compute_dtype, keep_weights))
     return copied
 
 
-def fuse_copy(model: GPT) -> GPT:
-    """The model with its modules fused, and nothing compiled; tensors that aren't fused are shared."""
+def copy_structure(model: GPT) -> GPT:
+    """The model as modules of their own that share its tensors, and nothing compiled."""
     if any(isinstance(module, DecodingLinear) for module in model.modules()):
         raise ValueError("this model is an engine's own copy, whose weights are packed; make the engine from the model "
                          "that was copied")
-    replacements = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    copied = copy.deepcopy(model, replacements)  # which leaves a module's compiled call behind
-    for module in list(copied.modules()):
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)  # which leaves a module's compiled call behind
+
+
+def replace_linears(copied: GPT, make: Callable[[str, Linear], nn.Module | None]) -> None:
+    """Fuse the modules of a copied structure, and put make(name, linear) in the place of each linear layer. Module by
+    module: all fused weights at once, in fp32, would take up to half as much memory as the 16-bit copy of all layers.
+    """
+    for path, module in list(copied.named_modules()):
         if hasattr(module, "fuse"):
             module.fuse()
-    return copied
+        for name, child in list(module.named_children()):
+            if isinstance(child, Linear):
+                setattr(module, name, make(f"{path}.{name}".lstrip("."), child))
 
 
 @torch.no_grad()
 def refresh_copy(copied: GPT, model: GPT) -> None:
     """Give what copy_for_decoding made of a model the weights that this model has now, in place: CUDA graphs and
     compiled steps know a weight by its address, or its number."""
-    fused = fuse_copy(model)
-    linears = {name: module for name, module in fused.named_modules() if isinstance(module, Linear)}
+    linears = {name for name, module in model.named_modules() if isinstance(module, Linear)}
     shared = dict(copied.named_parameters())
-    if any(shared.get(name) is not param for name, param in fused.named_parameters()
+    if any(shared.get(name, param) is not param for name, param in model.named_parameters()
            if name.rpartition(".")[0] not in linears):
         raise ValueError("an engine takes new weights from the model that it was made from, not from another one")
-    for name, linear in linears.items():
-        copied.get_submodule(name).refresh(linear.weight)
+    replace_linears(copy_structure(model), lambda name, linear: copied.get_submodule(name).refresh(linear.weight))
 
 
 class DecodingLinear(nn.Module):
@@ -169,15 +172,15 @@ def make_cache(model: GPT, num_rows: int, num_tokens: int, is_compiled: bool = F
 # The step: each row of a cache gets its next token
 
 
-def make_step(model: GPT, compile: bool = False, max_rows: int = 2) -> Callable[[Tensor, KVCache], Tensor]:
+def make_step(model: GPT, compile: bool | None = False, max_rows: int = 2) -> Callable[[Tensor, KVCache], Tensor]:
     """The function of a decoding step: (B, 1) token ids and a cache of at least B rows -> (B, V) logits.
 
     The tokens are those of the cache's first rows, of which the longest holds `num_tokens`.
 
-    compile:  on a CPU, now; on CUDA the step is a graph anyway, elsewhere it is eager
+    compile:  on a CPU, now; on CUDA the step is a graph anyway, elsewhere it is eager. None: eager everywhere
     max_rows: B is never more; one row alone needs one graph less
     """
-    if model.get_device().type == "cuda":
+    if model.get_device().type == "cuda" and compile is not None:
         return GraphedStep(model)
     if compile and model.get_device().type == "cpu":
         works, reason = choose_compile("auto", model.get_device(), None)

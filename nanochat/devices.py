@@ -114,6 +114,13 @@ def find_device_type(device_type: str) -> str:
     return "cpu"
 
 
+def has_gpu() -> bool:
+    """Whether this process has a GPU that "cuda" means: also one that the driver lists and torch can't use yet."""
+    import torch
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    return torch.cuda.is_available() or not is_hidden and bool(find_driver().names)
+
+
 def get_device(device_type: str, ranks: Ranks) -> torch.device:
     """The torch device of this rank, which computes; 'auto' as in `find_device_type`."""
     import torch

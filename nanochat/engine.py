@@ -241,17 +241,17 @@ class Row:
 
 class Engine:
     def __init__(self, model: GPT, tokenizer, max_rows: int = MAX_ROWS, kept_rows: int = KEPT_ROWS,
-                 compile: bool = False, cache_tokens: int | None = None):
+                 compile: bool | None = False, cache_tokens: int | None = None):
         """The weights are copied as they are now: a model that is trained further needs `refresh`, or a new engine.
 
         max_rows:     sequences in the batch; the cache grows with the requests, further requests wait
         kept_rows:    rows that are allocated before the least recently used free row is overwritten
         compile:      compile the decoding step, on a CPU; takes seconds to a minute now, and holds the blocks'
-                      matrices twice
+                      matrices twice. None: nor are CUDA graphs captured, for a few tokens
         cache_tokens: room of each row from the start, for callers that know their longest sequence; the cache grows
                       beyond it, by default from the first prompt's need on
         """
-        self.model = copy_for_decoding(model, keep_weights=compile)
+        self.model = copy_for_decoding(model, keep_weights=bool(compile))
         self.tokenizer = tokenizer
         self.chat_tokens = ChatTokens(tokenizer)
         self.device = model.get_device()

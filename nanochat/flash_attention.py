@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.common import UserError, get_first_line, print0
+from nanochat.common import UserError, gather, get_first_line, get_ranks, print0
 from nanochat.config import GPTConfig
 from nanochat.memory import list_query_blocks
 
@@ -108,7 +108,8 @@ def _backend_of(q: Tensor) -> str:
 
 def choose_backend(device: torch.device, dtype: torch.dtype, config: GPTConfig,
                    num_tokens: int | None = None, *, wanted: str = "auto") -> tuple[str, str]:
-    """Use the first backend that passes its probe, or the wanted one; returns its name and why.
+    """Use the first backend that passes its probe on every rank, or the wanted one; returns its name and why. All ranks
+    get the same, or the same error. Collective.
 
     config:     the model, whose heads are probed
     num_tokens: the length of the sequences to train on, if it is known
@@ -117,12 +118,31 @@ def choose_backend(device: torch.device, dtype: torch.dtype, config: GPTConfig,
         raise UserError(f"--attention {wanted} is not one of auto, {', '.join(BACKENDS)}")
     reasons = []
     for name in BACKENDS if wanted == "auto" else (wanted,):
-        works, reason = probe_backend(name, device, dtype, config, num_tokens)
-        if works:
+        found = probe_on_ranks(name, device, dtype, config, num_tokens)
+        failed = {rank: reason for rank, (works, reason) in found.items() if not works}
+        if not failed:
             _chosen[device.type] = name
-            return name, "; ".join([*reasons, f"{name} {reason}"])
-        reasons.append(f"{name}: {reason}")
+            return name, "; ".join([*reasons, f"{name} {found[0][1]}"])
+        rank, reason = next(iter(failed.items()))
+        reasons.append(f"{name}{f' on rank {rank}' if rank > 0 else ''}: {reason}")
     raise UserError(f"no attention backend works here: {'; '.join(reasons)}")
+
+
+def probe_on_ranks(name: str, device: torch.device, dtype: torch.dtype, config: GPTConfig,
+                   num_tokens: int | None) -> dict[int, tuple[bool | None, str]]:
+    """Rank -> what `probe_backend` finds there; only the ranks that go first where one of these fails. Collective.
+
+    The first rank of each machine goes first. The others find on the disk what it has fetched from the hub or compiled;
+    all at once they would fetch it several times, and a hub that limits requests would refuse some.
+    """
+    ranks, mine, found = get_ranks(), None, {}
+    for is_turn in (ranks.local_rank == 0, ranks.local_rank > 0):
+        if is_turn:
+            mine = probe_backend(name, device, dtype, config, num_tokens)
+        found = {rank: answer for rank, answer in enumerate(gather(mine)) if answer}
+        if not all(works for works, _ in found.values()):
+            break
+    return found
 
 
 def probe_report(device: torch.device, dtype: torch.dtype,

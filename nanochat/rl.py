@@ -253,8 +253,10 @@ class Rollouts:
             self.engine = Engine(model, self.tokenizer, self.sampling.sample_rows, cache_tokens=longest)
         else:
             self.engine.refresh(model)
-        yield self.engine
-        self.engine.forget()
+        try:
+            yield self.engine
+        finally:    # also where memory runs out, or a task can't grade an answer
+            self.engine.forget()
 
     def next_step(self, model: GPT, step: int, micro_rows: int) -> PolicyBatch:
         """The batch of this rank's answers, weighted by their advantages. Collective: all ranks call it."""

@@ -30,7 +30,7 @@ from nanochat.common import (
 from nanochat.download import CorruptFile, put_in_place
 from nanochat.text_files import Account, holds_text, list_names
 
-SOURCES     = ("python-docs", "climbmix", "fineweb-edu", "files")  # what nanochat.dataset can make
+SOURCES     = ("python-docs", "climbmix", "fineweb-edu", "tinystories", "files")  # what nanochat.dataset can make
 GROUP_ROWS  = 1024         # documents per row group: the unit of packing, of shuffling and of resuming
 SHARD_CHARS = 250_000_000  # as long as the shards of the hub's repositories; a shard ends with a whole row group
 SCHEMA      = pa.schema([("text", pa.string())])

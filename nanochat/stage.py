@@ -275,7 +275,7 @@ def print_samples(run: Run, step: int, prompts: dict[str, list[int]], max_tokens
     if run.setup.ranks.rank > 0:
         return
     tokenizer = run.setup.recipe.tokenizer
-    engine = Engine(run.state.model, tokenizer)
+    engine = Engine(run.state.model, tokenizer, compile=None)    # the other ranks wait: no time for CUDA graphs
     for prompt, ids in prompts.items():
         try:
             rows, _ = engine.generate_batch(ids, num_samples=1, max_tokens=max_tokens, temperature=0)

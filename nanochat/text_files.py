@@ -30,7 +30,7 @@ from typing import BinaryIO, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import UserError, escape, get_first_line, printable
+from nanochat.common import UserError, escape, get_first_line, print0, printable
 from nanochat.corpus import cut_text
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}    # suffix -> name, which is the program's too
@@ -197,16 +197,33 @@ def iter_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, text
 
 
+def make_object(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object; ValueError where two fields have one name, of which json would take the last without a word."""
+    fields, names = dict(pairs), [name for name, _ in pairs]
+    if len(fields) < len(names):
+        repeated = next(name for name in fields if names.count(name) > 1)
+        raise ValueError(f"two fields are named {escape(repeated)[:MAX_NAMES_CHARS]!r}")
+    return fields
+
+
+def parse_json(text: str) -> object:
+    """The value of one row; ValueError for anything else."""
+    try:
+        return json.loads(text, object_pairs_hook=make_object)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def iter_json_lines(path: Path) -> Iterator[tuple[str, object]]:
-    """The values of JSON lines, each with its place for an error."""
+    """The values of JSON lines, each with its place for an error. A line that is not JSON comes as a ValueError."""
     name = printable(path)
     for number, line in iter_lines(path):
         where = f"{name}:{number}"
         try:
-            yield where, json.loads(line)
-        except (ValueError, RecursionError) as error:
+            yield where, parse_json(line)
+        except ValueError as error:
             require_text(path, where, line)
-            raise UserError(f"{where} is not JSON ({error}); correct or remove the line") from None
+            yield where, ValueError(f"{where} is not JSON ({error})")
 
 
 def iter_json_values(path: Path) -> Iterator[tuple[str, object]]:
@@ -214,7 +231,8 @@ def iter_json_values(path: Path) -> Iterator[tuple[str, object]]:
     content is in memory."""
     with open_text(path) as file:
         content = require_text(path, printable(path), file.read())
-    name, decoder, blanks, number = printable(path), json.JSONDecoder(), re.compile(r"[ \t\r\n]*"), 0
+    name, blanks, number = printable(path), re.compile(r"[ \t\r\n]*"), 0
+    decoder = json.JSONDecoder(object_pairs_hook=make_object)
     start = blanks.match(content).end()
     is_array = content.startswith("[", start)
     start = blanks.match(content, start + is_array).end()
@@ -282,7 +300,7 @@ def read_text(path: Path, text_column: str) -> Iterator[str]:
         yield rest
 
 
-def read_lines(path: Path, text_column: str) -> Iterator[str | None]:
+def read_lines(path: Path, text_column: str) -> Iterator[str | ValueError | None]:
     """The texts of JSON lines."""
     return get_texts(iter_json_lines(path), text_column)
 
@@ -292,10 +310,17 @@ def read_json(path: Path, text_column: str) -> Iterator[str | None]:
     return get_texts(iter_json_values(path), text_column)
 
 
-def get_texts(rows: Iterable[tuple[str, object]], text_column: str) -> Iterator[str | None]:
-    """The texts of JSON objects, None where one has none; `rows` come with their places for an error."""
-    num_rows, has_field, mistake = 0, False, None
+def get_texts(rows: Iterable[tuple[str, object]], text_column: str) -> Iterator[str | ValueError | None]:
+    """The texts of JSON objects, None where one has none; `rows` come with their places for an error. A row that is not
+    JSON stays the ValueError that it is."""
+    num_rows, has_field, mistake, broken = 0, False, None, None
     for num_rows, (where, row) in enumerate(rows, start=1):
+        if isinstance(row, ValueError):
+            broken = broken or row
+            if num_rows == MAX_ROWS_WITHOUT and not has_field:
+                break
+            yield row
+            continue
         if not isinstance(row, dict):
             kind = "null" if row is None else type(row).__name__
             raise UserError(f"{where} has no field {text_column!r} but {kind}; make each row an object with such a "
@@ -315,7 +340,7 @@ def get_texts(rows: Iterable[tuple[str, object]], text_column: str) -> Iterator[
             raise UserError(f"{where} is not UTF-8 text ({error.reason}); correct or remove the row") from None
         yield text
     if num_rows and not has_field:
-        raise UserError(mistake)
+        raise UserError(mistake or f"{broken}; correct or remove the line")
 
 
 def read_csv(path: Path, text_column: str) -> Iterator[str | None]:
@@ -451,14 +476,18 @@ def read_documents(file: TextFile, text_column: str, account: Account) -> Iterat
     """
     with reading(file.path):
         for text in READERS[file.format](file.path, text_column):
-            if text is None:
+            if isinstance(text, ValueError):
+                if "not JSON" not in account.documents:
+                    print0(f"warning: {text}; it is left out, and so is each other row like it")
+                account.count("not JSON")
+            elif text is None:
                 account.count("without text")
-                continue
-            for piece in cut_text(text):
-                if piece.strip():
-                    yield piece
-                else:
-                    account.count("blank", len(piece))
+            else:
+                for piece in cut_text(text):
+                    if piece.strip():
+                        yield piece
+                    else:
+                        account.count("blank", len(piece))
 
 
 # Other encodings

@@ -62,19 +62,37 @@ for split in train validation test; do link allenai/ai2_arc/ARC-Easy/$split.json
 link openai/openai_humaneval/openai_humaneval/test.jsonl.gz tasks/humaneval_test tasks/humaneval
 link dwyl/english-words/words_alpha.txt.gz tasks/words_alpha
 link eval_bundle.zip core/eval_bundle
+core="" words=own
+[[ ! -e $NANOCHAT_MIRROR_DIR/eval_bundle.zip ]] || core="core 150"
+[[ ! -e $NANOCHAT_MIRROR_DIR/dwyl/english-words/words_alpha.txt.gz ]] || words=""    # but those of the folder's list
 
+# Seconds by the header; those of training grow about as the depth squared, the base model's with its tokens too. Only
+# those of the base model and SFT were measured one by one
+size=$(( DEPTH * DEPTH ))
+begin_chain "$NAME" text 30 tokenizer 30 base $(( NUM_ITERATIONS * BATCH_TOKENS * size / 238000 )) loss 30 $core \
+    sft $(( 46 * size )) eval $(( 5 * size )) report 5
+stage text
 python -m nanochat.dataset --source files --path "$DATA_DIR/pretrain" --name "$NAME"
+stage tokenizer
 python -m scripts.tok_train --data "$NAME" --vocab-size "$VOCAB_SIZE" --name "$NAME"
 python -m scripts.tok_eval --data "$NAME" --name "$NAME"
+stage base
 python -m scripts.base_train --data "$NAME" --tokenizer "$NAME" --model-tag "$NAME" --depth "$DEPTH" \
     --max-seq-len "$SEQ_LEN" --total-batch-size "$BATCH_TOKENS" --num-iterations "$NUM_ITERATIONS" $EXTRA
+stage loss
 python -m scripts.base_loss --model-tag "$NAME"
-if [[ -e $NANOCHAT_MIRROR_DIR/eval_bundle.zip ]]; then
+if [[ $core ]]; then
+    stage core
     python -m scripts.base_eval --model-tag "$NAME" --max-per-task "$NUM_PROBLEMS" \
         --bundle "$NANOCHAT_MIRROR_DIR/eval_bundle"
 fi
-python -m scripts.chat_sft -i base --model-tag "$NAME" --tasks $SFT_TASKS \
+stage sft
+python -m scripts.chat_sft -i base --model-tag "$NAME" --tasks $SFT_TASKS ${words:+--words "$NAME"} \
     --custom-json "$DATA_DIR/sft/chat_train.jsonl.gz" --eval-tokens 65536 $SFT_EXTRA
-python -m scripts.chat_eval --source sft --model-tag "$NAME" --task-name $EVAL_TASKS -x "$NUM_PROBLEMS" $CHAT_EVAL_EXTRA
+stage eval
+python -m scripts.chat_eval --source sft --model-tag "$NAME" --task-name $EVAL_TASKS ${words:+--words "$NAME"} -x "$NUM_PROBLEMS" \
+    $CHAT_EVAL_EXTRA
+stage report
 python -m nanochat.report generate
+end_chain
 echo "talk to it: source .venv/bin/activate; python -m scripts.chat_cli --source sft --model-tag $NAME"

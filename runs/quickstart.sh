@@ -15,8 +15,11 @@ SEQ_LEN=${SEQ_LEN:-512}                  # context in tokens
 VOCAB_SIZE=${VOCAB_SIZE:-8192}
 BATCH_TOKENS=${BATCH_TOKENS:-16384}      # tokens of a step
 NUM_ITERATIONS=${NUM_ITERATIONS:-300}    # steps of the base model
-DATA=${DATA:-python-docs}                # a source that can be made with no network, or a data set that is there
-NAME=${NAME:-quickstart}                 # of the tokenizer and the runs
+DATA=${DATA:-python-docs}                # a source of nanochat.dataset, or a data set that is there; with a network
+                                         # climbmix (web pages, 0.2 GB) or tinystories (0.3 GB) teach English
+NUM_SHARDS=${NUM_SHARDS:-}               # training shards to download; empty: as many as the base model reads
+TOK_CHARS=${TOK_CHARS:-100000000}        # characters that the tokenizer learns from
+NAME=${NAME:-quickstart}                 # of the tokenizer and the runs; other DATA needs another
 MID_TASKS=${MID_TASKS:-Arithmetic:12000 SimpleSpelling:110000 SpellingBee:8000 Identity:1500:2 PythonDocs}
 SFT_TASKS=${SFT_TASKS:-Arithmetic:3000 SimpleSpelling:25000 SpellingBee:4000 Identity:1500:2 PythonDocs}
 RL_TASKS=${RL_TASKS:-SimpleSpelling:320}    # 16 questions a step
@@ -28,21 +31,37 @@ RL_EXTRA=${RL_EXTRA:-}                   # more flags for chat_rl alone
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-[[ $DATA == python-docs ]] && python -m nanochat.dataset --source python-docs
-python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --name "$NAME"
+# Seconds by the header; those of training grow about as the depth squared, the base model's with its tokens too
+size=$(( DEPTH * DEPTH ))
+begin_chain "$NAME" text 25 tokenizer 15 base $(( NUM_ITERATIONS * BATCH_TOKENS * size / 238000 )) loss 20 \
+    mid $(( 19 * size )) sft $(( 6 * size )) rl $(( 2 * size )) eval $(( 6 * size )) report 5
+stage text
+fetch_data "$DATA" --depth "$DEPTH" --max-seq-len "$SEQ_LEN" --vocab-size "$VOCAB_SIZE" \
+    --total-batch-size "$BATCH_TOKENS" --num-iterations "$NUM_ITERATIONS"
+stage tokenizer
+python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-chars "$TOK_CHARS" --name "$NAME"
 python -m scripts.tok_eval --data "$DATA" --name "$NAME"
+stage base
 python -m scripts.base_train --data "$DATA" --tokenizer "$NAME" --model-tag "$NAME" --depth "$DEPTH" \
     --max-seq-len "$SEQ_LEN" --total-batch-size "$BATCH_TOKENS" --num-iterations "$NUM_ITERATIONS" \
     --eval-every 100 --eval-tokens 131072 $EXTRA
+stage loss
 python -m scripts.base_loss --model-tag "$NAME" --eval-tokens 262144
-python -m scripts.mid_train --model-tag "$NAME" --tasks $MID_TASKS --eval-tokens 65536 $CHAT_EXTRA
-python -m scripts.chat_sft --model-tag "$NAME" --tasks $SFT_TASKS --eval-tokens 65536 $CHAT_EXTRA
-python -m scripts.chat_rl --model-tag "$NAME" --tasks $RL_TASKS --max-new-tokens 48 --eval-every never \
-    --sample-every never $CHAT_EXTRA $RL_EXTRA
-for stage in mid sft rl; do
-    python -m scripts.chat_eval --source "$stage" --model-tag "$NAME" --task-name $EVAL_TASKS -x "$NUM_PROBLEMS"
+stage mid
+python -m scripts.mid_train --model-tag "$NAME" --tasks $MID_TASKS --words "$DATA" --eval-tokens 65536 $CHAT_EXTRA
+stage sft
+python -m scripts.chat_sft --model-tag "$NAME" --tasks $SFT_TASKS --words "$DATA" --eval-tokens 65536 $CHAT_EXTRA
+stage rl
+python -m scripts.chat_rl --model-tag "$NAME" --tasks $RL_TASKS --words "$DATA" --max-new-tokens 48 \
+    --eval-every never --sample-every never $CHAT_EXTRA $RL_EXTRA
+stage eval
+for source in mid sft rl; do
+    python -m scripts.chat_eval --source "$source" --model-tag "$NAME" --task-name $EVAL_TASKS --words "$DATA" \
+        -x "$NUM_PROBLEMS"
 done
+stage report
 python -m nanochat.report generate
+end_chain
 echo "ask it:      source .venv/bin/activate; python -m scripts.chat_cli --model-tag $NAME -p 'What is 34 * 27?'"
 echo "talk to it:  source .venv/bin/activate; python -m scripts.chat_cli --model-tag $NAME"
 echo "in a browser: source .venv/bin/activate; python -m scripts.chat_web --model-tag $NAME"

@@ -30,13 +30,7 @@ else
     horizon="--target-param-data-ratio $RATIO"
     grid="depth=$DEPTHS" flags=$horizon
 fi
-case $DATA in
-    climbmix | fineweb-edu)
-        num_shards=${NUM_SHARDS:-$(python -m scripts.plan --depth ${DEPTHS//,/ } $horizon --max-seq-len "$SEQ_LEN" \
-            --vocab-size "$VOCAB_SIZE" --shards)}
-        python -m nanochat.dataset --source "$DATA" -n "$num_shards" -w 8 ;;
-    python-docs) python -m nanochat.dataset --source python-docs ;;
-esac
+fetch_data "$DATA" --depth ${DEPTHS//,/ } $horizon --max-seq-len "$SEQ_LEN" --vocab-size "$VOCAB_SIZE"
 python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-chars "$TOK_CHARS" --name "$NAME"
 python -m scripts.sweep --name "$NAME" --grid $grid --parallel "$PARALLEL" --nproc "$(( NPROC > 1 ? NPROC : 1 ))" -- \
     --data "$DATA" --tokenizer "$NAME" --max-seq-len "$SEQ_LEN" $flags --sample-every never --keep-last 1 $EXTRA

@@ -23,6 +23,65 @@ fail() {
     exit 2
 }
 
+# What the recipes share
+
+fetch_data() {    # make the source $1, if it is one; of the hub's as much as scripts.base_train with the flags $2... reads
+    local num_shards
+    case $1 in
+        climbmix | fineweb-edu | tinystories)
+            num_shards=${NUM_SHARDS:-$(python -m scripts.plan "${@:2}" --shards "$1")}
+            python -m nanochat.dataset --source "$1" -n "$num_shards" -w 8 ;;
+        python-docs) python -m nanochat.dataset --source python-docs ;;
+    esac
+}
+
+# The chain's progress. A recipe names its stages once, each with its seconds where the header measured them (else 0):
+# `begin_chain NAME text 25 base 330 ...`; then each begins with `stage text`, and the last ends with `end_chain`.
+# <base dir>/chains/NAME/STAGE: the seconds of a finished stage, 0 if it was interrupted; empty until it ends.
+begin_chain() {
+    chain_name=$1 chain=("${@:2}") stage_name="" chain_start=$SECONDS
+    chain_dir=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}/chains/$1
+    mkdir -p "$chain_dir"
+}
+
+stage() {
+    local i name seconds number=0 total=0 finished=0 expected=0 taken=0 left=""
+    end_stage
+    stage_name=$1 stage_start=$SECONDS was_begun=0
+    for (( i = 0; i < ${#chain[@]}; i += 2 )); do
+        name=${chain[i]} seconds=${chain[i + 1]}
+        [[ $name != "$1" ]] || number=$(( i / 2 + 1 ))
+        (( total += seconds )) || true
+        if (( ! number )) || [[ -s $chain_dir/$name ]]; then
+            (( finished += seconds )) || true
+        fi
+        if [[ -s $chain_dir/$name && $(< "$chain_dir/$name") != 0 ]]; then
+            (( expected += seconds, taken += $(< "$chain_dir/$name") )) || true
+        fi
+    done
+    (( expected * 10 > total )) || expected=1 taken=1    # too little to judge this machine's pace by
+    if (( total )); then
+        left=" | $(( 100 * finished / total ))% of the chain done, "
+        left+="about $(( ((total - finished) * taken / expected + 30) / 60 )) min left"
+    fi
+    echo "$chain_name: stage $number of $(( ${#chain[@]} / 2 )), $1$left | $(( (SECONDS - chain_start) / 60 )) min so far"
+    [[ ! -e $chain_dir/$1 ]] || was_begun=1
+    : >> "$chain_dir/$1"
+}
+
+end_stage() {
+    if [[ $stage_name && ! -s $chain_dir/$stage_name ]]; then
+        echo "$(( was_begun ? 0 : SECONDS - stage_start ))" > "$chain_dir/$stage_name"
+    fi
+}
+
+end_chain() {
+    end_stage
+    echo "$chain_name: all $(( ${#chain[@]} / 2 )) stages done in $(( (SECONDS - chain_start) / 60 )) min"
+}
+
+# The set-up
+
 find_python() {
     local name names=(python3 python3.14 python3.13 python3.12 python3.11 python3.10 python)
     [[ -z ${PYTHON:-} ]] || names=("$PYTHON")

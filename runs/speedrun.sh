@@ -53,30 +53,42 @@ launch() {    # a module on every GPU, with its flags; torchrun, by its module's
     fi
 }
 
-case $DATA in
-    climbmix | fineweb-edu)
-        num_shards=${NUM_SHARDS:-$(python -m scripts.plan --depth "$DEPTH" --target-param-data-ratio "$RATIO" \
-            --max-seq-len "$SEQ_LEN" --vocab-size "$VOCAB_SIZE" --shards)}
-        python -m nanochat.dataset --source "$DATA" -n "$num_shards" -w 8 ;;
-esac
+# No stage has been timed yet
+begin_chain "$NAME" text 0 tokenizer 0 base 0 loss 0 core 0 mid 0 mid-eval 0 sft 0 sft-eval 0 \
+    ${RL_TASKS:+rl 0 rl-eval 0} report 0
+stage text
+fetch_data "$DATA" --depth "$DEPTH" --target-param-data-ratio "$RATIO" --max-seq-len "$SEQ_LEN" \
+    --vocab-size "$VOCAB_SIZE"
+stage tokenizer
 python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-chars "$TOK_CHARS" --name "$NAME"
 python -m scripts.tok_eval --data "$DATA" --name "$NAME"
+stage base
 launch scripts.base_train --data "$DATA" --tokenizer "$NAME" --model-tag "$NAME" --run "$RUN" --depth "$DEPTH" \
     --max-seq-len "$SEQ_LEN" --target-param-data-ratio "$RATIO" $RECIPE_FLAGS $EXTRA
+stage loss
 launch scripts.base_loss --model-tag "$NAME"
+stage core
 if python -m scripts.base_eval --fetch; then
     launch scripts.base_eval --model-tag "$NAME" $EVAL_EXTRA
 else
     (( $? == 2 ))    # the tasks of CORE can't be had, as it said: go on without. Anything else ends this
 fi
+stage mid
 python -m tasks.words || (( $? == 2 ))    # the words to spell; where the list can't be had, those of the corpus
 launch scripts.mid_train --model-tag "$NAME" --run "$RUN" $MID_EXTRA
+stage mid-eval
 launch scripts.chat_eval --source mid --model-tag "$NAME" $CHAT_EVAL_EXTRA
+stage sft
 launch scripts.chat_sft --model-tag "$NAME" --run "$RUN" $SFT_EXTRA
+stage sft-eval
 launch scripts.chat_eval --source sft --model-tag "$NAME" $CHAT_EVAL_EXTRA
 if [[ $RL_TASKS ]]; then
+    stage rl
     launch scripts.chat_rl --model-tag "$NAME" --run "$RUN" --tasks $RL_TASKS $RL_EXTRA
+    stage rl-eval
     launch scripts.chat_eval --source rl --model-tag "$NAME" $CHAT_EVAL_EXTRA
 fi
+stage report
 python -m nanochat.report generate
+end_chain
 echo "talk to it: source .venv/bin/activate; python -m scripts.chat_web --model-tag $NAME"

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from nanochat.chat_eval import ChatSettings, Solver, check_task_names, compute_chatcore, evaluate_task
 from nanochat.checkpoint_manager import MODEL_NAME, add_model_flags, load_for
+from nanochat.choices import add_words_flag
 from nanochat.common import (
     UserError,
     add_compute_flags,
@@ -43,6 +44,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_compute_flags(parser)
     add("-a", "--task-name", nargs="+", default=list(CHATCORE_TASKS), metavar="TASK",
         help="tasks by name (default: the six of ChatCORE)")
+    add_words_flag(parser)
     add("-x", "--max-problems", type=int_or_all, help="problems of each task, or all (default: all)")
     add("-t", "--temperature", type=float, default=ChatSettings.temperature, help="0 takes the likeliest token")
     add("-k", "--top-k", type=int, default=ChatSettings.top_k, help="sample among the k likeliest tokens; 0 = all")
@@ -75,7 +77,7 @@ def main(argv: list[str] | None = None) -> dict:
             shutil.rmtree(records_dir, ignore_errors=True)
         records_dir.mkdir(parents=True, exist_ok=True)
         write_json(records_dir / "settings.json", made_with)
-    solver = Solver(model, tokenizer, settings, args.batch_size, args.allow_unsafe)
+    solver = Solver(model, tokenizer, settings, args.batch_size, args.allow_unsafe, args.words)
     results, missing = {}, {}
     print0(f"{'task':16s} {'accuracy':>8s} {'95% interval':>16s} {'centered':>8s} {'problems':>8s} {'cut':>5s} "
            f"{'seconds':>8s}")

@@ -26,7 +26,7 @@ from nanochat.checkpoint_manager import (
     load_run_tokenizer,
     locked_run,
 )
-from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, read_flags
+from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, add_words_flag, read_flags
 from nanochat.common import Ranks, UserError, print0, run_script
 from nanochat.config import GPTConfig, estimate_flops
 from nanochat.dataloader import hash_conversations
@@ -62,6 +62,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     # questions and answers
     add("-a", "--tasks", nargs="+", metavar="NAME[:COUNT]", default=["GSM8K"],
         help="tasks with a reward, of each COUNT questions (default: all of GSM8K)")
+    add_words_flag(parser)
     add("--examples-per-step", type=int, default=16, help="questions of a step, all ranks together")
     add("--num-samples", type=int, default=16, help="answers to each question")
     add("--max-new-tokens", type=int, help="tokens of an answer, the calculator's included (default: 256, but at most "
@@ -150,7 +151,7 @@ def train(run: Run, held_out: list[Question], args: argparse.Namespace) -> dict:
 # Beginning
 
 
-def load_questions(entries: list[str], num_held_out: int, tokenizer,
+def load_questions(entries: list[str], words: str | None, num_held_out: int, tokenizer,
                    max_prompt_tokens: int) -> tuple[list[Question], list[Question]]:
     """The questions to learn from, and so many of each task that are held out."""
     train, held_out = {}, {}
@@ -158,8 +159,8 @@ def load_questions(entries: list[str], num_held_out: int, tokenizer,
         name, count, weight = parse_entry(entry)
         if weight != 1 or name in train:
             raise UserError(f"--tasks {entry}: name each task once, as NAME or NAME:COUNT")
-        train[name] = make_task(name, "train", count)
-        held_out[name] = make_task(name, "test", num_held_out if name in GENERATED else None)
+        train[name] = make_task(name, "train", count, words)
+        held_out[name] = make_task(name, "test", num_held_out if name in GENERATED else None, words)
     questions, tested = (make_questions(tasks, tokenizer, max_prompt_tokens) for tasks in (train, held_out))
     chosen = []
     for name in train:  # spread evenly over each task
@@ -187,7 +188,7 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, source: Checkpoint,
     config, before = GPTConfig(**source.meta["model_config"]), source.meta["identity"]
     max_new_tokens = choose_max_new_tokens(args.max_new_tokens, config.sequence_len)
     # a stage learns from rows of one token more than the context
-    questions, held_out = load_questions(args.tasks, args.eval_examples, tokenizer,
+    questions, held_out = load_questions(args.tasks, args.words, args.eval_examples, tokenizer,
                                          config.sequence_len + 1 - max_new_tokens)
     plan = make_rl_plan(config, estimate_flops(config), num_questions=len(questions), num_epochs=args.num_epochs,
                         num_iterations=args.num_iterations, examples_per_step=args.examples_per_step,

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> dict:
     source = find_checkpoint("base", args.model_tag, args.model_step)
     run_dir = get_run_dir("mid", args.out_tag or source.run_dir.name)
     with locked_run(run_dir):
-        mixture = make_mixture(args.tasks or MIXTURES[args.mixture], args.custom_json)
+        mixture = make_mixture(args.tasks or MIXTURES[args.mixture], args.custom_json, args.words)
         settings = ChatSettings(source, mixture, args.num_epochs, args.num_iterations, args.init_lr_frac,
                                 args.warmdown_ratio)
         return run_chat_stage(MIDTRAINING, settings, flags, run_dir, device, ranks)

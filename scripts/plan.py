@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass
 from nanochat import devices, memory
 from nanochat.common import UserError, print0, run_script
 from nanochat.config import GPTConfig, count_params, estimate_flops
+from nanochat.dataset import HUB_SOURCES
 from nanochat.memory import GIB, Machine, Memory, get_usable_frac, rows_or_auto
 from nanochat.scaling import FINAL_LR_FRAC, WARMDOWN_RATIO, Plan, make_config, make_plan
 
 DOLLARS_PER_GPU_HOUR = 3.0    # of an H100 on the market, $24 an hour for a node of eight
-# A shard of climbmix: 250 million characters, at about 5 to a token of a 32K vocabulary; assumption, none was counted
-TOKENS_PER_SHARD = 50_000_000
+CHARS_PER_TOKEN = 5           # of a 32K vocabulary; assumption, none was counted. Smaller vocabularies have fewer
 SPARE_DATA = 1.05             # shards for each one of the estimate, since text that runs out is repeated
 MAX_DEPTH = 64                # of the search for a budget
 HOPPER = ("h100", "h200", "h800", "h20", "gh200")          # FlashAttention 3 is built for these
@@ -119,8 +119,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--fp8", choices=("on", "off"), default="off", help="in memory alone: what it saves in time isn't measured yet")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    output.add_argument("--shards", action="store_true",
-                        help="print only the number of climbmix shards, for the depth that reads most")
+    output.add_argument("--shards", nargs="?", const="climbmix", choices=HUB_SOURCES, metavar="SOURCE",
+                        help="print only the number of shards to download of a source (default: climbmix), at most all "
+                        "that it has, for the depth that reads most")
     args = parser.parse_args(argv)
     for name in ("nproc", "vocab_size", "tflops", "gb", "mfu", "max_hours", "max_cost", "device_batch_size"):
         value = getattr(args, name)
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> dict:
     for result, estimate in zip(results["runs"], estimates, strict=True):
         result["memory"] |= {name: getattr(estimate.memory, name) for name in ("peak", "worst_phase", "needed")}
     if args.shards:
-        print0(max(estimate.num_shards for estimate in estimates))
+        print0(max(count_shards(estimate.plan.total_tokens, args.shards) for estimate in estimates))
     elif args.json:
         print0(json.dumps(results, indent=2))
     else:
@@ -206,7 +207,13 @@ def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, machi
     return Estimate(config, plan, fits, micro_rows, rows // micro_rows, predicted,
                     count_hardware_flops(config, plan, hardware.num_gpus), mfu, source, hours,
                     hours * hardware.num_gpus * hardware.dollars,
-                    math.ceil(SPARE_DATA * plan.total_tokens / TOKENS_PER_SHARD))
+                    count_shards(plan.total_tokens, "climbmix"))
+
+
+def count_shards(num_tokens: int, source: str) -> int:
+    """Training shards of a source that hold so many tokens, or all that it has: text that runs out is repeated."""
+    hub = HUB_SOURCES[source]
+    return min(math.ceil(SPARE_DATA * num_tokens * CHARS_PER_TOKEN / hub.shard_chars), len(hub.train))
 
 
 def count_hardware_flops(config: GPTConfig, plan: Plan, num_gpus: int) -> float:
@@ -313,7 +320,8 @@ def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine,
         if machine.device_type == "cpu" else "not yet compared with a GPU"
     print0(f"Memory: {machine.dtype}{', fp8' if machine.is_fp8 else ''}, attention {machine.attention}, {machine.loss} "
            f"loss, {'' if machine.is_compiled else 'not '}compiled; predicted, {compared}.")
-    print0(f"Shards: about {TOKENS_PER_SHARD / 1e6:.0f} M tokens each (assumption, for a vocabulary of 32K), and "
+    shard_tokens = HUB_SOURCES["climbmix"].shard_chars / CHARS_PER_TOKEN
+    print0(f"Shards: about {shard_tokens / 1e6:.0f} M tokens each (assumption, for a vocabulary of 32K), and "
            f"{100 * (SPARE_DATA - 1):.0f}% to spare.")
 
 

@@ -112,6 +112,9 @@ def keep_existing(directory: Path, made_from: dict) -> dict:
     try:
         training = json.loads((directory / "training.json").read_text(encoding="utf-8"))
         training["made_from"].setdefault("split_pattern", DEFAULT_PATTERN)     # the only one when there was no choice
+        limits = training["made_from"]["max_chars"], made_from["max_chars"]
+        if training["num_chars"] < min(limits):    # all the text was read, by either limit
+            made_from = made_from | {"max_chars": limits[0]}
         differences = [f"{key} {training['made_from'].get(key)}, not {value}" for key, value in made_from.items()
                        if training["made_from"].get(key) != value]
         differences += [] if RustBPETokenizer.from_directory(directory).hash == training["tokenizer_hash"] else \

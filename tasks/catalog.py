@@ -10,6 +10,7 @@ from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
+from tasks.words import load_words
 
 TASKS = {
     "ARC-Easy":       lambda split, **kwargs: ARC("ARC-Easy", split, **kwargs),
@@ -25,11 +26,15 @@ TASKS = {
     "PythonDocs":     PythonDocs,
 }
 CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")   # ChatCORE's
+SPELLING_TASKS = ("SpellingBee", "SimpleSpelling")
 GRADED_TASKS = tuple(name for name in TASKS if name != "SmolTalk")   # whose answers can be graded
 
 
-def get_task(name: str, split: str, **kwargs) -> Task:
-    """The task `name`; kwargs: start, stop, step, and of generated tasks size and seed."""
+def get_task(name: str, split: str, words: str | None = None, **kwargs) -> Task:
+    """The task `name`; words: the dataset whose words are spelled, see tasks.words.load_words; kwargs: start, stop,
+    step, and of generated tasks size and seed."""
     if name not in TASKS:
         raise UserError(f"there is no task {name!r}; choose one of {', '.join(TASKS)}")
+    if words and name in SPELLING_TASKS:
+        kwargs["words"] = load_words(words)
     return TASKS[name](split, **kwargs)

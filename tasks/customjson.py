@@ -17,6 +17,7 @@ from tasks.common import Task
 from tasks.rows import read_rows
 
 UNEXPECTED_FRAC = 0.05    # of the rows: more left out is a warning of its own
+VAL_ONE_IN = 20           # of the conversations is held out for validation, the last ones of the file
 MAX_NUMBERS = 5           # of lines named for each reason
 MAX_REASONS = 10          # shown and kept in the records; all rows are counted
 
@@ -66,6 +67,8 @@ class RowAccount:
         if self.unlearned:
             lines.append(f"{self.unlearned:,} conversations have an answer that is read, but not learned: its weight "
                          "is 0, or it has no text")
+        if self.kept < VAL_ONE_IN:
+            lines.append(f"no conversation is held out for validation: 1 of {VAL_ONE_IN} would be")
         lines = [f"{self.file}: {line}" for line in lines]
         if self.left_out > UNEXPECTED_FRAC * self.rows:
             lines.append(f"WARNING: {self.left_out / self.rows:.0%} of the rows of {self.file} were left out "

@@ -7,7 +7,7 @@ from pathlib import Path
 from nanochat.common import UserError, expand_home, hash_file
 from tasks.catalog import TASKS, get_task
 from tasks.common import Task, TaskMixture
-from tasks.customjson import CustomJSON, RowAccount
+from tasks.customjson import VAL_ONE_IN, CustomJSON, RowAccount
 
 # Each entry is NAME[:COUNT[:WEIGHT]], as --tasks takes them. 'mid' and 'sft' are those of the public record (January
 # 2026), 'sft-direct' that of SFT straight from the base model (July 2026); 'quickstart' needs no download.
@@ -22,7 +22,6 @@ MIXTURES = {
 GENERATED = ("SpellingBee", "SimpleSpelling", "Arithmetic", "Identity")   # of any size
 VAL_SPLITS = {"MMLU": "validation", "ARC-Easy": "validation", "ARC-Challenge": "validation"}   # of others: test
 MAX_VAL_GENERATED = 1000    # held-out conversations of a generated task
-CUSTOM_VAL_ONE_IN = 20      # of a person's own conversations are held out, the last ones of the file
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,11 @@ class Mixture:
         return ", ".join(self.parts)
 
 
-def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = ()) -> Mixture:
+def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = (), words: str | None = None) -> Mixture:
     """The mixture of tasks, given as NAME[:COUNT[:WEIGHT]], and of a person's own files; UserError if one is missing.
 
     COUNT: conversations, all by default; WEIGHT: how often each is used, 2 = twice
+    words: the dataset whose words are spelled, see tasks.words.load_words
     """
     train, val, weights, parts, accounts = [], [], [], {}, []
     for entry in entries:
@@ -50,9 +50,9 @@ def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = ()) -> Mi
             raise UserError(f"--tasks names {name} twice; name it once, with a WEIGHT to use it more often, such as "
                             f"{name}:{count or ''}:2")
         try:
-            train.append(make_task(name, "train", count))
+            train.append(make_task(name, "train", count, words))
             val.append(make_task(name, VAL_SPLITS.get(name, "test"), min(count or MAX_VAL_GENERATED, MAX_VAL_GENERATED)
-                                 if name in GENERATED else None))
+                                 if name in GENERATED else None, words))
         except UserError as error:
             raise UserError(f"{name}: {error}; or choose what there is with --tasks, or --mixture quickstart, which "
                             "needs no download") from None
@@ -62,7 +62,7 @@ def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = ()) -> Mi
         whole, name = CustomJSON(path), Path(path).name
         if name in parts:
             raise UserError(f"two files or tasks are called {name}, so records couldn't tell them apart; rename one")
-        num_train = len(whole) - len(whole) // CUSTOM_VAL_ONE_IN
+        num_train = len(whole) - len(whole) // VAL_ONE_IN
         train.append(whole.cut(0, num_train))
         val.append(whole.cut(num_train, None))
         accounts.append(whole.account)
@@ -89,8 +89,8 @@ def parse_entry(entry: str) -> tuple[str, int | None, float]:
     return parsed
 
 
-def make_task(name: str, split: str, count: int | None) -> Task:
-    """A task, `count` conversations of it or all."""
+def make_task(name: str, split: str, count: int | None, words: str | None = None) -> Task:
+    """A task, `count` conversations of it or all; words: as get_task has it."""
     if count is None:
-        return get_task(name, split)
-    return get_task(name, split, **({"size": count} if name in GENERATED else {"stop": count}))
+        return get_task(name, split, words)
+    return get_task(name, split, words, **({"size": count} if name in GENERATED else {"stop": count}))

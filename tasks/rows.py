@@ -22,6 +22,7 @@ from nanochat.text_files import (
     iter_lines,
     iter_table,
     list_names,
+    parse_json,
     reading,
     require_text,
 )
@@ -48,10 +49,7 @@ class JsonLines(Sequence):
         return len(self.lines)
 
     def __getitem__(self, index: int) -> object:
-        try:
-            return json.loads(self.lines[index].decode())    # of bytes, json would guess the encoding
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
+        return parse_json(self.lines[index].decode())    # of bytes, json would guess the encoding
 
     def check(self) -> "JsonLines":
         """Itself; UserError for a damaged row, so that it is found now and not hours later."""

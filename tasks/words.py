@@ -1,6 +1,10 @@
-"""Words to spell: the published list of 370,000 English words where it is on disk, else the words of the texts there.
+"""Words to spell: those of a named dataset. Where none is named, the published list of 370,000 English words where
+it is on disk, else the words of the texts there.
 
     python -m tasks.words       download the published list to the base folder; nothing else ever does
+
+Without a name the words depend on what earlier commands left on this machine. So a recipe that must learn from the same
+data everywhere, with a network or without, names its dataset: `--words NAME` of the stages and of scripts.chat_eval.
 """
 
 import gzip
@@ -29,32 +33,36 @@ MAX_TEXT_CHARS = 100_000_000    # of a corpus are read for their words, which ta
 KEPT_NAME = "words_found.txt"    # the words that were collected; delete it to have them collected anew
 
 
-def load_words() -> list[str]:
+def load_words(data: str | None = None) -> list[str]:
     """Lower-case words of the letters a-z, sorted: the published list, the corpus's words, or the docstrings' words.
 
-    The words that are collected in place of the list are kept, so that all stages of a chain spell the same words.
+    data: the dataset whose words they are, whatever else is on disk, the list too; the docstrings' words if it has none
+    The words that are collected are kept, so that all stages of a chain spell the same words.
     """
-    path = find_list()
-    if path is None:
-        path = get_base_dir() / KEPT_NAME
+    if data:
+        path, folders, advice = get_base_dir() / f"words_{load_shards(data).hash}.txt", [data], ""
+    else:
+        path = find_list() or get_base_dir() / KEPT_NAME
+        folders = [str(manifest.parent) for manifest in sorted(get_base_dir().glob("data/*/manifest.json"))]
+        advice = "; to use the published list instead: python -m tasks.words"
+    if not path.exists():
         with file_lock(path):     # one rank for all
             if not path.exists():
-                source, words = collect_words_here()
-                print0(f"words to spell: {len(words):,} of {source}, kept in {path}; to use the published list "
-                       "instead: python -m tasks.words")
+                source, words = collect_first_words(folders)
+                print0(f"words to spell: {len(words):,} of {source}, kept in {path}{advice}")
                 write_atomic(path, "\n".join(words) + "\n")
     return read_list(path)
 
 
-def collect_words_here() -> tuple[str, list[str]]:
-    """The source of text on this machine, and its words."""
-    for manifest in sorted(get_base_dir().glob("data/*/manifest.json")):
+def collect_first_words(folders: Iterable[str]) -> tuple[str, list[str]]:
+    """The words of the first dataset that has any, else those of Python's docstrings; and whose they are."""
+    for folder in folders:
         try:
-            documents = iter_documents(load_shards(str(manifest.parent)).train, MAX_TEXT_CHARS)
+            shards = load_shards(folder)
         except UserError:
             continue    # not complete: not at hand
-        if words := collect_words(documents):     # none in many languages
-            return f"the corpus {manifest.parent.name}", words
+        if words := collect_words(iter_documents(shards.train, MAX_TEXT_CHARS)):     # none in many languages
+            return f"the corpus {shards.name}", words
     return "Python's docstrings", collect_words(doc for _, doc in iter_docstrings())
 
 

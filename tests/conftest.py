@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanochat import flash_attention
+from tasks import words
 from tests.helpers import BYTE_TOKENIZER
 
 torch.set_num_threads(1)  # threads that share their cores with another process cost more than they gain
@@ -30,4 +31,14 @@ def byte_base(tmp_path, monkeypatch):
     """A base folder with nothing in it but the byte tokenizer."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     BYTE_TOKENIZER.save(tmp_path / "tokenizer" / "default")
+    return tmp_path
+
+
+@pytest.fixture
+def offline_base(tmp_path, monkeypatch):
+    """An empty base folder; the published list of words can't be fetched."""
+    monkeypatch.delenv("NANOCHAT_MIRROR_DIR", raising=False)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(words, "LIST_URL", "http://127.0.0.1:9/words_alpha.txt")   # where nobody listens
     return tmp_path

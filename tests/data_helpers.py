@@ -16,7 +16,7 @@ from nanochat.shards import ShardList
 from nanochat.text_files import Account, find_text_files, read_documents
 from tests.helpers import BYTE_TOKENIZER
 
-REPO, NUM_IN_REPO = dataset.HUB_SOURCES["climbmix"]
+REPO, NUM_IN_REPO = dataset.HUB_SOURCES["climbmix"].repo, len(dataset.HUB_SOURCES["climbmix"].train) + 1
 BOS = BYTE_TOKENIZER.get_bos_token_id()
 ALONE = Ranks()
 CONTENT = bytes(range(256)) * 12_000  # 3 MB: 47 chunks

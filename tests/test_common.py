@@ -55,6 +55,27 @@ def raise_error(error):
     raise error
 
 
+# As NCCL 2.27 and torch put it
+NCCL_MEMORY = """NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error (run with NCCL_DEBUG=INFO for details)
+ncclUnhandledCudaError: Call to CUDA function failed.
+Last error:
+Cuda failure 2 'out of memory'"""
+
+
+@pytest.mark.parametrize(("error", "expected"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True), (MemoryError(), True),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"), True),
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported asynchronously"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (torch.distributed.DistBackendError(NCCL_MEMORY), False),
+    (torch.distributed.DistError("a socket's peer said: out of memory"), False),
+    (RuntimeError("NCCL Error 2: unhandled system error: out of memory"), False),
+    (RuntimeError("CUDA error: misaligned address"), False), (ValueError("out of memory"), False)])
+def test_memory_that_a_smaller_step_may_fit(error, expected):
+    """After an error of NCCL no rank reaches the others, whatever the reason."""
+    assert common.is_out_of_memory(error) is expected
+
+
 @pytest.mark.parametrize(("error", "message"), [
     (OSError(errno.ENOSPC, "No space left on device", "model.bin"),
      "error: the disk is full while writing model.bin; what was saved before is intact"),
@@ -97,6 +118,8 @@ def live_group(monkeypatch):
     (UserError("no data"), 2, "error: no data\n"), (KeyboardInterrupt(), 130, "stopped by Ctrl-C\n"),
     (torch.OutOfMemoryError("Tried to allocate"), 2, "error: out of memory"),
     (torch.distributed.DistBackendError("NCCL timeout"), 1, "can't reach the other ranks any more"),
+    (torch.distributed.DistBackendError(NCCL_MEMORY), 2,
+     "error: NCCL, which connects the GPUs, is out of memory on rank 0 (NCCL error in: ProcessGroupNCCL.cpp:3690"),
     (SystemExit(143), 143, ""),  # how StopSignal ends a run
     (ValueError("a bug"), 1, "Traceback (most recent call last)")])
 def test_rank_ends_without_the_teardown_of_a_live_communicator(error, code, message, live_group, capsys):

@@ -11,6 +11,7 @@ import pytest
 
 from nanochat.common import UserError
 from tasks.customjson import CustomJSON
+from tasks.mixtures import make_mixture
 from tests.data_helpers import write_lines
 from tests.helpers import BYTE_TOKENIZER
 
@@ -29,7 +30,8 @@ def test_custom_json(tmp_path):
     assert list(CustomJSON(path, stop=1)) == list(task.cut(0, 1)) == [{"messages": TALK}]
     assert list(task.cut(3, None)) == [{"messages": rows[3]}]
     assert task.account.describe() == ["mine.jsonl: 4 conversations of 36 characters in 4 rows",
-                                       "mine.jsonl: not read: source (1 rows)"]
+                                       "mine.jsonl: not read: source (1 rows)",
+                                       "mine.jsonl: no conversation is held out for validation: 1 of 20 would be"]
 
 
 @pytest.mark.parametrize(("row", "message"), [
@@ -63,12 +65,30 @@ def test_what_is_no_conversation_is_left_out_and_counted(tmp_path, row, message)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
+def test_a_row_with_two_fields_of_one_name_is_left_out(tmp_path):
+    """json would take the second answer without a word."""
+    rows = [json.dumps(TALK)] * 30
+    rows[3] = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]'
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows))
+    account = CustomJSON(tmp_path / "mine.jsonl").account
+    assert account.kept == 29 and account.reasons == {"two fields are named 'content'": [4]}
+
+
+@pytest.mark.parametrize(("num", "num_val"), [(19, 0), (20, 1), (40, 2)])
+def test_what_is_held_out_for_validation(tmp_path, num, num_val):
+    """A file too small for any says so, where other tasks have some: nothing else would."""
+    mixture = make_mixture(["Arithmetic:30"], [str(write_lines(tmp_path / "mine.jsonl", [TALK] * num))])
+    assert len(mixture.val) - 30 == num_val
+    said = [line for line in mixture.accounts[0].describe() if "validation" in line]
+    assert said == ["mine.jsonl: no conversation is held out for validation: 1 of 20 would be"][:num_val == 0]
+
+
 def test_account_is_bounded(tmp_path):
     rows = [{f"field {i}": i} for i in range(12) for _ in range(1 + i)] + [TALK, {"messages": TALK} | {
         f"more {i}": 1 for i in range(12)}]
     account = CustomJSON(write_lines(tmp_path / "mine.jsonl", rows)).account
     lines = account.describe()
-    assert len(lines) == 1 + 10 + 1 + 1 + 1
+    assert len(lines) == 1 + 10 + 1 + 1 + 1 + 1
     assert "left out line 67, 68, 69, 70, 71 and 7 more: a row of field 11" in lines[1]
     assert lines[11] == "mine.jsonl: left out 3 rows more for 2 other reasons" and "and 2 other fields" in lines[12]
     assert len(account.to_json()["reasons"]) == len(account.to_json()["unused"]) == 10

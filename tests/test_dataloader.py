@@ -69,6 +69,18 @@ def merge_states(states: list[dict]) -> dict:
     return states[0] | {"lanes": np.max([state["lanes"] for state in states], axis=0).tolist()}
 
 
+def test_a_batch_that_the_lanes_do_not_divide_begins_the_data_anew_where_that_is_allowed(shards, capsys):
+    loader = make_loader(shards)
+    steps_of(loader, 2)
+    options = {"rows_per_step": 20, "state": json.loads(json.dumps(loader.state_dict()))}
+    with pytest.raises(UserError, match="20 rows a step don't divide evenly over the 8 lanes of the run; set --total-"):
+        make_loader(shards, **options)
+    changed = make_loader(shards, **options, allow_mismatch=True)
+    assert "belongs to rows_per_step 24, but this run has rows_per_step 20, so the data begins anew" in \
+        capsys.readouterr().out
+    assert steps_of(changed, 3) == steps_of(make_loader(shards, rows_per_step=20), 3)
+
+
 def test_num_lanes():
     assert [choose_num_lanes(rows) for rows in (1, 6, 7, 8, 12, 24, 32, 48)] == [1, 2, 1, 8, 4, 8, 8, 8]
 

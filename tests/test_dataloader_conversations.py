@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from nanochat.common import Ranks, UserError
 from nanochat.dataloader import ConversationGroups, Epoch, count_epoch, validation_conversations
@@ -14,7 +13,7 @@ from nanochat.packing import PackStats
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer
 from tests.data_helpers import order_rows
 
-ALONE, CPU, BOS = Ranks(), torch.device("cpu"), 0
+ALONE, BOS = Ranks(), 0
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -68,9 +67,9 @@ def test_each_supervised_token_is_a_target_once(num):
                 if c["mask"][i]]
     if not expected:
         with pytest.raises(UserError, match="nothing to learn in toy"):
-            count_epoch(groups, ALONE, CPU)
+            count_epoch(groups, ALONE)
         return
-    epoch = count_epoch(groups, ALONE, CPU)
+    epoch = count_epoch(groups, ALONE)
     loader = make_loader(groups)
     pairs = list_pairs(loader.next_step() for _ in range(-(-epoch.num_rows // 12)))
     assert sorted(pairs) == sorted(expected)
@@ -84,7 +83,7 @@ def test_each_supervised_token_is_a_target_once(num):
 
 def test_two_epochs_hold_each_token_twice():
     groups = make_groups(make_conversations(1100))
-    epoch = count_epoch(groups, ALONE, CPU)
+    epoch = count_epoch(groups, ALONE)
     once = sorted(list_pairs([make_loader(groups, rows_per_step=epoch.num_rows).next_step()]))
     loader = make_loader(groups, num_epochs=2)
     twice = list_pairs(loader.next_step() for _ in range(-(-2 * epoch.num_rows // 12)))
@@ -94,7 +93,7 @@ def test_two_epochs_hold_each_token_twice():
 def test_midtraining_crops_and_fills():
     conversations = make_conversations(2000)
     groups = make_groups(conversations, keep_whole=False)
-    epoch = count_epoch(groups, ALONE, CPU)
+    epoch = count_epoch(groups, ALONE)
     pairs = list_pairs([make_loader(groups, rows_per_step=epoch.num_rows).next_step()])
     targets = [target for _, target in pairs]
     assert len(targets) == len(set(targets))
@@ -105,7 +104,7 @@ def test_midtraining_crops_and_fills():
 
 def test_any_ranks_see_the_same_rows_and_the_same_end():
     groups = make_groups(make_conversations(2100))
-    num_steps = -(-count_epoch(groups, ALONE, CPU).num_rows // 12) + 1
+    num_steps = -(-count_epoch(groups, ALONE).num_rows // 12) + 1
     alone = read_steps(make_loader(groups), num_steps)
     for world_size in (2, 3, 4):
         parts = [read_steps(make_loader(groups, Ranks(rank, rank, world_size)), num_steps)
@@ -117,7 +116,7 @@ def test_any_ranks_see_the_same_rows_and_the_same_end():
 @pytest.mark.parametrize("num_threads", [0, 2])
 def test_resume_is_exact_up_to_the_end(num_threads):
     groups = make_groups(make_conversations(1300))
-    num_steps = -(-count_epoch(groups, ALONE, CPU).num_rows // 40) + 1
+    num_steps = -(-count_epoch(groups, ALONE).num_rows // 40) + 1
     options = {"rows_per_step": 40, "num_threads": num_threads}
     with make_loader(groups, **options) as loader:
         states, rows = [], []
@@ -134,8 +133,8 @@ def test_resume_is_exact_up_to_the_end(num_threads):
 
 def test_ranks_count_their_shares_of_the_epoch():
     groups = make_groups(make_conversations(3000))
-    shares = [count_epoch(groups, Ranks(rank, rank, 3), CPU) for rank in range(3)]
-    whole = count_epoch(groups, ALONE, CPU)
+    shares = [count_epoch(groups, Ranks(rank, rank, 3)) for rank in range(3)]
+    whole = count_epoch(groups, ALONE)
     assert sum(share.num_rows for share in shares) == whole.num_rows
     assert sum((share.stats for share in shares), PackStats()) == whole.stats
     assert Epoch.from_json(json.loads(json.dumps(whole.to_json()))) == whole
@@ -144,9 +143,9 @@ def test_ranks_count_their_shares_of_the_epoch():
 def test_bad_conversation_and_empty_lists():
     conversations = [*make_conversations(3), {"error": "message 0 has role 'dog' where 'user' is due"}]
     with pytest.raises(UserError, match="a conversation of toy can.t be learned from: message 0 has role .dog.*error"):
-        count_epoch(make_groups(conversations), ALONE, CPU)
+        count_epoch(make_groups(conversations), ALONE)
     with pytest.raises(UserError, match="nothing to learn in toy"):
-        count_epoch(make_groups([]), ALONE, CPU)
+        count_epoch(make_groups([]), ALONE)
     assert validation_conversations("toy", [], PlainTokenizer(), 32, 8, ALONE) is None
 
 

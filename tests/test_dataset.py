@@ -15,8 +15,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from nanochat import corpus, dataset, download
+from nanochat import corpus, dataset, devices, download
 from nanochat.common import UserError
 from nanochat.corpus import Package
 from nanochat.dataset import main
@@ -29,6 +30,7 @@ from tests.data_helpers import (
     hash_shards,
     make_files,
     make_hub_shard,
+    make_loader,
     make_package,
     write_documents,
 )
@@ -239,6 +241,27 @@ def test_real_prose(base_dir):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The source where none is named
+
+
+@pytest.mark.parametrize(("names", "visible", "works", "source"), [
+    ((), None, False, "python-docs"), (("NVIDIA H100",), None, True, "climbmix"),
+    (("NVIDIA H100",), None, False, "climbmix"),    # the driver is too old for this torch, say
+    (("NVIDIA H100",), "", False, "python-docs"),   # hidden
+    ((), None, True, "climbmix")])                  # of AMD
+def test_source_of_a_machine(names, visible, works, source, monkeypatch, capsys):
+    """It follows from the GPU that is there, not from whether this torch can use it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: works)
+    monkeypatch.setattr(devices, "find_driver", lambda: devices.Driver("470.1", names))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert dataset.parse_args([]).source == source
+    there = "a GPU is there" if source == "climbmix" else "no GPU is there"
+    assert capsys.readouterr().out == f"source: {source} ({there}; see --source)\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # python-docs
 
 
@@ -373,6 +396,33 @@ def test_offline_mirror(hub, base_dir, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="shard_00003.parquet isn't there"):
         fetch_shards("-n", "4")
     assert len(load_shards("climbmix").train) == 3
+
+
+STORIES = dataset.HUB_SOURCES["tinystories"]
+
+
+def test_a_source_with_names_of_its_own(hub, base_dir, monkeypatch):
+    """Its validation is the hub's own split; it has fewer shards than are fetched by default; one document is empty."""
+    files = {name: make_hub_shard(name) for name in (*STORIES.train, STORIES.val)}
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": ["", *(f"Once upon a time there was a cat, {i}." for i in range(400))]}), sink)
+    files[STORIES.train[1]] = sink.getvalue().to_pybytes()
+    prefix = f"/datasets/{STORIES.repo}/resolve/main/"
+    hub.content, hub.script = lambda path: files.get(path.removeprefix(prefix)), ["500", "drop", "truncate"]
+    folder = Path(main(["--source", "tinystories", "-n", "1"])["folder"])
+    assert sorted(os.listdir(folder)) == ["manifest.json", "shard_00000.parquet", "val.parquet"]
+    assert (folder / "val.parquet").read_bytes() == files[STORIES.val]
+    (folder / "shard_00000.parquet").write_bytes(b"PAR1")
+    main(["--source", "tinystories", "-n", "2"])
+    shards = load_shards("tinystories", verify=True)
+    assert [path.read_bytes() for path in shards.train] == [files[name] for name in STORIES.train[:2]]
+    assert make_loader(shards).next_step()
+    with pytest.raises(UserError, match="roneneldan/TinyStories has 4 training shards"):
+        main(["--source", "tinystories", "-n", "5"])
+    assert main(["--source", "tinystories", "--name", "all"])["num_shards"] == 4
+    del files[STORIES.val]
+    with pytest.raises(UserError, match=r"1 of 2 shards could not be fetched .*\(validation\): .*404"):
+        main(["--source", "tinystories", "-n", "1", "--name", "third"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from nanochat.rl import Question, compute_logprobs, make_batch, write_answers
 from nanochat.train import Batch, train_step
 from tests import fake_cuda
 from tests.fake_cuda import NoHostCalls, NothingOfTheHost, fake_cuda_graphs
-from tests.helpers import BYTE_TOKENIZER, CONFIG, make_model, make_prompt, run_program
+from tests.helpers import BYTE_TOKENIZER, CONFIG, make_model, make_prompt, measure_peak_bytes, run_program
 from tests.server_helpers import serving
 
 # GPT.generate neither ends rows nor calls tools
@@ -293,6 +293,19 @@ def test_cpu_weights_are_packed():
     packed = [module for module in Engine(make_model(), BYTE_TOKENIZER).model.modules()
               if isinstance(module, decoding.DecodingLinear) and module.packed is not None]
     assert len(packed) == 4 * 4 + 1  # each layer's, queries, keys and values being one, and the head
+
+
+def test_one_layers_fused_weights_exist_at_a_time():
+    """Those of all layers in fp32 wouldn't fit beside a large model that is trained."""
+    config = replace(CONFIG, n_layer=12)
+    model = make_model(config, torch.bfloat16)
+    layer_bytes = 4 * config.n_embd * (config.n_embd + 2 * config.kv_dim)
+    kept = []
+    copied_bytes = measure_peak_bytes(lambda: kept.append(decoding.copy_for_decoding(model)))
+    kept_bytes = 2 * sum(module.out_features * module.in_features for module in kept[0].modules()
+                         if isinstance(module, decoding.DecodingLinear))
+    refreshed_bytes = measure_peak_bytes(lambda: decoding.refresh_copy(kept[0], model))
+    assert copied_bytes - kept_bytes < 4 * layer_bytes and refreshed_bytes < 4 * layer_bytes
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,15 +2,16 @@
 
 import math
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanochat import choices, devices, flash_attention, memory
-from nanochat.choices import StepRows, Wanted, choose_how
-from nanochat.common import UserError
+from nanochat import flash_attention, memory
+from nanochat.common import Ranks, UserError
 from nanochat.config import GPTConfig
 from nanochat.flash_attention import choose_backend, flash_attn, plain_attention, probe_backend
 from scripts import doctor
@@ -325,18 +326,59 @@ def test_the_models_own_heads_and_dtype_are_probed(forget_choice, monkeypatch):
     assert seen[-1] == ((4, 64), (2, 64), torch.bfloat16)
 
 
-def test_a_rank_uses_the_backend_of_rank_0_or_says_why_it_cannot(forget_choice, monkeypatch):
-    rows, gather = StepRows(CONFIG, 512, 4), choices.gather
-    monkeypatch.setattr(devices, "measure_matmul_rate", lambda dtype, size: 1e11)
-    for rank_0, message in (("sdpa", None), ("fa3", "fa3: needs a CUDA device")):
-        monkeypatch.setattr(choices, "gather", lambda found, name=rank_0: [(name, "")] if isinstance(found, tuple) and (
-            found[0] == "blocks") else gather(found))
-        if message:
-            with pytest.raises(UserError, match=message):
-                choose_how(Wanted(compile="off"), rows, 1e9, CPU, [])
-        else:
-            assert choose_how(Wanted(compile="off"), rows, 1e9, CPU, []).machine.attention == rank_0
-            assert flash_attention._chosen["cpu"] == rank_0
+@pytest.fixture
+def on_ranks(forget_choice, monkeypatch):
+    """Runs choose_backend on four ranks, two on each of two machines, as threads. find(rank, name) is what a rank's
+    probe finds. Returns what each rank gets or is told, and the (rank, name) that were probed."""
+    here, barrier, shared, probed = threading.local(), threading.Barrier(4, timeout=60), [None] * 4, []
+
+    def gather(value):
+        barrier.wait()
+        shared[here.rank] = value
+        barrier.wait()
+        return list(shared)
+
+    def run(find, wanted="auto"):
+        def choose(rank):
+            here.rank = rank
+            try:
+                return choose_backend(CUDA, torch.bfloat16, CONFIG, wanted=wanted)
+            except UserError as error:
+                return str(error)
+
+        def probe(name, *_):
+            probed.append((here.rank, name))
+            return find(here.rank, name)
+        monkeypatch.setattr(flash_attention, "probe_backend", probe)
+        with ThreadPoolExecutor(4) as pool:
+            return list(pool.map(choose, range(4))), probed
+    monkeypatch.setattr(flash_attention, "gather", gather)
+    monkeypatch.setattr(flash_attention, "get_ranks", lambda: Ranks(here.rank, here.rank % 2, 4))
+    return run
+
+
+def test_the_first_rank_of_each_machine_fetches_a_backend(on_ranks):
+    found, probed = on_ranks(lambda rank, name: (True, f"works on rank {rank}"))
+    assert found == [("fa3", "fa3 works on rank 0")] * 4
+    assert sorted(probed[:2]) == [(0, "fa3"), (2, "fa3")] and sorted(probed[2:]) == [(1, "fa3"), (3, "fa3")]
+
+
+def test_all_ranks_take_the_next_backend_where_one_rank_lacks_one(on_ranks):
+    found, _ = on_ranks(lambda rank, name: ((rank, name) != (3, "fa3"), "the hub doesn't answer" if rank else "works"))
+    assert found == [("fa2", "fa3 on rank 3: the hub doesn't answer; fa2 works")] * 4
+    assert flash_attention._chosen["cuda"] == "fa2"
+
+
+def test_no_rank_asks_the_hub_for_what_the_first_can_not_have(on_ranks):
+    found, probed = on_ranks(lambda rank, name: (None if name == "fa3" else True, "works"))
+    assert [name for name, _ in found] == ["fa2"] * 4
+    assert sorted(rank for rank, name in probed if name == "fa3") == [0, 2]
+
+
+def test_all_ranks_refuse_a_wanted_backend_that_one_lacks(on_ranks):
+    """If only that one did, the others would wait for it until the collective's timeout."""
+    found, _ = on_ranks(lambda rank, name: (rank != 1, "its output is off"), wanted="flex")
+    assert found == ["no attention backend works here: flex on rank 1: its output is off"] * 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -313,6 +313,16 @@ def test_builds_are_timed_against_each_other(tmp_path, monkeypatch):
     assert order[:4] == ["d1 1 rows blocks", "d2 1 rows blocks", "d1 1 rows trunk", "d2 1 rows trunk"]
 
 
+def test_copies_of_the_weights_are_timed_and_change_no_loss(tmp_path):
+    """But in fp32, where there is nothing to copy."""
+    results = run_checks(tmp_path, "--only", "step", "--dtype", "bfloat16")
+    for name in ("d1 1 rows copies", "d2 1 rows copies"):
+        check = get_check(results, name)
+        assert check["status"] == "ok" and check["figures"]["loss_gap"] == 0
+    assert "copies, 1 rows" in next(choice for choice in results["choices"] if "depth 2" in choice["choice"])["costs"]
+    assert gpu_steps.find_obstacle(make_setup(tmp_path), "copies").endswith("read as they are")
+
+
 class FakeFp8:
     """Stands for nanochat.fp8: the same calls, in bf16, with an error of its own."""
 

@@ -348,6 +348,15 @@ def test_plan_shows_recipes_side_by_side(capsys):
     assert re.search(r"^warm-down, part of the run +65% +85%$", out, re.MULTILINE) and "pull request 830" in out
 
 
+def test_no_more_shards_than_a_source_has(capsys):
+    """Stories are counted in shards of their own length; text that runs out is repeated."""
+    for num_iterations, source, num_shards in ((100, "tinystories", 1), (300, "tinystories", 2),
+                                               (300, "climbmix", 4), (10_000, "tinystories", 4)):
+        plan.main(["--num-iterations", str(num_iterations), "--total-batch-size", str(2**19), "--shards", source])
+        assert capsys.readouterr().out == f"{num_shards}\n"
+
+
+
 def test_plan_for_a_budget_takes_the_deepest_that_meets_it():
     hours = {depth: plan.main(["--depth", str(depth)])["runs"][0]["hours"] for depth in (6, 7)}
     between = str((hours[6] + hours[7]) / 2)

@@ -288,6 +288,15 @@ def test_answers_of_the_engine(base_dir):
     assert [answer.tokens for answer in alone] == [answer.tokens for answer in groups[2][:3]]
 
 
+def test_an_engine_keeps_no_cache_after_an_error(byte_tokenizer):
+    """Such as memory that runs out, or an answer that a task can't grade."""
+    question = Question("a", SimpleNamespace(reward=lambda *answer: 1 / 0), {}, [1, 2, 3])
+    rollouts = Rollouts([question], byte_tokenizer, Sampling(2, 4, seed=0, sample_rows=2), 1, Ranks(), 1)
+    with pytest.raises(ZeroDivisionError), rollouts.refreshed_engine(make_model()) as engine:
+        write_answers(engine, [question], 2, 4, 1.0, seed=0)
+    assert engine.cache is None and engine.rows == []
+
+
 def test_long_questions_are_left_out(byte_tokenizer):
     task = Vowels()
     lengths = [len(byte_tokenizer.render_for_completion(task[i])) for i in range(30)]

@@ -16,7 +16,7 @@ import pytest
 
 from nanochat import dataset
 from nanochat.run import read_metrics
-from nanochat.shards import write_shard
+from nanochat.shards import load_shards, write_shard
 from scripts import base_train, plan
 from tests.eval_helpers import write_bundle
 from tests.helpers import REPO_DIR
@@ -72,16 +72,39 @@ def assert_complete(base_dir, tag, output, num_steps=12):
     assert "<svg" in page and "unigram" in page and "scripts.tok_train" in page and "Bytes per token" in page
 
 
-@pytest.mark.parametrize("recipe", ["quickstart.sh", pytest.param("runcpu.sh", marks=pytest.mark.slow)])
-def test_laptop_recipes(recipe, base_dir):
-    settings = {"NUM_ITERATIONS": "12", "BATCH_TOKENS": "512",
+def write_hub(folder, source):
+    """The hub as a folder: the first training shard of a source, and its validation shard."""
+    hub = dataset.HUB_SOURCES[source]
+    documents = [f"The {i} {word}s are {word}." for i in range(200) for word in ("dog", "cat", "fox", "hen")]
+    for name, texts in ((hub.train[0], documents), (hub.val, documents[:80])):
+        (folder / hub.repo / name).parent.mkdir(parents=True, exist_ok=True)
+        write_shard(folder / hub.repo / name, iter(texts))
+
+
+@pytest.mark.parametrize(("recipe", "data"), [
+    ("quickstart.sh", "tinystories"), pytest.param("quickstart.sh", "climbmix", marks=pytest.mark.slow),
+    pytest.param("runcpu.sh", "toy", marks=pytest.mark.slow)])
+def test_laptop_recipes(recipe, data, base_dir, tmp_path):
+    """Of the hub, a folder here, just what the run needs is fetched; the words to spell are those of the data."""
+    if data != "toy":
+        write_hub(tmp_path / "hub", data)
+    (base_dir / "words_alpha.txt").write_text("apple\n")
+    settings = {"NUM_ITERATIONS": "12", "BATCH_TOKENS": "512", "DATA": data,
+                "NANOCHAT_MIRROR_DIR": str(tmp_path / "hub"),
                 "MID_TASKS": "Arithmetic:20 SimpleSpelling:40 Identity:20:2",
                 "SFT_TASKS": "Arithmetic:20 SimpleSpelling:20", "RL_TASKS": "SimpleSpelling:16", "NUM_PROBLEMS": "4",
                 "EVAL_TASKS": "Arithmetic Identity", "CHAT_EXTRA": "--dtype float32 --device-type cpu",
                 "RL_EXTRA": "--max-new-tokens 8 --num-samples 2"}
-    assert_complete(base_dir, "toy", run_recipe(recipe, base_dir, **settings))
-    if recipe == "quickstart.sh":
-        assert "is finished" in run_recipe(recipe, base_dir, **settings)  # a second call trains nothing
+    output = run_recipe(recipe, base_dir, **settings)
+    assert_complete(base_dir, "toy", output)
+    assert "toy: stage 3 of 9, base | " in output and "toy: all 9 stages done in " in output
+    assert json.loads((base_dir / "runs" / "mid" / "toy" / "run.json").read_text())["args"]["words"] == data
+    assert output.count("words to spell: ") == 1 and f" of the corpus {data}, kept in " in output
+    if data != "toy":
+        assert len(load_shards(data).train) == 1
+        shutil.rmtree(tmp_path / "hub")
+        output = run_recipe(recipe, base_dir, **settings)
+        assert "is finished" in output and "stage 3 of 9, base | 100% of the chain done" in output
 
 
 CHAT_EXTRA = "--dtype float32 --device-type cpu"
@@ -94,11 +117,7 @@ CHAT_SETTINGS = {"MID_EXTRA": f"--tasks Arithmetic:40 {CHAT_EXTRA}", "SFT_EXTRA"
 def test_speedrun_is_killed_and_goes_on(base_dir, tmp_path):
     """The hub is a folder with as many shards as the plan asks for, and CORE's tasks. Killed on one rank, continued on
     two, every command of the recipe runs."""
-    repo, num_in_repo = dataset.HUB_SOURCES["climbmix"]
-    documents = [f"The {i} {word}s are {word}." for i in range(200) for word in ("dog", "cat", "fox", "hen")]
-    (tmp_path / "hub" / repo).mkdir(parents=True)
-    for idx, texts in ((0, documents), (num_in_repo - 1, documents[:80])):
-        write_shard(tmp_path / "hub" / repo / f"shard_{idx:05d}.parquet", iter(texts))
+    write_hub(tmp_path / "hub", "climbmix")
     shutil.make_archive(tmp_path / "hub" / "eval_bundle", "zip", write_bundle(tmp_path / "bundle"))
     settings = {"DATA": "climbmix", "NANOCHAT_MIRROR_DIR": str(tmp_path / "hub"), **CHAT_SETTINGS,
                 "EXTRA": TOY["EXTRA"].replace("--num-iterations 12", "--num-iterations 60 --save-every 2"),
@@ -138,24 +157,81 @@ def test_run1000_costs_what_it_says(capsys):
     assert f"${run['dollars']:.0f} for the base model" in recipe and run["dollars"] < 1000
 
 
+def write_stub(tmp_path):
+    """runs/, without the set-up."""
+    shutil.copytree(REPO_DIR / "runs", tmp_path / "runs", dirs_exist_ok=True)
+    setup = (REPO_DIR / "runs" / "setup.sh").read_text()
+    (tmp_path / "runs" / "setup.sh").write_text(setup.replace("\nset_up\n", "\n"))
+
+
 def note_commands(recipe, tmp_path, name, **settings):
     """The calls of Python that a recipe of runs/ makes. Each is answered with 7, as if that many shards were needed."""
-    shutil.copytree(REPO_DIR / "runs", tmp_path / "runs", dirs_exist_ok=True)
-    (tmp_path / "runs" / "setup.sh").write_text("set -euo pipefail\n")
+    write_stub(tmp_path)
     (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/{name}"\necho 7\n')
     (tmp_path / "python").chmod(0o755)
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC": "1"} | settings
-    subprocess.run(["bash", f"{tmp_path}/runs/{recipe}"], env=env, stdout=subprocess.DEVNULL, check=True)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NANOCHAT_BASE_DIR": str(tmp_path), "NPROC": "1"}
+    with open(tmp_path / f"{name}.out", "w", encoding="utf-8") as output:
+        subprocess.run(["bash", f"{tmp_path}/runs/{recipe}"], env=env | settings, stdout=output, check=True)
     return (tmp_path / name).read_text().splitlines()
 
 
-@pytest.mark.parametrize("recipe", ["speedrun.sh", "scaling_laws.sh"])
+CHAIN = """
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+begin_chain toy text 10 base 600 ${CORE:+core 100} chat 290
+stage text
+(( SECONDS += 20 ))
+stage base
+(( SECONDS += SPENT ))
+[[ ! ${STOP:-} ]] || exit 3
+stage chat
+(( SECONDS += SPENT ))
+end_chain
+"""
+
+
+def test_a_chain_says_how_far_it_is(tmp_path):
+    """The pace is that of this machine once a tenth of the chain has been measured in one piece."""
+    def show(**settings):
+        (tmp_path / "runs" / "toy.sh").write_text(CHAIN)
+        env = os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path / "base")} | settings
+        return subprocess.run(["bash", f"{tmp_path}/runs/toy.sh"], env=env, text=True, capture_output=True).stdout
+    write_stub(tmp_path)
+    assert show(SPENT="1200").splitlines() == [
+        "toy: stage 1 of 3, text | 0% of the chain done, about 15 min left | 0 min so far",
+        "toy: stage 2 of 3, base | 1% of the chain done, about 15 min left | 0 min so far",
+        "toy: stage 3 of 3, chat | 67% of the chain done, about 10 min left | 20 min so far",    # twice as slow
+        "toy: all 3 stages done in 40 min"]
+    assert "stage 1 of 3, text | 100% of the chain done, about 0 min left" in show(SPENT="0")    # all was there
+    shutil.rmtree(tmp_path / "base")
+    assert show(SPENT="600", STOP="yes").count("\n") == 2
+    assert show(SPENT="1").splitlines()[1:3] == [    # the rest of a stage says nothing about the pace
+        "toy: stage 2 of 3, base | 1% of the chain done, about 15 min left | 0 min so far",
+        "toy: stage 3 of 3, chat | 67% of the chain done, about 5 min left | 0 min so far"]
+    shutil.rmtree(tmp_path / "base")
+    assert "stage 4 of 4, chat | 71% of the chain done" in show(SPENT="1", CORE="yes")
+
+
+def test_a_chain_that_nobody_has_timed(tmp_path):
+    note_commands("speedrun.sh", tmp_path, "log")
+    assert "speedrun: stage 4 of 12, loss | 0 min so far" in (tmp_path / "log.out").read_text().splitlines()
+
+
+@pytest.mark.parametrize("recipe", ["quickstart.sh", "speedrun.sh", "scaling_laws.sh"])
 def test_only_a_download_is_planned(recipe, tmp_path):
     commands = {data: note_commands(recipe, tmp_path, data, **TOY | {"DATA": data}) for data in ("climbmix", "own")}
     assert commands["climbmix"][0].startswith("-m scripts.plan ") and " --shards" in commands["climbmix"][0]
     assert commands["climbmix"][1] == "-m nanochat.dataset --source climbmix -n 7 -w 8"
     assert commands["own"][0].startswith("-m scripts.tok_train --data own ")
     assert len(commands["own"]) == len(commands["climbmix"]) - 2
+
+
+def test_quickstart_learns_from_the_same_data_everywhere(tmp_path):
+    """The default source is made here, and the words to spell are its own, whatever else is on the disk."""
+    commands = note_commands("quickstart.sh", tmp_path, "log")
+    assert commands[0] == "-m nanochat.dataset --source python-docs"
+    spelling = [line for line in commands if "Spelling" in line]
+    assert len(spelling) == 6 and all(" --words python-docs " in line for line in spelling)
+    assert not any("tasks.words" in line or "scripts.plan" in line for line in commands)
 
 
 SWEEP_EXTRA = "--aspect-ratio 32 --head-dim 16 --eval-tokens 2048 --dtype float32 --device-type cpu " \

@@ -1,13 +1,17 @@
-"""What the stages share: which flags are a run's identity, words as values, how many rows a step has."""
+"""What the stages share: which flags are a run's identity, words as values, how many rows a step has, samples."""
 
 import argparse
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from nanochat import decoding, engine
 from nanochat.choices import FREE_FLAGS, OUTCOME_FLAGS, count_rows
-from nanochat.common import UserError, int_or_all, int_or_never
-from nanochat.stage import take_identity
+from nanochat.common import Ranks, UserError, int_or_all, int_or_never
+from nanochat.stage import print_samples, take_identity
 from scripts import base_train, chat_rl, chat_sft, mid_train
+from tests.helpers import BYTE_TOKENIZER, TINY, make_model
 
 STAGES = {"base": base_train, "mid": mid_train, "sft": chat_sft, "rl": chat_rl}
 
@@ -32,15 +36,15 @@ def test_every_flag_is_identity_unless_it_is_listed():
     assert take_identity(given["rl"]).keys() == shared | {"init_lr_frac", "examples_per_step", "num_samples"}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_words_and_their_old_spellings(stage):
+@pytest.mark.parametrize("name", STAGES)
+def test_words_and_their_old_spellings(name):
     words = "--run none --eval-every never --sample-every never --save-every never --keep-last all --keep-every never"
     old = "--run dummy --eval-every -1 --sample-every -1 --save-every -1 --keep-last -1 --keep-every -1"
-    flags, same = (STAGES[stage].parse_args(text.split())[1] for text in (words, old))
+    flags, same = (STAGES[name].parse_args(text.split())[1] for text in (words, old))
     assert flags.wandb_name is same.wandb_name is None and flags.saving == same.saving
     assert flags.eval_every is flags.sample_every is same.eval_every is same.sample_every is None
     assert flags.saving.keep_last is flags.saving.every is flags.saving.keep_every is None
-    assert STAGES[stage].parse_args(["--run", "mine"])[1].wandb_name == "mine"
+    assert STAGES[name].parse_args(["--run", "mine"])[1].wandb_name == "mine"
 
 
 def test_numbers_or_words():
@@ -48,3 +52,17 @@ def test_numbers_or_words():
     for parse, text in ((int_or_never, "all"), (int_or_all, "never"), (int_or_never, "often")):
         with pytest.raises(argparse.ArgumentTypeError, match=f"{text} must be a number, or "):
             parse(text)
+
+
+def test_samples_of_training_capture_and_compile_nothing(monkeypatch, capsys):
+    """The other ranks wait for rank 0 meanwhile."""
+    def make_as_on_cuda(model, *settings):
+        on_cuda = SimpleNamespace(get_device=lambda: torch.device("cuda"))
+        assert decoding.make_step(on_cuda, *settings).func is decoding.run_eagerly
+        return decoding.make_step(model, *settings)
+    monkeypatch.setattr(engine, "make_step", make_as_on_cuda)
+    run = SimpleNamespace(setup=SimpleNamespace(ranks=Ranks(), recipe=SimpleNamespace(tokenizer=BYTE_TOKENIZER)),
+                          state=SimpleNamespace(model=make_model(TINY)),
+                          log=SimpleNamespace(write=lambda *args, **values: None))
+    print_samples(run, 1, {"a": [256, 97]}, max_tokens=3)
+    assert capsys.readouterr().out.startswith("sample | 'a")

@@ -9,7 +9,6 @@ import pytest
 from nanochat.common import UserError
 from nanochat.conversations import parse_conversation
 from nanochat.execution import calculate
-from tasks import words as words_module
 from tasks.arithmetic import Arithmetic
 from tasks.catalog import get_task
 from tasks.embedded import Identity, PythonDocs
@@ -17,15 +16,6 @@ from tasks.spellingbee import SpellingBee
 from tests.data_helpers import WORDS, decode_answer, parts_of
 from tests.helpers import REPO_DIR
 from tests.programs.task_digest import digest, make_tasks
-
-
-@pytest.fixture
-def base_dir(tmp_path, monkeypatch):
-    monkeypatch.delenv("NANOCHAT_MIRROR_DIR", raising=False)
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(words_module, "LIST_URL", "http://127.0.0.1:9/words_alpha.txt")   # where nobody listens
-    return tmp_path
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -75,6 +65,6 @@ def test_examples_are_made_fast():
 
 
 @pytest.mark.parametrize("name", ["SpellingBee", "SimpleSpelling", "Arithmetic", "Identity", "PythonDocs"])
-def test_unknown_split(name, base_dir):
+def test_unknown_split(name, offline_base):
     with pytest.raises(UserError, match=f"{name} has no split 'val'; choose train or test"):
         get_task(name, "val")

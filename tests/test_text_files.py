@@ -128,7 +128,10 @@ def test_long_text_file_is_cut_whatever_the_block(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.jsonl",    b'{"text": "x"}\n{"text": \n',         r"a\.jsonl:2 is not JSON"),
+    ("a.jsonl",    b'{"text": \n{"text": "x", \n',         r"a\.jsonl:1 is not JSON .*; correct or remove the line"),
+    ("a.jsonl",    b'{"text": \n{"body": "x"}\n',         r"a\.jsonl:2 has no field 'text' but body"),
+    ("a.jsonl",    b'{"text": \n' * 1000 + b'{"text": ""}', r"a\.jsonl:1 is not JSON"),
+    ("a.json",     b'[{"text": "x", "text": "y"}]',       r"a\.json, row 1 is not JSON \(two fields are named 'text'"),
     ("a.jsonl",    b'{"text": "x"}\n[1]\n',               r"a\.jsonl:2 has no field 'text' but list"),
     ("a.jsonl",    b'{"body": "x"}\n',                    r"a\.jsonl:1 has no field 'text' but body; .*--text-column"),
     ("a.jsonl",    b'{"text": 5}\n',                      r"a\.jsonl:1: field 'text' holds int"),
@@ -167,6 +170,15 @@ def test_damaged_files_are_left_out(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(LeftOut, match=reason):
         read_texts(tmp_path)
+
+
+def test_damaged_lines_are_left_out_counted_and_named(tmp_path, capsys):
+    """A download that broke off, or two texts under one name, of which json would take the second without a word."""
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": "y", "text": "z"}\n{"text": "w"}\n{"te')
+    texts, account = read_texts(tmp_path)
+    assert texts == ["x", "w"] and account.documents["not JSON"] == 2
+    assert capsys.readouterr().out == (f"warning: {tmp_path}/a.jsonl:2 is not JSON (two fields are named 'text'); it "
+                                       "is left out, and so is each other row like it\n")
 
 
 def test_rows_without_the_field(tmp_path):

@@ -548,6 +548,15 @@ def test_tok_train_keeps_a_tokenizer_of_before_the_choice_of_pattern(data_dir):
         tok_train.main([*flags, "--split-pattern", "marks"])
 
 
+def test_tok_train_keeps_a_tokenizer_of_all_the_text(data_dir):
+    """A limit beyond the text changes nothing; one within it does."""
+    flags = ["--data", "tiny", "--vocab-size", "400", "--max-chars"]
+    training = tok_train.main([*flags, "2000000000"])
+    assert tok_train.main([*flags, "100000000"]) == training
+    with pytest.raises(UserError, match="max_chars 2000000000, not 5000"):
+        tok_train.main([*flags, "5000"])
+
+
 def test_tok_train_recovers_what_a_crash_moved_aside(data_dir):
     flags = ["--data", "tiny", "--vocab-size", "400"]
     training = tok_train.main(flags)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import Ranks, UserError, any_rank, end_process, gather, sum_over_ranks
+from nanochat.common import Ranks, UserError, any_rank, end_process, explain_ending, gather, sum_over_ranks
 from nanochat.gpt import GPTConfig
 from nanochat.train import Batch, LossScaler, OutOfMemory, StepStats, train_step
 from tests.helpers import make_model, out_of_memory_at
@@ -243,6 +243,19 @@ def test_gradients_without_memory_to_gather_them_change_nothing(monkeypatch):
     assert len(calls) > 3   # the rest is sent all the same, for the other ranks wait for it
     assert train_step(model, optimizer, make_batch(), 2) == train_step(other, other_optimizer, make_batch(), 2)
     assert_equal(copy_params(model), copy_params(other), rtol=0, atol=0)
+
+
+def test_a_rank_without_memory_for_zeros_either_ends_in_one_sentence(monkeypatch):
+    """The others end, too, in any_rank, which finds this one gone (test_ranks.py)."""
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+    model = make_fresh()
+    optimizer = model.setup_optimizer()
+    monkeypatch.setattr(optimizer, "_reduce_next", fail)
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        train_step(model, optimizer, make_batch(), 2)
+    code, sentence = explain_ending(raised.value)
+    assert code == 2 and sentence.startswith("error: out of memory (CUDA out of memory.); set a smaller --device-batch")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ from nanochat import download
 from nanochat.common import UserError
 from nanochat.dataset import main as make_dataset
 from tasks import words as words_module
+from tasks.catalog import get_task
 from tasks.common import is_test
+from tasks.mixtures import make_mixture
 from tasks.spellingbee import SimpleSpelling
 from tasks.words import collect_words, load_words, read_list
 from tests.data_helpers import Server
@@ -19,26 +21,17 @@ from tests.helpers import REPO_DIR
 REAL_LIST = REPO_DIR.parent / "shared" / "data" / "tasks" / "words_alpha.txt.gz"
 
 
-@pytest.fixture
-def base_dir(tmp_path, monkeypatch):
-    monkeypatch.delenv("NANOCHAT_MIRROR_DIR", raising=False)
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(words_module, "LIST_URL", "http://127.0.0.1:9/words_alpha.txt")   # where nobody listens
-    return tmp_path
-
-
 @pytest.mark.skipif(not REAL_LIST.exists(), reason=f"the published list is not at {REAL_LIST}")
-def test_published_list(base_dir, capsys):
-    (base_dir / "words_alpha.txt.gz").write_bytes(REAL_LIST.read_bytes())
+def test_published_list(offline_base, capsys):
+    (offline_base / "words_alpha.txt.gz").write_bytes(REAL_LIST.read_bytes())
     words = load_words()
     assert len(words) > 350_000 and words == sorted(set(words)) and "strawberry" in words
     assert 0.09 < sum(map(is_test, words)) / len(words) < 0.11
     assert not capsys.readouterr().out
-    assert read_list(base_dir / "words_alpha.txt.gz") == words
+    assert read_list(offline_base / "words_alpha.txt.gz") == words
 
 
-def test_list_is_downloaded_by_command_alone(base_dir, monkeypatch, capsys):
+def test_list_is_downloaded_by_command_alone(offline_base, monkeypatch, capsys):
     listed = [first + second + third + fourth for first in "abcdefghij" for second in "aeiou" for third in "klmno"
               for fourth in "stuvwxyz"]
     monkeypatch.setattr(words_module, "MIN_LIST_WORDS", 1000)
@@ -50,7 +43,7 @@ def test_list_is_downloaded_by_command_alone(base_dir, monkeypatch, capsys):
         for _ in range(2):  # an error, then a page: neither is kept
             with pytest.raises(UserError, match="the list of words can't be had: .*connect to the network"):
                 words_module.main([])
-            assert not (base_dir / "words_alpha.txt").exists()
+            assert not (offline_base / "words_alpha.txt").exists()
         server.content = "\r\n".join(listed).encode() + b"\r\n"
         num_requests = len(server.requests)
         collected = load_words()
@@ -61,7 +54,7 @@ def test_list_is_downloaded_by_command_alone(base_dir, monkeypatch, capsys):
         server.shutdown()
 
 
-def test_words_of_docstrings_then_of_the_corpus(base_dir, tmp_path, capsys):
+def test_words_of_docstrings_then_of_the_corpus(offline_base, tmp_path, capsys):
     words = load_words()
     lines = capsys.readouterr().out.splitlines()
     assert len(words) > 800 and {"return", "string", "value", "number"} <= set(words)
@@ -71,13 +64,32 @@ def test_words_of_docstrings_then_of_the_corpus(base_dir, tmp_path, capsys):
     make_dataset(["--source", "files", "--path", str(tmp_path / "texts.jsonl"), "--name", "mine"])
     capsys.readouterr()
     assert load_words() == words and not capsys.readouterr().out    # those that were kept
-    (base_dir / words_module.KEPT_NAME).unlink()
+    (offline_base / words_module.KEPT_NAME).unlink()
     found = load_words()
     assert {"harbour", "quay", "the"} <= set(found) and "once" not in found
     assert "the corpus mine" in capsys.readouterr().out
     assert SimpleSpelling("train", words=found)[0]["word"] in found
-    (base_dir / "words_alpha.txt").write_text("apple\n")             # a person's own list goes first
+    (offline_base / "words_alpha.txt").write_text("apple\n")             # a person's own list goes first
     assert load_words() == ["apple"]
+
+
+def test_named_data_goes_before_whatever_is_on_disk(base_dir, tmp_path, capsys):
+    """A recipe learns from the same words on a machine with the published list, and with other datasets."""
+    for name, words in (("another", "lemon melon"), ("mine", "harbour quay"), ("numbers", "12 345")):
+        rows = [{"text": f"{idx} {words} " * 5} for idx in range(30)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        make_dataset(["--source", "files", "--path", str(tmp_path / f"{name}.jsonl"), "--name", name])
+    (base_dir / "words_alpha.txt").write_text("apple\n")
+    capsys.readouterr()
+    assert load_words("mine") == load_words("mine") == ["harbour", "quay"]
+    assert capsys.readouterr().out.count("2 of the corpus mine") == 1
+    assert get_task("SimpleSpelling", "train", "another", size=5).words == ["lemon", "melon"]
+    assert get_task("Arithmetic", "train", "another", size=5)[0]
+    assert make_mixture(["SimpleSpelling:5"], words="mine").train[0]["word"] in ("harbour", "quay")
+    assert load_words() == ["apple"]
+    assert "docstring" in load_words("numbers") and "of Python's docstrings, kept in" in capsys.readouterr().out
+    with pytest.raises(UserError, match="there is no data 'none'"):
+        load_words("none")
 
 
 def test_collect_words_keeps_words_only():
@@ -85,8 +97,8 @@ def test_collect_words_keeps_words_only():
     assert collect_words([text]) == ["and", "apples", "pears", "server"]
 
 
-def test_damaged_list(base_dir):
-    path = base_dir / "words_alpha.txt.gz"
+def test_damaged_list(offline_base):
+    path = offline_base / "words_alpha.txt.gz"
     for content in (b"no gzip", gzip.compress(b"apple\n" * 1000)[:-9], gzip.compress(b"1\n2\n")):
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"{path} .*delete it"):
