@@ -194,6 +194,7 @@ def write_hf(folder: Path, source: Source, dtype: str, form: str) -> None:
     save_file({name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in tensors.items()},
               folder / "model.safetensors", {"format": "pt"})
     write_json(folder / "config.json", make_config(source, dtype, form))
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")    # safetensors' own: for its owner alone
     write_json(folder / "generation_config.json", {
         "bos_token_id": special["<|bos|>"], "eos_token_id": [special["<|assistant_end|>"], special["<|bos|>"]],
         "pad_token_id": special["<|assistant_end|>"]})
@@ -322,7 +323,7 @@ def write_card(source: Source, form: str, dtype: str) -> str:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("."{trust})
-tokenizer = AutoTokenizer.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained("."{trust})
 chat = [{{"role": "user", "content": "Why is the sky blue?"}}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 answer = model.generate(**inputs, max_new_tokens=100)[0]

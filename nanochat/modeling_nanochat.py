@@ -1,4 +1,4 @@
-"""A model of the nanochat family for Hugging Face's transformers (5.0 or newer), by itself: each export carries a copy.
+"""A model of the nanochat family for Hugging Face's transformers (tested with 5.19 and 5.24), by itself: each export has a copy.
 
 The same model as nanochat's gpt.py, with its knobs in config.json, in the layout that transformers' caches, generation
 and engines expect: tests compare the two. Numbers that training learned, but no matrix, stand in config.json, where a
