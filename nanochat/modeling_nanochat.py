@@ -1,8 +1,8 @@
-"""A model of the nanochat family for Hugging Face's transformers (tested with 5.19 and 5.24), by itself: each export has a copy.
+"""A model of the nanochat family for Hugging Face's transformers, by itself: each export has a copy of this file.
 
 The same model as nanochat's gpt.py, with its knobs in config.json, in the layout that transformers' caches, generation
 and engines expect: tests compare the two. Numbers that training learned, but no matrix, stand in config.json, where a
-load in bf16 doesn't round them.
+load in bf16 doesn't round them. Run with transformers 5.19 and 5.24.
 
 B rows, T tokens, C channels, H query heads, Hk key/value heads, D head dim, V vocabulary.
 """

@@ -6,13 +6,18 @@
 
 Formats: custom holds any model and brings its code for transformers; qwen3 and gguf hold models without the parts that
 Qwen3 lacks (the preset plain); auto is qwen3 where that can be, else custom. Nothing is uploaded. --check loads the
-result in the engines that are installed here and compares logits and greedy text with ours.
+result in transformers or in llama.cpp's llama-server, where they are installed, and compares it with our own model.
 """
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import shutil
+import socket
+import subprocess
+import time
 from pathlib import Path
 
+import requests
 import torch
 
 from nanochat.checkpoint_manager import add_model_flags, load_for
@@ -47,69 +52,76 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def check(source: Source, out: Path, form: str) -> dict[str, dict]:
-    """Engine -> what the export gave in it: largest difference of logits in fp32, whether greedy text is ours."""
-    loaders = {"llama.cpp": load_llama_cpp} if form == "gguf" else {"transformers": load_transformers}
-    prompt, results = source.tokenizer.render_for_completion(QUESTION), {}
-    prompt = prompt[-source.model.config.sequence_len // 2:]
+    """Engine -> what the export gave in it, in fp32: largest difference of log-probabilities, whether greedy text is
+    ours. They differ by what the dtype of the weights rounds, beside some 1e-5."""
+    prompt = source.tokenizer.render_for_completion(QUESTION)[-source.model.config.sequence_len // 2:]
     with torch.inference_mode():
-        logits = source.model(torch.tensor([prompt]))[0]
-    ours = list(source.model.generate(prompt, CHECK_TOKENS, temperature=0))    # not by Engine, which runs tools, too
-    for name, load in loaders.items():
-        try:
-            version, compute_logits, generate = load(out, form == "custom")
-        except ImportError as error:
-            print0(f"not checked in {name}: it isn't installed ({error})")
-            continue
-        difference = (compute_logits(prompt) - logits).abs().max().item()
-        theirs = generate(prompt, CHECK_TOKENS)
-        is_equal = bool(theirs) and theirs == ours[:len(theirs)]    # theirs ends with an end token
-        results[name] = {"version": version, "max_logit_difference": difference, "greedy_equal": is_equal}
-        print0(f"checked in {name} {version}: logits differ by {difference:.2g} at most, greedy text is "
-               f"{'equal' if is_equal else 'another'}")
-    return results
+        ours = source.model(torch.tensor([prompt]))[0].log_softmax(-1)    # (T, V)
+    text = list(source.model.generate(prompt, CHECK_TOKENS, temperature=0))    # not by Engine, which runs tools, too
+    name, run = ("llama.cpp", run_llama_cpp) if form == "gguf" else ("transformers", run_transformers)
+    try:
+        version, logits, tokens = run(out, prompt)
+    except ImportError as error:
+        print0(f"not checked in {name}, which isn't installed here ({error})")
+        return {}
+    difference = (logits.log_softmax(-1) - ours[-len(logits):]).abs().max().item()
+    is_equal = bool(tokens) and tokens == text[:len(tokens)]    # theirs ends with an end token
+    print0(f"checked in {name} {version}: log-probabilities differ by {difference:.2g} at most, greedy text is "
+           f"{'equal' if is_equal else 'another'}")
+    return {name: {"version": version, "max_difference": difference, "greedy_equal": is_equal}}
 
 
-Loaded = tuple[str, Callable[[list[int]], torch.Tensor], Callable[[list[int], int], list[int]]]
-
-
-def load_transformers(folder: Path, is_custom: bool) -> Loaded:
-    """(version, logits of a prompt (T, V), greedy tokens after it) by transformers in fp32; from this folder alone."""
+def run_transformers(folder: Path, prompt: list[int]) -> tuple[str, torch.Tensor, list[int]]:
+    """(version, logits of the prompt (T, V), greedy tokens after it), from this folder alone, in fp32."""
     import transformers
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder.resolve(), dtype=torch.float32, trust_remote_code=is_custom, local_files_only=True).eval()
+            folder.resolve(), dtype=torch.float32, trust_remote_code=True, local_files_only=True).eval()
     except (OSError, ValueError) as error:
         raise UserError(f"transformers {transformers.__version__} can't load {folder} ({error})") from error
-
-    @torch.inference_mode()
-    def compute_logits(prompt: list[int]) -> torch.Tensor:
-        return model(torch.tensor([prompt])).logits[0]
-
-    def generate(prompt: list[int], num_tokens: int) -> list[int]:
-        ids = torch.tensor([prompt])
-        rows = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False)
-        return rows[0, len(prompt):].tolist()
-    return transformers.__version__, compute_logits, generate
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        logits = model(ids).logits[0]
+    rows = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=CHECK_TOKENS, do_sample=False)
+    return transformers.__version__, logits, rows[0, len(prompt):].tolist()
 
 
-def load_llama_cpp(folder: Path, is_custom: bool) -> Loaded:
-    """As load_transformers, by llama-cpp-python. Written against its documentation, never run here."""
-    import llama_cpp
-    llama = llama_cpp.Llama(str(folder / GGUF_NAME), logits_all=True, verbose=False)
+def run_llama_cpp(folder: Path, prompt: list[int]) -> tuple[str, torch.Tensor, list[int]]:
+    """(version, log-probabilities after the prompt (1, V), greedy tokens after it) by the llama-server on the PATH."""
+    if (program := shutil.which("llama-server")) is None:
+        raise ImportError("no llama-server on the PATH")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    exact = ["--cache-type-k", "f32", "--cache-type-v", "f32", "--flash-attn", "off"]
+    process = subprocess.Popen([program, "-m", folder / GGUF_NAME, "--port", url.rpartition(":")[2], *exact],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        with requests.Session() as session:
+            session.trust_env = False    # no proxy
+            wait_for(process, session, url)
+            answer = session.post(f"{url}/completion", timeout=600, json={
+                "prompt": prompt, "n_predict": CHECK_TOKENS, "temperature": 0, "n_probs": 2**24,
+                "return_tokens": True}).json()
+            build = session.get(f"{url}/props", timeout=60).json()["build_info"]
+    finally:
+        process.terminate()
+        process.wait()
+    scores = {entry["id"]: entry["logprob"] for entry in answer["completion_probabilities"][0]["top_logprobs"]}
+    return build, torch.tensor([[scores[token] for token in range(len(scores))]]), answer["tokens"]
 
-    def compute_logits(prompt: list[int]) -> torch.Tensor:
-        llama.reset()
-        llama.eval(prompt)
-        return torch.tensor(llama.scores[:len(prompt)])
 
-    def generate(prompt: list[int], num_tokens: int) -> list[int]:
-        tokens = []
-        for token in llama.generate(prompt, temp=0.0, repeat_penalty=1.0):
-            tokens.append(token)
-            if len(tokens) == num_tokens:
-                break
-        return tokens
-    return llama_cpp.__version__, compute_logits, generate
+def wait_for(process: subprocess.Popen, session: requests.Session, url: str) -> None:
+    """Return when the server answers; UserError where it ends before, or takes more than two minutes."""
+    for _ in range(480):
+        with contextlib.suppress(requests.RequestException):
+            if session.get(f"{url}/health", timeout=5).ok:
+                return
+        if process.poll() is not None:
+            break
+        time.sleep(0.25)
+    raise UserError("llama-server doesn't load the export: see what `llama-server -m` says of it; a llama.cpp from "
+                    "before Qwen3 is too old")
 
 
 if __name__ == "__main__":
