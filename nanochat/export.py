@@ -8,7 +8,6 @@ C channels, D head dim, V vocabulary.
 """
 
 import os
-import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,10 +107,14 @@ def name_tensors(model: GPT) -> dict[str, Tensor]:
             continue
         if tensor.size(0) == model.config.padded_vocab_size:
             tensor = tensor[:model.config.vocab_size]
-        for ours, theirs in NAMES.items():
-            name = name.replace(ours, theirs)
-        tensors[name] = tensor.detach().float()
+        tensors[rename(name, NAMES)] = tensor.detach().float()
     return tensors
+
+
+def rename(name: str, names: dict[str, str]) -> str:
+    for part, theirs in names.items():
+        name = name.replace(part, theirs)
+    return name
 
 
 def fold_qwen3(model: GPT) -> dict[str, Tensor]:
@@ -121,7 +124,7 @@ def fold_qwen3(model: GPT) -> dict[str, Tensor]:
     - Our rotation is theirs with the halves of each head exchanged; QK norm's one scale is their weights'.
     - The residual stream stays unscaled, which each norm after it undoes: what layer i adds to it is divided by the
       product of the resid lambdas up to i.
-    - relu(z)^2 is silu(b z) z / b for large b, since that is z^2 sigmoid(b z): within 0.5 / b^2 (dev/LOG.md has it).
+    - relu(z)^2 is silu(b z) z / b for large b, since that is z^2 sigmoid(b z): within 0.5 / b^2 for each hidden unit.
     """
     config, tensors = model.config, name_tensors(model)
     if config.embed_norm:
@@ -240,17 +243,20 @@ def write_gguf(folder: Path, source: Source, dtype: str) -> None:
     writer.add_eos_token_id(tokenizer.special_tokens["<|assistant_end|>"])
     writer.add_pad_token_id(tokenizer.special_tokens["<|assistant_end|>"])
     writer.add_add_bos_token(True)
-    template = (SHIPPED_DIR / TEMPLATE_NAME).read_text(encoding="utf-8")
-    writer.add_chat_template(re.sub(r"\{%- (end)?generation -%\}", "", template))    # a tag of transformers alone
+    writer.add_chat_template(read_template())
     for name, tensor in fold_qwen3(source.model).items():
-        for theirs, short in GGUF_NAMES.items():
-            name = name.replace(theirs, short)
         stored = gguf.GGMLQuantizationType[kind if tensor.dim() > 1 else "F32"]
-        writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), stored), raw_dtype=stored)
+        writer.add_tensor(rename(name, GGUF_NAMES), gguf.quants.quantize(tensor.numpy(), stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def read_template(generation: str = "", end: str = "") -> str:
+    """The chat template with these in place of a tag of transformers alone, which marks what the assistant writes."""
+    template = (SHIPPED_DIR / TEMPLATE_NAME).read_text(encoding="utf-8")
+    return template.replace("{%- generation -%}", generation).replace("{%- endgeneration -%}", end)
 
 
 def import_gguf():
