@@ -12,8 +12,8 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nanochat.common import UserError, get_base_dir, sync_folder, write_atomic, write_json
@@ -50,6 +50,15 @@ class Source:
     model:     GPT
     tokenizer: RustBPETokenizer
     meta:      dict
+
+    @property
+    def is_chat(self) -> bool:
+        """A base model knows no conversations, so its export has no chat template."""
+        return self.meta["stage"] != "base"
+
+    @property
+    def name(self) -> str:
+        return f"nanochat {self.meta['stage']} {Path(self.meta['run_dir']).name}"
 
 
 # Which format
@@ -121,7 +130,8 @@ def fold_qwen3(model: GPT) -> dict[str, Tensor]:
     """The tensors of a Qwen3 model with the same logits. Exact but for rounding, and for relu^2 as below.
 
     - Embeddings are normed row by row in the table.
-    - Our rotation is theirs with the halves of each head exchanged; QK norm's one scale is their weights'.
+    - Our rotation is theirs with the halves of each head exchanged. QK norm's scale is the weights of their norms: of
+      the pairs with its square as their product, one that bf16 hardly rounds.
     - The residual stream stays unscaled, which each norm after it undoes: what layer i adds to it is divided by the
       product of the resid lambdas up to i.
     - relu(z)^2 is silu(b z) z / b for large b, since that is z^2 sigmoid(b z): within 0.5 / b^2 for each hidden unit.
@@ -130,6 +140,9 @@ def fold_qwen3(model: GPT) -> dict[str, Tensor]:
     if config.embed_norm:
         tensors["model.embed_tokens.weight"] = norm(tensors["model.embed_tokens.weight"])
     scale, ones = 1.0, torch.ones(config.n_embd)
+    q_scales = torch.arange(128, 256) / 128    # bf16 holds these
+    k_scales = config.qk_scale ** 2 / q_scales
+    best = (k_scales.bfloat16() / k_scales - 1).abs().argmin()
     for i in range(config.n_layer):
         layer = f"model.layers.{i}"
         scale *= 1.0 if model.resid_lambdas is None else model.resid_lambdas[i].item()
@@ -144,8 +157,8 @@ def fold_qwen3(model: GPT) -> dict[str, Tensor]:
             tensors[f"{layer}.mlp.up_proj.weight"] = up / SWIGLU_SCALE
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{layer}.{name}.weight"] = ones.clone()
-        for name in ("q_norm", "k_norm"):
-            tensors[f"{layer}.self_attn.{name}.weight"] = torch.full((config.head_dim,), config.qk_scale)
+        for name, scales in (("q_norm", q_scales), ("k_norm", k_scales)):
+            tensors[f"{layer}.self_attn.{name}.weight"] = scales[best].repeat(config.head_dim)
     return tensors | {"model.norm.weight": ones}
 
 
@@ -194,10 +207,9 @@ def write_hf(folder: Path, source: Source, dtype: str, form: str) -> None:
     """The files of a custom or qwen3 export."""
     tokenizer, special = source.tokenizer, source.tokenizer.special_tokens
     tensors = fold_qwen3(source.model) if form == "qwen3" else name_tensors(source.model)
-    save_file({name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in tensors.items()},
-              folder / "model.safetensors", {"format": "pt"})
+    tensors = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in tensors.items()}
+    write_atomic(folder / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
     write_json(folder / "config.json", make_config(source, dtype, form))
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")    # safetensors' own: for its owner alone
     write_json(folder / "generation_config.json", {
         "bos_token_id": special["<|bos|>"], "eos_token_id": [special["<|assistant_end|>"], special["<|bos|>"]],
         "pad_token_id": special["<|assistant_end|>"]})
@@ -212,8 +224,10 @@ def write_hf(folder: Path, source: Source, dtype: str, form: str) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|bos|>", "eos_token": "<|assistant_end|>",
         "pad_token": "<|assistant_end|>", "clean_up_tokenization_spaces": False,
         "model_max_length": source.model.config.sequence_len})
-    for name in (TEMPLATE_NAME, MODELING_NAME) if form == "custom" else (TEMPLATE_NAME,):
-        shutil.copyfile(SHIPPED_DIR / name, folder / name)
+    if form == "custom":
+        shutil.copyfile(SHIPPED_DIR / MODELING_NAME, folder / MODELING_NAME)
+    if source.is_chat:
+        shutil.copyfile(SHIPPED_DIR / TEMPLATE_NAME, folder / TEMPLATE_NAME)
 
 
 def write_gguf(folder: Path, source: Source, dtype: str) -> None:
@@ -223,7 +237,7 @@ def write_gguf(folder: Path, source: Source, dtype: str) -> None:
     kind = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}[dtype]
     file_type = "ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"
     writer = gguf.GGUFWriter(folder / GGUF_NAME, "qwen3")
-    for add, value in (("name", name_source(source)), ("context_length", config.sequence_len),
+    for add, value in (("name", source.name), ("context_length", config.sequence_len),
                        ("embedding_length", config.n_embd), ("block_count", config.n_layer),
                        ("feed_forward_length", config.hidden_dim), ("head_count", config.n_head),
                        ("head_count_kv", config.n_kv_head), ("key_length", config.head_dim),
@@ -243,7 +257,8 @@ def write_gguf(folder: Path, source: Source, dtype: str) -> None:
     writer.add_eos_token_id(tokenizer.special_tokens["<|assistant_end|>"])
     writer.add_pad_token_id(tokenizer.special_tokens["<|assistant_end|>"])
     writer.add_add_bos_token(True)
-    writer.add_chat_template(read_template())
+    if source.is_chat:
+        writer.add_chat_template(read_template())
     for name, tensor in fold_qwen3(source.model).items():
         stored = gguf.GGMLQuantizationType[kind if tensor.dim() > 1 else "F32"]
         writer.add_tensor(rename(name, GGUF_NAMES), gguf.quants.quantize(tensor.numpy(), stored), raw_dtype=stored)
@@ -265,10 +280,6 @@ def import_gguf():
     except ImportError:
         raise UserError("--format gguf needs the package gguf, which isn't installed: pip install gguf") from None
     return gguf
-
-
-def name_source(source: Source) -> str:
-    return f"nanochat {source.meta['stage']} {Path(source.meta['run_dir']).name}"
 
 
 # The folder
@@ -305,9 +316,11 @@ def export(source: Source, out: Path, form: str, dtype: str, force: bool = False
     finally:
         if old.exists() and not out.exists():
             old.rename(out)
-        for leftover in (new, old):
+        for leftover in filter(Path.exists, (new, old)):
             if leftover.is_dir():
                 shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
 
 def write_card(source: Source, form: str, dtype: str) -> str:
@@ -325,16 +338,19 @@ def write_card(source: Source, form: str, dtype: str) -> str:
             facts |= {f"{path.stem}: {name}": value for name, value in (section.get("metrics") or {}).items()}
     rows = "\n".join(f"| {name} | {format_value(name, value)} |" for name, value in facts.items() if value is not None)
     trust = ", trust_remote_code=True" if form == "custom" else ""
+    prompt = 'tokenizer("The sky is", return_tensors="pt")'
+    if source.is_chat:
+        prompt = """tokenizer.apply_chat_template([{"role": "user", "content": "Why is the sky blue?"}],
+                                       add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
     usage = f"llama-cli -m {GGUF_NAME}" if form == "gguf" else f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("."{trust})
 tokenizer = AutoTokenizer.from_pretrained("."{trust})
-chat = [{{"role": "user", "content": "Why is the sky blue?"}}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+inputs = {prompt}
 answer = model.generate(**inputs, max_new_tokens=100)[0]
 print(tokenizer.decode(answer[inputs["input_ids"].size(1):]))"""
-    return f"""# {name_source(source)}
+    return f"""# {source.name}
 
 A model trained with nanochat, written as `{form}` by its scripts.export. Its licence is its maker's to choose.
 

@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     model, tokenizer, meta, _ = load_for(args.source, args.model_tag, args.step, "float32", "cpu")
-    source, out = Source(model, tokenizer, meta), expand_home(args.out)
+    source, out = Source(model, tokenizer, meta), expand_home(args.out).resolve()
     form, reason = choose_format(args.format, source)
     print0(f"{meta['stage']} {Path(meta['run_dir']).name}, step {meta['step']}, as {form} ({reason})")
     export(source, out, form, args.dtype, args.force)

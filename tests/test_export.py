@@ -109,6 +109,8 @@ def test_folded_into_qwen3(byte_base, name):
     expected = {f"model.layers.{i}.{part}": shape for i in range(4) for part, shape in layer.items()}
     expected |= {"model.embed_tokens": (V, C), "model.norm": (C,), "lm_head": (V, C)}
     assert {key.removesuffix(".weight"): tuple(tensor.shape) for key, tensor in tensors.items()} == expected
+    scales = [tensors[f"model.layers.0.self_attn.{key}_norm.weight"][0].bfloat16().item() for key in "qk"]
+    assert abs(scales[0] * scales[1] / 1.44 - 1) < 1e-4
     # And llama.cpp's names for them: none is left as transformers has it, no two are one
     names = {rename(key, GGUF_NAMES) for key in tensors}
     assert len(names) == len(tensors) and not any(part in name for name in names for part in ("proj", "model", "layer"))
@@ -254,7 +256,7 @@ def test_template_says_what_only_the_tokenizer_reads():
 def test_folder_is_whole_or_not_there(source, byte_base, monkeypatch):
     out = byte_base / "out"
     out.mkdir()
-    (out / "mine.txt").write_text("keep")
+    (out / "mine.txt").write_text("keep", encoding="utf-8")
     with pytest.raises(UserError, match="exists and is no export of nanochat's; name another folder, or .* --force"):
         export(source, out, "custom", "bfloat16")
     assert (out / "mine.txt").exists()
@@ -297,6 +299,7 @@ def test_script(byte_base, capsys):
     for row in ("| parameters | 12,345 |", "| validation bits per byte | 1.2500 |", "| base_eval: core | 0.1250 |"):
         assert row in card
     assert "Its licence is its maker's to choose" in card and 'from_pretrained(".", trust_remote_code=True)' in card
+    assert 'tokenizer("The sky is"' in card and not (out / "chat_template.jinja").exists()    # no chat model
     with pytest.raises(UserError, match="there is no base run 'd9'"):
         script.main(["--source", "base", "--model-tag", "d9", "--out", str(out)])
 
