@@ -7,7 +7,7 @@
 C channels, D head dim, V vocabulary.
 """
 
-import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,6 +60,11 @@ class Source:
     def name(self) -> str:
         return f"nanochat {self.meta['stage']} {Path(self.meta['run_dir']).name}"
 
+    def find_ends(self) -> dict[str, int]:
+        """The tokens that begin a document, end an answer, and fill rows up."""
+        names = {"bos_token_id": "<|bos|>", "eos_token_id": "<|assistant_end|>", "pad_token_id": "<|assistant_end|>"}
+        return {end: self.tokenizer.encode_special(name) for end, name in names.items()}
+
 
 # Which format
 
@@ -78,7 +83,7 @@ def choose_format(asked: str, source: Source) -> tuple[str, str]:
         return "custom", f"Qwen3 has no place for {', '.join(obstacles)}: written with its own modeling file"
     if asked != "custom" and obstacles:
         raise UserError(f"--format {asked} has no place for {', '.join(obstacles)}; use --format custom, or train with "
-                        "the knobs of the preset plain")
+                        "--preset plain")
     if asked == "gguf" and source.tokenizer.pattern not in GGUF_SPLITS:
         raise UserError("llama.cpp doesn't know the split pattern of this model's tokenizer; for --format gguf train "
                         "the tokenizer with scripts.tok_train --split-pattern llama3, qwen2 or qwen35, and the model "
@@ -114,7 +119,7 @@ def name_tensors(model: GPT) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         if tensor.dim() < 2:    # learned numbers: in config.json
             continue
-        if tensor.size(0) == model.config.padded_vocab_size:
+        if re.search(r"wte|value_embeds|lm_head", name):
             tensor = tensor[:model.config.vocab_size]
         tensors[rename(name, NAMES)] = tensor.detach().float()
     return tensors
@@ -167,14 +172,13 @@ def fold_qwen3(model: GPT) -> dict[str, Tensor]:
 
 def make_config(source: Source, dtype: str, form: str) -> dict:
     """config.json of a custom or qwen3 export."""
-    config, special = source.model.config, source.tokenizer.special_tokens
+    config = source.model.config
     shared = {
         "dtype": dtype, "vocab_size": config.vocab_size, "hidden_size": config.n_embd,
         "intermediate_size": config.hidden_dim, "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head, "num_key_value_heads": config.n_kv_head, "head_dim": config.head_dim,
         "max_position_embeddings": config.sequence_len, "rms_norm_eps": NORM_EPS, "tie_word_embeddings": False,
-        "use_cache": True, "bos_token_id": special["<|bos|>"], "eos_token_id": special["<|assistant_end|>"],
-        "pad_token_id": special["<|assistant_end|>"]}
+        "use_cache": True, **source.find_ends()}
     if form == "qwen3":
         return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **shared, "hidden_act": "silu",
                 "attention_bias": False, "use_sliding_window": False, "rope_theta": config.rope_base,
@@ -210,9 +214,8 @@ def write_hf(folder: Path, source: Source, dtype: str, form: str) -> None:
     tensors = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in tensors.items()}
     write_atomic(folder / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
     write_json(folder / "config.json", make_config(source, dtype, form))
-    write_json(folder / "generation_config.json", {
-        "bos_token_id": special["<|bos|>"], "eos_token_id": [special["<|assistant_end|>"], special["<|bos|>"]],
-        "pad_token_id": special["<|assistant_end|>"]})
+    ends = source.find_ends()
+    write_json(folder / "generation_config.json", ends | {"eos_token_id": [ends["eos_token_id"], ends["bos_token_id"]]})
     content = build_tokenizer_json(tokenizer.pattern, tokenizer.ranks, special)
     bos = {"SpecialToken": {"id": "<|bos|>", "type_id": 0}}
     content["post_processor"] = {    # a document begins with bos
@@ -253,9 +256,8 @@ def write_gguf(folder: Path, source: Source, dtype: str) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.NORMAL] * len(content["vocab"]) + [gguf.TokenType.CONTROL] * len(special))
     writer.add_token_merges(content["merges"])
-    writer.add_bos_token_id(tokenizer.special_tokens["<|bos|>"])
-    writer.add_eos_token_id(tokenizer.special_tokens["<|assistant_end|>"])
-    writer.add_pad_token_id(tokenizer.special_tokens["<|assistant_end|>"])
+    for end, token_id in source.find_ends().items():
+        getattr(writer, f"add_{end}")(token_id)
     writer.add_add_bos_token(True)
     if source.is_chat:
         writer.add_chat_template(read_template())
@@ -285,7 +287,7 @@ def import_gguf():
 # The folder
 
 
-def export(source: Source, out: Path, form: str, dtype: str, force: bool = False) -> None:
+def export_model(source: Source, out: Path, form: str, dtype: str, force: bool = False) -> None:
     """Write a folder with everything in it, whole or not at all.
 
     force: replace what is at `out`, which else is done for an earlier export only
@@ -296,9 +298,11 @@ def export(source: Source, out: Path, form: str, dtype: str, force: bool = False
         raise UserError(f"{out} exists and is no export of nanochat's; name another folder, or replace it with --force")
     if form == "gguf":
         import_gguf()
-    new, old = (out.with_name(f".{out.name}.{os.getpid()}.{word}") for word in ("new", "old"))
-    new.mkdir(parents=True)
+    new, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
     try:
+        for leftover in (new, old):    # of an export that was killed
+            remove(leftover)
+        new.mkdir(parents=True)
         if form == "gguf":
             write_gguf(new, source, dtype)
         else:
@@ -316,11 +320,16 @@ def export(source: Source, out: Path, form: str, dtype: str, force: bool = False
     finally:
         if old.exists() and not out.exists():
             old.rename(out)
-        for leftover in filter(Path.exists, (new, old)):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+        for leftover in (new, old):
+            remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all in it; or nothing, where nothing is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_card(source: Source, form: str, dtype: str) -> str:

@@ -22,7 +22,7 @@ import torch
 
 from nanochat.checkpoint_manager import add_model_flags, load_for
 from nanochat.common import UserError, expand_home, print0, run_script
-from nanochat.export import DTYPES, FORMATS, GGUF_NAME, Source, choose_format, export
+from nanochat.export import DTYPES, FORMATS, GGUF_NAME, Source, choose_format, export_model
 
 QUESTION = {"messages": [{"role": "user", "content": "Why is the sky blue? Count to 12, then say it in one sentence."}]}
 CHECK_TOKENS = 32    # of greedy text
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> dict:
     source, out = Source(model, tokenizer, meta), expand_home(args.out).resolve()
     form, reason = choose_format(args.format, source)
     print0(f"{meta['stage']} {Path(meta['run_dir']).name}, step {meta['step']}, as {form} ({reason})")
-    export(source, out, form, args.dtype, args.force)
+    export_model(source, out, form, args.dtype, args.force)
     print0(f"written to {out}, in {args.dtype}")
     return {"format": form, "out": str(out), "checks": check(source, out, form) if args.check else {}}
 

@@ -24,7 +24,7 @@ from nanochat.export import (
     MARK_NAME,
     Source,
     choose_format,
-    export,
+    export_model,
     fold_qwen3,
     make_config,
     read_template,
@@ -91,7 +91,7 @@ def run_qwen3(config, tensors, ids):
 @torch.inference_mode()
 def test_folded_into_qwen3(byte_base, name):
     source = make_source(PLAIN_CONFIGS[name], run_dir=str(byte_base / "runs" / "sft" / "toy"))
-    export(source, byte_base / "out", "qwen3", "float32")
+    export_model(source, byte_base / "out", "qwen3", "float32")
     config = json.loads((byte_base / "out" / "config.json").read_text(encoding="utf-8"))
     tensors = safetensors.torch.load_file(byte_base / "out" / "model.safetensors")
     ids = torch.tensor([make_prompt(60)])
@@ -117,7 +117,7 @@ def test_folded_into_qwen3(byte_base, name):
 
 
 def test_custom_folder_holds_what_the_checkpoint_does(source, byte_base):
-    export(source, byte_base / "out", "custom", "bfloat16")
+    export_model(source, byte_base / "out", "custom", "bfloat16")
     config = json.loads((byte_base / "out" / "config.json").read_text(encoding="utf-8"))
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_nanochat.NanochatForCausalLM"
     model = source.model
@@ -152,7 +152,7 @@ def test_format_is_chosen_or_refused():
                                                    {"<|endoftext|>": 256}), plain.meta)
     for source, asked, reason in (
             (full, "pickle", "--format pickle is none; choose auto, custom, qwen3, gguf"),
-            (full, "qwen3", "no place for value embeddings, .*use --format custom, or train with the knobs of the pre"),
+            (full, "qwen3", "no place for value embeddings, .*use --format custom, or train with --preset plain"),
             (windows, "qwen3", "no place for short windows;"),
             (negative, "qwen3", "no place for resid lambdas that aren't positive;"),
             (plain, "gguf", "train the tokenizer with scripts.tok_train --split-pattern llama3, qwen2 or qwen35"),
@@ -168,7 +168,7 @@ def test_format_is_chosen_or_refused():
 
 
 def test_tokenizer_begins_documents_with_bos(source, byte_base):
-    export(source, byte_base / "out", "custom", "bfloat16")
+    export_model(source, byte_base / "out", "custom", "bfloat16")
     theirs = tokenizers.Tokenizer.from_file(str(byte_base / "out" / "tokenizer.json"))
     text = "It's 12,345 日本語\n\n don't"
     assert theirs.encode(text).ids == BYTE_TOKENIZER.encode(text, prepend="<|bos|>")
@@ -258,27 +258,28 @@ def test_folder_is_whole_or_not_there(source, byte_base, monkeypatch):
     out.mkdir()
     (out / "mine.txt").write_text("keep", encoding="utf-8")
     with pytest.raises(UserError, match="exists and is no export of nanochat's; name another folder, or .* --force"):
-        export(source, out, "custom", "bfloat16")
+        export_model(source, out, "custom", "bfloat16")
     assert (out / "mine.txt").exists()
-    export(source, out, "custom", "bfloat16", force=True)
+    (byte_base / ".out.new").mkdir()    # an earlier one was killed
+    export_model(source, out, "custom", "bfloat16", force=True)
     assert not (out / "mine.txt").exists()
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("nanochat.export.write_card", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        export(source, out, "custom", "float32")
+        export_model(source, out, "custom", "float32")
     assert json.loads((out / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
-    export(source, out, "custom", "float32")    # an earlier export is replaced
+    export_model(source, out, "custom", "float32")    # an earlier export is replaced
     assert json.loads((out / "config.json").read_text(encoding="utf-8"))["dtype"] == "float32"
     assert [path.name for path in byte_base.iterdir() if path.name.startswith(".")] == []
     with pytest.raises(UserError, match="--dtype int8 is none that a model can be exported in; choose bfloat16, fl"):
-        export(source, byte_base / "other", "custom", "int8")
+        export_model(source, byte_base / "other", "custom", "int8")
     assert not (byte_base / "other").exists()
 
 
 def test_gguf_needs_its_package(byte_base, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)    # as if it weren't installed
     with pytest.raises(UserError, match="isn't installed: pip install gguf"):
-        export(make_gguf_source("qwen2", byte_base), byte_base / "out", "gguf", "float32")
+        export_model(make_gguf_source("qwen2", byte_base), byte_base / "out", "gguf", "float32")
     assert not (byte_base / "out").exists()
 
 
@@ -322,7 +323,7 @@ def test_transformers(byte_base, name):
     pytest.importorskip("transformers", reason="transformers isn't installed")
     source = make_source(CONFIGS[name], run_dir=str(byte_base / "runs" / "sft" / "toy"))
     form, _ = choose_format("auto", source)
-    export(source, byte_base / "out", form, "float32")
+    export_model(source, byte_base / "out", form, "float32")
     checked = script.check(source, byte_base / "out", form)["transformers"]
     assert checked["max_difference"] < 2e-5 and checked["greedy_equal"]
 
@@ -330,7 +331,7 @@ def test_transformers(byte_base, name):
 @pytest.mark.engines
 def test_tokenizer_and_template_in_transformers(source, byte_base):
     transformers = pytest.importorskip("transformers", reason="transformers isn't installed")
-    export(source, byte_base / "out", "custom", "bfloat16")
+    export_model(source, byte_base / "out", "custom", "bfloat16")
     theirs = transformers.AutoTokenizer.from_pretrained(byte_base / "out", trust_remote_code=True)
     rng = random.Random(1)
     for _ in range(200):
@@ -349,7 +350,7 @@ def test_llama_cpp(byte_base, pattern):
         pytest.skip("no llama-server on the PATH")
     source = make_gguf_source(pattern, byte_base)
     for dtype, tolerance in zip(DTYPES, (0.5, 0.05, 2e-5), strict=True):
-        export(source, byte_base / "out", "gguf", dtype)
+        export_model(source, byte_base / "out", "gguf", dtype)
         checked = script.check(source, byte_base / "out", "gguf")["llama.cpp"]
         assert checked["max_difference"] < tolerance and (dtype != "float32" or checked["greedy_equal"])
 
@@ -358,7 +359,7 @@ def test_llama_cpp(byte_base, pattern):
 def test_gguf_file_as_its_package_reads_it(byte_base):
     gguf = pytest.importorskip("gguf", reason="gguf isn't installed")
     source = make_gguf_source("qwen2", byte_base)
-    export(source, byte_base / "out", "gguf", "float32")
+    export_model(source, byte_base / "out", "gguf", "float32")
     reader = gguf.GGUFReader(Path(byte_base, "out", GGUF_NAME))
     folded = {rename(name, GGUF_NAMES): tensor for name, tensor in fold_qwen3(source.model).items()}
     assert {tensor.name for tensor in reader.tensors} == folded.keys()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanochat.export import export, make_config, name_tensors
+from nanochat.export import export_model, make_config, name_tensors
 from tests.export_helpers import CONFIGS, make_source
 from tests.fake_transformers import load_modeling
 from tests.helpers import CONFIG, make_prompt
@@ -72,7 +72,7 @@ def test_model_in_transformers(tmp_path, monkeypatch, name):
     transformers = pytest.importorskip("transformers", reason="transformers isn't installed")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     source = make_source(CONFIGS[name], run_dir=str(tmp_path / "runs" / "sft" / "toy"))
-    export(source, tmp_path / "out", "custom", "float32")
+    export_model(source, tmp_path / "out", "custom", "float32")
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32, trust_remote_code=True, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
