@@ -10,15 +10,16 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
-from nanochat import common, memory
+from nanochat import common, devices, memory
 from nanochat.checkpoint_manager import Checkpoint, SaveRules
 from nanochat.common import UserError, gather, int_or_all, int_or_never
 from nanochat.compilation import choose_compile
 from nanochat.cross_entropy import LOSSES
-from nanochat.flash_attention import choose_backend
+from nanochat.devices import get_peak_flops
+from nanochat.flash_attention import FLEX_BLOCK, choose_backend
 from nanochat.fp8 import choose_fp8
 from nanochat.gpt import GPTConfig
-from nanochat.memory import GIB, Machine, get_peak_flops, list_divisors, measure_free_bytes
+from nanochat.memory import GIB, Machine, list_divisors, measure_free_bytes
 from nanochat.run import decide
 from nanochat.scaling import Plan
 
@@ -36,6 +37,11 @@ OUTCOME_FLAGS = {"data", "tokenizer", "preset", "depth", "aspect_ratio", "head_d
 LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")    # later stages take over the base run's
 
 
+def take_identity(flags: dict[str, object]) -> dict[str, object]:
+    """The flags that resume compares by value."""
+    return {name: value for name, value in flags.items() if name not in FREE_FLAGS | OUTCOME_FLAGS}
+
+
 def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_every: int, has_rows: bool = True) -> None:
     """The flags that every stage has; has_rows: it learns from rows of data, and is evaluated on them."""
     add = parser.add_argument
@@ -45,7 +51,8 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
         add("--total-batch-size", type=int, help="tokens of a step, all ranks together (default: chosen)")
         add("--eval-tokens", type=int, help="tokens of a validation loss (default: chosen)")
     add("--device-batch-size", type=memory.rows_or_auto, default="auto", metavar="ROWS",
-        help="rows of a forward pass; auto: the largest micro-batch that fits (default: %(default)s)")
+        help="rows of a forward pass; auto: the largest micro-batch that is predicted to fit, up to the size beyond "
+             "which more rows gain nothing (default: %(default)s)")
     # evaluation and saving
     add("--eval-every", type=int_or_never, default=eval_every, help="steps between evaluations, or never")
     add("--sample-every", type=int_or_never, default=sample_every, help="steps between samples, or never")
@@ -64,7 +71,9 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
         help="on: each block; trunk: all blocks as one, which starts more slowly (default: %(default)s, off or on)")
     add("--attention", default="auto", help="auto, or one backend of nanochat.flash_attention")
     add("--fp8", choices=("auto", "on", "off"), default="auto",
-        help="compute in 8 bits what reads normed activations; auto is off, for no GPU has shown the gain yet")
+        help="compute in 8 bits what reads normed activations, on NVIDIA GPUs of compute capability 8.9 or more (a CPU "
+             "does it slowly, for studies); a run may change it whenever it is continued; auto is off, for no GPU has "
+             "shown the gain yet")
     add("--loss", choices=tuple(LOSSES), default="fused", help="fused saves memory, plain is easy to change")
     add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit on a GPU, slower")
 
@@ -191,7 +200,7 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
         return decide(decisions, name, value, wanted.kept_why if is_kept else why)
 
     world_size = common.get_ranks().world_size
-    dtype = choose("dtype", lambda name: common.get_compute_dtype(name, device))
+    dtype = choose("dtype", lambda name: devices.get_compute_dtype(name, device))
     # the backward pass of fa3 and flex doesn't repeat bit for bit; fa2's should (by torch's source), not shown yet
     auto = "sdpa" if wanted.deterministic and device.type == "cuda" else "auto"
     attention = choose("attention", lambda name: choose_backend(
@@ -209,7 +218,7 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
     decide(decisions, "loss", machine.loss, ", ".join(
         f"{rows.predict(micro_rows, replace(machine, loss=loss)) / GIB:.2f} GiB with {loss}" for loss in LOSSES))
     # a CPU's measured peak is that of the whole process, with Python and all libraries
-    loaded_bytes = common.get_peak_memory_bytes(device) if device.type == "cpu" else 0
+    loaded_bytes = devices.get_peak_memory_bytes(device) if device.type == "cpu" else 0
     is_one_trunk = "trunk" in (wanted.compile, kept.get("compile") if wanted.compile == "auto" else "")
     return Choices(machine, peak_flops, micro_rows, rows.predict(micro_rows, machine) + loaded_bytes, is_one_trunk)
 
@@ -249,6 +258,17 @@ def choose_micro_rows(wanted: Wanted, rows: StepRows, machine: Machine, free_byt
                     f"{rows.num // chosen} a step")
 
 
+def describe_short_rows(plan: Plan, T: int, machine: Machine, decisions: list[dict]) -> None:
+    """Print and record the stages of a sequence-length warm-up."""
+    if not plan.short_rows:
+        return
+    stages = ", ".join(f"{stage.row_tokens} to step {stage.end_step}" for stage in plan.short_rows)
+    why = "asked for" + ("; the first step of each length compiles" if machine.is_compiled else "")
+    if machine.attention == "flex" and plan.short_rows[0].row_tokens % FLEX_BLOCK:
+        why += f"; rows that are no multiple of {FLEX_BLOCK} tokens use sdpa"
+    decide(decisions, "tokens of a row", f"{stages}, then {T}", why)
+
+
 def predict_run(stage: str, choices: Choices, config: GPTConfig, plan: Plan) -> dict:
     """Memory of the run, and its time and speed where an MFU is known, for the report card to compare with."""
     machine, predicted = choices.machine, {"peak_memory_bytes": choices.memory_bytes}
@@ -260,7 +280,7 @@ def predict_run(stage: str, choices: Choices, config: GPTConfig, plan: Plan) -> 
         why = "without compilation" if choices.peak_flops else f"on {machine.device_type} devices"
         return predicted | {"mfu_source": f"unknown, for nothing was measured {why}"}
     name = "cpu" if machine.device_type == "cpu" else torch.get_device_module(machine.device_type).get_device_name(None)
-    mfu, source = memory.expect_mfu((memory.find_gpu(name) or (name,))[0], config.n_layer)
+    mfu, source = devices.expect_mfu((devices.find_gpu(name) or (name,))[0], config.n_layer)
     train_sec = plan.total_flops / (mfu * choices.peak_flops)
     return predicted | {"mfu_source": source, "mfu_pct": 100 * mfu, "train_sec": train_sec,
                         "tokens_per_sec": plan.total_tokens / train_sec}

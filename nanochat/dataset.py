@@ -7,6 +7,17 @@ python -m nanochat.dataset --source files --path FOLDER --name mine your own tex
 python -m nanochat.dataset --source climbmix --verify               check every sha256, make bad shards again
 
 <base dir>/data/<name>/shard_00000.parquet ... val.parquet, and manifest.json, which lists what is complete.
+
+With no network python-docs, made from the Python installation itself, and files always work; climbmix, fineweb-edu and
+tinystories can come from a folder, $NANOCHAT_MIRROR_DIR/<owner>/<repo>/<file>, or from a mirror, $HF_ENDPOINT.
+
+files reads .txt .text .md .rst (a document each), .json .jsonl .ndjson .csv .tsv (a row with the field `text` each, or
+--text-column), all of these also as .gz or .zst, and .parquet. Text is UTF-8; another encoding is refused with the
+command that converts it. Links are followed; hidden files and the base folder are skipped. Every other file is named as
+left out, with the reason and what to do: HTML, Word and TeX (convert with `pandoc -t plain`), PDF, packed folders,
+damaged files, pipes. An account of all files, documents and characters ends it, and stands in manifest.json and the
+report card; where more than 5% were left out, a line says WARNING. Exact repeats are kept once; validation is at most
+10% of the distinct text, but for the document that reaches it.
 """
 
 import argparse
@@ -24,13 +35,11 @@ if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, 
     from nanochat.common import prepare_process
     prepare_process()
 
-from nanochat import common, corpus, shards
-from nanochat.account import Account, printable
-from nanochat.common import UserError, get_base_dir, print0, timed
+from nanochat import common, corpus, devices, shards
+from nanochat.common import UserError, get_base_dir, print0, printable, timed
 from nanochat.download import CorruptFile, Job, download_all
-from nanochat.file_formats import LeftOut, quote
 from nanochat.shards import Manifest, Shard, load_shards, read_manifest, rebuilt_folder, write_shard, write_shards
-from nanochat.text_files import TextFile, find_text_files, read_documents
+from nanochat.text_files import Account, LeftOut, TextFile, find_text_files, quote, read_documents
 
 # Sources that are built here: python-docs and files
 
@@ -254,7 +263,7 @@ def fetch_from_hub(folder: Path, source: str, num_shards: int | None, num_worker
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Bring text onto this machine as parquet shards.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--source", choices=shards.SOURCES, help="default: climbmix on a machine with a GPU, else python-docs")
     add("--name", help="folder under <base dir>/data (default: the source's name)")
@@ -288,7 +297,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def default_source() -> str:
     """The source where none is named: as much text as a GPU needs, or the text that is on every machine."""
-    return "climbmix" if common.has_gpu() else "python-docs"
+    return "climbmix" if devices.has_gpu() else "python-docs"
 
 
 def main(argv: list[str] | None = None) -> dict:
