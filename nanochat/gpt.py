@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from nanochat.config import ROPE_LENGTHS, SMEAR_GATE_CHANNELS, GPTConfig
 from nanochat.cross_entropy import LOSSES, softcap
 from nanochat.flash_attention import flash_attn
-from nanochat.optim import MuonAdamW, make_groups
+from nanochat.optim import MuonAdamW, make_optimizer
 from nanochat.sampling import Sampling, sample_rows
 from nanochat.scaling import EMBEDDING_LR, JULY26, MATRIX_LR, SCALAR_LR, UNEMBEDDING_LR, WEIGHT_DECAY, TrainingRule
 
@@ -286,27 +286,10 @@ class GPT(nn.Module):
                         matrix_lr: float = MATRIX_LR, scalar_lr: float = SCALAR_LR,
                         weight_decay: float = WEIGHT_DECAY, batch_lr_scale: float = 1.0,
                         rule: TrainingRule = JULY26) -> MuonAdamW:
-        """AdamW for embeddings, head and scalars, Muon for the matrices of the blocks (optim.py), as a rule has it.
-
-        Rates and betas as the public record tuned them at 768 channels; those of head and embeddings fall with the root
-        of the width, and `batch_lr_scale` multiplies all but that of smear and backout (ADAM_GROUPS in scaling.py).
-        """
+        """AdamW for embeddings, head and scalars, Muon for the matrices of the blocks (optim.make_optimizer)."""
         rates = {"unembedding_lr": unembedding_lr, "embedding_lr": embedding_lr, "matrix_lr": matrix_lr,
                  "scalar_lr": scalar_lr, "": 1.0}
-        scales = {"width": (self.config.n_embd / 768) ** -0.5 * batch_lr_scale, "batch": batch_lr_scale, "": 1.0}
-        params = {"lm_head": [self.lm_head.weight], "wte": [self.transformer.wte.weight],
-                  "value_embeds": list(self.value_embeds.parameters()), "resid_lambdas": [self.resid_lambdas],
-                  "x0_lambdas": [self.x0_lambdas], "matrices": list(self.transformer.h.parameters()),
-                  "gates": [self.smear_gate and self.smear_gate.weight, self.smear_lambda, self.backout_lambda]}
-        groups = make_groups(params, rates, scales, weight_decay, rule)
-        # In the order in which the backward pass reaches them, so that each is sent as soon as its gradient is there
-        parts: list[nn.Module] = [self.lm_head]
-        for i, block in reversed(list(enumerate(self.transformer.h))):
-            parts += [block, self.value_embeds[str(i)]] if self.config.has_value_embed(i) else [block]
-        name_of = {param: name for name, param in self.named_parameters()}
-        names = {id(param): name_of[param] for part in (*parts, self) for param in part.parameters()}
-        bf16 = self.compute_dtype == torch.bfloat16
-        return MuonAdamW(groups, names, matmul_dtype=torch.bfloat16 if bf16 else None)
+        return make_optimizer(self, rates, weight_decay, batch_lr_scale, rule)
 
     def embed_tokens(self, idx: Tensor) -> Tensor:
         """(...) token ids -> (..., C), normed: without it the first layers would have to undo the table's scale."""

@@ -101,22 +101,6 @@ class StateSlice:
     is_ours:  bool   # whether this rank saves it; rank 0 saves state that all ranks hold
 
 
-def make_groups(params: dict[str, list[nn.Parameter | None]], rates: dict[str, float], scales: dict[str, float],
-                weight_decay: float, rule: TrainingRule) -> list[dict]:
-    """The groups of MuonAdamW. params: by AdamGroup.name, None where a model has no such part; rates and scales: by
-    AdamGroup.rate and .scaling; weight_decay: Muon's."""
-    params = {name: [param for param in members if param is not None] for name, members in params.items()}
-    groups = [{"kind": "adamw", "name": row.name, "params": params[row.name],
-               "lr": rates[row.rate] * row.factor * scales[row.scaling], "betas": row.betas, "eps": rule.adam_eps,
-               "weight_decay": row.weight_decay, "max_norm": rule.max_norm} for row in rule.adam if params[row.name]]
-    by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
-    for param in params["matrices"] if rule.has_muon else ():
-        by_shape.setdefault(tuple(param.shape), []).append(param)
-    return groups + [{"kind": "muon", "name": "matrices", "params": members, "lr": rates["matrix_lr"] * scales["batch"],
-                      "momentum": 0.95, "ns_steps": 5, "beta2": rule.beta2, "weight_decay": weight_decay,
-                      "rule": MuonRule(**rule.muon)} for _, members in sorted(by_shape.items())]
-
-
 class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, groups: Sequence[dict], names: dict[int, str] | None = None,
                  matmul_dtype: torch.dtype | None = None):
@@ -339,6 +323,39 @@ class MuonAdamW(torch.optim.Optimizer):
         """Bytes of the state of all ranks together, as a checkpoint holds it."""
         return sum(math.prod(shape) * param.element_size() for group in self.param_groups for param in group["params"]
                    for shape in list_state(group["kind"], param.shape).values())
+
+
+def make_optimizer(model: nn.Module, rates: dict[str, float], weight_decay: float, batch_lr_scale: float,
+                   rule: TrainingRule) -> MuonAdamW:
+    """The optimizer of a GPT. Rates and betas as the public record tuned them at 768 channels, unless a rule has others;
+    those of head and embeddings fall with the root of the width, and batch_lr_scale multiplies all but that of smear and
+    backout (ADAM_GROUPS in scaling.py).
+
+    rates: by AdamGroup.rate, before they are scaled; weight_decay: Muon's
+    """
+    scales = {"width": (model.config.n_embd / 768) ** -0.5 * batch_lr_scale, "batch": batch_lr_scale, "": 1.0}
+    params = {"lm_head": [model.lm_head.weight], "wte": [model.transformer.wte.weight],
+              "value_embeds": list(model.value_embeds.parameters()), "resid_lambdas": [model.resid_lambdas],
+              "x0_lambdas": [model.x0_lambdas], "matrices": list(model.transformer.h.parameters()),
+              "gates": [model.smear_gate and model.smear_gate.weight, model.smear_lambda, model.backout_lambda]}
+    params = {name: [param for param in members if param is not None] for name, members in params.items()}
+    groups = [{"kind": "adamw", "name": row.name, "params": params[row.name],
+               "lr": rates[row.rate] * row.factor * scales[row.scaling], "betas": row.betas, "eps": rule.adam_eps,
+               "weight_decay": row.weight_decay, "max_norm": rule.max_norm}
+              for row in rule.adam if params[row.name]]    # of what this model has
+    by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for param in params["matrices"] if rule.has_muon else ():
+        by_shape.setdefault(tuple(param.shape), []).append(param)
+    groups += [{"kind": "muon", "name": "matrices", "params": members, "lr": rates["matrix_lr"] * batch_lr_scale,
+                "momentum": 0.95, "ns_steps": 5, "beta2": rule.beta2, "weight_decay": weight_decay,
+                "rule": MuonRule(**rule.muon)} for _, members in sorted(by_shape.items())]
+    # In the order in which the backward pass reaches them, so that each is sent as soon as its gradient is there
+    modules: list[nn.Module] = [model.lm_head]
+    for i, block in reversed(list(enumerate(model.transformer.h))):
+        modules += [block, model.value_embeds[str(i)]] if model.config.has_value_embed(i) else [block]
+    name_of = {param: name for name, param in model.named_parameters()}
+    names = {id(param): name_of[param] for module in (*modules, model) for param in module.parameters()}
+    return MuonAdamW(groups, names, matmul_dtype=torch.bfloat16 if model.compute_dtype == torch.bfloat16 else None)
 
 
 def list_state(kind: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:

@@ -40,15 +40,13 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     add("--data", help="a source or a folder that nanochat.dataset made (default: climbmix on a GPU, else python-docs)")
     add("--tokenizer", default="default", help="name of the tokenizer that scripts.tok_train made")
     # model
-    add("--preset", metavar="NAME", help="a model of the family and its training in place of the flags' defaults, such "
-        "as marin-150m (nanochat/presets.py)")
+    add("--preset", metavar="NAME", help="a model of the family with its training, such as marin-150m (see presets.py)")
     add("--depth", type=int, default=20, help="layers: the one dial")
     add("--aspect-ratio", type=int, default=64, help="width in channels per layer")
     add("--head-dim", type=int, default=128, help="channels of an attention head")
     add("--max-seq-len", type=int, default=2048, help="context in tokens")
     add("--window-pattern", default="SSSL", help="attention windows, tiled over the layers: L whole, S a quarter")
-    add("--knobs", nargs="+", default=[], metavar="KNOB=VALUE", help="other parts of the model, such as smear=off "
-        "softcap=0 (nanochat/config.py)")
+    add("--knobs", nargs="+", default=[], metavar="KNOB=VALUE", help="other parts, such as smear=off (see config.py)")
     # horizon: the first that is given
     add("--num-iterations", type=int, help="optimizer steps")
     add("--target-flops", type=float, help="training FLOPs")
