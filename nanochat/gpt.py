@@ -283,9 +283,8 @@ class GPT(nn.Module):
         self.is_trunk_compiled = True
 
     def setup_optimizer(self, *, unembedding_lr: float = UNEMBEDDING_LR, embedding_lr: float = EMBEDDING_LR,
-                        matrix_lr: float = MATRIX_LR, scalar_lr: float = SCALAR_LR,
-                        weight_decay: float = WEIGHT_DECAY, batch_lr_scale: float = 1.0,
-                        rule: TrainingRule = JULY26) -> MuonAdamW:
+                        matrix_lr: float = MATRIX_LR, scalar_lr: float = SCALAR_LR, weight_decay: float = WEIGHT_DECAY,
+                        batch_lr_scale: float = 1.0, rule: TrainingRule = JULY26) -> MuonAdamW:
         """AdamW for embeddings, head and scalars, Muon for the matrices of the blocks (optim.make_optimizer)."""
         rates = {"unembedding_lr": unembedding_lr, "embedding_lr": embedding_lr, "matrix_lr": matrix_lr,
                  "scalar_lr": scalar_lr, "": 1.0}

@@ -327,8 +327,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def make_optimizer(model: nn.Module, rates: dict[str, float], weight_decay: float, batch_lr_scale: float,
                    rule: TrainingRule) -> MuonAdamW:
-    """The optimizer of a GPT. Rates and betas as the public record tuned them at 768 channels, unless a rule has others;
-    those of head and embeddings fall with the root of the width, and batch_lr_scale multiplies all but that of smear and
+    """The optimizer of a GPT. Rates and betas as the public record tuned them at 768 channels, or as a rule has them.
+    Those of head and embeddings fall with the root of the width; batch_lr_scale multiplies all but that of smear and
     backout (ADAM_GROUPS in scaling.py).
 
     rates: by AdamGroup.rate, before they are scaled; weight_decay: Muon's
