@@ -81,7 +81,7 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
 def add_words_flag(parser: argparse.ArgumentParser) -> None:
     """The flag of all that learns from tasks or evaluates them."""
     parser.add_argument("--words", metavar="DATA", help="dataset whose words are spelled (default: the published list "
-                        "where it is on disk, else those of the first dataset there), see tasks/words.py")
+                        "where it is on disk, else words_found.txt, else those of the first dataset there)")
 
 
 @dataclass(frozen=True)

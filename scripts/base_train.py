@@ -133,7 +133,8 @@ def train(run: Run, val_batches: ValidationBatches, args: argparse.Namespace) ->
 def make_recipe(args: argparse.Namespace, flags: StageFlags, run_dir: Path, ranks: Ranks) -> tuple[Recipe, ShardList]:
     """The model, how long and how fast it is trained, and the text it is trained on."""
     saved, tokenizer = find_saved("base", run_dir, flags.resume), get_tokenizer(args.tokenizer)
-    shards = load_shards(args.data or default_source(), train_files=saved and saved.meta["data"]["train_files"])
+    shards = load_shards(args.data or default_source(args.device_type),
+                         train_files=saved and saved.meta["data"]["train_files"])
     preset = find_preset(args.preset)
     config = make_config(args.depth, vocab_size=tokenizer.get_vocab_size(), sequence_len=args.max_seq_len,
                          aspect_ratio=args.aspect_ratio, head_dim=args.head_dim, window_pattern=args.window_pattern,

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from nanochat import devices, memory
 from nanochat.common import UserError, print0, run_script
 from nanochat.config import GPTConfig, count_params, estimate_flops
-from nanochat.dataset import HUB_SOURCES
+from nanochat.corpus import HUB_SOURCES
 from nanochat.memory import GIB, Machine, Memory, get_usable_frac, rows_or_auto
 from nanochat.presets import apply_preset, find_preset, find_rule, list_typed
 from nanochat.scaling import FINAL_LR_FRAC, WARMDOWN_RATIO, WEIGHT_DECAY, Plan, make_config, make_plan

@@ -181,6 +181,7 @@ begin_chain toy text 10 base 600 ${CORE:+core 100} chat 290
 stage text
 (( SECONDS += 20 ))
 stage base
+mkdir -p "$base_dir/runs/base/toy"
 (( SECONDS += SPENT ))
 [[ ! ${STOP:-} ]] || exit 3
 stage chat
@@ -207,8 +208,20 @@ def test_a_chain_says_how_far_it_is(tmp_path):
     assert show(SPENT="1").splitlines()[1:3] == [    # the rest of a stage says nothing about the pace
         "toy: stage 2 of 3, base | 1% of the chain done, about 15 min left | 0 min so far",
         "toy: stage 3 of 3, chat | 67% of the chain done, about 5 min left | 0 min so far"]
-    shutil.rmtree(tmp_path / "base")
-    assert "stage 4 of 4, chat | 71% of the chain done" in show(SPENT="1", CORE="yes")
+    shutil.rmtree(tmp_path / "base" / "runs")    # of what was deleted nothing is done
+    assert "stage 2 of 4, base | 1% of the chain done, about 17 min left" in show(SPENT="1", CORE="yes")
+    shutil.rmtree(tmp_path / "base" / "chains")    # a chain of before these lines: that 600 s took 1 is no pace
+    assert "stage 3 of 3, chat | 67% of the chain done, about 5 min left" in show(SPENT="1")
+
+
+def test_base_folder_of_the_recipes_is_that_of_python(tmp_path):
+    """A ~ that the shell has left, as in an .env file, is the home folder and no folder of this name."""
+    write_stub(tmp_path)
+    (tmp_path / "runs" / "toy.sh").write_text(CHAIN)
+    env = os.environ | {"NANOCHAT_BASE_DIR": "~/my data", "HOME": str(tmp_path / "home"), "SPENT": "1"}
+    subprocess.run(["bash", f"{tmp_path}/runs/toy.sh"], env=env, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "home" / "my data" / "chains" / "toy" / "text").is_file()
+    assert not any(path.name.startswith("~") for path in tmp_path.rglob("*"))
 
 
 def test_a_chain_that_nobody_has_timed(tmp_path):
