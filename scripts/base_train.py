@@ -152,17 +152,16 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, run_dir: Path, rank
         lrs={name: getattr(args, name) for name in LR_NAMES}, notes={}, rule=preset.rule), shards
 
 
-def set_schedules(optimizer: MuonAdamW, step: int, num_iterations: int, args: argparse.Namespace) -> float:
-    """Set learning rates, momentum and weight decay for a step; returns the learning rate's factor."""
+def set_schedules(optimizer: MuonAdamW, step: int, n: int, args: argparse.Namespace) -> float:
+    """Set learning rates, momentum and weight decay for a step of n; returns the learning rate's factor."""
     rule = find_rule(find_preset(args.preset).rule)
-    lr_frac = get_lr_frac(step, num_iterations, warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio,
+    lr_frac = get_lr_frac(step, n, warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio,
                           final_lr_frac=args.final_lr_frac, warmdown=rule.warmdown)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * lr_frac
         if group["kind"] == "muon":
-            group["momentum"] = get_muon_momentum(step, num_iterations, warmdown_ratio=args.warmdown_ratio, rule=rule)
-            group["weight_decay"] = group["initial_weight_decay"] * get_weight_decay_frac(step, num_iterations,
-                                                                                          rule.decay_fall)
+            group["momentum"] = get_muon_momentum(step, n, warmdown_ratio=args.warmdown_ratio, rule=rule)
+            group["weight_decay"] = group["initial_weight_decay"] * get_weight_decay_frac(step, n, rule.decay_fall)
     return lr_frac
 
 
