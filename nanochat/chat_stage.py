@@ -16,9 +16,10 @@ import torch
 from nanochat.checkpoint_manager import Checkpoint, find_saved, load_run_tokenizer
 from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, add_words_flag, count_rows
 from nanochat.common import Ranks, UserError, print0
-from nanochat.config import GPTConfig, estimate_flops
+from nanochat.config import estimate_flops, read_config
 from nanochat.dataloader import ConversationGroups, Epoch, ValidationBatches, count_epoch, validation_conversations
 from nanochat.optim import MuonAdamW
+from nanochat.presets import find_rule
 from nanochat.report import write_stage_section
 from nanochat.run import StopSignal, TakenStep, decide, read_info
 from nanochat.scaling import get_chat_momentum, get_lr_frac, make_chat_plan
@@ -143,23 +144,25 @@ def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run
         raise UserError(f"--init-lr-frac {settings.init_lr_frac:g} must be above 0 and --warmdown-ratio "
                         f"{settings.warmdown_ratio:g} from 0 to 1")
     saved, tokenizer = find_saved(stage.name, run_dir, flags.resume), load_run_tokenizer(source.meta)
-    config, before = GPTConfig(**source.meta["model_config"]), source.meta["identity"]
+    config, before = read_config(source.meta["model_config"]), source.meta["identity"]
     T = config.sequence_len
     for account in mixture.accounts:
         print0("\n".join(account.describe()))
     groups = ConversationGroups(mixture.name, mixture.train, tokenizer, T, keep_whole=stage.keep_whole)
     is_counted = saved and saved.meta["identity"]["conversations"] == groups.identity
     epoch = Epoch.from_json(saved.meta["epoch"]) if is_counted else count_epoch(groups, ranks)
+    rule = before.get("rule", "july26")
     batch_tokens = before["plan"]["batch_tokens"] if flags.total_batch_size is None else flags.total_batch_size
     plan = make_chat_plan(config, estimate_flops(config), epoch_rows=epoch.num_rows, num_epochs=settings.num_epochs,
-                          num_iterations=settings.num_iterations, batch_tokens=batch_tokens, scales_lr=stage.scales_lr)
+                          num_iterations=settings.num_iterations, batch_tokens=batch_tokens,
+                          scales_lr=stage.scales_lr and find_rule(rule).scales_to_batch)
     return groups, epoch, Recipe(
         stage.name, run_dir, flags, saved, source, tokenizer, source.meta["tokenizer"]["name"], config, plan, T,
         rows_per_step=count_rows(plan.batch_tokens, T, ranks.world_size), lrs={name: before[name] for name in LR_NAMES},
         data={"name": mixture.name, "hash": groups.identity["data"], "tasks": mixture.parts,
               **({"files": [account.to_json() for account in mixture.accounts]} if mixture.accounts else {})},
         identity={"source": source.describe(), "tasks": mixture.parts, "conversations": groups.identity},
-        notes={"epoch": epoch.to_json()})
+        notes={"epoch": epoch.to_json()}, rule=rule)
 
 
 def describe_changes(setup: Setup, settings: ChatSettings) -> None:

@@ -33,7 +33,8 @@ from torch import Tensor
 
 from nanochat import common, devices
 from nanochat.common import Ranks, UserError, any_rank, gather, get_base_dir, get_ranks, print0
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.config import GPTConfig, read_config
+from nanochat.gpt import GPT
 from nanochat.tokenizer import get_tokenizer
 
 STAGES = ("base", "mid", "sft", "rl")
@@ -298,7 +299,7 @@ def load_model(stage: str, device: torch.device, *, tag: str | None = None, step
     dtype: of the activations; bf16 weights load into any"""
     found = find_checkpoint(stage, tag, step)
     tokenizer = load_run_tokenizer(found.meta)
-    model = build_model(GPTConfig(**found.meta["model_config"]), dtype, device)
+    model = build_model(read_config(found.meta["model_config"]), dtype, device)
     load_weights(model, found.run_dir, found.step)
     return model.eval(), tokenizer, found.meta | {"stage": stage, "run_dir": str(found.run_dir)}
 

@@ -5,13 +5,13 @@ B rows, T tokens, C = n_embd channels, H query heads, Hk key/value heads, D head
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from nanochat.common import UserError
 
-VE_GATE_CHANNELS = 12         # channels that gate the value embeddings
 SMEAR_GATE_CHANNELS = 24      # channels that gate the smear
 VOCAB_MULTIPLE = 64           # the vocabulary is padded to this, for the matrix units
+MLP_MATRICES = {"relu2": 2, "swiglu": 3}    # by activation
 ROPE_LENGTHS = 10             # of the rotary table, in contexts: chats may outgrow the training context
 
 
@@ -24,20 +24,67 @@ class GPTConfig:
     n_head:         int = 6       # query heads
     n_kv_head:      int = 6       # key/value heads; fewer than n_head is grouped-query attention
     n_embd:         int = 768
-    window_pattern: str = "SSSL"  # tiled over the layers, the last always L: L whole context, S a quarter of it
+    window_pattern: str = "SSSL"  # tiled over the layers, the last always L: L whole context, S a part of it
+    # Knobs, each by its default as in the model of today; presets.py has the values of other models of the family
+    window_fraction:  float = 0.25         # of the context, S's part
+    attn_dim:         int   = 0            # channels of all query heads together; 0: n_embd
+    mlp_dim:          int   = 0            # hidden channels of the MLP; 0: 4 n_embd
+    mlp_act:          str   = "relu2"      # or swiglu, which has a third matrix
+    rope_base:        float = 100_000.0    # slow turns tell far positions apart
+    rope_fraction:    float = 1.0          # of each head, the part that turns
+    qk_scale:         float = 1.2          # of normed queries and keys; 0: neither normed nor scaled
+    ve_gate_channels: int   = 12           # that gate the value embeddings; 0: no value embeddings
+    ve_gate_scale:    float = 3.0          # the most that a gate lets through
+    ve_gate_init:     float = 0.02         # bound of the gates' initial weights
+    smear:            bool  = True
+    backout_layer:    int | None = None    # whose output is subtracted at the end; None: the middle one; -1: none
+    backout_init:     float = 0.2
+    resid_init: tuple[float, float] | None = (1.15, 1.05)    # of the first and the last layer's; None: no such factors
+    x0_init:    tuple[float, float] | None = (0.20, 0.05)
+    softcap:          float = 15.0         # bound of the logits; 0: none
+    embed_norm:       bool  = True
+    wte_std:          float = 0.8          # of initial embeddings
+    head_std:         float = 0.001        # of the head's initial weights
+    linear_init:      str   = "uniform"    # law of the other matrices, or normal; deviation 1/sqrt(inputs)
+    fc_init:          float = 0.4          # factor on this deviation in the MLP's first layer
 
     def __post_init__(self):
+        for name in ("resid_init", "x0_init"):    # JSON has lists
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise UserError(f"--window-pattern {self.window_pattern!r} must be made of the letters S and L, as in SSSL")
-        if self.n_embd % self.n_head or self.n_head % self.n_kv_head or (self.n_embd // self.n_head) % 2:
-            raise UserError(f"{self.n_embd} channels don't split into {self.n_head} heads of even size "
+        if self.query_dim % self.n_head or self.n_head % self.n_kv_head or (self.query_dim // self.n_head) % 2:
+            raise UserError(f"{self.query_dim} channels don't split into {self.n_head} heads of even size "
                             f"in groups of {self.n_kv_head}")
-        if self.n_embd < SMEAR_GATE_CHANNELS:
-            raise UserError(f"{self.n_embd} channels are too few; the smear gate alone reads {SMEAR_GATE_CHANNELS}")
+        for what, least in (("smear", SMEAR_GATE_CHANNELS * self.smear), ("value embeddings'", self.ve_gate_channels)):
+            if self.n_embd < least:
+                raise UserError(f"{self.n_embd} channels are too few; the {what} gate alone reads {least}")
+        for name, values in (("mlp_act", MLP_MATRICES), ("linear_init", ("uniform", "normal"))):
+            if getattr(self, name) not in values:
+                raise UserError(f"--knobs {name}={getattr(self, name)} is not one of {', '.join(values)}")
+        for name in ("window_fraction", "rope_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"--knobs {name}={getattr(self, name):g} must be above 0 and at most 1")
+        if self.middle_layer is not None and not 0 <= self.middle_layer < self.n_layer:
+            raise UserError(f"--knobs backout_layer={self.backout_layer} is no layer of {self.n_layer}; -1 is none")
+
+    @property
+    def query_dim(self) -> int:
+        return self.attn_dim or self.n_embd
 
     @property
     def head_dim(self) -> int:
-        return self.n_embd // self.n_head
+        return self.query_dim // self.n_head
+
+    @property
+    def hidden_dim(self) -> int:
+        return self.mlp_dim or 4 * self.n_embd
+
+    @property
+    def middle_layer(self) -> int | None:
+        """The layer whose output backout subtracts."""
+        return {None: self.n_layer // 2, -1: None}.get(self.backout_layer, self.backout_layer)
 
     @property
     def kv_dim(self) -> int:
@@ -49,7 +96,7 @@ class GPTConfig:
 
     def has_value_embed(self, layer: int) -> bool:
         """Every other layer, the last one included."""
-        return layer % 2 == (self.n_layer - 1) % 2
+        return self.ve_gate_channels > 0 and layer % 2 == (self.n_layer - 1) % 2
 
     def window(self, layer: int) -> int:
         """Number of tokens before itself that a token of this layer sees; from the context, not the input's length.
@@ -57,15 +104,24 @@ class GPTConfig:
         Short windows (as in Gemma 2, arXiv 2408.00118) save attention's FLOPs. From half the context to a quarter, with
         smear, backout and ratio 8: 1.80 -> 1.65 hours (see gpt.py)."""
         is_long = layer == self.n_layer - 1 or self.window_pattern[layer % len(self.window_pattern)] == "L"
-        return self.sequence_len if is_long else math.ceil(self.sequence_len / 4 / 128) * 128
+        return self.sequence_len if is_long else math.ceil(self.sequence_len * self.window_fraction / 128) * 128
+
+
+def read_config(saved: dict) -> GPTConfig:
+    """The config that a checkpoint holds; a knob that it doesn't name has its default."""
+    if unknown := sorted(saved.keys() - {field.name for field in fields(GPTConfig)}):
+        raise UserError(f"the checkpoint's model has knobs that this nanochat doesn't know ({', '.join(unknown)}); use "
+                        "the nanochat that trained it, or a newer one")
+    return GPTConfig(**saved)
 
 
 def list_matrices(config: GPTConfig, layer: int) -> list[tuple[int, int]]:
     """(rows, columns) of a block's matrices."""
-    C, kv_dim = config.n_embd, config.kv_dim
-    attention = [(C, C), (kv_dim, C), (kv_dim, C), (C, C)]  # c_q, c_k, c_v, c_proj
-    gate = [(config.n_kv_head, VE_GATE_CHANNELS)] if config.has_value_embed(layer) else []
-    return [*attention, *gate, (4 * C, C), (C, 4 * C)]      # the MLP's c_fc, c_proj
+    C, Q, kv_dim, hidden = config.n_embd, config.query_dim, config.kv_dim, config.hidden_dim
+    attention = [(Q, C), (kv_dim, C), (kv_dim, C), (C, Q)]  # c_q, c_k, c_v, c_proj
+    gate = [(config.n_kv_head, config.ve_gate_channels)] if config.has_value_embed(layer) else []
+    mlp = [(hidden, C)] * (MLP_MATRICES[config.mlp_act] - 1) + [(C, hidden)]    # c_fc, swiglu's c_gate; c_proj
+    return [*attention, *gate, *mlp]
 
 
 def count_params(config: GPTConfig) -> dict[str, int]:
@@ -76,7 +132,9 @@ def count_params(config: GPTConfig) -> dict[str, int]:
         "value_embeds": V * config.kv_dim * sum(config.has_value_embed(layer) for layer in range(L)),
         "lm_head": V * C,
         "transformer_matrices": sum(rows * cols for layer in range(L) for rows, cols in list_matrices(config, layer)),
-        "scalars": 2 * L + SMEAR_GATE_CHANNELS + 2,  # resid and x0 lambdas; smear's gate; smear and backout lambdas
+        # resid and x0 lambdas; smear's gate and lambda; backout's
+        "scalars": L * ((config.resid_init is not None) + (config.x0_init is not None)) +
+                   (SMEAR_GATE_CHANNELS + 1) * config.smear + (config.middle_layer is not None),
     }
     return counts | {"total": sum(counts.values())}
 
@@ -85,6 +143,6 @@ def estimate_flops(config: GPTConfig, row_tokens: int | None = None) -> float:
     """Training FLOPs per token, in rows of the context or of row_tokens: 6 per matrix parameter, 12 * H * D per key of
     the window, those hidden by the causal mask included, as is usual for MFU (PaLM, arXiv 2204.02311, appendix B)."""
     counts = count_params(config)
-    matmul_params = counts["transformer_matrices"] + counts["lm_head"] + SMEAR_GATE_CHANNELS
+    matmul_params = counts["transformer_matrices"] + counts["lm_head"] + SMEAR_GATE_CHANNELS * config.smear
     keys_seen = sum(min(config.window(i), row_tokens or config.sequence_len) for i in range(config.n_layer))
     return 6 * matmul_params + 12 * config.n_head * config.head_dim * keys_seen

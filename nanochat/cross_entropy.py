@@ -10,9 +10,10 @@ z = x @ weight.T, t = tanh(z / 15), e = exp(15 t), s = sum(e):
     nll = log(s) - 15 t[target]        d nll / d z = (e / s - [z is the target]) (1 - t^2)
 
 Softcapped logits are bounded by 15, so exp needs no maximum taken first: one pass over a chunk of logits overwrites
-them with e (1 - t^2) and sums e. The division by s is left to the rows of the products with the weight and with x,
-which are C wide, not V. Memory holds one chunk of logits, whatever the batch: training at depth 6 took 30% of what the
-plain loss takes, and 94% of what torch.compile makes of that (dev/LOG.md, "Head and loss").
+them with e (1 - t^2) and sums e. Without a softcap t is z / 15 itself, its slope 1, and the maximum is taken. The
+division by s is left to the rows of the products with the weight and with x, which are C wide, not V. Memory holds one
+chunk of logits, whatever the batch: training at depth 6 took 30% of what the plain loss takes, and 94% of what
+torch.compile makes of that (dev/LOG.md, "Head and loss").
 """
 
 import torch
@@ -21,30 +22,33 @@ from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.compilation import fused
+from nanochat.config import GPTConfig
 from nanochat.memory import CHUNK_TOKENS, CPU_EXP_TOKENS, get_even_size
 
-# The softcap (Gemma 2, arXiv 2408.00118) bounds every logit by +-15: none runs away, and exp can't overflow fp32. In
-# nanochat's public log (2026-03-02) 20 was better than 15 by 0.001 nats at depth 24; not tried here
-LOGIT_SOFTCAP = 15.0
 
+def softcap(logits: Tensor, cap: float = GPTConfig.softcap) -> Tensor:
+    """cap tanh(logits / cap), in at least fp32; a cap of 0 is none.
 
-def softcap(logits: Tensor) -> Tensor:
-    """15 tanh(logits / 15), in at least fp32."""
+    The softcap (Gemma 2, arXiv 2408.00118) bounds every logit: none runs away, and exp can't overflow fp32. In
+    nanochat's public log (2026-03-02) 20 was better than 15 by 0.001 nats at depth 24; not tried here.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if not cap:
+        return logits
     # As a sigmoid, since tanh(z) = 2 * sigmoid(2z) - 1: on CPUs torch's tanh takes 5 times as long
-    z = logits * (2 / LOGIT_SOFTCAP)
-    floor = z.new_full((), -LOGIT_SOFTCAP)
+    z = logits * (2 / cap)
+    floor = z.new_full((), -cap)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.add(floor, torch.sigmoid(z), alpha=2 * LOGIT_SOFTCAP)
-    return torch.add(floor, z.sigmoid_(), alpha=2 * LOGIT_SOFTCAP, out=z)  # in place: many logits exceed the caches
+        return torch.add(floor, torch.sigmoid(z), alpha=2 * cap)
+    return torch.add(floor, z.sigmoid_(), alpha=2 * cap, out=z)  # in place: many logits exceed the caches
 
 
-def _scaled_tanh(logits: Tensor, is_fast: bool = False) -> Tensor:
-    """t, in at least fp32: the fused loss's softcap is 15 t, its derivative 1 - t^2."""
+def _scaled_tanh(logits: Tensor, cap: float, is_fast: bool = False) -> Tensor:
+    """t, in at least fp32: the fused loss's softcap is cap t, its derivative 1 - t^2."""
     is_rational = is_fast and logits.dtype == torch.bfloat16 and logits.device.type == "cpu"
     tanh = _rational_tanh if is_rational else torch.tanh
     # the argument has no name here: its memory is free as soon as `tanh` has read it
-    return tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / LOGIT_SOFTCAP)
+    return tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / cap)
 
 
 def _rational_tanh(z: Tensor) -> Tensor:
@@ -61,6 +65,7 @@ def _rational_tanh(z: Tensor) -> Tensor:
 #   x:          (..., C) activations; the product is computed in their dtype
 #   weight:     (padded V, C) master weights; rows from vocab_size on are padding and get no gradient
 #   targets:    (...) token ids, -1 where nothing is to be learned
+#   cap:        of the softcap; 0: none
 #   reduction:  'mean' over the targets that count (0 where none does), 'sum' of weights * nll, or 'none', shaped (...)
 #   weights:    (...) factors for 'sum'; None means 1
 #   fp8:        an fp8.Float8 of the weight, for the product where gradients are wanted; None: in the dtype of x
@@ -68,30 +73,31 @@ def _rational_tanh(z: Tensor) -> Tensor:
 
 
 @fused
-def plain_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, reduction: str = "mean",
-                        weights: Tensor | None = None, fp8=None) -> Tensor:
+def plain_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, cap: float = GPTConfig.softcap,
+                        reduction: str = "mean", weights: Tensor | None = None, fp8=None) -> Tensor:
     """The definition: the logits of all tokens at once."""
     if fp8 is None or not torch.is_grad_enabled():
-        logits = softcap(F.linear(x, weight[:vocab_size].to(x.dtype)))  # (..., V)
+        logits = softcap(F.linear(x, weight[:vocab_size].to(x.dtype)), cap)  # (..., V)
     else:
-        logits = softcap(fp8.apply(x, weight)[..., :vocab_size])
+        logits = softcap(fp8.apply(x, weight)[..., :vocab_size], cap)
     nll = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1, reduction="none")  # (N,)
     coef = _make_coefficients(targets, reduction, weights, nll.dtype)
     return nll.view(targets.shape) if coef is None else (coef * nll).sum()
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, reduction: str = "mean",
-                         weights: Tensor | None = None, fp8=None) -> Tensor:
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, *, cap: float = GPTConfig.softcap,
+                         reduction: str = "mean", weights: Tensor | None = None, fp8=None) -> Tensor:
     """The fused loss: head, softcap and cross-entropy a chunk of tokens at a time."""
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if needs_grad and reduction == "none":  # no stage learns from it; the fused gradients need the coefficients
-        return plain_cross_entropy(x, weight, targets, vocab_size, reduction=reduction, weights=weights, fp8=fp8)
+        return plain_cross_entropy(x, weight, targets, vocab_size, cap=cap, reduction=reduction, weights=weights,
+                                   fp8=fp8)
     coef = _make_coefficients(targets, reduction, weights, torch.promote_types(x.dtype, torch.float32))
     rows, flat_targets = x.flatten(0, -2), targets.flatten()
     if needs_grad:
-        return _WeightedLoss.apply(rows, weight, flat_targets, vocab_size, coef, fp8)
+        return _WeightedLoss.apply(rows, weight, flat_targets, vocab_size, cap, coef, fp8)
     head, chunk_tokens = weight[:vocab_size].to(x.dtype), get_even_size(len(rows), CHUNK_TOKENS[x.device.type])
-    nll = torch.cat([_score_logits(x_chunk @ head.T, target) for x_chunk, target
+    nll = torch.cat([_score_logits(x_chunk @ head.T, target, cap) for x_chunk, target
                      in zip(rows.split(chunk_tokens), flat_targets.split(chunk_tokens), strict=True)])
     return nll.view(targets.shape) if coef is None else (coef * nll).sum()
 
@@ -117,7 +123,7 @@ class _WeightedLoss(torch.autograd.Function):
     """sum(coef * nll). The coefficients are known in the forward pass, so the gradients are made there, once."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, coef, fp8):
+    def forward(ctx, x, weight, targets, vocab_size, cap, coef, fp8):
         head = weight[:vocab_size].to(x.dtype) if fp8 is None else fp8.dequantize(x.dtype)[:vocab_size]  # (V, C)
         nll, dx, dw = torch.empty_like(coef), torch.empty_like(x), torch.zeros_like(weight)
         chunk_tokens = get_even_size(len(x), CHUNK_TOKENS[x.device.type])
@@ -132,14 +138,19 @@ class _WeightedLoss(torch.autograd.Function):
                 x_chunk = x8.dequantize(x.dtype)  # for the gradient of the weight
                 logits = fp8.multiply(x8, x.dtype, out=logits_buffer[:len(x_chunk)])[:, :vocab_size]  # (n, V)
             index = target.clamp(min=0)[:, None]
-            target_t = _scaled_tanh(logits.gather(1, index))[:, 0]  # (n,)
+            target_z, slope = logits.gather(1, index)[:, 0], 1  # (n,)
             pieces = logits.split(get_even_size(len(logits), CPU_EXP_TOKENS)) if x.device.type == "cpu" else (logits,)
-            sum_e = torch.cat([_softcap_exp(piece) for piece in pieces])
-            u = logits  # now e (1 - t^2)
-            unit = sum_e if x.dtype == torch.float16 else torch.ones_like(sum_e)  # what _softcap_exp divided u by
-            target_u = ((LOGIT_SOFTCAP * target_t).exp() - sum_e) / unit * (1 - target_t.square())
+            if cap:
+                target_t = _scaled_tanh(target_z, cap)
+                target_z, slope, top = cap * target_t, 1 - target_t.square(), 0
+                sum_e = torch.cat([_softcap_exp(piece, cap) for piece in pieces])
+            else:
+                sum_e, top = map(torch.cat, zip(*(_shifted_exp(piece) for piece in pieces), strict=True))
+            u = logits  # now e, times its slope
+            unit = sum_e if cap and x.dtype == torch.float16 else torch.ones_like(sum_e)  # what u was divided by
+            target_u = ((target_z - top).exp() - sum_e) / unit * slope
             u[torch.arange(len(u), device=u.device), index[:, 0]] = target_u.to(u.dtype)
-            nll[rows] = (sum_e.log() - LOGIT_SOFTCAP * target_t) * (target >= 0)
+            nll[rows] = (sum_e.log() + top - target_z) * (target >= 0)
             scale = (coef[rows] * unit / sum_e)[:, None]
             dx[rows] = (u @ head) * scale
             dw[:vocab_size] += u.T @ (x_chunk * scale).to(x.dtype)
@@ -149,17 +160,17 @@ class _WeightedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx.mul_(grad), dw.mul_(grad), None, None, None, None
+        return dx.mul_(grad), dw.mul_(grad), None, None, None, None, None
 
 
 @fused
-def _softcap_exp(logits: Tensor) -> Tensor:
+def _softcap_exp(logits: Tensor, cap: float) -> Tensor:
     """Replace (n, V) logits by e (1 - t^2) in place; returns the sums of e, (n,), in at least fp32.
 
     fp16 can't hold e, which reaches exp(15): there the logits' replacement is divided by the sum.
     """
-    t = _scaled_tanh(logits, is_fast=True)
-    e = torch.exp(LOGIT_SOFTCAP * t)
+    t = _scaled_tanh(logits, cap, is_fast=True)
+    e = torch.exp(cap * t)
     sum_e = e.sum(-1)
     u = e * (1 - t * t)
     if logits.dtype == torch.float16:
@@ -169,10 +180,24 @@ def _softcap_exp(logits: Tensor) -> Tensor:
 
 
 @fused
-def _score_logits(logits: Tensor, targets: Tensor) -> Tensor:
+def _shifted_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Without a softcap: replace (n, V) logits by e = exp(z - max z) in place; the sums of e and the maxima, (n,)."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    top = z.amax(-1)
+    e = torch.exp(z - top[:, None])
+    logits.copy_(e)
+    return e.sum(-1), top
+
+
+@fused
+def _score_logits(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
     """nll (n,) of (n, V) logits, 0 where the target is -1."""
-    capped = LOGIT_SOFTCAP * _scaled_tanh(logits)
-    target = capped.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    index = targets.clamp(min=0)[:, None]
+    if not cap:
+        z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return (torch.logsumexp(z, -1) - z.gather(1, index)[:, 0]) * (targets >= 0)
+    capped = cap * _scaled_tanh(logits, cap)
+    target = capped.gather(1, index)[:, 0]
     return (capped.exp().sum(-1).log() - target) * (targets >= 0)
 
 

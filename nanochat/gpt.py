@@ -22,17 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.config import ROPE_LENGTHS, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
+from nanochat.config import ROPE_LENGTHS, SMEAR_GATE_CHANNELS, GPTConfig
 from nanochat.cross_entropy import LOSSES, softcap
 from nanochat.flash_attention import flash_attn
-from nanochat.optim import MuonAdamW
+from nanochat.optim import MuonAdamW, make_optimizer
 from nanochat.sampling import Sampling, sample_rows
-from nanochat.scaling import EMBEDDING_LR, MATRIX_LR, SCALAR_LR, UNEMBEDDING_LR, WEIGHT_DECAY
+from nanochat.scaling import EMBEDDING_LR, JULY26, MATRIX_LR, SCALAR_LR, UNEMBEDDING_LR, WEIGHT_DECAY, TrainingRule
 
 NORM_EPS = torch.finfo(torch.float32).eps  # also for bf16 input: bf16's own eps would flatten small activations
 EPS_TENSORS = {dtype: torch.tensor(NORM_EPS, dtype=dtype) for dtype in (torch.float32, torch.float64)}
-ROPE_BASE = 100_000  # slow turns tell far positions apart; from 10,000, with tuned rates and inits 2.02 -> 1.80 hours
-QK_SCALE = 1.2       # on normed queries and keys: scores 1.44 times as large, attention sharper (no figure of its own)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -82,12 +80,13 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         C, D = config.n_embd, config.head_dim
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, D
-        self.layer, self.window = layer, config.window(layer)
+        self.config, self.layer, self.window = config, layer, config.window(layer)
         self.c_q = Linear(C, config.n_head * D, dtype)
         self.c_k = Linear(C, config.n_kv_head * D, dtype)
         self.c_v = Linear(C, config.n_kv_head * D, dtype)
-        self.c_proj = Linear(C, C, dtype)
-        self.ve_gate = Linear(VE_GATE_CHANNELS, config.n_kv_head, dtype) if config.has_value_embed(layer) else None
+        self.c_proj = Linear(config.n_head * D, C, dtype)
+        self.ve_gate = (Linear(config.ve_gate_channels, config.n_kv_head, dtype) if config.has_value_embed(layer)
+                        else None)
         self.c_qkv = None
 
     def fuse(self) -> None:
@@ -109,34 +108,41 @@ class CausalSelfAttention(nn.Module):
         return (qk,), v
 
     def forward(self, x: Tensor, ve: Tensor | None, cos_sin: tuple[Tensor, Tensor], kv_cache=None) -> Tensor:
-        B, T, C = x.shape
+        B, T, _ = x.shape
+        config = self.config
         qk, v = self.project(x)
         if ve is not None:
             # Value embeddings (modded-nanogpt, after arXiv 2410.17897): in every other layer a table gives each token a
             # value of its own, half of all parameters at hardly a FLOP; each key/value head scales it by 0 to 3. Every
             # other layer was best, each way of sharing or factorising the tables lost (2026-01-17)
-            gate = 3 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, Hk)
+            gate = config.ve_gate_scale * torch.sigmoid(self.ve_gate(x[..., :config.ve_gate_channels]))  # (B, T, Hk)
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        # QK norm (arXiv 2010.04245) bounds the scores whatever the weights do
-        qk = [norm(apply_rotary(heads, *cos_sin)) * QK_SCALE for heads in qk]
+        qk = [apply_rotary(heads, *cos_sin) for heads in qk]
+        if config.qk_scale:
+            # QK norm (arXiv 2010.04245) bounds the scores whatever the weights do; the factor on both makes them larger
+            # again, attention sharper (1.2 has no figure of its own)
+            qk = [norm(heads) * config.qk_scale for heads in qk]
         q, k = qk if self.c_qkv is None else qk[0].split((self.n_head, self.n_kv_head), dim=2)
         if kv_cache is None:
             y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(self.window, 0))
         else:
             y = kv_cache.attend(self.layer, q, k, v, self.window)
-        return self.c_proj(y.reshape(B, T, C))
+        return self.c_proj(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     """relu^2 (Primer, arXiv 2109.08668): as cheap as relu, sparse, about 1-2% better than GELU in modded-nanogpt;
-    SwiGLU lost in the public record."""
+    SwiGLU (arXiv 2002.05202), with its third matrix, lost in the public record."""
 
     def __init__(self, config: GPTConfig, dtype: torch.dtype):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, dtype)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, dtype)
+        self.c_fc = Linear(config.n_embd, config.hidden_dim, dtype)
+        self.c_gate = Linear(config.n_embd, config.hidden_dim, dtype) if config.mlp_act == "swiglu" else None
+        self.c_proj = Linear(config.hidden_dim, config.n_embd, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.c_gate is not None:
+            return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
         return self.c_proj(F.relu(self.c_fc(x)).square())
 
 
@@ -152,9 +158,13 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer, dtype)
         self.mlp = MLP(config, dtype)
 
-    def forward(self, x: Tensor, x0: Tensor, lambdas: tuple[Tensor, Tensor], ve: Tensor | None,
+    def forward(self, x: Tensor, x0: Tensor, lambdas: tuple[Tensor | None, Tensor | None], ve: Tensor | None,
                 cos_sin: tuple[Tensor, Tensor], kv_cache=None) -> Tensor:
-        x = lambdas[0] * x + lambdas[1] * x0
+        resid_lambda, x0_lambda = lambdas
+        if resid_lambda is not None:
+            x = resid_lambda * x
+        if x0_lambda is not None:
+            x = x + x0_lambda * x0
         x = x + self.attn(norm(x), ve, cos_sin, kv_cache)
         return x + self.mlp(norm(x))
 
@@ -179,11 +189,14 @@ class GPT(nn.Module):
         self.lm_head = Linear(C, V, master)
         self.value_embeds = nn.ModuleDict({str(i): Embedding(V, kv_dim, dtype=embed)
                                            for i in range(L) if config.has_value_embed(i)})
-        self.resid_lambdas  = nn.Parameter(torch.empty(L, dtype=master))
-        self.x0_lambdas     = nn.Parameter(torch.empty(L, dtype=master))
-        self.smear_gate     = Linear(SMEAR_GATE_CHANNELS, 1, master)
-        self.smear_lambda   = nn.Parameter(torch.empty(1, dtype=master))
-        self.backout_lambda = nn.Parameter(torch.empty(1, dtype=master))
+
+        def scalars(number: int, is_there: bool) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(number, dtype=master)) if is_there else None
+        self.resid_lambdas  = scalars(L, config.resid_init is not None)
+        self.x0_lambdas     = scalars(L, config.x0_init is not None)
+        self.smear_gate     = Linear(SMEAR_GATE_CHANNELS, 1, master) if config.smear else None
+        self.smear_lambda   = scalars(1, config.smear)
+        self.backout_lambda = scalars(1, config.middle_layer is not None)
         rope_shape = (ROPE_LENGTHS * config.sequence_len, config.head_dim // 2)
         self.register_buffer("cos", torch.empty(rope_shape, dtype=dtype), persistent=False)
         self.register_buffer("sin", torch.empty(rope_shape, dtype=dtype), persistent=False)
@@ -195,33 +208,48 @@ class GPT(nn.Module):
         A small head starts from near-uniform predictions; with zero projections (Fixup, arXiv 1901.09321) attention and
         MLP add nothing at first. The bounds were tuned with the rates: 2.02 -> 1.80 hours together.
         """
-        C, L = self.config.n_embd, self.config.n_layer
-        bound = math.sqrt(3 / C)  # uniform on +-bound has standard deviation 1/sqrt(C)
-        nn.init.normal_(self.transformer.wte.weight, std=0.8)
-        nn.init.normal_(self.lm_head.weight, std=0.001)
+        config, L = self.config, self.config.n_layer
+
+        def init_linear(weight: Tensor, fan_in: int, factor: float = 1.0) -> None:
+            if config.linear_init == "uniform":
+                bound = factor * math.sqrt(3 / fan_in)    # of a standard deviation of factor / sqrt(fan_in)
+                nn.init.uniform_(weight, -bound, bound)
+            else:
+                std = factor / math.sqrt(fan_in)
+                nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+        nn.init.normal_(self.transformer.wte.weight, std=config.wte_std)
+        nn.init.normal_(self.lm_head.weight, std=config.head_std)
         for block in self.transformer.h:
-            for matrix in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
-                nn.init.uniform_(matrix.weight, -bound, bound)
-            nn.init.uniform_(block.mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
+                init_linear(linear.weight, config.n_embd)
+            for linear in filter(None, (block.mlp.c_fc, block.mlp.c_gate)):
+                init_linear(linear.weight, config.n_embd, config.fc_init)
             nn.init.zeros_(block.attn.c_proj.weight)
             nn.init.zeros_(block.mlp.c_proj.weight)
             if block.attn.ve_gate is not None:
-                nn.init.uniform_(block.attn.ve_gate.weight, 0, 0.02)
+                nn.init.uniform_(block.attn.ve_gate.weight, 0, config.ve_gate_init)
         for value_embed in self.value_embeds.values():
-            nn.init.uniform_(value_embed.weight, -bound, bound)
-        self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, L))
-        self.x0_lambdas.copy_(torch.linspace(0.20, 0.05, L))
-        nn.init.uniform_(self.smear_gate.weight, 0, 0.02)
-        nn.init.zeros_(self.smear_lambda)
-        nn.init.constant_(self.backout_lambda, 0.2)
+            init_linear(value_embed.weight, config.n_embd)
+        if self.resid_lambdas is not None:
+            self.resid_lambdas.copy_(torch.linspace(*config.resid_init, L))
+        if self.x0_lambdas is not None:
+            self.x0_lambdas.copy_(torch.linspace(*config.x0_init, L))
+        if self.smear_gate is not None:
+            nn.init.uniform_(self.smear_gate.weight, 0, 0.02)
+            nn.init.zeros_(self.smear_lambda)
+        if self.backout_lambda is not None:
+            nn.init.constant_(self.backout_lambda, config.backout_init)
         self.init_rope()
 
     def init_rope(self) -> None:
         """Fill the rotary tables, which are not saved with the weights."""
         num_positions, half_dim = self.cos.shape
-        exponents = torch.arange(half_dim, dtype=torch.float64, device="cpu") / half_dim
+        num_turning = round(half_dim * self.config.rope_fraction)    # pairs; the others stand still
+        exponents = torch.arange(half_dim, dtype=torch.float64, device="cpu") / num_turning
         positions = torch.arange(num_positions, dtype=torch.float64, device="cpu")
-        angles = positions[:, None] / ROPE_BASE ** exponents  # (positions, D/2)
+        # From base 10,000 to 100,000, with tuned rates and inits: 2.02 -> 1.80 hours
+        angles = positions[:, None] / self.config.rope_base ** exponents  # (positions, D/2)
+        angles[:, num_turning:] = 0
         self.cos.copy_(angles.cos())
         self.sin.copy_(angles.sin())
 
@@ -255,45 +283,17 @@ class GPT(nn.Module):
         self.is_trunk_compiled = True
 
     def setup_optimizer(self, *, unembedding_lr: float = UNEMBEDDING_LR, embedding_lr: float = EMBEDDING_LR,
-                        matrix_lr: float = MATRIX_LR, scalar_lr: float = SCALAR_LR,
-                        weight_decay: float = WEIGHT_DECAY, batch_lr_scale: float = 1.0) -> MuonAdamW:
-        """AdamW for embeddings, head and scalars, Muon for the matrices of the blocks (optim.py).
-
-        Rates and betas as the public record tuned them at 768 channels; those of head and embeddings fall with the root
-        of the width, and `batch_lr_scale` multiplies all but that of smear and backout (scaling.make_plan).
-        """
-        width_scale = (self.config.n_embd / 768) ** -0.5 * batch_lr_scale
-        s = batch_lr_scale
-        gates = [self.smear_gate.weight, self.smear_lambda, self.backout_lambda]
-        embeds = list(self.value_embeds.parameters())
-
-        def adamw(params, lr, betas, decay) -> dict:
-            return {"kind": "adamw", "params": params, "lr": lr, "betas": betas, "eps": 1e-10, "weight_decay": decay}
-        groups = [
-            adamw([self.lm_head.weight],         unembedding_lr * width_scale,     (0.8,  0.96),  0.01),
-            adamw([self.transformer.wte.weight], embedding_lr * width_scale,       (0.8,  0.995), 0.001),
-            adamw(embeds,                        embedding_lr / 2 * width_scale,   (0.8,  0.995), 0.01),
-            adamw([self.resid_lambdas],          scalar_lr * 0.01 * s,             (0.8,  0.95),  0.05),
-            adamw([self.x0_lambdas],             scalar_lr * s,                    (0.96, 0.95),  0.0),
-            adamw(gates,                         0.2,                              (0.8,  0.95),  0.0),
-        ]
-        by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        for param in self.transformer.h.parameters():
-            by_shape.setdefault(tuple(param.shape), []).append(param)
-        groups += [{"kind": "muon", "params": params, "lr": matrix_lr * s, "momentum": 0.95, "ns_steps": 5,
-                    "beta2": 0.9, "weight_decay": weight_decay} for _, params in sorted(by_shape.items())]
-        # In the order in which the backward pass reaches them, so that each is sent as soon as its gradient is there
-        parts: list[nn.Module] = [self.lm_head]
-        for i, block in reversed(list(enumerate(self.transformer.h))):
-            parts += [block, self.value_embeds[str(i)]] if self.config.has_value_embed(i) else [block]
-        name_of = {param: name for name, param in self.named_parameters()}
-        names = {id(param): name_of[param] for part in (*parts, self) for param in part.parameters()}
-        bf16 = self.compute_dtype == torch.bfloat16
-        return MuonAdamW(groups, names, matmul_dtype=torch.bfloat16 if bf16 else None)
+                        matrix_lr: float = MATRIX_LR, scalar_lr: float = SCALAR_LR, weight_decay: float = WEIGHT_DECAY,
+                        batch_lr_scale: float = 1.0, rule: TrainingRule = JULY26) -> MuonAdamW:
+        """AdamW for embeddings, head and scalars, Muon for the matrices of the blocks (optim.make_optimizer)."""
+        rates = {"unembedding_lr": unembedding_lr, "embedding_lr": embedding_lr, "matrix_lr": matrix_lr,
+                 "scalar_lr": scalar_lr, "": 1.0}
+        return make_optimizer(self, rates, weight_decay, batch_lr_scale, rule)
 
     def embed_tokens(self, idx: Tensor) -> Tensor:
         """(...) token ids -> (..., C), normed: without it the first layers would have to undo the table's scale."""
-        return norm(self.transformer.wte(idx).to(self.compute_dtype))
+        x = self.transformer.wte(idx).to(self.compute_dtype)
+        return norm(x) if self.config.embed_norm else x
 
     def embed(self, idx: Tensor, kv_cache=None) -> Tensor:
         """The blocks' input: normed embeddings, each smeared with the one before it. (B, T) -> (B, T, C)
@@ -302,6 +302,8 @@ class GPT(nn.Module):
         a previous-token head. Alone negligible (2026-01-16); with backout, shorter windows, ratio 8 1.80 -> 1.65 hours.
         """
         x = self.embed_tokens(idx)
+        if self.smear_gate is None:
+            return x
         # The first token of a sequence has none before it: zero adds nothing
         previous = F.pad(x[:, :-1], (0, 0, 1, 0)) if kv_cache is None else kv_cache.shift_embeds(x)
         gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]))  # (B, T, 1)
@@ -326,14 +328,17 @@ class GPT(nn.Module):
         middle = None
         for i, block in enumerate(self.transformer.h):
             ve = self.value_embeds[str(i)](idx).to(x.dtype) if self.config.has_value_embed(i) else None
-            x = block(x, x0, (self.resid_lambdas[i], self.x0_lambdas[i]), ve, cos_sin, kv_cache)
-            if i == self.config.n_layer // 2:
+            lambdas = tuple(None if table is None else table[i] for table in (self.resid_lambdas, self.x0_lambdas))
+            x = block(x, x0, lambdas, ve, cos_sin, kv_cache)
+            if i == self.config.middle_layer:
                 middle = x
         if kv_cache is not None:
             kv_cache.advance(T)
-        # Backout (modded-nanogpt): subtracts what only the first half of the layers needed. Alone no gain (2026-01-16);
-        # for the gain with smear and others see `embed`
-        return norm(x - self.backout_lambda[0] * middle)
+        if middle is not None:
+            # Backout (modded-nanogpt): subtracts what only the first half of the layers needed. Alone no gain
+            # (2026-01-16); for the gain with smear and others see `embed`
+            x = x - self.backout_lambda[0] * middle
+        return norm(x)
 
     def unembed(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Softcapped logits in fp32 of what forward_trunk returns: (..., C) -> (..., V)
@@ -341,8 +346,8 @@ class GPT(nn.Module):
         tokens: (N,) score these token ids only, in fp32, which avoids ties: (..., N)
         """
         if tokens is not None:
-            return softcap(F.linear(x.float(), self.lm_head.weight[tokens].float()))
-        return softcap(self.lm_head(x)[..., :self.config.vocab_size])
+            return softcap(F.linear(x.float(), self.lm_head.weight[tokens].float()), self.config.softcap)
+        return softcap(self.lm_head(x)[..., :self.config.vocab_size], self.config.softcap)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, kv_cache=None, loss_reduction: str = "mean",
                 weights: Tensor | None = None) -> Tensor:
@@ -361,8 +366,8 @@ class GPT(nn.Module):
             return self.unembed(x)
         # Evaluation takes each token's loss: always the cross-entropy, so that bits per byte stay comparable
         loss = LOSSES["fused" if loss_reduction == "none" else self.loss]
-        return loss(x, self.lm_head.weight, targets, self.config.vocab_size, reduction=loss_reduction, weights=weights,
-                    fp8=self.lm_head.fp8)
+        return loss(x, self.lm_head.weight, targets, self.config.vocab_size, cap=self.config.softcap,
+                    reduction=loss_reduction, weights=weights, fp8=self.lm_head.fp8)
 
     @torch.inference_mode()
     def generate(self, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None,

@@ -55,6 +55,7 @@ class Machine:
     world_size:  int  = 1
     loss:        str  = "fused"      # a key of cross_entropy.LOSSES
     is_fp8:      bool = False        # whether the layers with normed inputs compute in 8 bits (fp8.py)
+    has_muon:    bool = True         # whether Muon updates the matrices, or AdamW
 
     def __post_init__(self):
         if self.dtype not in COMPUTE_DTYPES:
@@ -120,16 +121,17 @@ def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
                num_micro: int = 1) -> list[tuple[tuple[str, str], dict[str, int]]]:
     """((phase, layer), bytes by part) in the order of a step, each at the worst of its layer, in the last micro-batch.
     The temporaries of the forward pass are left out: the loss always takes more."""
-    gradients = count_params(config)["transformer_matrices"] * machine.master_bytes + \
+    gradients = count_params(config)["transformer_matrices"] * machine.master_bytes * machine.has_muon + \
         sum(num_bytes for num_bytes, *_ in list_adamw(config, machine))
     rope = 2 * ROPE_LENGTHS * config.sequence_len * config.head_dim // 2 * machine.act_bytes
     N, a, C = rows * T, machine.act_bytes, config.n_embd
     # outside the blocks nothing is compiled. Before them: normed, shifted, smeared; ids, targets, their weights
-    embedding = N * (machine.eager_norm_bytes * C + 3 * a * C + 20)
-    last_is_middle = config.n_layer // 2 == config.n_layer - 1  # so that no later block keeps it
+    embedding = N * (machine.eager_norm_bytes * C * config.embed_norm + (1 + 2 * config.smear) * a * C + 20)
+    last_is_middle = config.middle_layer == config.n_layer - 1  # so that no later block keeps it
     final_norm = N * (machine.eager_norm_bytes * C + machine.master_bytes + a * C * last_is_middle)
     num_copies = 8 if machine.is_compiled else 12  # of temporaries: most are in the MLP, whose tensors are 4 C wide
-    block_backward = N * num_copies * a * C + 4 * C * C * (machine.master_bytes + machine.cast_bytes)
+    block_backward = N * num_copies * a * config.hidden_dim // 4 + \
+        config.hidden_dim * C * (machine.master_bytes + machine.cast_bytes)
     blocks = [count_block_bytes(config, layer, rows, T, machine) for layer in range(config.n_layer)]
     copies = config.n_layer * count_fp8_weights(config) + config.padded_vocab_size * C if machine.is_fp8 else 0
     parts = Counter({"parameters": gradients + rope + copies, "optimizer state": count_optimizer_bytes(config, machine),
@@ -151,7 +153,8 @@ def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
     # each gradient is sent as soon as it is there: the rank's share of the sum stands beside it
     share = 1 / machine.world_size if machine.world_size > 1 else 0
     parts["gradients"] += round(config.padded_vocab_size * C * machine.master_bytes * (1 + share))  # the head's
-    parts["workspace"] = 3 * N * C * a  # gradients of x, x0, middle block's output
+    num_streams = 1 + (config.x0_init is not None) + (config.middle_layer is not None)
+    parts["workspace"] = num_streams * N * C * a  # gradients of x, x0, middle block's output
     add("backward", "norm")
     for layer in reversed(range(config.n_layer)):
         add("backward", str(layer), extra=block_backward)
@@ -267,30 +270,31 @@ def read_cgroup_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = Path("
 
 def count_block_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine: Machine) -> dict[str, int]:
     """Activations of one block, by part. A compiled one recomputes the inputs of its norms, except the MLP's."""
-    N, a, C = rows * T, machine.act_bytes, config.n_embd
+    N, a, C, Q = rows * T, machine.act_bytes, config.n_embd, config.query_dim
     kv_dim, stat = config.kv_dim, machine.master_bytes  # stat: a norm keeps one for each row
     normed = a if machine.is_compiled else machine.eager_norm_bytes
     # the inputs of the linear layers; in fp8 a copy, beside which the gate of an eager block keeps the attention's
     linears = C * (2 + a * (config.has_value_embed(layer) and not machine.is_compiled)) if machine.is_fp8 else 2 * a * C
     # the block's input (the first one's is x0), the norms' inputs
-    residual = a * C * (layer > 0) + normed * C * (1 if machine.is_compiled else 2) + linears + 2 * stat
-    qk_norms = normed * (C + kv_dim) + stat * (config.n_head + config.n_kv_head)
+    is_mixed = config.resid_init is not None or config.x0_init is not None
+    residual = a * C * (layer > 0 and is_mixed) + normed * C * (1 if machine.is_compiled else 2) + linears + 2 * stat
+    qk_norms = (normed * (Q + kv_dim) + stat * (config.n_head + config.n_kv_head)) * (config.qk_scale != 0)
     value_embed = a * (kv_dim + 2 * config.n_kv_head) if config.has_value_embed(layer) else 0
     num_cast = sum(map(math.prod, list_matrices(config, layer))) - machine.is_fp8 * count_fp8_weights(config)
     return {"residual stream": N * residual,
             "attention": N * (qk_norms + value_embed) + count_attention_bytes(config, layer, rows, T, machine),
-            "MLP": N * 2 * 4 * a * C,
+            "MLP": N * config.hidden_dim * a * (2 if config.mlp_act == "relu2" else 4 - machine.is_compiled),
             "weights in the compute dtype": machine.cast_bytes * num_cast}
 
 
 def count_fp8_weights(config: GPTConfig) -> int:
     """Weights of a block that fp8 keeps a byte of: c_q, c_k, c_v and c_fc."""
-    return (5 * config.n_embd + 2 * config.kv_dim) * config.n_embd
+    return (config.query_dim + 2 * config.kv_dim + config.hidden_dim) * config.n_embd
 
 
 def count_attention_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine: Machine) -> int:
     """Activations of one attention call: queries, keys, values, output, and a statistic or the probabilities."""
-    a, C, H, window = machine.act_bytes, config.n_embd, config.n_head, config.window(layer)
+    a, C, H, window = machine.act_bytes, config.query_dim, config.n_head, config.window(layer)
     is_windowed = window < T - 1
     if machine.attention == "blocks":
         pairs = [(end - start) * (end - first)
@@ -335,6 +339,8 @@ def count_loss_bytes(config: GPTConfig, N: int, machine: Machine) -> int:
     num_copies = int(is_cpu)  # of the logits while they become e (1 - t^2)
     if not machine.is_compiled:  # tanh of bf16 on a CPU is a fraction with two polynomials
         num_copies = 5 if machine.dtype == "bfloat16" and is_cpu else 4
+        if not config.softcap:  # the logits in fp32, less their maximum, and exp
+            num_copies = 2 + (a < master)
     inputs = (1 + a) * chunk * C if machine.is_fp8 else 0  # in 8 bits, and as the gradient of the head reads them
     return (a * C * N + head + gradients + 4 * master * N + a * chunk * logits_V + inputs
             + max(num_copies * master * exp_tokens * V, a * V * C))
@@ -346,7 +352,7 @@ def count_update_bytes(config: GPTConfig, machine: Machine) -> int:
     adamw = list_adamw(config, machine)
     # bytes of the gradients of a shape, and of this rank's share of them
     muon = [(K * rows * cols * master, -(-K // world) * rows * cols * master)
-            for (rows, cols), K in sorted(count_shapes(config).items())]
+            for (rows, cols), K in sorted(count_shapes(config).items()) if machine.has_muon]
     live = peak = sum(grads for grads, *_ in [*adamw, *muon]) + sum(own for grads, own, _ in adamw if own < grads)
     for grads, own in muon:
         if world == 1:  # reduce_gradients makes a stack; several ranks have sent smaller ones in the backward pass
@@ -373,7 +379,7 @@ def count_optimizer_bytes(config: GPTConfig, machine: Machine) -> int:
     """This rank's state: AdamW's two moments; Muon's momentum, and its variance of each row or column."""
     adamw = sum(2 * own for _, own, _ in list_adamw(config, machine))
     muon = sum(-(-K // machine.world_size) * (rows * cols + max(rows, cols)) * machine.master_bytes
-               for (rows, cols), K in count_shapes(config).items())
+               for (rows, cols), K in count_shapes(config).items() if machine.has_muon)
     return adamw + muon
 
 
@@ -383,6 +389,8 @@ def list_adamw(config: GPTConfig, machine: Machine) -> list[tuple[int, int, int]
     num_ve = sum(map(config.has_value_embed, range(config.n_layer)))
     params = [(V, C, master), (V, C, embed), *[(V, config.kv_dim, embed)] * num_ve,
               (1, count_params(config)["scalars"], master)]
+    if not machine.has_muon:
+        params += [(*shape, master) for shape, num in count_shapes(config).items() for _ in range(num)]
     return [(rows * cols * size, count_own_rows(rows, cols, machine.world_size) * cols * size, size)
             for rows, cols, size in params]
 

@@ -28,7 +28,7 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, add_words_flag, read_flags
 from nanochat.common import Ranks, UserError, print0, run_script
-from nanochat.config import GPTConfig, estimate_flops
+from nanochat.config import estimate_flops, read_config
 from nanochat.dataloader import hash_conversations
 from nanochat.devices import init_compute
 from nanochat.report import write_stage_section
@@ -186,7 +186,7 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, source: Checkpoint,
                 ranks: Ranks) -> tuple[Recipe, list[Question], list[Question]]:
     """What is learned and how fast, the questions to learn from, and those that are held out."""
     saved, tokenizer = find_saved("rl", run_dir, flags.resume), load_run_tokenizer(source.meta)
-    config, before = GPTConfig(**source.meta["model_config"]), source.meta["identity"]
+    config, before = read_config(source.meta["model_config"]), source.meta["identity"]
     max_new_tokens = choose_max_new_tokens(args.max_new_tokens, config.sequence_len)
     # a stage learns from rows of one token more than the context
     questions, held_out = load_questions(args.tasks, args.words, args.eval_examples, tokenizer,
@@ -210,8 +210,8 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, source: Checkpoint,
         rows_per_step=args.examples_per_step * args.num_samples, lrs={name: before[name] for name in LR_NAMES},
         data=data, identity={"source": source.describe(), "data": data, "max_new_tokens": max_new_tokens},
         notes={"sample_rows": sample_rows},
-        beside_bytes=count_engine_bytes(config, sample_rows, longest + 1) if device.type == "cuda" else 0
-    ), questions, held_out
+        beside_bytes=count_engine_bytes(config, sample_rows, longest + 1) if device.type == "cuda" else 0,
+        rule=before.get("rule", "july26")), questions, held_out
 
 
 def make_rollouts(args: argparse.Namespace, setup: Setup, questions: list[Question]) -> Rollouts:

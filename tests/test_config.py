@@ -1,24 +1,31 @@
 """Counts and FLOPs by formula, which need no torch, against the modules and torch's own counter of FLOPs."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanochat.common import UserError
-from nanochat.config import SMEAR_GATE_CHANNELS, GPTConfig, count_params, estimate_flops
+from nanochat.config import SMEAR_GATE_CHANNELS, GPTConfig, count_params, estimate_flops, read_config
 from nanochat.gpt import GPT
+from nanochat.presets import PRESETS
 
 SHAPES = [
     GPTConfig(),
     GPTConfig(vocab_size=64, sequence_len=256, n_layer=1, n_head=1, n_kv_head=1, n_embd=32),
     GPTConfig(vocab_size=320, sequence_len=512, n_layer=5, n_head=6, n_kv_head=2, n_embd=96),  # grouped queries
     GPTConfig(vocab_size=640, sequence_len=300, n_layer=4, n_head=8, n_kv_head=1, n_embd=256, window_pattern="SL"),
+    *(GPTConfig(vocab_size=320, sequence_len=512, n_layer=11, n_head=4, n_kv_head=2, n_embd=64, **preset.knobs |
+                ({"attn_dim": 128, "mlp_dim": 96} if preset.knobs.get("attn_dim") else {}))
+      for preset in PRESETS.values()),
 ]
 
 
 def name_shape(config: GPTConfig) -> str:
-    return f"d{config.n_layer}-{config.n_embd}-{config.n_head}-{config.n_kv_head}"
+    return f"d{config.n_layer}-{config.n_embd}-{config.n_head}-{config.n_kv_head}-{config.rope_base:g}"
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=name_shape)
@@ -48,10 +55,10 @@ def test_matrix_products_are_six_flops_a_parameter_and_token(config, loss, monke
     products = by_operation.pop(torch.ops.aten.mm)
     assert all("scaled_dot_product" in str(name) for name in by_operation)
     counts = count_params(config)
-    num_matmul_params = counts["transformer_matrices"] + counts["lm_head"] + SMEAR_GATE_CHANNELS
+    num_matmul_params = counts["transformer_matrices"] + counts["lm_head"] + SMEAR_GATE_CHANNELS * config.smear
     assert products == 6 * num_matmul_params * B * T
     keys = sum(min(config.window(layer), T) for layer in range(config.n_layer))
-    assert estimate_flops(config) == 6 * num_matmul_params + 12 * config.n_embd * keys
+    assert estimate_flops(config) == 6 * num_matmul_params + 12 * config.query_dim * keys
 
 
 @pytest.mark.parametrize(("shape", "message"), [
@@ -61,3 +68,14 @@ def test_matrix_products_are_six_flops_a_parameter_and_token(config, loss, monke
 def test_impossible_shapes_are_refused(shape, message):
     with pytest.raises(UserError, match=message):
         GPTConfig(**shape)
+
+
+def test_config_of_an_older_checkpoint_has_the_defaults():
+    """Checkpoints hold JSON, where a tuple is a list; those of before the knobs hold the shape alone."""
+    shape = {"sequence_len": 64, "vocab_size": 265, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 64,
+             "window_pattern": "SSL"}
+    assert read_config(shape) == GPTConfig(**shape)
+    config = GPTConfig(**shape, resid_init=(1.0, 1.1))
+    assert read_config(json.loads(json.dumps(asdict(config)))) == config
+    with pytest.raises(UserError, match="knobs that this nanochat doesn't know \\(hyper, zoom\\)"):
+        read_config(shape | {"zoom": 1, "hyper": 2})

@@ -26,15 +26,15 @@ def make_inputs(N=100, dtype=torch.float64, logit_std=8.0, seed=0):
     return x, weight, targets, torch.randn(N, generator=rng, dtype=torch.float64).to(master)
 
 
-def reduce_plain(x, weight, targets, reduction, factors):
+def reduce_plain(x, weight, targets, reduction, factors, cap=GPTConfig.softcap):
     weights = factors if reduction == "sum" else None
-    loss = plain_cross_entropy(x, weight, targets, V, reduction=reduction, weights=weights)
+    loss = plain_cross_entropy(x, weight, targets, V, cap=cap, reduction=reduction, weights=weights)
     return (loss * factors).sum() if reduction == "none" else loss
 
 
-def reduce_fused(x, weight, targets, reduction, factors):
+def reduce_fused(x, weight, targets, reduction, factors, cap=GPTConfig.softcap):
     weights = factors if reduction == "sum" else None
-    loss = linear_cross_entropy(x, weight, targets, V, reduction=reduction, weights=weights)
+    loss = linear_cross_entropy(x, weight, targets, V, cap=cap, reduction=reduction, weights=weights)
     return (loss * factors).sum() if reduction == "none" else loss
 
 
@@ -51,23 +51,27 @@ def test_softcap_is_15_tanh():
         torch.testing.assert_close(capped, 15 * torch.tanh(logits.to(dtype).float() / 15), rtol=1e-6, atol=2e-6)
 
 
-def test_plain_is_the_definition():
+@pytest.mark.parametrize("cap", [15.0, 20.0, 0.0])
+def test_plain_is_the_definition(cap):
     x, weight, targets, factors = make_inputs()
-    nll = F.cross_entropy(15 * torch.tanh((x @ weight.T)[:, :V] / 15), targets, ignore_index=-1, reduction="none")
+    logits = (x @ weight.T)[:, :V]
+    capped = cap * torch.tanh(logits / cap) if cap else logits
+    nll = F.cross_entropy(capped, targets, ignore_index=-1, reduction="none")
     for reduction, expected in (("none", nll), ("mean", nll.sum() / (targets >= 0).sum()),
                                 ("sum", (nll * factors).sum())):
         weights = factors if reduction == "sum" else None
-        actual = plain_cross_entropy(x, weight, targets, V, reduction=reduction, weights=weights)
+        actual = plain_cross_entropy(x, weight, targets, V, cap=cap, reduction=reduction, weights=weights)
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("chunk_tokens", [7, 16, 100, 2048])  # 100 tokens: not divisible, one chunk, less than a chunk
+@pytest.mark.parametrize("cap", [15.0, 0.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_equals_torch_in_fp64(reduction, chunk_tokens, monkeypatch):
+def test_equals_torch_in_fp64(reduction, cap, chunk_tokens, monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", {"cpu": chunk_tokens})
     x, weight, targets, factors = make_inputs()
-    expected = reduce_plain(x, weight, targets, reduction, factors)
-    actual = reduce_fused(x, weight, targets, reduction, factors)
+    expected = reduce_plain(x, weight, targets, reduction, factors, cap)
+    actual = reduce_fused(x, weight, targets, reduction, factors, cap)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.tensor(-2.5, dtype=torch.float64)
     torch.testing.assert_close(torch.autograd.grad(actual, (x, weight), upstream),
@@ -86,7 +90,8 @@ def test_chunk_boundaries(N, monkeypatch):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_low_precision_is_as_near_the_truth_as_the_plain_version(dtype, reduction):
+@pytest.mark.parametrize("cap", [15.0, 0.0])
+def test_low_precision_is_as_near_the_truth_as_the_plain_version(cap, dtype, reduction):
     """Errors against fp64 on the same inputs: at most twice those of the plain version in the same dtype."""
     x, weight, targets, factors = make_inputs(512, dtype)
     scale = 1024 if dtype == torch.float16 else 1  # what a gradient scaler would multiply by
@@ -95,10 +100,10 @@ def test_low_precision_is_as_near_the_truth_as_the_plain_version(dtype, reductio
         values = (loss / scale, *torch.autograd.grad(loss, inputs))
         return [((a.double() - e).norm() / e.norm()).item() for a, e in zip(values, truth, strict=True)]
     x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
-    loss64 = reduce_plain(x64, weight64, targets, reduction, factors.double())
+    loss64 = reduce_plain(x64, weight64, targets, reduction, factors.double(), cap)
     truth = (loss64, *torch.autograd.grad(loss64 * scale, (x64, weight64)))
-    plain = get_errors(reduce_plain(x, weight, targets, reduction, factors) * scale, (x, weight))
-    fused = get_errors(reduce_fused(x, weight, targets, reduction, factors) * scale, (x, weight))
+    plain = get_errors(reduce_plain(x, weight, targets, reduction, factors, cap) * scale, (x, weight))
+    fused = get_errors(reduce_fused(x, weight, targets, reduction, factors, cap) * scale, (x, weight))
     rounding = torch.finfo(dtype).eps / 2
     assert all(ours <= 2 * theirs + rounding for ours, theirs in zip(fused, plain, strict=True)), (fused, plain)
 
@@ -166,13 +171,22 @@ def test_huge_logits_stay_finite(reduction, dtype):
         assert grad.isfinite().all()
 
 
+def test_without_a_softcap_large_logits_stay_finite():
+    """exp(1,000) overflows fp32; the maximum is taken first."""
+    x, weight, targets, _ = make_inputs(dtype=torch.float32, logit_std=1000.0)
+    loss = linear_cross_entropy(x, weight, targets, V, cap=0.0)
+    torch.testing.assert_close(loss, plain_cross_entropy(x, weight, targets, V, cap=0.0))
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, (x, weight)))
+
+
 def test_rational_tanh_keeps_its_stated_bounds():
     z = torch.linspace(-200, 200, 400_001, dtype=torch.float64)
     error = (cross_entropy._rational_tanh(z) - z.tanh()).abs()
     assert 1e-5 < error.max() < 1.1e-4 and error[z.abs() < 2].max() < 1e-7
     t = cross_entropy._rational_tanh(z.float())
     assert t.abs().max() <= 1 and (t.float() - z.tanh()).abs().max() < 1.1e-4
-    assert torch.equal(cross_entropy._scaled_tanh(z, is_fast=True), (z / 15).tanh())  # only bf16 on a CPU takes it
+    exact = cross_entropy._scaled_tanh(z, 15.0, is_fast=True)
+    assert torch.equal(exact, (z / 15).tanh())  # only bf16 on a CPU takes the fraction
 
 
 # ---------------------------------------------------------------------------------------------------------------------
