@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.common import UserError
+from nanochat.ledger import find_fault
 from nanochat.report import read_json, read_run
 from scripts.sweep import SWEEP_KEYS
 
@@ -85,15 +86,9 @@ def read_run_folders(folder: Path, notes: list[str]) -> list[tuple[str, dict]]:
     rows, kinds = [], {}
     for name, run_dir in list_runs(folder.resolve(), notes):
         run = read_run(run_dir)
-        info, val = run.info, run.get_series("eval", "val_bpb")
-        if info.get("stage") != "base":
-            notes.append(f"{name} is left out: it isn't a pretraining run.")
-        elif missing := sorted({"args", "plan", "params"} - info.keys()):
-            notes.append(f"{name} is left out: its run.json has no {' and no '.join(missing)}.")
-        elif info.get("status") != "finished":
-            notes.append(f"{name} is left out: it is {info.get('status', 'unknown')}, not finished.")
-        elif not val or val[-1][0] != info["plan"]["num_iterations"]:
-            notes.append(f"{name} is left out: it has no validation loss at its last step.")
+        info = run.info
+        if fault := find_fault(run):
+            notes.append(f"{name} is left out: {fault}.")
         else:
             plan = info["plan"]
             budget = info["args"]["target_flops"] if plan["horizon"] == "flops" else plan["total_flops"]
@@ -103,8 +98,8 @@ def read_run_folders(folder: Path, notes: list[str]) -> list[tuple[str, dict]]:
             kinds.setdefault(((info.get("data") or {}).get("hash"), (info.get("results") or {}).get("val_rule")), name)
             params = {"params_transformer" if key == "transformer_matrices" else f"params_{key}": count
                       for key, count in info["params"].items()}
-            rows.append((name, {"flops_budget": budget, "tokens_trained": plan["total_tokens"], "val_bpb": val[-1][1],
-                                **params}))
+            rows.append((name, {"flops_budget": budget, "tokens_trained": plan["total_tokens"],
+                                "val_bpb": run.get_last("eval", "val_bpb"), **params}))
     if len(kinds) > 1:
         names = list(kinds.values())
         notes.append(f"The losses aren't comparable: {names[0]} and {names[1]} differ in data or validation rows.")
