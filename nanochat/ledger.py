@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
+from nanochat.common import UserError
 from nanochat.config import GPTConfig, count_marin_flops, read_config
 from nanochat.report_render import Card, Section, Table, format_command, format_count
 
@@ -36,6 +37,10 @@ def find_fault(run: "RunFiles") -> str:
         return f"it is {info.get('status', 'unknown')}, not finished"
     if not val or val[-1][0] != info["plan"]["num_iterations"]:
         return "it has no validation loss at its last step"
+    try:
+        read_config(info.get("model_config") or {})
+    except UserError as error:
+        return str(error)
     return ""
 
 
@@ -44,7 +49,7 @@ def find_fault(run: "RunFiles") -> str:
 
 
 def make_entry(run: "RunFiles", author: dict[str, str | None]) -> dict:
-    """The run_info of a run without a fault; UserError where its model is of another version.
+    """The run_info of a run without a fault.
 
     model_flops is marin's count and training_flops ours; the key of the bits per byte names the set that they were
     measured on. wandb_run_link is null: a run doesn't record its address.

@@ -367,11 +367,11 @@ def write_ledger(base_dir: Path, tags: Sequence[str], author: dict[str, str | No
         try:
             run = read_run(path.parent)
             fault = find_fault(run)
-            if not fault:
-                entries[tag] = make_entry(run, author)
-        except UserError as error:    # a damaged run.json, or a model of another version
+        except UserError as error:    # a damaged run.json
             fault = str(error)
-        if fault:
+        if not fault:
+            entries[tag] = make_entry(run, author)
+        else:
             left_out[tag if stage == "base" else f"{stage}/{tag}"] = fault
     for tag in tags:
         if tag in left_out:
