@@ -23,7 +23,8 @@ NOTES = ("Pareto front: no other run of the table has as low a loss after as few
          "seconds on the same machine.",
          "Training FLOPs: as base_train counts them, attention by its windows.",
          "FLOPs as marin counts: the whole square of scores in every layer, and 3 for each score's mask and softmax.",
-         "Hardware FLOPs: seconds x devices x peak; MFU: training FLOPs over them.")
+         "Hardware FLOPs: seconds x devices x peak, a GPU's by its maker, a CPU's measured by the run; MFU: training "
+         "FLOPs over them.")
 
 
 def find_fault(run: "RunFiles") -> str:
