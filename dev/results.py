@@ -129,7 +129,7 @@ def name_kind(config: GPTConfig) -> str:
     default = {key: getattr(GPTConfig, key) for key in ("window_pattern", *KNOBS)}
     own = {key: getattr(config, key) for key in default}
     for name, preset in {"marin": make_marin(config.n_layer, config.n_head), **PRESETS}.items():
-        theirs = preset.shape | getattr(preset, "flags", {}) | preset.knobs
+        theirs = preset.shape | preset.flags | preset.knobs
         if own == default | {key: value for key, value in theirs.items() if key in default}:
             return name
     return " ".join(f"{key}={value}" for key, value in own.items() if value != default[key])

@@ -290,7 +290,8 @@ def test_loss_grid_of_several_presets(tmp_path, capsys):
                                             *((name, "marin") for name in PRESETS if "marin" in name)])
 def test_kinds_of_models(name, kind):
     preset = PRESETS[name]
-    assert name_kind(replace(GPTConfig(), **preset.shape, **preset.knobs)) == kind
+    config = replace(GPTConfig(), window_pattern=preset.flags["window_pattern"], **preset.shape, **preset.knobs)
+    assert name_kind(config) == kind
 
 
 def test_kinds_without_a_name():
