@@ -31,7 +31,7 @@ def base_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def make_marin_config(name: str) -> GPTConfig:
     preset = find_preset(name)
-    return GPTConfig(vocab_size=128_256, **preset.shape, **preset.knobs)
+    return GPTConfig(vocab_size=128_256, window_pattern=preset.flags["window_pattern"], **preset.shape, **preset.knobs)
 
 
 def write_run(base_dir: Path, tag: str, config: GPTConfig = CONFIG, *, num_steps: int = 4, batch_tokens: int = 512,
