@@ -21,7 +21,8 @@ import torch
 
 from dev.timing import add_step_args, choose_device, make_training, print_rows, read_cpu_seconds
 from nanochat.checkpoint_manager import Checkpointer, SaveRules, build_model, restore
-from nanochat.common import get_base_dir, run_script, synchronize
+from nanochat.common import get_base_dir, run_script
+from nanochat.devices import synchronize
 from nanochat.gpt import GPTConfig
 from nanochat.scaling import make_config
 from nanochat.train import train_step

@@ -13,9 +13,10 @@ import torch
 from dev.timing import print_table, time_in_turn
 from nanochat import flash_attention
 from nanochat.checkpoint_manager import build_model
-from nanochat.common import get_compute_dtype, get_peak_memory_bytes, init_compute, run_script
+from nanochat.common import run_script
 from nanochat.compilation import set_compile_kernels
 from nanochat.cross_entropy import LOSSES, linear_cross_entropy, plain_cross_entropy
+from nanochat.devices import get_compute_dtype, get_peak_memory_bytes, init_compute
 from nanochat.optim import POLAR_EXPRESS, orthogonalize
 from nanochat.scaling import make_config
 

@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_iter
 from dev.gpu_setup import Check, Setup, free_memory, judge
 from dev.timing import print_table
 from nanochat import flash_attention
-from nanochat.common import COMPUTE_DTYPES, run_script
+from nanochat.common import run_script
 from nanochat.config import GPTConfig
 from nanochat.cross_entropy import LOSSES
+from nanochat.devices import COMPUTE_DTYPES
 from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT
 from nanochat.memory import GIB, Machine, Memory, get_usable_frac, measure_free_bytes, predict_memory

@@ -13,7 +13,8 @@ import time
 import torch
 
 from dev.timing import add_step_args, choose_device, make_training, print_rows, time_in_turn
-from nanochat.common import get_peak_memory_bytes, run_script, synchronize
+from nanochat.common import run_script
+from nanochat.devices import get_peak_memory_bytes, synchronize
 from nanochat.scaling import make_config
 from nanochat.train import train_step
 

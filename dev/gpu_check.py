@@ -41,8 +41,9 @@ from dev.gpu_setup import (
     time_limit,
 )
 from dev.gpu_steps import check_backends, check_resume, check_saves, check_steps
-from nanochat.common import Ranks, UserError, exit_with, get_compute_dtype, get_environment, init_compute, run_script
+from nanochat.common import Ranks, UserError, exit_with, run_script
 from nanochat.compilation import choose_compile, set_compile_kernels
+from nanochat.devices import get_compute_dtype, get_environment, init_compute
 from nanochat.flash_attention import choose_backend
 
 # By command, the most important first, should time run out

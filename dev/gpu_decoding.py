@@ -11,7 +11,7 @@ import torch
 
 from dev.gpu_setup import Candidate, Check, Setup, free_memory, guarded, judge
 from dev.timing import make_random_model
-from nanochat.common import synchronize
+from nanochat.devices import synchronize
 from nanochat.engine import Engine, Request
 from scripts import infer_bench
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dev.gpu_copies import use_copies
 from nanochat import fp8
-from nanochat.common import get_peak_memory_bytes, is_out_of_memory
+from nanochat.common import is_out_of_memory
+from nanochat.devices import get_peak_memory_bytes
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.scaling import make_config
 from nanochat.train import Batch, OutOfMemory

@@ -16,12 +16,12 @@ from dev.gpu_copies import predict_peak
 from dev.gpu_setup import Candidate, Check, Setup, free_memory, guarded, is_no_memory, judge
 from dev.timing import time_in_turn
 from nanochat import flash_attention
-from nanochat.common import get_peak_memory_bytes, synchronize
 from nanochat.compilation import set_compile_kernels
 from nanochat.config import estimate_flops
 from nanochat.cross_entropy import linear_cross_entropy
+from nanochat.devices import get_peak_flops, get_peak_memory_bytes, synchronize
 from nanochat.flash_attention import probe_report
-from nanochat.memory import GIB, Machine, get_peak_flops, predict_memory
+from nanochat.memory import GIB, Machine, predict_memory
 from nanochat.train import OutOfMemory, queue_step, train_step
 
 WARMUP_STEPS = 3        # not counted: compilation, allocation, rising clocks

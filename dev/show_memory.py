@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from dev.bench_memory import LiveBytes, fake_step, list_kept
 from dev.figures import FAINT, INK, add_out, make_panels, save_figure, styled
 from dev.timing import print_table
-from nanochat.common import COMPUTE_DTYPES, UserError, print0, run_script
+from nanochat.common import UserError, print0, run_script
 from nanochat.config import GPTConfig
 from nanochat.cross_entropy import LOSSES
+from nanochat.devices import COMPUTE_DTYPES
 from nanochat.gpt import GPT
 from nanochat.memory import ACTIVATIONS, Machine, list_usage
 from nanochat.optim import MuonAdamW

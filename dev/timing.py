@@ -9,8 +9,9 @@ from statistics import median
 
 import torch
 
-from nanochat.common import get_compute_dtype, init_compute, synchronize, write_json
+from nanochat.common import write_json
 from nanochat.compilation import set_compile_kernels
+from nanochat.devices import get_compute_dtype, init_compute, synchronize
 from nanochat.flash_attention import choose_backend
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `python dev/
 import torch
 
 from nanochat import dataset
-from nanochat.checkpoint_files import (
+from nanochat.checkpoint_manager import (
     MODEL_NAME,
     SavedState,
     get_step_name,

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from nanochat.common import UserError, gather, get_ranks, write_atomic
-from nanochat.core_eval import BATCH_TOKENS, DEFAULT_BATCH_TOKENS, pad_rows
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
+from nanochat.loss_eval import BATCH_TOKENS, DEFAULT_BATCH_TOKENS, pad_rows
 from nanochat.tokenizer import RustBPETokenizer
 from tasks.catalog import CHATCORE_TASKS, GRADED_TASKS, get_task
 from tasks.common import Task

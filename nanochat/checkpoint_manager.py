@@ -1,13 +1,22 @@
 """Checkpoints: save, find, load. A run's folder holds step_000200/ folders and `latest`, which loaders follow.
 
-Saving copies everything to host memory and writes beside the training (checkpoint_files.py says what). Any number of
-ranks reads what any other number saved, each its own rows.
+    step_000200/  model.safetensors    rank 0's
+                  optim_0.safetensors  one for each rank that saved: the rows or matrices that the rank updates
+                  meta.json            step, configuration, sha256 of the files, loader state, and its own checksum
+
+Saving copies everything to host memory and writes beside the training. A step is written to step_000200.tmp, synced to
+disk and renamed, then `latest` is replaced: whatever instant a process dies at, a loader sees a whole checkpoint or
+none. Any number of ranks reads what any other number saved, each its own rows.
 """
 
 import argparse
 import collections
 import contextlib
+import hashlib
+import json
 import math
+import os
+import re
 import shutil
 import threading
 import time
@@ -18,17 +27,20 @@ from pathlib import Path
 import filelock
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from nanochat import checkpoint_files as disk
-from nanochat import common
-from nanochat.checkpoint_files import MODEL_NAME, get_step_name, list_steps, load_meta, read_latest
+from nanochat import common, devices
 from nanochat.common import Ranks, UserError, any_rank, gather, get_base_dir, get_ranks, print0
 from nanochat.config import GPTConfig, read_config
 from nanochat.gpt import GPT
 from nanochat.tokenizer import get_tokenizer
 
 STAGES = ("base", "mid", "sft", "rl")
+META_NAME, MODEL_NAME = "meta.json", "model.safetensors"
+RANGES_KEY = "row_ranges"
+FORMAT_VERSION = 1   # raised when an older nanochat couldn't read the files
 
 
 def get_run_dir(stage: str, tag: str) -> Path:
@@ -96,8 +108,8 @@ class Checkpointer:
         files = {f"optim_{self.ranks.rank}.safetensors": (self._copy("optim", tensors), ranges)}
         if self.ranks.rank == 0:
             files[MODEL_NAME] = (self._copy("model", model.state_dict()), {})
-        common.synchronize(model.get_device())  # the copies are under way
-        meta = meta | {"format": disk.FORMAT_VERSION, "step": step, "world_size": self.ranks.world_size}
+        devices.synchronize(model.get_device())  # the copies are under way
+        meta = meta | {"format": FORMAT_VERSION, "step": step, "world_size": self.ranks.world_size}
         # a daemon: a second Ctrl-C must end the process at once; an orderly end waits in __exit__
         self.thread = threading.Thread(target=self._write, args=(step, files, meta), name="checkpoint", daemon=True)
         self.thread.start()
@@ -144,18 +156,18 @@ class Checkpointer:
 
         def prepare() -> None:
             if is_first:
-                disk.check_finite(files[MODEL_NAME][0], step)
-                disk.make_empty(self.run_dir, temporary)
+                check_finite(files[MODEL_NAME][0], step)
+                make_empty(self.run_dir, temporary)
 
-        def publish() -> None:
+        def finish() -> None:
             if is_first:
-                disk.publish(self.run_dir, step, meta)
-                disk.remove_old_checkpoints(self.run_dir, self.rules.keep_last, self.rules.keep_every)
+                publish(self.run_dir, step, meta)
+                remove_old_checkpoints(self.run_dir, self.rules.keep_last, self.rules.keep_every)
         try:
             self._together(prepare)
-            hashes = self._together(lambda: disk.write_files(temporary, files))
+            hashes = self._together(lambda: write_files(temporary, files))
             meta["files"] = dict(sorted(collections.ChainMap(*hashes).items()))
-            self._together(publish)
+            self._together(finish)
             print0(f"saved step {step} in {self.run_dir}")
         except Exception as error:  # told to the training thread, which raises it
             self.error = error
@@ -303,16 +315,16 @@ def add_model_flags(parser: argparse.ArgumentParser, **stage) -> None:
 def load_for(stage: str | None, tag: str | None, step: int | None, dtype: str,
              device_type: str) -> tuple[GPT, object, dict, str]:
     """load_model for the values of these flags and of common.add_compute_flags', with device and dtype in words."""
-    device, _ = common.init_compute(device_type)
-    compute_dtype, reason = common.get_compute_dtype(dtype, device)
+    device, _ = devices.init_compute(device_type)
+    compute_dtype, reason = devices.get_compute_dtype(dtype, device)
     model, tokenizer, meta = load_model(stage or find_last_stage(tag), device, tag=tag, step=step, dtype=compute_dtype)
     return model, tokenizer, meta, f"on {device} in {compute_dtype} ({reason})"
 
 
 def load_weights(model: GPT, run_dir: Path, step: int) -> None:
     """Copy saved weights into the model, cast to its dtypes; every parameter must be there. Collective."""
-    disk.verify_files(run_dir, step, [MODEL_NAME])
-    model.load_state_dict(disk.load_tensors(run_dir / get_step_name(step) / MODEL_NAME, model.get_device()))
+    verify_files(run_dir, step, [MODEL_NAME])
+    model.load_state_dict(load_tensors(run_dir / get_step_name(step) / MODEL_NAME, model.get_device()))
 
 
 def restore(run_dir: Path, step: int, model: GPT, optimizer) -> None:
@@ -320,10 +332,10 @@ def restore(run_dir: Path, step: int, model: GPT, optimizer) -> None:
     Collective: every rank calls it, and reads of the state just the rows that it will update."""
     meta = load_meta(run_dir, step)
     names = [name for name in meta["files"] if name.startswith("optim_")]
-    disk.verify_files(run_dir, step, names)
+    verify_files(run_dir, step, names)
     try:
         load_weights(model, run_dir, step)
-        optimizer.load_named_state(disk.SavedState(run_dir / get_step_name(step), names).read, meta["optimizer_steps"])
+        optimizer.load_named_state(SavedState(run_dir / get_step_name(step), names).read, meta["optimizer_steps"])
     except (RuntimeError, ValueError) as error:  # torch's own for weights, ours for state
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"the checkpoint {run_dir / get_step_name(step)} is of another model ({reason}); train with "
@@ -338,3 +350,171 @@ def load_run_tokenizer(meta: dict):
         raise UserError(f"the model was trained with tokenizer {name} {saved_hash}, but the one on disk is "
                         f"{tokenizer.hash}; put the old one back or train again")
     return tokenizer
+
+
+# The files of a step
+
+
+def get_step_name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
+def list_steps(run_dir: Path) -> list[int]:
+    """The steps with a whole checkpoint, ascending."""
+    return sorted(int(path.parent.name.removeprefix("step_")) for path in run_dir.glob(f"step_*/{META_NAME}")
+                  if path.parent.name.removeprefix("step_").isdigit())
+
+
+def read_latest(run_dir: Path) -> int | None:
+    """The step that `latest` names, or None in a folder without checkpoints."""
+    steps = list_steps(run_dir)
+    try:
+        return int((run_dir / "latest").read_text(encoding="utf-8").strip().removeprefix("step_"))
+    except FileNotFoundError:  # killed just before the first one was written, or deleted
+        return steps[-1] if steps else None
+    except ValueError:
+        raise UserError(f"{run_dir / 'latest'} doesn't name a step; give one yourself: its folder has "
+                        f"{', '.join(map(str, steps)) or 'none'}") from None
+
+
+def check_finite(weights: dict[str, Tensor], step: int) -> None:
+    """Refuse to keep a model that can't be trained further: its loss would be found out a step too late."""
+    bad = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if bad:
+        raise UserError(f"{bad[0]} has values that are not finite at step {step}, so this step was not saved and the "
+                        "run stopped; go on from the last checkpoint with --allow-mismatch and a lower learning rate")
+
+
+def make_empty(run_dir: Path, temporary: Path) -> None:
+    """Make the folder that the ranks write into, without what a process that was killed while saving left."""
+    for leftover in run_dir.glob("step_*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+
+def publish(run_dir: Path, step: int, meta: dict) -> None:
+    """Make a whole checkpoint of the files that lie in step_<step>.tmp, and the latest one."""
+    temporary, final = run_dir / f"{get_step_name(step)}.tmp", run_dir / get_step_name(step)
+    common.write_atomic(temporary / META_NAME, json.dumps(meta | {"checksum": hash_meta(meta)}, indent=2))
+    earlier = [other for other in list_steps(run_dir) if other != step]
+    if earlier and read_latest(run_dir) == step:  # once more: until it is whole, an earlier step is the latest
+        common.write_atomic(run_dir / "latest", get_step_name(earlier[-1]) + "\n")
+    common.sync_folder(temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(temporary, final)
+    common.sync_folder(run_dir)
+    common.write_atomic(run_dir / "latest", final.name + "\n")
+    common.sync_folder(run_dir)
+
+
+def write_files(folder: Path, files: dict[str, tuple[dict[str, Tensor], dict]]) -> dict[str, str]:
+    """Write safetensors files, given as (tensors, ranges), synced to disk; returns the sha256 of each.
+
+    ranges: of tensors that are rows [first, end) of a larger one: name -> (first, end, rows of the whole)
+    """
+    for name, (tensors, ranges) in files.items():
+        try:
+            # one entry, because the library writes several in another order each time
+            save_file(tensors, folder / name, {RANGES_KEY: json.dumps(ranges)} if ranges else None)
+        except SafetensorError as error:
+            # safetensors wraps the system's error; a full disk, or a used up quota, must be known as one
+            if number := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder / name)) from error
+            raise
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())
+    return {name: common.hash_file(folder / name) for name in files}
+
+
+def remove_old_checkpoints(run_dir: Path, keep_last: int | None, keep_every: int | None = None) -> None:
+    """Delete all but the newest `keep_last` steps (None: all) and the multiples of `keep_every`, up to the one that
+    `latest` names; later ones were abandoned by a person who went back, and stay for that person to delete."""
+    latest = read_latest(run_dir)
+    steps = [step for step in list_steps(run_dir) if latest is None or step <= latest]
+    for step in steps[:-keep_last] if keep_last else []:
+        if not keep_every or step % keep_every:
+            shutil.rmtree(run_dir / get_step_name(step))
+
+
+def load_meta(run_dir: Path, step: int) -> dict:
+    """A checkpoint's meta.json; one that is damaged, or that a newer nanochat wrote, is refused."""
+    path = run_dir / get_step_name(step) / META_NAME
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if (version := int(meta.get("format", 1))) > FORMAT_VERSION:
+            raise UserError(f"the checkpoint {path.parent} has format {version}, but this nanochat reads up to "
+                            f"{FORMAT_VERSION}; update nanochat, or use the version that wrote it")
+        if meta.pop("checksum", None) not in (None, hash_meta(meta)):  # the first checkpoints had none
+            raise ValueError("its checksum doesn't match")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"the checkpoint file {path} is damaged ({error}); {advise_steps(run_dir, step)}") from None
+    return meta
+
+
+def hash_meta(meta: dict) -> str:
+    """sha256 of what a meta.json says: a flipped digit there would be another run, without any error."""
+    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+
+
+def advise_steps(run_dir: Path, bad_step: int) -> str:
+    return f"use another step: {', '.join(str(s) for s in list_steps(run_dir) if s != bad_step) or 'none'}"
+
+
+def verify_files(run_dir: Path, step: int, names: list[str]) -> None:
+    """Compare files with the checksums they were saved with; UserError names the first that differs.
+
+    Collective: each rank reads its share of the files, and all raise when one is damaged.
+    """
+    ranks = get_ranks() if common.get_process_group() else Ranks()
+    expected, folder = load_meta(run_dir, step)["files"], run_dir / get_step_name(step)
+    bad = [name for name in names[ranks.rank::ranks.world_size]
+           if not (folder / name).exists() or common.hash_file(folder / name) != expected.get(name)]
+    bad = sorted(sum(gather(bad), []))
+    if bad:
+        path = folder / bad[0]
+        raise UserError(f"the checkpoint file {path} is {'damaged' if path.exists() else 'missing'}; "
+                        f"{advise_steps(run_dir, step)}")
+
+
+def open_tensors(path: Path, device: str = "cpu"):
+    """A safetensors file, to be read a tensor or some rows at a time."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # Linux allows any bytes in a name, the library UTF-8 only: another name for the file
+        with open(path, "rb") as file:
+            return safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt", device=device)
+    return safe_open(path, framework="pt", device=device)
+
+
+def load_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
+    """All tensors of one safetensors file."""
+    with open_tensors(path, str(device)) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+class SavedState:
+    """The optimizer's state in a checkpoint, read a few rows at a time from the files of all ranks that saved it."""
+
+    def __init__(self, folder: Path, names: list[str]):
+        self.pieces: dict[str, list[tuple[int, int, object]]] = {}   # name -> (first row, end row, file)
+        self.num_rows: dict[str, int] = {}                            # name -> of the whole tensor
+        for name in names:
+            file = open_tensors(folder / name)
+            ranges = json.loads((file.metadata() or {}).get(RANGES_KEY, "{}"))
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                num_rows = file.get_slice(key).get_shape()[0]
+                start, stop, self.num_rows[key] = ranges.get(key, (0, num_rows, num_rows))
+                self.pieces.setdefault(key, []).append((start, stop, file))
+
+    def read(self, name: str, start: int, stop: int, num_rows: int) -> Tensor:
+        """Rows [start, stop) of a tensor that has `num_rows`, from whichever files have them; ValueError if none do."""
+        if self.num_rows.get(name) != num_rows:
+            raise ValueError(f"the checkpoint has {self.num_rows.get(name, 'no')} rows of {name}, the model {num_rows}")
+        parts, row = [], start
+        for first, end, file in sorted(self.pieces.get(name, []), key=lambda piece: piece[:2]):
+            if first <= row < min(stop, end):
+                parts.append(file.get_slice(name)[row - first:min(stop, end) - first])
+                row = min(stop, end)
+        if row < stop:
+            raise ValueError(f"the checkpoint has no rows {row} to {stop} of {name}")
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

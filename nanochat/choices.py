@@ -10,15 +10,16 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
-from nanochat import common, memory
+from nanochat import common, devices, memory
 from nanochat.checkpoint_manager import Checkpoint, SaveRules
 from nanochat.common import UserError, gather, int_or_all, int_or_never
 from nanochat.compilation import choose_compile
 from nanochat.cross_entropy import LOSSES
+from nanochat.devices import get_peak_flops
 from nanochat.flash_attention import FLEX_BLOCK, choose_backend
 from nanochat.fp8 import choose_fp8
 from nanochat.gpt import GPTConfig
-from nanochat.memory import GIB, Machine, get_peak_flops, list_divisors, measure_free_bytes
+from nanochat.memory import GIB, Machine, list_divisors, measure_free_bytes
 from nanochat.run import decide
 from nanochat.scaling import Plan
 
@@ -199,7 +200,7 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
         return decide(decisions, name, value, wanted.kept_why if is_kept else why)
 
     world_size = common.get_ranks().world_size
-    dtype = choose("dtype", lambda name: common.get_compute_dtype(name, device))
+    dtype = choose("dtype", lambda name: devices.get_compute_dtype(name, device))
     # the backward pass of fa3 and flex doesn't repeat bit for bit; fa2's should (by torch's source), not shown yet
     auto = "sdpa" if wanted.deterministic and device.type == "cuda" else "auto"
     attention = choose("attention", lambda name: choose_backend(
@@ -217,7 +218,7 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
     decide(decisions, "loss", machine.loss, ", ".join(
         f"{rows.predict(micro_rows, replace(machine, loss=loss)) / GIB:.2f} GiB with {loss}" for loss in LOSSES))
     # a CPU's measured peak is that of the whole process, with Python and all libraries
-    loaded_bytes = common.get_peak_memory_bytes(device) if device.type == "cpu" else 0
+    loaded_bytes = devices.get_peak_memory_bytes(device) if device.type == "cpu" else 0
     is_one_trunk = "trunk" in (wanted.compile, kept.get("compile") if wanted.compile == "auto" else "")
     return Choices(machine, peak_flops, micro_rows, rows.predict(micro_rows, machine) + loaded_bytes, is_one_trunk)
 
@@ -279,7 +280,7 @@ def predict_run(stage: str, choices: Choices, config: GPTConfig, plan: Plan) -> 
         why = "without compilation" if choices.peak_flops else f"on {machine.device_type} devices"
         return predicted | {"mfu_source": f"unknown, for nothing was measured {why}"}
     name = "cpu" if machine.device_type == "cpu" else torch.get_device_module(machine.device_type).get_device_name(None)
-    mfu, source = memory.expect_mfu((memory.find_gpu(name) or (name,))[0], config.n_layer)
+    mfu, source = devices.expect_mfu((devices.find_gpu(name) or (name,))[0], config.n_layer)
     train_sec = plan.total_flops / (mfu * choices.peak_flops)
     return predicted | {"mfu_source": source, "mfu_pct": 100 * mfu, "train_sec": train_sec,
                         "tokens_per_sec": plan.total_tokens / train_sec}

@@ -1,6 +1,6 @@
-"""What every other file needs: where state lives, which device and dtype, which rank, and how a mistake is reported.
+"""What every other file needs: where state lives, which rank this is, and how a mistake is reported.
 
-The only file that reads the environment. Loading torch takes seconds, so only functions import it.
+But for devices.py, the only file that reads the environment. Loading torch takes seconds, so only functions import it.
 """
 
 from __future__ import annotations
@@ -8,34 +8,29 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
-import ctypes
 import errno
 import functools
 import hashlib
 import io
 import json
-import math
 import os
-import platform
 import signal
-import stat
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from nanochat import nvidia
 
 if TYPE_CHECKING:
     import filelock
     import torch
+
+
+NVIDIA_DIR = Path("/proc/driver/nvidia")    # there where NVIDIA's driver is loaded
 
 
 class UserError(Exception):
@@ -79,7 +74,7 @@ def prepare_process() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
-    if nvidia.PROC_DIR.is_dir() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    if NVIDIA_DIR.is_dir() and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
     def report_exception(kind, error, trace) -> None:
@@ -182,6 +177,16 @@ def is_collective_error(error: Exception) -> bool:
     """Whether an error is NCCL's, or torch's own of its collectives."""
     dist = sys.modules.get("torch.distributed")
     return "NCCL" in str(error) or bool(dist) and isinstance(error, dist.DistError)
+
+
+def printable(path: str | os.PathLike) -> str:
+    """A path as one line of UTF-8 in any locale: bytes that aren't UTF-8, and control characters, as escapes."""
+    return escape(os.fsencode(path).decode("utf-8", "backslashreplace"))
+
+
+def escape(text: str) -> str:
+    """Text as one line, with escapes for control characters and for what UTF-8 can't hold."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def get_first_line(error: Exception) -> str:
@@ -423,235 +428,9 @@ def discard_output() -> None:
     os.close(null)
 
 
-COMPUTE_DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}  # name in torch -> bytes
-
-
-def init_compute(device_type: str = "auto", deterministic: bool = False) -> tuple[torch.device, Ranks]:
-    """Choose the device, join the other ranks, set process-wide torch options.
-    deterministic: only algorithms that give the same bits each time; for a GPU, a CPU has no others here"""
-    import torch
-    import torch.distributed as dist
-    ranks = get_ranks()
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(True)
-    device = get_device(device_type, ranks)
-    # compiled kernels stay with the rest of the state: /tmp, torch's choice, doesn't outlive a reboot
-    compiled_dir = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or get_base_dir() / "compiled")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(find_plain_path(compiled_dir))
-    is_cuda = device.type == "cuda"
-    if device.type == "cpu":
-        keep_freed_memory()
-        if ranks.world_size > 1:
-            torch.set_num_threads(max(1, count_cpus() // count_local_ranks()))
-    elif is_cuda:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    if ranks.world_size > 1 and not dist.is_initialized():
-        if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
-            raise UserError(f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} not, where the ranks meet; "
-                            "start them with torchrun, or unset RANK for one process alone")
-        if not os.environ["MASTER_PORT"].isdecimal():
-            raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']} is no number; start the ranks with torchrun")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo", device_id=device if is_cuda else None,
-                                timeout=get_collective_timeout())
-    if is_cuda:
-        check_gpus(device)
-    return device, ranks
-
-
-def is_plain(path: str | Path) -> bool:
-    """Whether a command line can hold a path without quotes; on Windows torch.compile writes these itself."""
-    return os.name == "nt" or not set(str(path)) & set(" \t\n'\"\\")
-
-
-def find_plain_path(folder: Path) -> Path:
-    """`folder`, or a link to it without blanks, quotes and backslashes: torch.compile leaves them unquoted in a
-    compiler's command line. The links are in a folder of this user's own among the temporary files."""
-    if is_plain(folder):
-        return folder
-    folder = folder.absolute()
-    links = Path(tempfile.gettempdir(), f"nanochat-links-{os.getuid()}")
-    link = links / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        links.mkdir(mode=0o700, exist_ok=True)
-        if links.lstat().st_uid == os.getuid() and stat.S_ISDIR(links.lstat().st_mode):  # not made by someone else
-            with contextlib.suppress(FileExistsError):
-                link.symlink_to(folder)
-            return link
-    return folder
-
-
-def find_device_type(device_type: str) -> str:
-    """'auto' as the accelerator that torch sees, else the CPU; a GPU that the driver lists and torch can't use is an
-    error, since training would take months on the CPU."""
-    import torch
-    if device_type not in ("auto", ""):
-        return device_type
-    if accelerator := torch.accelerator.current_accelerator(check_available=True):
-        return accelerator.type
-    if (driver := nvidia.find_driver()).names:
-        raise UserError(explain_unusable_gpu(driver))
-    return "cpu"
-
-
-def has_gpu() -> bool:
-    """Whether this process has a GPU that "cuda" means: also one that the driver lists and torch can't use yet."""
-    import torch
-    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
-    return torch.cuda.is_available() or not is_hidden and bool(nvidia.find_driver().names)
-
-
-def explain_unusable_gpu(driver: nvidia.Driver) -> str:
-    """One sentence on GPUs that `driver` lists and torch can't use."""
-    import torch
-    error = "torch gives no reason"
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as cause:
-        error = get_first_line(cause)
-    return nvidia.explain_unusable(driver, torch.version.cuda, os.environ.get("CUDA_VISIBLE_DEVICES"), error)
-
-
-def get_device(device_type: str, ranks: Ranks) -> torch.device:
-    """The torch device of this rank, which computes; 'auto' as in `find_device_type`."""
-    import torch
-    device_type = find_device_type(device_type)
-    is_numbered = device_type in ("cuda", "xpu")  # to torch ROCm is "cuda" too; MPS has one device and takes no number
-    if is_numbered and ranks.world_size > 1:
-        num_devices, num_ranks = torch.get_device_module(device_type).device_count(), count_local_ranks()
-        if 0 < num_devices < num_ranks:
-            raise UserError(f"{num_ranks} ranks run on this machine, and torch sees {num_devices} of its GPUs; start "
-                            f"torchrun with --nproc-per-node={num_devices}, or name more in CUDA_VISIBLE_DEVICES")
-    try:
-        device = torch.device(device_type, *((ranks.local_rank,) if is_numbered else ()))
-        float(torch.ones(1, device=device))  # a kernel runs
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = get_first_line(error)
-        if device_type.startswith("cuda"):
-            why = nvidia.explain_error(why)
-            if not torch.cuda.is_available():
-                driver = nvidia.find_driver()
-                why = explain_unusable_gpu(driver) if driver.names else \
-                    f"{driver.problem or 'no NVIDIA driver lists a GPU'} ({why})"
-        raise UserError(f"--device-type {device_type} can't be used here: {why}") from None
-    return device
-
-
-@functools.cache
-def check_gpus(device: torch.device) -> None:
-    """Warn of the ranks' GPUs where they are of different kinds, or used by other processes; once a process, since
-    later this one uses them too. Collective.
-    """
-    import torch
-    if dist := get_process_group():  # NCCL takes its buffers at its first collective: before free memory is measured
-        dist.all_reduce(torch.zeros(1, device=device))
-    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    gpus = gather((torch.cuda.get_device_name(device), has_bf16_units(device), free_bytes, total_bytes))
-    names = tuple(name for name, *_ in gpus)
-    if len({has_bf16 for _, has_bf16, *_ in gpus}) > 1:
-        raise UserError(f"only some of the ranks' GPUs have bf16 matrix units ({nvidia.count_names(names)}); choose "
-                        "GPUs of one kind by CUDA_VISIBLE_DEVICES")
-    if len(set(names)) > 1:
-        print0(f"warning: the ranks' GPUs differ ({nvidia.count_names(names)}): each step waits for the slowest, and "
-               "batches fit the smallest; CUDA_VISIBLE_DEVICES chooses among them")
-    for rank, (name, _, free_bytes, total_bytes) in enumerate(gpus):
-        if free_bytes < FREE_GPU_FRAC * total_bytes:
-            print0(f"warning: only {free_bytes / 2**30:.1f} of {total_bytes / 2**30:.1f} GiB are free on rank {rank}'s "
-                   f"GPU ({name}), another process uses it (nvidia-smi shows which)")
-
-
-FREE_GPU_FRAC = 0.7  # a GPU with less of its memory free is used by others too; assumption, not studied
-
-
-def has_bf16_units(device: torch.device) -> bool:
-    """Whether a GPU ("cuda" to torch) multiplies matrices in bf16 itself."""
-    import torch
-    return torch.cuda.get_device_capability(device) >= (8, 0) or bool(torch.version.hip)
-
-
-def get_compute_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The activations' dtype for `name` ('auto' or a key of COMPUTE_DTYPES) and one sentence on why. Collective: ranks
-    may measure differently, and a model in two dtypes would be evaluated as if it were one, so rank 0's counts."""
-    return gather(_find_compute_dtype(name, device))[0]
-
-
-def _find_compute_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    import torch
-    if name != "auto":
-        if name not in COMPUTE_DTYPES:
-            raise UserError(f"--dtype {name} is not one of auto, {', '.join(COMPUTE_DTYPES)}")
-        if name == "bfloat16" and device.type == "cuda" and not has_bf16_units(device):
-            return torch.bfloat16, "asked for, though the GPU has no bf16 matrix units and emulates them slowly"
-        return getattr(torch, name), "asked for"
-    if device.type == "cuda":
-        if has_bf16_units(device):
-            return torch.bfloat16, "the GPU has bf16 matrix units"
-        if torch.cuda.get_device_capability(device) >= (7, 0):
-            return torch.float16, "the GPU has no bf16 matrix units; fp16 with a gradient scaler"
-        return torch.float32, "the GPU has no matrix units for bf16 or fp16"
-    if device.type == "cpu":
-        gain = measure_matmul_rate(torch.bfloat16, 1024) / measure_matmul_rate(torch.float32, 1024)
-        # A busy machine blurs the measurement, so the gain must be clear: native units gave 2.2 to 5.6 here, with other
-        # load and without; that emulation stays under 1.4 is an assumption, not studied
-        if gain > 1.4:
-            return torch.bfloat16, f"measured {gain:.1f}x the matmul rate of fp32 on this CPU"
-        return torch.float32, f"bf16 measured only {gain:.1f}x the matmul rate of fp32 on this CPU"
-    if device.type == "xpu":
-        return torch.bfloat16, "XPU devices have bf16 matrix units"
-    return torch.float32, f"no faster dtype is known to be safe on {device.type}"
-
-
-@functools.cache
-def measure_matmul_rate(dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of a (size, size) matrix product on this machine's CPU, best of several; measured once a process."""
-    import torch
-    left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
-    out, best, deadline = left @ right, math.inf, time.perf_counter() + 0.15
-    while time.perf_counter() < deadline or best == math.inf:
-        start = time.perf_counter()
-        torch.mm(left, right, out=out)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def keep_freed_memory() -> None:
-    """Make glibc keep large freed blocks for the next step instead of returning them to the system.
-
-    Above the threshold a block that is freed goes back, and the next step pays for its pages again: a product with a
-    256 MiB result was 1.8 times slower (dev/LOG.md, "Freed memory"). It must exceed the largest temporary of a step.
-    """
-    m_trim_threshold, m_top_pad, m_mmap_threshold, m_arena_max, keep_bytes = -1, -2, -3, -8, 2**31 - 1  # malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no such switch
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        for key, value in ((m_mmap_threshold, keep_bytes), (m_trim_threshold, keep_bytes), (m_top_pad, 64 * 2**20),
-                           (m_arena_max, 1)):
-            mallopt(key, value)
-
-
 def count_cpus() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device's queued work; nothing to wait for on a CPU."""
-    import torch
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def get_peak_memory_bytes(device: torch.device) -> int:
-    """The most memory in use at once so far: the device's, or on a CPU this process's resident size."""
-    import torch
-    if device.type in ("cuda", "xpu"):
-        return torch.get_device_module(device).max_memory_allocated(device)
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    import resource  # not on Windows
-    unit_bytes = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
 
 
 def get_git_revision() -> str | None:
@@ -661,38 +440,6 @@ def get_git_revision() -> str | None:
                               errors="replace", timeout=10, check=True).stdout.strip()
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    return None
-
-
-def get_environment(device: torch.device) -> dict:
-    """Hardware, operating system and package versions, as stored in run.json and shown in reports."""
-    import torch
-    packages = {}
-    for name in ("torch", "numpy", "pyarrow", "tiktoken", "rustbpe", "safetensors", "triton", "kernels"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            packages[name] = metadata.version(name)
-    hardware = {"device": device.type, "cpu": get_cpu_name(), "num_cpus": count_cpus(), "ram_bytes": get_ram_bytes()}
-    if device.type in ("cuda", "xpu"):
-        properties = torch.get_device_module(device).get_device_properties(device)
-        hardware |= {"gpu": properties.name, "gpu_bytes": properties.total_memory,
-                     "num_gpus": torch.get_device_module(device).device_count()}
-    return {"git_revision": get_git_revision(), "python": platform.python_version(), "system": platform.platform(),
-            "packages": packages, "hardware": hardware, "host": platform.node()}
-
-
-def get_cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def get_ram_bytes() -> int | None:
-    """Physical memory, or None where the system doesn't say."""
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None
 
 

@@ -3,6 +3,9 @@
 import contextlib
 import functools
 import gc
+import hashlib
+import os
+import stat
 import sysconfig
 import tempfile
 import time
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat.common import UserError, find_plain_path, is_plain, print0
+from nanochat.common import UserError, print0
 
 # Seconds of a cold compilation, and the part of an eager run that it saves: both measured at depths 4 to 6 on two cores
 # (dev/LOG.md, "The whole step, and where its time goes")
@@ -114,6 +117,29 @@ def link_awkward_paths() -> str:
     return next((path for path in paths if not is_plain(path)), "")
 
 
+def is_plain(path: str | Path) -> bool:
+    """Whether a command line can hold a path without quotes; on Windows torch.compile writes these itself."""
+    return os.name == "nt" or not set(str(path)) & set(" \t\n'\"\\")
+
+
+def find_plain_path(folder: Path) -> Path:
+    """`folder`, or a link to it without blanks, quotes and backslashes: torch.compile leaves them unquoted in a
+    compiler's command line. The links are in a folder of this user's own among the temporary files."""
+    if is_plain(folder):
+        return folder
+    folder = folder.absolute()
+    links = Path(tempfile.gettempdir(), f"nanochat-links-{os.getuid()}")
+    link = links / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        links.mkdir(mode=0o700, exist_ok=True)
+        if links.lstat().st_uid == os.getuid() and stat.S_ISDIR(links.lstat().st_mode):  # not made by someone else
+            with contextlib.suppress(FileExistsError):
+                link.symlink_to(folder)
+            return link
+    return folder
+
+
 def remove_broken_kernels() -> int:
     """Delete empty compiled files: a process killed while it compiled leaves them, and later runs crash on them."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -122,8 +148,8 @@ def remove_broken_kernels() -> int:
         empty = {}
         for path in Path(cache_dir()).rglob("*.so"):
             with contextlib.suppress(FileNotFoundError):  # deleted by another rank meanwhile
-                if (stat := path.stat()).st_size == 0:
-                    empty[path] = stat.st_mtime
+                if (found := path.stat()).st_size == 0:
+                    empty[path] = found.st_mtime
         return empty
     if any(time.time() - mtime < 5 for mtime in find_empty().values()):
         time.sleep(5)  # another process may be writing it now

@@ -1,4 +1,5 @@
-"""The one definition of a conversation: training, the terminal, the server and export all take the same ones.
+"""The one definition of a conversation, and the prompt made of it: training, the terminal, the server and export all
+take the same ones.
 
 A conversation comes as OpenAI's messages. Its normal form has one message for each of them, in their order:
 
@@ -11,12 +12,18 @@ assistant's, as in the format of training. What system and user say in a row is 
 lines, and what the assistant says in a row is one answer: `split_turns` is the only place that knows.
 """
 
+from __future__ import annotations
+
+import bisect
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from nanochat.account import escape
-from nanochat.common import UserError
+from nanochat.common import UserError, escape
+
+if TYPE_CHECKING:
+    from nanochat.engine import ChatTokens, Event
 
 # The parts of an assistant's message: the name in their special tokens, and whether they are learned
 PARTS = {"text": (None, 1), "python": ("python", 1), "python_output": ("output", 0)}
@@ -27,6 +34,7 @@ READ_FIELDS = {"assistant": {"role", "content", "parts", "refusal", "tool_calls"
                "tool": {"role", "content", "name", "tool_call_id"}}   # by role; of others role and content
 SEPARATOR = "\n\n"      # between the texts of one turn
 MAX_NAME_CHARS = 200    # of a row's fields in a message
+ANSWER_SHARE = 4        # 1 / this of the context is reserved for the answer, at most; assumption, not studied
 
 
 class ConversationError(UserError, ValueError):
@@ -224,6 +232,60 @@ def get_text(message: dict) -> str:
 def is_output(message: dict) -> bool:
     """Whether a message in normal form is what a tool answered, which is never learned."""
     return [part["type"] for part in get_parts(message)] == ["python_output"]
+
+
+# Prompts and answers
+
+
+class NoRoom(UserError):
+    """The prompt leaves no room for an answer."""
+
+
+def build_prompt(tokenizer, system: str, turns: Sequence[Turn], context_tokens: int, max_tokens: int,
+                 is_base: bool) -> tuple[list[int], int]:
+    """(tokens of the prompt for an answer to the last turn, number of the oldest turns dropped to make it fit).
+
+    The system message and the last question are never dropped; NoRoom where they alone are too long.
+
+    max_tokens: of the answer; room is made for as many, up to a share of the context
+    is_base:    a base model knows no conversations: its prompt is their texts, separated by blank lines
+    """
+    def render(num_dropped: int) -> list[int]:
+        if is_base:
+            return render_texts(tokenizer, system, turns[num_dropped:])
+        return tokenizer.render_turns(system, turns[num_dropped:], is_prompt=True)[0]
+
+    limit = context_tokens - min(max_tokens, context_tokens // ANSWER_SHARE)
+    tokens, num_dropped = render(0), 0
+    if len(tokens) > limit:  # the length falls with the number of dropped turns, so it can be bisected
+        num_dropped = bisect.bisect_left(range(len(turns) - 1), True, key=lambda number: len(render(number)) <= limit)
+        tokens = render(num_dropped)
+    check_context(tokens, context_tokens)
+    return tokens, num_dropped
+
+
+def render_texts(tokenizer, system: str, turns: Sequence[Turn]) -> list[int]:
+    """The texts of a conversation as one document, for a base model."""
+    texts = [system]
+    for turn in turns:
+        texts += [turn.question, *map(get_text, turn.answers)]
+    return tokenizer.encode(join_texts(texts), prepend=tokenizer.get_bos_token_id())
+
+
+def check_context(tokens: Sequence[int], context_tokens: int) -> None:
+    """NoRoom where a prompt leaves no room for an answer."""
+    if len(tokens) >= context_tokens:
+        raise NoRoom(f"{len(tokens)} tokens leave no room for an answer in this model's context of {context_tokens}; "
+                     "shorten the text")
+
+
+def extend_parts(parts: list[dict], event: Event, chat_tokens: ChatTokens) -> None:
+    """Add a new token of an answer to the answer's parts."""
+    starts_tool = event.token in (chat_tokens.python_start, chat_tokens.output_start)
+    if starts_tool or event.text and (not parts or parts[-1]["type"] != event.part):
+        parts.append({"type": event.part, "text": ""})
+    if event.text:
+        parts[-1]["text"] += event.text
 
 
 # Rows of files

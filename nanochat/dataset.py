@@ -35,13 +35,11 @@ if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, 
     from nanochat.common import prepare_process
     prepare_process()
 
-from nanochat import common, corpus, shards
-from nanochat.account import Account, printable
-from nanochat.common import UserError, get_base_dir, print0, timed
+from nanochat import common, corpus, devices, shards
+from nanochat.common import UserError, get_base_dir, print0, printable, timed
 from nanochat.download import CorruptFile, Job, download_all
-from nanochat.file_formats import LeftOut, quote
 from nanochat.shards import Manifest, Shard, load_shards, read_manifest, rebuilt_folder, write_shard, write_shards
-from nanochat.text_files import TextFile, find_text_files, read_documents
+from nanochat.text_files import Account, LeftOut, TextFile, find_text_files, quote, read_documents
 
 # Sources that are built here: python-docs and files
 
@@ -299,7 +297,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def default_source() -> str:
     """The source where none is named: as much text as a GPU needs, or the text that is on every machine."""
-    return "climbmix" if common.has_gpu() else "python-docs"
+    return "climbmix" if devices.has_gpu() else "python-docs"
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -33,7 +33,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from nanochat.calculator import calculate
 from nanochat.common import UserError
 from nanochat.decoding import (
     CompiledStep,
@@ -44,6 +43,7 @@ from nanochat.decoding import (
     refresh_copy,
     round_up_rows,
 )
+from nanochat.execution import calculate
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.sampling import Sampling, sample_rows

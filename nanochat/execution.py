@@ -1,4 +1,7 @@
-"""Run Python that a model wrote in a sandbox: a fresh, isolated process with limits. Without isolation, refuse.
+"""What a model writes and wants run: the calculator's expressions, and Python programs in a sandbox.
+
+The calculator, which engine.py calls within an answer, is a walk over the syntax tree of arithmetic; nothing is
+executed. A program runs in a fresh, isolated process with limits; without isolation it is refused.
 
 The sandbox has no network, no environment and no other process. Of the host's files it sees only Python's own and the
 system's shared libraries, read-only; its /tmp is empty and is deleted afterwards. A program may start threads, but no
@@ -8,10 +11,13 @@ Not promised: that a program which attacks its own interpreter can't feign succe
 so code that manipulates the frames below it could; printing, exiting early and guessing don't help it.
 """
 
+import ast
 import contextlib
 import functools
 import math
+import operator
 import os
+import re
 import secrets
 import selectors
 import shutil
@@ -21,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -231,3 +238,65 @@ def _collect(pipes: dict[str, BinaryIO], timeout: float) -> tuple[dict[str, byte
             if output["status"] and not is_started:
                 deadline = time.monotonic() + timeout
     return output, None
+
+
+# The calculator
+
+MAX_CHARS = 256         # of the expression
+MAX_DEPTH = 128         # of the syntax tree; a sum of n numbers is n - 1 deep
+MAX_MAGNITUDE = 10**18  # of every number, intermediate results included; bounds the result's length, too
+FLOAT_DIGITS = 12       # significant digits of a result: too few to show 0.1 + 0.2 as 0.30000000000000004
+
+OPERATORS = {
+    ast.UAdd: operator.pos,     ast.USub:     operator.neg,
+    ast.Add:  operator.add,     ast.Sub:      operator.sub,      ast.Mult: operator.mul,
+    ast.Div:  operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod:  operator.mod,
+}
+ODD_NUMBER = re.compile(r"[0-9]_|\b0[xXbBoO]")
+THOUSANDS_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
+
+
+def calculate(expression: str) -> str | None:
+    """The value of an expression as text; None where it is refused or undefined (division by zero).
+
+        1,234 * (2 + 0.5)           numbers, + - * / // %, parentheses, commas between thousands
+        'strawberry'.count('r')     how often one string occurs in another
+
+    The expression is untrusted text: everything else is refused, and length, depth and magnitude are bounded, so that
+    a result takes microseconds. There is no power operator, which makes huge numbers from short expressions.
+    """
+    # Python's grammar has more numbers than arithmetic (0x10, 1_000) and strings with escapes
+    if len(expression) > MAX_CHARS or "\\" in expression or ODD_NUMBER.search(expression):
+        return None
+    if not set("'\"") & set(expression):  # a comma inside a string is a character to count
+        expression = THOUSANDS_COMMA.sub("", expression)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the parser's, about text such as 1or 2
+            tree = ast.parse(expression.strip(), mode="eval")
+        value = _evaluate(tree.body, depth=0)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None  # the last two: the parser, for deep nesting
+    if isinstance(value, int) or (value.is_integer() and abs(value) < 10**15):  # larger floats skip whole numbers
+        return str(int(value))
+    return f"{value:.{FLOAT_DIGITS}g}"
+
+
+def _evaluate(node: ast.expr, depth: int) -> int | float:
+    """The value of a syntax tree; ValueError for anything but arithmetic, and beyond the bounds."""
+    if depth > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    match node:
+        case ast.Constant(int() | float() as value) if not isinstance(value, bool):
+            pass
+        case ast.BinOp(left, op, right) if type(op) in OPERATORS:
+            value = OPERATORS[type(op)](_evaluate(left, depth + 1), _evaluate(right, depth + 1))
+        case ast.UnaryOp(op, operand) if type(op) in OPERATORS:
+            value = OPERATORS[type(op)](_evaluate(operand, depth + 1))
+        case ast.Call(ast.Attribute(ast.Constant(str() as text), "count"), [ast.Constant(str() as part)], []):
+            value = text.count(part)
+        case _:
+            raise ValueError(f"{type(node).__name__} is not arithmetic")
+    if not abs(value) <= MAX_MAGNITUDE:
+        raise ValueError("too large")  # infinity included
+    return value

@@ -194,10 +194,13 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def get_grad_norm(self, parts: Sequence[Part] | None = None) -> Tensor:
         """The Euclidean norm of all gradients, or of some parts', accumulated in at least fp32. Collective."""
+        def measure(part: Part) -> Tensor:
+            grad = part.wait()
+            return torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
         parts = self.parts if parts is None else parts
-        norms = [torch.linalg.vector_norm(grad := part.wait(), dtype=torch.promote_types(grad.dtype, torch.float32))
-                 for part in parts if part.is_sharded or self.rank == 0]  # what all ranks hold counts once
-        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else parts[0].wait().new_zeros(()).float()
+        # What all ranks hold counts once
+        norms = [measure(part) for part in parts if part.is_sharded or self.rank == 0]
+        norm = torch.linalg.vector_norm(torch.stack(norms or [torch.zeros_like(measure(parts[0]))]))
         if self.world_size == 1:
             return norm
         sq_norm = norm.square()

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanochat import common
+from nanochat import common, devices
 from nanochat.common import Ranks, UserError, gather, get_ranks, now, print0
 from nanochat.memory import GIB
 from nanochat.scaling import Plan
@@ -212,7 +212,7 @@ class Progress:
         return {**asdict(stats), "loss_smooth": self.get_smooth_loss(), "num_skipped": self.num_skipped,
                 "step_ms": step_sec * 1e3, "tokens_per_sec": self.plan.batch_tokens / step_sec,
                 "mfu_pct": 100 * (flops / step_sec / self.peak_flops) if self.peak_flops else None,
-                "elapsed_sec": self.elapsed_sec, "peak_memory_bytes": common.get_peak_memory_bytes(self.device)}
+                "elapsed_sec": self.elapsed_sec, "peak_memory_bytes": devices.get_peak_memory_bytes(self.device)}
 
     def measure_sec(self, begin_time: float) -> float:
         """Seconds of a step whose figures are there now: since it was begun, or since the end of the one before, where

@@ -33,9 +33,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat import engine
 from nanochat import server_api as api
-from nanochat.chat import NoRoom, build_prompt, check_context
 from nanochat.common import now
-from nanochat.conversations import split_turns
+from nanochat.conversations import NoRoom, build_prompt, check_context, split_turns
 from nanochat.server_engines import Answer, EngineError, EnginePool
 
 PAGE_PATH = Path(__file__).with_name("ui.html")

@@ -27,8 +27,7 @@ from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from starlette.exceptions import HTTPException
 
-from nanochat.chat import extend_parts
-from nanochat.conversations import ConversationError, get_text, parse_messages
+from nanochat.conversations import ConversationError, extend_parts, get_text, parse_messages
 from nanochat.engine import ChatTokens, Event, Usage
 from nanochat.server_engines import EngineError
 

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nanochat.account import Account
 from nanochat.common import (
     UserError,
     expand_home,
@@ -29,7 +28,7 @@ from nanochat.common import (
     write_json,
 )
 from nanochat.download import CorruptFile, put_in_place
-from nanochat.file_formats import holds_text, list_names
+from nanochat.text_files import Account, holds_text, list_names
 
 SOURCES     = ("python-docs", "climbmix", "fineweb-edu", "tinystories", "files")  # what nanochat.dataset can make
 GROUP_ROWS  = 1024         # documents per row group: the unit of packing, of shuffling and of resuming

@@ -15,11 +15,12 @@ import torch
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.checkpoint_manager import Checkpoint, Checkpointer
 from nanochat.choices import Choices, StageFlags, StepRows, choose_how, describe_short_rows, predict_run, take_identity
-from nanochat.common import Ranks, UserError, get_environment, get_peak_memory_bytes, now, print0
+from nanochat.common import Ranks, UserError, now, print0
 from nanochat.compilation import set_compile_kernels
 from nanochat.config import GPTConfig, read_config
 from nanochat.cross_entropy import LossScaler
 from nanochat.dataloader import Groups, RowOrder, TrainLoader, ValidationBatches
+from nanochat.devices import get_environment, get_peak_memory_bytes
 from nanochat.engine import Engine
 from nanochat.fp8 import use_fp8
 from nanochat.loss_eval import evaluate_loss

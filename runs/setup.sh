@@ -3,7 +3,7 @@
 #
 # PYTHON=python3.12          the Python to use; else the first one >= 3.10 that is found
 # TORCH_INDEX=https://...    the index that torch comes from, for instance torch's own for ROCm; else the one of the build
-#                            for this machine's driver and GPUs (nanochat/nvidia.py has the table), or of the CPU build
+#                            for this machine's driver and GPUs (nanochat/devices.py has the table), or of the CPU build
 #                            where Linux has no NVIDIA GPU and the index answers; else the configured sources
 # On a cluster whose login node has no GPU, ask for the GPU nodes' build, by their driver:
 # TORCH_INDEX=https://download.pytorch.org/whl/cu130 (driver 580 or newer), .../cu126 (525 or newer). What was asked for
@@ -128,7 +128,7 @@ choose_build() {    # of torch: an index that was asked for; default (PyPI's), c
     if [[ -n ${TORCH_INDEX:-} ]]; then
         echo "$TORCH_INDEX"
     elif [[ $(uname -s) == Linux ]]; then
-        "$venv_python" -m nanochat.nvidia
+        "$venv_python" -m nanochat.devices
     else
         echo any
     fi

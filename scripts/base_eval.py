@@ -31,16 +31,17 @@ from nanochat.common import (
     add_compute_flags,
     file_lock,
     get_base_dir,
-    get_compute_dtype,
     get_mirror_dir,
     hash_file,
-    init_compute,
     int_or_all,
     print0,
     run_script,
     write_json,
 )
-from nanochat.core_eval import (
+from nanochat.devices import get_compute_dtype, init_compute
+from nanochat.download import CorruptFile, Job, download_all
+from nanochat.flash_attention import choose_backend
+from nanochat.loss_eval import (
     BUNDLE_URL,
     NUM_CORE_TASKS,
     CoreTask,
@@ -49,8 +50,6 @@ from nanochat.core_eval import (
     find_bundle,
     load_tasks,
 )
-from nanochat.download import CorruptFile, Job, download_all
-from nanochat.flash_attention import choose_backend
 from nanochat.report import write_section
 
 DEFAULT_CONTEXT = 2048   # of a Hugging Face model whose configuration names none

@@ -13,11 +13,12 @@ from pathlib import Path
 from nanochat import scaling
 from nanochat.checkpoint_manager import find_saved, get_run_dir, locked_run
 from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, count_rows, read_flags
-from nanochat.common import Ranks, init_compute, int_or_all, int_or_never, run_script
+from nanochat.common import Ranks, int_or_all, int_or_never, run_script
 from nanochat.config import estimate_flops
-from nanochat.core_eval import log_core
 from nanochat.dataloader import TextGroups, ValidationBatches, validation_batches
 from nanochat.dataset import default_source
+from nanochat.devices import init_compute
+from nanochat.loss_eval import log_core
 from nanochat.optim import MuonAdamW
 from nanochat.presets import find_preset, find_rule, parse_knobs, parse_preset_args
 from nanochat.report import write_stage_section

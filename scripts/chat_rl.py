@@ -27,9 +27,10 @@ from nanochat.checkpoint_manager import (
     locked_run,
 )
 from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, add_words_flag, read_flags
-from nanochat.common import Ranks, UserError, init_compute, print0, run_script
+from nanochat.common import Ranks, UserError, print0, run_script
 from nanochat.config import estimate_flops, read_config
 from nanochat.dataloader import hash_conversations
+from nanochat.devices import init_compute
 from nanochat.report import write_stage_section
 from nanochat.rl import (
     DEFAULT_SAMPLE_ROWS,

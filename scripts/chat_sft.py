@@ -13,7 +13,8 @@ import argparse
 from nanochat.chat_stage import SFT, ChatSettings, add_chat_args, run_chat_stage
 from nanochat.checkpoint_manager import find_checkpoint, get_run_dir, locked_run
 from nanochat.choices import StageFlags, read_flags
-from nanochat.common import init_compute, run_script
+from nanochat.common import run_script
+from nanochat.devices import init_compute
 from tasks.mixtures import MIXTURES, make_mixture
 
 # By the stage that it begins with (the public record of nanochat, January and July 2026)

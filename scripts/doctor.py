@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 try:
-    from nanochat import common, memory
+    from nanochat import common, devices
 except Exception:    # a half-installed package may raise any error
     common = None
 
@@ -79,11 +79,11 @@ def examine(device_type: str, quick: bool) -> Iterator[Finding]:
     from nanochat.shards import load_shards
     from nanochat.tokenizer import get_tokenizer
     try:
-        device = common.get_device(device_type, common.get_ranks())
+        device = devices.get_device(device_type, common.get_ranks())
     except common.UserError as error:
         yield Finding("device", "FAIL", str(error))
         return
-    dtype, why = common.get_compute_dtype("auto", device)
+    dtype, why = devices.get_compute_dtype("auto", device)
     yield guard("device", lambda: check_device(device))
     yield guard("matmul", lambda: check_matmul(device, dtype, why))
     yield guard("memory", lambda: check_memory(device))
@@ -147,7 +147,7 @@ def check_compile(device, quick: bool) -> Finding:
         return Finding("compile", "ok", f"{compilers[0]} is there; torch.compile not tried (--quick)")
     from nanochat.compilation import probe_compiler
     with contextlib.redirect_stdout(sys.stderr):  # its warnings are no part of --json
-        common.init_compute(device.type)  # as a run would, so that the kernels are kept for it
+        devices.init_compute(device.type)  # as a run would, so that the kernels are kept for it
     start = time.perf_counter()
     if reason := probe_compiler(device):
         return Finding("compile", "note", f"torch.compile fails, so training runs eager and slower: {reason}",
@@ -201,31 +201,29 @@ def check_fp8(device, quick: bool) -> Finding:
 def measure_sec(device, call: Callable[[], object], num_calls: int = 10) -> float:
     """Seconds of a call; the first round warms up."""
     for _ in range(2):
-        common.synchronize(device)
+        devices.synchronize(device)
         start = time.perf_counter()
         for _ in range(num_calls):
             call()
-        common.synchronize(device)
+        devices.synchronize(device)
     return (time.perf_counter() - start) / num_calls
 
 
 def check_device(device) -> Finding:
     import torch
-
-    from nanochat import nvidia
     if device.type in ("cuda", "xpu"):
         module = torch.get_device_module(device)
         names = tuple(map(module.get_device_name, range(module.device_count())))
         if len(set(names)) > 1:
-            return Finding("device", "note", f"{nvidia.count_names(names)}: several ranks wait for the slowest GPU",
+            return Finding("device", "note", f"{devices.count_names(names)}: several ranks wait for the slowest GPU",
                            "name GPUs of one kind in CUDA_VISIBLE_DEVICES")
         return Finding("device", "ok", f"{len(names)} x {names[0]}")
     if device.type != "cpu":
         return Finding("device", "ok", device.type)
-    what, driver = f"{common.get_cpu_name()}, {common.count_cpus()} cores", nvidia.find_driver()
+    what, driver = f"{devices.get_cpu_name()}, {common.count_cpus()} cores", devices.find_driver()
     if driver.names:
-        return Finding("device", "ok", f"{what}; not used, as asked: {nvidia.count_names(driver.names)}")
-    if nvidia.has_pci_gpu():
+        return Finding("device", "ok", f"{what}; not used, as asked: {devices.count_names(driver.names)}")
+    if devices.has_pci_gpu():
         return Finding("device", "note", f"{what}; an NVIDIA GPU is there, and no driver that lists it"
                        + (f" ({driver.problem})" if driver.problem else ""),
                        f"install NVIDIA's driver, or restart after an update of it; then {SET_UP}")
@@ -235,7 +233,7 @@ def check_device(device) -> Finding:
 def check_matmul(device, dtype, why: str) -> Finding:
     """The dtype that training would choose, and the rate of a large matrix product with it."""
     import torch
-    peak_flops, source = memory.get_peak_flops(device, dtype)
+    peak_flops, source = devices.get_peak_flops(device, dtype)
     rate = peak_flops
     if device.type != "cpu":
         size = 4096
@@ -247,14 +245,14 @@ def check_matmul(device, dtype, why: str) -> Finding:
 
 def check_memory(device) -> Finding:
     import torch
-    ram_bytes = common.get_ram_bytes()
+    ram_bytes = devices.get_ram_bytes()
     what = f"{ram_bytes / 2**30:.0f} GiB of RAM" if ram_bytes else "RAM unknown"
     lowest, advice = ram_bytes or LOW_MEMORY_BYTES, "choose a small --depth and --device-batch-size"
     if device.type in ("cuda", "xpu"):
         free_bytes, total_bytes = torch.get_device_module(device).mem_get_info(device)
         what += f", {free_bytes / 2**30:.0f} of {total_bytes / 2**30:.0f} GiB free on the GPU"
         lowest = min(lowest, free_bytes)
-        if free_bytes < common.FREE_GPU_FRAC * total_bytes:
+        if free_bytes < devices.FREE_GPU_FRAC * total_bytes:
             return Finding("memory", "note", f"{what}: another process uses it",
                            f"nvidia-smi shows which; CUDA_VISIBLE_DEVICES names another GPU, else {advice}")
     if lowest < LOW_MEMORY_BYTES:

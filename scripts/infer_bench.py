@@ -21,21 +21,11 @@ from statistics import median, quantiles
 import torch
 
 from nanochat.checkpoint_manager import add_model_flags, build_model, load_model
-from nanochat.common import (
-    UserError,
-    add_compute_flags,
-    get_compute_dtype,
-    get_peak_memory_bytes,
-    init_compute,
-    print0,
-    run_script,
-    synchronize,
-    write_json,
-)
+from nanochat.common import UserError, add_compute_flags, print0, run_script, write_json
 from nanochat.config import GPTConfig, count_params
+from nanochat.devices import get_compute_dtype, get_peak_flops, get_peak_memory_bytes, init_compute, synchronize
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
-from nanochat.memory import get_peak_flops
 from nanochat.scaling import make_config
 
 READ_BYTES = 2**28      # that are read to measure the memory's rate; more than any CPU's cache holds

@@ -17,7 +17,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 
-from nanochat import memory
+from nanochat import devices, memory
 from nanochat.common import UserError, print0, run_script
 from nanochat.config import GPTConfig, count_params, estimate_flops
 from nanochat.dataset import HUB_SOURCES
@@ -188,9 +188,9 @@ def list_depths(args: argparse.Namespace, name: str) -> list[int]:
 
 def choose_hardware(args: argparse.Namespace) -> tuple[Hardware, Machine]:
     """The GPU from the table, or as described; dtype, attention and compilation as training would choose them there."""
-    gpu = memory.find_gpu(args.gpu)
+    gpu = devices.find_gpu(args.gpu)
     if not gpu and not (args.tflops and args.gb):
-        known = ", ".join(name for name, *_ in memory.GPUS)
+        known = ", ".join(name for name, *_ in devices.GPUS)
         raise UserError(f"--gpu {args.gpu} is not in the table; add --tflops (dense bf16 TFLOP/s of one) and --gb (its "
                         f"memory), or choose one of {known}")
     name, peak_flops, memory_gib = gpu or (args.gpu.lower(), None, None)
@@ -231,7 +231,7 @@ def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, machi
     if micro_rows == "auto":
         micro_rows = memory.largest_micro_rows(config, T, machine, memory_bytes, rows) or 1
     predicted = memory.predict_memory(config, T, micro_rows, machine, rows // micro_rows)
-    mfu, source = (args.mfu / 100, "asked for") if args.mfu else memory.expect_mfu(hardware.name, depth)
+    mfu, source = (args.mfu / 100, "asked for") if args.mfu else devices.expect_mfu(hardware.name, depth)
     hours = plan.total_flops / (mfu * hardware.peak_flops * hardware.num_gpus) / 3600
     fits = predicted.needed <= get_usable_frac(machine) * memory_bytes
     return Estimate(config, plan, fits, micro_rows, rows // micro_rows, predicted,

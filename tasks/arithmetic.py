@@ -6,7 +6,7 @@ The assistant calls the calculator and repeats its result.
 import re
 from random import Random
 
-from nanochat.calculator import calculate
+from nanochat.execution import calculate
 from tasks.common import GeneratedTask, get_reference, is_test, make_rng
 
 MAX_DIGITS = 4

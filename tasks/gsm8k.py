@@ -2,7 +2,7 @@
 
 import re
 
-from nanochat.calculator import calculate
+from nanochat.execution import calculate
 from tasks.common import Task, extract_answer, get_reference
 from tasks.rows import load_rows
 

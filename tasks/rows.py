@@ -14,9 +14,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.account import printable
-from nanochat.common import UserError, get_base_dir, get_first_line, get_mirror_dir
-from nanochat.file_formats import (
+from nanochat.common import UserError, get_base_dir, get_first_line, get_mirror_dir, printable
+from nanochat.text_files import (
     COMPRESSIONS,
     LeftOut,
     iter_json_values,

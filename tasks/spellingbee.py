@@ -8,8 +8,8 @@ import string
 from collections.abc import Sequence
 from random import Random
 
-from nanochat.calculator import calculate
 from nanochat.common import UserError
+from nanochat.execution import calculate
 from tasks.common import GeneratedTask, extract_answer, get_reference, is_test, make_rng
 from tasks.words import load_words
 

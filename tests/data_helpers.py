@@ -10,11 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat import dataset
-from nanochat.account import Account
 from nanochat.common import Ranks
 from nanochat.dataloader import Groups, RowOrder, TextGroups, TrainLoader
 from nanochat.shards import ShardList
-from nanochat.text_files import find_text_files, read_documents
+from nanochat.text_files import Account, find_text_files, read_documents
 from tests.helpers import BYTE_TOKENIZER
 
 REPO, NUM_IN_REPO = dataset.HUB_SOURCES["climbmix"].repo, len(dataset.HUB_SOURCES["climbmix"].train) + 1

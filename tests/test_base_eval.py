@@ -12,7 +12,7 @@ import torch
 
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError
-from nanochat.core_eval import evaluate_core, evaluate_task, load_tasks
+from nanochat.loss_eval import evaluate_core, evaluate_task, load_tasks
 from scripts import base_eval
 from scripts.base_eval import HFModel, HFTokenizer, load_hf_model, make_slug
 from tests.eval_helpers import CORE_CONFIG, TASKS, make_tokenizer, write_bundle

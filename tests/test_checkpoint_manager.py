@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat import checkpoint_files
-from nanochat.checkpoint_files import list_steps, load_meta, load_tensors, read_latest, remove_old_checkpoints
+from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import (
     Checkpointer,
     SaveRules,
@@ -22,7 +21,12 @@ from nanochat.checkpoint_manager import (
     find_saved,
     find_step,
     get_run_dir,
+    list_steps,
+    load_meta,
     load_model,
+    load_tensors,
+    read_latest,
+    remove_old_checkpoints,
     restore,
     save_checkpoint,
 )
@@ -126,13 +130,13 @@ class Gate:
     """Stands before `save_file`: writing begins when the gate is opened."""
 
     def __init__(self, monkeypatch):
-        self.opened, self.reached, save_file = threading.Event(), threading.Event(), checkpoint_files.save_file
+        self.opened, self.reached, save_file = threading.Event(), threading.Event(), checkpoint_manager.save_file
 
         def wait_and_save(*args):
             self.reached.set()
             assert self.opened.wait(30)
             save_file(*args)
-        monkeypatch.setattr(checkpoint_files, "save_file", wait_and_save)
+        monkeypatch.setattr(checkpoint_manager, "save_file", wait_and_save)
 
 
 @pytest.fixture
@@ -198,7 +202,7 @@ def test_failed_save_is_known_and_raised_once(monkeypatch):
     def fail(*args):
         raise OSError(errno.EIO, "Input/output error", "disk")
     with monkeypatch.context() as patch, Checkpointer(run_dir) as saver:
-        patch.setattr(checkpoint_files, "save_file", fail)
+        patch.setattr(checkpoint_manager, "save_file", fail)
         saver.save(2, model, optimizer, make_meta(optimizer))
         saver.thread.join()
         with pytest.raises(OSError, match="Input/output error"):

@@ -8,7 +8,8 @@ import torch
 
 from nanochat.choices import Choices, StepRows, Wanted, choose_how, choose_micro_rows, predict_run
 from nanochat.common import UserError
-from nanochat.memory import CPU_MFU, GIB, PUBLISHED_MFU, Machine, get_usable_frac
+from nanochat.devices import CPU_MFU, PUBLISHED_MFU
+from nanochat.memory import GIB, Machine, get_usable_frac
 from nanochat.scaling import make_config, make_plan
 
 MIB = 2**20

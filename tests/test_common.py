@@ -1,4 +1,4 @@
-"""How scripts end, files that are never half-written, ranks, devices, and peak figures."""
+"""How scripts end, files that are never half-written, and ranks."""
 
 import errno
 import hashlib
@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import types
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nanochat import common, memory, nvidia
+from nanochat import common
 from nanochat.checkpoint_manager import locked_run
 from nanochat.common import Ranks, UserError, let_threads_spin
 from tasks.customjson import CustomJSON
@@ -192,7 +191,7 @@ def test_allocator_of_cuda_is_set_beside_a_driver_unless_a_person_did(settings, 
                                                                       monkeypatch):
     monkeypatch.setattr(os, "environ", dict(settings))
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(common.nvidia, "PROC_DIR", tmp_path if has_driver else tmp_path / "missing")
+    monkeypatch.setattr(common, "NVIDIA_DIR", tmp_path if has_driver else tmp_path / "missing")
     common.prepare_process()
     assert {name: value for name, value in os.environ.items() if "ALLOC" in name} == expected
 
@@ -292,45 +291,6 @@ def test_other_errors_of_a_lock_are_raised(tmp_path, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"RANK": "3"}, "RANK=3, LOCAL_RANK=0 and WORLD_SIZE=1 .* don't name one of several ranks; start these with torch"),
-    ({"RANK": "first"}, "RANK=first"), ({"RANK": ""}, "RANK=, LOCAL"),
-    ({"RANK": "0", "LOCAL_RANK": "", "WORLD_SIZE": "2"}, "LOCAL_RANK= and"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "b"}, "MASTER_PORT=b is no number"),
-    ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT not, where the ranks meet; start them with torch"),
-    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"}, "but MASTER_ADDR not")])
-def test_half_an_environment_of_ranks(settings, message, monkeypatch, tmp_path):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    with pytest.raises(UserError, match=message):
-        common.init_compute("cpu")
-
-
-def test_compiled_kernels_are_reached_without_blanks_and_quotes(tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    plain, awkward = tmp_path / "Grüße", tmp_path / "John O'Neill"
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(plain))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-    common.init_compute("cpu")
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(plain / "compiled")
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(awkward))
-    for _ in range(2):
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-        common.init_compute("cpu")
-        link = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-        assert common.is_plain(link) and link.samefile(awkward / "compiled")
-    assert link.parent.stat().st_mode & 0o77 == 0  # others could put their own kernels there
-    link.unlink()
-    link.parent.rename(tmp_path / "theirs")
-    link.parent.symlink_to(tmp_path / "theirs")
-    assert common.find_plain_path(awkward) == awkward
-
-
 def test_ranks(monkeypatch, capsys):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -352,146 +312,6 @@ def test_a_line_is_written_in_one_piece(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Devices
-
-
-def test_device_that_is_not_here_is_a_mistake():
-    assert common.get_device("cpu", Ranks()) == CPU
-    missing = [name for name in ("cuda", "xpu", "mps") if not torch.get_device_module(name).is_available()]
-    assert missing  # no machine has all three
-    for name in (*missing, "toaster"):
-        with pytest.raises(UserError, match=f"--device-type {name} can't be used here: ."):
-            common.get_device(name, Ranks())
-
-
-H100 = nvidia.Driver("535.104.05", ("NVIDIA H100",), (9.0,))
-
-
-@pytest.fixture
-def no_accelerator(monkeypatch):
-    """torch has none; the driver is what a test sets as its second item."""
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return lambda driver: monkeypatch.setattr(nvidia, "find_driver", lambda: driver)
-
-
-def test_gpu_that_torch_can_not_use_is_a_mistake(no_accelerator, monkeypatch):
-    """Else a large model would train on the CPU without a word."""
-    no_accelerator(H100)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    sentence = "driver 535.104.05 lists NVIDIA H100, but .* CUDA 13.0, which needs driver 580 or newer; .*--device-"
-    for name in ("auto", "", "cuda"):
-        with pytest.raises(UserError, match=sentence):
-            common.get_device(name, Ranks())
-    assert common.get_device("cpu", Ranks()) == CPU
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES= hides all GPUs; unset it"):
-        common.get_device("auto", Ranks())
-    no_accelerator(nvidia.Driver(problem="NVIDIA-SMI has failed"))
-    assert common.get_device("auto", Ranks()) == CPU
-    with pytest.raises(UserError, match="--device-type cuda can't be used here: NVIDIA-SMI has failed"):
-        common.get_device("cuda", Ranks())
-    no_accelerator(nvidia.Driver())
-    with pytest.raises(UserError, match="--device-type cuda can't be used here: no NVIDIA driver lists a GPU"):
-        common.get_device("cuda", Ranks())
-
-
-def test_more_ranks_than_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    with pytest.raises(UserError, match="8 ranks run on this machine, and torch sees 2 .* --nproc-per-node=2, or name"):
-        common.get_device("cuda", Ranks(0, 0, 8))
-
-
-@pytest.mark.parametrize(("error", "message"), [
-    (torch.OutOfMemoryError("CUDA error: out of memory\nmore"), "its memory is full; nvidia-smi shows who uses it"),
-    (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), "another process has it"),
-    (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "has no kernels for it"),
-    (RuntimeError("CUDA error: misaligned address\nmore"), "CUDA error: misaligned address$")])
-def test_gpu_that_does_not_compute(error, message, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "ones", lambda *args, **settings: raise_error(error))
-    with pytest.raises(UserError, match=f"--device-type cuda can't be used here: .*{message}"):
-        common.get_device("cuda", Ranks())
-
-
-def test_gpus_of_ranks_that_differ_or_are_in_use(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * 2**30, 80 * 2**30))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    gpus = []
-    monkeypatch.setattr(common, "gather", lambda value: [value, *gpus])
-    common.check_gpus.__wrapped__(CUDA)
-    assert capsys.readouterr().out == ""
-    gpus.append(("NVIDIA H100", True, 10 * 2**30, 80 * 2**30))
-    common.check_gpus.__wrapped__(CUDA)
-    differ, used = capsys.readouterr().out.splitlines()
-    assert differ.startswith("warning: the ranks' GPUs differ (NVIDIA A100, NVIDIA H100): each step waits for the")
-    assert used.startswith("warning: only 10.0 of 80.0 GiB are free on rank 1's GPU (NVIDIA H100), another process")
-    gpus.append(("Tesla T4", False, 16 * 2**30, 16 * 2**30))
-    with pytest.raises(UserError, match="only some of the ranks' GPUs have bf16 .*A100, NVIDIA H100, Tesla T4"):
-        common.check_gpus.__wrapped__(CUDA)
-
-
-def test_compute_dtype(monkeypatch):
-    assert common.get_compute_dtype("float64", CPU) == (torch.float64, "asked for")
-    with pytest.raises(UserError, match="--dtype int8 is not one of auto, bfloat16, float16, float32, float64"):
-        common.get_compute_dtype("int8", CPU)
-    assert common.get_compute_dtype("auto", torch.device("mps"))[0] == torch.float32
-    for bf16_rate, dtype in ((1.9, torch.bfloat16), (1.1, torch.float32), (0.2, torch.float32)):
-        rates = {torch.bfloat16: bf16_rate, torch.float32: 1.0}
-        monkeypatch.setattr(common, "measure_matmul_rate", lambda dtype, size, rates=rates: rates[dtype])
-        chosen, reason = common.get_compute_dtype("auto", CPU)
-        assert chosen == dtype and f"{bf16_rate}x" in reason
-    mine = (torch.float32, "bf16 measured only 0.2x the matmul rate of fp32 on this CPU")
-    monkeypatch.setattr(common, "gather", lambda value: [(torch.bfloat16, "rank 0's")] if value == mine else None)
-    assert common.get_compute_dtype("auto", CPU)[0] == torch.bfloat16    # all ranks compute in what rank 0 measured
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.version, "hip", None)
-    for capability, dtype in (((6, 1), torch.float32), ((7, 5), torch.float16), ((8, 0), torch.bfloat16),
-                              ((9, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert common.get_compute_dtype("auto", CUDA)[0] == dtype
-        assert ("emulates" in common.get_compute_dtype("bfloat16", CUDA)[1]) == (dtype != torch.bfloat16)
-
-
-@pytest.mark.parametrize(("name", "tera_flops"), [
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
-    ("NVIDIA H200 NVL", 836), ("NVIDIA GH200 480GB", 989), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500),
-    ("NVIDIA H20", 148), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A10", 125),
-    ("NVIDIA A10G", 70), ("NVIDIA A30", 165), ("NVIDIA A40", 149.7), ("NVIDIA L4", 121), ("NVIDIA L40", 181),
-    ("NVIDIA L40S", 362), ("Tesla V100-SXM2-16GB", 125), ("Tesla T4", 65), ("NVIDIA GeForce RTX 5090", 209.5),
-    ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA GeForce RTX 4080 SUPER", 104.4), ("NVIDIA GeForce RTX 4080", 97.5),
-    ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA GeForce RTX 3090 Ti", 80), ("NVIDIA RTX 6000 Ada Generation", 364),
-    ("NVIDIA RTX A6000", 154.8), ("NVIDIA RTX A5000", 111), ("NVIDIA RTX A4000", 76.7), ("AMD Instinct MI300X", 1307.4),
-    ("AMD Instinct MI250X / MI250", 191.5),                            # each of its two dies is a device to torch
-    ("NVIDIA RTX A1000", None), ("NVIDIA RTX A3000 Laptop GPU", None),  # not A100, not A30
-    ("NVIDIA GeForce RTX 4090 Laptop GPU", None),                      # half of the desktop card's
-    ("NVIDIA T400 4GB", None), ("A GPU of the future", None),
-])
-def test_peak_flops_by_name(name, tera_flops, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    flops, reason = memory.get_peak_flops(CUDA, torch.bfloat16)
-    assert flops == (None if tera_flops is None else pytest.approx(tera_flops * 1e12))
-    if flops is None:
-        assert name in reason
-
-
-def test_peak_flops_of_a_cpu_is_measured():
-    rate, reason = memory.get_peak_flops(CPU, torch.float32)
-    assert 1e8 < rate < 1e14 and reason == "measured matmul rate"
-    assert memory.get_peak_flops(CPU, torch.float32)[0] == rate  # once a process
-    assert memory.get_peak_flops(torch.device("mps"), torch.float32)[0] is None
-
-
-def test_peak_memory_of_a_cpu_grows_with_use():
-    before = common.get_peak_memory_bytes(CPU)
-    used = torch.ones(before // 4 + 2**20)  # fp32: more than was ever in use
-    assert common.get_peak_memory_bytes(CPU) >= used.nbytes > before > 2**20
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # What a run was made with
 
 
@@ -506,13 +326,6 @@ def test_git_revision_says_when_files_differ(tmp_path, monkeypatch):
     assert len(revision) == 12 and int(revision, 16)
     (tmp_path / "new").write_text("a change")
     assert common.get_git_revision() == revision + "+changes"
-
-
-def test_environment_is_json_and_knows_this_machine(tmp_path):
-    environment = common.get_environment(CPU)
-    common.write_json(tmp_path / "run.json", environment)
-    assert environment["packages"]["torch"] == torch.__version__
-    assert environment["hardware"]["num_cpus"] >= 1 and environment["hardware"]["ram_bytes"] > 2**28
 
 
 @pytest.mark.parametrize(("before", "after"), [("600", "2000"), ("300", "300"), (None, None)])
@@ -540,21 +353,6 @@ def test_flags_of_ranks_on_gpus_stay_in_host_memory(gpu_group):
     assert common.sum_over_ranks(counts) is counts and counts.tolist() == [3, 4]
 
 
-def test_ranks_on_gpus_have_both_backends(monkeypatch, tmp_path):
-    groups = []
-    for name, value in (("NANOCHAT_BASE_DIR", str(tmp_path)), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(common, "get_ranks", lambda: common.Ranks(1, 1, 2))
-    monkeypatch.setattr(common, "get_device", lambda device_type, ranks: torch.device("cuda", ranks.local_rank))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(common, "check_gpus", lambda device: None)
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: groups.append((backend, options)))
-    common.init_compute("cuda")
-    (backend, options), = groups
-    assert backend == "cpu:gloo,cuda:nccl" and options["device_id"] == torch.device("cuda", 1)
-
-
 def test_common_is_loaded_where_packages_are_missing(monkeypatch):
     """The doctor needs it to say which."""
     for name in ("filelock", "torch"):
@@ -571,3 +369,8 @@ def test_import_of_the_library_changes_nothing():
     env = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     done = run_program("import_library", env=env)
     assert done.returncode == 0, done.stderr
+
+
+def test_printable():
+    assert common.printable("caf\u00e9 \u6807") == "caf\u00e9 \u6807"
+    assert common.printable(os.fsdecode(b"a\xff\x1b[2J\nb")) == r"a\xff\x1b[2J\nb"

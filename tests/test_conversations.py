@@ -5,9 +5,8 @@ import json
 
 import pytest
 
-from nanochat.chat import build_prompt
 from nanochat.common import UserError
-from nanochat.conversations import parse_conversation, parse_messages, split_turns
+from nanochat.conversations import build_prompt, parse_conversation, parse_messages, split_turns
 from tasks.catalog import get_task
 from tests.helpers import BYTE_TOKENIZER
 

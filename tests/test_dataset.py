@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from nanochat import corpus, dataset, download, nvidia
+from nanochat import corpus, dataset, devices, download
 from nanochat.common import UserError
 from nanochat.corpus import Package
 from nanochat.dataset import main
@@ -252,7 +252,7 @@ def test_real_prose(base_dir):
 def test_source_of_a_machine(names, visible, works, source, monkeypatch, capsys):
     """It follows from the GPU that is there, not from whether this torch can use it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: works)
-    monkeypatch.setattr(nvidia, "find_driver", lambda: nvidia.Driver("470.1", names))
+    monkeypatch.setattr(devices, "find_driver", lambda: devices.Driver("470.1", names))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import dataset, nvidia
+from nanochat import dataset, devices
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer_dir
 from scripts import doctor
 
@@ -92,13 +92,13 @@ def test_gpu_that_training_would_not_use(monkeypatch, base_dir, capsys):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     monkeypatch.setattr(torch.version, "cuda", None)
-    monkeypatch.setattr(nvidia, "find_driver", lambda: nvidia.Driver("580.65.06", ("NVIDIA H100",), (9.0,)))
+    monkeypatch.setattr(devices, "find_driver", lambda: devices.Driver("580.65.06", ("NVIDIA H100",), (9.0,)))
     assert states(doctor.main(["--quick"]))["device"] == "FAIL"
     assert "580.65.06 lists NVIDIA H100, but torch can't use it: this torch is built for CPU" in capsys.readouterr().out
     assert "not used, as asked: NVIDIA H100" in doctor.check_device(torch.device("cpu")).what
 
-    monkeypatch.setattr(nvidia, "find_driver", nvidia.Driver)
-    monkeypatch.setattr(nvidia, "has_pci_gpu", lambda: True)
+    monkeypatch.setattr(devices, "find_driver", devices.Driver)
+    monkeypatch.setattr(devices, "has_pci_gpu", lambda: True)
     finding = doctor.check_device(torch.device("cpu"))
     assert finding.state == "note" and "an NVIDIA GPU is there, and no driver" in finding.what
 

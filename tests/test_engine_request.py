@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanochat.chat import extend_parts
+from nanochat.conversations import extend_parts
 from nanochat.engine import ChatTokens, Generation, Request, TextStream
 from tests.helpers import BYTE_TOKENIZER
 

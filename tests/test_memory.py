@@ -13,10 +13,10 @@ from dev.bench_memory import fake_step, join_phases, trace_step
 from nanochat import compilation, flash_attention, gpt, memory
 from nanochat.common import UserError
 from nanochat.config import GPTConfig, count_params
+from nanochat.devices import find_gpu
 from nanochat.memory import (
     GIB,
     Machine,
-    find_gpu,
     get_max_micro_tokens,
     get_usable_frac,
     largest_micro_rows,

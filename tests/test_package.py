@@ -181,7 +181,7 @@ case "$*" in
     "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && echo venv >> calls ;;
     "-m pip install"*) echo "pip ${*:4}" >> calls; [[ ! -f pip_fails ]] || { cat pip_fails; exit 1; } ;;
     *urllib*) [[ -f index_answers ]] ;;
-    *version_info* | "-m nanochat.nvidia") exec "$REAL_PYTHON" "$@" ;;
+    *version_info* | "-m nanochat.devices") exec "$REAL_PYTHON" "$@" ;;
     --version) echo "Python 3.99.0" ;;
 esac
 """
@@ -193,7 +193,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "runs").mkdir(parents=True)
     shutil.copy(REPO_DIR / "runs" / "setup.sh", tmp_path / "runs")
     (tmp_path / "nanochat").mkdir()
-    shutil.copy(REPO_DIR / "nanochat" / "nvidia.py", tmp_path / "nanochat")
+    for name in ("devices.py", "common.py"):
+        shutil.copy(REPO_DIR / "nanochat" / name, tmp_path / "nanochat")
     for lock in LOCKS:
         (tmp_path / lock).write_text("numpy==1.0\ntorch==2.0\n")
     (tmp_path / "requirements-gpu.lock").write_text("kernels==1.0\n")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from nanochat import report, report_render
-from nanochat.account import Account
 from nanochat.common import UserError
 from nanochat.shards import Manifest, Shard, hash_shards
+from nanochat.text_files import Account
 
 MARKUP = "</pre><script>alert(1)</script><img src=http://x.y/z>\n```\n# not a heading | ![a](http://x.y/z)\x1b[2J"
 HOSTILE = MARKUP + "\ud800"  # JSON can hold half a character

@@ -8,8 +8,7 @@ from openai.types import completion_create_params as text_params
 from openai.types.chat import completion_create_params as chat_params
 
 from nanochat import server_api
-from nanochat.chat import build_prompt
-from nanochat.conversations import parse_messages, split_turns
+from nanochat.conversations import build_prompt, parse_messages, split_turns
 from nanochat.engine import Engine, Request
 from nanochat.server_api import ChatRequest, CompletionRequest, Limits
 from tests.helpers import BYTE_TOKENIZER, make_model

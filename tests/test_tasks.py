@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat.calculator import calculate
 from nanochat.common import UserError
 from nanochat.conversations import parse_conversation
+from nanochat.execution import calculate
 from tasks.arc import ARC
 from tasks.catalog import get_task
 from tasks.common import Task, TaskMixture, extract_answer, get_reference, render_mc

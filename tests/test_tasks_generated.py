@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from nanochat.calculator import calculate
 from nanochat.common import UserError
 from nanochat.conversations import parse_conversation
+from nanochat.execution import calculate
 from tasks.arithmetic import Arithmetic
 from tasks.catalog import get_task
 from tasks.embedded import Identity, PythonDocs

@@ -17,11 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import text_files
-from nanochat.account import Account
 from nanochat.common import UserError
-from nanochat.file_formats import LeftOut
 from nanochat.shards import read_manifest
-from nanochat.text_files import find_text_files
+from nanochat.text_files import Account, LeftOut, find_text_files
 from tests.data_helpers import compress_zst, make_files, read_texts
 from tests.helpers import run_forked
 

@@ -28,7 +28,7 @@ import pytest
 REPO_DIR = Path(__file__).resolve().parents[1]
 FORKS = get_context("forkserver")
 # Imported late by others: the compiler by the first step of an optimizer, pandas (where it is installed) by pyarrow
-PRELOADED = ["tests.helpers", "tests.data_helpers", "tests.server_helpers", "nanochat.chat_stage", "nanochat.core_eval",
+PRELOADED = ["tests.helpers", "tests.data_helpers", "tests.server_helpers", "nanochat.chat_stage", "nanochat.loss_eval",
              "nanochat.rl", "torch._inductor.compile_fx", "pandas"]
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.common import end_process, get_ranks
-from nanochat.core_eval import evaluate_core
+from nanochat.loss_eval import evaluate_core
 from nanochat.tokenizer import RustBPETokenizer
 from tests.eval_helpers import CORE_CONFIG
 from tests.helpers import make_model

@@ -12,8 +12,8 @@ import sys
 
 import torch
 
-from nanochat import checkpoint_files as files
 from nanochat import checkpoint_manager as checkpoints
+from nanochat import common
 from tests import helpers
 
 
@@ -26,8 +26,8 @@ def die_before(n):
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)
         return call
-    for module, name in ((files, "save_file"), (files, "write_atomic"), (files, "hash_file"), (files, "sync_folder"),
-                         (os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree")):
+    for module, name in ((checkpoints, "save_file"), (common, "write_atomic"), (common, "hash_file"),
+                         (common, "sync_folder"), (os, "rename"), (os, "replace"), (os, "fsync"), (shutil, "rmtree")):
         setattr(module, name, wrap(getattr(module, name)))
 
 

@@ -2,7 +2,7 @@
 
 import time
 
-from nanochat import checkpoint_files, run
+from nanochat import checkpoint_manager, run
 from nanochat.checkpoint_manager import Checkpointer, get_run_dir
 from nanochat.common import run_script
 from tests import helpers
@@ -21,5 +21,5 @@ def train(argv):
 run.ECHO_SEC = 0
 model, optimizer = helpers.make_trained()
 helpers.save_run(steps=(1,))
-checkpoint_files.save_file = lambda *args: time.sleep(60)
+checkpoint_manager.save_file = lambda *args: time.sleep(60)
 run_script(train)

@@ -10,9 +10,10 @@ import time
 
 import torch
 
-from nanochat import checkpoint_files
+from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import Checkpointer, get_run_dir
-from nanochat.common import init_compute, run_script
+from nanochat.common import run_script
+from nanochat.devices import init_compute
 from nanochat.train import train_step
 from tests import helpers
 
@@ -32,7 +33,7 @@ def train(argv):
         saver.save(1, model, optimizer, helpers.make_meta(optimizer))
         saver.wait()
         if ranks.rank == 1:
-            checkpoint_files.save_file = fill_disk if problem == "full" else stall
+            checkpoint_manager.save_file = fill_disk if problem == "full" else stall
         saver.save(2, model, optimizer, helpers.make_meta(optimizer))
         for step in range(10**4):
             saver.due(step, stopping=False, evaluating=False)

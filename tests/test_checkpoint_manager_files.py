@@ -11,9 +11,18 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from nanochat import checkpoint_files
-from nanochat.checkpoint_files import FORMAT_VERSION, MODEL_NAME, list_steps, load_meta, read_latest
-from nanochat.checkpoint_manager import find_step, load_model, restore, save_checkpoint
+from nanochat import checkpoint_manager
+from nanochat.checkpoint_manager import (
+    FORMAT_VERSION,
+    MODEL_NAME,
+    find_step,
+    list_steps,
+    load_meta,
+    load_model,
+    read_latest,
+    restore,
+    save_checkpoint,
+)
 from nanochat.common import Ranks, UserError, get_base_dir, run_script
 from nanochat.run import RunLog, read_info, read_metrics
 from tests.helpers import (
@@ -70,7 +79,7 @@ def test_full_disk_is_told_and_loses_nothing(error, monkeypatch, capsys):
     def fill_disk(tensors, path, metadata):
         Path(path).write_bytes(b"part")
         raise SafetensorError(f"Error while serializing: I/O error: {error}")
-    monkeypatch.setattr(checkpoint_files, "save_file", fill_disk)
+    monkeypatch.setattr(checkpoint_manager, "save_file", fill_disk)
     with pytest.raises(SystemExit) as ending:
         run_script(lambda argv: save_run(steps=(2,)))
     assert ending.value.code == 2

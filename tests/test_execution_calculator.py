@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from nanochat.calculator import MAX_CHARS, MAX_MAGNITUDE, calculate
+from nanochat.execution import MAX_CHARS, MAX_MAGNITUDE, calculate
 
 
 @pytest.mark.parametrize(("expression", "expected"), [

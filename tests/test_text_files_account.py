@@ -1,10 +1,9 @@
-"""nanochat/account.py: what is printed, and when it is a warning."""
+"""nanochat/text_files.py, the account: what is printed, and when it is a warning."""
 
-import os
 
 import pytest
 
-from nanochat.account import MAX_NAMES, MAX_PRINTED_NAMES, Account, printable
+from nanochat.text_files import MAX_NAMES, MAX_PRINTED_NAMES, Account
 
 
 def test_names_are_bounded_but_all_counted():
@@ -43,8 +42,3 @@ def test_what_a_person_expects_is_no_warning():
     account = Account()
     account.leave_out(".git", "is hidden", 5000, "skipped")
     assert account.get_warnings() == [] and "skipped .git: is hidden" in account.describe()
-
-
-def test_printable():
-    assert printable("caf\u00e9 \u6807") == "caf\u00e9 \u6807"
-    assert printable(os.fsdecode(b"a\xff\x1b[2J\nb")) == r"a\xff\x1b[2J\nb"

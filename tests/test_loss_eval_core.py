@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import core_eval
+from nanochat import loss_eval
 from nanochat.common import UserError
-from nanochat.core_eval import (
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import (
     CoreTask,
     Item,
     Option,
@@ -28,7 +29,6 @@ from nanochat.core_eval import (
     make_item,
     render_prompts,
 )
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
 from tests.eval_helpers import BOS, CORE_CONFIG, LM_ROWS, MC_ROWS, SCHEMA_ROWS, make_tokenizer, write_bundle
 from tests.helpers import make_model, run_program_on_ranks
@@ -117,14 +117,14 @@ def evaluate_slowly(model, tokenizer, task: CoreTask, max_per_task: int) -> tupl
 
 def evaluate_with_details(model, tokenizer, task: CoreTask, max_per_task: int, monkeypatch) -> tuple[float, dict]:
     """(accuracy, {option: (mean loss, exact)}) of the batched evaluation."""
-    seen, real = {}, core_eval.score_options
+    seen, real = {}, loss_eval.score_options
 
     def spy(model, options):
         scores = real(model, options)
         seen.update(zip(options, scores, strict=True))
         return scores
     with monkeypatch.context() as patch:
-        patch.setattr(core_eval, "score_options", spy)
+        patch.setattr(loss_eval, "score_options", spy)
         return evaluate_task(model, tokenizer, task, max_per_task)["accuracy"], seen
 
 
@@ -134,7 +134,7 @@ def check_against_slow(model, tokenizer, tasks: list[CoreTask], max_per_task: in
         slow_accuracy, details = evaluate_slowly(model, tokenizer, task, max_per_task)
         assert accuracy == slow_accuracy, task.label
         rows = task.choose_rows(max_per_task)
-        items = core_eval.make_items(task, tokenizer, rows, list(range(len(rows))), model.config.sequence_len)
+        items = loss_eval.make_items(task, tokenizer, rows, list(range(len(rows))), model.config.sequence_len)
         for item, (losses, exact) in zip(items, details, strict=True):
             assert [seen[option][0] for option in item.options] == pytest.approx(losses, rel=1e-9, abs=1e-12)
             if item.gold is None:
@@ -156,7 +156,7 @@ def test_batched_equals_one_at_a_time_on_real_tasks(monkeypatch):
     if not MINI_BUNDLE.is_dir():
         pytest.skip("the development data with small real tasks isn't beside this checkout")
     tasks = load_tasks(MINI_BUNDLE)
-    assert len(tasks) == 11 and {task.kind for task in tasks} == set(core_eval.ROW_FIELDS)
+    assert len(tasks) == 11 and {task.kind for task in tasks} == set(loss_eval.ROW_FIELDS)
     tokenizer = RustBPETokenizer.train_from_iterator(
         (path.read_text() for path in sorted(MINI_BUNDLE.rglob("*.jsonl"))), 600)
     monkeypatch.setattr(sys.modules[__name__], "BOS", tokenizer.get_bos_token_id())
@@ -169,12 +169,12 @@ def test_a_model_without_a_cache_scores_the_same(tokenizer, tmp_path):
     """Called with tokens for logits, as any other model would be."""
     model, tasks = make_model(CORE_CONFIG, torch.float64), load_tasks(write_bundle(tmp_path))
     items = [item for task in tasks for item in
-             core_eval.make_items(task, tokenizer, task.rows, list(range(4)), CORE_CONFIG.sequence_len)]
+             loss_eval.make_items(task, tokenizer, task.rows, list(range(4)), CORE_CONFIG.sequence_len)]
     options = list(dict.fromkeys(option for item in items for option in item.options))
     other = RuleModel(rule=None)
     other.forward = lambda idx: model(idx)
     with torch.no_grad():
-        expected, actual = core_eval.score_options(model, options), core_eval.score_options(other, options)
+        expected, actual = loss_eval.score_options(model, options), loss_eval.score_options(other, options)
     assert [loss for loss, _ in actual] == pytest.approx([loss for loss, _ in expected], rel=1e-9)
     assert [exact for _, exact in actual] == [exact for _, exact in expected]
 
@@ -215,7 +215,7 @@ def test_four_times_faster_than_one_example_at_a_time():
         return scores[0][1] if item.gold is None else losses.index(min(losses)) == item.gold
 
     def score_slowly(options: list[Option]) -> list[tuple[float, bool]]:
-        logits = model(core_eval.pad_rows([option.prefix + option.tail[:-1] for option in options], 0,
+        logits = model(loss_eval.pad_rows([option.prefix + option.tail[:-1] for option in options], 0,
                                           model.get_device()))
         scores = []
         for row, option in zip(logits, options, strict=True):
@@ -226,10 +226,10 @@ def test_four_times_faster_than_one_example_at_a_time():
     with torch.no_grad():
         for task in load_tasks(MINI_BUNDLE):
             rows = task.choose_rows(12)
-            items = core_eval.make_items(task, tokenizer, rows, list(range(num_items)), T)
+            items = loss_eval.make_items(task, tokenizer, rows, list(range(num_items)), T)
             start = time.process_time()
-            num_correct = sum(core_eval.count_correct(model, batch) for batch in make_batches(
-                items, core_eval.BATCH_TOKENS["cpu"], core_eval.TAIL_TOKENS["cpu"]))
+            num_correct = sum(loss_eval.count_correct(model, batch) for batch in make_batches(
+                items, loss_eval.BATCH_TOKENS["cpu"], loss_eval.TAIL_TOKENS["cpu"]))
             middle = time.process_time()
             assert num_correct == sum(answer(item, score_slowly(item.options)) for item in items), task.label
             seconds["batched"] += middle - start
@@ -304,10 +304,10 @@ def test_what_is_scored():
 def test_an_ending_that_merges_with_the_prompt(tokenizer):
     """'t' and 'h' are two tokens, 'th' is one: the prompt's last token is not there any more."""
     task = make_task("language_modeling", [{"context": "at", "continuation": "h"}], delimiter="")
-    [item] = core_eval.make_items(task, tokenizer, task.rows, [0], 100)
+    [item] = loss_eval.make_items(task, tokenizer, task.rows, [0], 100)
     assert item.options == [Option((BOS,), (ord("a"), 257))]
     task = make_task("multiple_choice", [{"query": "at", "choices": ["h", "e"], "gold": 0}], delimiter="")
-    [item] = core_eval.make_items(task, tokenizer, task.rows, [0], 100)
+    [item] = loss_eval.make_items(task, tokenizer, task.rows, [0], 100)
     assert item.options == [Option((BOS,), (ord("a"), 257)), Option((BOS,), (ord("a"), ord("t"), ord("e")))]
 
 
@@ -428,7 +428,7 @@ def test_published_baselines_are_kept_as_they_are():
     """boolq's 62 and language identification's 9.1 look wrong, but the published figures are centered by them."""
     if not MINI_BUNDLE.is_dir():
         pytest.skip("the development data with the published table isn't beside this checkout")
-    baselines = core_eval.load_baselines(MINI_BUNDLE)
+    baselines = loss_eval.load_baselines(MINI_BUNDLE)
     assert (baselines["boolq"], baselines["bigbench_language_identification"], baselines["jeopardy"]) == (62, 9.1, 0)
 
 

@@ -1,4 +1,4 @@
-"""nanochat/file_formats.py: compressions and encodings, and the advice that is given, which works as it is printed."""
+"""nanochat/text_files.py: compressions and encodings, and the advice that is given, which works as it is printed."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from nanochat.common import UserError
-from nanochat.file_formats import iter_lines, iter_table, quote
+from nanochat.text_files import iter_lines, iter_table, quote
 from tests.data_helpers import compress_zst, read_texts
 
 

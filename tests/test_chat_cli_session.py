@@ -1,13 +1,13 @@
-"""Conversations as prompts, and the session of a terminal."""
+"""scripts.chat_cli: the session, its prompts and its files."""
 
 import re
 from types import SimpleNamespace
 
 import pytest
 
-from nanochat.chat import ChatSession, format_answer
 from nanochat.common import UserError
 from nanochat.engine import Engine
+from scripts.chat_cli import ChatSession, format_answer
 from tasks.customjson import CustomJSON
 from tests.data_helpers import write_lines
 from tests.helpers import BYTE_TOKENIZER
