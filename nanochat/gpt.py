@@ -25,17 +25,9 @@ from torch import Tensor, nn
 from nanochat.config import ROPE_LENGTHS, SMEAR_GATE_CHANNELS, GPTConfig
 from nanochat.cross_entropy import LOSSES, softcap
 from nanochat.flash_attention import flash_attn
-from nanochat.optim import MuonAdamW, MuonRule
+from nanochat.optim import MuonAdamW, make_groups
 from nanochat.sampling import Sampling, sample_rows
-from nanochat.scaling import (
-    EMBEDDING_LR,
-    JULY26,
-    MATRIX_LR,
-    SCALAR_LR,
-    UNEMBEDDING_LR,
-    WEIGHT_DECAY,
-    TrainingRule,
-)
+from nanochat.scaling import EMBEDDING_LR, JULY26, MATRIX_LR, SCALAR_LR, UNEMBEDDING_LR, WEIGHT_DECAY, TrainingRule
 
 NORM_EPS = torch.finfo(torch.float32).eps  # also for bf16 input: bf16's own eps would flatten small activations
 EPS_TENSORS = {dtype: torch.tensor(NORM_EPS, dtype=dtype) for dtype in (torch.float32, torch.float64)}
@@ -306,17 +298,7 @@ class GPT(nn.Module):
                   "value_embeds": list(self.value_embeds.parameters()), "resid_lambdas": [self.resid_lambdas],
                   "x0_lambdas": [self.x0_lambdas], "matrices": list(self.transformer.h.parameters()),
                   "gates": [self.smear_gate and self.smear_gate.weight, self.smear_lambda, self.backout_lambda]}
-        params = {name: [param for param in members if param is not None] for name, members in params.items()}
-        groups = [{"kind": "adamw", "name": row.name, "params": params[row.name],
-                   "lr": rates[row.rate] * row.factor * scales[row.scaling], "betas": row.betas, "eps": rule.adam_eps,
-                   "weight_decay": row.weight_decay, "max_norm": rule.max_norm}
-                  for row in rule.adam if params[row.name]]    # of what this model has
-        by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        for param in params["matrices"] if rule.has_muon else ():
-            by_shape.setdefault(tuple(param.shape), []).append(param)
-        groups += [{"kind": "muon", "name": "matrices", "params": members, "lr": matrix_lr * batch_lr_scale,
-                    "momentum": 0.95, "ns_steps": 5, "beta2": rule.beta2, "weight_decay": weight_decay,
-                    "rule": MuonRule(**rule.muon)} for _, members in sorted(by_shape.items())]
+        groups = make_groups(params, rates, scales, weight_decay, rule)
         # In the order in which the backward pass reaches them, so that each is sent as soon as its gradient is there
         parts: list[nn.Module] = [self.lm_head]
         for i, block in reversed(list(enumerate(self.transformer.h))):

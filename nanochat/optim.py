@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from nanochat.compilation import fused
 from nanochat.memory import SMALL_PARAM, count_own_rows
+from nanochat.scaling import TrainingRule
 
 # (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X, iteration by iteration (arXiv 2505.16932)
 POLAR_EXPRESS = (
@@ -98,6 +99,22 @@ class StateSlice:
     stop:     int
     num_rows: int
     is_ours:  bool   # whether this rank saves it; rank 0 saves state that all ranks hold
+
+
+def make_groups(params: dict[str, list[nn.Parameter | None]], rates: dict[str, float], scales: dict[str, float],
+                weight_decay: float, rule: TrainingRule) -> list[dict]:
+    """The groups of MuonAdamW. params: by AdamGroup.name, None where a model has no such part; rates and scales: by
+    AdamGroup.rate and .scaling; weight_decay: Muon's."""
+    params = {name: [param for param in members if param is not None] for name, members in params.items()}
+    groups = [{"kind": "adamw", "name": row.name, "params": params[row.name],
+               "lr": rates[row.rate] * row.factor * scales[row.scaling], "betas": row.betas, "eps": rule.adam_eps,
+               "weight_decay": row.weight_decay, "max_norm": rule.max_norm} for row in rule.adam if params[row.name]]
+    by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for param in params["matrices"] if rule.has_muon else ():
+        by_shape.setdefault(tuple(param.shape), []).append(param)
+    return groups + [{"kind": "muon", "name": "matrices", "params": members, "lr": rates["matrix_lr"] * scales["batch"],
+                      "momentum": 0.95, "ns_steps": 5, "beta2": rule.beta2, "weight_decay": weight_decay,
+                      "rule": MuonRule(**rule.muon)} for _, members in sorted(by_shape.items())]
 
 
 class MuonAdamW(torch.optim.Optimizer):

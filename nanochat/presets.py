@@ -176,7 +176,9 @@ def parse_preset_args(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
     if args.preset is None:
         return args
     typed = list_typed(parser, argv, vars(args))
-    return argparse.Namespace(**vars(args) | apply_preset(args.preset, typed, vars(args)))
+    args = argparse.Namespace(**vars(args) | apply_preset(args.preset, typed, vars(args)))
+    args.model_tag = args.model_tag or args.preset + ("" if find_preset(args.preset).shape else f"-d{args.depth}")
+    return args
 
 
 def list_typed(parser: argparse.ArgumentParser, argv: Sequence[str] | None, names: Sequence[str]) -> dict[str, object]:

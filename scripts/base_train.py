@@ -36,7 +36,7 @@ SAMPLE_PROMPTS = ("The capital of France is", "If yesterday was Friday, then tom
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model-tag", help="folder of the run (default: d<depth>, or the preset's name)")
+    add("--model-tag", help="folder of the run (default: d<depth>, <preset> or <preset>-d<depth>)")
     add("--data", help="a source or a folder that nanochat.dataset made (default: climbmix on a GPU, else python-docs)")
     add("--tokenizer", default="default", help="name of the tokenizer that scripts.tok_train made")
     # model
@@ -78,7 +78,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
 def main(argv: list[str] | None = None) -> dict:
     args, flags = parse_args(argv)
     device, ranks = init_compute(args.device_type, args.deterministic)
-    run_dir = get_run_dir("base", args.model_tag or name_run(args))
+    run_dir = get_run_dir("base", args.model_tag or f"d{args.depth}")
     with locked_run(run_dir):
         recipe, shards = make_recipe(args, flags, run_dir, ranks)
         setup = prepare_run(recipe, device, ranks)
@@ -150,15 +150,7 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, run_dir: Path, rank
     return Recipe(
         "base", run_dir, flags, saved, source=None, tokenizer=tokenizer, tokenizer_name=args.tokenizer, config=config,
         plan=plan, T=config.sequence_len, rows_per_step=rows_per_step, data=data, identity={"data": shards.hash},
-        lrs={name: getattr(args, name) for name in LR_NAMES}, notes={},
-        rule=preset.rule), shards
-
-
-def name_run(args: argparse.Namespace) -> str:
-    """The folder of a run without a tag."""
-    if args.preset is None:
-        return f"d{args.depth}"
-    return args.preset if find_preset(args.preset).shape else f"{args.preset}-d{args.depth}"
+        lrs={name: getattr(args, name) for name in LR_NAMES}, notes={}, rule=preset.rule), shards
 
 
 def set_schedules(optimizer: MuonAdamW, step: int, num_iterations: int, args: argparse.Namespace) -> float:

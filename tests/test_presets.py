@@ -389,6 +389,6 @@ def test_what_a_preset_leaves_to_a_person():
     assert parse("nanochat-jan26", "--knobs", "smear=off", "--matrix-lr", "0.02") == (None, 10.5, 2**19, 2048)
     args, _ = base_train.parse_args(["--preset", "plain", "--depth", "4", "--matrix-lr", "0.04"])    # ours to tune
     assert (args.depth, args.matrix_lr, args.window_pattern) == (4, 0.04, "L")
-    names = [base_train.name_run(base_train.parse_args(argv)[0])
-             for argv in (["--depth", "4"], ["--preset", "marin-150m"], ["--preset", "plain", "--depth", "4"])]
-    assert names == ["d4", "marin-150m", "plain-d4"]
+    tags = [base_train.parse_args(["--preset", *argv])[0].model_tag
+            for argv in (["marin-150m"], ["plain", "--depth", "4"], ["marin-150m", "--model-tag", "mine"])]
+    assert tags == ["marin-150m", "plain-d4", "mine"]

@@ -38,6 +38,7 @@ from tests.helpers import (
 CONFIG = GPTConfig(sequence_len=16, vocab_size=80, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
 NUM_ROWS, NUM_STEPS, STOP_AT = 8, 6, 3
 SHAPE = ("--depth", "2", "--aspect-ratio", "16", "--head-dim", "16", "--max-seq-len", "64")
+OTHER_RULES = tuple(name for name in RULES if name != "july26")
 PRESET_NAMES = ("nanochat-jan26", "marin-150m", "arcadium-200m")
 
 
@@ -132,7 +133,7 @@ def start_differently(other_dir):
 STEPPED = [(1, 8, "float64", 12), (1, 3, "float64", 12), (2, 4, "float64", 12), (2, 1, "float64", 12),
            (4, 2, "float64", 12), (3, 3, "float64", 4), (1, 8, "float64", 4),
            (1, 8, "float32", 50), (2, 4, "float32", 50), (4, 2, "float32", 10),
-           *((world_size, 8 // world_size, "float64", 4, rule) for rule in RULES for world_size in (1, 2, 3))]
+           *((world_size, 8 // world_size, "float64", 4, rule) for rule in OTHER_RULES for world_size in (1, 2, 3))]
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +191,7 @@ def test_any_cut_trains_the_same_parameters(stepped, case):
     assert (to_vector(facts["params"]) - to_vector(expected["params"])).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", OTHER_RULES)
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_each_rule_is_the_same_on_several_ranks(stepped, rule, world_size):
     """marin's clips by the norm of what all ranks have; three ranks share neither rows nor matrices evenly."""
