@@ -200,7 +200,7 @@ def begin_run(setup: Setup, state: TrainState, loader) -> Run:
             "args": flags.given, "model_config": asdict(config), "params": params, "plan": asdict(plan),
             "predicted": predict_run(recipe.stage, setup.choices, config, plan), "data": data,
             "tokenizer": tokenizer, "environment": setup.meta["environment"], "decisions": setup.decisions,
-            **({"source": recipe.source.describe()} if recipe.source else {})}
+            "num_devices": setup.ranks.world_size, **({"source": recipe.source.describe()} if recipe.source else {})}
     saver = Checkpointer(recipe.run_dir, flags.saving, last_step=setup.last_step, saved_step=resume_step)
     saver.check_disk(state.model, state.optimizer)
     checkpoints.claim_folder(recipe.run_dir, resume_step)

@@ -38,6 +38,16 @@ fetch_data() {    # make the source $1, if it is one; of the hub's as much as sc
     esac
 }
 
+launch() {    # a module on NPROC GPUs, with its flags; torchrun, by its module's name, reads those before -- itself
+    local module=$1
+    shift
+    if (( NPROC > 1 )); then
+        python -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m "$module" -- "$@"
+    else
+        python -m "$module" "$@"
+    fi
+}
+
 # The chain's progress. A recipe names its stages once, each with its seconds where the header measured them (else 0):
 # `begin_chain NAME text 25 base 330 ...`; then each begins with `stage text`, and the last ends with `end_chain`.
 # <base dir>/chains/NAME/STAGE: the seconds of a finished stage, 0 if it was interrupted; empty until it ends.

@@ -266,8 +266,10 @@ def test_the_same_ranks_go_on_bit_for_bit(runs):
 def test_one_ranks_lack_of_memory_halves_the_rows_of_all(runs):
     """No rank waits for the other, and the step that failed is computed again."""
     assert_same_runs(runs / "short", runs / "expected")
-    decision = json.loads((runs / "short" / "run.json").read_text())["decisions"][-1]
-    assert decision["value"] == "1" and "out of memory at step 2 with --device-batch-size 2: " in decision["why"]
+    info = json.loads((runs / "short" / "run.json").read_text())
+    decision = info["decisions"][-1]
+    assert info["num_devices"] == 2 and decision["value"] == "1"
+    assert "out of memory at step 2 with --device-batch-size 2: " in decision["why"]
 
 
 def test_files_of_a_checkpoint_of_four_ranks(runs):
