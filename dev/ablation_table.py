@@ -27,10 +27,9 @@ START_TOLERANCE = 0.05     # nats between the loss of the first step and ln V
 @dataclass(frozen=True)
 class Result:
     """What a finished run came to."""
-    bpb:            float
-    seconds:        float
-    tokens_per_sec: float    # of the median step, whatever else the machine did in between
-    start_loss:     float    # of the first batch, in nats per token
+    bpb:        float
+    seconds:    float    # of all its steps at the median one's speed: the first may compile, others have had to wait
+    start_loss: float    # of the first batch, in nats per token
 
 
 def read_results(name: str, models: dict[str, dict], seeds: int) -> dict[str, dict[int, Result]]:
@@ -41,8 +40,8 @@ def read_results(name: str, models: dict[str, dict], seeds: int) -> dict[str, di
             run = read_run(get_run_dir("base", f"{name}-{model}-seed{seed}"))
             values = run.info.get("results") or {}
             if run.info.get("status") == "finished" and "val_bpb" in values:
-                speeds = [speed for _, speed in run.get_series("train", "tokens_per_sec")]
-                results[model][seed] = Result(values["val_bpb"], values["train_sec"], statistics.median(speeds),
+                step_ms = statistics.median(ms for _, ms in run.get_series("train", "step_ms"))
+                results[model][seed] = Result(values["val_bpb"], models[model]["steps"] * step_ms / 1e3,
                                               run.get_series("train", "loss")[0][1])
     return results
 
@@ -76,7 +75,7 @@ def summarize(ablation: dict, results: dict[str, dict[int, Result]]) -> dict:
     for row in features:
         row["is_clear"] = row["std_error"] is not None and abs(row["delta_bpb"]) > 2 * max(row["std_error"], pooled)
     means = {model: {key: statistics.mean(getattr(result, key) for result in by_seed.values())
-                     for key in ("bpb", "seconds", "tokens_per_sec", "start_loss")}
+                     for key in ("bpb", "seconds", "start_loss")}
              for model, by_seed in results.items() if by_seed}
     return {"slope": slope, "pooled_std_error": pooled, "rows": features, "means": means,
             "notes": describe_caveats(ablation, results, slope, features, pooled)}
@@ -110,8 +109,8 @@ def measure_feature(comparison: list[str], models: dict[str, dict], results: dic
         row["compute_multiplier"] = math.exp(delta / slope)
         if row["std_error"] is not None:
             row["range"] = [math.exp((delta + sign * 2 * row["std_error"]) / slope) for sign in (-1, 1)]
-        speeds = [statistics.mean(results[model][seed].tokens_per_sec for seed in seeds) *
-                  models[model]["flops_per_token"] for model in (with_it, without)]
+        speeds = [models[model]["flops"] / statistics.mean(results[model][seed].seconds for seed in seeds)
+                  for model in (with_it, without)]
         row["seconds_multiplier"] = row["compute_multiplier"] * speeds[0] / speeds[1]
     return row
 
@@ -127,7 +126,7 @@ def describe_caveats(ablation: dict, results: dict[str, dict[int, Result]], slop
     if start and not notes:
         notes.append(f"All models start at a loss of ln V, within {START_TOLERANCE} nats.")
     if missing := [model for model, by_seed in results.items() if len(by_seed) < seeds]:
-        notes.append(f"Not all {seeds} seeds are finished of {', '.join(missing)}.")
+        notes.append(f"Runs that aren't finished are missing: of {', '.join(missing)}.")
     if slope:
         notes.append(f"The full model loses {slope:.4f} bits per byte per e-fold of FLOPs.")
         far = [row["feature"] for row in features if abs(row["delta_bpb"] or 0) > slope * -math.log(SLOPE_FRAC)]

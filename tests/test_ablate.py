@@ -59,7 +59,7 @@ def test_a_killed_ablation_goes_on(base_dir, capfd):
 
     partial = ablate.main(["--name", "toy", "--only-table"])
     assert partial["means"]["full"]["bpb"] > 0 and "plain" not in partial["means"]
-    assert partial["rows"][2]["delta_bpb"] is None and "Not all 2 seeds are finished" in "".join(partial["notes"])
+    assert partial["rows"][2]["delta_bpb"] is None and "Runs that aren't finished" in "".join(partial["notes"])
 
     results = ablate.main(argv)
     assert (get_run_dir("base", "toy-full-seed1") / "run.json").read_bytes() == before
@@ -120,11 +120,11 @@ LN_V = math.log(512)
 MODELS = {"full": (2000.0, 1e6), "no-smear": (1600.0, 1e6), "no-x0": (2000.0, 1e6), "half": (2000.0, 5e5)}
 
 
-def write_ablation(base_dir, name, bpb, tokens_per_sec=None, start=LN_V):
+def write_ablation(base_dir, name, bpb, step_ms=None, start=LN_V):
     """Made-up runs; bpb: {model: its value by seed}, None: not finished."""
     folder = base_dir / "sweeps" / name
     folder.mkdir(parents=True)
-    models = {model: {"parameters": 1000, "vocab_size": 512, "flops_per_token": per_token, "flops": flops, "steps": 2}
+    models = {model: {"parameters": 1000, "vocab_size": 512, "flops_per_token": per_token, "flops": flops, "steps": 300}
               for model, (per_token, flops) in MODELS.items()}
     write_json(folder / "ablation.json", {
         "name": name, "mode": "drop", "seeds": max(map(len, bpb.values())), "target_flops": 1e6, "models": models,
@@ -135,8 +135,8 @@ def write_ablation(base_dir, name, bpb, tokens_per_sec=None, start=LN_V):
             with RunLog(get_run_dir("base", f"{name}-{model}-seed{seed}"), {}, Ranks()) as log:
                 for step in (1, 2, 3):
                     log.write("train", step, loss=start / step,
-                              tokens_per_sec=(tokens_per_sec or {}).get(model, 100) * (0.1 if step == 1 else 1))
-                log.update(results={"val_bpb": value, "train_sec": 20.0})
+                              step_ms=(step_ms or {}).get(model, 100) + 9e5 * (step == 1))    # it compiles
+                log.update(results={"val_bpb": value})
                 log.close("stopped" if value is None else "finished")
     return folder
 
@@ -145,7 +145,7 @@ def test_arithmetic(base_dir):
     """The slope is .02 per doubling: what loses .02 takes twice the FLOPs."""
     folder = write_ablation(base_dir, "sums", {
         "full": [1.00, 1.10, 1.20], "no-smear": [1.01, 1.12, 1.23], "no-x0": [0.999, 1.101, 1.20],
-        "half": [1.02, 1.12, 1.22]}, tokens_per_sec={"no-smear": 200})
+        "half": [1.02, 1.12, 1.22]}, step_ms={"no-smear": 125})
     results = write_table(folder)
     smear, x0 = results["rows"]
     assert results["slope"] == pytest.approx(0.02 / math.log(2))
@@ -153,15 +153,15 @@ def test_arithmetic(base_dir):
     assert smear["std_error"] == pytest.approx(0.01 / math.sqrt(3)) and smear["is_clear"]
     assert smear["compute_multiplier"] == pytest.approx(2.0)
     assert smear["range"] == pytest.approx([2 ** (1 - 1 / math.sqrt(3)), 2 ** (1 + 1 / math.sqrt(3))])
-    # 100 tokens of 2,000 FLOPs a second with it, 200 of 1,600 without
-    assert smear["seconds_multiplier"] == pytest.approx(2 * 200_000 / 320_000)
+    # as many FLOPs take 30 seconds with it, 37.5 without
+    assert smear["seconds_multiplier"] == pytest.approx(2 * 37.5 / 30)
     assert x0["delta_bpb"] == pytest.approx(0, abs=1e-9) and not x0["is_clear"]
     assert x0["compute_multiplier"] == x0["seconds_multiplier"] == pytest.approx(1.0)
     pooled = math.sqrt((0.01**2 + 0.001**2) / 2 / 3)
     assert results["pooled_std_error"] == pytest.approx(pooled)
     table = (folder / "ablation.md").read_text()
-    assert r"| no-smear | 1.1200 | +0.0200 ± 0.0058 \* | 2.000 (1.340 to 2.984) | 1.250 | 1,000 | 1600 |" in table
-    assert "20 | x0: the embedding |" in table
+    assert r"| no-smear | 1.1200 | +0.0200 ± 0.0058 \* | 2.000 (1.340 to 2.984) | 2.500 | 1,000 | 1600 | 300 |" in table
+    assert "| 30 | x0: the embedding |" in table
 
 
 def test_a_small_spread_by_chance_is_no_proof(base_dir):
@@ -180,7 +180,7 @@ def test_caveats(base_dir):
     assert smear["seeds"] == [1] and smear["std_error"] is None and not smear["is_clear"]
     assert smear["compute_multiplier"] is None and x0["delta_bpb"] is None
     notes = "\n".join(results["notes"])
-    for part in ("full starts at a loss of 9.000, not at ln V = 6.238", "2 seeds are finished of no-smear, no-x0.",
+    for part in ("full starts at a loss of 9.000, not at ln V = 6.238", "missing: of no-smear, no-x0.",
                  "Twice the FLOPs made the full model no better", "With one seed"):
         assert part in notes
     assert "within" not in notes
