@@ -19,20 +19,10 @@ from nanochat.common import Ranks, UserError, print0
 from nanochat.config import estimate_flops, read_config
 from nanochat.dataloader import ConversationGroups, Epoch, ValidationBatches, count_epoch, validation_conversations
 from nanochat.optim import MuonAdamW
-from nanochat.run import StopSignal, decide, read_info
+from nanochat.report import write_stage_section
+from nanochat.run import StopSignal, TakenStep, decide, read_info
 from nanochat.scaling import get_chat_momentum, get_lr_frac, make_chat_plan
-from nanochat.stage import (
-    Recipe,
-    Run,
-    Setup,
-    TakenStep,
-    begin_run,
-    evaluate,
-    make_state,
-    prepare_run,
-    print_samples,
-    write_report,
-)
+from nanochat.stage import Recipe, Run, Setup, begin_run, evaluate, make_state, prepare_run, print_samples
 from nanochat.train import take_step
 from tasks.mixtures import Mixture
 
@@ -78,7 +68,7 @@ def add_chat_args(parser: argparse.ArgumentParser, mixtures: Iterable[str]) -> N
         "conversations (default: all), each used WEIGHT times (default: once)")
     add_words_flag(parser)
     add("--custom-json", action="append", default=[], metavar="FILE", help="your own conversations as well: a .jsonl, "
-        ".json, .csv or .parquet file, see tasks/customjson.py; may be repeated")
+        ".json, .csv, .tsv or .parquet file, see tasks/customjson.py; may be repeated")
     # horizon and learning rates
     add("--num-epochs", type=int, default=1, help="times that each conversation is learned from")
     add("--num-iterations", type=int, help="optimizer steps, instead of whole epochs")
@@ -104,8 +94,9 @@ def run_chat_stage(stage: ChatStage, settings: ChatSettings, flags: StageFlags, 
         info = train(run, val_batches, settings, epoch)
     else:
         info = read_info(run_dir)
-    write_report(stage.section, stage.title, run_dir, info, metrics={"chat bpb": info["results"].get("val_bpb")},
-                 values={"conversations": info["results"]["num_conversations"]})
+    write_stage_section(stage.section, stage.title, run_dir, info,
+                        metrics={"chat bpb": info["results"].get("val_bpb")},
+                        values={"conversations": info["results"]["num_conversations"]})
     return {"run_dir": str(run_dir), **info["results"]}
 
 
@@ -121,7 +112,7 @@ def train(run: Run, val_batches: ValidationBatches | None, settings: ChatSetting
             sampling, is_last = run.is_due(step, flags.sample_every), step == run.setup.last_step
             saving, stopping = saver.due(step, stop.is_set(), evaluating)
             if saving or stopping or evaluating or sampling or is_last:
-                run.finish_step()
+                run.steps.finish()
             if saving:
                 saver.save(step, state.model, state.optimizer, run.get_meta())
             if stopping:
@@ -141,7 +132,7 @@ def train(run: Run, val_batches: ValidationBatches | None, settings: ChatSetting
                 continue
             step += 1
             values = {"lr_frac": lr_frac, "tokens": step * plan.batch_tokens, **run.loader.stats}
-            run.log_step(TakenStep(step, begin_time, stats, values))
+            run.steps.add(TakenStep(step, begin_time, stats, values))
 
 
 def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run_dir: Path,

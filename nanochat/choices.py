@@ -15,7 +15,7 @@ from nanochat.checkpoint_manager import Checkpoint, SaveRules
 from nanochat.common import UserError, gather, int_or_all, int_or_never
 from nanochat.compilation import choose_compile
 from nanochat.cross_entropy import LOSSES
-from nanochat.flash_attention import choose_backend
+from nanochat.flash_attention import FLEX_BLOCK, choose_backend
 from nanochat.fp8 import choose_fp8
 from nanochat.gpt import GPTConfig
 from nanochat.memory import GIB, Machine, get_peak_flops, list_divisors, measure_free_bytes
@@ -36,6 +36,11 @@ OUTCOME_FLAGS = {"data", "tokenizer", "depth", "aspect_ratio", "head_dim", "max_
 LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")    # later stages take over the base run's
 
 
+def take_identity(flags: dict[str, object]) -> dict[str, object]:
+    """The flags that resume compares by value."""
+    return {name: value for name, value in flags.items() if name not in FREE_FLAGS | OUTCOME_FLAGS}
+
+
 def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_every: int, has_rows: bool = True) -> None:
     """The flags that every stage has; has_rows: it learns from rows of data, and is evaluated on them."""
     add = parser.add_argument
@@ -45,7 +50,8 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
         add("--total-batch-size", type=int, help="tokens of a step, all ranks together (default: chosen)")
         add("--eval-tokens", type=int, help="tokens of a validation loss (default: chosen)")
     add("--device-batch-size", type=memory.rows_or_auto, default="auto", metavar="ROWS",
-        help="rows of a forward pass; auto: the largest micro-batch that fits (default: %(default)s)")
+        help="rows of a forward pass; auto: the largest micro-batch that is predicted to fit, up to the size beyond "
+             "which more rows gain nothing (default: %(default)s)")
     # evaluation and saving
     add("--eval-every", type=int_or_never, default=eval_every, help="steps between evaluations, or never")
     add("--sample-every", type=int_or_never, default=sample_every, help="steps between samples, or never")
@@ -64,7 +70,9 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
         help="on: each block; trunk: all blocks as one, which starts more slowly (default: %(default)s, off or on)")
     add("--attention", default="auto", help="auto, or one backend of nanochat.flash_attention")
     add("--fp8", choices=("auto", "on", "off"), default="auto",
-        help="compute in 8 bits what reads normed activations; auto is off, for no GPU has shown the gain yet")
+        help="compute in 8 bits what reads normed activations, on NVIDIA GPUs of compute capability 8.9 or more (a CPU "
+             "does it slowly, for studies); a run may change it whenever it is continued; auto is off, for no GPU has "
+             "shown the gain yet")
     add("--loss", choices=tuple(LOSSES), default="fused", help="fused saves memory, plain is easy to change")
     add("--deterministic", action="store_true", help="only algorithms that repeat bit for bit on a GPU, slower")
 
@@ -246,6 +254,17 @@ def choose_micro_rows(wanted: Wanted, rows: StepRows, machine: Machine, free_byt
         free, warning = f"{free_bytes / GIB:.2f} GiB", " and may not fit" if needed_bytes > free_bytes else ""
     return chosen, (f"{why}: {needed_bytes / GIB:.2f} GiB predicted, {free} free{warning}; "
                     f"{rows.num // chosen} a step")
+
+
+def describe_short_rows(plan: Plan, T: int, machine: Machine, decisions: list[dict]) -> None:
+    """Print and record the stages of a sequence-length warm-up."""
+    if not plan.short_rows:
+        return
+    stages = ", ".join(f"{stage.row_tokens} to step {stage.end_step}" for stage in plan.short_rows)
+    why = "asked for" + ("; the first step of each length compiles" if machine.is_compiled else "")
+    if machine.attention == "flex" and plan.short_rows[0].row_tokens % FLEX_BLOCK:
+        why += f"; rows that are no multiple of {FLEX_BLOCK} tokens use sdpa"
+    decide(decisions, "tokens of a row", f"{stages}, then {T}", why)
 
 
 def predict_run(stage: str, choices: Choices, config: GPTConfig, plan: Plan) -> dict:

@@ -2,10 +2,11 @@
 
 import contextlib
 import functools
+import gc
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -48,16 +49,54 @@ def choose_compile(wanted: str, device: torch.device, eager_sec: float | None) -
     return True, "asked for, all blocks as one" if wanted == "trunk" else "it works here"
 
 
+@contextlib.contextmanager
+def pause_collector() -> Iterator[None]:
+    """Without Python's garbage collector, which goes through a compiler's living objects again and again, and they only
+    become more: 1.5 of the 12 s that a step at depth 12 takes to trace with all kernels cached."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def probe_compiler(device: torch.device) -> str:
     """'' if torch.compile works on this device, else the reason; takes a few seconds the first time."""
     try:
         if awkward := link_awkward_paths():
             return (f"the path {awkward} has a blank or a quote, which torch leaves unquoted for the C++ compiler, and "
                     f"no link to it can be made in {tempfile.gettempdir()}; move it, or set TMPDIR")
-        torch.compile(lambda x: (x * 2 + 1).sum(), dynamic=False)(torch.ones(64, device=device))
+        if device.type != "cpu" or not compiles_for_this_cpu():
+            compile_probe(device)
     except Exception as error:  # no compiler, no headers, a broken toolchain: each raises another type
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
     return ""
+
+
+def compile_probe(device: torch.device) -> None:
+    """Compile and run a small kernel, with the exponential that torch itself tries vector instructions with."""
+    torch.compile(lambda x: (x * 2 + 1).exp().sum(), dynamic=False)(torch.ones(64, device=device))
+
+
+def compiles_for_this_cpu() -> bool:
+    """Whether a kernel with this CPU's best vector instructions can be compiled and run; if so, torch trusts them.
+
+    Left alone, torch tries each set of instructions in a process of its own, in every run: 1.3 s, kernels cached or not
+    (dev/LOG.md, "A compiled engine's warm start").
+    """
+    from torch._inductor import config, cpu_vec_isa
+    if config.cpp.vec_isa_ok is not None:  # TORCHINDUCTOR_VEC_ISA_OK is set, or this has been asked before
+        return False
+    config.cpp.vec_isa_ok = True
+    try:
+        compile_probe(torch.device("cpu"))
+    except Exception:  # of any type: an old compiler, say
+        config.cpp.vec_isa_ok = None
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        return False
+    return True
 
 
 def link_awkward_paths() -> str:

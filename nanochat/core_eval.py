@@ -31,6 +31,7 @@ import yaml
 from nanochat.common import UserError, file_lock, get_base_dir, get_ranks, print0, sum_over_ranks
 from nanochat.engine import KVCache
 from nanochat.gpt import GPT
+from nanochat.run import RunLog
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 NUM_CORE_TASKS = 22         # in the published bundle; the mean over fewer is another metric
@@ -348,3 +349,15 @@ def evaluate_core(model, tokenizer, *, max_per_task: int | None = None, bundle_d
     """
     tasks = load_tasks(bundle_dir)
     return compute_core({task.label: evaluate_task(model, tokenizer, task, max_per_task) for task in tasks})
+
+
+def log_core(model, tokenizer, log: RunLog, step: int, max_per_task: int | None) -> dict:
+    """The CORE metric at a step of a run; where its data is missing the run goes on without. Collective."""
+    try:
+        values = evaluate_core(model, tokenizer, max_per_task=max_per_task)
+    except UserError as error:
+        print0(f"CORE was not evaluated: {error}")
+        return {}
+    log.write("core", step, **values)
+    print0(f"step {step:05d} | CORE {values['core_metric']:.4f}")
+    return {"core_metric": values["core_metric"]}

@@ -1,4 +1,4 @@
-"""The loss: cross-entropy of the softcapped logits x @ weight.T, written plainly and fused.
+"""The loss: cross-entropy of the softcapped logits x @ weight.T, written plainly and fused; its scale in fp16.
 
 N tokens, C channels, V vocabulary.
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.common import UserError
 from nanochat.compilation import fused
 from nanochat.config import GPTConfig
 from nanochat.memory import CHUNK_TOKENS, CPU_EXP_TOKENS, get_even_size
@@ -198,3 +199,27 @@ def _score_logits(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
     capped = cap * _scaled_tanh(logits, cap)
     target = capped.gather(1, index)[:, 0]
     return (capped.exp().sum(-1).log() - target) * (targets >= 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fp16
+
+MIN_LOSS_SCALE = 2.0**-14  # overflow even at this scale means diverged gradients
+
+
+class LossScaler:
+    """Keeps fp16 gradients in range: the loss is multiplied by a scale that halves on overflow, and doubles after
+    `growth_steps` steps without one. The decision follows from the gradient norm over all ranks, so they agree."""
+
+    def __init__(self, scale: float = 2.0**16, growth_steps: int = 2000):
+        self.scale, self.growth_steps, self.num_good_steps = scale, growth_steps, 0
+
+    def update(self, overflowed: bool) -> None:
+        self.num_good_steps = 0 if overflowed else self.num_good_steps + 1
+        if overflowed:
+            self.scale /= 2
+            if self.scale < MIN_LOSS_SCALE:
+                raise UserError("fp16 gradients overflow at any scale of the loss, so the run stopped; the last "
+                                "checkpoint is intact, go on with another --dtype")
+        elif self.num_good_steps % self.growth_steps == 0:
+            self.scale *= 2

@@ -7,6 +7,17 @@ python -m nanochat.dataset --source files --path FOLDER --name mine your own tex
 python -m nanochat.dataset --source climbmix --verify               check every sha256, make bad shards again
 
 <base dir>/data/<name>/shard_00000.parquet ... val.parquet, and manifest.json, which lists what is complete.
+
+With no network python-docs, made from the Python installation itself, and files always work; climbmix, fineweb-edu and
+tinystories can come from a folder, $NANOCHAT_MIRROR_DIR/<owner>/<repo>/<file>, or from a mirror, $HF_ENDPOINT.
+
+files reads .txt .text .md .rst (a document each), .json .jsonl .ndjson .csv .tsv (a row with the field `text` each, or
+--text-column), all of these also as .gz or .zst, and .parquet. Text is UTF-8; another encoding is refused with the
+command that converts it. Links are followed; hidden files and the base folder are skipped. Every other file is named as
+left out, with the reason and what to do: HTML, Word and TeX (convert with `pandoc -t plain`), PDF, packed folders,
+damaged files, pipes. An account of all files, documents and characters ends it, and stands in manifest.json and the
+report card; where more than 5% were left out, a line says WARNING. Exact repeats are kept once; validation is at most
+10% of the distinct text, but for the document that reaches it.
 """
 
 import argparse
@@ -254,7 +265,7 @@ def fetch_from_hub(folder: Path, source: str, num_shards: int | None, num_worker
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Bring text onto this machine as parquet shards.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--source", choices=shards.SOURCES, help="default: climbmix on a machine with a GPU, else python-docs")
     add("--name", help="folder under <base dir>/data (default: the source's name)")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nanochat.common import is_out_of_memory, print0
-from nanochat.compilation import choose_compile
+from nanochat.compilation import choose_compile, pause_collector
 from nanochat.gpt import GPT, Linear
 from nanochat.kv_cache import KVCache, add_unused_token
 
@@ -107,7 +107,7 @@ class DecodingLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and x.device.type == "cpu":
-            if self.weight is not None and (self.is_small or x.numel() == self.in_features):
+            if (self.is_small or x.numel() == self.in_features) and self.weight is not None:
                 # One row reads the weights once, in a loop that inductor fuses with the operations around it
                 return (self.weight.float() * x.float().unsqueeze(-2)).sum(-1).to(x.dtype)
             if self.packed is not None:
@@ -183,13 +183,14 @@ def make_step(model: GPT, compile: bool | None = False, max_rows: int = 2) -> Ca
     if model.get_device().type == "cuda" and compile is not None:
         return GraphedStep(model)
     if compile and model.get_device().type == "cpu":
-        works, reason = choose_compile("auto", model.get_device(), None)
-        if works:
-            step = CompiledStep(model, max_rows)
-            if step.works:
-                return step
-        else:
-            print0(f"decoding eagerly: {reason}")
+        with pause_collector():
+            works, reason = choose_compile("auto", model.get_device(), None)
+            if works:
+                step = CompiledStep(model, max_rows)
+                if step.works:
+                    return step
+            else:
+                print0(f"decoding eagerly: {reason}")
     return functools.partial(run_eagerly, model)
 
 

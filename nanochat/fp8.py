@@ -10,9 +10,10 @@ N tokens, K channels in, M channels out.
 
 s and t are powers of two: a float loses nothing by them until it underflows, and x8 / s, w8 / t are exact in bf16.
 q, k and v share one x8. c_proj layers stay in bf16, since their inputs have no bound, and gates. The fp32 masters stay
-the parameters: checkpoints don't know of fp8; evaluation, decoding and export compute without it. In nanochat's public
-log fp8 gave 1.17 times the tokens per second at depth 26 on H100s, about 1.05 times to equal capability, and was slower
-at depth 12; weights kept for a step are modded-nanogpt's. This code has not run on a GPU: no figure is its own.
+the parameters: checkpoints don't know of fp8, so a run may switch it whenever it is continued; evaluation, decoding and
+export compute without it. In nanochat's public log fp8 gave 1.17 times the tokens per second at depth 26 on H100s,
+about 1.05 times to equal capability, and was slower at depth 12; weights kept for a step are modded-nanogpt's. This
+code has not run on a GPU: no figure is its own.
 """
 
 import math

@@ -342,15 +342,12 @@ class GPT(nn.Module):
 
     def get_positions(self, num_tokens: int, kv_cache=None) -> tuple[Tensor, Tensor]:
         """cos and sin of the positions of `num_tokens` new tokens, (B or 1, T, 1, D/2)."""
-        if kv_cache is not None:
-            positions = kv_cache.get_positions()  # a slice where all rows are equally long, else (B, T)
-            if isinstance(positions, slice) and positions.stop > len(self.cos):  # a slice would be cut without a word
-                raise ValueError(f"{positions.stop} tokens exceed the {len(self.cos)} positions of this model")
-            cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
-            return (cos, sin) if cos.dim() == 4 else (cos[None], sin[None])
-        if num_tokens > len(self.cos):
-            raise ValueError(f"{num_tokens} tokens exceed the {len(self.cos)} positions of this model")
-        return self.cos[None, :num_tokens].unsqueeze(2), self.sin[None, :num_tokens].unsqueeze(2)
+        # A slice where all rows are equally long, else (B, T)
+        positions = slice(num_tokens) if kv_cache is None else kv_cache.get_positions()
+        if isinstance(positions, slice) and positions.stop > len(self.cos):  # it would be cut without a word
+            raise ValueError(f"{positions.stop} tokens exceed the {len(self.cos)} positions of this model")
+        cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
+        return (cos, sin) if cos.dim() == 4 else (cos[None], sin[None])
 
     def forward_trunk(self, idx: Tensor, kv_cache=None) -> Tensor:
         """All but the head: normed activations, (B, T) -> (B, T, C)."""

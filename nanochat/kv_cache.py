@@ -76,8 +76,8 @@ class KVCache:
         if window not in self.masks:  # of all layers with this window
             self.masks[window] = find_mask(self.positions, q, self.k_cache, window)
         keys, mask = self.masks[window]
-        k_cache, v_cache = self.get_layer_cache(layer)
-        return attend_to_cache(q, k_cache[:, keys], v_cache[:, keys], mask).to(q.dtype)
+        k_cache, v_cache = (memory[layer, :, keys] for memory in (self.k_cache, self.v_cache))
+        return attend_to_cache(q, k_cache, v_cache, mask).to(q.dtype)
 
     def get_layer_cache(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values, (B, T, H, D) each."""

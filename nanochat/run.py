@@ -1,6 +1,7 @@
-"""A run's log, progress, identity and stop signals."""
+"""A run's log, its steps' figures, progress, identity and stop signals."""
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from nanochat import common
 from nanochat.common import Ranks, UserError, gather, get_ranks, now, print0
+from nanochat.memory import GIB
 from nanochat.scaling import Plan
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ class RunLog:
     def __init__(self, run_dir: Path, info: dict, ranks: Ranks, *, resume_step: int | None = None,
                  wandb_name: str | None = None):
         self.run_dir, self.active, self.info, self.wandb = run_dir, ranks.rank == 0, info, None
+        self.steps: StepLog | None = None   # which may owe the last step's line
         if not self.active:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -69,6 +72,8 @@ class RunLog:
 
     def __exit__(self, kind, error, trace) -> None:
         if self.active and error is not None and self.info["status"] == "running":
+            if self.steps:
+                self.steps.finish_after_error()
             self.update(reason=f"{kind.__name__}: {error}")
             self.close("failed")
 
@@ -149,6 +154,33 @@ class StepStats:
                             "lower learning rate")
 
 
+@dataclass(frozen=True)
+class PendingStats:
+    """The figures of a step that a GPU may still be computing: Python is ahead of it."""
+    figures:     "torch.Tensor"         # (2,) loss, times its scale, and gradient norm, in host memory
+    copied:      "torch.Event | None"   # when the figures are there; None: they are
+    loss_scale:  float
+    num_targets: int
+    skipped:     str                    # as in StepStats
+
+    def read(self) -> StepStats:
+        """Wait for the step's end."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        loss, grad_norm = self.figures.tolist()
+        return StepStats(loss / self.loss_scale, grad_norm, self.num_targets, self.skipped)
+
+
+@dataclass(frozen=True)
+class TakenStep:
+    """A step whose line of the log isn't written yet."""
+    step:       int
+    begin_time: float                 # of time.perf_counter
+    stats:      PendingStats
+    values:     dict                  # to log beside its figures
+    flops:      float | None = None   # where its rows are shorter than the context
+
+
 class Progress:
     """Smoothed loss, speed, memory and time of a run, and the console line that shows them.
 
@@ -200,9 +232,69 @@ class Progress:
         mfu = "" if values["mfu_pct"] is None else f" | mfu {values['mfu_pct']:.1f}%"
         return (f"step {step:05d}/{self.plan.num_iterations:05d} | loss {values['loss_smooth']:.4f} "
                 f"| grad {values['grad_norm']:.3f} | lr x{values['lr_frac']:.2f} | {values['step_ms']:.0f} ms "
-                f"| {values['tokens_per_sec']:,.0f} tok/s{mfu} | mem {values['peak_memory_bytes'] / 2**30:.2f} GiB "
+                f"| {values['tokens_per_sec']:,.0f} tok/s{mfu} | mem {values['peak_memory_bytes'] / GIB:.2f} GiB "
                 f"| epoch {values['epoch']} | {self.estimate_left_min(step):.1f} min left" +
                 (f" | SKIPPED: {values['skipped']}" if values["skipped"] else ""))
+
+
+LATE_SEC = 5    # that a run which failed waits for the figures of its last step (assumption, not studied)
+
+
+class StepLog:
+    """The lines of a run's steps: a CPU's at once, a GPU's when the step after it is queued. The GPU would idle while
+    Python waits for a step's figures and writes them.
+
+    first_step:      where this process begins
+    predicted_bytes: memory that a step was predicted to need, told beside the first one's measured peak; None: untold
+    """
+
+    def __init__(self, log: RunLog, progress: Progress, first_step: int, predicted_bytes: int | None):
+        gc.unfreeze()  # what an earlier run of this process froze
+        self.log, self.progress, self.first_step, self.predicted_bytes = log, progress, first_step, predicted_bytes
+        self.late: TakenStep | None = None
+        log.steps = self
+
+    def add(self, taken: TakenStep) -> None:
+        """Log a step, or the one before it where a GPU may still be computing this one."""
+        self.finish()
+        self.late = taken
+        if taken.stats.copied is None:  # not asked whether it is there by now: ranks would answer differently
+            self.finish()
+
+    def finish(self) -> None:
+        """Log the step that isn't logged yet; called before anything but a step happens."""
+        taken, self.late = self.late, None
+        if taken:
+            stats = taken.stats.read()
+            stats.check_finite(taken.step - 1)
+            values = self.progress.update(stats, self.progress.measure_sec(taken.begin_time), taken.flops)
+            values |= taken.values
+            self.write(taken.step, values, self.progress.format_line(taken.step, values))
+
+    def finish_after_error(self) -> None:
+        """Log the last step though the one after it failed, if its figures are there soon. They never come where the
+        GPU has failed, or waits for a rank that has died."""
+        deadline = time.monotonic() + LATE_SEC
+        with contextlib.suppress(RuntimeError, OSError, UserError):    # a GPU that failed answers with its error
+            while self.late and not self.late.stats.copied.query():
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.01)
+            self.finish()
+
+    def write(self, step: int, values: dict, line: str) -> None:
+        """Log a step and print its line; after the first one, the measured memory beside the predicted."""
+        self.log.write("train", step, **values)
+        print0(line)
+        if step > self.first_step + 1:
+            return
+        # All that exists by now stays to the end. To go through it takes the garbage collector a tenth of a second, in
+        # the midst of some rank's step, which all others then wait for
+        gc.collect()
+        gc.freeze()
+        if self.predicted_bytes is not None:
+            print0(f"memory: {values['peak_memory_bytes'] / GIB:.2f} GiB at the peak of the first step, "
+                   f"{self.predicted_bytes / GIB:.2f} predicted")
 
 
 def check_ranks(run_dir: Path, settings: dict) -> None:

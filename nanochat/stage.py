@@ -5,31 +5,29 @@
 There is no trainer: each stage shows its own loop, and calls these.
 """
 
-import gc
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.checkpoint_manager import Checkpoint, Checkpointer
-from nanochat.choices import FREE_FLAGS, OUTCOME_FLAGS, Choices, StageFlags, StepRows, choose_how, predict_run
-from nanochat.common import Ranks, UserError, get_base_dir, get_environment, get_peak_memory_bytes, now, print0
+from nanochat.choices import Choices, StageFlags, StepRows, choose_how, describe_short_rows, predict_run, take_identity
+from nanochat.common import Ranks, UserError, get_environment, get_peak_memory_bytes, now, print0
 from nanochat.compilation import set_compile_kernels
 from nanochat.config import GPTConfig, read_config
+from nanochat.cross_entropy import LossScaler
 from nanochat.dataloader import Groups, RowOrder, TrainLoader, ValidationBatches
 from nanochat.engine import Engine
 from nanochat.fp8 import use_fp8
 from nanochat.loss_eval import evaluate_loss
-from nanochat.memory import GIB
 from nanochat.optim import MuonAdamW
-from nanochat.report import write_section
-from nanochat.run import STOP_SIGNALS, Progress, RunLog, StopSignal, check_ranks, compare_with_saved, read_info
+from nanochat.run import STOP_SIGNALS, Progress, RunLog, StepLog, StopSignal, check_ranks, compare_with_saved, read_info
 from nanochat.scaling import Plan
 from nanochat.tokenizer import RustBPETokenizer
-from nanochat.train import LossScaler, PendingStats, TrainState
+from nanochat.train import TrainState
 
 
 @dataclass(frozen=True)
@@ -64,11 +62,6 @@ class Recipe:
                 "tokenizer": {"name": self.tokenizer_name, "hash": self.tokenizer.hash,
                               "vocab_size": self.tokenizer.get_vocab_size()},
                 "environment": get_environment(device), **self.notes}
-
-
-def take_identity(flags: dict[str, object]) -> dict[str, object]:
-    """The flags that resume compares by value."""
-    return {name: value for name, value in flags.items() if name not in FREE_FLAGS | OUTCOME_FLAGS}
 
 
 @dataclass(frozen=True)
@@ -117,6 +110,7 @@ def prepare_run(recipe: Recipe, device: torch.device, ranks: Ranks) -> Setup | N
     num_flops = plan.count_flops(last_step) - plan.count_flops(first_step)
     choices = choose_how(flags.wanted.keep(recipe.saved, recipe.source, device), rows, num_flops, device, decisions)
     check_ranks(run_dir, choices.to_json(choices.micro_rows))
+    describe_short_rows(plan, recipe.T, choices.machine, decisions)
     return Setup(recipe, device, ranks, first_step, last_step, choices, meta, decisions)
 
 
@@ -152,16 +146,6 @@ def make_state(setup: Setup, narrow: Callable[[MuonAdamW], MuonAdamW] | None = N
 
 
 @dataclass(frozen=True)
-class TakenStep:
-    """A step whose line of the log isn't written yet."""
-    step:       int
-    begin_time: float             # of time.perf_counter
-    stats:      PendingStats
-    values:     dict              # to log beside its figures
-    flops:      float | None = None   # where its rows are shorter than the context
-
-
-@dataclass(frozen=True)
 class Run:
     """What the loop of a stage works on."""
     setup:    Setup
@@ -170,7 +154,7 @@ class Run:
     saver:    Checkpointer
     log:      RunLog
     progress: Progress
-    late:     list[TakenStep] = field(default_factory=list)   # the last step, at most
+    steps:    StepLog
 
     def is_due(self, step: int, every: int | None) -> bool:
         """Whether something is to be done at this step: at multiples of `every` and at the end; None is never."""
@@ -182,38 +166,6 @@ class Run:
         return self.setup.meta | {"choices": self.setup.choices.to_json(state.micro_rows),
                                   "loader": self.loader.state_dict(), "optimizer_steps": state.optimizer.num_steps,
                                   "scaler": state.scaler and vars(state.scaler), "progress": self.progress.get_state()}
-
-    def log_step(self, taken: TakenStep) -> None:
-        """Log a step: a CPU's at once, a GPU's when the one after it is queued. The GPU would idle while Python waits
-        for a step's figures and writes them."""
-        self.finish_step()
-        self.late.append(taken)
-        if taken.stats.copied is None:  # not asked whether it is there by now: ranks would answer differently
-            self.finish_step()
-
-    def finish_step(self) -> None:
-        """Log the step that isn't logged yet; called before anything but a step happens."""
-        while self.late:
-            taken = self.late.pop()
-            stats = taken.stats.read()
-            stats.check_finite(taken.step - 1)
-            values = self.progress.update(stats, self.progress.measure_sec(taken.begin_time), taken.flops)
-            values |= taken.values
-            self.write_step(taken.step, values, self.progress.format_line(taken.step, values))
-
-    def write_step(self, step: int, values: dict, line: str) -> None:
-        """Log a step and print its line; after the first one, the measured memory beside the predicted."""
-        self.log.write("train", step, **values)
-        print0(line)
-        if step > self.setup.first_step + 1:
-            return
-        # All that exists by now stays to the end. To go through it takes the garbage collector a tenth of a second, in
-        # the midst of some rank's step, which all others then wait for
-        gc.collect()
-        gc.freeze()
-        if self.setup.recipe.flags.wanted.micro_rows == "auto":
-            print0(f"memory: {values['peak_memory_bytes'] / GIB:.2f} GiB at the peak of the first step, "
-                   f"{self.setup.choices.memory_bytes / GIB:.2f} predicted")
 
     def stop(self, signal: StopSignal) -> None:
         """End a run that was told to stop, when its last save is on disk; raises what ends the process."""
@@ -235,7 +187,6 @@ class Run:
 
 def begin_run(setup: Setup, state: TrainState, loader) -> Run:
     """Claim the folder, open the log, and print the plan. Collective."""
-    gc.unfreeze()  # what an earlier run of this process froze
     recipe, flags, config, plan = setup.recipe, setup.recipe.flags, setup.recipe.config, setup.recipe.plan
     resume_step = recipe.saved.step if recipe.saved else None
     params, data, tokenizer = state.model.num_scaling_params(), recipe.data, setup.meta["tokenizer"]
@@ -257,7 +208,9 @@ def begin_run(setup: Setup, state: TrainState, loader) -> Run:
     if setup.choices.machine.is_compiled:
         print0("compiling the step: up to a minute the first time, a few seconds after that ...")
     progress = Progress(plan, setup.choices.peak_flops, setup.device, recipe.get_saved("progress"))
-    return Run(setup, state, loader, saver, log, progress)
+    predicted_bytes = setup.choices.memory_bytes if flags.wanted.micro_rows == "auto" else None
+    steps = StepLog(log, progress, setup.first_step, predicted_bytes)
+    return Run(setup, state, loader, saver, log, progress, steps)
 
 
 def evaluate(run: Run, step: int, val_batches: ValidationBatches) -> dict:
@@ -286,18 +239,3 @@ def print_samples(run: Run, step: int, prompts: dict[str, list[int]], max_tokens
         text = tokenizer.decode(rows[0][1:])
         run.log.write("sample", step, prompt=prompt, text=text)
         print0(f"sample | {text!r}")
-
-
-def write_report(section: str, title: str, run_dir: Path, info: dict, metrics: dict, values: dict) -> None:
-    """The section of the report card.
-    metrics: compared with other stages'; values: shown after those that all stages have"""
-    plan, params, results, source = info["plan"], info["params"], info["results"], info.get("source")
-    begun = {"begun with": f"{source['stage']} {source['tag']}, step {source['step']}"} if source else {}
-    write_section(section, {
-        "title": title, "stage": info["stage"], "argv": info["argv"], "created": info["ended"],
-        "run": str(run_dir.relative_to(get_base_dir())), "metrics": metrics,
-        "notes": [line for file in info["data"].get("files", ()) for line in file["lines"]],    # of a person's own
-        "values": {"parameters": params["total"], "steps": results["step"], "tokens": results["tokens"],
-                   "tokens per scaling parameter": plan["tokens_per_param"], "training FLOPs": plan["total_flops"],
-                   "validation bits per byte": results.get("val_bpb"), "minutes": results["train_sec"] / 60,
-                   "peak memory in GiB": results["peak_memory_bytes"] / 2**30, **begun, **values}})

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from nanochat.common import UserError, any_rank, get_first_line, is_out_of_memory, print0, sum_over_ranks
+from nanochat.cross_entropy import LossScaler
 from nanochat.gpt import GPT
 from nanochat.memory import list_divisors
 from nanochat.optim import MuonAdamW
-from nanochat.run import RunLog, StepStats, StopSignal
+from nanochat.run import PendingStats, RunLog, StepStats, StopSignal
 
 
 @dataclass(frozen=True)
@@ -52,31 +53,14 @@ class Batch:
             yield self.map(operator.itemgetter(slice(start, start + num_rows)))
 
 
-@dataclass(frozen=True)
-class PendingStats:
-    """The figures of a step that a GPU may still be computing: Python is ahead of it."""
-    figures:     Tensor               # (2,) loss, times its scale, and gradient norm, in host memory
-    copied:      torch.Event | None   # when the figures are there; None: they are
-    loss_scale:  float
-    num_targets: int
-    skipped:     str                  # as in StepStats
-
-    def read(self) -> StepStats:
-        """Wait for the step's end."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        loss, grad_norm = self.figures.tolist()
-        return StepStats(loss / self.loss_scale, grad_norm, self.num_targets, self.skipped)
-
-
 def train_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
-               scaler: "LossScaler | None" = None) -> StepStats:
+               scaler: LossScaler | None = None) -> StepStats:
     """`queue_step`, waited for."""
     return queue_step(model, optimizer, batch, micro_rows, scaler).read()
 
 
 def queue_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
-               scaler: "LossScaler | None" = None) -> PendingStats:
+               scaler: LossScaler | None = None) -> PendingStats:
     """One optimizer step on this rank's rows of it. Collective: all ranks call it.
 
     On a GPU it is queued: Python waits for nothing but the other ranks' Python (fp16: for the gradient norm). So the
@@ -150,27 +134,6 @@ def add_gradients(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: in
         # the text only: the error holds the frames that it came through, and these hold activations
         return loss, get_first_line(error)
     return loss, None
-
-
-MIN_LOSS_SCALE = 2.0**-14  # overflow even at this scale means diverged gradients
-
-
-class LossScaler:
-    """Keeps fp16 gradients in range: the loss is multiplied by a scale that halves on overflow, and doubles after
-    `growth_steps` steps without one. The decision follows from the gradient norm over all ranks, so they agree."""
-
-    def __init__(self, scale: float = 2.0**16, growth_steps: int = 2000):
-        self.scale, self.growth_steps, self.num_good_steps = scale, growth_steps, 0
-
-    def update(self, overflowed: bool) -> None:
-        self.num_good_steps = 0 if overflowed else self.num_good_steps + 1
-        if overflowed:
-            self.scale /= 2
-            if self.scale < MIN_LOSS_SCALE:
-                raise UserError("fp16 gradients overflow at any scale of the loss, so the run stopped; the last "
-                                "checkpoint is intact, go on with another --dtype")
-        elif self.num_good_steps % self.growth_steps == 0:
-            self.scale *= 2
 
 
 class OutOfMemory(Exception):

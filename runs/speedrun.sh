@@ -2,18 +2,16 @@
 # GPT-2's capability on one node: download -> tokenizer -> base -> mid -> SFT -> RL -> evaluation -> report card.
 #
 # Hardware  8 H100 (80 GB). Fewer GPUs take proportionally longer: set NPROC.
-# Recipe    RECIPE=d24 (the default) or RECIPE=d22; `python -m scripts.plan --recipe d24 d22 --nproc 8` compares them.
-#           Published on 8 H100 for the base model alone, both in fp8, which here is EXTRA="--fp8 on":
-#     d24   1.65 hours, CORE 0.2626, 0.7180 bits per byte, 5 runs: depth 24, 8 tokens per scaling parameter
-#           (karpathy/nanochat, run 6 of its leaderboard, commit a825e63, by March 2026)
-#     d22   81.8 minutes, CORE 0.2618, 0.7188 bits per byte, 6 runs: depth 22, 9.4 tokens per scaling parameter, a
-#           vocabulary of 49,152, steps of half a million tokens (karpathy/nanochat, pull request 830, August 2026, not
-#           merged). That run also had learned scales in some norms, which this model has not, and micro-batches of 32
-#           rows; in bf16 16 fit by plan. The schedule (warm-down over 85% of the run, to 0) is that of its predecessor,
-#           pull request 733 (88.2 minutes); the command in 830 names no schedule
-# Time      by plan, at the MFU published for bf16: 2.0 hours for the base model of d24, 1.6 hours for that of d22. Not
-#           run by this code base yet. Chat stages and RL on top
-# Cost      by plan, at $24 an hour for the node: $47 for the base model of d24, $38 for that of d22
+# Recipe    RECIPE=d24 (the default) or RECIPE=d22. Hours and cost of the base model alone, $24 an hour:
+#
+#           planned at the MFU     published, in fp8,
+#           published for bf16     which here is EXTRA="--fp8 on"
+#     d24   2.0 hours, $47         1.65 hours, CORE 0.2626, 0.7180 bits per byte, means of 5 runs
+#     d22   1.6 hours, $38         81.8 minutes, CORE 0.2618, 0.7188 bits per byte, means of 6 runs
+#
+#           Chat stages and RL come on top. Not run by this code base yet. RECIPES in scripts/plan.py has the sources,
+#           and what d22's published run did otherwise.
+#           `python -m scripts.plan --recipe d24 d22 --nproc 8` compares both.
 #
 # Run it again to continue where it stopped; what is done is skipped. To change it, set any of these:
 RECIPE=${RECIPE:-d24}

@@ -13,29 +13,18 @@ from pathlib import Path
 from nanochat import scaling
 from nanochat.checkpoint_manager import find_saved, get_run_dir, locked_run
 from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, count_rows, read_flags
-from nanochat.common import Ranks, UserError, init_compute, int_or_all, int_or_never, print0, run_script
+from nanochat.common import Ranks, init_compute, int_or_all, int_or_never, run_script
 from nanochat.config import estimate_flops
-from nanochat.core_eval import evaluate_core
+from nanochat.core_eval import log_core
 from nanochat.dataloader import TextGroups, ValidationBatches, validation_batches
 from nanochat.dataset import default_source
-from nanochat.flash_attention import FLEX_BLOCK
 from nanochat.optim import MuonAdamW
 from nanochat.presets import parse_knobs
-from nanochat.run import StopSignal, decide, read_info
+from nanochat.report import write_stage_section
+from nanochat.run import StopSignal, TakenStep, read_info
 from nanochat.scaling import get_lr_frac, get_muon_momentum, get_weight_decay_frac, make_config, make_plan
 from nanochat.shards import ShardList, load_shards
-from nanochat.stage import (
-    Recipe,
-    Run,
-    Setup,
-    TakenStep,
-    begin_run,
-    evaluate,
-    make_state,
-    prepare_run,
-    print_samples,
-    write_report,
-)
+from nanochat.stage import Recipe, Run, begin_run, evaluate, make_state, prepare_run, print_samples
 from nanochat.tokenizer import get_tokenizer
 from nanochat.train import take_step
 
@@ -91,14 +80,13 @@ def main(argv: list[str] | None = None) -> dict:
         recipe, shards = make_recipe(args, flags, run_dir, ranks)
         setup = prepare_run(recipe, device, ranks)
         if setup:
-            describe_short_rows(setup)
             groups = TextGroups(shards, recipe.tokenizer, recipe.T, packing=args.packing, long_docs=args.long_docs)
             loader = setup.make_loader(groups)
             val_batches = validation_batches(shards, recipe.tokenizer, recipe.T, setup.count_eval_rows(), ranks)
             info = train(begin_run(setup, make_state(setup), loader), val_batches, args)
         else:
             info = read_info(run_dir)
-        write_report("base_train", "Base model: training", run_dir, info, values={}, metrics={
+        write_stage_section("base_train", "Base model: training", run_dir, info, values={}, metrics={
             "val_bpb": info["results"].get("val_bpb"), "CORE": info["results"].get("core_metric")})
         return {"run_dir": str(run_dir), **info["results"]}
 
@@ -114,7 +102,7 @@ def train(run: Run, val_batches: ValidationBatches, args: argparse.Namespace) ->
             sampling, is_last = run.is_due(step, flags.sample_every), step == run.setup.last_step
             saving, stopping = saver.due(step, stop.is_set(), evaluating or scoring)
             if saving or stopping or evaluating or scoring or sampling or is_last:
-                run.finish_step()
+                run.steps.finish()
             if saving:
                 saver.save(step, state.model, state.optimizer, run.get_meta())
             if stopping:
@@ -122,7 +110,7 @@ def train(run: Run, val_batches: ValidationBatches, args: argparse.Namespace) ->
             if evaluating:
                 results |= evaluate(run, step, val_batches)
             if scoring:
-                results |= evaluate_core_metric(run, step, args.core_metric_max_per_task)
+                results |= log_core(state.model, tokenizer, log, step, args.core_metric_max_per_task)
             if sampling:
                 print_samples(run, step, prompts, max_tokens=24)
             if is_last:
@@ -138,7 +126,7 @@ def train(run: Run, val_batches: ValidationBatches, args: argparse.Namespace) ->
             flops = plan.count_flops(step)
             values = {"lr_frac": lr_frac, "row_tokens": row_tokens, "tokens": step * plan.batch_tokens, "flops": flops,
                       **run.loader.stats}
-            run.log_step(TakenStep(step, begin_time, stats, values, flops - plan.count_flops(step - 1)))
+            run.steps.add(TakenStep(step, begin_time, stats, values, flops - plan.count_flops(step - 1)))
 
 
 def make_recipe(args: argparse.Namespace, flags: StageFlags, run_dir: Path, ranks: Ranks) -> tuple[Recipe, ShardList]:
@@ -161,18 +149,6 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, run_dir: Path, rank
         lrs={name: getattr(args, name) for name in LR_NAMES}, notes={}), shards
 
 
-def describe_short_rows(setup: Setup) -> None:
-    """Print and record the stages of a sequence-length warm-up."""
-    plan, machine = setup.recipe.plan, setup.choices.machine
-    if not plan.short_rows:
-        return
-    stages = ", ".join(f"{stage.row_tokens} to step {stage.end_step}" for stage in plan.short_rows)
-    why = "asked for" + ("; the first step of each length compiles" if machine.is_compiled else "")
-    if machine.attention == "flex" and plan.short_rows[0].row_tokens % FLEX_BLOCK:
-        why += f"; rows that are no multiple of {FLEX_BLOCK} tokens use sdpa"
-    decide(setup.decisions, "tokens of a row", f"{stages}, then {setup.recipe.T}", why)
-
-
 def set_schedules(optimizer: MuonAdamW, step: int, num_iterations: int, args: argparse.Namespace) -> float:
     """Set learning rates, momentum and weight decay for a step; returns the learning rate's factor."""
     lr_frac = get_lr_frac(step, num_iterations, warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio,
@@ -183,18 +159,6 @@ def set_schedules(optimizer: MuonAdamW, step: int, num_iterations: int, args: ar
             group["momentum"] = get_muon_momentum(step, num_iterations, warmdown_ratio=args.warmdown_ratio)
             group["weight_decay"] = group["initial_weight_decay"] * get_weight_decay_frac(step, num_iterations)
     return lr_frac
-
-
-def evaluate_core_metric(run: Run, step: int, max_per_task: int | None) -> dict:
-    """The CORE metric; where its data is missing the run goes on without."""
-    try:
-        values = evaluate_core(run.state.model, run.setup.recipe.tokenizer, max_per_task=max_per_task)
-    except UserError as error:
-        print0(f"CORE was not evaluated: {error}")
-        return {}
-    run.log.write("core", step, **values)
-    print0(f"step {step:05d} | CORE {values['core_metric']:.4f}")
-    return {"core_metric": values["core_metric"]}
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, add_words_fla
 from nanochat.common import Ranks, UserError, init_compute, print0, run_script
 from nanochat.config import estimate_flops, read_config
 from nanochat.dataloader import hash_conversations
+from nanochat.report import write_stage_section
 from nanochat.rl import (
     DEFAULT_SAMPLE_ROWS,
     SAMPLE_ROWS,
@@ -45,7 +46,7 @@ from nanochat.rl import (
 )
 from nanochat.run import StopSignal, read_info
 from nanochat.scaling import make_rl_plan
-from nanochat.stage import Recipe, Run, Setup, begin_run, make_state, prepare_run, write_report
+from nanochat.stage import Recipe, Run, Setup, begin_run, make_state, prepare_run
 from nanochat.train import take_step
 from tasks.mixtures import GENERATED, make_task, parse_entry
 
@@ -143,7 +144,7 @@ def train(run: Run, held_out: list[Question], args: argparse.Namespace) -> dict:
             step += 1
             values = run.progress.update(stats, time.perf_counter() - step_start)
             values |= {"lr_frac": lr_frac, **rollouts.get_values(values["step_ms"] / 1e3)}
-            run.write_step(step, values, format_line(run, step, values))
+            run.steps.write(step, values, format_line(run, step, values))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,9 +265,9 @@ def report(run_dir: Path, info: dict) -> None:
     names = [key.removesuffix("_greedy_frac") for key in results if key.endswith("_greedy_frac")]
     metrics = {f"{name} (greedy, {results[f'{name}_problems']} questions)": results[f"{name}_greedy_frac"]
                for name in names}
-    write_report("chat_rl", "RL", run_dir, info, metrics=metrics,
-                 values={"questions": info["data"]["questions"], "steps skipped": results["num_skipped"],
-                         "reward of the last step": results.get("reward")})
+    write_stage_section("chat_rl", "RL", run_dir, info, metrics=metrics,
+                        values={"questions": info["data"]["questions"], "steps skipped": results["num_skipped"],
+                                "reward of the last step": results.get("reward")})
 
 
 if __name__ == "__main__":

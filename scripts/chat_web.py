@@ -6,6 +6,8 @@
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
 
+The base_url of a client ends with /v1, and GET /v1/models tells the limits. nanochat/server_api.py lists the fields of
+OpenAI's reference that are ignored (the header X-Ignored-Fields names them) or refused.
 SIGTERM, Ctrl-C and a closed terminal let running answers finish, up to --drain-seconds. The log has no contents without
 --log-contents.
 """
@@ -41,7 +43,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("-m", "--max-tokens", type=int, default=512, help="length of an answer in tokens, default of requests")
     add("--compile", action="store_true", help="faster decoding on a CPU; the start takes up to half a minute longer")
     add("-p", "--port", type=int, default=8000, help="0 = any free port")
-    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 admits other machines")
+    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 admits other machines, :: by IPv6 as well")
     add("-n", "--workers", type=int, default=1, help="engine processes, distributed over the GPUs in turn")
     add("--max-answer-tokens", type=int, default=Limits.max_answer_tokens,
         help="longest answer in tokens; a request's max_tokens is cut to it, and to what the context leaves")

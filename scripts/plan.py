@@ -48,8 +48,11 @@ class PublishedRun:
 
 RECIPE_FLAGS = ("depth", "target_param_data_ratio", "vocab_size", "total_batch_size")    # that this script has as well
 RECIPES = {
+    # Commit a825e63
     "d24": PublishedRun(24, 8, 32768, None, WARMDOWN_RATIO, FINAL_LR_FRAC, 99.0, 0.2626,
                         "karpathy/nanochat, run 6 of its leaderboard, by March 2026, mean CORE of 5 runs"),
+    # Not merged. Its micro-batches had 32 rows; in bf16 16 fit by plan. Its command names no schedule; that of the run
+    # before it (88.2 minutes) is a warm-down over 85% of the steps, to 0
     "d22": PublishedRun(22, 9.4, 49152, 2**19, 0.85, 0, 81.8, 0.2618,
                         "karpathy/nanochat, pull request 830, August 2026, mean CORE of 6 runs; with learned norm "
                         "scales, which this model has not. The schedule is its predecessor's, pull request 733"),

@@ -27,12 +27,12 @@ import filelock
 import torch
 
 from nanochat.checkpoint_manager import get_run_dir, locked_run
+from nanochat.choices import FREE_FLAGS
 from nanochat.common import UserError, file_lock, get_base_dir, get_worker_env, now, print0, run_script, write_json
 from nanochat.config import GPTConfig, estimate_flops
 from nanochat.report import RunFiles, read_json, read_run
 from nanochat.run import StopSignal
 from nanochat.scaling import check_counts, make_config, make_plan
-from nanochat.stage import FREE_FLAGS
 
 SWEEP_KEYS = ("grid", "flags", "created", "failed", "points")  # of sweep.json
 OWN_FLAGS = {"model_tag", "resume"}    # of base_train, set by the sweep itself

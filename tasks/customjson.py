@@ -1,9 +1,16 @@
-"""A person's own conversations, a row of a file each: .jsonl, .ndjson, .json, .csv (also .gz and .zst) or .parquet.
+"""A person's own conversations, a row of a file each: .jsonl .ndjson .json .csv .tsv (also .gz and .zst), .parquet.
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
 
-or a row of another common form, see nanochat.conversations. A row that is no conversation is left out and counted.
+or a row of another common form: ShareGPT, alpaca, dolly, prompt and completion. The roles may be system, developer,
+user, assistant and tool in any order, with OpenAI's tool calls; an answer with "weight": 0 is read, but not learned.
+What system and user say in a row is one question, a call and its output are part of the answer
+(nanochat.conversations).
+
+The account, printed and kept in run.json and the report card, has the rows kept, rows left out and why, and fields that
+are not read. Every twentieth conversation, the last ones of the file, is held out for validation (tasks.mixtures); of
+fewer than 20 none is.
 """
 
 import copy

@@ -96,13 +96,13 @@ def test_official_client(server, client):
         client.with_options(api_key="wrong").models.list()
 
 
-EXAMPLES = [(language, code) for language, code in re.findall(
-    r"```(bash|python)\n(.*?)```", (REPO_DIR / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    if "http://127.0.0.1:8000/v1" in code]
+EXAMPLES = [("python", code) for code in re.findall(
+    r"```python\n(.*?)```", (REPO_DIR / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    if "http://127.0.0.1:8000/v1" in code] + [("bash", re.search(r"curl .*?}'", chat_web.__doc__, re.DOTALL)[0])]
 
 
 @pytest.mark.parametrize("language,code", EXAMPLES)
-def test_examples_of_the_readme(server, language, code, capsys):
+def test_examples_of_the_readme_and_the_help(server, language, code, capsys):
     """As they stand there, but for the server's address and its key."""
     code = code.replace("http://127.0.0.1:8000", server.url)
     if language == "python":

@@ -1,6 +1,7 @@
 """Whether to compile, what is said when that can't be done, and kernels that a killed process left half-written."""
 
 import copy
+import gc
 import os
 import shlex
 import sysconfig
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from torch._inductor import cpp_builder
+from torch._inductor import config as inductor_config
+from torch._inductor import cpp_builder, cpu_vec_isa
 from torch.utils import cpp_extension
 
 from nanochat import compilation, gpt
@@ -52,6 +54,37 @@ def test_probe_names_what_is_wrong_with_the_compiler(monkeypatch):
         raise RuntimeError("No working C++ compiler found\nin any of these")
     monkeypatch.setattr(torch, "compile", fail)
     assert compilation.probe_compiler(CPU) == "RuntimeError: No working C++ compiler found"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_probe_asks_the_best_vector_instructions_only(fails, monkeypatch):
+    """Where they work, torch needn't ask for each set; where they don't, an old compiler say, it asks as ever."""
+    trusted = []
+
+    def compile_probe(device):
+        trusted.append(inductor_config.cpp.vec_isa_ok)
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        assert not (fails and inductor_config.cpp.vec_isa_ok)
+    monkeypatch.setattr(compilation, "compile_probe", compile_probe)
+    monkeypatch.setattr(compilation, "link_awkward_paths", lambda: "")
+    with inductor_config.patch({"cpp.vec_isa_ok": None}):
+        assert compilation.probe_compiler(CPU) == "" and trusted == [True, None][:1 + fails]
+        assert inductor_config.cpp.vec_isa_ok is (None if fails else True)
+    trusted.clear()
+    with inductor_config.patch({"cpp.vec_isa_ok": False}):  # TORCHINDUCTOR_VEC_ISA_OK=0
+        assert compilation.probe_compiler(CPU) == "" and trusted == [False]
+        assert inductor_config.cpp.vec_isa_ok is False
+
+
+def test_collector_pauses_while_a_step_is_compiled():
+    assert gc.isenabled()
+    with pytest.raises(ValueError), compilation.pause_collector():
+        assert not gc.isenabled()
+        with compilation.pause_collector():
+            pass
+        assert not gc.isenabled()
+        raise ValueError
+    assert gc.isenabled()
 
 
 def test_compiler_is_told_no_path_with_blanks_or_quotes(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from nanochat.core_eval import (
     evaluate_core,
     evaluate_task,
     load_tasks,
+    log_core,
     make_batches,
     make_item,
     render_prompts,
@@ -374,6 +375,19 @@ def test_core_is_the_mean_of_centered_accuracies(tokenizer, tmp_path):
                              "count": {"accuracy": 0.0, "centered": 0.0, "num_items": 12}}
     assert core["core_metric"] == pytest.approx((odd + dogs) / 3)
     assert core["num_tasks"] == 3
+
+
+def test_core_in_a_run_is_logged_or_said_to_be_missing(tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    lines, model = [], make_model(CORE_CONFIG, torch.float64)
+    log = SimpleNamespace(write=lambda kind, step, **values: lines.append((kind, step, values)))
+    assert log_core(model, tokenizer, log, 7, max_per_task=2) == {} and not lines
+    assert "CORE was not evaluated: " in capsys.readouterr().out
+    (tmp_path / "eval_bundle").mkdir()
+    expected = evaluate_core(model, tokenizer, max_per_task=2, bundle_dir=write_bundle(tmp_path / "eval_bundle"))
+    assert log_core(model, tokenizer, log, 7, max_per_task=2) == {"core_metric": expected["core_metric"]}
+    assert lines == [("core", 7, expected)]
+    assert f"step 00007 | CORE {expected['core_metric']:.4f}" in capsys.readouterr().out
 
 
 def test_fewer_items_than_shots(tokenizer, tmp_path):

@@ -28,6 +28,17 @@ def test_tree():
         assert names == files - {"__init__.py"}
 
 
+def test_core_is_read_in_an_evening():
+    """What a newcomer reads first, in that order, stays short, and README says how short."""
+    order = README.split("Read in this order: this page")[1].split("\n\n")[0]
+    paths = ["README.md", *re.findall(r"`([\w./]+)`", order)]
+    assert len(paths) == 6
+    num_lines = sum(len((REPO_DIR / path).read_text(encoding="utf-8").splitlines()) for path in paths)
+    assert num_lines <= 1300
+    stated = [int(number.replace(",", "")) for number in re.findall(r"\b(\d,\d{3}) lines", README)]
+    assert len(stated) == 2 and all(abs(number - num_lines) <= 20 for number in stated), num_lines
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_parses(command):
     """Each `python -m` line names a module with a command line that takes these flags."""

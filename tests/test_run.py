@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 import types
 
 import pytest
@@ -12,9 +13,18 @@ import torch
 
 from nanochat import run
 from nanochat.common import Ranks, UserError, print0
-from nanochat.run import Progress, RunLog, StopSignal, compare_with_saved, read_metrics
+from nanochat.run import (
+    PendingStats,
+    Progress,
+    RunLog,
+    StepLog,
+    StepStats,
+    StopSignal,
+    TakenStep,
+    compare_with_saved,
+    read_metrics,
+)
 from nanochat.scaling import make_config, make_plan
-from nanochat.train import StepStats
 from tests.helpers import start_script
 from tests.warm import WarmProcess
 
@@ -128,6 +138,59 @@ def test_progress_passes_over_skipped_steps_and_resumes():
     other = make_progress(json.loads(json.dumps(progress.get_state())))
     expected, actual = (p.update(StepStats(4.0, 1.0, 9, ""), 0.5) for p in (progress, other))
     assert actual == expected
+
+
+def take_step(step, copied, loss=2.0):
+    """A step whose loss was scaled by 4."""
+    stats = PendingStats(torch.tensor((4 * loss, 0.5)), copied, 4.0, 9, "")
+    return TakenStep(step, time.perf_counter(), stats, {"lr_frac": 1.0, "epoch": 0})
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_step_of_a_gpu_is_logged_when_the_next_one_is_queued(is_late, tmp_path, capsys):
+    """And waited for then; a CPU's at once. The last one is logged before anything else happens, and once."""
+    waits = []
+    log = RunLog(tmp_path, {}, Ranks())
+    steps = StepLog(log, make_progress(), first_step=0, predicted_bytes=3 * 2**30)
+    for step in (1, 2, 3):
+        steps.add(take_step(step, types.SimpleNamespace(synchronize=lambda step=step: waits.append(step))
+                            if is_late else None))
+        assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, step + (not is_late)))
+        assert waits == (list(range(1, step)) if is_late else [])
+    steps.finish()
+    steps.finish()
+    log.close("finished")
+    lines = read_metrics(tmp_path)
+    assert [(line["step"], line["loss"], line["grad_norm"], line["kind"]) for line in lines] == [
+        (step, 2.0, 0.5, "train") for step in (1, 2, 3)]
+    assert capsys.readouterr().out.count("at the peak of the first step, 3.00 predicted") == 1
+
+
+def fail(*_):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize(("query", "logged"), [(lambda: True, [1, 2]), (lambda: False, [1]), (fail, [1])])
+def test_last_step_before_an_error_is_logged_where_its_figures_are_there(query, logged, tmp_path, monkeypatch):
+    """They never come where the GPU failed, or waits for a rank that has died."""
+    monkeypatch.setattr(run, "LATE_SEC", 0.02)
+    with pytest.raises(ValueError, match="of the next step"), RunLog(tmp_path, {}, Ranks()) as log:
+        steps = StepLog(log, make_progress(), first_step=0, predicted_bytes=None)
+        for step in (1, 2):
+            steps.add(take_step(step, types.SimpleNamespace(synchronize=lambda: None, query=query)))
+        raise ValueError("of the next step")
+    assert [line["step"] for line in read_metrics(tmp_path)] == logged
+    assert json.loads((tmp_path / "run.json").read_text())["reason"] == "ValueError: of the next step"
+
+
+def test_step_that_is_not_finite_stops_the_run_before_it_is_logged(tmp_path):
+    log = RunLog(tmp_path, {}, Ranks())
+    steps = StepLog(log, make_progress(), first_step=0, predicted_bytes=None)
+    with pytest.raises(UserError, match="the loss is nan and the gradient norm 0.5 at step 6"):
+        steps.add(take_step(7, None, loss=float("nan")))
+    steps.finish()
+    log.close("failed")
+    assert not read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, None), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from nanochat import decoding, engine
-from nanochat.choices import FREE_FLAGS, OUTCOME_FLAGS, count_rows
+from nanochat.choices import FREE_FLAGS, OUTCOME_FLAGS, count_rows, take_identity
 from nanochat.common import Ranks, UserError, int_or_all, int_or_never
-from nanochat.stage import print_samples, take_identity
+from nanochat.stage import print_samples
 from scripts import base_train, chat_rl, chat_sft, mid_train
 from tests.helpers import BYTE_TOKENIZER, TINY, make_model
 

@@ -13,8 +13,10 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from nanochat.common import Ranks, UserError, any_rank, end_process, explain_ending, gather, sum_over_ranks
+from nanochat.cross_entropy import LossScaler
 from nanochat.gpt import GPTConfig
-from nanochat.train import Batch, LossScaler, OutOfMemory, StepStats, train_step
+from nanochat.run import StepStats
+from nanochat.train import Batch, OutOfMemory, train_step
 from tests.helpers import make_model, out_of_memory_at
 from tests.warm import start_warm_process
 
