@@ -22,8 +22,9 @@ from dev.ablation_table import SLOPE_FRAC, write_table
 from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import Ranks, UserError, get_base_dir, now, run_script, write_json
 from nanochat.config import GPTConfig, count_params
-from nanochat.presets import PLAIN, PRESETS, parse_knobs
+from nanochat.presets import PLAIN, parse_knobs
 from nanochat.scaling import check_counts
+from nanochat.stage import Recipe
 from scripts import base_train
 from scripts.sweep import Point, add_run_args, open_sweep, parse_flags
 
@@ -54,8 +55,7 @@ FEATURES = {
     "relu2": Feature("relu^2 in place of SwiGLU of as many parameters", {"mlp_act": "swiglu", "mlp_dim": "{swiglu}"}),
     "embed_norm": Feature("the embedding is normed", {"embed_norm": "off"}),
     "plain": Feature("all that the preset plain leaves out",
-                     {"window_pattern": PRESETS["plain"].shape["window_pattern"],
-                      **{name: format_knob(value) for name, value in PLAIN.items()}}),
+                     {"window_pattern": "L", **{name: format_knob(value) for name, value in PLAIN.items()}}),
 }
 
 
@@ -102,9 +102,36 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def plan_ablation(args: argparse.Namespace) -> tuple[dict, list[Point], list[str]]:
-    """The models and what is compared, as ablation.json has them; the runs; the flags that all have in common."""
+    """The models and what is compared, as ablation.json has them; the runs; the flags of the full model."""
     names = parse_features(args)
     check_counts(seeds=args.seeds)
+    flags, own, target_flops = read_flags(args)
+    width = make_recipe([*flags, *switch(own)]).config.n_embd
+    models = {name: own | make_off(off, width) for name, off in list_models(args.mode, names)} | {"half": own}
+    words = {name: [*switch(knobs), f"--target-flops={target_flops * (SLOPE_FRAC if name == 'half' else 1)!r}"]
+             for name, knobs in models.items()}
+    recipes = {name: make_recipe([*flags, *words[name]]) for name in models}
+    comparisons = list_comparisons(args.mode, names)
+    for feature, with_it, without in comparisons:
+        if describe_config(recipes[with_it].config) == describe_config(recipes[without].config):
+            raise UserError(f"{feature} changes nothing of this model, or it is off already; leave it out")
+    points = []
+    for seed in range(1, args.seeds + 1):    # each seed of all models before the next: a table early on
+        for name, recipe in recipes.items():
+            tag = f"{args.name}-{name}-seed{seed}"
+            points.append(Point(tag, ["--model-tag", tag, f"--seed={seed}", *flags, *words[name]],
+                                recipe.plan.total_flops))
+    about = {name: {"flags": words[name], "parameters": count_params(recipe.config)["total"],
+                    "vocab_size": recipe.config.vocab_size, "flops_per_token": recipe.plan.flops_per_token,
+                    "flops": recipe.plan.total_flops, "steps": recipe.plan.num_iterations}
+             for name, recipe in recipes.items()}
+    return {"name": args.name, "mode": args.mode, "seeds": args.seeds, "target_flops": target_flops, "flags": flags,
+            "created": now(), "models": about, "comparisons": comparisons,
+            "features": {name: FEATURES[name].what for name in names}}, points, [*flags, *words["full"]]
+
+
+def read_flags(args: argparse.Namespace) -> tuple[list[str], dict[str, str], float]:
+    """Of the flags behind --: those that all models have, the full model's window pattern and knobs, the FLOPs."""
     typed, _ = base_train.parse_args(args.flags)
     given = {next((key for key in vars(typed) if name not in vars(typed) and key.startswith(name)), name): values
              for name, values in parse_flags(args.flags).items()}    # argparse takes --knob for --knobs
@@ -118,40 +145,20 @@ def plan_ablation(args: argparse.Namespace) -> tuple[dict, list[Point], list[str
     horizon += [key for key in ("target_flops", "tokens") if getattr(args, key) is not None]
     if len(horizon) > 1:
         raise UserError(f"--{' and --'.join(horizon)} are two horizons; give one of them".replace("_", "-"))
-    flags = {key: values for key, values in given.items() if key not in ("knobs", "window_pattern", "num_iterations",
-                                                                         "target_flops")}
-    flags = [f"--depth={args.depth}", *to_words(flags)]
-    first = make_recipe([*flags, *to_words({key: given[key] for key in HORIZONS if key in given}), *switch(own)])
-    target_flops = args.target_flops or first.plan.total_flops
+    apart = ("knobs", "window_pattern", "num_iterations", "target_flops")
+    flags = [f"--depth={args.depth}", *to_words({key: given[key] for key in given if key not in apart})]
+    plan = make_recipe([*flags, *to_words({key: given[key] for key in horizon if key in given}), *switch(own)]).plan
+    if "total_batch_size" not in given:
+        flags.append(f"--total-batch-size={plan.batch_tokens}")
     if args.tokens is not None:
-        target_flops = args.tokens * first.plan.flops_per_token
-    flags += [f"--total-batch-size={first.plan.batch_tokens}"] if "total_batch_size" not in given else []
-
-    width, budget = first.config.n_embd, [f"--target-flops={target_flops!r}"]
-    models = {name: [*switch(own | make_off(off, width)), *budget] for name, off in list_models(args.mode, names)}
-    models["half"] = [*switch(own), f"--target-flops={SLOPE_FRAC * target_flops!r}"]
-    recipes = {name: make_recipe([*flags, *words]) for name, words in models.items()}
-    comparisons = list_comparisons(args.mode, names)
-    for feature, with_it, without in comparisons:
-        if describe_config(recipes[with_it].config) == describe_config(recipes[without].config):
-            raise UserError(f"{feature} changes nothing of this model, or it is off already; leave it out")
-    points = [Point(f"{args.name}-{model}-seed{seed}", ["--model-tag", f"{args.name}-{model}-seed{seed}",
-                                                        f"--seed={seed}", *flags, *words],
-                    recipes[model].plan.total_flops)
-              for seed in range(1, args.seeds + 1) for model, words in models.items()]
-    about = {name: {"flags": models[name], "parameters": count_params(recipe.config)["total"],
-                    "vocab_size": recipe.config.vocab_size, "flops_per_token": recipe.plan.flops_per_token,
-                    "flops": recipe.plan.total_flops, "steps": recipe.plan.num_iterations}
-             for name, recipe in recipes.items()}
-    return {"name": args.name, "mode": args.mode, "seeds": args.seeds, "target_flops": target_flops, "flags": flags,
-            "created": now(), "models": about, "comparisons": comparisons,
-            "features": {name: FEATURES[name].what for name in names}}, points, [*flags, *switch(own), *budget]
+        return flags, own, args.tokens * plan.flops_per_token
+    return flags, own, plan.total_flops if args.target_flops is None else args.target_flops
 
 
 def parse_features(args: argparse.Namespace) -> list[str]:
     """UserError where something is missing, unknown, given twice, or can't be added to another."""
     for flag in ("mode", "features", "depth"):
-        if not getattr(args, flag):
+        if getattr(args, flag) in (None, ""):
             raise UserError(f"--{flag} is missing; --mode drop or add, --features and --depth say what to train")
     names = args.features.split(",")
     for name in names:
@@ -200,7 +207,7 @@ def to_words(flags: dict[str, list[str]]) -> list[str]:
     return [word for name, values in flags.items() for word in (f"--{name.replace('_', '-')}", *values)]
 
 
-def make_recipe(words: list[str]) -> base_train.Recipe:
+def make_recipe(words: list[str]) -> Recipe:
     """What scripts.base_train would train with these flags."""
     typed, flags = base_train.parse_args([*words, "--resume=none"])
     return base_train.make_recipe(typed, flags, Path(), Ranks())[0]

@@ -200,6 +200,8 @@ def test_caveats(base_dir):
     (["--features", "smear", "--", *TOY, "--model-ta", "x"], "--model-tag is set by the ablation itself"),
     (["--features", "smear", "--", *TOY, "--eval-every", "never"], "--eval-every never would leave nothing"),
     (["--features", "smear", "--", *TOY, "--knobs", "smear=off"], "smear changes nothing of this model, or it is off"),
+    (["--features", "smear", "--target-flops", "0"], "--target-flops 0 must be a positive number"),
+    (["--features", "smear", "--tokens", "-3"], "--target-flops -.* must be a positive number"),
     (["--features", "smear", "--parallel", "0"], "--parallel 0 must be at least 1"),
 ])
 def test_refusals(argv, message):
