@@ -48,8 +48,8 @@ def read_results(name: str, models: dict[str, dict], seeds: int) -> dict[str, di
 
 def write_table(folder: Path) -> dict:
     """Compare what is finished; print the table and write it."""
-    ablation = read_json(folder / "ablation.json", ("name", "mode", "seeds", "target_flops", "models", "comparisons",
-                                                        "features"))
+    keys = ("name", "mode", "seeds", "target_flops", "models", "comparisons", "features")
+    ablation = read_json(folder / "ablation.json", keys)
     results = read_results(ablation["name"], ablation["models"], ablation["seeds"])
     ablation |= summarize(ablation, results)
     write_json(folder / "ablation.json", ablation)

@@ -164,6 +164,20 @@ def test_arithmetic(base_dir):
     assert "| 30 | x0: the embedding |" in table
 
 
+def test_add_shows_each_model_with_what_it_adds(base_dir):
+    """In place of the model without it, as drop does."""
+    folder = write_ablation(base_dir, "order", {"full": [1.0], "no-smear": [1.1], "no-x0": [1.2], "half": [1.1]})
+    path = folder / "ablation.json"
+    comparisons = [["x0", "no-smear", "none"], ["smear", "full", "no-smear"]]
+    text = json.loads(path.read_text().replace("no-x0", "none"))
+    (get_run_dir("base", "order-no-x0-seed1")).rename(get_run_dir("base", "order-none-seed1"))
+    write_json(path, text | {"mode": "add", "comparisons": comparisons})
+    assert [row["deltas"] for row in write_table(folder)["rows"]] == [[pytest.approx(0.1)]] * 2
+    lines = (folder / "ablation.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:6]] == ["| none", "| no-smear", "| full", "| half"]
+    assert "+0.1000" in lines[3] and lines[3].endswith("x0: the embedding |")
+
+
 def test_a_small_spread_by_chance_is_no_proof(base_dir):
     """Two seeds that agree by chance, among features that vary by more."""
     folder = write_ablation(base_dir, "chance", {"full": [1.0, 1.1], "no-smear": [1.001, 1.101],
