@@ -31,7 +31,7 @@ from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT
 from nanochat.memory import GIB, Machine, Memory, get_usable_frac, measure_free_bytes, predict_memory
 from nanochat.optim import MuonAdamW
-from nanochat.scaling import make_config
+from nanochat.scaling import JULY26, TrainingRule, make_config
 from nanochat.train import Batch, add_gradients, train_step
 
 TOLERANCE = 0.10    # relative error of a prediction that passes on a GPU
@@ -107,9 +107,10 @@ def join_phases(memory: Memory) -> dict[str, int]:
     return {"loss, backward": max(memory.phases["loss"], memory.phases["backward"]), "update": memory.phases["update"]}
 
 
-def trace_step(config: GPTConfig, T: int, rows: int, machine: Machine, num_micro: int = 1) -> dict[str, int]:
+def trace_step(config: GPTConfig, T: int, rows: int, machine: Machine, num_micro: int = 1,
+               rule: TrainingRule = JULY26) -> dict[str, int]:
     """Peak bytes of the phases of one eager step as it runs on CPUs: nothing is computed, so any size will do."""
-    with fake_step(config, machine) as (model, optimizer), LiveBytes(list_kept(model, optimizer)) as live:
+    with fake_step(config, machine, rule) as (model, optimizer), LiveBytes(list_kept(model, optimizer)) as live:
         tokens = torch.zeros((rows * num_micro, T + 1), dtype=torch.int64)
         add_gradients(model, optimizer, Batch(tokens[:, :-1], tokens[:, 1:], None), rows, 1.0)
         peaks = {"loss, backward": live.peak_bytes}
@@ -120,7 +121,7 @@ def trace_step(config: GPTConfig, T: int, rows: int, machine: Machine, num_micro
 
 
 @contextlib.contextmanager
-def fake_step(config: GPTConfig, machine: Machine) -> Iterator[tuple[GPT, MuonAdamW]]:
+def fake_step(config: GPTConfig, machine: Machine, rule: TrainingRule = JULY26) -> Iterator[tuple[GPT, MuonAdamW]]:
     """Model and optimizer of rank 0 on fake tensors, whose collectives send nothing. The device is always the CPU:
     fake CUDA tensors abort the process in builds without CUDA, and the meta device has other kernels."""
     if machine.world_size > 1:
@@ -130,7 +131,7 @@ def fake_step(config: GPTConfig, machine: Machine) -> Iterator[tuple[GPT, MuonAd
         with FakeTensorMode():
             model = GPT(config, getattr(torch, machine.dtype))
             model.loss = machine.loss
-            optimizer = model.setup_optimizer()
+            optimizer = model.setup_optimizer(rule=rule)
             if machine.is_fp8:
                 use_fp8(model, optimizer)
             yield model, optimizer

@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.common import UserError
+from nanochat.config import GPTConfig, read_config
+from nanochat.ledger import find_fault
+from nanochat.presets import KNOBS, PRESETS, make_marin
 from nanochat.report import read_json, read_run
 from scripts.sweep import SWEEP_KEYS
 
@@ -23,6 +26,7 @@ CONVENTIONS = {
     "without embeddings": (("params_transformer", "params_scalars"), ("params_transformer",)),
 }
 MAIN_CONVENTION = "transformer + head"    # the count of --target-param-data-ratio
+START_TOLERANCE = 0.05    # nats between the loss of the first step and ln V
 BUDGET_TOLERANCE = 0.1    # budgets closer than this are one: whole steps never meet a budget exactly
 
 
@@ -34,6 +38,7 @@ class Run:
     params: dict[str, float]    # by convention
     tokens: float
     loss:   float
+    kind:   str = ""            # of model, as name_kind has it; '' where a table doesn't tell
 
 
 @dataclass(frozen=True)
@@ -82,18 +87,12 @@ def list_runs(folder: Path, notes: list[str]) -> list[tuple[str, Path]]:
 
 def read_run_folders(folder: Path, notes: list[str]) -> list[tuple[str, dict]]:
     """(name, row in the columns of a CSV) of each finished run; a note for each other run."""
-    rows, kinds = [], {}
+    rows, kinds, starts = [], {}, {}
     for name, run_dir in list_runs(folder.resolve(), notes):
         run = read_run(run_dir)
-        info, val = run.info, run.get_series("eval", "val_bpb")
-        if info.get("stage") != "base":
-            notes.append(f"{name} is left out: it isn't a pretraining run.")
-        elif missing := sorted({"args", "plan", "params"} - info.keys()):
-            notes.append(f"{name} is left out: its run.json has no {' and no '.join(missing)}.")
-        elif info.get("status") != "finished":
-            notes.append(f"{name} is left out: it is {info.get('status', 'unknown')}, not finished.")
-        elif not val or val[-1][0] != info["plan"]["num_iterations"]:
-            notes.append(f"{name} is left out: it has no validation loss at its last step.")
+        info = run.info
+        if fault := find_fault(run):
+            notes.append(f"{name} is left out: {fault}.")
         else:
             plan = info["plan"]
             budget = info["args"]["target_flops"] if plan["horizon"] == "flops" else plan["total_flops"]
@@ -101,14 +100,39 @@ def read_run_folders(folder: Path, notes: list[str]) -> list[tuple[str, dict]]:
                 notes.append(f"{name} spent {plan['total_flops']:.3g} FLOPs of a budget of {budget:.3g}: its steps are "
                              "few and large; a smaller --total-batch-size comes closer.")
             kinds.setdefault(((info.get("data") or {}).get("hash"), (info.get("results") or {}).get("val_rule")), name)
+            config = read_config(info.get("model_config") or {})
+            if first_loss := dict(run.get_series("train", "loss")).get(1):
+                starts[name] = (first_loss, config.vocab_size)
             params = {"params_transformer" if key == "transformer_matrices" else f"params_{key}": count
                       for key, count in info["params"].items()}
-            rows.append((name, {"flops_budget": budget, "tokens_trained": plan["total_tokens"], "val_bpb": val[-1][1],
-                                **params}))
+            rows.append((name, {"flops_budget": budget, "tokens_trained": plan["total_tokens"],
+                                "val_bpb": run.get_last("eval", "val_bpb"), "kind": name_kind(config), **params}))
     if len(kinds) > 1:
         names = list(kinds.values())
         notes.append(f"The losses aren't comparable: {names[0]} and {names[1]} differ in data or validation rows.")
+    notes += [f"{name} starts at a loss of {starts[name][0]:.3f}, {excess:+.3f} from ln V, that of guessing."
+              for name, excess in find_odd_starts(starts).items()]
     return rows
+
+
+def find_odd_starts(starts: dict[str, tuple[float, int]], tolerance: float = START_TOLERANCE) -> dict[str, float]:
+    """{run: its first loss less ln V} of the runs that don't start at the loss of guessing, as a small head makes them.
+
+    starts: {run: (loss of its first step in nats per token, vocabulary)}
+    """
+    excess = {name: loss - math.log(vocab_size) for name, (loss, vocab_size) in starts.items()}
+    return {name: value for name, value in excess.items() if not abs(value) <= tolerance}    # NaN is odd, too
+
+
+def name_kind(config: GPTConfig) -> str:
+    """The preset whose knobs a model has, marin for each of its sizes; else the knobs that aren't those of today."""
+    default = {key: getattr(GPTConfig, key) for key in ("window_pattern", *KNOBS)}
+    own = {key: getattr(config, key) for key in default}
+    for name, preset in {"marin": make_marin(config.n_layer, config.n_head), **PRESETS}.items():
+        theirs = preset.shape | preset.flags | preset.knobs
+        if own == default | {key: value for key, value in theirs.items() if key in default}:
+            return name
+    return " ".join(f"{key}={value}" for key, value in own.items() if value != default[key])
 
 
 def read_csv(path: Path, notes: list[str]) -> tuple[list[tuple[str, dict]], str]:
@@ -164,7 +188,7 @@ def make_runs(rows: list[tuple[str, dict]], source: Path, notes: list[str]) -> l
             notes.append(f"{name} is left out: it repeats {seen[values]}.")
         else:
             seen[values] = name
-            runs.append(Run(name, budget, params, tokens, loss))
+            runs.append(Run(name, budget, params, tokens, loss, str(row.get("kind", ""))))
     if not runs:
         raise UserError(f"{source} has no run that can be used" + (f": {notes[0]}" if notes else ""))
     return runs

@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> dict:
     params, tokens, losses = np.array([(run.params[main_name], run.tokens, run.loss) for run in runs]).T
     parametric = fit_parametric(params, tokens, losses)
     flops_per_param_token = float(np.exp(np.mean([math.log(r.budget / r.params[main_name] / r.tokens) for r in runs])))
+    if len(kinds := dict.fromkeys(run.kind for run in runs)) > 1:
+        notes.append(f"The runs are of {len(kinds)} kinds of model ({', '.join(kinds)}), and one law doesn't tell them "
+                     "apart.")
     notes += describe_gaps(laws[main_name], parametric, len(runs))
 
     out = make_folder(args.out or (source if source.is_dir() else source.parent) / "laws")

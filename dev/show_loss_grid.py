@@ -2,11 +2,13 @@
 
     python -m scripts.sweep --name grid --grid depth=2,4,6,8 num-iterations=250,500,1000 -- --total-batch-size 16384
     python -m dev.show_loss_grid ~/.cache/nanochat/sweeps/grid
+    python -m scripts.sweep --name kinds --grid preset=plain,nanochat-july26 depth=2,4,6 num-iterations=250,500
 
 RESULTS is what dev.scaling_laws reads: a sweep's folder, a folder of runs, or a CSV file. Both slopes come from one fit
 to all runs, ln L = c + a ln N + b ln D: in a grid of equal FLOPs larger models see fewer tokens, and a fit to one of
 them alone would mix both effects. A power law has no floor, and loss has one: the slopes hold within the grid, not
-beyond it. Writes loss_grid.png, by default to $NANOCHAT_BASE_DIR/figures.
+beyond it. Models of several presets, or with other knobs, have a fit each, and one figure. Writes loss_grid.png, by
+default to $NANOCHAT_BASE_DIR/figures.
 """
 
 import argparse
@@ -18,8 +20,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from dev.figures import (
+    COLORS,
     FAINT,
     INK,
+    MARKERS,
     add_out,
     format_flops,
     label_counts,
@@ -52,25 +56,39 @@ def main(argv: list[str] | None = None) -> dict:
     if args.counting not in runs[0].params:
         raise UserError(f"{source} doesn't say its parameters {args.counting}; choose --counting "
                         + " or ".join(runs[0].params))
-    params, tokens, losses = np.array([(run.params[args.counting], run.tokens, run.loss) for run in runs]).T
-    laws = fit_slopes(params, tokens, losses)
-    if laws is None:
-        raise UserError(f"{len(runs)} runs of {len(np.unique(params))} sizes and {len(np.unique(tokens))} horizons "
-                        "can't tell two slopes; train at least 4, of two sizes and two horizons each")
-    results = {"num_runs": len(runs), "loss": found.loss_name, "counting": args.counting, "notes": notes,
-               "slopes": {name: vars(law) for name, law in laws.items()}}
+    kinds = {kind: np.array([(run.params[args.counting], run.tokens, run.loss) for run in runs if run.kind == kind]).T
+             for kind in dict.fromkeys(run.kind for run in runs)}    # {kind of model: (3, runs)}
+    fits = {}
+    for kind, (params, tokens, losses) in kinds.items():
+        laws = fit_slopes(params, tokens, losses)
+        if laws:
+            fits[kind] = laws
+        else:
+            named = f"{len(losses)} runs " + (f"of {kind}, " if len(kinds) > 1 else "")
+            notes.append(f"{named}of {len(np.unique(params))} sizes and {len(np.unique(tokens))} horizons can't tell "
+                         "two slopes; train at least 4, of two sizes and two horizons each")
+    if not fits:
+        raise UserError(notes[-1])
     print_table(["loss against", "slope", f"{INTERVAL_PCT}% interval", "twice as many give"],
-                [[name, f"{law.exponent:.4f}", "{:.4f} to {:.4f}".format(*law.interval),
-                  f"{100 * (2**law.exponent - 1):+.2f}% loss"] for name, law in laws.items()])
-    if law := fit_parametric(params, tokens, losses):
-        results["parametric"] = vars(law)
-        misfit_pct = measure_misfit_pct(laws, params, tokens, losses)
-        notes.append(f"With a floor, L = {law.E:.3g} + A / N^{law.alpha:.3f} + B / D^{law.beta:.3f} misses the runs by "
-                     f"{law.error_pct:.2f}%; the two slopes, which have none, by {misfit_pct:.2f}%.")
+                [[name + (f", {kind}" if len(kinds) > 1 else ""), f"{law.exponent:.4f}",
+                  "{:.4f} to {:.4f}".format(*law.interval), f"{100 * (2**law.exponent - 1):+.2f}% loss"]
+                 for kind, laws in fits.items() for name, law in laws.items()])
+    slopes = {kind: {name: vars(law) for name, law in laws.items()} for kind, laws in fits.items()}
+    results = {"num_runs": len(runs), "loss": found.loss_name, "counting": args.counting, "notes": notes}
+    title = f"{len(runs)} runs of {source.name}, counting {args.counting}"
+    if len(kinds) > 1:
+        results["kinds"] = slopes
+        figure = draw_kinds(kinds, fits, found.loss_name, title)
+    else:
+        results["slopes"] = slopes[runs[0].kind]
+        if law := fit_parametric(params, tokens, losses):
+            results["parametric"] = vars(law)
+            misfit_pct = measure_misfit_pct(laws, params, tokens, losses)
+            notes.append(f"With a floor, L = {law.E:.3g} + A / N^{law.alpha:.3f} + B / D^{law.beta:.3f} misses the "
+                         f"runs by {law.error_pct:.2f}%; the two slopes, which have none, by {misfit_pct:.2f}%.")
+        figure = draw_grid(found, params, laws, title)
     for note in notes:
         print0(f"note: {note}")
-    title = f"{len(runs)} runs of {source.name}, counting {args.counting}"
-    figure = draw_grid(found, params, laws, title)
     return results | {"figure": str(save_figure(figure, "loss_grid", args.out))}
 
 
@@ -141,6 +159,33 @@ def draw_grid(found: Results, params: NDArray, laws: dict[str, PowerLaw], title:
     for ax in axes[:, 0]:
         ax.set(yscale="log", ylabel=found.loss_name)
         label_values(ax.yaxis)
+    figure.suptitle(title, fontsize=10, color=FAINT, x=0.01, ha="left")
+    return figure
+
+
+@styled
+def draw_kinds(kinds: dict[str, NDArray], fits: dict[str, dict[str, PowerLaw]], loss_name: str, title: str) -> Figure:
+    """The losses of each kind of model, moved along its fit to one value of the other quantity, the mean of all runs.
+
+    kinds: {kind: (3, runs): parameters, tokens, losses}; fits: those of fit_slopes, of the kinds that have one
+    """
+    means = np.exp(np.log(np.concatenate([values[:2] for values in kinds.values()], axis=1)).mean(1))    # (2,)
+    figure, axes = make_panels(1, 2, width=6.0, height=3.9, sharey="row")
+    for k, name in enumerate(("parameters", "training tokens")):
+        ax, other = axes[0, k], ("training tokens", "parameters")[k]
+        for i, (kind, laws) in enumerate(fits.items()):
+            x, others, losses = kinds[kind][k], kinds[kind][1 - k], kinds[kind][2]
+            exponent, color = laws[other].exponent, COLORS[i % len(COLORS)]
+            ax.plot(x, losses * (means[1 - k] / others) ** exponent, MARKERS[i % len(MARKERS)], color=color)
+            line, shift = span_log(x), (means[1 - k] / math.exp(np.log(others).mean())) ** exponent
+            ax.plot(line, laws[name].predict(line) * shift, color=color, linewidth=1.4,
+                    label=f"{kind}: {laws[name].exponent:.3f}")
+        ax.set(xscale="log", yscale="log", xlabel=name,
+               title=f"slopes at {format_count(means[1 - k])} {('tokens', 'parameters')[k]}")
+        label_counts(ax.xaxis)
+        ax.legend()
+    axes[0, 0].set(ylabel=loss_name)
+    label_values(axes[0, 0].yaxis)
     figure.suptitle(title, fontsize=10, color=FAINT, x=0.01, ha="left")
     return figure
 

@@ -19,6 +19,7 @@ from nanochat.common import Ranks, UserError, print0
 from nanochat.config import estimate_flops, read_config
 from nanochat.dataloader import ConversationGroups, Epoch, ValidationBatches, count_epoch, validation_conversations
 from nanochat.optim import MuonAdamW
+from nanochat.presets import find_rule
 from nanochat.report import write_stage_section
 from nanochat.run import StopSignal, TakenStep, decide, read_info
 from nanochat.scaling import get_chat_momentum, get_lr_frac, make_chat_plan
@@ -150,16 +151,18 @@ def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run
     groups = ConversationGroups(mixture.name, mixture.train, tokenizer, T, keep_whole=stage.keep_whole)
     is_counted = saved and saved.meta["identity"]["conversations"] == groups.identity
     epoch = Epoch.from_json(saved.meta["epoch"]) if is_counted else count_epoch(groups, ranks)
+    rule = before.get("rule", "july26")
     batch_tokens = before["plan"]["batch_tokens"] if flags.total_batch_size is None else flags.total_batch_size
     plan = make_chat_plan(config, estimate_flops(config), epoch_rows=epoch.num_rows, num_epochs=settings.num_epochs,
-                          num_iterations=settings.num_iterations, batch_tokens=batch_tokens, scales_lr=stage.scales_lr)
+                          num_iterations=settings.num_iterations, batch_tokens=batch_tokens,
+                          scales_lr=stage.scales_lr and find_rule(rule).scales_to_batch)
     return groups, epoch, Recipe(
         stage.name, run_dir, flags, saved, source, tokenizer, source.meta["tokenizer"]["name"], config, plan, T,
         rows_per_step=count_rows(plan.batch_tokens, T, ranks.world_size), lrs={name: before[name] for name in LR_NAMES},
         data={"name": mixture.name, "hash": groups.identity["data"], "tasks": mixture.parts,
               **({"files": [account.to_json() for account in mixture.accounts]} if mixture.accounts else {})},
         identity={"source": source.describe(), "tasks": mixture.parts, "conversations": groups.identity},
-        notes={"epoch": epoch.to_json()})
+        notes={"epoch": epoch.to_json()}, rule=rule)
 
 
 def describe_changes(setup: Setup, settings: ChatSettings) -> None:

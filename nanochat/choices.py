@@ -30,10 +30,10 @@ FREE_FLAGS = MACHINE_FLAGS | {
     "run", "model_tag", "model_step", "out_tag", "resume", "stop_at", "allow_mismatch", "eval_every", "eval_tokens",
     "eval_examples", "eval_samples", "sample_every", "core_metric_every", "core_metric_max_per_task", "save_every",
     "save_every_minutes", "keep_last", "keep_every"}
-# Flags whose outcome is part of the identity in their place: data, tokenizer, model, plan, source
-OUTCOME_FLAGS = {"data", "tokenizer", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "knobs",
-                 "num_iterations", "target_flops", "target_param_data_ratio", "total_batch_size", "weight_decay",
-                 "source", "num_epochs", "mixture", "tasks", "custom_json", "words", "max_new_tokens"}
+# Flags whose outcome is part of the identity in their place: data, tokenizer, model, plan, rule, source
+OUTCOME_FLAGS = {"data", "tokenizer", "preset", "depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern",
+                 "knobs", "num_iterations", "target_flops", "target_param_data_ratio", "total_batch_size",
+                 "weight_decay", "source", "num_epochs", "mixture", "tasks", "custom_json", "words", "max_new_tokens"}
 LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")    # later stages take over the base run's
 
 
@@ -81,7 +81,7 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
 def add_words_flag(parser: argparse.ArgumentParser) -> None:
     """The flag of all that learns from tasks or evaluates them."""
     parser.add_argument("--words", metavar="DATA", help="dataset whose words are spelled (default: the published list "
-                        "where it is on disk, else those of the first dataset there), see tasks/words.py")
+                        "where it is on disk, else words_found.txt, else those of the first dataset there)")
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,7 @@ class StepRows:
     T:      int    # tokens of the longest
     num:    int
     beside: int = 0    # bytes that the stage keeps beside a step's
+    has_muon: bool = True    # whether Muon updates the matrices, or AdamW
 
     def predict(self, micro_rows: int, machine: Machine) -> int:
         """Bytes that a step needs in micro-batches of so many rows."""
@@ -210,7 +211,7 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
     use_compile = choose("compile", lambda name: choose_compile(name, device, eager_sec))
     is_fp8 = choose("fp8", lambda name: choose_fp8(name, device, dtype, rows.config))
     machine = Machine(str(dtype).removeprefix("torch."), attention, use_compile, device.type, world_size, wanted.loss,
-                      is_fp8)
+                      is_fp8, rows.has_muon)
     free_bytes = gather(measure_free_bytes(device))
     micro_rows, why = choose_micro_rows(wanted, rows, machine, None if None in free_bytes else min(free_bytes))
     decide(decisions, "rows of a micro-batch", micro_rows, why)

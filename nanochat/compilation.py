@@ -98,6 +98,8 @@ def compiles_for_this_cpu() -> bool:
     except Exception:  # of any type: an old compiler, say
         config.cpp.vec_isa_ok = None
         cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        for isa in cpu_vec_isa.supported_vec_isa_list:  # some keep an answer of their own
+            getattr(type(isa).__bool__, "cache_clear", lambda: None)()
         return False
     return True
 

@@ -146,3 +146,14 @@ def estimate_flops(config: GPTConfig, row_tokens: int | None = None) -> float:
     matmul_params = counts["transformer_matrices"] + counts["lm_head"] + SMEAR_GATE_CHANNELS * config.smear
     keys_seen = sum(min(config.window(i), row_tokens or config.sequence_len) for i in range(config.n_layer))
     return 6 * matmul_params + 12 * config.n_head * config.head_dim * keys_seen
+
+
+def count_marin_flops(config: GPTConfig, row_tokens: int | None = None) -> int:
+    """Forward FLOPs per token as marin's leaderboard counts them (levanter's lm_flops_per_token), in rows of the
+    context or of row_tokens: the head, the whole square of scores in every layer, windows or not, and 3 for each
+    score's mask and softmax; no embedding, no gates. Training is three times that."""
+    C, T, Q = config.n_embd, row_tokens or config.sequence_len, config.query_dim
+    mlp = 2 * MLP_MATRICES[config.mlp_act] * C * config.hidden_dim
+    projections = 2 * C * (Q + 2 * config.kv_dim) + 2 * C * Q
+    scores = 2 * T * Q + 3 * T * config.n_head + 2 * T * Q
+    return config.n_layer * (mlp + projections + scores) + 2 * C * config.vocab_size

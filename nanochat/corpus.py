@@ -1,4 +1,5 @@
-"""Documents of Python's own documentation and sources: the standard library and the packages that nanochat needs.
+"""Where text comes from: the datasets of the hub by name; documents of Python's own documentation and sources, of the
+standard library and the packages that nanochat needs. Read by scripts.plan too, so only Python's library is imported.
 
 The long docstrings of a module become a document of English prose; its code keeps their first paragraph, so that
 (nearly) no text is there twice. Documents have at most MAX_DOC_CHARS; their order depends on the texts' names and
@@ -18,6 +19,35 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A dataset on the hub: its files of a column `text`, by their names in the repository."""
+    repo:        str
+    train:       tuple[str, ...]    # shard_00000.parquet, ... on this disk
+    val:         str                # val.parquet on this disk, never among the training shards
+    shard_chars: int                # of a training shard, about
+
+
+def number_shards(repo: str, num_shards: int) -> HubSource:
+    """The layout of the published shuffles: files by their number, of which the last is validation."""
+    *train, val = (f"shard_{idx:05d}.parquet" for idx in range(num_shards))
+    return HubSource(repo, tuple(train), val, shard_chars=250_000_000)
+
+
+HUB_SOURCES = {
+    "climbmix":    number_shards("karpathy/climbmix-400b-shuffle", 6543),
+    "fineweb-edu": number_shards("karpathy/fineweb-edu-100b-shuffle", 1823),
+    # Short stories in the words of a small child (Eldan and Li, 2023, arXiv 2305.07759), 1.9 billion characters
+    "tinystories": HubSource("roneneldan/TinyStories",
+                             ("data/train-00000-of-00004-2d5a1467fff1081b.parquet",
+                              "data/train-00001-of-00004-5852b56a2bd28fd9.parquet",
+                              "data/train-00002-of-00004-a26307300439e943.parquet",
+                              "data/train-00003-of-00004-d243063613e5a057.parquet"),
+                             "data/validation-00000-of-00001-869c898b519ad725.parquet", shard_chars=470_000_000),
+}
+
 
 MAX_DOC_CHARS = 50_000  # longer texts are cut; most modules stay whole and a row group of 1,024 documents small
 

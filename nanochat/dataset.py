@@ -28,7 +28,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, so that Ctrl-C ends in one sentence
@@ -37,6 +37,7 @@ if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, 
 
 from nanochat import common, corpus, devices, shards
 from nanochat.common import UserError, get_base_dir, print0, printable, timed
+from nanochat.corpus import HUB_SOURCES
 from nanochat.download import CorruptFile, Job, download_all
 from nanochat.shards import Manifest, Shard, load_shards, read_manifest, rebuilt_folder, write_shard, write_shards
 from nanochat.text_files import Account, LeftOut, TextFile, find_text_files, quote, read_documents
@@ -190,32 +191,6 @@ def take_val(documents: Iterator[str], num_docs: int, num_chars: int) -> list[st
     return val
 
 
-@dataclass(frozen=True)
-class HubSource:
-    """A dataset on the hub: its files of a column `text`, by their names in the repository."""
-    repo:        str
-    train:       tuple[str, ...]    # shard_00000.parquet, ... on this disk
-    val:         str                # val.parquet on this disk, never among the training shards
-    shard_chars: int                # of a training shard, about
-
-
-def number_shards(repo: str, num_shards: int) -> HubSource:
-    """The layout of the published shuffles: files by their number, of which the last is validation."""
-    *train, val = (f"shard_{idx:05d}.parquet" for idx in range(num_shards))
-    return HubSource(repo, tuple(train), val, shard_chars=250_000_000)
-
-
-HUB_SOURCES = {
-    "climbmix":    number_shards("karpathy/climbmix-400b-shuffle", 6543),
-    "fineweb-edu": number_shards("karpathy/fineweb-edu-100b-shuffle", 1823),
-    # Short stories in the words of a small child (Eldan and Li, 2023, arXiv 2305.07759), 1.9 billion characters
-    "tinystories": HubSource("roneneldan/TinyStories",
-                             ("data/train-00000-of-00004-2d5a1467fff1081b.parquet",
-                              "data/train-00001-of-00004-5852b56a2bd28fd9.parquet",
-                              "data/train-00002-of-00004-a26307300439e943.parquet",
-                              "data/train-00003-of-00004-d243063613e5a057.parquet"),
-                             "data/validation-00000-of-00001-869c898b519ad725.parquet", shard_chars=470_000_000),
-}
 DEFAULT_NUM_SHARDS, DEFAULT_NUM_WORKERS, DEFAULT_SEED = 8, 4, 42
 
 
@@ -295,9 +270,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def default_source() -> str:
+def default_source(device_type: str = "auto") -> str:
     """The source where none is named: as much text as a GPU needs, or the text that is on every machine."""
-    return "climbmix" if devices.has_gpu() else "python-docs"
+    return "climbmix" if device_type != "cpu" and devices.has_gpu() else "python-docs"
 
 
 def main(argv: list[str] | None = None) -> dict:

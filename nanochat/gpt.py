@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from nanochat.config import ROPE_LENGTHS, SMEAR_GATE_CHANNELS, GPTConfig
 from nanochat.cross_entropy import LOSSES, softcap
 from nanochat.flash_attention import flash_attn
-from nanochat.optim import MuonAdamW
+from nanochat.optim import MuonAdamW, make_optimizer
 from nanochat.sampling import Sampling, sample_rows
-from nanochat.scaling import EMBEDDING_LR, MATRIX_LR, SCALAR_LR, UNEMBEDDING_LR, WEIGHT_DECAY
+from nanochat.scaling import EMBEDDING_LR, JULY26, MATRIX_LR, SCALAR_LR, UNEMBEDDING_LR, WEIGHT_DECAY, TrainingRule
 
 NORM_EPS = torch.finfo(torch.float32).eps  # also for bf16 input: bf16's own eps would flatten small activations
 EPS_TENSORS = {dtype: torch.tensor(NORM_EPS, dtype=dtype) for dtype in (torch.float32, torch.float64)}
@@ -283,43 +283,12 @@ class GPT(nn.Module):
         self.is_trunk_compiled = True
 
     def setup_optimizer(self, *, unembedding_lr: float = UNEMBEDDING_LR, embedding_lr: float = EMBEDDING_LR,
-                        matrix_lr: float = MATRIX_LR, scalar_lr: float = SCALAR_LR,
-                        weight_decay: float = WEIGHT_DECAY, batch_lr_scale: float = 1.0) -> MuonAdamW:
-        """AdamW for embeddings, head and scalars, Muon for the matrices of the blocks (optim.py).
-
-        Rates and betas as the public record tuned them at 768 channels; those of head and embeddings fall with the root
-        of the width, and `batch_lr_scale` multiplies all but that of smear and backout (scaling.make_plan).
-        """
-        width_scale = (self.config.n_embd / 768) ** -0.5 * batch_lr_scale
-        s = batch_lr_scale
-        gates = [self.smear_gate and self.smear_gate.weight, self.smear_lambda, self.backout_lambda]
-        embeds = list(self.value_embeds.parameters())
-
-        def adamw(params, lr, betas, decay) -> dict:
-            params = [param for param in params if param is not None]
-            return {"kind": "adamw", "params": params, "lr": lr, "betas": betas, "eps": 1e-10, "weight_decay": decay}
-        groups = [
-            adamw([self.lm_head.weight],         unembedding_lr * width_scale,     (0.8,  0.96),  0.01),
-            adamw([self.transformer.wte.weight], embedding_lr * width_scale,       (0.8,  0.995), 0.001),
-            adamw(embeds,                        embedding_lr / 2 * width_scale,   (0.8,  0.995), 0.01),
-            adamw([self.resid_lambdas],          scalar_lr * 0.01 * s,             (0.8,  0.95),  0.05),
-            adamw([self.x0_lambdas],             scalar_lr * s,                    (0.96, 0.95),  0.0),
-            adamw(gates,                         0.2,                              (0.8,  0.95),  0.0),
-        ]
-        groups = [group for group in groups if group["params"]]    # of what this model has
-        by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        for param in self.transformer.h.parameters():
-            by_shape.setdefault(tuple(param.shape), []).append(param)
-        groups += [{"kind": "muon", "params": params, "lr": matrix_lr * s, "momentum": 0.95, "ns_steps": 5,
-                    "beta2": 0.9, "weight_decay": weight_decay} for _, params in sorted(by_shape.items())]
-        # In the order in which the backward pass reaches them, so that each is sent as soon as its gradient is there
-        parts: list[nn.Module] = [self.lm_head]
-        for i, block in reversed(list(enumerate(self.transformer.h))):
-            parts += [block, self.value_embeds[str(i)]] if self.config.has_value_embed(i) else [block]
-        name_of = {param: name for name, param in self.named_parameters()}
-        names = {id(param): name_of[param] for part in (*parts, self) for param in part.parameters()}
-        bf16 = self.compute_dtype == torch.bfloat16
-        return MuonAdamW(groups, names, matmul_dtype=torch.bfloat16 if bf16 else None)
+                        matrix_lr: float = MATRIX_LR, scalar_lr: float = SCALAR_LR, weight_decay: float = WEIGHT_DECAY,
+                        batch_lr_scale: float = 1.0, rule: TrainingRule = JULY26) -> MuonAdamW:
+        """AdamW for embeddings, head and scalars, Muon for the matrices of the blocks (optim.make_optimizer)."""
+        rates = {"unembedding_lr": unembedding_lr, "embedding_lr": embedding_lr, "matrix_lr": matrix_lr,
+                 "scalar_lr": scalar_lr, "": 1.0}
+        return make_optimizer(self, rates, weight_decay, batch_lr_scale, rule)
 
     def embed_tokens(self, idx: Tensor) -> Tensor:
         """(...) token ids -> (..., C), normed: without it the first layers would have to undo the table's scale."""

@@ -55,6 +55,7 @@ class Machine:
     world_size:  int  = 1
     loss:        str  = "fused"      # a key of cross_entropy.LOSSES
     is_fp8:      bool = False        # whether the layers with normed inputs compute in 8 bits (fp8.py)
+    has_muon:    bool = True         # whether Muon updates the matrices, or AdamW
 
     def __post_init__(self):
         if self.dtype not in COMPUTE_DTYPES:
@@ -120,7 +121,7 @@ def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
                num_micro: int = 1) -> list[tuple[tuple[str, str], dict[str, int]]]:
     """((phase, layer), bytes by part) in the order of a step, each at the worst of its layer, in the last micro-batch.
     The temporaries of the forward pass are left out: the loss always takes more."""
-    gradients = count_params(config)["transformer_matrices"] * machine.master_bytes + \
+    gradients = count_params(config)["transformer_matrices"] * machine.master_bytes * machine.has_muon + \
         sum(num_bytes for num_bytes, *_ in list_adamw(config, machine))
     rope = 2 * ROPE_LENGTHS * config.sequence_len * config.head_dim // 2 * machine.act_bytes
     N, a, C = rows * T, machine.act_bytes, config.n_embd
@@ -351,7 +352,7 @@ def count_update_bytes(config: GPTConfig, machine: Machine) -> int:
     adamw = list_adamw(config, machine)
     # bytes of the gradients of a shape, and of this rank's share of them
     muon = [(K * rows * cols * master, -(-K // world) * rows * cols * master)
-            for (rows, cols), K in sorted(count_shapes(config).items())]
+            for (rows, cols), K in sorted(count_shapes(config).items()) if machine.has_muon]
     live = peak = sum(grads for grads, *_ in [*adamw, *muon]) + sum(own for grads, own, _ in adamw if own < grads)
     for grads, own in muon:
         if world == 1:  # reduce_gradients makes a stack; several ranks have sent smaller ones in the backward pass
@@ -378,7 +379,7 @@ def count_optimizer_bytes(config: GPTConfig, machine: Machine) -> int:
     """This rank's state: AdamW's two moments; Muon's momentum, and its variance of each row or column."""
     adamw = sum(2 * own for _, own, _ in list_adamw(config, machine))
     muon = sum(-(-K // machine.world_size) * (rows * cols + max(rows, cols)) * machine.master_bytes
-               for (rows, cols), K in count_shapes(config).items())
+               for (rows, cols), K in count_shapes(config).items() if machine.has_muon)
     return adamw + muon
 
 
@@ -388,6 +389,8 @@ def list_adamw(config: GPTConfig, machine: Machine) -> list[tuple[int, int, int]
     num_ve = sum(map(config.has_value_embed, range(config.n_layer)))
     params = [(V, C, master), (V, C, embed), *[(V, config.kv_dim, embed)] * num_ve,
               (1, count_params(config)["scalars"], master)]
+    if not machine.has_muon:
+        params += [(*shape, master) for shape, num in count_shapes(config).items() for _ in range(num)]
     return [(rows * cols * size, count_own_rows(rows, cols, machine.world_size) * cols * size, size)
             for rows, cols, size in params]
 

@@ -21,6 +21,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from nanochat.compilation import fused
 from nanochat.memory import SMALL_PARAM, count_own_rows
+from nanochat.scaling import TrainingRule
 
 # (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X, iteration by iteration (arXiv 2505.16932)
 POLAR_EXPRESS = (
@@ -37,6 +39,22 @@ POLAR_EXPRESS = (
     (3.285753657755655,  -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+
+
+class MuonRule(NamedTuple):
+    """Which of the six steps a kind of Muon takes, and with which figures; by default all of them."""
+    equalizes_rows:  bool  = True    # 2. MuonEq
+    margin:          float = 1.01    # 3. X is divided by margin * norm + eps, and then
+    eps:             float = 1e-6
+    coefficients:    tuple[tuple[float, float, float], ...] = POLAR_EXPRESS    # moved by these
+    fixes_norm:      bool  = True    # 4. Muon+
+    has_neuron_norm: bool  = True    # 5. NorMuon
+    is_cautious:     bool  = True    # 6. cautious decay, plain otherwise
+
+
+JULY26_MUON = MuonRule()
+
+
 # torch 2.13 has new names for these two, and warns about the old ones
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -88,8 +106,9 @@ class MuonAdamW(torch.optim.Optimizer):
                  matmul_dtype: torch.dtype | None = None):
         """One optimizer for all parameters. Collective: all ranks make it, and call it together.
 
-        groups:       dicts with kind 'adamw' (lr, betas, eps, weight_decay) or 'muon' (lr, momentum, ns_steps, beta2,
-                      weight_decay; matrices of one shape)
+        groups:       dicts with kind 'adamw' (lr, betas, eps, weight_decay; max_norm, to which the gradients of all
+                      groups that have it are clipped together) or 'muon' (lr, momentum, ns_steps, beta2, weight_decay,
+                      rule; matrices of one shape)
         names:        id(parameter) -> its name in the model, for saved state, in the order in which the backward pass
                       reaches the parameters
         matmul_dtype: of Muon's orthogonalisation and of the forward pass, which casts the matrices; None means the
@@ -174,11 +193,15 @@ class MuonAdamW(torch.optim.Optimizer):
         """This rank's gradients, summed over the ranks; `step` uses them, changes in place included."""
         return [part.wait() for part in self.parts]
 
-    def get_grad_norm(self) -> Tensor:
-        """The Euclidean norm of all gradients together, accumulated in at least fp32. Collective."""
-        norms = [torch.linalg.vector_norm(grad := part.wait(), dtype=torch.promote_types(grad.dtype, torch.float32))
-                 for part in self.parts if part.is_sharded or self.rank == 0]  # what all ranks hold counts once
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+    def get_grad_norm(self, parts: Sequence[Part] | None = None) -> Tensor:
+        """The Euclidean norm of all gradients, or of some parts', accumulated in at least fp32. Collective."""
+        def measure(part: Part) -> Tensor:
+            grad = part.wait()
+            return torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+        parts = self.parts if parts is None else parts
+        # What all ranks hold counts once
+        norms = [measure(part) for part in parts if part.is_sharded or self.rank == 0]
+        norm = torch.linalg.vector_norm(torch.stack(norms or [torch.zeros_like(measure(parts[0]))]))
         if self.world_size == 1:
             return norm
         sq_norm = norm.square()
@@ -202,11 +225,22 @@ class MuonAdamW(torch.optim.Optimizer):
         """
         self.reduce_gradients()
         self.num_steps += 1
+        clipped = [part for part in self.parts if part.group.get("max_norm")]
+        grad_norm = self._clip(clipped) if clipped else None
         gathers = [self._update(part) for part in self.parts]
-        grad_norm = self.get_grad_norm()
+        grad_norm = self.get_grad_norm() if grad_norm is None else grad_norm
         for finish in filter(None, gathers):
             finish()
         self.zero_grad()
+        return grad_norm
+
+    def _clip(self, parts: list[Part]) -> Tensor:
+        """Scale the gradients of these parts down to max_norm; returns the norm of all gradients before. Collective:
+        the norm is that of all ranks' rows together."""
+        grad_norm, norm = self.get_grad_norm(), self.get_grad_norm(parts)
+        factor = (parts[0].group["max_norm"] / norm).clamp(max=1.0)
+        for part in parts:
+            part.grad.mul_(factor)
         return grad_norm
 
     def _update(self, part: Part) -> Callable[[], None] | None:
@@ -218,7 +252,8 @@ class MuonAdamW(torch.optim.Optimizer):
             own = stack_padded(part.matrices, part.num_own, params[0])  # (n, rows, cols)
             lr = group["lr"] * max(1.0, rows / cols) ** 0.5  # so that outputs move as much, whatever the shape
             muon_update(own, grad, *state, group["ns_steps"], self.matmul_dtype or own.dtype,
-                        *as_scalars([lr, group["momentum"], group["beta2"], group["weight_decay"]]))
+                        *as_scalars([lr, group["momentum"], group["beta2"], group["weight_decay"]]),
+                        group.get("rule", JULY26_MUON))
             copy_all(part.matrices, own)
             return self._gather_matrices(part, own.to(self.matmul_dtype or own.dtype)) if is_sent else None
         own = params[0][part.start:part.stop]
@@ -290,6 +325,39 @@ class MuonAdamW(torch.optim.Optimizer):
                    for shape in list_state(group["kind"], param.shape).values())
 
 
+def make_optimizer(model: nn.Module, rates: dict[str, float], weight_decay: float, batch_lr_scale: float,
+                   rule: TrainingRule) -> MuonAdamW:
+    """The optimizer of a GPT. Rates and betas as the public record tuned them at 768 channels, or as a rule has them.
+    Those of head and embeddings fall with the root of the width; batch_lr_scale multiplies all but that of smear and
+    backout (ADAM_GROUPS in scaling.py).
+
+    rates: by AdamGroup.rate, before they are scaled; weight_decay: Muon's
+    """
+    scales = {"width": (model.config.n_embd / 768) ** -0.5 * batch_lr_scale, "batch": batch_lr_scale, "": 1.0}
+    params = {"lm_head": [model.lm_head.weight], "wte": [model.transformer.wte.weight],
+              "value_embeds": list(model.value_embeds.parameters()), "resid_lambdas": [model.resid_lambdas],
+              "x0_lambdas": [model.x0_lambdas], "matrices": list(model.transformer.h.parameters()),
+              "gates": [model.smear_gate and model.smear_gate.weight, model.smear_lambda, model.backout_lambda]}
+    params = {name: [param for param in members if param is not None] for name, members in params.items()}
+    groups = [{"kind": "adamw", "name": row.name, "params": params[row.name],
+               "lr": rates[row.rate] * row.factor * scales[row.scaling], "betas": row.betas, "eps": rule.adam_eps,
+               "weight_decay": row.weight_decay, "max_norm": rule.max_norm}
+              for row in rule.adam if params[row.name]]    # of what this model has
+    by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for param in params["matrices"] if rule.has_muon else ():
+        by_shape.setdefault(tuple(param.shape), []).append(param)
+    groups += [{"kind": "muon", "name": "matrices", "params": members, "lr": rates["matrix_lr"] * batch_lr_scale,
+                "momentum": 0.95, "ns_steps": 5, "beta2": rule.beta2, "weight_decay": weight_decay,
+                "rule": MuonRule(**rule.muon)} for _, members in sorted(by_shape.items())]
+    # In the order in which the backward pass reaches them, so that each is sent as soon as its gradient is there
+    modules: list[nn.Module] = [model.lm_head]
+    for i, block in reversed(list(enumerate(model.transformer.h))):
+        modules += [block, model.value_embeds[str(i)]] if model.config.has_value_embed(i) else [block]
+    name_of = {param: name for name, param in model.named_parameters()}
+    names = {id(param): name_of[param] for module in (*modules, model) for param in module.parameters()}
+    return MuonAdamW(groups, names, matmul_dtype=torch.bfloat16 if model.compute_dtype == torch.bfloat16 else None)
+
+
 def list_state(kind: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the state of a parameter or stack, all of its dtype. AdamW: both moments; Muon: the momentum,
     and a second moment for each row or each column, whichever are more."""
@@ -331,32 +399,37 @@ def adamw_update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tenso
 
 
 def muon_update(param: Tensor, grad: Tensor, momentum: Tensor, second_moment: Tensor, ns_steps: int,
-                matmul_dtype: torch.dtype, lr: Tensor, mu: Tensor, beta2: Tensor, weight_decay: Tensor) -> None:
+                matmul_dtype: torch.dtype, lr: Tensor, mu: Tensor, beta2: Tensor, weight_decay: Tensor,
+                rule: MuonRule = JULY26_MUON) -> None:
     """One Muon step in place, on a stack of matrices (K, rows, cols); lr includes the factor for the shape.
 
     The clamps are part of the recipe. c_proj starts at zero, so most gradients are exactly zero at step 1, and up to
     42% of a matrix's rows still are at step 2: without the clamps all parameters are NaN after one step.
     """
-    X = orthogonalize(_prepare_momentum(grad, momentum, mu, matmul_dtype), ns_steps)
-    _apply_update(param, X, second_moment, lr, beta2, weight_decay)
+    X = _prepare_momentum(grad, momentum, mu, matmul_dtype, rule)
+    X = orthogonalize(X, ns_steps, rule.coefficients)
+    _apply_update(param, X, second_moment, lr, beta2, weight_decay, rule)
 
 
 @fused
-def _prepare_momentum(grad: Tensor, momentum: Tensor, mu: Tensor, matmul_dtype: torch.dtype) -> Tensor:
+def _prepare_momentum(grad: Tensor, momentum: Tensor, mu: Tensor, matmul_dtype: torch.dtype,
+                      rule: MuonRule) -> Tensor:
     """Steps 1 and 2, and a Frobenius norm just under 1; zero rows and matrices stay zero."""
     # 1. Nesterov momentum, as Muon has it: the average looks one gradient ahead
     momentum.lerp_(grad, 1 - mu.to(grad.dtype))
     X = grad.lerp(momentum, mu.to(grad.dtype))
     # 2. MuonEq (arXiv 2603.28254): rows of equal norm, so that the few iterations below begin nearer to orthogonal
-    rows = X.size(-2)
-    sq_norms = X.square().sum(-1, keepdim=True)  # (K, rows, 1)
-    rms_row_norm = (sq_norms.sum(-2, keepdim=True) / rows).sqrt()
-    X = X * (rms_row_norm / sq_norms.sqrt().clamp(min=1e-6))
+    if rule.equalizes_rows:
+        rows = X.size(-2)
+        sq_norms = X.square().sum(-1, keepdim=True)  # (K, rows, 1)
+        rms_row_norm = (sq_norms.sum(-2, keepdim=True) / rows).sqrt()
+        X = X * (rms_row_norm / sq_norms.sqrt().clamp(min=1e-6))
     norm = X.square().sum((-2, -1), keepdim=True).sqrt()
-    return (X / (1.01 * norm + 1e-6)).to(matmul_dtype)  # singular values must be below 1 for step 3
+    return (X / (rule.margin * norm + rule.eps)).to(matmul_dtype)  # singular values must be below 1 for step 3
 
 
-def orthogonalize(X: Tensor, num_steps: int) -> Tensor:
+def orthogonalize(X: Tensor, num_steps: int,
+                  coefficients: Sequence[tuple[float, float, float]] = POLAR_EXPRESS) -> Tensor:
     """Step 3: move all singular values of each (rows, cols) matrix of the stack towards 1, by matrix products alone.
 
     Polar Express (arXiv 2505.16932) has the best coefficients for each iteration, where Newton-Schulz repeats the same;
@@ -364,7 +437,7 @@ def orthogonalize(X: Tensor, num_steps: int) -> Tensor:
     (dev/LOG.md, "Muon's orthogonalisation: what was not taken").
     """
     tall = X.size(-2) > X.size(-1)
-    for a, b, c in POLAR_EXPRESS[:num_steps]:
+    for a, b, c in coefficients[:num_steps]:
         A = X.mT @ X if tall else X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A^2
         X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
@@ -373,21 +446,25 @@ def orthogonalize(X: Tensor, num_steps: int) -> Tensor:
 
 @fused
 def _apply_update(param: Tensor, X: Tensor, second_moment: Tensor, lr: Tensor, beta2: Tensor,
-                  weight_decay: Tensor) -> None:
+                  weight_decay: Tensor, rule: MuonRule) -> None:
     """Steps 4 to 6: scale the orthogonalised X, equalise its rows or columns, decay, and subtract."""
     rows, cols = X.shape[-2:]
     g = X.to(param.dtype)
     # 4. Muon+ (arXiv 2602.21545; lower perplexity from 60M to 1B parameters): the norm of an exactly orthogonal matrix,
     #    which step 3 only approximates
-    g = g * (min(rows, cols) ** 0.5 / g.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=1e-6))
+    if rule.fixes_norm:
+        g = g * (min(rows, cols) ** 0.5 / g.square().sum((-2, -1), keepdim=True).sqrt().clamp(min=1e-6))
     # 5. NorMuon (arXiv 2510.05491; 11% more efficient than Muon at 1.1B parameters): Adam's second moment for each
     #    neuron, since orthogonal updates still differ in the norms of their rows; the norm of the whole stays
-    mean_square = g.square().mean(-1 if rows >= cols else -2, keepdim=True)
-    second_moment.lerp_(mean_square, 1 - beta2.to(param.dtype))
-    scaled = g * second_moment.clamp(min=1e-10).rsqrt()
-    norm = g.square().sum((-2, -1), keepdim=True).sqrt()
-    scaled_norm = scaled.square().sum((-2, -1), keepdim=True).sqrt()
-    g = scaled * (norm / scaled_norm.clamp(min=1e-10))
+    if rule.has_neuron_norm:
+        mean_square = g.square().mean(-1 if rows >= cols else -2, keepdim=True)
+        second_moment.lerp_(mean_square, 1 - beta2.to(param.dtype))
+        scaled = g * second_moment.clamp(min=1e-10).rsqrt()
+        norm = g.square().sum((-2, -1), keepdim=True).sqrt()
+        scaled_norm = scaled.square().sum((-2, -1), keepdim=True).sqrt()
+        g = scaled * (norm / scaled_norm.clamp(min=1e-10))
     # 6. Cautious weight decay (arXiv 2510.12402): only where the update shrinks the weight as well
-    decayed = weight_decay * param * (g * param >= 0)
+    decayed = weight_decay * param
+    if rule.is_cautious:
+        decayed = decayed * (g * param >= 0)
     param.sub_(lr * (g + decayed))

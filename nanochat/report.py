@@ -2,6 +2,8 @@
 
     python -m nanochat.report generate [--out DIR] [--price-per-hour DOLLARS]
     python -m nanochat.report reset         delete the sections of earlier runs; the runs themselves stay
+    python -m nanochat.report ledger [RUN ...] [--author NAME] [--affiliation NAME] [--url URL] [--out DIR]
+                                            what marin's leaderboard asks of a run, and a leaderboard of all runs here
 
 Scripts leave sections behind with `write_section`. A section that names its run is completed from the run's run.json
 and metrics.jsonl. A stage whose newest run has no section yet, because it trains or was stopped, is shown from its
@@ -13,7 +15,6 @@ import contextlib
 import json
 import math
 import re
-import shlex
 import statistics
 import time
 from collections import Counter, defaultdict
@@ -26,7 +27,21 @@ if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, 
     prepare_process()
 
 from nanochat.common import UserError, get_base_dir, get_ranks, print0, run_script, write_json
-from nanochat.report_render import Card, Curve, Section, Table, format_count, format_value, smooth, thin, write_card
+from nanochat.ledger import build_leaderboard, find_fault, make_entry
+from nanochat.report_render import (
+    Card,
+    Curve,
+    Section,
+    Table,
+    format_command,
+    format_count,
+    format_value,
+    render_markdown,
+    smooth,
+    thin,
+    write_card,
+    write_files,
+)
 from nanochat.run import read_metrics
 from nanochat.shards import hash_shards, read_manifest
 
@@ -38,6 +53,7 @@ MAX_EVAL_ROWS = 12    # in the table of a run's evaluations
 # have no price unless --price-per-hour gives one.
 GPU_PRICES = (("b300", 6.0), ("b200", 5.0), ("h200", 3.5), ("h100", 3.0), ("a100", 1.8), ("l40s", 1.0), ("4090", 0.5),
               ("t4", 0.35))
+AUTHOR_FIELDS = ("name", "affiliation", "url")    # of an entry of the ledger
 REPO_DIR = Path(__file__).resolve().parents[1]
 
 
@@ -343,13 +359,34 @@ def describe_environments(environments: list[tuple[str, dict]]) -> Section:
     return Section("Environment", tables=tables, notes=[] if tables else ["No run has recorded one yet."])
 
 
-def format_command(argv: list) -> str:
-    """A command line that works in any checkout: `python -m scripts.x` instead of a script's path."""
-    words = [str(word) for word in argv]
-    path = Path(words[0])
-    if path.suffix == ".py":
-        words[:1] = ["python", "-m", f"{path.parent.name}.{path.stem}"]
-    return shlex.join(words)
+def write_ledger(base_dir: Path, tags: Sequence[str], author: dict[str, str | None], out: Path) -> dict:
+    """Write ledger.json, of these pretraining runs or of all, and leaderboard.md, of all."""
+    entries, left_out = {}, {}
+    for path in sorted((base_dir / "runs").glob("*/*/run.json")):
+        stage, tag = path.parts[-3:-1]
+        try:
+            run = read_run(path.parent)
+            fault = find_fault(run)
+        except UserError as error:    # a damaged run.json
+            fault = str(error)
+        if not fault:
+            entries[tag] = make_entry(run, author)
+        else:
+            left_out[tag if stage == "base" else f"{stage}/{tag}"] = fault
+    for tag in tags:
+        if tag in left_out:
+            raise UserError(f"{tag} can't enter the ledger: {left_out[tag]}")
+        if tag not in entries:
+            raise UserError(f"there is no run {tag}: {base_dir / 'runs' / 'base'} has {', '.join(entries) or 'none'}")
+    for name, why in left_out.items():
+        print0(f"left out: {name}: {why}")
+    if not entries:
+        raise UserError(f"{base_dir} has no finished pretraining run for the ledger; make one with scripts.base_train")
+    ledger = {"runs": [{"run_info": entries[tag]} for tag in tags or entries], "left_out": left_out}
+    board = render_markdown(build_leaderboard(list(entries.values()), left_out))
+    write_files(out, {"ledger.json": json.dumps(ledger, indent=2) + "\n", "leaderboard.md": board})
+    print0(f"ledger: {out / 'ledger.json'}\nleaderboard: {out / 'leaderboard.md'}")
+    return ledger | {"json": str(out / "ledger.json"), "markdown": str(out / "leaderboard.md")}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -360,6 +397,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     generate.add_argument("--price-per-hour", type=float,
                           help="rent of the machine, US dollars per hour (default: by its GPUs, where known)")
     commands.add_parser("reset", help="delete the sections of earlier runs; the runs themselves stay")
+    ledger = commands.add_parser("ledger", help="write ledger.json and leaderboard.md")
+    ledger.add_argument("runs", nargs="*", metavar="RUN",
+                        help="tags of pretraining runs, for ledger.json (default: all)")
+    ledger.add_argument("--out", type=Path, help="folder to write to (default: ledger/ in the base folder)")
+    for name in AUTHOR_FIELDS:
+        ledger.add_argument(f"--{'author' if name == 'name' else name}", dest=name, help=f"the author's {name}")
     return parser.parse_args(argv)
 
 
@@ -372,6 +415,9 @@ def main(argv: list[str] | None = None) -> dict:
             path.unlink()
         print0(f"report: {len(sections)} sections deleted")
         return {"removed": len(sections)}
+    if args.command == "ledger":
+        author = {name: getattr(args, name) for name in AUTHOR_FIELDS}
+        return write_ledger(base_dir, args.runs, author, args.out or base_dir / "ledger")
     if args.price_per_hour is not None and not 0 <= args.price_per_hour < math.inf:
         raise UserError(f"--price-per-hour {args.price_per_hour} must be 0 or more US dollars")
     card = build_card(base_dir, args.price_per_hour)

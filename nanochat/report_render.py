@@ -6,6 +6,7 @@ Samples are text that a model wrote, labels may be anything: both renderings esc
 import html
 import math
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -50,6 +51,7 @@ class Card:
     subtitle: str
     tiles:    dict
     sections: list[Section]
+    title:    str = "nanochat report card"
 
 
 def format_value(label: str, value: object) -> str:
@@ -87,6 +89,15 @@ def format_count(count: float) -> str:
     return scale_value(count, COUNT_UNITS, 3)
 
 
+def format_command(argv: list) -> str:
+    """A command line that works in any checkout: `python -m scripts.x` instead of a script's path."""
+    words = [str(word) for word in argv]
+    path = Path(words[0])
+    if path.suffix == ".py":
+        words[:1] = ["python", "-m", f"{path.parent.name}.{path.stem}"]
+    return shlex.join(words)
+
+
 def scale_value(value: float, units: tuple[tuple[float, str], ...], digits: int) -> str:
     """A value in the largest unit that it reaches, else in the smallest."""
     size, unit = next((pair for pair in units if abs(value) >= pair[0]), units[-1])
@@ -110,19 +121,24 @@ def cut(text: str, max_chars: int) -> str:
 def write_card(card: Card, out: Path) -> tuple[Path, Path]:
     """Write the card to the folder `out` as report.md and report.html."""
     page = html_values(card.tiles, "tiles") + "".join(map(html_section, card.sections))
+    write_files(out, {"report.md": render_markdown(card), "report.html": html_page(card.title, card.subtitle, page)})
+    return out / "report.md", out / "report.html"
+
+
+def write_files(out: Path, texts: dict[str, str]) -> None:
+    """Write the texts, by their files' names, to the folder `out`."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "report.md", render_markdown(card))
-        write_atomic(out / "report.html", html_page("nanochat report card", card.subtitle, page))
+        for name, text in texts.items():
+            write_atomic(out / name, text)
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(f"the report can't be written to {out} ({error.strerror}); "
                         "choose a folder with --out") from None
-    return out / "report.md", out / "report.html"
 
 
 def render_markdown(card: Card) -> str:
     """The card as GitHub-flavoured markdown."""
-    lines = ["# nanochat report card", "", escape_markdown(card.subtitle), ""]
+    lines = [f"# {card.title}", "", escape_markdown(card.subtitle), ""]
     for section in (Section("", card.tiles), *card.sections):
         lines += [f"## {escape_markdown(section.title)}", ""] if section.title else []
         values = [Table("", [], list(section.values.items()))] if section.values else []

@@ -197,8 +197,8 @@ def keep_matrices(optimizer: MuonAdamW) -> MuonAdamW:
     """
     for group in optimizer.param_groups:
         for param in group["params"]:
-            param.requires_grad_(group["kind"] == "muon")
-    return MuonAdamW([group for group in optimizer.param_groups if group["kind"] == "muon"], optimizer.names,
+            param.requires_grad_(group["name"] == "matrices")
+    return MuonAdamW([group for group in optimizer.param_groups if group["name"] == "matrices"], optimizer.names,
                      optimizer.matmul_dtype)
 
 

@@ -1,12 +1,14 @@
 """Depth -> every other number: model shape, horizon, batch size, learning rates, and their schedules. Pure functions.
 
-Figures and formulas are those of nanochat's public record (January-July 2026), with the papers named beside them. There
-a depth-24 model of GPT-2's CORE score (0.2565) took 3.04 hours on 8 H100 at first and 1.65 at last: batches of 1M
-tokens made 2.76 hours of 2.91; tuned rates, betas, decay, initial weights and RoPE base 1.80 of 2.02.
+Figures and formulas are those of nanochat's public record (January-July 2026), with the papers named beside them; other
+models of the family have a TrainingRule of their own (presets.py). In the record a depth-24 model of GPT-2's
+CORE score (0.2565) took 3.04 hours on 8 H100 at first and 1.65 at last: batches of 1M tokens made 2.76 hours of 2.91;
+tuned rates, betas, decay, initial weights and RoPE base 1.80 of 2.02.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from nanochat.common import UserError
 from nanochat.config import GPTConfig, count_params, estimate_flops
@@ -15,7 +17,7 @@ REFERENCE_DEPTH = 12               # depth at which batch size, learning rates a
 REFERENCE_BATCH_TOKENS = 2**19     # and its batch
 BATCH_EXPONENT = 0.383             # optimal batch ~ tokens^0.383 (arXiv 2505.13738)
 
-# Learning rates at the reference batch and, for the first two, at 768 channels: GPT.setup_optimizer has the groups
+# Learning rates at the reference batch and, for the first two, at 768 channels; ADAM_GROUPS has the groups
 EMBEDDING_LR   = 0.3
 UNEMBEDDING_LR = 0.008
 MATRIX_LR      = 0.02              # Muon's
@@ -27,21 +29,69 @@ WARMDOWN_RATIO = 0.65
 FINAL_LR_FRAC  = 0.05
 
 
+class AdamGroup(NamedTuple):
+    """Parameters that AdamW updates with the same figures."""
+    name:         str           # lm_head, wte, value_embeds, resid_lambdas, x0_lambdas, gates (of smear and backout);
+                                # matrices, which are Muon's where no group has them
+    rate:         str           # the flag with its learning rate; "" where none has it
+    factor:       float         # on this rate
+    scaling:      str           # of the rate: by "width" and batch, by "batch", or ""
+    betas:        tuple[float, float]
+    weight_decay: float
+
+
+ADAM_GROUPS = (
+    AdamGroup("lm_head",       "unembedding_lr", 1.0,  "width", (0.8,  0.96),  0.01),
+    AdamGroup("wte",           "embedding_lr",   1.0,  "width", (0.8,  0.995), 0.001),
+    AdamGroup("value_embeds",  "embedding_lr",   0.5,  "width", (0.8,  0.995), 0.01),
+    AdamGroup("resid_lambdas", "scalar_lr",      0.01, "batch", (0.8,  0.95),  0.05),
+    AdamGroup("x0_lambdas",    "scalar_lr",      1.0,  "batch", (0.96, 0.95),  0.0),
+    AdamGroup("gates",         "",               0.2,  "",      (0.8,  0.95),  0.0),
+)
+
+
+@dataclass(frozen=True)
+class TrainingRule:
+    """How weights are updated, and how the figures of an update move during a run: all that no flag sets. The defaults
+    are ours; presets.py has the rules of other models of the family."""
+    adam:             tuple[AdamGroup, ...] = ADAM_GROUPS
+    adam_eps:         float = 1e-10
+    max_norm:         float | None = None    # to which the gradients of all AdamW groups together are clipped
+    muon:             dict  = field(default_factory=dict)    # what optim.MuonRule has otherwise
+    beta2:            float = 0.9            # Muon's
+    momentum:         tuple[float, float, float] = (0.85, 0.97, 0.90)    # Muon's: first, highest, last
+    momentum_steps:   int   = 400            # from the first to the highest
+    warmdown:         str   = "linear"       # of the learning rate; or "cosine"
+    decay_fall:       str   = "cosine"       # of Muon's weight decay, over the whole run; or "linear", "none"
+    decay_scaling:    str   = "horizon"      # of Muon's weight decay; or "depth", "none"
+    scales_to_batch:  bool  = True           # whether learning rates follow the batch
+    ratio_counts_all: bool  = False          # whether the ratio of a horizon counts the embeddings' parameters too
+
+    @property
+    def has_muon(self) -> bool:
+        return all(group.name != "matrices" for group in self.adam)
+
+
+JULY26 = TrainingRule()
+
+
 def make_config(depth: int, *, vocab_size: int, sequence_len: int, aspect_ratio: int = 64, head_dim: int = 128,
                 window_pattern: str = "SSSL", **knobs) -> GPTConfig:
-    """The model of a given depth: width = depth * aspect_ratio, rounded up to whole heads; knobs: of GPTConfig."""
+    """The model of a given depth: width = depth * aspect_ratio, rounded up to whole heads; knobs: of GPTConfig,
+    a shape of its own included."""
     if depth < 1 or aspect_ratio < 1 or head_dim < 2 or head_dim % 2 or sequence_len < 1:
         raise UserError(f"no model has --depth {depth} --aspect-ratio {aspect_ratio} --head-dim {head_dim} "
                         f"--max-seq-len {sequence_len}: all must be at least 1, the head dim even")
     n_head = math.ceil(depth * aspect_ratio / head_dim)
-    return GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, n_layer=depth, n_head=n_head, n_kv_head=n_head,
-                     n_embd=n_head * head_dim, window_pattern=window_pattern.upper(), **knobs)
+    shape = {"n_layer": depth, "n_head": n_head, "n_kv_head": n_head, "n_embd": n_head * head_dim}
+    return GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, window_pattern=window_pattern.upper(),
+                     **shape | knobs)
 
 
-def count_scaling_params(config: GPTConfig) -> int:
-    """The parameter count that horizons are multiples of: transformer matrices and lm_head."""
+def count_scaling_params(config: GPTConfig, counts_all: bool = False) -> int:
+    """The parameter count that horizons are multiples of: transformer matrices and lm_head, or all but the scalars."""
     counts = count_params(config)
-    return counts["transformer_matrices"] + counts["lm_head"]
+    return counts["total"] - counts["scalars"] if counts_all else counts["transformer_matrices"] + counts["lm_head"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +168,7 @@ def make_short_rows(text: str, config: GPTConfig) -> list[ShortRows]:
 def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int | None = None,
               target_flops: float | None = None, target_param_data_ratio: float = 12.0,
               batch_tokens: int | None = None, weight_decay: float = WEIGHT_DECAY,
-              seq_len_warmup: str | None = None) -> Plan:
+              seq_len_warmup: str | None = None, rule: TrainingRule = JULY26) -> Plan:
     """Horizon, batch and hyper-parameter scales of a pretraining run.
 
     The horizon is the first given of num_iterations, target_flops, target_param_data_ratio (tokens per scaling param).
@@ -130,8 +180,9 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
             raise UserError(f"{flag} {value:g} must be a positive number")
     reference = make_config(REFERENCE_DEPTH, vocab_size=config.vocab_size, sequence_len=config.sequence_len,
                             window_pattern=config.window_pattern)
-    target_tokens = int(target_param_data_ratio * count_scaling_params(config))
-    reference_tokens = int(target_param_data_ratio * count_scaling_params(reference))
+    target_tokens, reference_tokens = (
+        int(target_param_data_ratio * count_scaling_params(model, rule.ratio_counts_all))
+        for model in (config, reference))
     if target_tokens < 1:
         raise UserError(f"--target-param-data-ratio {target_param_data_ratio:g} gives less than one token")
     if batch_tokens is None:
@@ -153,12 +204,15 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
     if short_rows and short_rows[-1].end_step > num_iterations:
         raise UserError(f"--seq-len-warmup {seq_len_warmup} is longer than the run of {num_iterations} steps; give it "
                         "fewer steps")
-    # The decay keeps its time constant, in epochs, the same for every model size and batch (T_epoch, arXiv 2405.13698)
-    batch_lr_scale = get_batch_lr_scale(batch_tokens)
+    batch_lr_scale = get_batch_lr_scale(batch_tokens) if rule.scales_to_batch else 1.0
+    if rule.decay_scaling == "horizon":
+        # The decay keeps its time constant, in epochs, for every model size and batch (T_epoch, arXiv 2405.13698)
+        weight_decay = weight_decay * batch_lr_scale * reference_tokens / target_tokens
+    elif rule.decay_scaling == "depth":
+        weight_decay = weight_decay * (REFERENCE_DEPTH / config.n_layer) ** 2
     return _fill_plan(config, flops_per_token, num_iterations=num_iterations, batch_tokens=batch_tokens,
                       target_tokens=target_tokens, horizon=horizon, batch_lr_scale=batch_lr_scale,
-                      weight_decay=weight_decay * batch_lr_scale * reference_tokens / target_tokens,
-                      short_rows=short_rows)
+                      weight_decay=weight_decay, short_rows=short_rows)
 
 
 def get_batch_lr_scale(batch_tokens: int) -> float:
@@ -218,13 +272,15 @@ def make_rl_plan(config: GPTConfig, flops_per_token: float, *, num_questions: in
 
 
 def get_lr_frac(it: int, n: int, *, warmup_steps: int = WARMUP_STEPS, warmdown_ratio: float = WARMDOWN_RATIO,
-                final_lr_frac: float = FINAL_LR_FRAC) -> float:
-    """Learning-rate factor of all stages: linear warm-up, constant, linear warm-down to `final_lr_frac` (a trapezoid,
-    arXiv 2405.18392)."""
+                final_lr_frac: float = FINAL_LR_FRAC, warmdown: str = "linear") -> float:
+    """Learning-rate factor of all stages: linear warm-up, constant, warm-down to `final_lr_frac`: linear (a trapezoid,
+    arXiv 2405.18392), or along half a cosine."""
     warmup = min(warmup_steps, n // 10)  # so that a short run isn't all warm-up
     if it < warmup:
         return (it + 1) / warmup
     progress = get_warmdown(it, n, warmdown_ratio)
+    if warmdown == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
     return progress + (1 - progress) * final_lr_frac
 
 
@@ -234,20 +290,22 @@ def get_warmdown(it: int, n: int, ratio: float) -> float:
     return 1.0 if it <= n - num_steps else (n - it) / num_steps
 
 
-def get_muon_momentum(it: int, n: int, *, warmdown_ratio: float = WARMDOWN_RATIO) -> float:
-    """Muon's momentum: .85 -> .97 over 400 steps (fewer in a short run), then -> .90 while the learning rate decays.
+def get_muon_momentum(it: int, n: int, *, warmdown_ratio: float = WARMDOWN_RATIO,
+                      rule: TrainingRule = JULY26) -> float:
+    """Muon's momentum: up over some hundred steps (fewer in a short run), then down while the learning rate decays.
 
     The ramps are modded-nanogpt's. Why they help, a guess: early gradients turn fast, and so outdate an average.
     """
-    ramp_steps = min(400, max(1, round(0.35 * n)))
+    first, highest, last = rule.momentum
+    ramp_steps = min(rule.momentum_steps, max(1, round(0.35 * n)))
     if it < ramp_steps:
-        return 0.85 + (0.97 - 0.85) * it / ramp_steps
-    return 0.90 + (0.97 - 0.90) * get_warmdown(it, n, warmdown_ratio)
+        return first + (highest - first) * it / ramp_steps
+    return last + (highest - last) * get_warmdown(it, n, warmdown_ratio)
 
 
-def get_weight_decay_frac(it: int, n: int) -> float:
-    """Factor on Muon's weight decay: half a cosine from 1 to 0, so that the last steps don't shrink the weights."""
-    return (1 + math.cos(math.pi * it / n)) / 2
+def get_weight_decay_frac(it: int, n: int, fall: str = "cosine") -> float:
+    """Factor on Muon's weight decay: from 1 to 0, so that the last steps don't shrink the weights; 1 for "none"."""
+    return {"cosine": (1 + math.cos(math.pi * it / n)) / 2, "linear": 1 - it / n, "none": 1.0}[fall]
 
 
 def get_chat_momentum(it: int) -> float:

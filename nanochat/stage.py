@@ -25,6 +25,7 @@ from nanochat.engine import Engine
 from nanochat.fp8 import use_fp8
 from nanochat.loss_eval import evaluate_loss
 from nanochat.optim import MuonAdamW
+from nanochat.presets import find_rule
 from nanochat.run import STOP_SIGNALS, Progress, RunLog, StepLog, StopSignal, check_ranks, compare_with_saved, read_info
 from nanochat.scaling import Plan
 from nanochat.tokenizer import RustBPETokenizer
@@ -50,6 +51,7 @@ class Recipe:
     identity:       dict                 # of the data and the source, beside tokenizer, model, plan and flags
     notes:          dict                 # what checkpoints keep for the stage's own use
     beside_bytes:   int = 0              # that the stage keeps beside a step
+    rule:           str = "july26"       # of presets.RULES, by which it is trained
 
     def get_saved(self, key: str) -> object:
         """An entry of the checkpoint's meta.json; None in a new run."""
@@ -58,7 +60,7 @@ class Recipe:
     def get_meta(self, device: torch.device) -> dict:
         """What all checkpoints of the run say alike."""
         identity = {**self.identity, "tokenizer": self.tokenizer.hash, "model": asdict(self.config),
-                    "plan": asdict(self.plan), **self.lrs, **take_identity(self.flags.given)}
+                    "plan": asdict(self.plan), "rule": self.rule, **self.lrs, **take_identity(self.flags.given)}
         return {"stage": self.stage, "model_config": asdict(self.config), "identity": identity, "data": self.data,
                 "tokenizer": {"name": self.tokenizer_name, "hash": self.tokenizer.hash,
                               "vocab_size": self.tokenizer.get_vocab_size()},
@@ -98,7 +100,8 @@ def prepare_run(recipe: Recipe, device: torch.device, ranks: Ranks) -> Setup | N
     check_ranks(run_dir, {"step": first_step, "flags": flags.given, **meta["identity"]})
     if recipe.saved:
         saved = recipe.saved.meta
-        identity = saved["identity"] | {"model": asdict(read_config(saved["model_config"]))}    # with all knobs
+        # An older one names neither all knobs nor the rule
+        identity = {"rule": "july26"} | saved["identity"] | {"model": asdict(read_config(saved["model_config"]))}
         decisions += compare_with_saved(saved | {"identity": identity}, meta, take_identity(flags.defaults), run_dir,
                                         flags.allow_mismatch)
         if first_step >= plan.num_iterations and read_info(run_dir).get("status") == "finished":
@@ -107,7 +110,8 @@ def prepare_run(recipe: Recipe, device: torch.device, ranks: Ranks) -> Setup | N
     last_step = min(flags.stop_at or plan.num_iterations, plan.num_iterations)
     if last_step < first_step:
         raise UserError(f"--stop-at {last_step} is behind the run in {run_dir}, which is at step {first_step}")
-    rows = StepRows(recipe.config, recipe.T, recipe.rows_per_step // ranks.world_size, recipe.beside_bytes)
+    rows = StepRows(recipe.config, recipe.T, recipe.rows_per_step // ranks.world_size, recipe.beside_bytes,
+                    find_rule(recipe.rule).has_muon)
     num_flops = plan.count_flops(last_step) - plan.count_flops(first_step)
     choices = choose_how(flags.wanted.keep(recipe.saved, recipe.source, device), rows, num_flops, device, decisions)
     check_ranks(run_dir, choices.to_json(choices.micro_rows))
@@ -124,7 +128,8 @@ def make_state(setup: Setup, narrow: Callable[[MuonAdamW], MuonAdamW] | None = N
     model = checkpoints.build_model(recipe.config, dtype, setup.device)
     model.init_weights()
     model.loss = machine.loss
-    optimizer = model.setup_optimizer(**recipe.lrs, weight_decay=plan.weight_decay, batch_lr_scale=plan.batch_lr_scale)
+    optimizer = model.setup_optimizer(**recipe.lrs, weight_decay=plan.weight_decay, batch_lr_scale=plan.batch_lr_scale,
+                                      rule=find_rule(recipe.rule))
     if narrow:
         optimizer = narrow(optimizer)
     optimizer.get_named_state()  # allocated now: a run can't survive an update that runs out of memory half-way
@@ -195,7 +200,7 @@ def begin_run(setup: Setup, state: TrainState, loader) -> Run:
             "args": flags.given, "model_config": asdict(config), "params": params, "plan": asdict(plan),
             "predicted": predict_run(recipe.stage, setup.choices, config, plan), "data": data,
             "tokenizer": tokenizer, "environment": setup.meta["environment"], "decisions": setup.decisions,
-            **({"source": recipe.source.describe()} if recipe.source else {})}
+            "num_devices": setup.ranks.world_size, **({"source": recipe.source.describe()} if recipe.source else {})}
     saver = Checkpointer(recipe.run_dir, flags.saving, last_step=setup.last_step, saved_step=resume_step)
     saver.check_disk(state.model, state.optimizer)
     checkpoints.claim_folder(recipe.run_dir, resume_step)

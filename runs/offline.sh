@@ -42,7 +42,7 @@ DATA_DIR=$(cd "$DATA_DIR" && pwd)
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 # Links by the hub's own names, for this chain alone: a part of a test set must not pass for the whole in another one
-export NANOCHAT_MIRROR_DIR=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}/mirror/$NAME HF_HUB_OFFLINE=1
+export NANOCHAT_MIRROR_DIR=$base_dir/mirror/$NAME HF_HUB_OFFLINE=1
 
 link() {    # where the hub has a file, and the names that it may have in the folder
     local place=$NANOCHAT_MIRROR_DIR/$1 suffix=${1#"${1%%.*}"} name path

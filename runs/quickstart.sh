@@ -25,6 +25,7 @@ SFT_TASKS=${SFT_TASKS:-Arithmetic:3000 SimpleSpelling:25000 SpellingBee:4000 Ide
 RL_TASKS=${RL_TASKS:-SimpleSpelling:320}    # 16 questions a step
 EVAL_TASKS=${EVAL_TASKS:-Arithmetic SimpleSpelling SpellingBee Identity PythonDocs}
 NUM_PROBLEMS=${NUM_PROBLEMS:-300}        # held-out problems of each task
+WORDS=${WORDS-$DATA}                     # dataset whose words are spelled; empty: those that an older chain took
 EXTRA=${EXTRA:-}                         # more flags for scripts.base_train
 CHAT_EXTRA=${CHAT_EXTRA:-}               # more flags for mid_train, chat_sft and chat_rl
 RL_EXTRA=${RL_EXTRA:-}                   # more flags for chat_rl alone
@@ -48,15 +49,15 @@ python -m scripts.base_train --data "$DATA" --tokenizer "$NAME" --model-tag "$NA
 stage loss
 python -m scripts.base_loss --model-tag "$NAME" --eval-tokens 262144
 stage mid
-python -m scripts.mid_train --model-tag "$NAME" --tasks $MID_TASKS --words "$DATA" --eval-tokens 65536 $CHAT_EXTRA
+python -m scripts.mid_train --model-tag "$NAME" --tasks $MID_TASKS ${WORDS:+--words "$WORDS"} --eval-tokens 65536 $CHAT_EXTRA
 stage sft
-python -m scripts.chat_sft --model-tag "$NAME" --tasks $SFT_TASKS --words "$DATA" --eval-tokens 65536 $CHAT_EXTRA
+python -m scripts.chat_sft --model-tag "$NAME" --tasks $SFT_TASKS ${WORDS:+--words "$WORDS"} --eval-tokens 65536 $CHAT_EXTRA
 stage rl
-python -m scripts.chat_rl --model-tag "$NAME" --tasks $RL_TASKS --words "$DATA" --max-new-tokens 48 \
+python -m scripts.chat_rl --model-tag "$NAME" --tasks $RL_TASKS ${WORDS:+--words "$WORDS"} --max-new-tokens 48 \
     --eval-every never --sample-every never $CHAT_EXTRA $RL_EXTRA
 stage eval
 for source in mid sft rl; do
-    python -m scripts.chat_eval --source "$source" --model-tag "$NAME" --task-name $EVAL_TASKS --words "$DATA" \
+    python -m scripts.chat_eval --source "$source" --model-tag "$NAME" --task-name $EVAL_TASKS ${WORDS:+--words "$WORDS"} \
         -x "$NUM_PROBLEMS"
 done
 stage report

@@ -35,6 +35,5 @@ python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-char
 python -m scripts.sweep --name "$NAME" --grid $grid --parallel "$PARALLEL" --nproc "$(( NPROC > 1 ? NPROC : 1 ))" -- \
     --data "$DATA" --tokenizer "$NAME" --max-seq-len "$SEQ_LEN" $flags --sample-every never --keep-last 1 $EXTRA
 if [[ $BUDGETS ]]; then
-    base_dir=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}
     python -m dev.scaling_laws "$base_dir/sweeps/$NAME"
 fi

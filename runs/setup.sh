@@ -25,6 +25,9 @@ fail() {
 
 # What the recipes share
 
+base_dir=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}
+base_dir=${base_dir/#\~/$HOME}    # as Python does
+
 fetch_data() {    # make the source $1, if it is one; of the hub's as much as scripts.base_train with the flags $2... reads
     local num_shards
     case $1 in
@@ -35,12 +38,23 @@ fetch_data() {    # make the source $1, if it is one; of the hub's as much as sc
     esac
 }
 
+launch() {    # a module on NPROC GPUs, with its flags; torchrun, by its module's name, reads those before -- itself
+    local module=$1
+    shift
+    if (( NPROC > 1 )); then
+        python -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m "$module" -- "$@"
+    else
+        python -m "$module" "$@"
+    fi
+}
+
 # The chain's progress. A recipe names its stages once, each with its seconds where the header measured them (else 0):
 # `begin_chain NAME text 25 base 330 ...`; then each begins with `stage text`, and the last ends with `end_chain`.
 # <base dir>/chains/NAME/STAGE: the seconds of a finished stage, 0 if it was interrupted; empty until it ends.
 begin_chain() {
     chain_name=$1 chain=("${@:2}") stage_name="" chain_start=$SECONDS
-    chain_dir=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}/chains/$1
+    chain_dir=$base_dir/chains/$1
+    [[ -e $base_dir/runs/base/$1 ]] || rm -rf "$chain_dir"    # its runs were deleted: it begins anew
     mkdir -p "$chain_dir"
 }
 
@@ -69,10 +83,14 @@ stage() {
     : >> "$chain_dir/$1"
 }
 
-end_stage() {
-    if [[ $stage_name && ! -s $chain_dir/$stage_name ]]; then
-        echo "$(( was_begun ? 0 : SECONDS - stage_start ))" > "$chain_dir/$stage_name"
-    fi
+end_stage() {    # one that took less than a twentieth of its time had been done before
+    local i seconds=0 taken
+    [[ $stage_name && ! -s $chain_dir/$stage_name ]] || return 0
+    for (( i = 0; i < ${#chain[@]}; i += 2 )); do
+        [[ ${chain[i]} != "$stage_name" ]] || seconds=${chain[i + 1]}
+    done
+    taken=$(( SECONDS - stage_start ))
+    echo "$(( was_begun || taken * 20 < seconds ? 0 : taken ))" > "$chain_dir/$stage_name"
 }
 
 end_chain() {

@@ -26,7 +26,8 @@ EXTRA=${EXTRA:-}                         # more flags for scripts.base_train
 
 cd "${SLURM_SUBMIT_DIR:?this is a job script: sbatch runs/slurm.sh}" || exit 2
 source .venv/bin/activate
-latest=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}/runs/base/$NAME/latest
+base_dir=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}
+latest=${base_dir/#\~/$HOME}/runs/base/$NAME/latest
 before=$(cat "$latest" 2> /dev/null)
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110  # torchrun kills ranks that still save so many seconds after SIGTERM, else 30
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -41,16 +41,6 @@ CHAT_EVAL_EXTRA=${CHAT_EVAL_EXTRA:-}     # more flags for scripts.chat_eval
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-launch() {    # a module on every GPU, with its flags; torchrun, by its module's name, reads those before -- itself
-    local module=$1
-    shift
-    if (( NPROC > 1 )); then
-        python -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m "$module" -- "$@"
-    else
-        python -m "$module" "$@"
-    fi
-}
-
 # No stage has been timed yet
 begin_chain "$NAME" text 0 tokenizer 0 base 0 loss 0 core 0 mid 0 mid-eval 0 sft 0 sft-eval 0 \
     ${RL_TASKS:+rl 0 rl-eval 0} report 0

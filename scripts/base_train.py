@@ -20,7 +20,7 @@ from nanochat.dataset import default_source
 from nanochat.devices import init_compute
 from nanochat.loss_eval import log_core
 from nanochat.optim import MuonAdamW
-from nanochat.presets import parse_knobs
+from nanochat.presets import find_preset, find_rule, parse_knobs, parse_preset_args
 from nanochat.report import write_stage_section
 from nanochat.run import StopSignal, TakenStep, read_info
 from nanochat.scaling import get_lr_frac, get_muon_momentum, get_weight_decay_frac, make_config, make_plan
@@ -36,17 +36,17 @@ SAMPLE_PROMPTS = ("The capital of France is", "If yesterday was Friday, then tom
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model-tag", help="folder of the run (default: d<depth>)")
+    add("--model-tag", help="folder of the run (default: d<depth>, <preset> or <preset>-d<depth>)")
     add("--data", help="a source or a folder that nanochat.dataset made (default: climbmix on a GPU, else python-docs)")
     add("--tokenizer", default="default", help="name of the tokenizer that scripts.tok_train made")
     # model
+    add("--preset", metavar="NAME", help="a model of the family with its training, such as marin-150m (see presets.py)")
     add("--depth", type=int, default=20, help="layers: the one dial")
     add("--aspect-ratio", type=int, default=64, help="width in channels per layer")
     add("--head-dim", type=int, default=128, help="channels of an attention head")
     add("--max-seq-len", type=int, default=2048, help="context in tokens")
     add("--window-pattern", default="SSSL", help="attention windows, tiled over the layers: L whole, S a quarter")
-    add("--knobs", nargs="+", default=[], metavar="KNOB=VALUE", help="other parts of the model, such as smear=off "
-        "softcap=0 (nanochat/config.py)")
+    add("--knobs", nargs="+", default=[], metavar="KNOB=VALUE", help="other parts, such as smear=off (see config.py)")
     # horizon: the first that is given
     add("--num-iterations", type=int, help="optimizer steps")
     add("--target-flops", type=float, help="training FLOPs")
@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     add("--core-metric-every", type=int_or_never, help="steps between CORE evaluations, or never")
     add("--core-metric-max-per-task", type=int_or_all, default=500, help="items of each CORE task, or all")
     add_stage_args(parser, eval_every=250, sample_every=2000)
-    args = parser.parse_args(argv)
+    args = parse_preset_args(parser, argv)
     return args, read_flags(args, parser, argv)
 
 
@@ -133,32 +133,35 @@ def train(run: Run, val_batches: ValidationBatches, args: argparse.Namespace) ->
 def make_recipe(args: argparse.Namespace, flags: StageFlags, run_dir: Path, ranks: Ranks) -> tuple[Recipe, ShardList]:
     """The model, how long and how fast it is trained, and the text it is trained on."""
     saved, tokenizer = find_saved("base", run_dir, flags.resume), get_tokenizer(args.tokenizer)
-    shards = load_shards(args.data or default_source(), train_files=saved and saved.meta["data"]["train_files"])
+    shards = load_shards(args.data or default_source(args.device_type),
+                         train_files=saved and saved.meta["data"]["train_files"])
+    preset = find_preset(args.preset)
     config = make_config(args.depth, vocab_size=tokenizer.get_vocab_size(), sequence_len=args.max_seq_len,
                          aspect_ratio=args.aspect_ratio, head_dim=args.head_dim, window_pattern=args.window_pattern,
-                         **parse_knobs(args.knobs))
+                         **preset.shape | preset.knobs | parse_knobs(args.knobs))
     plan = make_plan(config, estimate_flops(config), num_iterations=args.num_iterations,
                      target_flops=args.target_flops, target_param_data_ratio=args.target_param_data_ratio,
                      batch_tokens=args.total_batch_size, weight_decay=args.weight_decay,
-                     seq_len_warmup=args.seq_len_warmup)
+                     seq_len_warmup=args.seq_len_warmup, rule=find_rule(preset.rule))
     data = {"name": shards.name, "hash": shards.hash, "folder": str(shards.val.parent),
             "train_files": [path.name for path in shards.train]}
     rows_per_step = count_rows(plan.batch_tokens, config.sequence_len, ranks.world_size)
     return Recipe(
         "base", run_dir, flags, saved, source=None, tokenizer=tokenizer, tokenizer_name=args.tokenizer, config=config,
         plan=plan, T=config.sequence_len, rows_per_step=rows_per_step, data=data, identity={"data": shards.hash},
-        lrs={name: getattr(args, name) for name in LR_NAMES}, notes={}), shards
+        lrs={name: getattr(args, name) for name in LR_NAMES}, notes={}, rule=preset.rule), shards
 
 
-def set_schedules(optimizer: MuonAdamW, step: int, num_iterations: int, args: argparse.Namespace) -> float:
-    """Set learning rates, momentum and weight decay for a step; returns the learning rate's factor."""
-    lr_frac = get_lr_frac(step, num_iterations, warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio,
-                          final_lr_frac=args.final_lr_frac)
+def set_schedules(optimizer: MuonAdamW, step: int, n: int, args: argparse.Namespace) -> float:
+    """Set learning rates, momentum and weight decay for a step of n; returns the learning rate's factor."""
+    rule = find_rule(find_preset(args.preset).rule)
+    lr_frac = get_lr_frac(step, n, warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio,
+                          final_lr_frac=args.final_lr_frac, warmdown=rule.warmdown)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * lr_frac
         if group["kind"] == "muon":
-            group["momentum"] = get_muon_momentum(step, num_iterations, warmdown_ratio=args.warmdown_ratio)
-            group["weight_decay"] = group["initial_weight_decay"] * get_weight_decay_frac(step, num_iterations)
+            group["momentum"] = get_muon_momentum(step, n, warmdown_ratio=args.warmdown_ratio, rule=rule)
+            group["weight_decay"] = group["initial_weight_decay"] * get_weight_decay_frac(step, n, rule.decay_fall)
     return lr_frac
 
 

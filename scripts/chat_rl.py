@@ -210,8 +210,8 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, source: Checkpoint,
         rows_per_step=args.examples_per_step * args.num_samples, lrs={name: before[name] for name in LR_NAMES},
         data=data, identity={"source": source.describe(), "data": data, "max_new_tokens": max_new_tokens},
         notes={"sample_rows": sample_rows},
-        beside_bytes=count_engine_bytes(config, sample_rows, longest + 1) if device.type == "cuda" else 0
-    ), questions, held_out
+        beside_bytes=count_engine_bytes(config, sample_rows, longest + 1) if device.type == "cuda" else 0,
+        rule=before.get("rule", "july26")), questions, held_out
 
 
 def make_rollouts(args: argparse.Namespace, setup: Setup, questions: list[Question]) -> Rollouts:

@@ -3,7 +3,7 @@
     python -m scripts.doctor [--quick] [--json] [--device-type cpu]
 
 Exit code 0 if training can start, else 2. Missing and broken packages are findings too: torch, and every module that
-needs it, is therefore imported inside the checks, and nanochat.common, which needs a package, only where it is there.
+needs it, is therefore imported inside the checks.
 """
 
 import argparse

@@ -3,6 +3,7 @@
     python -m scripts.plan --depth 24 --nproc 8 --gpu h100 --target-param-data-ratio 8    # runs/speedrun.sh
     python -m scripts.plan --depth 12 20 24 --nproc 8                                     # side by side
     python -m scripts.plan --recipe d24 d22 --nproc 8                                     # what runs/speedrun.sh offers
+    python -m scripts.plan --preset marin-150m marin-270m marin-460m                      # models of the family
     python -m scripts.plan --max-cost 100 --nproc 8                                       # the deepest for $100
     python -m scripts.plan --depth 10 16 --target-flops 1e18 --shards                     # how much text to download
     python -m scripts.plan --depth 6 --gpu cpu --tflops 0.85 --gb 24 --max-seq-len 512 --total-batch-size 16384
@@ -14,14 +15,15 @@ import argparse
 import contextlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from nanochat import devices, memory
 from nanochat.common import UserError, print0, run_script
 from nanochat.config import GPTConfig, count_params, estimate_flops
-from nanochat.dataset import HUB_SOURCES
+from nanochat.corpus import HUB_SOURCES
 from nanochat.memory import GIB, Machine, Memory, get_usable_frac, rows_or_auto
-from nanochat.scaling import FINAL_LR_FRAC, WARMDOWN_RATIO, Plan, make_config, make_plan
+from nanochat.presets import apply_preset, find_preset, find_rule, list_typed
+from nanochat.scaling import FINAL_LR_FRAC, WARMDOWN_RATIO, WEIGHT_DECAY, Plan, make_config, make_plan
 
 DOLLARS_PER_GPU_HOUR = 3.0    # of an H100 on the market, $24 an hour for a node of eight
 CHARS_PER_TOKEN = 5           # of a 32K vocabulary; assumption, none was counted. Smaller vocabularies have fewer
@@ -91,6 +93,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--depth", type=int, nargs="+", help="layers; several are shown side by side (default: 20)")
     add("--recipe", choices=RECIPES, nargs="+", help="instead of --depth: recipes of runs/speedrun.sh, side by side")
+    add("--preset", nargs="+", metavar="NAME", help="presets of scripts.base_train, side by side; at each --depth, if "
+        "they have no shape of their own")
     add("--max-hours", type=float, help="instead of --depth: the deepest model that trains in so many hours")
     add("--max-cost", type=float, help="instead of --depth: the deepest model that trains for so many dollars")
     # hardware
@@ -132,6 +136,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} {value:g} must be a positive number")
     if not 0 <= args.price < math.inf:
         raise UserError(f"--price {args.price:g} must be dollars per GPU hour, 0 or more")
+    if args.preset and (args.recipe or args.max_hours or args.max_cost):
+        raise UserError("--preset says what to train: leave out --recipe and the budgets (--max-hours, --max-cost)")
+    args.typed = list_typed(parser, argv, vars(args))
     if args.depth and (args.max_hours or args.max_cost):
         raise UserError("--depth and a budget (--max-hours, --max-cost) exclude each other: a budget chooses the depth")
     given = [name for name in RECIPE_FLAGS if getattr(args, name) != parser.get_default(name)]
@@ -146,6 +153,9 @@ def main(argv: list[str] | None = None) -> dict:
     hardware, machine = choose_hardware(args)
     if args.max_hours or args.max_cost:
         estimates = [find_deepest(args, hardware, machine)]
+    elif args.preset:
+        estimates = [estimate_run(apply_to(args, name), depth, hardware, machine)
+                     for name in args.preset for depth in list_depths(args, name)]
     elif args.recipe:
         estimates = [estimate_run(argparse.Namespace(**vars(args) | asdict(RECIPES[name])), RECIPES[name].depth,
                                   hardware, machine) for name in args.recipe]
@@ -159,8 +169,21 @@ def main(argv: list[str] | None = None) -> dict:
     elif args.json:
         print0(json.dumps(results, indent=2))
     else:
-        print_table(estimates, hardware, machine, args.recipe or [])
+        print_table(estimates, hardware, machine, args.recipe or [], [
+            name for name in args.preset or () for _ in list_depths(args, name)])
     return results
+
+
+def apply_to(args: argparse.Namespace, name: str) -> argparse.Namespace:
+    """The flags with those of a preset."""
+    typed = {flag: value for flag, value in args.typed.items() if flag != "depth"}
+    return argparse.Namespace(**vars(args) | apply_preset(name, typed, vars(args)) | {"preset": name})
+
+
+def list_depths(args: argparse.Namespace, name: str) -> list[int]:
+    """The depths at which a preset is planned."""
+    shape = find_preset(name).shape
+    return [shape["n_layer"]] if shape else args.depth or [20]
 
 
 def choose_hardware(args: argparse.Namespace) -> tuple[Hardware, Machine]:
@@ -185,12 +208,16 @@ def choose_hardware(args: argparse.Namespace) -> tuple[Hardware, Machine]:
 
 def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, machine: Machine) -> Estimate:
     """The run of one depth."""
-    T = args.max_seq_len
+    T, preset = args.max_seq_len, find_preset(args.preset)
+    rule = find_rule(preset.rule)
+    machine = replace(machine, has_muon=rule.has_muon)
     config = make_config(depth, vocab_size=args.vocab_size, sequence_len=T, aspect_ratio=args.aspect_ratio,
-                         head_dim=args.head_dim, window_pattern=args.window_pattern)
+                         head_dim=args.head_dim, window_pattern=args.window_pattern,
+                         **preset.shape | preset.knobs)
     plan = make_plan(config, estimate_flops(config), num_iterations=args.num_iterations,
                      target_flops=args.target_flops, target_param_data_ratio=args.target_param_data_ratio,
-                     batch_tokens=args.total_batch_size, seq_len_warmup=args.seq_len_warmup)
+                     batch_tokens=args.total_batch_size, weight_decay=preset.flags.get("weight_decay", WEIGHT_DECAY),
+                     seq_len_warmup=args.seq_len_warmup, rule=rule)
     rows = plan.batch_tokens // (T * hardware.num_gpus)
     if rows < 1 or plan.batch_tokens % (T * hardware.num_gpus):
         raise UserError(f"a step of {plan.batch_tokens} tokens at depth {depth} must be a multiple of "
@@ -208,7 +235,7 @@ def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, machi
     hours = plan.total_flops / (mfu * hardware.peak_flops * hardware.num_gpus) / 3600
     fits = predicted.needed <= get_usable_frac(machine) * memory_bytes
     return Estimate(config, plan, fits, micro_rows, rows // micro_rows, predicted,
-                    count_hardware_flops(config, plan, hardware.num_gpus), mfu, source, hours,
+                    count_hardware_flops(config, plan, hardware.num_gpus, rule.has_muon), mfu, source, hours,
                     hours * hardware.num_gpus * hardware.dollars,
                     count_shards(plan.total_tokens, "climbmix"))
 
@@ -219,7 +246,7 @@ def count_shards(num_tokens: int, source: str) -> int:
     return min(math.ceil(SPARE_DATA * num_tokens * CHARS_PER_TOKEN / hub.shard_chars), len(hub.train))
 
 
-def count_hardware_flops(config: GPTConfig, plan: Plan, num_gpus: int) -> float:
+def count_hardware_flops(config: GPTConfig, plan: Plan, num_gpus: int, has_muon: bool = True) -> float:
     """FLOPs that the run executes. They differ from model FLOPs in the keys hidden by attention's mask (left out), the
     scores recomputed in the backward pass (7 products a key, not 6), and Muon's orthogonalisation."""
     flops, first_step = plan.total_flops, 0
@@ -233,7 +260,7 @@ def count_hardware_flops(config: GPTConfig, plan: Plan, num_gpus: int) -> float:
         per_token = config.n_head * config.head_dim * (14 * keys - 12 * model_keys)
         flops, first_step = flops + per_token * (end_step - first_step) * plan.batch_tokens, end_step
     muon = 0
-    for shape, num in memory.count_shapes(config).items():
+    for shape, num in memory.count_shapes(config).items() if has_muon else ():
         short, long = sorted(shape)
         muon += -(-num // num_gpus) * num_gpus * MUON_STEPS * (4 * short**2 * long + 2 * short**3)  # padding included
     return flops + muon * plan.num_iterations
@@ -260,8 +287,9 @@ def find_deepest(args: argparse.Namespace, hardware: Hardware, machine: Machine)
                     "more, or shorten the run with --target-param-data-ratio")
 
 
-def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine, recipes: list[str]) -> None:
-    """One column a depth or recipe, then the sources of the figures."""
+def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine, recipes: list[str],
+                presets: list[str]) -> None:
+    """One column a depth, recipe or preset, then the sources of the figures."""
     def gib(num_bytes: float) -> str:
         return f"{num_bytes / GIB:.2f}"
     rows: list[tuple[str, list[str]]] = []
@@ -274,6 +302,8 @@ def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine,
             rows.append((label, [show(RECIPES[name]) for name in recipes]))
     if recipes:
         rows.append(("recipe", recipes))
+    if presets:
+        rows.append(("preset", presets))
     add("depth", lambda e: str(e.config.n_layer))
     add("width, heads", lambda e: f"{e.config.n_embd}, {e.config.n_head}")
     add("vocabulary", lambda e: f"{e.config.vocab_size:,}")
@@ -319,6 +349,8 @@ def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine,
     print0("Time is training alone: evaluation, compiling and downloads come on top.")
     for name in recipes:
         print0(f"Published, {name}: {RECIPES[name].source}.")
+    for name in dict.fromkeys(presets):
+        print0(f"Preset {name}: {find_preset(name).source}.")
     compared = "compared with tensors counted one by one; the process grows by up to twice as much" \
         if machine.device_type == "cpu" else "not yet compared with a GPU"
     print0(f"Memory: {machine.dtype}{', fp8' if machine.is_fp8 else ''}, attention {machine.attention}, {machine.loss} "

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from nanochat.common import UserError, file_lock, get_base_dir, get_worker_env, 
 from nanochat.config import GPTConfig, estimate_flops
 from nanochat.report import RunFiles, read_json, read_run
 from nanochat.run import StopSignal
-from nanochat.scaling import make_config, make_plan
+from nanochat.scaling import check_counts, make_config, make_plan
 
 SWEEP_KEYS = ("grid", "flags", "created", "failed", "points")  # of sweep.json
 OWN_FLAGS = {"model_tag", "resume"}    # of base_train, set by the sweep itself
@@ -61,20 +62,33 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--name", required=True, help="of the sweep, the first part of its runs' tags")
     add("--grid", nargs="+", required=True, metavar="FLAG=VALUE,VALUE", help="flags of scripts.base_train to combine")
+    add_run_args(parser)
+    args = parser.parse_args(argv[:split])
+    args.flags = argv[split + 1:]
+    return args
+
+
+def add_run_args(parser: argparse.ArgumentParser) -> None:
+    """How many runs at a time, and on how many GPUs."""
+    add = parser.add_argument
     add("--parallel", type=int, default=1, help="runs at a time, each on GPUs of its own")
     add("--nproc", type=int, default=1, help="processes of a run, a GPU each, started by torchrun")
     add("--retry-failed", action="store_true", help="repeat the runs that failed")
-    args = parser.parse_args(argv[:split])
-    args.flags = argv[split + 1:]
-    for flag, value in (("--parallel", args.parallel), ("--nproc", args.nproc)):
-        if value < 1:
-            raise UserError(f"{flag} {value} must be at least 1")
-    return args
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     grid = parse_grid(args.grid, args.flags)
+    with open_sweep(make_points(args.name, grid, args.flags), grid, args) as sweep:
+        sweep.run()
+        return sweep.summarize()
+
+
+@contextlib.contextmanager
+def open_sweep(points: list[Point], grid: dict[str, list[str]], args: argparse.Namespace) -> Iterator["Sweep"]:
+    """A sweep that no other process runs. grid: what a continued sweep must have as before
+    args: name, flags (of scripts.base_train, the same in all runs), parallel, nproc, retry_failed"""
+    check_counts(parallel=args.parallel, nproc=args.nproc)
     num_gpus = torch.cuda.device_count()
     if 0 < num_gpus < args.parallel * args.nproc:
         raise UserError(f"--parallel {args.parallel} --nproc {args.nproc} needs {args.parallel * args.nproc} GPUs, and "
@@ -83,9 +97,7 @@ def main(argv: list[str] | None = None) -> dict:
     folder = get_base_dir() / "sweeps" / args.name
     try:
         with file_lock(folder).acquire(blocking=False):
-            sweep = Sweep(folder, make_points(args.name, grid, args.flags), grid, args)
-            sweep.run()
-            return sweep.summarize()
+            yield Sweep(folder, points, grid, args)
     except filelock.Timeout:
         raise UserError(f"another process runs the sweep {args.name}; wait for it, or choose another --name") from None
 

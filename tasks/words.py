@@ -28,6 +28,7 @@ LIST_NAME = "words_alpha.txt"
 LIST_URL = f"https://raw.githubusercontent.com/{LIST_REPO}/refs/heads/master/{LIST_NAME}"
 MIN_LIST_WORDS = 100_000    # in a download that is the list and not some page in its place
 MIN_CHARS, MAX_CHARS = 3, 20
+MIN_FOUND_WORDS = 200       # of a dataset: with fewer, hardly in English, there is little to learn (assumption)
 MIN_OCCURRENCES = 3         # in a text: rarer strings are mostly names and misspellings
 MAX_TEXT_CHARS = 100_000_000    # of a corpus are read for their words, which takes about six seconds
 KEPT_NAME = "words_found.txt"    # the words that were collected; delete it to have them collected anew
@@ -36,7 +37,7 @@ KEPT_NAME = "words_found.txt"    # the words that were collected; delete it to h
 def load_words(data: str | None = None) -> list[str]:
     """Lower-case words of the letters a-z, sorted: the published list, the corpus's words, or the docstrings' words.
 
-    data: the dataset whose words they are, whatever else is on disk, the list too; the docstrings' words if it has none
+    data: the dataset whose words they are, whatever else is on disk, the list too; the docstrings' words if it has few
     The words that are collected are kept, so that all stages of a chain spell the same words.
     """
     if data:
@@ -55,13 +56,14 @@ def load_words(data: str | None = None) -> list[str]:
 
 
 def collect_first_words(folders: Iterable[str]) -> tuple[str, list[str]]:
-    """The words of the first dataset that has any, else those of Python's docstrings; and whose they are."""
+    """The words of the first dataset that has enough of them, else those of Python's docstrings; and whose they are."""
     for folder in folders:
         try:
             shards = load_shards(folder)
         except UserError:
             continue    # not complete: not at hand
-        if words := collect_words(iter_documents(shards.train, MAX_TEXT_CHARS)):     # none in many languages
+        words = collect_words(iter_documents(shards.train, MAX_TEXT_CHARS))
+        if len(words) >= MIN_FOUND_WORDS:    # fewer in many languages
             return f"the corpus {shards.name}", words
     return "Python's docstrings", collect_words(doc for _, doc in iter_docstrings())
 

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from nanochat import dataset
 from nanochat.checkpoint_manager import get_run_dir, save_checkpoint
 from nanochat.config import GPTConfig
 from nanochat.gpt import GPT
+from nanochat.presets import PRESETS
 from nanochat.run import read_info, read_metrics
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 from nanochat.train import Batch, train_step
@@ -268,3 +269,29 @@ def run_forked(function, uid=None):
         answer = json.load(file)
     os.waitpid(pid, 0)
     return answer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets
+
+
+@contextlib.contextmanager
+def small_presets():
+    """The presets with a shape of their own have two layers of 32 channels."""
+    shape = {"n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 32}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, preset in PRESETS.items():
+            small = {"attn_dim": 64, "mlp_dim": 96} if "attn_dim" in preset.knobs else {}
+            if preset.knobs.get("backout_layer", -1) > 0:
+                small["backout_layer"] = 0
+            if preset.shape:
+                patch.setitem(PRESETS, name, replace(preset, shape=shape, knobs=preset.knobs | small))
+        yield
+
+
+def make_preset_argv(name, tag):
+    """Flags of scripts.base_train for a small run on the data 'toy'."""
+    shape = [] if PRESETS[name].shape else ["--depth", "2", "--aspect-ratio", "16", "--head-dim", "16"]
+    return ["--preset", name, "--model-tag", tag, "--data", "toy", *shape, "--max-seq-len", "64", "--num-iterations",
+            "4", "--total-batch-size", "512", "--eval-tokens", "1024", "--eval-every", "never", "--sample-every",
+            "never", "--device-type", "cpu", "--dtype", "float32", "--compile", "off"]

@@ -76,6 +76,29 @@ def test_probe_asks_the_best_vector_instructions_only(fails, monkeypatch):
         assert inductor_config.cpp.vec_isa_ok is False
 
 
+def test_vector_instructions_that_fail_are_not_remembered_as_working(monkeypatch):
+    """Some sets keep their first answer, that of the time when torch was told to trust them."""
+    def clear():
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        for isa in cpu_vec_isa.supported_vec_isa_list:
+            getattr(type(isa).__bool__, "cache_clear", lambda: None)()
+
+    def compile_probe(device):
+        if inductor_config.cpp.vec_isa_ok:
+            cpu_vec_isa.pick_vec_isa()
+            raise RuntimeError("unknown option -mavx512f")
+    monkeypatch.setattr(compilation, "compile_probe", compile_probe)
+    monkeypatch.setattr(compilation, "link_awkward_paths", lambda: "")
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda self, code: False)    # no set can be compiled
+    try:
+        clear()
+        with inductor_config.patch({"cpp.vec_isa_ok": None}):
+            assert compilation.probe_compiler(CPU) == "" and cpu_vec_isa.valid_vec_isa_list() == []
+    finally:
+        monkeypatch.undo()
+        clear()
+
+
 def test_collector_pauses_while_a_step_is_compiled():
     assert gc.isenabled()
     with pytest.raises(ValueError), compilation.pause_collector():

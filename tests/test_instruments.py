@@ -1,6 +1,8 @@
 """The instruments of dev/ don't lie: each figure that they draw or print is compared with one got in another way."""
 
 import math
+import shutil
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -8,14 +10,17 @@ import torch
 
 from dev import bench_gqa, show_attention, show_loss_grid, show_memory
 from dev.bench_memory import trace_step
+from dev.results import find_odd_starts, name_kind
 from nanochat import checkpoint_manager
-from nanochat.common import UserError
-from nanochat.config import GPTConfig
+from nanochat.common import Ranks, UserError
+from nanochat.config import GPTConfig, count_params, read_config
 from nanochat.flash_attention import flash_attn, plain_attention
 from nanochat.gpt import GPT
 from nanochat.memory import ACTIVATIONS, Machine, list_usage, predict_memory
-from nanochat.scaling import make_config
-from tests.helpers import BYTE_TOKENIZER, make_model
+from nanochat.presets import PLAIN, PRESETS
+from nanochat.run import RunLog
+from nanochat.scaling import make_config, make_plan
+from tests.helpers import BYTE_TOKENIZER, CONFIG, make_model
 
 
 @pytest.fixture(autouse=True)
@@ -244,3 +249,56 @@ def test_loss_grid_script(tmp_path, capsys):
     (tmp_path / "one.csv").write_text("\n".join(lines[:6]))    # one budget: N and D are one quantity
     with pytest.raises(UserError, match="5 runs of 5 sizes and 5 horizons can't tell two slopes"):
         show_loss_grid.main([str(tmp_path / "one.csv")])
+
+
+def write_grid(folder, name: str, config: GPTConfig, factor: float, start_loss: float = math.log(300)) -> None:
+    """Runs of three sizes and three horizons, whose losses follow SLOPES times a factor."""
+    for n_layer in (2, 4, 8):
+        for num_steps in (50, 100, 200):
+            sized = replace(config, n_layer=n_layer)
+            plan, params = make_plan(sized, 1e6, num_iterations=num_steps, batch_tokens=512), count_params(sized)
+            num_params = params["transformer_matrices"] + params["lm_head"]
+            loss = factor * 30 * num_params ** SLOPES[0] * plan.total_tokens ** SLOPES[1]
+            info = {"stage": "base", "args": {}, "plan": asdict(plan), "params": params, "model_config": asdict(sized)}
+            with RunLog(folder / f"{name}-{n_layer}-{num_steps}", info, Ranks()) as log:
+                log.write("train", 1, loss=start_loss)
+                log.write("eval", num_steps, val_bpb=loss)
+                log.close("finished")
+
+
+def test_loss_grid_of_several_presets(tmp_path, capsys):
+    """Each kind of model has its own fit, where one over all would have taken the presets' difference for a slope."""
+    write_grid(tmp_path, "plain", replace(CONFIG, vocab_size=300, window_pattern="L", **PLAIN), 1.2)
+    write_grid(tmp_path, "now", replace(CONFIG, vocab_size=300, window_pattern="SSSL"), 1.0, start_loss=7.0)
+    results = show_loss_grid.main([str(tmp_path)])
+    assert set(results["kinds"]) == {"plain", "nanochat-july26"} and is_png(results["figure"])
+    for slopes in results["kinds"].values():
+        assert [law["exponent"] for law in slopes.values()] == pytest.approx(SLOPES, abs=1e-3)
+    odd = [note for note in results["notes"] if "from ln V" in note]
+    assert len(odd) == 9 and odd[0] == "now-2-100 starts at a loss of 7.000, +1.296 from ln V, that of guessing."
+    assert "parameters, plain" in capsys.readouterr().out
+    write_grid(tmp_path / "more", "one", replace(CONFIG, vocab_size=300, smear=False), 1.0)
+    for path in (tmp_path / "more").glob("one-[48]*"):
+        shutil.rmtree(path)
+    results = show_loss_grid.main([str(tmp_path)])
+    assert set(results["kinds"]) == {"plain", "nanochat-july26"}
+    assert any("3 runs of window_pattern=SSL smear=False, of 1 sizes and 3 horizons can't tell" in note
+               for note in results["notes"])
+
+
+@pytest.mark.parametrize(("name", "kind"), [*((name, name) for name in PRESETS if "marin" not in name),
+                                            *((name, "marin") for name in PRESETS if "marin" in name)])
+def test_kinds_of_models(name, kind):
+    preset = PRESETS[name]
+    config = replace(GPTConfig(), window_pattern=preset.flags["window_pattern"], **preset.shape, **preset.knobs)
+    assert name_kind(config) == kind
+
+
+def test_kinds_without_a_name():
+    assert name_kind(replace(GPTConfig(), smear=False, softcap=0.0)) == "smear=False softcap=0.0"
+    assert name_kind(read_config({})) == "nanochat-july26"    # of a run from before the knobs
+
+
+def test_odd_starts():
+    starts = {"good": (5.72, 300), "low": (5.0, 300), "high": (9.0, 300), "none": (math.nan, 300)}
+    assert list(find_odd_starts(starts)) == ["low", "high", "none"] and find_odd_starts({"low": (5.0, 300)}, 1.0) == {}

@@ -10,7 +10,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nanochat import compilation
 from nanochat.gpt import GPTConfig
-from nanochat.optim import POLAR_EXPRESS, MuonAdamW, adamw_update, as_scalars, muon_update, orthogonalize
+from nanochat.optim import POLAR_EXPRESS, MuonAdamW, MuonRule, adamw_update, as_scalars, muon_update, orthogonalize
+from nanochat.presets import PRESETS, RULES
 from tests.helpers import make_model
 
 LR, MU, BETA2, DECAY = (float(s) for s in as_scalars([0.02, 0.95, 0.9, 0.28]))  # as fp32 holds them
@@ -56,8 +57,40 @@ def slow_muon(param, grad, momentum, second_moment, lr):
     return param - lr * (g + DECAY * param * (g * param >= 0)), momentum, second_moment  # 6. cautious decay
 
 
+def slow_jan26(param, grad, momentum, second_moment, lr):
+    """The Muon of January: steps 1, 3, 5 and 6, a margin of 1.02, beta2 .95."""
+    rows, cols = param.shape
+    momentum = MU * momentum + (1 - MU) * grad
+    X = (1 - MU) * grad + MU * momentum
+    X = X / (1.02 * X.norm() + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        A = X.T @ X if rows > cols else X @ X.T
+        B = b * A + c * A @ A
+        X = a * X + (X @ B if rows > cols else B @ X)
+    beta2 = float(as_scalars([0.95])[0])
+    second_moment = beta2 * second_moment + (1 - beta2) * X.square().mean(1 if rows >= cols else 0)
+    scale = second_moment.clamp(min=1e-10) ** -0.5
+    scaled = X * (scale[:, None] if rows >= cols else scale[None, :])
+    g = scaled * float(X.norm()) / max(float(scaled.norm()), 1e-10)
+    return param - lr * (g + DECAY * param * (g * param >= 0)), momentum, second_moment
+
+
+def slow_marin(param, grad, momentum, second_moment, lr):
+    """marin's Muon: steps 1 and 3 alone, with five quintics, eps 1e-5 and plain decay."""
+    rows, cols = param.shape
+    momentum = MU * momentum + (1 - MU) * grad
+    X = (1 - MU) * grad + MU * momentum
+    X = X / (X.norm() + 1e-5)
+    for a, b, c in ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
+                    (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012)):
+        A = X.T @ X if rows > cols else X @ X.T
+        X = a * X + (X @ (b * A + c * A @ A) if rows > cols else (b * A + c * A @ A) @ X)
+    return param - lr * (X + DECAY * param), momentum, second_moment
+
+
+@pytest.mark.parametrize(("rule", "slow_update"), [("july26", slow_muon), ("jan26", slow_jan26), ("marin", slow_marin)])
 @pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12), (2, 12)])
-def test_muon_equals_slow_version(shape):
+def test_muon_equals_slow_version(shape, rule, slow_update):
     """Three matrices over four steps: dense; zero, then half of its rows zero (as c_proj's gradients); tiny."""
     rows, cols = shape
     rng = torch.Generator().manual_seed(0)
@@ -65,14 +98,14 @@ def test_muon_equals_slow_version(shape):
     momentum = torch.zeros_like(params)
     second_moment = params.new_zeros((3, rows, 1) if rows >= cols else (3, 1, cols))
     slow = [(params[i].clone(), momentum[i].clone(), second_moment[i].flatten().clone()) for i in range(3)]
+    hyper = as_scalars([LR, MU, RULES[rule].beta2, DECAY])
     for step in range(4):
         grads = torch.randn(3, rows, cols, generator=rng, dtype=torch.float64)
         grads[1, :rows // 2] *= step > 1
         grads[1] *= step > 0
         grads[2] *= 1e-7
-        slow = [slow_muon(*state[:1], grad, *state[1:], LR) for state, grad in zip(slow, grads, strict=True)]
-        muon_update(params, grads, momentum, second_moment, 5, torch.float64,
-                    *as_scalars([LR, MU, BETA2, DECAY]))
+        slow = [slow_update(*state[:1], grad, *state[1:], LR) for state, grad in zip(slow, grads, strict=True)]
+        muon_update(params, grads, momentum, second_moment, 5, torch.float64, *hyper, MuonRule(**RULES[rule].muon))
         for i in range(3):
             actual = params[i], momentum[i], second_moment[i].flatten()
             for ours, theirs in zip(actual, slow[i], strict=True):
@@ -219,6 +252,56 @@ def test_groups_of_the_public_record(batch_lr_scale):
     assert sorted(shapes) == sorted([((64, 64), 8), ((32, 64), 8), ((256, 64), 4), ((64, 256), 4), ((2, 12), 2)])
     grouped = [param for group in optimizer.param_groups for param in group["params"]]
     assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_parameter_has_one_group(name):
+    preset = PRESETS[name]
+    model = make_model(CONFIG, as_initialised=True)    # with all parts
+    optimizer = model.setup_optimizer(rule=RULES[preset.rule])
+    grouped = [id(param) for group in optimizer.param_groups for param in group["params"]]
+    is_whole = preset.rule != "jan26"    # which has neither smear nor backout
+    assert len(grouped) == len(set(grouped)) == len(list(model.parameters())) - 3 * (not is_whole)
+
+
+def test_groups_of_other_rules():
+    """marin: 6.4e-3 for embedding, head and lambdas, unscaled. AdamW alone: no Muon. January: no decay but Muon's."""
+    model = make_model(CONFIG, as_initialised=True)
+    lrs = {name: lr for name, lr in PRESETS["marin-150m"].flags.items() if name.endswith("_lr")}
+    for group in model.setup_optimizer(**lrs, weight_decay=0.0, rule=RULES["marin"]).param_groups:
+        assert group["lr"] == (0.02 if group["kind"] == "muon" else 0.0064) and group["weight_decay"] == 0.0
+        assert group["kind"] == "muon" or (group["betas"], group["eps"], group["max_norm"]) == ((0.8, 0.95), 1e-15, 1.0)
+    adam = model.setup_optimizer(matrix_lr=1e-3, rule=RULES["adam"]).param_groups
+    assert {group["kind"] for group in adam} == {"adamw"} and adam[-1]["name"] == "matrices" and adam[-1]["lr"] == 1e-3
+    jan26 = model.setup_optimizer(embedding_lr=0.3, batch_lr_scale=0.5, rule=RULES["jan26"]).param_groups
+    assert {group["weight_decay"] for group in jan26 if group["kind"] == "adamw"} == {0.0}
+    assert [group["lr"] for group in jan26 if group["name"] in ("wte", "value_embeds")] == \
+        pytest.approx([0.3 * (CONFIG.n_embd / 768) ** -0.5 * 0.5] * 2)
+
+
+@pytest.mark.parametrize("grad_size", [1e-3, 10.0])    # below the norm of 1, and far above it
+def test_clipping_equals_torch(grad_size):
+    """Gradients of AdamW's groups together; Muon's matrix isn't clipped, and the norm returned is that before."""
+    rng = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape, dtype=torch.float64)) for shape in ((6, 4), (3,))]
+                    for _ in range(2))
+    matrix = torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
+    hyper = {"lr": 0.0625, "betas": (0.75, 0.9375), "weight_decay": 0.0}
+    optimizer = MuonAdamW([{"kind": "adamw", "params": [param], "eps": 1e-8, "max_norm": 1.0, **hyper}
+                           for param in ours] + [{"kind": "muon", "params": [matrix], "lr": 0.02, "momentum": 0.95,
+                                                  "ns_steps": 5, "beta2": 0.9, "weight_decay": 0.0}])
+    expected = torch.optim.AdamW(theirs, eps=1e-8, **hyper)
+    for step in range(3):
+        grads = [torch.randn(param.shape, generator=rng, dtype=torch.float64) * grad_size for param in (*ours, matrix)]
+        for param, grad in zip((*ours, matrix), grads, strict=True):
+            param.grad = grad.clone()
+        for param, grad in zip(theirs, grads, strict=False):
+            param.grad = grad.clone()
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        expected.step()
+        norm = optimizer.step()
+        assert norm.item() == pytest.approx(torch.cat([grad.flatten() for grad in grads]).norm().item(), rel=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7), step
 
 
 def test_rates_that_a_person_chose_reach_their_groups():

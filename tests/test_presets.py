@@ -1,18 +1,36 @@
-"""Models of the family: their published counts, decoding, a step; the knobs as a person types them."""
+"""Models of the family: their published counts and formulas, decoding, training; what a person types."""
 
+import json
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dev.bench_memory import join_phases, trace_step
+from nanochat.checkpoint_manager import find_checkpoint
 from nanochat.common import UserError
 from nanochat.config import GPTConfig, count_params, estimate_flops
 from nanochat.engine import Engine
 from nanochat.memory import Machine, predict_memory
-from nanochat.presets import KNOBS, PRESETS, find_preset, parse_knobs
+from nanochat.presets import KNOBS, PRESETS, find_preset, find_rule, parse_knobs
+from nanochat.rl import keep_matrices
+from nanochat.run import read_info
 from nanochat.train import train_step
-from tests.helpers import BYTE_TOKENIZER, CONFIG, make_batch, make_model, make_prompt
+from scripts import base_train, chat_sft, plan
+from tests.helpers import (
+    BYTE_TOKENIZER,
+    CONFIG,
+    assert_same_runs,
+    make_base,
+    make_batch,
+    make_model,
+    make_preset_argv,
+    make_prompt,
+    small_presets,
+)
 
 
 def make_config(name: str) -> GPTConfig:
@@ -21,8 +39,7 @@ def make_config(name: str) -> GPTConfig:
     small = {"attn_dim": 128, "mlp_dim": 96} if preset.knobs.get("attn_dim") else {}
     if "marin" in name:
         small["backout_layer"] = 1
-    pattern = preset.shape.get("window_pattern", CONFIG.window_pattern)
-    return replace(CONFIG, **preset.knobs | small, window_pattern=pattern)
+    return replace(CONFIG, **preset.knobs | small, window_pattern=preset.flags["window_pattern"])
 
 
 # marin's speedrun table: parameters without the lambdas, and forward FLOPs a token by its own formula
@@ -31,7 +48,7 @@ def make_config(name: str) -> GPTConfig:
     ("marin-460m", 463_994_880, 800_325_632)])
 def test_sizes_of_marin(name, num_params, forward_flops):
     preset = find_preset(name)
-    config = GPTConfig(vocab_size=128_256, **preset.shape, **preset.knobs)
+    config = GPTConfig(vocab_size=128_256, window_pattern="L", **preset.shape, **preset.knobs)
     counts = count_params(config)
     assert counts["total"] - counts["scalars"] == num_params
     # Its formula counts the whole square of scores and the softmax; ours the products alone, three times for training
@@ -60,7 +77,8 @@ def test_decoding_equals_the_whole_forward_pass(name):
 def test_a_step_trains_every_parameter_of_a_preset(name):
     model = make_model(make_config(name), torch.float32, as_initialised=True)
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
-    optimizer = model.setup_optimizer()
+    lrs = {flag: lr for flag, lr in PRESETS[name].flags.items() if flag.endswith("_lr")}
+    optimizer = model.setup_optimizer(**lrs, rule=find_rule(PRESETS[name].rule))
     losses = [train_step(model, optimizer, make_batch(0), 4).loss for _ in range(6)]
     assert losses[-1] < losses[0]
     assert [name for name, param in model.named_parameters() if torch.equal(param, before[name])] == []
@@ -102,7 +120,275 @@ def test_memory_of_a_preset_is_predicted(name):
     """As tests/test_memory.py does for the model of today: the model's own step on fake tensors."""
     small = {"attn_dim": 512, "mlp_dim": 640} if name.startswith("arcadium") else {}
     config = replace(make_config(name), sequence_len=512, vocab_size=8192, n_embd=256, n_kv_head=4, **small)
-    machine = Machine("bfloat16", "sdpa", False, "cpu")
+    rule = find_rule(PRESETS[name].rule)
+    machine = Machine("bfloat16", "sdpa", False, "cpu", has_muon=rule.has_muon)
     predicted = join_phases(predict_memory(config, 512, 8, machine))
-    for phase, num_bytes in trace_step(config, 512, 8, machine, 1).items():
+    for phase, num_bytes in trace_step(config, 512, 8, machine, 1, rule).items():
         assert predicted[phase] == pytest.approx(num_bytes, rel=0.02), phase
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The published formulas on the same weights, in slow and obvious words
+
+
+def slow_norm(x):
+    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+
+
+def slow_rotary(x, base, num_turning):
+    """(T, H, D); the first pairs of each head turn."""
+    T, _, D = x.shape
+    x1, x2 = x[..., :D // 2], x[..., D // 2:]
+    angles = torch.zeros(T, 1, D // 2, dtype=torch.float64)
+    for i in range(num_turning):
+        angles[:, 0, i] = torch.arange(T) * base ** (-i / num_turning)
+    return torch.cat((x1 * angles.cos() + x2 * angles.sin(), x2 * angles.cos() - x1 * angles.sin()), -1)
+
+
+def slow_attention(q, k, v, scale, window):
+    """(T, H, D), (T, Hk, D) twice: each token sees itself and `window` tokens before it."""
+    out = torch.zeros_like(q)
+    for t in range(len(q)):
+        first = max(0, t - window)
+        for head in range(q.size(1)):
+            shared = head // (q.size(1) // k.size(1))
+            weights = (k[first:t + 1, shared] @ q[t, head] * scale).softmax(0)
+            out[t, head] = weights @ v[first:t + 1, shared]
+    return out
+
+
+def slow_jan26(model, ids):
+    """Logits of one row, as FACTS of January 2026 have it: windows of half the context, value embeddings by a gate of
+    32 channels that reaches 2, normed queries and keys without a factor, no smear, no backout, logits within 15."""
+    w, config = dict(model.named_parameters()), model.config
+    H, Hk, D, L = config.n_head, config.n_kv_head, config.n_embd // config.n_head, config.n_layer
+    x = x0 = slow_norm(w["transformer.wte.weight"][ids])
+    for i in range(L):
+        attn = f"transformer.h.{i}.attn"
+        x = w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * x0
+        h = slow_norm(x)
+        q, k, v = ((h @ w[f"{attn}.{name}.weight"].T).view(len(ids), -1, D) for name in ("c_q", "c_k", "c_v"))
+        if i % 2 == (L - 1) % 2:
+            gate = 2 / (1 + (-(h[:, :32] @ w[f"{attn}.ve_gate.weight"].T)).exp())
+            v = v + gate[..., None] * w[f"value_embeds.{i}.weight"][ids].view(-1, Hk, D)
+        q, k = (slow_norm(slow_rotary(heads, 10_000, D // 2)) for heads in (q, k))
+        window = config.sequence_len // 2 if "SSSL"[i % 4] == "S" and i < L - 1 else config.sequence_len
+        y = slow_attention(q, k, v, D ** -0.5, window)
+        x = x + y.reshape(len(ids), H * D) @ w[f"{attn}.c_proj.weight"].T
+        h = slow_norm(x) @ w[f"transformer.h.{i}.mlp.c_fc.weight"].T
+        x = x + h.clamp(min=0) ** 2 @ w[f"transformer.h.{i}.mlp.c_proj.weight"].T
+    return 15 * ((slow_norm(x) @ w["lm_head.weight"].T)[:, :config.vocab_size] / 15).tanh()
+
+
+def slow_marin(model, ids):
+    """Logits of one row: partial rotation of half of the pairs, QK norm before it, scores times 1.35 / sqrt(D), half of
+    the output after 2L // 3 layers subtracted at the end, no windows, no bound of the logits."""
+    w, config = dict(model.named_parameters()), model.config
+    H, D, L = config.n_head, config.n_embd // config.n_head, config.n_layer
+    x = x0 = slow_norm(w["transformer.wte.weight"][ids])
+    outputs = []
+    for i in range(L):
+        attn = f"transformer.h.{i}.attn"
+        x = w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * x0
+        h = slow_norm(x)
+        q, k, v = ((h @ w[f"{attn}.{name}.weight"].T).view(len(ids), -1, D) for name in ("c_q", "c_k", "c_v"))
+        q, k = (slow_rotary(slow_norm(heads), 1024, D // 4) for heads in (q, k))
+        y = slow_attention(q, k, v, 1.35 / math.sqrt(D), len(ids))
+        x = x + y.reshape(len(ids), H * D) @ w[f"{attn}.c_proj.weight"].T
+        h = slow_norm(x) @ w[f"transformer.h.{i}.mlp.c_fc.weight"].T
+        x = x + h.clamp(min=0) ** 2 @ w[f"transformer.h.{i}.mlp.c_proj.weight"].T
+        outputs.append(x)
+    x = x - w["backout_lambda"] * outputs[2 * L // 3 - 1]
+    return (slow_norm(x) @ w["lm_head.weight"].T)[:, :config.vocab_size]
+
+
+@pytest.mark.parametrize(("name", "slow"), [("nanochat-jan26", slow_jan26), ("marin-150m", slow_marin)])
+def test_forward_pass_equals_published_formulas(name, slow):
+    config = replace(make_config(name), sequence_len=256, n_layer=5)
+    if name.startswith("marin"):
+        config = replace(config, backout_layer=2)
+    model = make_model(config, torch.float64)
+    with torch.no_grad():
+        for param in (model.resid_lambdas, model.x0_lambdas):
+            param.normal_(1.0, 0.3)    # as after training
+        ids = torch.tensor(make_prompt(200))    # more than the window of 128
+        logits = slow(model, ids)
+        torch.testing.assert_close(model(ids[None])[0], logits, rtol=1e-5, atol=1e-5)    # logits are fp32
+        nll = F.cross_entropy(logits[:-1], ids[1:])
+        torch.testing.assert_close(model(ids[None, :-1], ids[None, 1:]).double(), nll, rtol=1e-6, atol=1e-6)
+
+
+def test_initial_weights_of_january_and_marin():
+    """resid 1 and x0 .1; resid 1.1 and x0 0, head and projections zero, backout .5, embedding 1/d, others 1/sqrt(d)."""
+    jan26, marin = (make_model(make_config(name), torch.float32, as_initialised=True)
+                    for name in ("nanochat-jan26", "marin-150m"))
+    for lambdas, value in ((jan26.resid_lambdas, 1.0), (jan26.x0_lambdas, 0.1), (marin.resid_lambdas, 1.1),
+                           (marin.x0_lambdas, 0.0), (marin.backout_lambda, 0.5)):
+        assert lambdas.tolist() == pytest.approx([value] * len(lambdas))
+    assert not any(param.any() for param in (jan26.transformer.h[3].attn.ve_gate.weight, marin.lm_head.weight))
+    assert marin.transformer.h[0].mlp.c_fc.weight.std().item() == pytest.approx(CONFIG.n_embd ** -0.5, rel=0.05)
+    assert marin.transformer.h[0].mlp.c_fc.weight.abs().max() <= 3 * CONFIG.n_embd ** -0.5
+    assert find_preset("marin-150m").knobs["wte_std"] == 1 / 512
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.parametrize(("name", "num_steps", "num_tokens", "model_flops"), [
+    ("marin-150m", 955, 375_521_280, 2.190e17), ("marin-270m", 1747, 686_948_352, 8.703e17),
+    ("marin-460m", 2950, 1_159_987_200, 2.785e18), ("arcadium-200m", 50_000, 50_000 * 32 * 1024, None)])
+def test_published_horizons(name, num_steps, num_tokens, model_flops, capsys):
+    run = plan.main(["--preset", name])["runs"][0]["plan"]
+    assert (run["num_iterations"], run["total_tokens"], run["batch_lr_scale"]) == (num_steps, num_tokens, 1.0)
+    assert run["weight_decay"] == (0.01 if name == "marin-460m" else 0.0)
+    if model_flops:
+        assert run["total_flops"] == pytest.approx(model_flops, rel=2e-3)    # but for the softmax
+    assert name in capsys.readouterr().out
+
+
+def test_presets_are_planned_side_by_side(capsys):
+    runs = plan.main(["--preset", "marin-150m", "nanochat-jan26", "plain", "--depth", "12", "24",
+                      "--max-seq-len", "1024"])["runs"]
+    assert [(run["config"]["n_layer"], run["config"]["vocab_size"]) for run in runs] == \
+        [(6, 128_256), (12, 32_768), (24, 32_768), (12, 32_768), (24, 32_768)]
+    assert {run["config"]["sequence_len"] for run in runs} == {1024}
+    jan26 = runs[2]["plan"]
+    assert jan26["batch_tokens"] == 2**19 and jan26["tokens_per_param"] == pytest.approx(10.5, rel=1e-3)
+    assert jan26["weight_decay"] == pytest.approx(0.2 * (12 / 24) ** 2)
+    with pytest.raises(UserError, match="--preset marin-150m sets 6 layers of 512 channels in 4 heads; leave --asp"):
+        plan.main(["--preset", "marin-150m", "--aspect-ratio", "32"])
+    with pytest.raises(UserError, match="leave out --recipe"):
+        plan.main(["--preset", "marin-150m", "--recipe", "d24"])
+
+
+def set_schedules(argv, num_steps):
+    """(learning rate's factor, Muon's momentum, its weight decay) at each of so many steps."""
+    args, _ = base_train.parse_args(argv)
+    model = make_model(as_initialised=True)
+    optimizer = model.setup_optimizer(weight_decay=1.0, rule=find_rule(find_preset(args.preset).rule))
+    muon = next((group for group in optimizer.param_groups if group["kind"] == "muon"), None)
+    figures = []
+    for step in range(num_steps):
+        lr_frac = base_train.set_schedules(optimizer, step, num_steps, args)
+        figures.append((lr_frac, *(muon and (muon["momentum"], muon["weight_decay"]) or ())))
+    return figures
+
+
+def test_schedules_of_january():
+    for step, figures in enumerate(set_schedules(["--preset", "nanochat-jan26"], 1000)):
+        lr = 1.0 if step <= 600 else (1000 - step) / 400
+        momentum = 0.85 + 0.1 * min(step / 300, 1)
+        assert figures == (pytest.approx(lr), pytest.approx(momentum), pytest.approx(1 - step / 1000)), step
+
+
+def test_schedules_of_marin():
+    for step, figures in enumerate(set_schedules(["--preset", "marin-150m"], 100)):
+        lr = 1.0 if step <= 50 else 0.1 + 0.9 * (100 - step) / 50
+        assert figures == (pytest.approx(lr), 0.95, 1.0), step
+
+
+def test_schedule_of_arcadium():
+    lrs = [lr for lr, in set_schedules(["--preset", "arcadium-200m"], 50_000)]
+    assert lrs[0] == 1 / 2000 and lrs[1999] == lrs[2000] == 1.0
+    for step in (2000, 14_000, 26_000, 38_000, 49_999):
+        assert lrs[step] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * (step - 2000) / 48_000))), step
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory):
+    base_dir = tmp_path_factory.mktemp("base")
+    with pytest.MonkeyPatch.context() as patch:
+        make_base(base_dir, patch)
+        yield base_dir
+
+
+@pytest.fixture
+def small(base_dir):
+    with small_presets():
+        yield
+
+
+SFT = ["-i", "base", "--tasks", "Arithmetic:90", "Identity:50", "--num-iterations", "2", "--total-batch-size", "256",
+       "--eval-every", "never", "--sample-every", "never", "--device-type", "cpu", "--compile", "off"]
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("marin-270m", "marin-460m")])
+def test_training_resumes_and_sft_takes_the_rule_over(small, name):
+    argv = make_preset_argv(name, f"whole-{name}")
+    whole = base_train.main([*argv, "--sample-every", "4"])
+    for more in (["--stop-at", "2"], []):
+        resumed = base_train.main([*make_preset_argv(name, f"resumed-{name}"), "--sample-every", "4", *more])
+    assert_same_runs(resumed["run_dir"], whole["run_dir"])
+    info = read_info(Path(whole["run_dir"]))
+    assert info["args"]["preset"] == name
+    assert {flag: info["args"][flag] for flag in PRESETS[name].flags if flag.endswith("_lr")} == \
+        {flag: value for flag, value in PRESETS[name].flags.items() if flag.endswith("_lr")}
+    sft = chat_sft.main([*SFT, "-g", f"whole-{name}"])
+    assert sft["step"] == 2
+    meta = find_checkpoint("sft", f"whole-{name}").meta
+    assert meta["identity"]["rule"] == PRESETS[name].rule
+    assert meta["model_config"] == find_checkpoint("base", f"whole-{name}").meta["model_config"]
+
+
+def edit_meta(run_dir, change):
+    path = Path(run_dir) / (Path(run_dir) / "latest").read_text(encoding="utf-8").strip() / "meta.json"
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    change(meta)
+    del meta["checksum"]    # as in the first checkpoints
+    path.write_text(json.dumps(meta), encoding="utf-8")
+
+
+def test_rules_of_checkpoints(small):
+    """One without a rule is an older one, and ours; another preset's run, or an unknown rule, is refused."""
+    argv = make_preset_argv("nanochat-july26", "old")
+    run_dir = base_train.main([*argv, "--stop-at", "2"])["run_dir"]
+    edit_meta(run_dir, lambda meta: meta["identity"].pop("rule"))
+    assert base_train.main([*argv, "--stop-at", "3"])["step"] == 3
+    with pytest.raises(UserError, match="rule: saved july26, now jan26"):
+        base_train.main(make_preset_argv("nanochat-jan26", "old"))
+    edit_meta(run_dir, lambda meta: meta["identity"].update(rule="may27"))
+    with pytest.raises(UserError, match="trained by a rule that this nanochat doesn't know .may27."):
+        chat_sft.main([*SFT, "-g", "old"])
+
+
+def test_matrices_that_adam_trained_are_what_rl_trains():
+    model = make_model(make_config("arcadium-200m"), as_initialised=True)
+    optimizer = keep_matrices(model.setup_optimizer(rule=find_rule("adam")))
+    assert {id(param) for group in optimizer.param_groups for param in group["params"]} == \
+        {id(param) for param in model.transformer.h.parameters()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a person types
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["marin-150m", "--matrix-lr", "0.04"],
+     "--preset marin-150m sets --matrix-lr 0.02; leave --matrix-lr 0.04 out, or the preset"),
+    (["marin-150m", "--embedding-lr", "0.3"], "sets --embedding-lr 0.0064; leave --embedding-lr 0.3 out"),
+    (["marin-150m", "--depth", "6"], "sets 6 layers of 512 channels in 4 heads; leave --depth 6 out"),
+    (["marin-150m", "--knobs", "smear=on"], "sets the knob smear to False; leave smear=True out"),
+    (["nanochat-july26", "--knobs", "smear=off"], "sets the knob smear to True; leave smear=False out"),
+    (["plain", "--window-pattern", "SSSL"], "--preset plain sets --window-pattern L; leave --window-pattern SSSL out"),
+    (["nanochat-july26", "--warmdown-ratio", "0.5"], "sets --warmdown-ratio 0.65"),
+    (["nanochat"], "--preset nanochat is not one of nanochat-july26, nanochat-jan26, marin-150m")])
+def test_contradictions_are_named(argv, message):
+    with pytest.raises(UserError, match=message):
+        base_train.parse_args(["--preset", *argv])
+
+
+def test_what_a_preset_leaves_to_a_person():
+    def parse(*argv):
+        args, _ = base_train.parse_args(["--preset", *argv])
+        return args.num_iterations, args.target_param_data_ratio, args.total_batch_size, args.max_seq_len
+    assert parse("marin-150m") == (None, 2.5, 192 * 2048, 2048)
+    assert parse("marin-150m", "--num-iterations", "5", "--max-seq-len", "256") == (5, 12, 192 * 2048, 256)
+    assert parse("marin-150m", "--target-param-data-ratio", "12") == (None, 12, 192 * 2048, 2048)
+    assert parse("arcadium-200m", "--target-param-data-ratio", "20") == (None, 20, 32 * 1024, 1024)
+    assert parse("nanochat-jan26", "--knobs", "smear=off", "--matrix-lr", "0.02") == (None, 10.5, 2**19, 2048)
+    args, _ = base_train.parse_args(["--preset", "plain", "--depth", "4", "--matrix-lr", "0.04"])    # ours to tune
+    assert (args.depth, args.matrix_lr, args.window_pattern) == (4, 0.04, "L")
+    tags = [base_train.parse_args(["--preset", *argv])[0].model_tag
+            for argv in (["marin-150m"], ["plain", "--depth", "4"], ["marin-150m", "--model-tag", "mine"])]
+    assert tags == ["marin-150m", "plain-d4", "mine"]

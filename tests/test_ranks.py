@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from nanochat.common import Ranks, UserError
 from nanochat.gpt import GPTConfig
+from nanochat.presets import RULES
 from nanochat.run import read_info, read_metrics
 from nanochat.train import Batch, train_step
 from scripts import base_train
@@ -24,17 +25,21 @@ from tests.helpers import (
     get_rank_env,
     make_base,
     make_model,
+    make_preset_argv,
     out_of_memory_at,
     read_state,
     run_on_ranks,
     run_to_end,
     send_signal_at,
+    small_presets,
     start_script,
 )
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=80, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
 NUM_ROWS, NUM_STEPS, STOP_AT = 8, 6, 3
 SHAPE = ("--depth", "2", "--aspect-ratio", "16", "--head-dim", "16", "--max-seq-len", "64")
+OTHER_RULES = tuple(name for name in RULES if name != "july26")
+PRESET_NAMES = ("nanochat-jan26", "marin-150m", "arcadium-200m")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -50,12 +55,12 @@ def make_batch(seed):
     return Batch(inputs, targets, None)
 
 
-def take_steps(dtype_name, num_steps, micro_rows):
+def take_steps(dtype_name, num_steps, micro_rows, rule="july26"):
     """Train on this rank's rows; returns losses, gradient norms, a first gradient and all parameters as lists."""
     ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
     model = make_model(CONFIG, getattr(torch, dtype_name), as_initialised=True)
     torch.nn.init.normal_(model.transformer.h[0].mlp.c_proj.weight, std=0.02)  # so that gradients reach everything
-    optimizer = model.setup_optimizer(batch_lr_scale=0.1)
+    optimizer = model.setup_optimizer(batch_lr_scale=0.1, rule=RULES[rule])
     facts = {"losses": [], "norms": [], "grads": compute_gradients(model, ranks)}
     for step in range(num_steps):
         batch = make_batch(step)
@@ -92,6 +97,11 @@ def train_toy(tag, *more):
                      "--device-type", "cpu", "--compile", "off", *more])
 
 
+def train_preset(name, tag, *more):
+    with small_presets():
+        base_train.main([*make_preset_argv(name, tag), "--dtype", "float64", *more])
+
+
 def train_short(tag, *more):
     """Rank 1 runs out of memory in step 2, in the second of its two micro-batches."""
     with out_of_memory_at(*([5] if dist.get_rank() == 1 else [])):
@@ -122,15 +132,16 @@ def start_differently(other_dir):
 
 STEPPED = [(1, 8, "float64", 12), (1, 3, "float64", 12), (2, 4, "float64", 12), (2, 1, "float64", 12),
            (4, 2, "float64", 12), (3, 3, "float64", 4), (1, 8, "float64", 4),
-           (1, 8, "float32", 50), (2, 4, "float32", 50), (4, 2, "float32", 10)]
+           (1, 8, "float32", 50), (2, 4, "float32", 50), (4, 2, "float32", 10),
+           *((world_size, 8 // world_size, "float64", 4, rule) for rule in OTHER_RULES for world_size in (1, 2, 3))]
 
 
 @pytest.fixture(scope="module")
 def finished(base_dir, tmp_path_factory):
     """All that runs on several ranks, in four processes that start once. Whole runs on 1, 2 and 4 ranks, and runs that
     went from one number to another; the facts of rank 0 of take_steps, after it is seen that all ranks agree."""
-    jobs = [(world_size, take_steps, (dtype, num_steps, micro_rows))
-            for world_size, micro_rows, dtype, num_steps in STEPPED]
+    jobs = [(world_size, take_steps, (dtype, num_steps, micro_rows, *rule))
+            for world_size, micro_rows, dtype, num_steps, *rule in STEPPED]
     for dtype, world_sizes, changes in (("float64", (1, 2, 4), ((2, 1), (1, 4), (4, 2), (2, 2))),
                                         ("float32", (1, 2), ((2, 1), (1, 2)))):
         for world_size in world_sizes:
@@ -138,6 +149,9 @@ def finished(base_dir, tmp_path_factory):
         for first, second in changes:
             for world_size, more in ((first, ("--stop-at", str(STOP_AT))), (second, ())):
                 jobs.append((world_size, train_toy, (f"{dtype}-{first}to{second}", "--dtype", dtype, *more)))
+    for name in PRESET_NAMES:
+        jobs += [(1, train_preset, (name, f"{name}-1")), (2, train_preset, (name, f"{name}-2to1", "--stop-at", "2")),
+                 (1, train_preset, (name, f"{name}-2to1"))]
     jobs.append((2, train_short, ("short", "--device-batch-size", "2")))
     jobs += [(2, train_toy, ("expected", "--device-batch-size", rows, *more))
              for rows, more in (("2", ("--stop-at", "2")), ("1", ()))]
@@ -177,6 +191,17 @@ def test_any_cut_trains_the_same_parameters(stepped, case):
     assert (to_vector(facts["params"]) - to_vector(expected["params"])).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("rule", OTHER_RULES)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_each_rule_is_the_same_on_several_ranks(stepped, rule, world_size):
+    """marin's clips by the norm of what all ranks have; three ranks share neither rows nor matrices evenly."""
+    facts = stepped[(world_size, 8 // world_size, "float64", 4, rule)][0]
+    expected = stepped[(1, 8, "float64", 4, rule)][0]
+    assert facts["losses"] == pytest.approx(expected["losses"], abs=1e-9)
+    assert facts["norms"] == pytest.approx(expected["norms"], rel=1e-9)
+    assert (to_vector(facts["params"]) - to_vector(expected["params"])).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("case", [(2, 4, "float32", 50), (4, 2, "float32", 10)])
 def test_fp32_losses_stay_together(stepped, case):
     losses, expected = stepped[case][0]["losses"], stepped[(1, 8, "float32", 50)][0]["losses"]
@@ -211,6 +236,11 @@ def read_losses(run_dir):
     return [line["loss"] for line in read_metrics(run_dir) if line["kind"] == "train"]
 
 
+@pytest.mark.parametrize("name", PRESET_NAMES)
+def test_preset_goes_from_two_ranks_to_one(runs, name):
+    assert read_losses(runs / f"{name}-2to1") == pytest.approx(read_losses(runs / f"{name}-1"), abs=1e-9)
+
+
 @pytest.mark.parametrize(("run", "tolerance"), [
     ("float64-2", 1e-9), ("float64-4", 1e-9), ("float64-2to1", 1e-9), ("float64-1to4", 1e-9), ("float64-4to2", 1e-9),
     ("float32-2", 1e-4), ("warmup-2", 1e-9), ("warmup-2to1", 1e-9)])
@@ -236,8 +266,10 @@ def test_the_same_ranks_go_on_bit_for_bit(runs):
 def test_one_ranks_lack_of_memory_halves_the_rows_of_all(runs):
     """No rank waits for the other, and the step that failed is computed again."""
     assert_same_runs(runs / "short", runs / "expected")
-    decision = json.loads((runs / "short" / "run.json").read_text())["decisions"][-1]
-    assert decision["value"] == "1" and "out of memory at step 2 with --device-batch-size 2: " in decision["why"]
+    info = json.loads((runs / "short" / "run.json").read_text())
+    decision = info["decisions"][-1]
+    assert info["num_devices"] == 2 and decision["value"] == "1"
+    assert "out of memory at step 2 with --device-batch-size 2: " in decision["why"]
 
 
 def test_files_of_a_checkpoint_of_four_ranks(runs):

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from nanochat import dataset
+from nanochat.config import GPTConfig, count_params
+from nanochat.presets import find_preset
 from nanochat.run import read_metrics
 from nanochat.shards import load_shards, write_shard
 from scripts import base_train, plan
@@ -181,6 +183,7 @@ begin_chain toy text 10 base 600 ${CORE:+core 100} chat 290
 stage text
 (( SECONDS += 20 ))
 stage base
+mkdir -p "$base_dir/runs/base/toy"
 (( SECONDS += SPENT ))
 [[ ! ${STOP:-} ]] || exit 3
 stage chat
@@ -207,8 +210,20 @@ def test_a_chain_says_how_far_it_is(tmp_path):
     assert show(SPENT="1").splitlines()[1:3] == [    # the rest of a stage says nothing about the pace
         "toy: stage 2 of 3, base | 1% of the chain done, about 15 min left | 0 min so far",
         "toy: stage 3 of 3, chat | 67% of the chain done, about 5 min left | 0 min so far"]
-    shutil.rmtree(tmp_path / "base")
-    assert "stage 4 of 4, chat | 71% of the chain done" in show(SPENT="1", CORE="yes")
+    shutil.rmtree(tmp_path / "base" / "runs")    # of what was deleted nothing is done
+    assert "stage 2 of 4, base | 1% of the chain done, about 17 min left" in show(SPENT="1", CORE="yes")
+    shutil.rmtree(tmp_path / "base" / "chains")    # a chain of before these lines: that 600 s took 1 is no pace
+    assert "stage 3 of 3, chat | 67% of the chain done, about 5 min left" in show(SPENT="1")
+
+
+def test_base_folder_of_the_recipes_is_that_of_python(tmp_path):
+    """A ~ that the shell has left, as in an .env file, is the home folder and no folder of this name."""
+    write_stub(tmp_path)
+    (tmp_path / "runs" / "toy.sh").write_text(CHAIN)
+    env = os.environ | {"NANOCHAT_BASE_DIR": "~/my data", "HOME": str(tmp_path / "home"), "SPENT": "1"}
+    subprocess.run(["bash", f"{tmp_path}/runs/toy.sh"], env=env, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "home" / "my data" / "chains" / "toy" / "text").is_file()
+    assert not any(path.name.startswith("~") for path in tmp_path.rglob("*"))
 
 
 def test_a_chain_that_nobody_has_timed(tmp_path):
@@ -251,6 +266,58 @@ def test_scaling_laws(base_dir):
     run_recipe("scaling_laws.sh", base_dir, DEPTHS="1,2,3", BUDGETS="3e9,1e9", NPROC="1", EXTRA=SWEEP_EXTRA)
     assert len(list((base_dir / "runs" / "base").glob("toy-*/run.json"))) == 6
     assert (base_dir / "sweeps" / "toy" / "laws" / "laws.html").is_file()
+
+
+MARIN_STEPS = {"150m": 955, "270m": 1747, "460m": 2950}
+
+
+@pytest.mark.slow
+def test_marin(base_dir):
+    """The smallest size for two steps; continued and ended; its ledger names the set that its bits per byte are of."""
+    settings = {"SIZES": "150m", "NUM_ITERATIONS": "2", "NPROC": "1", "AUTHOR": "--author Me",
+                "EXTRA": "--total-batch-size 128 --eval-tokens 128 --sample-every never --dtype float32 "
+                         "--device-type cpu --compile off"}
+    output = run_recipe("marin.sh", base_dir, **settings)
+    assert "toy: stage 3 of 4, 150m | " in output and "toy: all 4 stages done in " in output
+    ledger = json.loads((base_dir / "ledger" / "ledger.json").read_text())
+    (entry,) = [run["run_info"] for run in ledger["runs"]]
+    assert entry["run"] == "toy-150m" and entry["author"]["name"] == "Me" and entry["total_tokens"] == 2 * 128
+    assert 0 < entry["eval/toy/bpb"] < 10 and entry["num_devices"] == 1 and entry["training_hardware_flops"] > 0
+    assert entry["description"].startswith("marin-150m, depth 6, width 512, context 64, vocabulary 320")
+    assert "| FLOPs, seconds | toy-150m |" in (base_dir / "ledger" / "leaderboard.md").read_text().replace("\\", "")
+    assert "is finished" in run_recipe("marin.sh", base_dir, **settings)
+
+
+def test_marin_trains_each_size_for_its_steps(tmp_path):
+    """2.5 tokens for each parameter of the published sizes, in batches of 192 rows."""
+    commands = note_commands("marin.sh", tmp_path, "log", NAME="own")
+    assert commands[0].startswith("-m scripts.plan --preset marin-460m --num-iterations 2950 ")
+    assert commands[1] == "-m nanochat.dataset --source fineweb-edu -n 7 -w 8"
+    trained = [base_train.parse_args(command.split()[2:])[0] for command in commands if "scripts.base_train" in command]
+    assert {args.preset: args.num_iterations for args in trained} == {
+        f"marin-{size}": steps for size, steps in MARIN_STEPS.items()}
+    for args in trained:
+        config = GPTConfig(vocab_size=128_256, **find_preset(args.preset).shape, **find_preset(args.preset).knobs)
+        counts = count_params(config)
+        assert args.num_iterations == int(2.5 * (counts["total"] - counts["scalars"])) // (192 * 2048)
+        assert args.total_batch_size == 192 * 2048 and args.max_seq_len == 2048
+    assert commands[-1] == "-m nanochat.report ledger own-150m own-270m own-460m"
+
+
+def test_marin_costs_what_it_says():
+    header = (REPO_DIR / "runs" / "marin.sh").read_text().split("\nNPROC=")[0]
+    for vocab_size, hours, dollars in (("32768", "1.8 hours", "$5.4"), ("128256", "2.5 with", "$7.5 with")):
+        runs = [plan.main(["--preset", f"marin-{size}", "--num-iterations", str(steps), "--vocab-size",
+                           vocab_size])["runs"][0] for size, steps in MARIN_STEPS.items()]
+        assert all(run["fits"] for run in runs) and hours in header and dollars in header
+        assert f"{sum(run['hours'] for run in runs):.1f}" == hours.split()[0]
+        assert f"${sum(run['dollars'] for run in runs):.1f}" == dollars.split()[0]
+
+
+def test_an_unknown_size_of_marin_is_refused():
+    done = subprocess.run(["bash", str(REPO_DIR / "runs" / "marin.sh")], env=os.environ | {"SIZES": "150m 1b"},
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr == "error: SIZES=150m 1b must be of 150m, 270m and 460m\n"
 
 
 def write_rows(path, rows):

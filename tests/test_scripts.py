@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import choices, dataset
+from nanochat import choices, dataset, report
 from nanochat import train as training
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, count_cpus
@@ -87,6 +87,17 @@ def whole(undisturbed):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The chain
+
+
+def test_a_run_in_the_ledger(base_dir, whole, tmp_path):
+    """Real files have all that marin's fields are made of."""
+    made = report.main(["ledger", "whole", "--out", str(tmp_path)])
+    (entry,) = [run["run_info"] for run in json.loads(Path(made["json"]).read_text())["runs"]]
+    assert entry["eval/toy/bpb"] == whole["val_bpb"] and entry["eval/toy/bytes"] == whole["val_bytes"]
+    assert entry["total_tokens"] == whole["tokens"] and entry["num_devices"] == 1
+    assert entry["training_hardware_flops"] == pytest.approx(entry["training_time"] * entry["device_flops"])
+    assert {key for key, value in entry.items() if value is None} <= {"wandb_run_link", "git_revision"}
+    assert "| FLOPs, seconds | whole |" in Path(made["markdown"]).read_text()
 
 
 def test_chain(base_dir, whole, capsys):

@@ -54,7 +54,8 @@ def test_list_is_downloaded_by_command_alone(offline_base, monkeypatch, capsys):
         server.shutdown()
 
 
-def test_words_of_docstrings_then_of_the_corpus(offline_base, tmp_path, capsys):
+def test_words_of_docstrings_then_of_the_corpus(offline_base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(words_module, "MIN_FOUND_WORDS", 3)
     words = load_words()
     lines = capsys.readouterr().out.splitlines()
     assert len(words) > 800 and {"return", "string", "value", "number"} <= set(words)
@@ -73,13 +74,14 @@ def test_words_of_docstrings_then_of_the_corpus(offline_base, tmp_path, capsys):
     assert load_words() == ["apple"]
 
 
-def test_named_data_goes_before_whatever_is_on_disk(base_dir, tmp_path, capsys):
+def test_named_data_goes_before_whatever_is_on_disk(offline_base, tmp_path, capsys, monkeypatch):
     """A recipe learns from the same words on a machine with the published list, and with other datasets."""
+    monkeypatch.setattr(words_module, "MIN_FOUND_WORDS", 2)
     for name, words in (("another", "lemon melon"), ("mine", "harbour quay"), ("numbers", "12 345")):
         rows = [{"text": f"{idx} {words} " * 5} for idx in range(30)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         make_dataset(["--source", "files", "--path", str(tmp_path / f"{name}.jsonl"), "--name", name])
-    (base_dir / "words_alpha.txt").write_text("apple\n")
+    (offline_base / "words_alpha.txt").write_text("apple\n")
     capsys.readouterr()
     assert load_words("mine") == load_words("mine") == ["harbour", "quay"]
     assert capsys.readouterr().out.count("2 of the corpus mine") == 1
@@ -87,6 +89,11 @@ def test_named_data_goes_before_whatever_is_on_disk(base_dir, tmp_path, capsys):
     assert get_task("Arithmetic", "train", "another", size=5)[0]
     assert make_mixture(["SimpleSpelling:5"], words="mine").train[0]["word"] in ("harbour", "quay")
     assert load_words() == ["apple"]
+    (tmp_path / "russian.jsonl").write_text(json.dumps({"text": "привет, " * 50 + "zebra zebra zebra"}) + "\n" +
+                                            json.dumps({"text": "спасибо " * 50}))
+    make_dataset(["--source", "files", "--path", str(tmp_path / "russian.jsonl"), "--name", "russian"])
+    assert "zebra" not in load_words("russian")    # one word is too few to spell
+    capsys.readouterr()
     assert "docstring" in load_words("numbers") and "of Python's docstrings, kept in" in capsys.readouterr().out
     with pytest.raises(UserError, match="there is no data 'none'"):
         load_words("none")

@@ -1,8 +1,9 @@
-"""scripts.plan where torch can't be imported: python -m tests.programs.plan_without_torch [plan's flags]"""
+"""scripts.plan where no package is installed: python -m tests.programs.plan_without_torch [plan's flags]"""
 
 import sys
 
-sys.modules["torch"] = None
+for name in ("torch", "numpy", "pyarrow", "requests", "filelock"):
+    sys.modules[name] = None
 from scripts import plan  # noqa: E402
 
 plan.main(sys.argv[1:])

@@ -1,0 +1,223 @@
+"""What each part of the model is worth: models with and without it, at equal FLOPs, over paired seeds.
+
+    python -m dev.ablate --name d4 --depth 4 --mode drop --features smear,x0,softcap,plain --seeds 3 --tokens 20e6
+    python -m dev.ablate --name d4-add --depth 4 --mode add --features value_embeds,x0,smear -- --max-seq-len 512
+    python -m dev.ablate --name d4 --only-table    # of what is finished by now; trains nothing
+
+drop trains the full model and, for each feature, the model without it alone. add trains the model without all of these
+features, then adds one after another in the order given, up to the full model. The flags after -- go to
+scripts.base_train in every run. All models have the same batch and the same FLOPs (--target-flops; by default those of
+the full model's horizon), so that one with fewer FLOPs a token learns from more tokens. The runs are a sweep's
+(scripts/sweep.py): the same command continues them; more seeds, and in drop more features, are added to them.
+
+Writes ablation.json and ablation.md to $NANOCHAT_BASE_DIR/sweeps/<name>/; dev/ablation_table.py says what they mean.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dev.ablation_table import SLOPE_FRAC, write_table
+from nanochat.checkpoint_manager import get_run_dir
+from nanochat.common import Ranks, UserError, get_base_dir, now, run_script, write_json
+from nanochat.config import GPTConfig, count_params
+from nanochat.presets import PLAIN, parse_knobs
+from nanochat.scaling import check_counts
+from nanochat.stage import Recipe
+from scripts import base_train
+from scripts.sweep import Point, add_run_args, open_sweep, parse_flags
+
+OWN_FLAGS = {"depth", "model_tag", "resume", "resume_from_step", "seed", "stop_at"}    # of base_train, set here
+HORIZONS = ("target_flops", "num_iterations", "target_param_data_ratio")
+
+
+@dataclass(frozen=True)
+class Feature:
+    what: str
+    off:  dict[str, str]    # the window_pattern and the knobs of a model without it
+
+
+def format_knob(value: object) -> str:
+    """A knob's value as --knobs reads it."""
+    return {True: "on", False: "off", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+FEATURES = {
+    "smear": Feature("each embedding takes a gated part of the one before", {"smear": "off"}),
+    "backout": Feature("the middle layer's output is subtracted at the end", {"backout_layer": "-1"}),
+    "resid": Feature("a factor on each layer's residual stream", {"resid_init": "none"}),
+    "x0": Feature("each layer adds a part of the embedding", {"x0_init": "none"}),
+    "value_embeds": Feature("embeddings are added to attention's values", {"ve_gate_channels": "0"}),
+    "windows": Feature("three of four layers see a part of the context", {"window_pattern": "L"}),
+    "qk_scale": Feature("normed queries and keys times 1.2", {"qk_scale": "1.0"}),
+    "softcap": Feature("logits are bounded by a tanh", {"softcap": "0"}),
+    "relu2": Feature("relu^2 in place of SwiGLU of as many parameters", {"mlp_act": "swiglu", "mlp_dim": "{swiglu}"}),
+    "embed_norm": Feature("the embedding is normed", {"embed_norm": "off"}),
+    "plain": Feature("all that the preset plain leaves out",
+                     {"window_pattern": "L", **{name: format_knob(value) for name, value in PLAIN.items()}}),
+}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    split = argv.index("--") if "--" in argv else len(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--name", required=True, help="of the ablation, the first part of its runs' tags")
+    add("--mode", choices=("drop", "add"))
+    add("--features", help=f"with commas: {', '.join(FEATURES)}")
+    add("--depth", type=int, help="layers of the model")
+    add("--seeds", type=int, default=3, help="runs of each model, with the seeds 1, 2, ... (default: %(default)s)")
+    add("--target-flops", type=float, help="training FLOPs of each run")
+    add("--tokens", type=float, help="tokens of the full model; the others' FLOPs are the same")
+    add("--only-table", action="store_true", help="make the table again and train nothing")
+    add_run_args(parser)
+    args = parser.parse_args(argv[:split])
+    args.flags = argv[split + 1:]
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse_args(argv)
+    get_run_dir("base", args.name)  # refuses names that can't be a folder
+    folder = get_base_dir() / "sweeps" / args.name
+    if args.only_table:
+        if not (folder / "ablation.json").is_file():
+            raise UserError(f"there is no ablation {args.name}: {folder} has no ablation.json")
+        return write_table(folder)
+    ablation, points, args.flags = plan_ablation(args)
+    kind = {"mode": [args.mode]}    # of another order, add has other models
+    if args.mode == "add":
+        kind["features"] = args.features.split(",")
+    with open_sweep(points, kind, args) as sweep:
+        write_json(folder / "ablation.json", ablation)
+        sweep.run()
+        sweep.summarize()
+        return write_table(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The models
+
+
+def plan_ablation(args: argparse.Namespace) -> tuple[dict, list[Point], list[str]]:
+    """The models and what is compared, as ablation.json has them; the runs; the flags of the full model."""
+    names = parse_features(args)
+    check_counts(seeds=args.seeds)
+    flags, own, target_flops = read_flags(args)
+    width = make_recipe([*flags, *switch(own)]).config.n_embd
+    models = {name: own | make_off(off, width) for name, off in list_models(args.mode, names)} | {"half": own}
+    words = {name: [*switch(knobs), f"--target-flops={target_flops * (SLOPE_FRAC if name == 'half' else 1)!r}"]
+             for name, knobs in models.items()}
+    recipes = {name: make_recipe([*flags, *words[name]]) for name in models}
+    comparisons = list_comparisons(args.mode, names)
+    for feature, with_it, without in comparisons:
+        if describe_config(recipes[with_it].config) == describe_config(recipes[without].config):
+            raise UserError(f"{feature} changes nothing of this model, or it is off already; leave it out")
+    points = []
+    for seed in range(1, args.seeds + 1):    # each seed of all models before the next: a table early on
+        for name, recipe in recipes.items():
+            tag = f"{args.name}-{name}-seed{seed}"
+            points.append(Point(tag, ["--model-tag", tag, f"--seed={seed}", *flags, *words[name]],
+                                recipe.plan.total_flops))
+    about = {name: {"flags": words[name], "parameters": count_params(recipe.config)["total"],
+                    "vocab_size": recipe.config.vocab_size, "flops_per_token": recipe.plan.flops_per_token,
+                    "flops": recipe.plan.total_flops, "steps": recipe.plan.num_iterations}
+             for name, recipe in recipes.items()}
+    return {"name": args.name, "mode": args.mode, "seeds": args.seeds, "target_flops": target_flops, "flags": flags,
+            "created": now(), "models": about, "comparisons": comparisons,
+            "features": {name: FEATURES[name].what for name in names}}, points, [*flags, *words["full"]]
+
+
+def read_flags(args: argparse.Namespace) -> tuple[list[str], dict[str, str], float]:
+    """Of the flags behind --: those that all models have, the full model's window pattern and knobs, the FLOPs."""
+    typed, _ = base_train.parse_args(args.flags)
+    given = {next((key for key in vars(typed) if name not in vars(typed) and key.startswith(name)), name): values
+             for name, values in parse_flags(args.flags).items()}    # argparse takes --knob for --knobs
+    if taken := OWN_FLAGS & given.keys():
+        raise UserError(f"--{min(taken).replace('_', '-')} is set by the ablation itself; leave it out behind --")
+    if typed.eval_every is None:
+        raise UserError("--eval-every never would leave nothing to compare; leave it out")
+    parse_knobs(typed.knobs)
+    own = {"window_pattern": typed.window_pattern, **dict(word.split("=", 1) for word in typed.knobs)}
+    horizon = [key for key in HORIZONS if key in given]
+    horizon += [key for key in ("target_flops", "tokens") if getattr(args, key) is not None]
+    if len(horizon) > 1:
+        raise UserError(f"--{' and --'.join(horizon)} are two horizons; give one of them".replace("_", "-"))
+    apart = ("knobs", "window_pattern", "num_iterations", "target_flops")
+    flags = [f"--depth={args.depth}", *to_words({key: given[key] for key in given if key not in apart})]
+    plan = make_recipe([*flags, *to_words({key: given[key] for key in horizon if key in given}), *switch(own)]).plan
+    if "total_batch_size" not in given:
+        flags.append(f"--total-batch-size={plan.batch_tokens}")
+    if args.tokens is not None:
+        return flags, own, args.tokens * plan.flops_per_token
+    return flags, own, plan.total_flops if args.target_flops is None else args.target_flops
+
+
+def parse_features(args: argparse.Namespace) -> list[str]:
+    """UserError where something is missing, unknown, given twice, or can't be added to another."""
+    for flag in ("mode", "features", "depth"):
+        if getattr(args, flag) in (None, ""):
+            raise UserError(f"--{flag} is missing; --mode drop or add, --features and --depth say what to train")
+    names = args.features.split(",")
+    for name in names:
+        if name not in FEATURES:
+            raise UserError(f"--features: there is no feature {name!r}; choose from {', '.join(FEATURES)}")
+        if names.count(name) > 1:
+            raise UserError(f"--features names {name} twice")
+    if args.mode == "add":
+        for i, name in enumerate(names):
+            for other in names[:i]:
+                if FEATURES[name].off.keys() & FEATURES[other].off.keys():
+                    raise UserError(f"{name} and {other} have parts in common, so --mode add can't tell them apart; "
+                                    "leave one out")
+    return names
+
+
+def list_models(mode: str, names: list[str]) -> list[tuple[str, list[str]]]:
+    """(model, its features that are off); full is the one that has them all."""
+    if mode == "drop":
+        return [("full", []), *((f"no-{name}", [name]) for name in names)]
+    return [("full" if i == len(names) else f"{i}-{names[i - 1]}" if i else "none", names[i:])
+            for i in range(len(names) + 1)]
+
+
+def list_comparisons(mode: str, names: list[str]) -> list[tuple[str, str, str]]:
+    """(feature, the model with it, the model without it)."""
+    if mode == "drop":
+        return [(name, "full", f"no-{name}") for name in names]
+    models = [model for model, _ in list_models(mode, names)]
+    return list(zip(names, models[1:], models[:-1], strict=True))
+
+
+def make_off(names: list[str], width: int) -> dict[str, str]:
+    """The knobs without these features. SwiGLU has three matrices to relu^2's two: 8/3 of the width, not 4 times."""
+    swiglu = max(64, round(8 / 3 * width / 64) * 64)
+    return {knob: text.format(swiglu=swiglu) for name in names for knob, text in FEATURES[name].off.items()}
+
+
+def switch(knobs: dict[str, str]) -> list[str]:
+    """The flags of a window pattern and knobs."""
+    words = [f"{name}={text}" for name, text in knobs.items() if name != "window_pattern"]
+    return [f"--window-pattern={knobs['window_pattern']}", *(["--knobs", *words] if words else [])]
+
+
+def to_words(flags: dict[str, list[str]]) -> list[str]:
+    return [word for name, values in flags.items() for word in (f"--{name.replace('_', '-')}", *values)]
+
+
+def make_recipe(words: list[str]) -> Recipe:
+    """What scripts.base_train would train with these flags."""
+    typed, flags = base_train.parse_args([*words, "--resume=none"])
+    return base_train.make_recipe(typed, flags, Path(), Ranks())[0]
+
+
+def describe_config(config: GPTConfig) -> tuple:
+    """What two models differ in; a window as long as the context is none."""
+    windows = [min(config.window(layer), config.sequence_len) for layer in range(config.n_layer)]
+    return replace(config, window_pattern="L"), windows
+
+
+if __name__ == "__main__":
+    run_script(main)

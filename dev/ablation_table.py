@@ -1,0 +1,172 @@
+"""The table of an ablation (dev/ablate.py): what each feature of the model is worth, from its runs' files alone.
+
+delta bpb: bits per byte without the feature less those with it, of the same seed; above 0 the feature helps. Its
+    standard error is that of the mean over the seeds. * is more than two standard errors, the feature's own and those
+    pooled over all features. (By its own alone, three seeds of no effect would have a * in 18% of cases.)
+compute multiplier: the FLOPs that training without the feature takes over those with it, for the same bpb. That is
+    exp(delta / slope), where the slope is what the full model loses per e-fold of FLOPs, measured with further runs at
+    half of them. dev/compare.py's, read off a run's curve while its learning rate still decays, would be nearer to 1,
+    and say nothing of features that harm. The range is that of two standard errors of delta.
+seconds multiplier: the same in seconds: the compute multiplier times the FLOP/s with the feature over those without.
+"""
+
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from dev.timing import print_table
+from nanochat.checkpoint_manager import get_run_dir
+from nanochat.common import print0, write_atomic, write_json
+from nanochat.report import read_json, read_run
+
+SLOPE_FRAC = 0.5           # of the FLOPs, in the runs that the slope is measured with
+START_TOLERANCE = 0.05     # nats between the loss of the first step and ln V
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run came to."""
+    bpb:        float
+    seconds:    float    # of all its steps at the median one's speed: the first may compile, others have had to wait
+    start_loss: float    # of the first batch, in nats per token
+
+
+def read_results(name: str, models: dict[str, dict], seeds: int) -> dict[str, dict[int, Result]]:
+    """{model: {seed: its result}} of the finished runs."""
+    results: dict[str, dict[int, Result]] = {model: {} for model in models}
+    for model in models:
+        for seed in range(1, seeds + 1):
+            run = read_run(get_run_dir("base", f"{name}-{model}-seed{seed}"))
+            values = run.info.get("results") or {}
+            if run.info.get("status") == "finished" and "val_bpb" in values:
+                step_ms = statistics.median(ms for _, ms in run.get_series("train", "step_ms"))
+                results[model][seed] = Result(values["val_bpb"], models[model]["steps"] * step_ms / 1e3,
+                                              run.get_series("train", "loss")[0][1])
+    return results
+
+
+def write_table(folder: Path) -> dict:
+    """Compare what is finished; print the table and write it."""
+    keys = ("name", "mode", "seeds", "target_flops", "models", "comparisons", "features")
+    ablation = read_json(folder / "ablation.json", keys)
+    results = read_results(ablation["name"], ablation["models"], ablation["seeds"])
+    ablation |= summarize(ablation, results)
+    write_json(folder / "ablation.json", ablation)
+    columns, rows = make_table(ablation)
+    print_table(columns, rows)
+    for note in ablation["notes"]:
+        print0(f"note: {note}")
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+    lines += ["", *(f"- {note}" for note in ablation["notes"])]
+    write_atomic(folder / "ablation.md", "\n".join(lines).replace(" *", " \\*") + "\n")
+    print0(f"ablation: {folder / 'ablation.md'}")
+    return ablation
+
+
+def summarize(ablation: dict, results: dict[str, dict[int, Result]]) -> dict:
+    """The measured part of ablation.json: the slope, a row for each model and each feature, and the notes."""
+    models = ablation["models"]
+    slope = measure_slope(models, results)
+    features = [measure_feature(comparison, models, results, slope) for comparison in ablation["comparisons"]]
+    spreads = [row["std_error"] for row in features if row["std_error"] is not None]
+    # runs of one number of seeds have one noise, if the features don't change it
+    pooled = math.sqrt(statistics.mean(error**2 for error in spreads)) if spreads else None
+    for row in features:
+        row["is_clear"] = row["std_error"] is not None and abs(row["delta_bpb"]) > 2 * max(row["std_error"], pooled)
+    means = {model: {key: statistics.mean(getattr(result, key) for result in by_seed.values())
+                     for key in ("bpb", "seconds", "start_loss")}
+             for model, by_seed in results.items() if by_seed}
+    return {"slope": slope, "pooled_std_error": pooled, "rows": features, "means": means,
+            "notes": describe_caveats(ablation, results, slope, features, pooled)}
+
+
+def measure_slope(models: dict[str, dict], results: dict[str, dict[int, Result]]) -> float | None:
+    """Bits per byte that the full model loses per e-fold of FLOPs; None where it isn't above 0, or not known yet."""
+    pairs = [(results["half"][seed].bpb, full.bpb) for seed, full in results["full"].items() if seed in results["half"]]
+    if not pairs:
+        return None
+    slope = statistics.mean(half - full for half, full in pairs) / math.log(models["full"]["flops"] /
+                                                                            models["half"]["flops"])
+    return slope if slope > 0 else None
+
+
+def measure_feature(comparison: list[str], models: dict[str, dict], results: dict[str, dict[int, Result]],
+                    slope: float | None) -> dict:
+    """What a feature is worth; None: not known."""
+    name, with_it, without = comparison
+    seeds = sorted(results[with_it].keys() & results[without].keys())
+    deltas = [results[without][seed].bpb - results[with_it][seed].bpb for seed in seeds]
+    row = {"feature": name, "with": with_it, "without": without, "seeds": seeds,
+           "deltas": deltas, "delta_bpb": None, "std_error": None, "compute_multiplier": None, "range": None,
+           "seconds_multiplier": None}
+    if not deltas:
+        return row
+    row["delta_bpb"] = delta = statistics.mean(deltas)
+    if len(deltas) > 1:
+        row["std_error"] = statistics.stdev(deltas) / math.sqrt(len(deltas))
+    if slope:
+        row["compute_multiplier"] = math.exp(delta / slope)
+        if row["std_error"] is not None:
+            row["range"] = [math.exp((delta + sign * 2 * row["std_error"]) / slope) for sign in (-1, 1)]
+        speeds = [models[model]["flops"] / statistics.mean(results[model][seed].seconds for seed in seeds)
+                  for model in (with_it, without)]
+        row["seconds_multiplier"] = row["compute_multiplier"] * speeds[0] / speeds[1]
+    return row
+
+
+def describe_caveats(ablation: dict, results: dict[str, dict[int, Result]], slope: float | None, features: list[dict],
+                     pooled: float | None) -> list[str]:
+    """How the figures were got, and why they may mislead."""
+    models, seeds = ablation["models"], ablation["seeds"]
+    start = {model: max(by_seed.values(), key=lambda result: abs(result.start_loss - math.log(
+        models[model]["vocab_size"]))).start_loss for model, by_seed in results.items() if by_seed}
+    notes = [f"{model} starts at a loss of {loss:.3f}, not at ln V = {math.log(models[model]['vocab_size']):.3f}."
+             for model, loss in start.items() if abs(loss - math.log(models[model]["vocab_size"])) > START_TOLERANCE]
+    if start and not notes:
+        notes.append(f"All models start at a loss of ln V, within {START_TOLERANCE} nats.")
+    if missing := [model for model, by_seed in results.items() if len(by_seed) < seeds]:
+        notes.append(f"Runs that aren't finished are missing: of {', '.join(missing)}.")
+    if slope:
+        notes.append(f"The full model loses {slope:.4f} bits per byte per e-fold of FLOPs.")
+        far = [row["feature"] for row in features if abs(row["delta_bpb"] or 0) > slope * -math.log(SLOPE_FRAC)]
+        if far:
+            notes.append(f"The compute multiplier of {', '.join(far)} lies beyond the FLOPs that the slope was "
+                         "measured between.")
+    elif results["half"]:
+        notes.append("Twice the FLOPs made the full model no better, so there are no multipliers; train for longer.")
+    if pooled is None:
+        notes.append("With one seed, nothing tells whether a difference is more than chance.")
+    else:
+        notes.append(f"Standard error of a delta, pooled over the features: {pooled:.4f}.")
+    for model, about in models.items():
+        target = ablation["target_flops"] * (SLOPE_FRAC if model == "half" else 1)
+        if abs(about["flops"] / target - 1) > 0.01:
+            notes.append(f"{model} has {about['flops'] / target - 1:+.1%} of the FLOPs that it should have: its steps "
+                         "are few and large.")
+    return notes
+
+
+def make_table(ablation: dict) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a row for each model: the one that is the reference, then those that are compared."""
+    columns = ["model", "bpb", "delta bpb", "compute multiplier", "seconds multiplier", "parameters", "FLOPs/token",
+               "steps", "seconds", "the feature"]
+    is_drop = ablation["mode"] == "drop"
+    rows = [make_row(ablation, "full" if is_drop else "none", {})]
+    rows += [make_row(ablation, row["without" if is_drop else "with"], row) for row in ablation["rows"]]
+    return columns, [*rows, make_row(ablation, "half", {})]
+
+
+def make_row(ablation: dict, model: str, row: dict) -> list[str]:
+    about, means, cells = ablation["models"][model], ablation["means"].get(model), ["", "", ""]
+    if row and row["delta_bpb"] is not None:
+        cells[0] = f"{round(row['delta_bpb'], 4) + 0.0:+.4f}"    # no -0.0000
+        if row["std_error"] is not None:
+            cells[0] += f" ± {row['std_error']:.4f}" + (" *" if row["is_clear"] else "")
+        if row["compute_multiplier"]:
+            cells[1] = f"{row['compute_multiplier']:.3f}"
+            cells[1] += f" ({row['range'][0]:.3f} to {row['range'][1]:.3f})" if row["range"] else ""
+            cells[2] = f"{row['seconds_multiplier']:.3f}"
+    return [model, f"{means['bpb']:.4f}" if means else "", *cells, f"{about['parameters']:,}",
+            f"{about['flops_per_token']:.4g}", f"{about['steps']:,}", f"{means['seconds']:,.0f}" if means else "",
+            f"{row['feature']}: {ablation['features'][row['feature']]}" if row else ""]
