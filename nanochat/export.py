@@ -195,7 +195,7 @@ def make_config(source: Source, dtype: str, form: str) -> dict:
                      (("AutoConfig", "NanochatConfig"), ("AutoModel", "NanochatModel"),
                       ("AutoModelForCausalLM", "NanochatForCausalLM"))},
         **shared, "hidden_act": {"swiglu": "silu"}.get(config.mlp_act, config.mlp_act),
-        "final_logit_softcapping": config.softcap,
+        "final_logit_softcapping": config.softcap or None,
         "layer_types": ["sliding_attention" if short else "full_attention" for short in is_short],
         "sliding_window": min(windows) + 1 if any(is_short) else None,    # theirs counts the token itself
         "embed_norm": config.embed_norm, "rotary_base": config.rope_base, "rotary_fraction": config.rope_fraction,

@@ -135,8 +135,7 @@ class NanochatModel(NanochatPreTrainedModel):
             self.rope_table = [table.to(x.dtype).to(x.device) for table in (angles.cos(), angles.sin())]
         return [table[position_ids].unsqueeze(1) for table in self.rope_table]
 
-    def embed(self, input_ids):
-        x = self.embed_tokens(input_ids)
+    def norm_embeds(self, x):
         return norm(x, self.config) if self.config.embed_norm else x
 
     def smear(self, x, input_ids, position_ids, cache):
@@ -151,7 +150,7 @@ class NanochatModel(NanochatPreTrainedModel):
         if has_past and len(cache.layers) <= L:
             raise ValueError("this cache lacks the ids of its tokens; use one that this model has filled")
         last = cache.layers[L].keys[:, 0, -1:, 0] if has_past else input_ids[:, :1]
-        previous = self.embed(torch.cat((last, input_ids[:, :-1]), dim=1))
+        previous = self.norm_embeds(self.embed_tokens(torch.cat((last, input_ids[:, :-1]), dim=1)))
         is_first = position_ids == 0    # of a sequence, which may stand after padding
         if not has_past:
             is_first = is_first | (torch.arange(x.size(1), device=x.device) == 0)
@@ -161,13 +160,14 @@ class NanochatModel(NanochatPreTrainedModel):
 
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, use_cache=None,
-                past_key_values=None, **kwargs):
-        if input_ids is None:
-            raise ValueError("a nanochat model needs input_ids: embeddings alone don't tell it all of a token")
-        config, T, cache = self.config, input_ids.size(1), past_key_values if cache is None else cache
+                past_key_values=None, inputs_embeds=None, **kwargs):
+        config, cache = self.config, past_key_values if cache is None else cache
+        if input_ids is None and (config.value_embed_layers or config.smear_lambda is not None):
+            raise ValueError("this model needs input_ids: embeddings alone don't tell it all of a token")
         if use_cache and cache is None:
             cache = DynamicCache(config=config)
-        x = self.embed(input_ids)
+        x = self.norm_embeds(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
+        T = x.size(1)
         if position_ids is None:
             num_past = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(num_past, num_past + T, device=x.device)[None]
@@ -207,10 +207,11 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
 
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, use_cache=None,
-                past_key_values=None, labels=None, logits_to_keep=0, **kwargs):
+                past_key_values=None, inputs_embeds=None, labels=None, logits_to_keep=0, **kwargs):
         """Logits in fp32, softcapped; of the last `logits_to_keep` tokens, 0 for all."""
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        output = self.model(input_ids, attention_mask, position_ids, cache, use_cache, past_key_values, **kwargs)
+        output = self.model(input_ids, attention_mask, position_ids, cache, use_cache, past_key_values, inputs_embeds,
+                            **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept]).float()
         if cap := self.config.final_logit_softcapping:

@@ -2,7 +2,7 @@
 # Set-up, lint and tests on any machine with Python >= 3.10, some minutes on 2 CPU cores.
 #
 #   bash runs/test.sh                    the default set
-#   bash runs/test.sh --all              the slow ones, those in a browser, and those in other engines, if installed, too
+#   bash runs/test.sh --all              the slow ones, those in a browser and, where installed, in other engines, too
 #   bash runs/test.sh -k tokenizer       more arguments go to pytest
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 

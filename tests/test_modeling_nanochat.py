@@ -51,9 +51,16 @@ def test_last_logits_alone(modeling):
     assert torch.allclose(theirs(ids, logits_to_keep=1).logits, theirs(ids).logits[:, -1:], atol=1e-5)
 
 
+@torch.inference_mode()
+def test_embeddings_in_place_of_tokens_where_they_tell_all(modeling):
+    theirs, ids = build(modeling, make_source(CONFIGS["plain"])), torch.tensor([make_prompt(9)])
+    embeds = theirs.model.embed_tokens(ids)
+    assert torch.equal(theirs(inputs_embeds=embeds).logits, theirs(ids).logits)
+
+
 def test_what_the_smear_needs_is_asked_for(modeling):
     theirs, ids = build(modeling, make_source(CONFIG)), torch.tensor([make_prompt(9)])
-    with pytest.raises(ValueError, match="needs input_ids"):
+    with pytest.raises(ValueError, match="needs input_ids: embeddings alone"):
         theirs(inputs_embeds=torch.zeros(1, 9, 64))
     cache = theirs(ids).cache
     del cache.layers[CONFIG.n_layer:]
