@@ -298,11 +298,15 @@ def export_model(source: Source, out: Path, form: str, dtype: str, force: bool =
         raise UserError(f"{out} exists and is no export of nanochat's; name another folder, or replace it with --force")
     if form == "gguf":
         import_gguf()
-    new, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
     try:
-        for leftover in (new, old):    # of an export that was killed
-            remove(leftover)
-        new.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{out} can't be made: {out.parent} is no folder; name another --out") from None
+    new, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
+    for leftover in (new, old):    # of an export that was killed
+        remove(leftover)
+    new.mkdir()
+    try:
         if form == "gguf":
             write_gguf(new, source, dtype)
         else:
@@ -337,13 +341,15 @@ def write_card(source: Source, form: str, dtype: str) -> str:
     meta, run_dir = source.meta, Path(source.meta["run_dir"])
     info = read_run(run_dir).info
     results, params = info.get("results") or {}, info.get("params") or {}
+    is_last = results.get("step", meta["step"]) == meta["step"]    # the run's figures are of its last step
+    results = results if is_last else {}
     facts = {"stage": meta["stage"], "optimizer steps": meta["step"], "parameters": params.get("total"),
              "tokens of training": results.get("tokens"), "validation bits per byte": results.get("val_bpb"),
              "context in tokens": source.model.config.sequence_len, "weights": dtype,
              "tokenizer": f"{meta['tokenizer']['name']} ({meta['tokenizer']['hash']})"}
     for path in sorted((get_base_dir() / "report").glob("*.json")):
         section = read_json(path)
-        if section.get("run") == run_dir.relative_to(get_base_dir()).as_posix():
+        if is_last and section.get("run") == run_dir.relative_to(get_base_dir()).as_posix():
             facts |= {f"{path.stem}: {name}": value for name, value in (section.get("metrics") or {}).items()}
     rows = "\n".join(f"| {name} | {format_value(name, value)} |" for name, value in facts.items() if value is not None)
     trust = ", trust_remote_code=True" if form == "custom" else ""

@@ -271,6 +271,9 @@ def test_folder_is_whole_or_not_there(source, byte_base, monkeypatch):
     export_model(source, out, "custom", "float32")    # an earlier export is replaced
     assert json.loads((out / "config.json").read_text(encoding="utf-8"))["dtype"] == "float32"
     assert [path.name for path in byte_base.iterdir() if path.name.startswith(".")] == []
+    with pytest.raises(UserError, match="mine.txt is no folder; name another --out"):
+        (byte_base / "mine.txt").write_text("", encoding="utf-8")
+        export_model(source, byte_base / "mine.txt" / "out", "custom", "float32")
     with pytest.raises(UserError, match="--dtype int8 is none that a model can be exported in; choose bfloat16, fl"):
         export_model(source, byte_base / "other", "custom", "int8")
     assert not (byte_base / "other").exists()
@@ -301,6 +304,11 @@ def test_script(byte_base, capsys):
         assert row in card
     assert "Its licence is its maker's to choose" in card and 'from_pretrained(".", trust_remote_code=True)' in card
     assert 'tokenizer("The sky is"' in card and not (out / "chat_template.jinja").exists()    # no chat model
+    info["results"]["step"] = 2    # of which the exported step knows nothing
+    (run_dir / "run.json").write_text(json.dumps(info), encoding="utf-8")
+    script.main(["--source", "base", "--model-tag", "d2", "--out", str(out)])
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "| parameters | 12,345 |" in card and "bits per byte" not in card and "core" not in card
     with pytest.raises(UserError, match="there is no base run 'd9'"):
         script.main(["--source", "base", "--model-tag", "d9", "--out", str(out)])
 
