@@ -4,6 +4,10 @@
     python -m scripts.export --source sft --out my_model --format gguf       # for llama.cpp and ollama
     python -m scripts.export --source sft --out my_model --dtype float32 --check
 
+    vllm serve my_model           # custom: --model-impl transformers --trust-remote-code; not with the smear
+    mlx_lm.chat --model my_model                     # of format qwen3
+    llama-server -m my_model/model.gguf              # of format gguf
+
 Formats: custom holds any model and brings its code for transformers; qwen3 and gguf hold models without the parts that
 Qwen3 lacks (the preset plain); auto is qwen3 where that can be, else custom. Nothing is uploaded. --check loads the
 result in transformers or in llama.cpp's llama-server, where they are installed, and compares it with our own model.
