@@ -87,7 +87,7 @@ def write_hub(folder, source):
     ("quickstart.sh", "tinystories"), pytest.param("quickstart.sh", "climbmix", marks=pytest.mark.slow),
     pytest.param("runcpu.sh", "toy", marks=pytest.mark.slow)])
 def test_laptop_recipes(recipe, data, base_dir, tmp_path):
-    """Of the hub, a folder here, just what the run needs is fetched; the words to spell are those of the data."""
+    """Of the hub, a folder here, just what the run needs is fetched; the words to spell aren't what is on disk."""
     if data != "toy":
         write_hub(tmp_path / "hub", data)
     (base_dir / "words_alpha.txt").write_text("apple\n")
@@ -101,7 +101,8 @@ def test_laptop_recipes(recipe, data, base_dir, tmp_path):
     assert_complete(base_dir, "toy", output)
     assert "toy: stage 3 of 9, base | " in output and "toy: all 9 stages done in " in output
     assert json.loads((base_dir / "runs" / "mid" / "toy" / "run.json").read_text())["args"]["words"] == data
-    assert output.count("words to spell: ") == 1 and f" of the corpus {data}, kept in " in output
+    # not those of the list; the data's own are too few at this size
+    assert output.count("words to spell: ") == 1 and " of Python's docstrings, kept in " in output
     if data != "toy":
         assert len(load_shards(data).train) == 1
         shutil.rmtree(tmp_path / "hub")
