@@ -125,16 +125,16 @@ class Terminal:
     def wait_for(self, pattern, keys=""):
         """What is shown up to the end of a pattern; `keys` are typed where nothing comes.
 
-        A Ctrl-C just before readline reads has its effect when the next key comes.
+        A Ctrl-C just before readline reads has its effect when the line ends.
         """
-        silent_sec = 0
+        silent_sec, deadline = 0, time.monotonic() + 3 * WAIT_SEC
         while not (found := re.search(pattern, self.shown)):
             if select.select([self.fd], [], [], 5)[0]:
                 self.shown += os.read(self.fd, 4096).decode(errors="replace").replace("\r", "")
                 silent_sec = 0
             else:
                 silent_sec += 5
-                assert silent_sec < WAIT_SEC, self.shown
+                assert silent_sec < WAIT_SEC and time.monotonic() < deadline, self.shown
                 self.type(keys)
         text, self.shown = self.shown[:found.end()], self.shown[found.end():]
         return text
@@ -191,13 +191,14 @@ def test_terminal(terminal, tmp_path):
     terminal.wait_for(r"Hello!\n")
     terminal.type(f"/save {tmp_path / 'talk.jsonl'}\n")
     terminal.wait_for(r"saved 5 turns.*\n.*> ")                        # Ctrl-C before the prompt would do nothing
+    time.sleep(0.5)                                                    # till readline reads: before, it looks away
     terminal.type("half a li\x03")                                     # gives the line up
-    terminal.wait_for(r"Ctrl-C once more.*\n.*> ", keys=" ")
+    terminal.wait_for(r"Ctrl-C once more.*\n.*> ", keys="\n")
     terminal.type("Hi\n")
     terminal.wait_for(r"Hello!\n.*> ")
-    time.sleep(0.5)                                                    # till readline reads: before, it looks away
+    time.sleep(0.5)
     terminal.type("\x03")
-    terminal.wait_for(r"Ctrl-C once more.*\n.*> ", keys=" ")
+    terminal.wait_for(r"Ctrl-C once more.*\n.*> ", keys="\n")
     assert terminal.wait_for_end("\x03") == 0
     saved = json.loads((tmp_path / "talk.jsonl").read_text())["messages"]
     assert saved[2]["content"] == "one\n/two" and saved[7]["content"].startswith("tick tick tick")
