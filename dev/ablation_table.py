@@ -15,13 +15,13 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from dev.results import START_TOLERANCE, find_odd_starts
 from dev.timing import print_table
 from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import print0, write_atomic, write_json
 from nanochat.report import read_json, read_run
 
 SLOPE_FRAC = 0.5           # of the FLOPs, in the runs that the slope is measured with
-START_TOLERANCE = 0.05     # nats between the loss of the first step and ln V
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,11 @@ def describe_caveats(ablation: dict, results: dict[str, dict[int, Result]], slop
                      pooled: float | None) -> list[str]:
     """How the figures were got, and why they may mislead."""
     models, seeds = ablation["models"], ablation["seeds"]
-    start = {model: max(by_seed.values(), key=lambda result: abs(result.start_loss - math.log(
-        models[model]["vocab_size"]))).start_loss for model, by_seed in results.items() if by_seed}
-    notes = [f"{model} starts at a loss of {loss:.3f}, not at ln V = {math.log(models[model]['vocab_size']):.3f}."
-             for model, loss in start.items() if abs(loss - math.log(models[model]["vocab_size"])) > START_TOLERANCE]
-    if start and not notes:
+    starts = {f"{model}, seed {seed}": (result.start_loss, models[model]["vocab_size"])
+              for model, by_seed in results.items() for seed, result in by_seed.items()}
+    notes = [f"{name} starts at a loss of {starts[name][0]:.3f}, not at ln V = {math.log(starts[name][1]):.3f}."
+             for name in find_odd_starts(starts)]
+    if starts and not notes:
         notes.append(f"All models start at a loss of ln V, within {START_TOLERANCE} nats.")
     if missing := [model for model, by_seed in results.items() if len(by_seed) < seeds]:
         notes.append(f"Runs that aren't finished are missing: of {', '.join(missing)}.")

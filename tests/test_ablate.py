@@ -194,7 +194,7 @@ def test_caveats(base_dir):
     assert smear["seeds"] == [1] and smear["std_error"] is None and not smear["is_clear"]
     assert smear["compute_multiplier"] is None and x0["delta_bpb"] is None
     notes = "\n".join(results["notes"])
-    for part in ("full starts at a loss of 9.000, not at ln V = 6.238", "missing: of no-smear, no-x0.",
+    for part in ("full, seed 1 starts at a loss of 9.000, not at ln V = 6.238", "missing: of no-smear, no-x0.",
                  "Twice the FLOPs made the full model no better", "With one seed"):
         assert part in notes
     assert "within" not in notes
