@@ -22,7 +22,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.presets import find_rule
 from nanochat.report import write_stage_section
 from nanochat.run import StopSignal, TakenStep, decide, read_info
-from nanochat.scaling import get_chat_momentum, get_lr_frac, make_chat_plan
+from nanochat.scaling import REFERENCE_BATCH_TOKENS, get_chat_momentum, get_lr_frac, make_chat_plan
 from nanochat.stage import Recipe, Run, Setup, begin_run, evaluate, make_state, prepare_run, print_samples
 from nanochat.train import take_step
 from tasks.mixtures import Mixture
@@ -155,7 +155,8 @@ def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run
     batch_tokens = before["plan"]["batch_tokens"] if flags.total_batch_size is None else flags.total_batch_size
     plan = make_chat_plan(config, estimate_flops(config), epoch_rows=epoch.num_rows, num_epochs=settings.num_epochs,
                           num_iterations=settings.num_iterations, batch_tokens=batch_tokens,
-                          scales_lr=stage.scales_lr and find_rule(rule).scales_to_batch)
+                          scales_lr=stage.scales_lr and find_rule(rule).scales_to_batch,
+                          lr_batch_tokens=before["plan"].get("lr_batch_tokens", REFERENCE_BATCH_TOKENS))
     return groups, epoch, Recipe(
         stage.name, run_dir, flags, saved, source, tokenizer, source.meta["tokenizer"]["name"], config, plan, T,
         rows_per_step=count_rows(plan.batch_tokens, T, ranks.world_size), lrs={name: before[name] for name in LR_NAMES},

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from nanochat import scaling
 from nanochat.common import UserError
 from nanochat.config import GPTConfig
-from nanochat.scaling import JULY26, AdamGroup, TrainingRule
+from nanochat.scaling import JULY26, OURS, AdamGroup, TrainingRule
 
 SHAPE = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
 KNOBS = tuple(field.name for field in fields(GPTConfig) if field.name not in SHAPE)
@@ -59,7 +59,8 @@ RATES = {"lm_head": "unembedding_lr", "wte": "embedding_lr", "value_embeds": "em
 QUINTIC = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),
            (2.8366, -3.0525, 1.2012))
 RULES = {
-    "july26": JULY26,
+    "nov26": OURS,
+    "july26": JULY26,    # another batch, and rates by it
     # Muon with NorMuon and cautious decay alone; no decay of what AdamW updates
     "jan26": TrainingRule(
         adam=(AdamGroup("lm_head",       "unembedding_lr", 1.0,  "width", (0.8,  0.95), 0.0),
@@ -68,16 +69,18 @@ RULES = {
               AdamGroup("resid_lambdas", "scalar_lr",      0.01, "batch", (0.8,  0.95), 0.0),
               AdamGroup("x0_lambdas",    "scalar_lr",      1.0,  "batch", (0.96, 0.95), 0.0)),
         muon={"equalizes_rows": False, "margin": 1.02, "fixes_norm": False}, beta2=0.95,
-        momentum=(0.85, 0.95, 0.95), momentum_steps=300, decay_fall="linear", decay_scaling="depth"),
+        momentum=(0.85, 0.95, 0.95), momentum_steps=300, decay_fall="linear", decay_scaling="depth",
+        batch_from="size"),
     "marin": TrainingRule(
         adam=make_groups((0.8, 0.95), 0.0, RATES), adam_eps=1e-15, max_norm=1.0,
         muon={"equalizes_rows": False, "margin": 1.0, "eps": 1e-5, "coefficients": QUINTIC, "fixes_norm": False,
               "has_neuron_norm": False, "is_cautious": False},
-        momentum=(0.95, 0.95, 0.95), decay_fall="none", decay_scaling="none", scales_to_batch=False,
-        ratio_counts_all=True),
+        momentum=(0.95, 0.95, 0.95), decay_fall="none", decay_scaling="none", batch_from="size",
+        scales_to_batch=False, ratio_counts_all=True),
     # Betas, eps and decay are torch's defaults: its authors name none
     "adam": TrainingRule(adam=make_groups((0.9, 0.999), 0.01, RATES | {"matrices": "matrix_lr"}), adam_eps=1e-8,
-                         warmdown="cosine", decay_fall="none", decay_scaling="none", scales_to_batch=False),
+                         warmdown="cosine", decay_fall="none", decay_scaling="none", batch_from="size",
+                         scales_to_batch=False),
 }
 
 
@@ -87,6 +90,13 @@ def find_rule(name: str) -> TrainingRule:
         raise UserError(f"the checkpoint was trained by a rule that this nanochat doesn't know ({name}); use the "
                         "nanochat that trained it, or a newer one")
     return RULES[name]
+
+
+def choose_rule(preset: str | None, saved: dict | None) -> str:
+    """The rule of a preset, or ours; but a run that goes on keeps its own, as its checkpoint's identity has it."""
+    if saved and preset is None:
+        return saved.get("rule", "july26")    # a run from before it had a name
+    return find_preset(preset).rule
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,7 +109,7 @@ class Preset:
     source: str                                  # where its figures come from
     knobs:  dict[str, object] = field(default_factory=dict)    # of GPTConfig
     shape:  dict[str, object] = field(default_factory=dict)    # of SHAPE; empty: from --depth
-    rule:   str = "july26"                                     # of RULES
+    rule:   str = "nov26"                                      # of RULES
     flags:  dict[str, object] = field(default_factory=dict)    # of scripts.base_train and scripts.plan
 
 
@@ -133,7 +143,7 @@ def make_marin(n_layer: int, n_head: int, weight_decay: float = 0.0) -> Preset:
 PRESETS = {
     "nanochat-july26": Preset("karpathy/nanochat, July 2026", flags=make_flags(
         (scaling.MATRIX_LR, scaling.EMBEDDING_LR, scaling.UNEMBEDDING_LR, scaling.SCALAR_LR), scaling.WEIGHT_DECAY,
-        (scaling.WARMUP_STEPS, scaling.WARMDOWN_RATIO, scaling.FINAL_LR_FRAC), "SSSL")),
+        (scaling.WARMUP_STEPS, scaling.WARMDOWN_RATIO, scaling.FINAL_LR_FRAC), "SSSL"), rule="july26"),
     "nanochat-jan26": Preset("karpathy/nanochat, January 2026", {
         "window_fraction": 0.5, "rope_base": 10_000.0, "qk_scale": 1.0, "ve_gate_channels": 32, "ve_gate_scale": 2.0,
         "ve_gate_init": 0.0, "smear": False, "backout_layer": -1, "resid_init": (1.0, 1.0), "x0_init": (0.1, 0.1),

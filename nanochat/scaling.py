@@ -14,8 +14,10 @@ from nanochat.common import UserError
 from nanochat.config import GPTConfig, count_params, estimate_flops
 
 REFERENCE_DEPTH = 12               # depth at which batch size, learning rates and weight decay were tuned
+REFERENCE_RATIO = 12               # its tokens per scaling parameter
 REFERENCE_BATCH_TOKENS = 2**19     # and its batch
-BATCH_EXPONENT = 0.383             # optimal batch ~ tokens^0.383 (arXiv 2505.13738)
+BATCH_EXPONENT = 0.383             # optimal batch ~ tokens^0.383 (arXiv 2505.13738), above the reference's tokens
+SMALL_BATCH_EXPONENT = 0.78        # and below them (dev/LOG.md, "The dial where budgets are small")
 
 # Learning rates at the reference batch and, for the first two, at 768 channels; ADAM_GROUPS has the groups
 EMBEDDING_LR   = 0.3
@@ -64,6 +66,7 @@ class TrainingRule:
     warmdown:         str   = "linear"       # of the learning rate; or "cosine"
     decay_fall:       str   = "cosine"       # of Muon's weight decay, over the whole run; or "linear", "none"
     decay_scaling:    str   = "horizon"      # of Muon's weight decay; or "depth", "none"
+    batch_from:       str   = "horizon"      # what batch and learning rates follow from; or "size" (see make_plan)
     scales_to_batch:  bool  = True           # whether learning rates follow the batch
     ratio_counts_all: bool  = False          # whether the ratio of a horizon counts the embeddings' parameters too
 
@@ -72,7 +75,8 @@ class TrainingRule:
         return all(group.name != "matrices" for group in self.adam)
 
 
-JULY26 = TrainingRule()
+OURS   = TrainingRule()
+JULY26 = TrainingRule(batch_from="size")
 
 
 def make_config(depth: int, *, vocab_size: int, sequence_len: int, aspect_ratio: int = 64, head_dim: int = 128,
@@ -116,6 +120,7 @@ class Plan:
     weight_decay: float       # Muon's, before its schedule
     horizon: str              # the flag that decided it: iterations, flops, ratio or epochs
     short_rows: list[ShortRows] | None = None    # stages of the sequence-length warm-up
+    lr_batch_tokens: float = REFERENCE_BATCH_TOKENS    # the batch at which batch_lr_scale is 1
 
     def get_row_tokens(self, step: int, T: int) -> int:
         """Tokens of a row at a step: T, or fewer during the warm-up."""
@@ -166,58 +171,75 @@ def make_short_rows(text: str, config: GPTConfig) -> list[ShortRows]:
 
 
 def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int | None = None,
-              target_flops: float | None = None, target_param_data_ratio: float = 12.0,
-              batch_tokens: int | None = None, weight_decay: float = WEIGHT_DECAY,
-              seq_len_warmup: str | None = None, rule: TrainingRule = JULY26) -> Plan:
+              target_flops: float | None = None, target_param_data_ratio: float = REFERENCE_RATIO,
+              batch_tokens: int | None = None, step_multiple: int = 1, weight_decay: float = WEIGHT_DECAY,
+              seq_len_warmup: str | None = None, rule: TrainingRule = OURS) -> Plan:
     """Horizon, batch and hyper-parameter scales of a pretraining run.
 
     The horizon is the first given of num_iterations, target_flops, target_param_data_ratio (tokens per scaling param).
-    The batch follows from ratio and size alone, whatever the horizon. Known to be wrong for small budgets: depth 4 on
-    3.28 M tokens is better with 4,096 tokens a batch than with 16,384, and this rule gives 131,072 (public record).
+    A batch that isn't given is the best for the horizon's tokens, rounded to a multiple of step_multiple (all ranks'
+    rows); for the ratio's tokens where only the number of steps is given. Learning rates grow with the root of the
+    batch, and are the reference's at the best batch, above the reference's tokens at the reference's batch.
+
+    By a rule whose batch is from "size", that of the public record, batch and decay follow from ratio * scaling params
+    whatever the horizon, and all learning rates are the reference's at the reference's batch.
     """
     for flag, value in (("--target-param-data-ratio", target_param_data_ratio), ("--target-flops", target_flops)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise UserError(f"{flag} {value:g} must be a positive number")
+    check_counts(num_iterations=num_iterations, total_batch_size=batch_tokens)
+    horizon = "iterations" if num_iterations else "flops" if target_flops is not None else "ratio"
     reference = make_config(REFERENCE_DEPTH, vocab_size=config.vocab_size, sequence_len=config.sequence_len,
                             window_pattern=config.window_pattern)
-    target_tokens, reference_tokens = (
-        int(target_param_data_ratio * count_scaling_params(model, rule.ratio_counts_all))
-        for model in (config, reference))
+    size, reference_size = (count_scaling_params(model, rule.ratio_counts_all) for model in (config, reference))
+    target_tokens, reference_tokens = (int(target_param_data_ratio * num) for num in (size, reference_size))
     if target_tokens < 1:
         raise UserError(f"--target-param-data-ratio {target_param_data_ratio:g} gives less than one token")
+    num_tokens: float = target_tokens
+    lr_batch_tokens, tuned_tokens = float(REFERENCE_BATCH_TOKENS), reference_tokens    # those of the reference's batch
+    if rule.batch_from == "horizon":
+        num_tokens = target_flops / flops_per_token if horizon == "flops" else target_tokens
+        tuned_tokens = REFERENCE_RATIO * reference_size
     if batch_tokens is None:
-        growth = (target_tokens / reference_tokens) ** BATCH_EXPONENT
-        batch_tokens = 2 ** round(math.log2(REFERENCE_BATCH_TOKENS * growth))
-    if batch_tokens < 1:
-        raise UserError(f"--total-batch-size {batch_tokens} must be a positive number of tokens")
+        rounded = 2 ** round(math.log2(get_best_batch(num_tokens, tuned_tokens, rule)))
+        batch_tokens = max(1, round(rounded / step_multiple)) * step_multiple
+    if rule.batch_from == "horizon":
+        num_tokens = num_iterations * batch_tokens if horizon == "iterations" else num_tokens
+        lr_batch_tokens = min(get_best_batch(num_tokens, tuned_tokens, rule), lr_batch_tokens)
     short_rows = make_short_rows(seq_len_warmup, config) if seq_len_warmup is not None else None
     saved_flops = count_saved_flops(short_rows, flops_per_token, batch_tokens)
-    if num_iterations is not None:
-        horizon = "iterations"
-    elif target_flops is not None:
-        horizon, num_iterations = "flops", round((target_flops + saved_flops) / (flops_per_token * batch_tokens))
-    else:
-        horizon, num_iterations = "ratio", target_tokens // batch_tokens
+    if horizon == "flops":
+        num_iterations = round((target_flops + saved_flops) / (flops_per_token * batch_tokens))
+    elif horizon == "ratio":
+        num_iterations = target_tokens // batch_tokens
     if num_iterations < 1:
         raise UserError(f"the horizon ({horizon}) is shorter than one step of {batch_tokens} tokens; "
                         "set a smaller --total-batch-size or a longer horizon")
     if short_rows and short_rows[-1].end_step > num_iterations:
         raise UserError(f"--seq-len-warmup {seq_len_warmup} is longer than the run of {num_iterations} steps; give it "
                         "fewer steps")
-    batch_lr_scale = get_batch_lr_scale(batch_tokens) if rule.scales_to_batch else 1.0
+    batch_lr_scale = get_batch_lr_scale(batch_tokens, lr_batch_tokens) if rule.scales_to_batch else 1.0
     if rule.decay_scaling == "horizon":
-        # The decay keeps its time constant, in epochs, for every model size and batch (T_epoch, arXiv 2405.13698)
-        weight_decay = weight_decay * batch_lr_scale * reference_tokens / target_tokens
+        # The decay's time constant, 1 / (rate * decay) steps, is the same part of every run (T_epoch, arXiv 2405.13698)
+        weight_decay *= batch_lr_scale * (lr_batch_tokens / REFERENCE_BATCH_TOKENS)
+        weight_decay = weight_decay * reference_tokens / num_tokens
     elif rule.decay_scaling == "depth":
         weight_decay = weight_decay * (REFERENCE_DEPTH / config.n_layer) ** 2
     return _fill_plan(config, flops_per_token, num_iterations=num_iterations, batch_tokens=batch_tokens,
                       target_tokens=target_tokens, horizon=horizon, batch_lr_scale=batch_lr_scale,
-                      weight_decay=weight_decay, short_rows=short_rows)
+                      weight_decay=weight_decay, short_rows=short_rows, lr_batch_tokens=lr_batch_tokens)
 
 
-def get_batch_lr_scale(batch_tokens: int) -> float:
+def get_best_batch(num_tokens: float, reference_tokens: float, rule: TrainingRule = OURS) -> float:
+    """Tokens of a batch for a horizon of num_tokens; reference_tokens: those at which it is the reference's."""
+    growth = num_tokens / reference_tokens
+    is_small = growth < 1 and rule.batch_from == "horizon"
+    return REFERENCE_BATCH_TOKENS * growth ** (SMALL_BATCH_EXPONENT if is_small else BATCH_EXPONENT)
+
+
+def get_batch_lr_scale(batch_tokens: int, lr_batch_tokens: float = REFERENCE_BATCH_TOKENS) -> float:
     """Factor on learning rates, the square root of the batch: Adam's (arXiv 2205.10287) and, by assumption, Muon's."""
-    return math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
+    return math.sqrt(batch_tokens / lr_batch_tokens)
 
 
 def check_counts(**counts: int | None) -> None:
@@ -237,15 +259,18 @@ def _fill_plan(config: GPTConfig, flops_per_token: float, *, weight_decay: float
 
 
 def make_chat_plan(config: GPTConfig, flops_per_token: float, *, epoch_rows: int, num_epochs: int = 1,
-                   num_iterations: int | None = None, batch_tokens: int, scales_lr: bool = True) -> Plan:
+                   num_iterations: int | None = None, batch_tokens: int, scales_lr: bool = True,
+                   lr_batch_tokens: float = REFERENCE_BATCH_TOKENS) -> Plan:
     """Horizon of midtraining or SFT: num_iterations, or else whole epochs of `epoch_rows` rows, of which the last step
-    takes what is left. No Muon weight decay. scales_lr: whether learning rates are scaled to the batch."""
+    takes what is left. No Muon weight decay. scales_lr: whether learning rates are scaled to the batch, from the batch
+    at which the base model's weren't."""
     check_counts(num_iterations=num_iterations, num_epochs=num_epochs, total_batch_size=batch_tokens)
     T, num_rows = config.sequence_len, num_epochs * epoch_rows
     return _fill_plan(config, flops_per_token, horizon="iterations" if num_iterations else "epochs",
                       num_iterations=num_iterations or -(-num_rows // (batch_tokens // T or 1)),
                       batch_tokens=batch_tokens, target_tokens=num_rows * T,
-                      batch_lr_scale=get_batch_lr_scale(batch_tokens) if scales_lr else 1.0)
+                      batch_lr_scale=get_batch_lr_scale(batch_tokens, lr_batch_tokens) if scales_lr else 1.0,
+                      lr_batch_tokens=lr_batch_tokens)
 
 
 def make_rl_plan(config: GPTConfig, flops_per_token: float, *, num_questions: int, num_epochs: int = 1,

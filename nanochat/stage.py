@@ -27,7 +27,7 @@ from nanochat.loss_eval import evaluate_loss
 from nanochat.optim import MuonAdamW
 from nanochat.presets import find_rule
 from nanochat.run import STOP_SIGNALS, Progress, RunLog, StepLog, StopSignal, check_ranks, compare_with_saved, read_info
-from nanochat.scaling import Plan
+from nanochat.scaling import REFERENCE_BATCH_TOKENS, Plan
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import TrainState
 
@@ -100,8 +100,9 @@ def prepare_run(recipe: Recipe, device: torch.device, ranks: Ranks) -> Setup | N
     check_ranks(run_dir, {"step": first_step, "flags": flags.given, **meta["identity"]})
     if recipe.saved:
         saved = recipe.saved.meta
-        # An older one names neither all knobs nor the rule
-        identity = {"rule": "july26"} | saved["identity"] | {"model": asdict(read_config(saved["model_config"]))}
+        # An older one names neither all knobs nor the rule nor the plan's lr_batch_tokens
+        identity = {"rule": "july26"} | saved["identity"] | {"model": asdict(read_config(saved["model_config"])),
+                    "plan": {"lr_batch_tokens": REFERENCE_BATCH_TOKENS} | saved["identity"]["plan"]}
         decisions += compare_with_saved(saved | {"identity": identity}, meta, take_identity(flags.defaults), run_dir,
                                         flags.allow_mismatch)
         if first_step >= plan.num_iterations and read_info(run_dir).get("status") == "finished":

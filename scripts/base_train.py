@@ -20,10 +20,10 @@ from nanochat.dataset import default_source
 from nanochat.devices import init_compute
 from nanochat.loss_eval import log_core
 from nanochat.optim import MuonAdamW
-from nanochat.presets import find_preset, find_rule, parse_knobs, parse_preset_args
+from nanochat.presets import choose_rule, find_preset, find_rule, parse_knobs, parse_preset_args
 from nanochat.report import write_stage_section
 from nanochat.run import StopSignal, TakenStep, read_info
-from nanochat.scaling import get_lr_frac, get_muon_momentum, get_weight_decay_frac, make_config, make_plan
+from nanochat.scaling import TrainingRule, get_lr_frac, get_muon_momentum, get_weight_decay_frac, make_config, make_plan
 from nanochat.shards import ShardList, load_shards
 from nanochat.stage import Recipe, Run, begin_run, evaluate, make_state, prepare_run, print_samples
 from nanochat.tokenizer import get_tokenizer
@@ -117,7 +117,7 @@ def train(run: Run, val_batches: ValidationBatches, args: argparse.Namespace) ->
             if is_last:
                 return run.finish(step, results)
             begin_time = time.perf_counter()
-            lr_frac = set_schedules(state.optimizer, step, plan.num_iterations, args)
+            lr_frac = set_schedules(state.optimizer, step, plan.num_iterations, args, find_rule(recipe.rule))
             row_tokens = plan.get_row_tokens(step, recipe.T)
             stats = take_step(state, run.loader.next_step().cut(row_tokens), step, log, stop)
             if stats is None:  # out of memory twice: save the steps before, and stop
@@ -135,26 +135,27 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, run_dir: Path, rank
     saved, tokenizer = find_saved("base", run_dir, flags.resume), get_tokenizer(args.tokenizer)
     shards = load_shards(args.data or default_source(args.device_type),
                          train_files=saved and saved.meta["data"]["train_files"])
-    preset = find_preset(args.preset)
+    before, preset = saved.meta["identity"] if saved else None, find_preset(args.preset)
+    rule = choose_rule(args.preset, before)
     config = make_config(args.depth, vocab_size=tokenizer.get_vocab_size(), sequence_len=args.max_seq_len,
                          aspect_ratio=args.aspect_ratio, head_dim=args.head_dim, window_pattern=args.window_pattern,
                          **preset.shape | preset.knobs | parse_knobs(args.knobs))
     plan = make_plan(config, estimate_flops(config), num_iterations=args.num_iterations,
                      target_flops=args.target_flops, target_param_data_ratio=args.target_param_data_ratio,
-                     batch_tokens=args.total_batch_size, weight_decay=args.weight_decay,
-                     seq_len_warmup=args.seq_len_warmup, rule=find_rule(preset.rule))
+                     batch_tokens=args.total_batch_size or (before and before["plan"]["batch_tokens"]),
+                     step_multiple=args.max_seq_len * ranks.world_size, weight_decay=args.weight_decay,
+                     seq_len_warmup=args.seq_len_warmup, rule=find_rule(rule))
     data = {"name": shards.name, "hash": shards.hash, "folder": str(shards.val.parent),
             "train_files": [path.name for path in shards.train]}
     rows_per_step = count_rows(plan.batch_tokens, config.sequence_len, ranks.world_size)
     return Recipe(
         "base", run_dir, flags, saved, source=None, tokenizer=tokenizer, tokenizer_name=args.tokenizer, config=config,
         plan=plan, T=config.sequence_len, rows_per_step=rows_per_step, data=data, identity={"data": shards.hash},
-        lrs={name: getattr(args, name) for name in LR_NAMES}, notes={}, rule=preset.rule), shards
+        lrs={name: getattr(args, name) for name in LR_NAMES}, notes={}, rule=rule), shards
 
 
-def set_schedules(optimizer: MuonAdamW, step: int, n: int, args: argparse.Namespace) -> float:
+def set_schedules(optimizer: MuonAdamW, step: int, n: int, args: argparse.Namespace, rule: TrainingRule) -> float:
     """Set learning rates, momentum and weight decay for a step of n; returns the learning rate's factor."""
-    rule = find_rule(find_preset(args.preset).rule)
     lr_frac = get_lr_frac(step, n, warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio,
                           final_lr_frac=args.final_lr_frac, warmdown=rule.warmdown)
     for group in optimizer.param_groups:

@@ -217,7 +217,7 @@ def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, machi
     plan = make_plan(config, estimate_flops(config), num_iterations=args.num_iterations,
                      target_flops=args.target_flops, target_param_data_ratio=args.target_param_data_ratio,
                      batch_tokens=args.total_batch_size, weight_decay=preset.flags.get("weight_decay", WEIGHT_DECAY),
-                     seq_len_warmup=args.seq_len_warmup, rule=rule)
+                     seq_len_warmup=args.seq_len_warmup, rule=rule, step_multiple=T * hardware.num_gpus)
     rows = plan.batch_tokens // (T * hardware.num_gpus)
     if rows < 1 or plan.batch_tokens % (T * hardware.num_gpus):
         raise UserError(f"a step of {plan.batch_tokens} tokens at depth {depth} must be a multiple of "

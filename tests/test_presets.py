@@ -266,11 +266,12 @@ def set_schedules(argv, num_steps):
     """(learning rate's factor, Muon's momentum, its weight decay) at each of so many steps."""
     args, _ = base_train.parse_args(argv)
     model = make_model(as_initialised=True)
-    optimizer = model.setup_optimizer(weight_decay=1.0, rule=find_rule(find_preset(args.preset).rule))
+    rule = find_rule(find_preset(args.preset).rule)
+    optimizer = model.setup_optimizer(weight_decay=1.0, rule=rule)
     muon = next((group for group in optimizer.param_groups if group["kind"] == "muon"), None)
     figures = []
     for step in range(num_steps):
-        lr_frac = base_train.set_schedules(optimizer, step, num_steps, args)
+        lr_frac = base_train.set_schedules(optimizer, step, num_steps, args, rule)
         figures.append((lr_frac, *(muon and (muon["momentum"], muon["weight_decay"]) or ())))
     return figures
 

@@ -8,6 +8,7 @@ import pytest
 from nanochat.common import UserError
 from nanochat.config import GPTConfig, estimate_flops
 from nanochat.scaling import (
+    JULY26,
     count_scaling_params,
     get_chat_momentum,
     get_lr_frac,
@@ -45,10 +46,10 @@ def test_config_of_a_depth():
 
 
 @pytest.mark.parametrize("depth", PARAMS)
-def test_horizon_and_batch_by_hand(depth):
+def test_horizon_and_batch_of_the_public_record_by_hand(depth):
     assert count_scaling_params(make_config(depth, vocab_size=32768, sequence_len=2048)) == PARAMS[depth]
     for ratio in (12, 8):
-        plan = plan_depth(depth, target_param_data_ratio=ratio)
+        plan = plan_depth(depth, target_param_data_ratio=ratio, rule=JULY26)
         tokens = ratio * PARAMS[depth]
         batch = 2 ** round(19 + 0.383 * math.log2(PARAMS[depth] / PARAMS[12]))
         steps = math.floor(tokens / batch)
@@ -60,8 +61,59 @@ def test_horizon_and_batch_by_hand(depth):
         assert plan.weight_decay == pytest.approx(0.28 * (batch / 524_288) ** 0.5 * PARAMS[12] / PARAMS[depth])
 
 
+@pytest.mark.parametrize("depth", PARAMS)
+def test_horizon_and_batch_by_hand(depth):
+    for ratio in (12, 8, 0.5):
+        plan = plan_depth(depth, target_param_data_ratio=ratio)
+        growth = math.log2(ratio * PARAMS[depth] / (12 * PARAMS[12]))
+        best = 19 + growth * (0.383 if growth > 0 else 0.78)
+        assert plan.batch_tokens == 2 ** round(best)
+        assert plan.num_iterations == int(ratio * PARAMS[depth]) // plan.batch_tokens
+        assert plan.lr_batch_tokens == pytest.approx(2 ** min(best, 19))
+        assert plan.batch_lr_scale == pytest.approx((plan.batch_tokens / plan.lr_batch_tokens) ** 0.5)
+        # The decay over the whole run, rate * decay * steps, is that of the reference
+        decayed = plan.batch_lr_scale * plan.weight_decay * int(ratio * PARAMS[depth]) / plan.batch_tokens
+        assert decayed == pytest.approx(0.28 * ratio * PARAMS[12] / 2**19)
+
+
+def test_from_depth_12_on_plans_are_those_of_the_public_record():
+    for depth in (*range(12, 32), 40):
+        ours, published = plan_depth(depth), plan_depth(depth, rule=JULY26)
+        assert ours == published, depth
+    d24 = plan_depth(24, target_param_data_ratio=8)
+    assert d24 == plan_depth(24, target_param_data_ratio=8, rule=JULY26)    # runs/speedrun.sh
+
+
+def test_small_budgets_have_small_batches_and_full_rates():
+    """Depth 4, vocabulary 8,192, T 512, 1 and 3 M tokens: measured best are 2,048 to 4,096 (dev/dial_points.csv)."""
+    config = make_config(4, vocab_size=8192, sequence_len=512)
+    for num_tokens in (1e6, 3.2e6):
+        plan = make_plan(config, 1e7, target_flops=1e7 * num_tokens)
+        assert 2048 <= plan.batch_tokens <= 4096 and 0.8 < plan.batch_lr_scale < 1.25, plan
+        again = make_plan(config, 1e7, target_flops=1e7 * num_tokens, batch_tokens=4 * plan.batch_tokens)
+        assert again.batch_lr_scale == pytest.approx(2 * plan.batch_lr_scale)
+
+
+def test_a_number_of_steps_has_the_batch_of_the_ratio_and_rates_of_its_own_tokens():
+    config = make_config(4, vocab_size=8192, sequence_len=512)
+    by_ratio, by_steps = make_plan(config, 1e7), make_plan(config, 1e7, num_iterations=100)
+    assert by_steps.batch_tokens == by_ratio.batch_tokens and by_steps.num_iterations == 100
+    assert by_steps.batch_lr_scale > by_ratio.batch_lr_scale    # the batch is too large for so few tokens
+    typed = make_plan(config, 1e7, num_iterations=100, batch_tokens=by_steps.batch_tokens)
+    assert typed == by_steps
+
+
+def test_a_batch_is_whole_rows_of_all_ranks():
+    plans = {multiple: plan_depth(4, target_param_data_ratio=0.5, step_multiple=multiple)
+             for multiple in (1, 2048, 6 * 1536, 64 * 2048)}
+    free = plans[1].batch_tokens
+    assert plans[2048].batch_tokens == free and plans[64 * 2048].batch_tokens == 64 * 2048
+    assert plans[6 * 1536].batch_tokens % (6 * 1536) == 0
+    assert abs(plans[6 * 1536].batch_tokens - free) <= max(free, 3 * 1536)
+
+
 def test_plans_of_the_public_record():
-    batches = {depth: plan_depth(depth).batch_tokens for depth in (4, 5, 6, 12, 24)}
+    batches = {depth: plan_depth(depth, rule=JULY26).batch_tokens for depth in (4, 5, 6, 12, 24)}
     assert batches == {4: 2**18, 5: 2**18, 6: 2**18, 12: 2**19, 24: 2**20}
     d12, d24 = plan_depth(12), plan_depth(24, target_param_data_ratio=8)
     assert (d12.num_iterations, d12.batch_lr_scale, d12.weight_decay) == (2520, 1.0, 0.28)
@@ -76,36 +128,39 @@ def test_order_of_precedence():
     by_all = plan_depth(12, num_iterations=77, target_flops=1e18, target_param_data_ratio=8.0)
     by_two = plan_depth(12, target_flops=1e18, target_param_data_ratio=8.0)
     assert (by_all.horizon, by_all.num_iterations, by_two.horizon) == ("iterations", 77, "flops")
-    # batch and decay come from ratio * params, whatever decides the horizon
-    by_ratio = plan_depth(12, target_param_data_ratio=8.0)
+    # by the public record's rule batch and decay come from ratio * params, whatever decides the horizon
+    by_all = plan_depth(12, num_iterations=77, target_flops=1e18, target_param_data_ratio=8.0, rule=JULY26)
+    by_two = plan_depth(12, target_flops=1e18, target_param_data_ratio=8.0, rule=JULY26)
+    by_ratio = plan_depth(12, target_param_data_ratio=8.0, rule=JULY26)
     assert by_ratio.batch_tokens == by_all.batch_tokens == by_two.batch_tokens
     assert by_ratio.weight_decay == by_all.weight_decay == by_two.weight_decay
 
 
 def test_flops_are_rounded_to_steps_and_ratios_down():
     step_flops = plan_depth(12).flops_per_token * 2**19
-    assert [plan_depth(12, target_flops=k * step_flops).num_iterations for k in (0.6, 9.4, 9.6)] == [1, 9, 10]
+    assert [plan_depth(12, target_flops=k * step_flops, batch_tokens=2**19).num_iterations
+            for k in (0.6, 9.4, 9.6)] == [1, 9, 10]
     ratio = [plan_depth(12, target_param_data_ratio=1e6 / PARAMS[12], batch_tokens=batch).num_iterations
              for batch in (333_000, 334_000)]
     assert ratio == [3, 2]  # 3.003 and 2.994 steps
 
 
 def test_a_batch_that_is_given_is_kept_and_scales_the_rest():
-    plan = plan_depth(4, batch_tokens=16_384, weight_decay=0.4)
+    plan = plan_depth(4, batch_tokens=16_384, weight_decay=0.4, rule=JULY26)
     assert plan.batch_tokens == 16_384 and plan.num_iterations == 12 * PARAMS[4] // 16_384
     assert plan.batch_lr_scale == pytest.approx(2**-2.5)
     assert plan.weight_decay == pytest.approx(0.4 * 2**-2.5 * PARAMS[12] / PARAMS[4])
 
 
 def test_the_reference_model_has_the_same_vocabulary():
-    plan = plan_depth(4, vocab_size=4096, batch_tokens=2**19)
+    plan = plan_depth(4, vocab_size=4096, batch_tokens=2**19, rule=JULY26)
     d4, d12 = 3_145_776 + 4096 * 256, 84_935_088 + 4096 * 768
     assert plan.weight_decay == pytest.approx(0.28 * d12 / d4)
 
 
 @pytest.mark.parametrize("choices", [
     {"num_iterations": 0}, {"num_iterations": -5}, {"target_flops": 1.0}, {"target_flops": -1e18},
-    {"target_param_data_ratio": 1e-3}, {"target_param_data_ratio": 0.0}, {"target_param_data_ratio": -1.0},
+    {"target_param_data_ratio": 1e-3, "step_multiple": 2**15}, {"target_param_data_ratio": 0.0}, {"target_param_data_ratio": -1.0},
     {"batch_tokens": 0}, {"batch_tokens": -8}])
 def test_a_plan_without_a_step_is_refused(choices):
     with pytest.raises(UserError):
@@ -171,9 +226,10 @@ def test_warmup_that_means_nothing_is_refused(warmup, message):
         plan_depth(4, sequence_len=384, num_iterations=20, seq_len_warmup=warmup)
     assert "\n" not in str(error.value)
     if warmup == "48:21":
-        flops = plan_depth(4, sequence_len=384, num_iterations=20).total_flops
+        plan = plan_depth(4, sequence_len=384, num_iterations=20)
         with pytest.raises(UserError, match="is longer than the run"):
-            plan_depth(4, sequence_len=384, target_flops=0.9 * flops, seq_len_warmup=warmup)
+            plan_depth(4, sequence_len=384, target_flops=0.9 * plan.total_flops, batch_tokens=plan.batch_tokens,
+                       seq_len_warmup=warmup)
 
 
 def test_an_odd_context_has_no_warmup():
