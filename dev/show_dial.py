@@ -63,10 +63,10 @@ def main(argv: list[str] | None = None) -> dict:
     rows = []
     for cell in cells:
         rule = math.log2(get_best_batch(cell.tokens, REFERENCE_TOKENS))
-        cost = "" if cell.best is None else f"{np.polyval(cell.parabola, rule) - np.polyval(cell.parabola, cell.best):.4f}"
+        cost = np.nan if cell.best is None else np.diff(np.polyval(cell.parabola, (cell.best, rule)))[0]
         tried = ", ".join(f"{2 ** batch / 1024:g}K {loss:.4f}" for batch, loss in cell.losses.items())
         rows.append((str(cell.depth), f"{cell.tokens / 1e6:.2f}", tried,
-                     "-" if cell.best is None else f"{2 ** cell.best:,.0f}", f"{2 ** rule:,.0f}", cost))
+                     "-" if cell.best is None else f"{2 ** cell.best:,.0f}", f"{2 ** rule:,.0f}", f"{cost:.4f}"))
     print_table(("depth", "M tokens", "bits per byte by batch", "best batch", "the rule's", "its cost"), rows)
     print0(f"exponent of the best batch, through {REFERENCE_BATCH_TOKENS:,} at {REFERENCE_TOKENS / 1e9:.2f} B tokens: "
            + ("no cell has a best batch" if exponent is None else f"{exponent:.3f}"))
@@ -81,7 +81,8 @@ def read_points(path: Path) -> list[dict[str, float]]:
             rows = list(csv.DictReader(file))
         points = [{name: float(row[name]) for name in COLUMNS} for row in rows]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} must be a CSV file with the columns {', '.join(COLUMNS)}, all numbers: {error}") from None
+        raise UserError(f"{path} must be a CSV file with the columns {', '.join(COLUMNS)}, all numbers "
+                        f"({error})") from None
     if not points or any(point["batch"] < 1 or point["tokens"] < 1 for point in points):
         raise UserError(f"{path} must have points, each with a batch and tokens of at least 1")
     return points
@@ -89,13 +90,14 @@ def read_points(path: Path) -> list[dict[str, float]]:
 
 def make_cells(points: list[dict[str, float]]) -> list[Cell]:
     """The cells in the order of depth and horizon."""
-    losses: dict[tuple, dict[float, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    losses: dict[tuple[float, float], dict[tuple[float, float], list[float]]] = defaultdict(lambda: defaultdict(list))
     for point in points:
-        losses[point["depth"], point["tokens"]][math.log2(point["batch"])][point["rate"]].append(point["bpb"])
+        losses[point["depth"], point["tokens"]][math.log2(point["batch"]), point["rate"]].append(point["bpb"])
     cells = []
-    for (depth, tokens), by_batch in sorted(losses.items()):
-        best_of = {batch: min((float(np.mean(values)), rate) for rate, values in by_rate.items())
-                   for batch, by_rate in sorted(by_batch.items())}
+    for (depth, tokens), by_settings in sorted(losses.items()):
+        best_of: dict[float, tuple[float, float]] = {}
+        for (batch, rate), values in sorted(by_settings.items()):
+            best_of[batch] = min(best_of.get(batch, (math.inf, 0.0)), (float(np.mean(values)), rate))
         batches, means = list(best_of), [loss for loss, _ in best_of.values()]
         parabola = best = None
         if 0 < int(np.argmin(means)) < len(means) - 1:

@@ -21,8 +21,7 @@ DATA_DIR=${DATA_DIR:-}
 DEPTH=${DEPTH:-6}                        # layers
 SEQ_LEN=${SEQ_LEN:-512}                  # context in tokens
 VOCAB_SIZE=${VOCAB_SIZE:-8192}
-BATCH_TOKENS=${BATCH_TOKENS:-16384}      # tokens of a step
-NUM_ITERATIONS=${NUM_ITERATIONS:-500}    # steps of the base model
+RATIO=${RATIO:-0.6}                      # tokens of the base model per parameter of its matrices and head
 NAME=${NAME:-offline}                    # of the data, the tokenizer and the runs
 SFT_TASKS=${SFT_TASKS:-GSM8K MMLU SpellingBee:4000 SimpleSpelling:16000}    # beside the folder's conversations
 EVAL_TASKS=${EVAL_TASKS:-GSM8K MMLU ARC-Easy SpellingBee SimpleSpelling HumanEval}
@@ -69,7 +68,7 @@ core="" words=own
 # Seconds by the header; those of training grow about as the depth squared, the base model's with its tokens too. Only
 # those of the base model and SFT were measured one by one
 size=$(( DEPTH * DEPTH ))
-begin_chain "$NAME" text 30 tokenizer 30 base $(( NUM_ITERATIONS * BATCH_TOKENS * size / 238000 )) loss 30 $core \
+begin_chain "$NAME" text 30 tokenizer 30 base $(( $(count_tokens) / 238 * size / 1000 )) loss 30 $core \
     sft $(( 46 * size )) eval $(( 5 * size )) report 5
 stage text
 python -m nanochat.dataset --source files --path "$DATA_DIR/pretrain" --name "$NAME"
@@ -78,7 +77,7 @@ python -m scripts.tok_train --data "$NAME" --vocab-size "$VOCAB_SIZE" --name "$N
 python -m scripts.tok_eval --data "$NAME" --name "$NAME"
 stage base
 python -m scripts.base_train --data "$NAME" --tokenizer "$NAME" --model-tag "$NAME" --depth "$DEPTH" \
-    --max-seq-len "$SEQ_LEN" --total-batch-size "$BATCH_TOKENS" --num-iterations "$NUM_ITERATIONS" $EXTRA
+    --max-seq-len "$SEQ_LEN" --target-param-data-ratio "$RATIO" $EXTRA
 stage loss
 python -m scripts.base_loss --model-tag "$NAME"
 if [[ $core ]]; then

@@ -13,8 +13,7 @@
 DEPTH=${DEPTH:-4}                        # layers
 SEQ_LEN=${SEQ_LEN:-512}                  # context in tokens
 VOCAB_SIZE=${VOCAB_SIZE:-8192}
-BATCH_TOKENS=${BATCH_TOKENS:-16384}      # tokens of a step
-NUM_ITERATIONS=${NUM_ITERATIONS:-300}    # steps of the base model
+RATIO=${RATIO:-0.33}                     # tokens of the base model per parameter of its matrices and head
 DATA=${DATA:-python-docs}                # a source of nanochat.dataset, or a data set that is there; with a network
                                          # climbmix (web pages, 0.2 GB) or tinystories (0.3 GB) teach English
 NUM_SHARDS=${NUM_SHARDS:-}               # training shards to download; empty: as many as the base model reads
@@ -34,18 +33,16 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 # Seconds by the header; those of training grow about as the depth squared, the base model's with its tokens too
 size=$(( DEPTH * DEPTH ))
-begin_chain "$NAME" text 25 tokenizer 15 base $(( NUM_ITERATIONS * BATCH_TOKENS * size / 238000 )) loss 20 \
+begin_chain "$NAME" text 25 tokenizer 15 base $(( $(count_tokens) / 238 * size / 1000 )) loss 20 \
     mid $(( 19 * size )) sft $(( 6 * size )) rl $(( 2 * size )) eval $(( 6 * size )) report 5
 stage text
-fetch_data "$DATA" --depth "$DEPTH" --max-seq-len "$SEQ_LEN" --vocab-size "$VOCAB_SIZE" \
-    --total-batch-size "$BATCH_TOKENS" --num-iterations "$NUM_ITERATIONS"
+fetch_data "$DATA" --depth "$DEPTH" --max-seq-len "$SEQ_LEN" --vocab-size "$VOCAB_SIZE" --target-param-data-ratio "$RATIO"
 stage tokenizer
 python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-chars "$TOK_CHARS" --name "$NAME"
 python -m scripts.tok_eval --data "$DATA" --name "$NAME"
 stage base
 python -m scripts.base_train --data "$DATA" --tokenizer "$NAME" --model-tag "$NAME" --depth "$DEPTH" \
-    --max-seq-len "$SEQ_LEN" --total-batch-size "$BATCH_TOKENS" --num-iterations "$NUM_ITERATIONS" \
-    --eval-every 100 --eval-tokens 131072 $EXTRA
+    --max-seq-len "$SEQ_LEN" --target-param-data-ratio "$RATIO" --eval-every 100 --eval-tokens 131072 $EXTRA
 stage loss
 python -m scripts.base_loss --model-tag "$NAME" --eval-tokens 262144
 stage mid

@@ -7,6 +7,6 @@
 # Cost      nothing
 # Expect    not measured yet; a third of the steps with this model is in dev/LOG.md, "Depth 6 on prose, 500 steps"
 #
-# DEPTH, SEQ_LEN, VOCAB_SIZE, BATCH_TOKENS, NUM_ITERATIONS, DATA, NAME and EXTRA are those of runs/quickstart.sh.
-export DEPTH=${DEPTH:-6} NUM_ITERATIONS=${NUM_ITERATIONS:-1500} NAME=${NAME:-runcpu}
+# DEPTH, SEQ_LEN, VOCAB_SIZE, RATIO, DATA, NAME and EXTRA are those of runs/quickstart.sh.
+export DEPTH=${DEPTH:-6} RATIO=${RATIO:-1} NAME=${NAME:-runcpu}
 exec bash "$(dirname "${BASH_SOURCE[0]}")/quickstart.sh"

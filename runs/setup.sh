@@ -48,6 +48,11 @@ launch() {    # a module on NPROC GPUs, with its flags; torchrun, by its module'
     fi
 }
 
+count_tokens() {    # that a laptop's base model reads, by DEPTH, VOCAB_SIZE and RATIO (scaling.count_scaling_params)
+    awk -v depth="$DEPTH" -v vocab="$VOCAB_SIZE" -v ratio="$RATIO" \
+        'BEGIN { width = 128 * int((depth + 1) / 2); printf "%d", ratio * width * (12 * width * depth + vocab) }'
+}
+
 # The chain's progress. A recipe names its stages once, each with its seconds where the header measured them (else 0):
 # `begin_chain NAME text 25 base 330 ...`; then each begins with `stage text`, and the last ends with `end_chain`.
 # <base dir>/chains/NAME/STAGE: the seconds of a finished stage, 0 if it was interrupted; empty until it ends.

@@ -18,6 +18,7 @@ from nanochat.memory import Machine, predict_memory
 from nanochat.presets import KNOBS, PRESETS, find_preset, find_rule, parse_knobs
 from nanochat.rl import keep_matrices
 from nanochat.run import read_info
+from nanochat.scaling import make_plan
 from nanochat.train import train_step
 from scripts import base_train, chat_sft, plan
 from tests.helpers import (
@@ -340,8 +341,33 @@ def edit_meta(run_dir, change):
     path.write_text(json.dumps(meta), encoding="utf-8")
 
 
+def test_a_run_from_before_the_rule_had_a_name_goes_on_by_july26(small):
+    """The same command, without a preset: its batch, rates and decay stay, and so does every bit."""
+    whole = base_train.main(make_preset_argv("nanochat-july26", "july"))
+    before = base_train.main([*make_preset_argv("nanochat-july26", "before"), "--stop-at", "2"])
+
+    def make_older(meta):
+        del meta["identity"]["rule"], meta["identity"]["plan"]["lr_batch_tokens"]
+    edit_meta(before["run_dir"], make_older)
+    after = base_train.main(make_preset_argv("nanochat-july26", "before")[2:])
+    assert_same_runs(after["run_dir"], whole["run_dir"])
+    sft = chat_sft.main([*SFT, "-g", "before"])
+    assert sft["step"] == 2 and find_checkpoint("sft", "before").meta["identity"]["rule"] == "july26"
+
+
+def test_a_batch_that_was_chosen_stays_on_other_ranks(small, monkeypatch):
+    """On 8 ranks a step has a row of each at least; continued on one, it has as many rows as before."""
+    argv = [word for word in make_preset_argv("plain", "chosen") if word not in ("--total-batch-size", "512")]
+    plans = []
+    monkeypatch.setattr(base_train, "make_plan", lambda *args, **choices: plans.append(make_plan(
+        *args, **choices | {"step_multiple": 1024 if not plans else 64})) or plans[-1])
+    for more in (["--stop-at", "2"], []):
+        base_train.main([*argv, *more])
+    assert plans[0].batch_tokens % 1024 == 0 and plans[1] == plans[0]
+
+
 def test_rules_of_checkpoints(small):
-    """One without a rule is an older one, and ours; another preset's run, or an unknown rule, is refused."""
+    """One without a rule is an older one; another preset's run, or an unknown rule, is refused."""
     argv = make_preset_argv("nanochat-july26", "old")
     run_dir = base_train.main([*argv, "--stop-at", "2"])["run_dir"]
     edit_meta(run_dir, lambda meta: meta["identity"].pop("rule"))

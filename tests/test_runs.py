@@ -91,8 +91,7 @@ def test_laptop_recipes(recipe, data, base_dir, tmp_path):
     if data != "toy":
         write_hub(tmp_path / "hub", data)
     (base_dir / "words_alpha.txt").write_text("apple\n")
-    settings = {"NUM_ITERATIONS": "12", "BATCH_TOKENS": "512", "DATA": data,
-                "NANOCHAT_MIRROR_DIR": str(tmp_path / "hub"),
+    settings = {"DATA": data, "NANOCHAT_MIRROR_DIR": str(tmp_path / "hub"),
                 "MID_TASKS": "Arithmetic:20 SimpleSpelling:40 Identity:20:2",
                 "SFT_TASKS": "Arithmetic:20 SimpleSpelling:20", "RL_TASKS": "SimpleSpelling:16", "NUM_PROBLEMS": "4",
                 "EVAL_TASKS": "Arithmetic Identity", "CHAT_EXTRA": "--dtype float32 --device-type cpu",
@@ -360,10 +359,10 @@ def test_offline_says_at_once_what_its_folder_lacks(missing, tmp_path):
 @pytest.mark.slow
 def test_offline(base_dir, tmp_path):
     write_folder(tmp_path / "folder")
-    settings = {"DATA_DIR": str(tmp_path / "folder"), "NAME": "own", "NUM_ITERATIONS": "12", "BATCH_TOKENS": "512",
+    settings = {"DATA_DIR": str(tmp_path / "folder"), "NAME": "own",
                 "SFT_TASKS": "GSM8K MMLU SpellingBee:8 SimpleSpelling:8", "NUM_PROBLEMS": "3",
                 "EVAL_TASKS": "GSM8K MMLU ARC-Easy SimpleSpelling", "CHAT_EVAL_EXTRA": "-m 4 --device-type cpu",
-                "SFT_EXTRA": "--dtype float32 --device-type cpu", "EXTRA": TOY["EXTRA"].split(" --num-iterations")[0]}
+                "SFT_EXTRA": "--dtype float32 --device-type cpu", "EXTRA": TOY["EXTRA"]}
     output = run_recipe("offline.sh", base_dir, **settings)
     assert "not there: " in output and "ARC-Easy         was not evaluated" in output
     core = json.loads(next((base_dir / "runs" / "base" / "own").glob("core_*.json")).read_text())

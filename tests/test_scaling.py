@@ -160,7 +160,8 @@ def test_the_reference_model_has_the_same_vocabulary():
 
 @pytest.mark.parametrize("choices", [
     {"num_iterations": 0}, {"num_iterations": -5}, {"target_flops": 1.0}, {"target_flops": -1e18},
-    {"target_param_data_ratio": 1e-3, "step_multiple": 2**15}, {"target_param_data_ratio": 0.0}, {"target_param_data_ratio": -1.0},
+    {"target_param_data_ratio": 1e-3, "step_multiple": 2**15}, {"target_param_data_ratio": 0.0},
+    {"target_param_data_ratio": -1.0},
     {"batch_tokens": 0}, {"batch_tokens": -8}])
 def test_a_plan_without_a_step_is_refused(choices):
     with pytest.raises(UserError):
@@ -303,6 +304,14 @@ def test_chat_plan_takes_every_row(rows, epochs, steps):
     plan = make_chat_plan(config, estimate_flops(config), epoch_rows=rows, num_epochs=epochs, batch_tokens=32 * 512)
     assert (plan.num_iterations, plan.horizon, plan.weight_decay) == (steps, "epochs", 0)
     assert plan.batch_lr_scale == pytest.approx(math.sqrt(1 / 32)) and plan.target_tokens == epochs * rows * 512
+
+
+def test_chat_plan_scales_rates_from_the_base_models_batch():
+    config = make_config(4, vocab_size=4096, sequence_len=512)
+    plans = [make_chat_plan(config, 1e6, epoch_rows=100, batch_tokens=batch, lr_batch_tokens=4096)
+             for batch in (4096, 16_384)]
+    assert [(plan.batch_lr_scale, plan.lr_batch_tokens) for plan in plans] == [(1, 4096), (2, 4096)]
+    assert make_chat_plan(config, 1e6, epoch_rows=9, batch_tokens=512, scales_lr=False).batch_lr_scale == 1
 
 
 def test_chat_plan_by_steps():
