@@ -1,6 +1,6 @@
 """Pretrain a base model. One dial, --depth; width, horizon, batch, learning rates and decay follow from it.
 
-    python -m scripts.base_train --depth 4 --max-seq-len 512 --total-batch-size 16384 --num-iterations 500    # a laptop
+    python -m scripts.base_train --depth 4 --max-seq-len 512 --target-param-data-ratio 0.6                    # a laptop
     torchrun --standalone --nproc-per-node 8 -m scripts.base_train -- --depth 24 --target-param-data-ratio 8  # a node
 
 The same command again continues a run that was stopped or killed. State: $NANOCHAT_BASE_DIR/runs/base/<tag>/.

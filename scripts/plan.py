@@ -6,7 +6,7 @@
     python -m scripts.plan --preset marin-150m marin-270m marin-460m                      # models of the family
     python -m scripts.plan --max-cost 100 --nproc 8                                       # the deepest for $100
     python -m scripts.plan --depth 10 16 --target-flops 1e18 --shards                     # how much text to download
-    python -m scripts.plan --depth 6 --gpu cpu --tflops 0.85 --gb 24 --max-seq-len 512 --total-batch-size 16384
+    python -m scripts.plan --depth 6 --gpu cpu --tflops 0.85 --gb 24 --max-seq-len 512 --target-param-data-ratio 0.6
 
 The flags of the model and the horizon are those of scripts.base_train, and mean the same.
 """
