@@ -104,7 +104,12 @@ def test_wrong_knobs_are_named(words, message):
 @pytest.mark.parametrize(("knobs", "message"), [
     ({"mlp_act": "gelu"}, "mlp_act=gelu is not one of relu2, swiglu"),
     ({"rope_fraction": 0.0}, "above 0 and at most 1"), ({"backout_layer": 4}, "is no layer of 4"),
-    ({"linear_init": "zero"}, "not one of uniform, normal")])
+    ({"linear_init": "zero"}, "not one of uniform, normal"),
+    ({"softcap": -5.0}, "a model's softcap can't be -5; it must be a finite number of at least 0"),
+    ({"softcap": math.nan}, "softcap can't be nan"), ({"qk_scale": math.inf}, "qk_scale can't be inf"),
+    ({"mlp_dim": -4}, "mlp_dim can't be -4"), ({"ve_gate_channels": -3}, "ve_gate_channels can't be -3"),
+    ({"rope_base": 0.0}, "rope_base can't be 0; .* of at least 1"),
+    ({"resid_init": (1.0, math.nan)}, "resid_init can't be nan; it must be a finite number$")])
 def test_impossible_knobs_are_refused(knobs, message):
     with pytest.raises(UserError, match=message):
         replace(CONFIG, **knobs)
