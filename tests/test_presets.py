@@ -15,7 +15,7 @@ from nanochat.common import UserError
 from nanochat.config import GPTConfig, count_params, estimate_flops
 from nanochat.engine import Engine
 from nanochat.memory import Machine, predict_memory
-from nanochat.presets import KNOBS, PRESETS, find_preset, find_rule, parse_knobs
+from nanochat.presets import KNOBS, PRESETS, find_preset, find_rule, format_knob, parse_knobs
 from nanochat.rl import keep_matrices
 from nanochat.run import read_info
 from nanochat.train import train_step
@@ -90,12 +90,23 @@ def test_knobs_as_typed():
         "smear": False, "backout_layer": None, "resid_init": (1.0, 1.1), "x0_init": None, "softcap": 0.0,
         "mlp_act": "swiglu", "attn_dim": 96}
     assert "rope_base" in KNOBS and "n_embd" not in KNOBS
+    defaults = {name: getattr(GPTConfig, name) for name in KNOBS}
+    assert parse_knobs([f"{name}={format_knob(value)}" for name, value in defaults.items()]) == defaults
+
+
+@pytest.mark.parametrize("preset", [[], ["--preset", "nanochat-jan26"]])
+def test_knobs_of_several_flags_add_up(preset):
+    for _ in range(2):    # the default isn't what is extended
+        args, _ = base_train.parse_args([*preset, "--knobs", "smear=off", "--depth", "4", "--knobs", "softcap=15"])
+        assert args.knobs == ["smear=off", "softcap=15"]
 
 
 @pytest.mark.parametrize(("words", "message"), [
     (["smaer=off"], "there is no knob 'smaer'; choose from window_fraction, attn_dim"),
     (["smear=maybe"], "smear must be on or off"), (["resid_init=1"], "resid_init must be two numbers"),
-    (["softcap=high"], "softcap must be a number"), (["smear=on", "smear=off"], "names smear twice")])
+    (["softcap=high"], "softcap must be a number$"), (["softcap=none"], "softcap must be a number$"),
+    (["attn_dim=0.5"], "attn_dim must be a whole number$"), (["backout_layer=x"], "must be a whole number, or none"),
+    (["smear=on", "smear=off"], "names smear twice")])
 def test_wrong_knobs_are_named(words, message):
     with pytest.raises(UserError, match=message):
         parse_knobs(words)
@@ -373,8 +384,8 @@ def test_matrices_that_adam_trained_are_what_rl_trains():
      "--preset marin-150m sets --matrix-lr 0.02; leave --matrix-lr 0.04 out, or the preset"),
     (["marin-150m", "--embedding-lr", "0.3"], "sets --embedding-lr 0.0064; leave --embedding-lr 0.3 out"),
     (["marin-150m", "--depth", "6"], "sets 6 layers of 512 channels in 4 heads; leave --depth 6 out"),
-    (["marin-150m", "--knobs", "smear=on"], "sets the knob smear to False; leave smear=True out"),
-    (["nanochat-july26", "--knobs", "smear=off"], "sets the knob smear to True; leave smear=False out"),
+    (["marin-150m", "--knobs", "smear=on"], "sets the knob smear to off; leave smear=on out"),
+    (["nanochat-july26", "--knobs", "smear=off"], "sets the knob smear to on; leave smear=off out"),
     (["plain", "--window-pattern", "SSSL"], "--preset plain sets --window-pattern L; leave --window-pattern SSSL out"),
     (["nanochat-july26", "--warmdown-ratio", "0.5"], "sets --warmdown-ratio 0.65"),
     (["nanochat"], "--preset nanochat is not one of nanochat-july26, nanochat-jan26, marin-150m")])
@@ -394,6 +405,7 @@ def test_what_a_preset_leaves_to_a_person():
     assert parse("nanochat-jan26", "--knobs", "smear=off", "--matrix-lr", "0.02") == (None, 10.5, 2**19, 2048)
     args, _ = base_train.parse_args(["--preset", "plain", "--depth", "4", "--matrix-lr", "0.04"])    # ours to tune
     assert (args.depth, args.matrix_lr, args.window_pattern) == (4, 0.04, "L")
+    assert base_train.parse_args(["--preset", "plain", "--window-pattern", "l"])[0].window_pattern == "L"
     tags = [base_train.parse_args(["--preset", *argv])[0].model_tag
             for argv in (["marin-150m"], ["plain", "--depth", "4"], ["marin-150m", "--model-tag", "mine"])]
     assert tags == ["marin-150m", "plain-d4", "mine"]
