@@ -100,7 +100,7 @@ def read_run_folders(folder: Path, notes: list[str]) -> list[tuple[str, dict]]:
                 notes.append(f"{name} spent {plan['total_flops']:.3g} FLOPs of a budget of {budget:.3g}: its steps are "
                              "few and large; a smaller --total-batch-size comes closer.")
             kinds.setdefault(((info.get("data") or {}).get("hash"), (info.get("results") or {}).get("val_rule")), name)
-            config = read_config(info.get("model_config") or {})
+            config = read_config(info["model_config"])
             if first_loss := dict(run.get_series("train", "loss")).get(1):
                 starts[name] = (first_loss, config.vocab_size)
             params = {"params_transformer" if key == "transformer_matrices" else f"params_{key}": count
