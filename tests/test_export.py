@@ -231,7 +231,9 @@ def test_template_folds_the_system_message():
 @pytest.mark.parametrize("message", [
     {"role": "critic", "content": "no"}, {"role": "user", "content": ""}, {"role": "user"},
     {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
-    {"role": "assistant", "content": [{"type": "audio", "text": "x"}]}])
+    {"role": "assistant", "content": [{"type": "audio", "text": "x"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": None}]},
+    {"role": "tool", "content": [{"type": "image_url", "image_url": "x"}]}])
 def test_template_refuses_what_the_tokenizer_refuses(message):
     for call in (lambda: BYTE_TOKENIZER.render_conversation({"messages": [message]}), lambda: render([message])):
         with pytest.raises(ConversationError):
@@ -260,10 +262,20 @@ def test_folder_is_whole_or_not_there(source, byte_base, monkeypatch):
     with pytest.raises(UserError, match="exists and is no export of nanochat's; name another folder, or .* --force"):
         export_model(source, out, "custom", "bfloat16")
     assert (out / "mine.txt").exists()
+    run_dir = Path(source.meta["run_dir"])
+    run_dir.mkdir(parents=True)
+    for kept in (run_dir, byte_base, Path("/")):
+        with pytest.raises(UserError, match=f"^{kept} can't be replaced by an export, for .* is in use; name another"):
+            export_model(source, kept, "custom", "bfloat16", force=True)
     (byte_base / ".out.new").mkdir()    # an earlier one was killed
     export_model(source, out, "custom", "bfloat16", force=True)
     assert not (out / "mine.txt").exists()
 
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("nanochat.export.write_card", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        export_model(source, out, "custom", "float32")
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+    out.rename(byte_base / ".out.old")    # one was killed in the instant in which nothing is at `out`; the next fails
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("nanochat.export.write_card", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         export_model(source, out, "custom", "float32")

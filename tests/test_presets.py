@@ -28,18 +28,10 @@ from tests.helpers import (
     make_batch,
     make_model,
     make_preset_argv,
+    make_preset_config,
     make_prompt,
     small_presets,
 )
-
-
-def make_config(name: str) -> GPTConfig:
-    """The preset's model at toy size."""
-    preset = PRESETS[name]
-    small = {"attn_dim": 128, "mlp_dim": 96} if preset.knobs.get("attn_dim") else {}
-    if "marin" in name:
-        small["backout_layer"] = 1
-    return replace(CONFIG, **preset.knobs | small, window_pattern=preset.flags["window_pattern"])
 
 
 # marin's speedrun table: parameters without the lambdas, and forward FLOPs a token by its own formula
@@ -66,7 +58,7 @@ def test_size_of_arcadium():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_decoding_equals_the_whole_forward_pass(name):
-    model = make_model(make_config(name), torch.float64)
+    model = make_model(make_preset_config(name), torch.float64)
     prompt = make_prompt(20)
     expected = prompt + list(model.generate(prompt, 30, temperature=0))
     rows, _ = Engine(model, BYTE_TOKENIZER).generate_batch(prompt, 2, max_tokens=30, temperature=0)
@@ -75,7 +67,7 @@ def test_decoding_equals_the_whole_forward_pass(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_step_trains_every_parameter_of_a_preset(name):
-    model = make_model(make_config(name), torch.float32, as_initialised=True)
+    model = make_model(make_preset_config(name), torch.float32, as_initialised=True)
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
     lrs = {flag: lr for flag, lr in PRESETS[name].flags.items() if flag.endswith("_lr")}
     optimizer = model.setup_optimizer(**lrs, rule=find_rule(PRESETS[name].rule))
@@ -135,7 +127,7 @@ def test_unknown_preset_names_those_that_exist():
 def test_memory_of_a_preset_is_predicted(name):
     """As tests/test_memory.py does for the model of today: the model's own step on fake tensors."""
     small = {"attn_dim": 512, "mlp_dim": 640} if name.startswith("arcadium") else {}
-    config = replace(make_config(name), sequence_len=512, vocab_size=8192, n_embd=256, n_kv_head=4, **small)
+    config = replace(make_preset_config(name), sequence_len=512, vocab_size=8192, n_embd=256, n_kv_head=4, **small)
     rule = find_rule(PRESETS[name].rule)
     machine = Machine("bfloat16", "sdpa", False, "cpu", has_muon=rule.has_muon)
     predicted = join_phases(predict_memory(config, 512, 8, machine))
@@ -220,7 +212,7 @@ def slow_marin(model, ids):
 
 @pytest.mark.parametrize(("name", "slow"), [("nanochat-jan26", slow_jan26), ("marin-150m", slow_marin)])
 def test_forward_pass_equals_published_formulas(name, slow):
-    config = replace(make_config(name), sequence_len=256, n_layer=5)
+    config = replace(make_preset_config(name), sequence_len=256, n_layer=5)
     if name.startswith("marin"):
         config = replace(config, backout_layer=2)
     model = make_model(config, torch.float64)
@@ -236,7 +228,7 @@ def test_forward_pass_equals_published_formulas(name, slow):
 
 def test_initial_weights_of_january_and_marin():
     """resid 1 and x0 .1; resid 1.1 and x0 0, head and projections zero, backout .5, embedding 1/d, others 1/sqrt(d)."""
-    jan26, marin = (make_model(make_config(name), torch.float32, as_initialised=True)
+    jan26, marin = (make_model(make_preset_config(name), torch.float32, as_initialised=True)
                     for name in ("nanochat-jan26", "marin-150m"))
     for lambdas, value in ((jan26.resid_lambdas, 1.0), (jan26.x0_lambdas, 0.1), (marin.resid_lambdas, 1.1),
                            (marin.x0_lambdas, 0.0), (marin.backout_lambda, 0.5)):
@@ -369,7 +361,7 @@ def test_rules_of_checkpoints(small):
 
 
 def test_matrices_that_adam_trained_are_what_rl_trains():
-    model = make_model(make_config("arcadium-200m"), as_initialised=True)
+    model = make_model(make_preset_config("arcadium-200m"), as_initialised=True)
     optimizer = keep_matrices(model.setup_optimizer(rule=find_rule("adam")))
     assert {id(param) for group in optimizer.param_groups for param in group["params"]} == \
         {id(param) for param in model.transformer.h.parameters()}
