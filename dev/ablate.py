@@ -14,6 +14,7 @@ Writes ablation.json and ablation.md to $NANOCHAT_BASE_DIR/sweeps/<name>/; dev/a
 """
 
 import argparse
+import itertools
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,11 +76,11 @@ def main(argv: list[str] | None = None) -> dict:
         if not (folder / "ablation.json").is_file():
             raise UserError(f"there is no ablation {args.name}: {folder} has no ablation.json")
         return write_table(folder)
-    ablation, points, args.flags = plan_ablation(args)
+    ablation, points, flags = plan_ablation(args)
     kind = {"mode": [args.mode]}    # of another order, add has other models
     if args.mode == "add":
         kind["features"] = args.features.split(",")
-    with open_sweep(points, kind, args) as sweep:
+    with open_sweep(points, kind, argparse.Namespace(**vars(args) | {"flags": flags})) as sweep:
         write_json(folder / "ablation.json", ablation)
         sweep.run()
         sweep.summarize()
@@ -161,11 +162,10 @@ def parse_features(args: argparse.Namespace) -> list[str]:
         if names.count(name) > 1:
             raise UserError(f"--features names {name} twice")
     if args.mode == "add":
-        for i, name in enumerate(names):
-            for other in names[:i]:
-                if FEATURES[name].off.keys() & FEATURES[other].off.keys():
-                    raise UserError(f"{name} and {other} have parts in common, so --mode add can't tell them apart; "
-                                    "leave one out")
+        for other, name in itertools.combinations(names, 2):
+            if FEATURES[name].off.keys() & FEATURES[other].off.keys():
+                raise UserError(f"{name} and {other} have parts in common, so --mode add can't tell them apart; leave "
+                                "one out")
     return names
 
 

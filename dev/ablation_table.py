@@ -15,7 +15,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from dev.results import START_TOLERANCE, find_odd_starts
+from dev.results import START_TOLERANCE, compare_measured, find_measured, find_odd_starts
 from dev.timing import print_table
 from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import print0, write_atomic, write_json
@@ -31,6 +31,7 @@ class Result:
     bpb:        float
     seconds:    float    # of all its steps at the median one's speed: the first may compile, others have had to wait
     start_loss: float    # of the first batch, in nats per token
+    measured:   tuple    # on what text the loss was
 
 
 def read_results(name: str, models: dict[str, dict], seeds: int) -> dict[str, dict[int, Result]]:
@@ -42,7 +43,8 @@ def read_results(name: str, models: dict[str, dict], seeds: int) -> dict[str, di
             values, losses = run.info.get("results") or {}, dict(run.get_series("train", "loss"))
             if run.info.get("status") == "finished" and "val_bpb" in values and 1 in losses:
                 step_ms = statistics.median(ms for _, ms in run.get_series("train", "step_ms"))
-                results[model][seed] = Result(values["val_bpb"], models[model]["steps"] * step_ms / 1e3, losses[1])
+                results[model][seed] = Result(values["val_bpb"], models[model]["steps"] * step_ms / 1e3, losses[1],
+                                              find_measured(run.info))
     return results
 
 
@@ -124,12 +126,16 @@ def describe_caveats(ablation: dict, results: dict[str, dict[int, Result]], slop
                      pooled: float | None) -> list[str]:
     """How the figures were got, and why they may mislead."""
     models, seeds = ablation["models"], ablation["seeds"]
-    starts = {f"{model}, seed {seed}": (result.start_loss, models[model]["vocab_size"])
-              for model, by_seed in results.items() for seed, result in by_seed.items()}
+    starts, measured = {}, {}
+    for model, by_seed in results.items():
+        for seed, result in by_seed.items():
+            name = f"{model}, seed {seed}"
+            starts[name], measured[name] = (result.start_loss, models[model]["vocab_size"]), result.measured
     notes = [f"{name} starts at a loss of {starts[name][0]:.3f}, not at ln V = {math.log(starts[name][1]):.3f}."
              for name in find_odd_starts(starts)]
     if starts and not notes:
         notes.append(f"All models start at a loss of ln V, within {START_TOLERANCE} nats.")
+    notes += compare_measured(measured)
     if missing := [model for model, by_seed in results.items() if len(by_seed) < seeds]:
         notes.append(f"Runs that aren't finished, or have lost their log, are missing: of {', '.join(missing)}.")
     if slope:

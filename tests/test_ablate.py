@@ -92,6 +92,12 @@ def test_a_killed_ablation_goes_on(base_dir, capfd):
 
     # nothing is left to do; a seed more is added, another horizon refused
     assert ablate.main(argv)["means"] == results["means"]
+    path = get_run_dir("base", "toy-half-seed2") / "run.json"    # whose command was given other rows to evaluate
+    text = path.read_text()
+    path.write_text(text.replace('"val_rule": "val split', '"val_rule": "another split'))
+    notes = ablate.main(argv)["notes"]
+    assert "The losses aren't comparable: full, seed 1 and half, seed 2 differ in data or validation rows." in notes
+    path.write_text(text)
     with pytest.raises(UserError, match="the sweep toy has the grid mode=drop -- .*; go back to that grid"):
         ablate.main([*DROP, "--seeds", "2", "--", *TOY, "--num-iterations", "7"])
     assert len(load_results(folder).runs) == 10
