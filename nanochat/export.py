@@ -70,9 +70,7 @@ class Source:
 
 
 def choose_format(asked: str, source: Source) -> tuple[str, str]:
-    """(format, why); UserError where the model or its tokenizer can't be written in the format that was asked for."""
-    if asked not in (*FORMATS, "auto"):
-        raise UserError(f"--format {asked} is none; choose auto, {', '.join(FORMATS)}")
+    """(format, why). asked: one of FORMATS, or auto; UserError where the model or its tokenizer can't be written so"""
     if missing := [name for name in SPECIAL_TOKENS if name not in source.tokenizer.special_tokens]:
         raise UserError(f"the model's tokenizer has no {missing[0]}, so it is no chat tokenizer of nanochat's; export "
                         "a model with a tokenizer that scripts.tok_train made")
@@ -292,8 +290,6 @@ def export_model(source: Source, out: Path, form: str, dtype: str, force: bool =
 
     force: replace what is at `out`, which else is done for an earlier export only
     """
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype} is none that a model can be exported in; choose {', '.join(DTYPES)}")
     for kept in map(Path.resolve, (Path.cwd(), get_base_dir(), Path(source.meta["run_dir"]))):
         if kept.is_relative_to(out):
             raise UserError(f"{out} can't be replaced by an export, for {kept} is in use; name another --out")

@@ -180,8 +180,7 @@ def add_plan_args(parser: argparse.ArgumentParser) -> None:
     add("--aspect-ratio", type=int, default=64, help="width in channels per layer")
     add("--head-dim", type=int, default=128, help="channels of an attention head")
     add("--max-seq-len", type=int, default=2048, help="context in tokens")
-    add("--window-pattern", type=str.upper, default="SSSL", help="attention windows, tiled over the layers: L whole, S "
-        "a quarter")
+    add("--window-pattern", type=str.upper, default="SSSL", help="windows, tiled over the layers: L whole, S a quarter")
     # horizon: the first that is given
     add("--num-iterations", type=int, help="optimizer steps")
     add("--target-flops", type=float, help="training FLOPs")
