@@ -14,7 +14,8 @@ Writes ablation.json and ablation.md to $NANOCHAT_BASE_DIR/sweeps/<name>/; dev/a
 """
 
 import argparse
-import sys
+import itertools
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,25 +23,19 @@ from dev.ablation_table import SLOPE_FRAC, write_table
 from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import Ranks, UserError, get_base_dir, now, run_script, write_json
 from nanochat.config import GPTConfig, count_params
-from nanochat.presets import PLAIN, parse_knobs
+from nanochat.presets import HORIZON, PLAIN, format_knob, parse_knobs
 from nanochat.scaling import check_counts
 from nanochat.stage import Recipe
 from scripts import base_train
-from scripts.sweep import Point, add_run_args, open_sweep, parse_flags
+from scripts.sweep import Point, check_own, open_sweep, parse_flags, parse_run_args
 
 OWN_FLAGS = {"depth", "model_tag", "resume", "resume_from_step", "seed", "stop_at"}    # of base_train, set here
-HORIZONS = ("target_flops", "num_iterations", "target_param_data_ratio")
 
 
 @dataclass(frozen=True)
 class Feature:
     what: str
     off:  dict[str, str]    # the window_pattern and the knobs of a model without it
-
-
-def format_knob(value: object) -> str:
-    """A knob's value as --knobs reads it."""
-    return {True: "on", False: "off", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
 FEATURES = {
@@ -60,8 +55,6 @@ FEATURES = {
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    split = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--name", required=True, help="of the ablation, the first part of its runs' tags")
@@ -72,10 +65,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--target-flops", type=float, help="training FLOPs of each run")
     add("--tokens", type=float, help="tokens of the full model; the others' FLOPs are the same")
     add("--only-table", action="store_true", help="make the table again and train nothing")
-    add_run_args(parser)
-    args = parser.parse_args(argv[:split])
-    args.flags = argv[split + 1:]
-    return args
+    return parse_run_args(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -86,11 +76,11 @@ def main(argv: list[str] | None = None) -> dict:
         if not (folder / "ablation.json").is_file():
             raise UserError(f"there is no ablation {args.name}: {folder} has no ablation.json")
         return write_table(folder)
-    ablation, points, args.flags = plan_ablation(args)
+    ablation, points, flags = plan_ablation(args)
     kind = {"mode": [args.mode]}    # of another order, add has other models
     if args.mode == "add":
         kind["features"] = args.features.split(",")
-    with open_sweep(points, kind, args) as sweep:
+    with open_sweep(points, kind, argparse.Namespace(**vars(args) | {"flags": flags})) as sweep:
         write_json(folder / "ablation.json", ablation)
         sweep.run()
         sweep.summarize()
@@ -106,8 +96,8 @@ def plan_ablation(args: argparse.Namespace) -> tuple[dict, list[Point], list[str
     names = parse_features(args)
     check_counts(seeds=args.seeds)
     flags, own, target_flops = read_flags(args)
-    width = make_recipe([*flags, *switch(own)]).config.n_embd
-    models = {name: own | make_off(off, width) for name, off in list_models(args.mode, names)} | {"half": own}
+    hidden_dim = make_recipe([*flags, *switch(own)]).config.hidden_dim
+    models = {name: own | make_off(off, hidden_dim) for name, off in list_models(args.mode, names)} | {"half": own}
     words = {name: [*switch(knobs), f"--target-flops={target_flops * (SLOPE_FRAC if name == 'half' else 1)!r}"]
              for name, knobs in models.items()}
     recipes = {name: make_recipe([*flags, *words[name]]) for name in models}
@@ -133,15 +123,18 @@ def plan_ablation(args: argparse.Namespace) -> tuple[dict, list[Point], list[str
 def read_flags(args: argparse.Namespace) -> tuple[list[str], dict[str, str], float]:
     """Of the flags behind --: those that all models have, the full model's window pattern and knobs, the FLOPs."""
     typed, _ = base_train.parse_args(args.flags)
+    if typed.preset:
+        raise UserError(f"--preset {typed.preset} has all parts of its model; leave it out, and name the full model's "
+                        "by --knobs")
+    given = parse_flags(args.flags)
+    check_own(OWN_FLAGS, given.keys(), "the ablation")
     given = {next((key for key in vars(typed) if name not in vars(typed) and key.startswith(name)), name): values
-             for name, values in parse_flags(args.flags).items()}    # argparse takes --knob for --knobs
-    if taken := OWN_FLAGS & given.keys():
-        raise UserError(f"--{min(taken).replace('_', '-')} is set by the ablation itself; leave it out behind --")
+             for name, values in given.items()}    # argparse takes --knob for --knobs
     if typed.eval_every is None:
         raise UserError("--eval-every never would leave nothing to compare; leave it out")
     parse_knobs(typed.knobs)
     own = {"window_pattern": typed.window_pattern, **dict(word.split("=", 1) for word in typed.knobs)}
-    horizon = [key for key in HORIZONS if key in given]
+    horizon = [key for key in HORIZON if key in given]
     horizon += [key for key in ("target_flops", "tokens") if getattr(args, key) is not None]
     if len(horizon) > 1:
         raise UserError(f"--{' and --'.join(horizon)} are two horizons; give one of them".replace("_", "-"))
@@ -151,6 +144,8 @@ def read_flags(args: argparse.Namespace) -> tuple[list[str], dict[str, str], flo
     if "total_batch_size" not in given:
         flags.append(f"--total-batch-size={plan.batch_tokens}")
     if args.tokens is not None:
+        if not 0 < args.tokens < math.inf:
+            raise UserError(f"--tokens {args.tokens:g} must be a positive number")
         return flags, own, args.tokens * plan.flops_per_token
     return flags, own, plan.total_flops if args.target_flops is None else args.target_flops
 
@@ -167,11 +162,10 @@ def parse_features(args: argparse.Namespace) -> list[str]:
         if names.count(name) > 1:
             raise UserError(f"--features names {name} twice")
     if args.mode == "add":
-        for i, name in enumerate(names):
-            for other in names[:i]:
-                if FEATURES[name].off.keys() & FEATURES[other].off.keys():
-                    raise UserError(f"{name} and {other} have parts in common, so --mode add can't tell them apart; "
-                                    "leave one out")
+        for other, name in itertools.combinations(names, 2):
+            if FEATURES[name].off.keys() & FEATURES[other].off.keys():
+                raise UserError(f"{name} and {other} have parts in common, so --mode add can't tell them apart; leave "
+                                "one out")
     return names
 
 
@@ -191,9 +185,9 @@ def list_comparisons(mode: str, names: list[str]) -> list[tuple[str, str, str]]:
     return list(zip(names, models[1:], models[:-1], strict=True))
 
 
-def make_off(names: list[str], width: int) -> dict[str, str]:
-    """The knobs without these features. SwiGLU has three matrices to relu^2's two: 8/3 of the width, not 4 times."""
-    swiglu = max(64, round(8 / 3 * width / 64) * 64)
+def make_off(names: list[str], hidden_dim: int) -> dict[str, str]:
+    """The knobs without these features. SwiGLU has three matrices to relu^2's two, so 2/3 of the hidden channels."""
+    swiglu = max(64, round(2 / 3 * hidden_dim / 64) * 64)
     return {knob: text.format(swiglu=swiglu) for name in names for knob, text in FEATURES[name].off.items()}
 
 

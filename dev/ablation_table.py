@@ -15,13 +15,14 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from dev.results import START_TOLERANCE, find_odd_starts
+from dev.results import START_TOLERANCE, compare_measured, find_measured, find_odd_starts
 from dev.timing import print_table
 from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import print0, write_atomic, write_json
 from nanochat.report import read_json, read_run
 
 SLOPE_FRAC = 0.5           # of the FLOPs, in the runs that the slope is measured with
+MOST = 1000.0              # of a multiplier
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Result:
     bpb:        float
     seconds:    float    # of all its steps at the median one's speed: the first may compile, others have had to wait
     start_loss: float    # of the first batch, in nats per token
+    measured:   tuple    # on what text the loss was
 
 
 def read_results(name: str, models: dict[str, dict], seeds: int) -> dict[str, dict[int, Result]]:
@@ -38,11 +40,11 @@ def read_results(name: str, models: dict[str, dict], seeds: int) -> dict[str, di
     for model in models:
         for seed in range(1, seeds + 1):
             run = read_run(get_run_dir("base", f"{name}-{model}-seed{seed}"))
-            values = run.info.get("results") or {}
-            if run.info.get("status") == "finished" and "val_bpb" in values:
+            values, losses = run.info.get("results") or {}, dict(run.get_series("train", "loss"))
+            if run.info.get("status") == "finished" and "val_bpb" in values and 1 in losses:
                 step_ms = statistics.median(ms for _, ms in run.get_series("train", "step_ms"))
-                results[model][seed] = Result(values["val_bpb"], models[model]["steps"] * step_ms / 1e3,
-                                              run.get_series("train", "loss")[0][1])
+                results[model][seed] = Result(values["val_bpb"], models[model]["steps"] * step_ms / 1e3, losses[1],
+                                              find_measured(run.info))
     return results
 
 
@@ -106,34 +108,43 @@ def measure_feature(comparison: list[str], models: dict[str, dict], results: dic
     if len(deltas) > 1:
         row["std_error"] = statistics.stdev(deltas) / math.sqrt(len(deltas))
     if slope:
-        row["compute_multiplier"] = math.exp(delta / slope)
+        row["compute_multiplier"] = multiply(delta, slope)
         if row["std_error"] is not None:
-            row["range"] = [math.exp((delta + sign * 2 * row["std_error"]) / slope) for sign in (-1, 1)]
+            row["range"] = [multiply(delta + sign * 2 * row["std_error"], slope) for sign in (-1, 1)]
         speeds = [models[model]["flops"] / statistics.mean(results[model][seed].seconds for seed in seeds)
                   for model in (with_it, without)]
         row["seconds_multiplier"] = row["compute_multiplier"] * speeds[0] / speeds[1]
     return row
 
 
+def multiply(delta: float, slope: float) -> float:
+    """The factor on FLOPs that is worth so many bits per byte, MOST where the slope is hardly more than noise."""
+    return math.exp(max(-math.log(MOST), min(delta / slope, math.log(MOST))))
+
+
 def describe_caveats(ablation: dict, results: dict[str, dict[int, Result]], slope: float | None, features: list[dict],
                      pooled: float | None) -> list[str]:
     """How the figures were got, and why they may mislead."""
     models, seeds = ablation["models"], ablation["seeds"]
-    starts = {f"{model}, seed {seed}": (result.start_loss, models[model]["vocab_size"])
-              for model, by_seed in results.items() for seed, result in by_seed.items()}
+    starts, measured = {}, {}
+    for model, by_seed in results.items():
+        for seed, result in by_seed.items():
+            name = f"{model}, seed {seed}"
+            starts[name], measured[name] = (result.start_loss, models[model]["vocab_size"]), result.measured
     notes = [f"{name} starts at a loss of {starts[name][0]:.3f}, not at ln V = {math.log(starts[name][1]):.3f}."
              for name in find_odd_starts(starts)]
     if starts and not notes:
         notes.append(f"All models start at a loss of ln V, within {START_TOLERANCE} nats.")
+    notes += compare_measured(measured)
     if missing := [model for model, by_seed in results.items() if len(by_seed) < seeds]:
-        notes.append(f"Runs that aren't finished are missing: of {', '.join(missing)}.")
+        notes.append(f"Runs that aren't finished, or have lost their log, are missing: of {', '.join(missing)}.")
     if slope:
         notes.append(f"The full model loses {slope:.4f} bits per byte per e-fold of FLOPs.")
         far = [row["feature"] for row in features if abs(row["delta_bpb"] or 0) > slope * -math.log(SLOPE_FRAC)]
         if far:
             notes.append(f"The compute multiplier of {', '.join(far)} lies beyond the FLOPs that the slope was "
                          "measured between.")
-    elif results["half"]:
+    elif results["half"].keys() & results["full"].keys():
         notes.append("Twice the FLOPs made the full model no better, so there are no multipliers; train for longer.")
     if pooled is None:
         notes.append("With one seed, nothing tells whether a difference is more than chance.")

@@ -13,7 +13,7 @@ from nanochat import flash_attention
 from nanochat.compilation import set_compile_kernels
 from nanochat.cross_entropy import linear_cross_entropy, plain_cross_entropy
 from nanochat.flash_attention import flash_attn, plain_attention, probe_report
-from nanochat.optim import adamw_update, as_scalars, muon_update
+from nanochat.optim import MuonRule, adamw_update, as_scalars, muon_update
 
 # Relative errors against float64. bf16 keeps 8 bits: one rounding is 2e-3 on average, a wrong mask or layout over 0.3
 ATTENTION_TOLERANCE = {torch.bfloat16: 0.02, torch.float16: 0.005, torch.float32: 2e-3}
@@ -220,7 +220,7 @@ def _run_adamw(state: list[Tensor], matmul_dtype: torch.dtype, lr_factor: float)
 
 def _run_muon(state: list[Tensor], matmul_dtype: torch.dtype, lr_factor: float) -> None:
     lr, *others = HYPERS["muon"]
-    muon_update(*state, 5, matmul_dtype, *as_scalars([lr * lr_factor, *others]))
+    muon_update(*state, 5, matmul_dtype, *as_scalars([lr * lr_factor, *others]), MuonRule())
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ def list_runs(folder: Path, notes: list[str]) -> list[tuple[str, Path]]:
 
 def read_run_folders(folder: Path, notes: list[str]) -> list[tuple[str, dict]]:
     """(name, row in the columns of a CSV) of each finished run; a note for each other run."""
-    rows, kinds, starts = [], {}, {}
+    rows, measured, starts = [], {}, {}
     for name, run_dir in list_runs(folder.resolve(), notes):
         run = read_run(run_dir)
         info = run.info
@@ -99,20 +99,33 @@ def read_run_folders(folder: Path, notes: list[str]) -> list[tuple[str, dict]]:
             if abs(plan["total_flops"] / budget - 1) > 0.05:
                 notes.append(f"{name} spent {plan['total_flops']:.3g} FLOPs of a budget of {budget:.3g}: its steps are "
                              "few and large; a smaller --total-batch-size comes closer.")
-            kinds.setdefault(((info.get("data") or {}).get("hash"), (info.get("results") or {}).get("val_rule")), name)
-            config = read_config(info.get("model_config") or {})
+            measured[name] = find_measured(info)
+            config = read_config(info["model_config"])
             if first_loss := dict(run.get_series("train", "loss")).get(1):
                 starts[name] = (first_loss, config.vocab_size)
             params = {"params_transformer" if key == "transformer_matrices" else f"params_{key}": count
                       for key, count in info["params"].items()}
             rows.append((name, {"flops_budget": budget, "tokens_trained": plan["total_tokens"],
                                 "val_bpb": run.get_last("eval", "val_bpb"), "kind": name_kind(config), **params}))
-    if len(kinds) > 1:
-        names = list(kinds.values())
-        notes.append(f"The losses aren't comparable: {names[0]} and {names[1]} differ in data or validation rows.")
+    notes += compare_measured(measured)
     notes += [f"{name} starts at a loss of {starts[name][0]:.3f}, {excess:+.3f} from ln V, that of guessing."
               for name, excess in find_odd_starts(starts).items()]
     return rows
+
+
+def find_measured(info: dict) -> tuple[str | None, str | None]:
+    """What the loss of a run.json was measured on: hash of the data, rule of the validation rows."""
+    return (info.get("data") or {}).get("hash"), (info.get("results") or {}).get("val_rule")
+
+
+def compare_measured(measured: dict[str, tuple]) -> list[str]:
+    """A note where losses were measured on different text. measured: {run: find_measured of it}"""
+    firsts: dict[tuple, str] = {}
+    for name, what in measured.items():
+        firsts.setdefault(what, name)
+    names = list(firsts.values())
+    return [f"The losses aren't comparable: {names[0]} and {names[1]} differ in data or validation rows."] \
+        if len(names) > 1 else []
 
 
 def find_odd_starts(starts: dict[str, tuple[float, int]], tolerance: float = START_TOLERANCE) -> dict[str, float]:

@@ -13,6 +13,8 @@ SMEAR_GATE_CHANNELS = 24      # channels that gate the smear
 VOCAB_MULTIPLE = 64           # the vocabulary is padded to this, for the matrix units
 MLP_MATRICES = {"relu2": 2, "swiglu": 3}    # by activation
 ROPE_LENGTHS = 10             # of the rotary table, in contexts: chats may outgrow the training context
+# The least that a number of a model may be, where that isn't 0
+LEAST = {"backout_layer": -1, "rope_base": 1} | dict.fromkeys(("backout_init", "resid_init", "x0_init"), -math.inf)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,12 @@ class GPTConfig:
         for name in ("resid_init", "x0_init"):    # JSON has lists
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, tuple) else [value]:
+                least = LEAST.get(name, 0)
+                if isinstance(number, int | float) and not (math.isfinite(number) and number >= least):
+                    raise UserError(f"a model's {name} can't be {number:g}; it must be a finite number" +
+                                    (f" of at least {least}" if math.isfinite(least) else ""))
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise UserError(f"--window-pattern {self.window_pattern!r} must be made of the letters S and L, as in SSSL")
         if self.query_dim % self.n_head or self.n_head % self.n_kv_head or (self.query_dim // self.n_head) % 2:

@@ -70,9 +70,7 @@ class Source:
 
 
 def choose_format(asked: str, source: Source) -> tuple[str, str]:
-    """(format, why); UserError where the model or its tokenizer can't be written in the format that was asked for."""
-    if asked not in (*FORMATS, "auto"):
-        raise UserError(f"--format {asked} is none; choose auto, {', '.join(FORMATS)}")
+    """(format, why). asked: one of FORMATS, or auto; UserError where the model or its tokenizer can't be written so"""
     if missing := [name for name in SPECIAL_TOKENS if name not in source.tokenizer.special_tokens]:
         raise UserError(f"the model's tokenizer has no {missing[0]}, so it is no chat tokenizer of nanochat's; export "
                         "a model with a tokenizer that scripts.tok_train made")
@@ -292,10 +290,9 @@ def export_model(source: Source, out: Path, form: str, dtype: str, force: bool =
 
     force: replace what is at `out`, which else is done for an earlier export only
     """
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype} is none that a model can be exported in; choose {', '.join(DTYPES)}")
-    if out.exists() and not (out / MARK_NAME).is_file() and not force:
-        raise UserError(f"{out} exists and is no export of nanochat's; name another folder, or replace it with --force")
+    for kept in map(Path.resolve, (Path.cwd(), get_base_dir(), Path(source.meta["run_dir"]))):
+        if kept.is_relative_to(out):
+            raise UserError(f"{out} can't be replaced by an export, for {kept} is in use; name another --out")
     if form == "gguf":
         import_gguf()
     try:
@@ -303,8 +300,9 @@ def export_model(source: Source, out: Path, form: str, dtype: str, force: bool =
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{out} can't be made: {out.parent} is no folder; name another --out") from None
     new, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
-    for leftover in (new, old):    # of an export that was killed
-        remove(leftover)
+    clear_up(out, new, old)    # after an export that was killed
+    if out.exists() and not (out / MARK_NAME).is_file() and not force:
+        raise UserError(f"{out} exists and is no export of nanochat's; name another folder, or replace it with --force")
     new.mkdir()
     try:
         if form == "gguf":
@@ -322,18 +320,18 @@ def export_model(source: Source, out: Path, form: str, dtype: str, force: bool =
         new.rename(out)
         sync_folder(out.parent)
     finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        for leftover in (new, old):
-            remove(leftover)
+        clear_up(out, new, old)
 
 
-def remove(path: Path) -> None:
-    """A file, or a folder with all in it; or nothing, where nothing is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def clear_up(out: Path, new: Path, old: Path) -> None:
+    """Remove what an export left beside `out`; what was there before comes back if nothing has taken its place."""
+    if old.exists() and not out.exists():
+        old.rename(out)
+    for path in (new, old):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_card(source: Source, form: str, dtype: str) -> str:

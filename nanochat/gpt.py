@@ -178,7 +178,6 @@ class GPT(nn.Module):
         # fp16's range is too small for embeddings that Adam updates, so they stay masters there
         embed = master if dtype == torch.float16 else dtype
         C, V, L = config.n_embd, config.padded_vocab_size, config.n_layer
-        kv_dim = config.n_kv_head * config.head_dim
         self.compute_dtype = dtype
         self.loss = "fused"  # of training: a key of cross_entropy.LOSSES
         self.is_trunk_compiled = False
@@ -187,7 +186,7 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config, i, master) for i in range(L)),
         })
         self.lm_head = Linear(C, V, master)
-        self.value_embeds = nn.ModuleDict({str(i): Embedding(V, kv_dim, dtype=embed)
+        self.value_embeds = nn.ModuleDict({str(i): Embedding(V, config.kv_dim, dtype=embed)
                                            for i in range(L) if config.has_value_embed(i)})
 
         def scalars(number: int, is_there: bool) -> nn.Parameter | None:

@@ -32,14 +32,14 @@ def find_fault(run: "RunFiles") -> str:
     info, val = run.info, run.get_series("eval", "val_bpb")
     if info.get("stage") != "base":
         return "it isn't a pretraining run"
-    if missing := sorted({"args", "plan", "params"} - info.keys()):
+    if missing := sorted({"args", "model_config", "params", "plan"} - info.keys()):
         return f"its run.json has no {' and no '.join(missing)}"
     if info.get("status") != "finished":
         return f"it is {info.get('status', 'unknown')}, not finished"
     if not val or val[-1][0] != info["plan"]["num_iterations"]:
         return "it has no validation loss at its last step"
     try:
-        read_config(info.get("model_config") or {})
+        read_config(info["model_config"])
     except UserError as error:
         return str(error)
     return ""

@@ -52,9 +52,6 @@ class MuonRule(NamedTuple):
     is_cautious:     bool  = True    # 6. cautious decay, plain otherwise
 
 
-JULY26_MUON = MuonRule()
-
-
 # torch 2.13 has new names for these two, and warns about the old ones
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -253,7 +250,7 @@ class MuonAdamW(torch.optim.Optimizer):
             lr = group["lr"] * max(1.0, rows / cols) ** 0.5  # so that outputs move as much, whatever the shape
             muon_update(own, grad, *state, group["ns_steps"], self.matmul_dtype or own.dtype,
                         *as_scalars([lr, group["momentum"], group["beta2"], group["weight_decay"]]),
-                        group.get("rule", JULY26_MUON))
+                        group.get("rule", MuonRule()))
             copy_all(part.matrices, own)
             return self._gather_matrices(part, own.to(self.matmul_dtype or own.dtype)) if is_sent else None
         own = params[0][part.start:part.stop]
@@ -400,7 +397,7 @@ def adamw_update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tenso
 
 def muon_update(param: Tensor, grad: Tensor, momentum: Tensor, second_moment: Tensor, ns_steps: int,
                 matmul_dtype: torch.dtype, lr: Tensor, mu: Tensor, beta2: Tensor, weight_decay: Tensor,
-                rule: MuonRule = JULY26_MUON) -> None:
+                rule: MuonRule) -> None:
     """One Muon step in place, on a stack of matrices (K, rows, cols); lr includes the factor for the shape.
 
     The clamps are part of the recipe. c_proj starts at zero, so most gradients are exactly zero at step 1, and up to

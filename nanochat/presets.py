@@ -17,8 +17,19 @@ SHAPE = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd
 KNOBS = tuple(field.name for field in fields(GPTConfig) if field.name not in SHAPE)
 
 
+def read_pair(text: str) -> tuple[float, float]:
+    first, last = map(float, text.split(","))
+    return first, last
+
+
+# By the type of the default: what a value must be, and how it is read
+READERS = {bool: ("on or off", {"on": True, "off": False}.__getitem__), int: ("a whole number", int),
+           float: ("a number", float), str: ("a word", str), type(None): ("a whole number, or none", int),
+           tuple: ("two numbers, FIRST,LAST, or none", read_pair)}
+
+
 def parse_knobs(words: Sequence[str]) -> dict[str, object]:
-    """The knobs of --knobs NAME=VALUE ...: on, off, none, a number, two of them (first,last), or a word."""
+    """The knobs of --knobs NAME=VALUE ..."""
     knobs: dict[str, object] = {}
     for word in words:
         name, _, text = word.partition("=")
@@ -26,22 +37,19 @@ def parse_knobs(words: Sequence[str]) -> dict[str, object]:
             raise UserError(f"--knobs {word}: there is no knob {name!r}; choose from {', '.join(KNOBS)}")
         if name in knobs:
             raise UserError(f"--knobs names {name} twice")
-        default = getattr(GPTConfig, name)
+        kind, read = READERS[type(getattr(GPTConfig, name))]
         try:
-            if name in ("backout_layer", "resid_init", "x0_init") and text == "none":
-                knobs[name] = None
-            elif isinstance(default, bool):
-                knobs[name] = {"on": True, "off": False}[text]
-            elif isinstance(default, tuple):
-                first, last = map(float, text.split(","))
-                knobs[name] = (first, last)
-            else:
-                knobs[name] = int(text) if name == "backout_layer" else type(default)(text)
+            knobs[name] = None if text == "none" and text in kind else read(text)
         except (KeyError, ValueError):
-            kind = "on or off" if isinstance(default, bool) else "two numbers, FIRST,LAST, or none" \
-                if isinstance(default, tuple) else "a number" if not isinstance(default, str) else "a word"
             raise UserError(f"--knobs {word}: {name} must be {kind}") from None
     return knobs
+
+
+def format_knob(value: object) -> str:
+    """A knob's value as --knobs reads it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return {True: "on", False: "off", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,7 +136,8 @@ def make_flags(lrs: tuple[float, float, float, float], weight_decay: float, sche
 
 def make_marin(n_layer: int, n_head: int, weight_decay: float = 0.0) -> Preset:
     """A size of marin's: heads of 128, a context of 2,048, the vocabulary of Llama 3 (128,256); 2.5 tokens a
-    parameter in batches of 192 rows."""
+    parameter in batches of 192 rows. Its norms have an eps of 1e-5, ours one of 1.2e-7, which its small initial
+    embeddings notice: normed, they begin .3 to .5 as long there."""
     C = 128 * n_head
     knobs = {"rope_base": 1024.0, "rope_fraction": 0.5, "qk_scale": 1.35 ** 0.5, "ve_gate_channels": 0, "smear": False,
              "backout_layer": 2 * n_layer // 3 - 1, "backout_init": 0.5, "resid_init": (1.1, 1.1),
@@ -174,6 +183,22 @@ def find_preset(name: str | None) -> Preset:
 # ---------------------------------------------------------------------------------------------------------------------
 # As typed
 
+
+def add_plan_args(parser: argparse.ArgumentParser) -> None:
+    """The flags that make_config and make_plan read, of scripts.base_train and of scripts.plan."""
+    add = parser.add_argument
+    add("--aspect-ratio", type=int, default=64, help="width in channels per layer")
+    add("--head-dim", type=int, default=128, help="channels of an attention head")
+    add("--max-seq-len", type=int, default=2048, help="context in tokens")
+    add("--window-pattern", type=str.upper, default="SSSL", help="windows, tiled over the layers: L whole, S a quarter")
+    # horizon: the first that is given
+    add("--num-iterations", type=int, help="optimizer steps")
+    add("--target-flops", type=float, help="training FLOPs")
+    add("--target-param-data-ratio", type=float, default=12, help="tokens per scaling parameter")
+    add("--seq-len-warmup", metavar="START:STEPS", help="rows of START tokens, doubled until they are whole after so "
+        "many steps (default: whole from the first)")
+
+
 HORIZON = ("num_iterations", "target_flops", "target_param_data_ratio")
 # Flags that a person may set otherwise than the preset has them
 BESIDE = (*HORIZON, "total_batch_size", "max_seq_len", "vocab_size")
@@ -193,7 +218,7 @@ def parse_preset_args(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
 
 def list_typed(parser: argparse.ArgumentParser, argv: Sequence[str] | None, names: Sequence[str]) -> dict[str, object]:
     """The flags that a person typed, by name."""
-    unset = object()    # argparse leaves alone what the namespace has already
+    unset: list = []    # argparse leaves alone what the namespace has already; a flag that is repeated extends a copy
     args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
     return {name: value for name, value in vars(args).items() if value is not unset}
 
@@ -214,7 +239,7 @@ def apply_preset(name: str, typed: dict[str, object], known: Sequence[str]) -> d
             refuse(f"--{flag} {value}", f"--{flag} {typed[flag.replace('-', '_')]}")
     for knob, value in parse_knobs(typed.get("knobs") or ()).items():
         if value != (own := preset.knobs.get(knob, getattr(GPTConfig, knob))):
-            refuse(f"the knob {knob} to {own}", f"{knob}={value}")
+            refuse(f"the knob {knob} to {format_knob(own)}", f"{knob}={format_knob(value)}")
     flags = {flag: value for flag, value in preset.flags.items() if flag in known}
     if any(flag in typed for flag in HORIZON):
         flags = {flag: value for flag, value in flags.items() if flag not in HORIZON}

@@ -382,7 +382,7 @@ def write_ledger(base_dir: Path, tags: Sequence[str], author: dict[str, str | No
         print0(f"left out: {name}: {why}")
     if not entries:
         raise UserError(f"{base_dir} has no finished pretraining run for the ledger; make one with scripts.base_train")
-    ledger = {"runs": [{"run_info": entries[tag]} for tag in tags or entries], "left_out": left_out}
+    ledger = {"runs": [{"run_info": entries[tag]} for tag in dict.fromkeys(tags or entries)], "left_out": left_out}
     board = render_markdown(build_leaderboard(list(entries.values()), left_out))
     write_files(out, {"ledger.json": json.dumps(ledger, indent=2) + "\n", "leaderboard.md": board})
     print0(f"ledger: {out / 'ledger.json'}\nleaderboard: {out / 'leaderboard.md'}")

@@ -88,8 +88,7 @@ def make_config(depth: int, *, vocab_size: int, sequence_len: int, aspect_ratio:
                         f"--max-seq-len {sequence_len}: all must be at least 1, the head dim even")
     n_head = math.ceil(depth * aspect_ratio / head_dim)
     shape = {"n_layer": depth, "n_head": n_head, "n_kv_head": n_head, "n_embd": n_head * head_dim}
-    return GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, window_pattern=window_pattern.upper(),
-                     **shape | knobs)
+    return GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, window_pattern=window_pattern, **shape | knobs)
 
 
 def count_scaling_params(config: GPTConfig, counts_all: bool = False) -> int:

@@ -24,7 +24,7 @@ DATA=${DATA:-fineweb-edu}                # a source of nanochat.dataset, or a da
 NUM_SHARDS=${NUM_SHARDS:-}               # training shards to download; empty: as many as the largest model reads
 TOK_CHARS=${TOK_CHARS:-2000000000}       # characters that the tokenizer learns from
 NAME=${NAME:-marin}                      # of the tokenizer, and the first part of the runs' names
-AUTHOR=${AUTHOR:-}                       # flags for nanochat.report ledger, such as --author ME
+AUTHOR=${AUTHOR:-}                       # your name, for the ledger
 EXTRA=${EXTRA:-}                         # more flags for scripts.base_train; the same every time
 
 count_steps() {    # of a size, as marin's had
@@ -52,5 +52,5 @@ for size in $SIZES; do
         --max-seq-len "$SEQ_LEN" --num-iterations "$(count_steps "$size")" $EXTRA
 done
 stage ledger
-python -m nanochat.report ledger $(for size in $SIZES; do echo "$NAME-$size"; done) $AUTHOR
+python -m nanochat.report ledger $(for size in $SIZES; do echo "$NAME-$size"; done) ${AUTHOR:+--author "$AUTHOR"}
 end_chain

@@ -20,7 +20,7 @@ from nanochat.dataset import default_source
 from nanochat.devices import init_compute
 from nanochat.loss_eval import log_core
 from nanochat.optim import MuonAdamW
-from nanochat.presets import choose_rule, find_preset, find_rule, parse_knobs, parse_preset_args
+from nanochat.presets import add_plan_args, choose_rule, find_preset, find_rule, parse_knobs, parse_preset_args
 from nanochat.report import write_stage_section
 from nanochat.run import StopSignal, TakenStep, read_info
 from nanochat.scaling import TrainingRule, get_lr_frac, get_muon_momentum, get_weight_decay_frac, make_config, make_plan
@@ -39,18 +39,12 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     add("--model-tag", help="folder of the run (default: d<depth>, <preset> or <preset>-d<depth>)")
     add("--data", help="a source or a folder that nanochat.dataset made (default: climbmix on a GPU, else python-docs)")
     add("--tokenizer", default="default", help="name of the tokenizer that scripts.tok_train made")
-    # model
+    # model and horizon
     add("--preset", metavar="NAME", help="a model of the family with its training, such as marin-150m (see presets.py)")
     add("--depth", type=int, default=20, help="layers: the one dial")
-    add("--aspect-ratio", type=int, default=64, help="width in channels per layer")
-    add("--head-dim", type=int, default=128, help="channels of an attention head")
-    add("--max-seq-len", type=int, default=2048, help="context in tokens")
-    add("--window-pattern", default="SSSL", help="attention windows, tiled over the layers: L whole, S a quarter")
-    add("--knobs", nargs="+", default=[], metavar="KNOB=VALUE", help="other parts, such as smear=off (see config.py)")
-    # horizon: the first that is given
-    add("--num-iterations", type=int, help="optimizer steps")
-    add("--target-flops", type=float, help="training FLOPs")
-    add("--target-param-data-ratio", type=float, default=12, help="tokens per scaling parameter")
+    add("--knobs", nargs="+", action="extend", default=[], metavar="KNOB=VALUE",
+        help="other parts, such as smear=off (see config.py)")
+    add_plan_args(parser)
     # optimization
     add("--embedding-lr", type=float, default=scaling.EMBEDDING_LR)
     add("--unembedding-lr", type=float, default=scaling.UNEMBEDDING_LR)
@@ -60,8 +54,6 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     add("--warmup-steps", type=int, default=scaling.WARMUP_STEPS, help="warm-up steps, at most a tenth of the run")
     add("--warmdown-ratio", type=float, default=scaling.WARMDOWN_RATIO, help="part of the run spent decaying")
     add("--final-lr-frac", type=float, default=scaling.FINAL_LR_FRAC, help="final rate as a part of the peak")
-    add("--seq-len-warmup", metavar="START:STEPS", help="rows of START tokens, doubled until they are whole after so "
-        "many steps (default: whole from the first)")
     # data order
     add("--packing", choices=("best-fit", "stream"), default="best-fit")
     add("--long-docs", choices=("split", "crop"), default="split", help="what best-fit does with long documents")

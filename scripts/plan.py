@@ -22,7 +22,7 @@ from nanochat.common import UserError, print0, run_script
 from nanochat.config import GPTConfig, count_params, estimate_flops
 from nanochat.corpus import HUB_SOURCES
 from nanochat.memory import GIB, Machine, Memory, get_usable_frac, rows_or_auto
-from nanochat.presets import apply_preset, find_preset, find_rule, list_typed
+from nanochat.presets import add_plan_args, apply_preset, find_preset, find_rule, list_typed
 from nanochat.scaling import FINAL_LR_FRAC, WARMDOWN_RATIO, WEIGHT_DECAY, Plan, make_config, make_plan
 
 DOLLARS_PER_GPU_HOUR = 3.0    # of an H100 on the market, $24 an hour for a node of eight
@@ -104,18 +104,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--gb", type=float, help="memory of one GPU in GiB (default: from the table)")
     add("--mfu", type=float, help="model FLOP/s in percent of the peak (default: as published)")
     add("--price", type=float, default=DOLLARS_PER_GPU_HOUR, help="dollars per GPU hour (default: %(default)s)")
-    # model
-    add("--aspect-ratio", type=int, default=64, help="width in channels per layer")
-    add("--head-dim", type=int, default=128, help="channels of an attention head")
-    add("--max-seq-len", type=int, default=2048, help="context in tokens")
-    add("--window-pattern", default="SSSL", help="attention windows, tiled over the layers: L whole, S a quarter")
+    # model and horizon
+    add_plan_args(parser)
     add("--vocab-size", type=int, default=32768, help="tokens of the tokenizer")
-    # horizon: the first that is given
-    add("--num-iterations", type=int, help="optimizer steps")
-    add("--target-flops", type=float, help="training FLOPs")
-    add("--target-param-data-ratio", type=float, default=12, help="tokens per scaling parameter")
     add("--total-batch-size", type=int, help="tokens of a step, all GPUs together (default: from the horizon)")
-    add("--seq-len-warmup", metavar="START:STEPS", help="rows of START tokens, doubled until whole after STEPS")
     # computation
     add("--device-batch-size", type=rows_or_auto, default="auto", metavar="ROWS",
         help="rows of a micro-batch; auto: the largest that fits, as training chooses it (default: %(default)s)")

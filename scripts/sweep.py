@@ -35,7 +35,7 @@ from nanochat.run import StopSignal
 from nanochat.scaling import check_counts, make_config, make_plan
 
 SWEEP_KEYS = ("grid", "flags", "created", "failed", "points")  # of sweep.json
-OWN_FLAGS = {"model_tag", "resume"}    # of base_train, set by the sweep itself
+OWN_FLAGS = {"model_tag", "resume", "resume_from_step"}    # of base_train, set by the sweep itself
 POLL_SEC, DRAW_SEC = 0.2, 2.0
 
 
@@ -56,24 +56,22 @@ class Worker:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    split = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--name", required=True, help="of the sweep, the first part of its runs' tags")
     add("--grid", nargs="+", required=True, metavar="FLAG=VALUE,VALUE", help="flags of scripts.base_train to combine")
-    add_run_args(parser)
-    args = parser.parse_args(argv[:split])
-    args.flags = argv[split + 1:]
-    return args
+    return parse_run_args(parser, argv)
 
 
-def add_run_args(parser: argparse.ArgumentParser) -> None:
-    """How many runs at a time, and on how many GPUs."""
+def parse_run_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The parser's flags; how many runs at a time, and on how many GPUs; behind --, scripts.base_train's: `flags`."""
     add = parser.add_argument
     add("--parallel", type=int, default=1, help="runs at a time, each on GPUs of its own")
     add("--nproc", type=int, default=1, help="processes of a run, a GPU each, started by torchrun")
     add("--retry-failed", action="store_true", help="repeat the runs that failed")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    split = argv.index("--") if "--" in argv else len(argv)
+    return parser.parse_args(argv[:split], argparse.Namespace(flags=argv[split + 1:]))
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -118,23 +116,29 @@ def parse_grid(words: list[str], flags: list[str]) -> dict[str, list[str]]:
             raise UserError(f"--grid names {word if name not in grid else name} twice")
         grid[name] = values
     in_grid, fixed = {name.replace("-", "_") for name in grid}, parse_flags(flags).keys()
-    # a prefix counts too: base_train's argparse takes --resum for --resume
-    if taken := {own for own in OWN_FLAGS for name in fixed | in_grid if name and own.startswith(name)}:
-        raise UserError(f"--{min(taken).replace('_', '-')} is set by the sweep itself; leave it out")
+    check_own(OWN_FLAGS, fixed | in_grid, "the sweep")
     if both := fixed & in_grid:
         raise UserError(f"--{min(both).replace('_', '-')} is in the grid and behind --; leave it out of one of them")
     return grid
 
 
+def check_own(own: set[str], given: set[str], what: str) -> None:
+    """UserError where a flag is given that its `what` sets; a prefix is one: base_train takes --resum for --resume."""
+    if taken := {flag for flag in own for name in given if name and flag.startswith(name)}:
+        raise UserError(f"--{min(taken).replace('_', '-')} is set by {what} itself; leave it out")
+
+
 def parse_flags(words: list[str]) -> dict[str, list[str]]:
-    """{flag: its values} of a command line: --a-b=1 and --a-b 1 are {"a_b": ["1"]}."""
+    """{flag: its values} of a command line: --a-b=1 and --a-b 1 are {"a_b": ["1"]}, and -d is --dtype."""
     flags: dict[str, list[str]] = {}
     name = ""
     for word in words:
+        if word.startswith("-d"):
+            word = f"--dtype={word[2:].lstrip('=')}" if word[2:] else "--dtype"
         if word.startswith("--"):
             name, *values = word[2:].split("=", 1)
             name = name.replace("-", "_")
-            flags[name] = values
+            flags[name] = [*flags.get("knobs", []), *values] if name == "knobs" else values    # which add up
         else:
             flags.setdefault(name, []).append(word)
     return flags

@@ -4,23 +4,13 @@ from dataclasses import replace
 
 from nanochat.export import Source
 from nanochat.presets import PRESETS
-from tests.helpers import BYTE_TOKENIZER, CONFIG, make_model
+from tests.helpers import BYTE_TOKENIZER, CONFIG, make_model, make_preset_config
 
-
-def make_config(name):
-    """The preset's model at toy size."""
-    preset = PRESETS[name]
-    small = {"attn_dim": 128, "mlp_dim": 96} if preset.knobs.get("attn_dim") else {}
-    if "marin" in name:
-        small["backout_layer"] = 1
-    return replace(CONFIG, **preset.knobs | small, window_pattern=preset.shape.get("window_pattern", "SSL"))
-
-
-PLAIN = make_config("plain")
+PLAIN = make_preset_config("plain")
 # Those that Qwen3 can express, then the others; CONFIG's two key/value heads serve four of queries
 PLAIN_CONFIGS = {"plain": PLAIN, "swiglu": replace(PLAIN, mlp_act="swiglu"),
                  "wide heads": replace(PLAIN, attn_dim=128, n_head=8), "no lambdas": replace(PLAIN, resid_init=None)}
-CONFIGS = {name: make_config(name) for name in PRESETS} | PLAIN_CONFIGS | {
+CONFIGS = {name: make_preset_config(name) for name in PRESETS} | PLAIN_CONFIGS | {
     "short windows": replace(CONFIG, sequence_len=256), "rows as of the vocabulary": replace(CONFIG, mlp_dim=320)}
 
 

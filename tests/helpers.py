@@ -275,6 +275,15 @@ def run_forked(function, uid=None):
 # Presets
 
 
+def make_preset_config(name):
+    """The preset's model at toy size, for BYTE_TOKENIZER."""
+    preset = PRESETS[name]
+    small = {"attn_dim": 128, "mlp_dim": 96} if "attn_dim" in preset.knobs else {}
+    if preset.knobs.get("backout_layer", -1) > 0:
+        small["backout_layer"] = 1
+    return replace(CONFIG, **preset.knobs | small, window_pattern=preset.flags["window_pattern"])
+
+
 @contextlib.contextmanager
 def small_presets():
     """The presets with a shape of their own have two layers of 32 channels."""

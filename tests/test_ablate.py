@@ -15,6 +15,7 @@ from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import Ranks, UserError, write_json
 from nanochat.presets import PLAIN
 from nanochat.run import RunLog, read_info
+from scripts import base_train
 from tests.helpers import make_base, start_script
 from tests.warm import make_warm_python, use_warm_python
 
@@ -59,7 +60,7 @@ def test_a_killed_ablation_goes_on(base_dir, capfd):
 
     partial = ablate.main(["--name", "toy", "--only-table"])
     assert partial["means"]["full"]["bpb"] > 0 and "plain" not in partial["means"]
-    assert partial["rows"][2]["delta_bpb"] is None and "Runs that aren't finished" in "".join(partial["notes"])
+    assert partial["rows"][2]["delta_bpb"] is None and "Runs that aren't finished, or" in "".join(partial["notes"])
 
     results = ablate.main(argv)
     assert (get_run_dir("base", "toy-full-seed1") / "run.json").read_bytes() == before
@@ -91,6 +92,12 @@ def test_a_killed_ablation_goes_on(base_dir, capfd):
 
     # nothing is left to do; a seed more is added, another horizon refused
     assert ablate.main(argv)["means"] == results["means"]
+    path = get_run_dir("base", "toy-half-seed2") / "run.json"    # whose command was given other rows to evaluate
+    text = path.read_text()
+    path.write_text(text.replace('"val_rule": "val split', '"val_rule": "another split'))
+    notes = ablate.main(argv)["notes"]
+    assert "The losses aren't comparable: full, seed 1 and half, seed 2 differ in data or validation rows." in notes
+    path.write_text(text)
     with pytest.raises(UserError, match="the sweep toy has the grid mode=drop -- .*; go back to that grid"):
         ablate.main([*DROP, "--seeds", "2", "--", *TOY, "--num-iterations", "7"])
     assert len(load_results(folder).runs) == 10
@@ -111,6 +118,20 @@ def test_add_goes_from_the_plainest_model_to_the_full_one():
                                        ("qk_scale", "full", "2-softcap")]
     assert ablation["models"]["full"]["steps"] == 20    # 2,560 tokens
     assert ablation["models"]["none"]["flops"] == pytest.approx(ablation["target_flops"], rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", [["-d", "float64"], ["-dfloat64"], ["-d=float64"]])
+def test_flags_as_a_person_spells_them(dtype):
+    """base_train's one short flag, first and behind the knobs; knobs in two parts; an MLP of one's own."""
+    for words in ([*dtype, "--knobs", "smear=off"], ["--knob", "smear=off", *dtype]):
+        args = ablate.parse_args(["--name", "a", "--mode", "drop", "--features", "relu2", "--depth", "2",
+                                  "--seeds", "1", "--tokens", "2560", "--", *words, "--data", "toy",
+                                  "--max-seq-len", "32", "--total-batch-size", "128", "--knobs", "mlp_dim=384"])
+        _, points, _ = ablate.plan_ablation(args)
+        recipes = [base_train.parse_args(point.flags)[0] for point in points]
+        assert [recipe.dtype for recipe in recipes] == ["float64"] * 3
+        assert [recipe.knobs for recipe in recipes] == [
+            ["smear=off", "mlp_dim=384"], ["smear=off", "mlp_dim=256", "mlp_act=swiglu"], ["smear=off", "mlp_dim=384"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,6 +221,20 @@ def test_caveats(base_dir):
     assert "within" not in notes
 
 
+def test_a_slope_of_noise_and_runs_without_a_log(base_dir):
+    """A factor of e^2000 is none; a seed whose log is gone isn't read; nothing is said of FLOPs without a pair."""
+    folder = write_ablation(base_dir, "noise", {"full": [1.0, 1.1], "no-smear": [1.2, 1.3], "no-x0": [0.8, 0.9],
+                                                "half": [1.00007, 1.10007]})
+    smear, x0 = write_table(folder)["rows"]
+    assert smear["compute_multiplier"] == pytest.approx(1000) and x0["compute_multiplier"] == pytest.approx(0.001)
+    (get_run_dir("base", "noise-full-seed1") / "metrics.jsonl").unlink()
+    results = write_table(folder)
+    assert results["rows"][0]["seeds"] == [2] and "lost their log, are missing: of full." in "".join(results["notes"])
+    (get_run_dir("base", "noise-full-seed2") / "metrics.jsonl").write_text('{"kind": "tr')
+    results = write_table(folder)
+    assert results["slope"] is None and not any("no better" in note for note in results["notes"])
+
+
 @pytest.mark.parametrize(("argv", "message"), [
     (["--features", "smaer"], "there is no feature 'smaer'; choose from smear, backout, resid, x0,"),
     (["--features", "smear,x0,smear"], "--features names smear twice"),
@@ -215,7 +250,9 @@ def test_caveats(base_dir):
     (["--features", "smear", "--", *TOY, "--eval-every", "never"], "--eval-every never would leave nothing"),
     (["--features", "smear", "--", *TOY, "--knobs", "smear=off"], "smear changes nothing of this model, or it is off"),
     (["--features", "smear", "--target-flops", "0"], "--target-flops 0 must be a positive number"),
-    (["--features", "smear", "--tokens", "-3"], "--target-flops -.* must be a positive number"),
+    (["--features", "smear", "--tokens", "-3"], "--tokens -3 must be a positive number"),
+    (["--features", "smear", "--", *TOY, "--preset", "plain"], "--preset plain has all parts of its model; leave it"),
+    (["--features", "smear", "--", *TOY, "--resume-from", "3"], "--resume-from-step is set by the ablation itself"),
     (["--features", "smear", "--parallel", "0"], "--parallel 0 must be at least 1"),
 ])
 def test_refusals(argv, message):

@@ -166,11 +166,17 @@ def test_what_is_left_out_is_told(base_dir, capsys):
     path.write_text("".join(line for line in path.read_text().splitlines(True) if '"eval"' not in line))
     write_run(base_dir, "future", model_config={"n_layer": 4, "wings": 2})
     write_run(base_dir, "talker", stage="sft")
+    write_run(base_dir, "shapeless")
+    path = base_dir / "runs" / "base" / "shapeless" / "run.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items()
+                                if key != "model_config"}))
     (base_dir / "runs" / "base" / "torn").mkdir()
     (base_dir / "runs" / "base" / "torn" / "run.json").write_text('{"stage": "ba')
     entries, board = make_ledger()
     left_out = json.loads((base_dir / "ledger" / "ledger.json").read_text())["left_out"]
-    assert list(entries) == ["done"] and list(left_out) == ["blind", "future", "running", "torn", "sft/talker"]
+    assert list(entries) == ["done"] and list(left_out) == ["blind", "future", "running", "shapeless", "torn",
+                                                             "sft/talker"]
+    assert left_out["shapeless"] == "its run.json has no model_config"
     assert left_out["running"] == "it is running, not finished"
     assert left_out["blind"] == "it has no validation loss at its last step" and "wings" in left_out["future"]
     assert "is damaged" in left_out["torn"] and left_out["sft/talker"] == "it isn't a pretraining run"
@@ -184,6 +190,8 @@ def test_mistakes(base_dir):
     with pytest.raises(UserError, match="has no finished pretraining run for the ledger"):
         report.main(["ledger"])
     write_run(base_dir, "d4")
+    report.main(["ledger", "d4", "d4"])
+    assert len(json.loads((base_dir / "ledger" / "ledger.json").read_text())["runs"]) == 1
     with pytest.raises(UserError, match="there is no run d6: .* has d4"):
         report.main(["ledger", "d6"])
     (base_dir / "a_file").touch()

@@ -1,4 +1,4 @@
-"""Models of the family: their published counts and formulas, decoding, training; what a person types."""
+"""Models of the family: their published counts, decoding, training; what a person types."""
 
 import json
 import math
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from dev.bench_memory import join_phases, trace_step
 from nanochat.checkpoint_manager import find_checkpoint
@@ -15,7 +14,7 @@ from nanochat.common import UserError
 from nanochat.config import GPTConfig, count_params, estimate_flops
 from nanochat.engine import Engine
 from nanochat.memory import Machine, predict_memory
-from nanochat.presets import KNOBS, PRESETS, find_preset, find_rule, parse_knobs
+from nanochat.presets import KNOBS, PRESETS, find_preset, find_rule, format_knob, parse_knobs
 from nanochat.rl import keep_matrices
 from nanochat.run import read_info
 from nanochat.scaling import make_plan
@@ -29,18 +28,10 @@ from tests.helpers import (
     make_batch,
     make_model,
     make_preset_argv,
+    make_preset_config,
     make_prompt,
     small_presets,
 )
-
-
-def make_config(name: str) -> GPTConfig:
-    """The preset's model at toy size."""
-    preset = PRESETS[name]
-    small = {"attn_dim": 128, "mlp_dim": 96} if preset.knobs.get("attn_dim") else {}
-    if "marin" in name:
-        small["backout_layer"] = 1
-    return replace(CONFIG, **preset.knobs | small, window_pattern=preset.flags["window_pattern"])
 
 
 # marin's speedrun table: parameters without the lambdas, and forward FLOPs a token by its own formula
@@ -67,7 +58,7 @@ def test_size_of_arcadium():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_decoding_equals_the_whole_forward_pass(name):
-    model = make_model(make_config(name), torch.float64)
+    model = make_model(make_preset_config(name), torch.float64)
     prompt = make_prompt(20)
     expected = prompt + list(model.generate(prompt, 30, temperature=0))
     rows, _ = Engine(model, BYTE_TOKENIZER).generate_batch(prompt, 2, max_tokens=30, temperature=0)
@@ -76,7 +67,7 @@ def test_decoding_equals_the_whole_forward_pass(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_step_trains_every_parameter_of_a_preset(name):
-    model = make_model(make_config(name), torch.float32, as_initialised=True)
+    model = make_model(make_preset_config(name), torch.float32, as_initialised=True)
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
     lrs = {flag: lr for flag, lr in PRESETS[name].flags.items() if flag.endswith("_lr")}
     optimizer = model.setup_optimizer(**lrs, rule=find_rule(PRESETS[name].rule))
@@ -91,12 +82,23 @@ def test_knobs_as_typed():
         "smear": False, "backout_layer": None, "resid_init": (1.0, 1.1), "x0_init": None, "softcap": 0.0,
         "mlp_act": "swiglu", "attn_dim": 96}
     assert "rope_base" in KNOBS and "n_embd" not in KNOBS
+    defaults = {name: getattr(GPTConfig, name) for name in KNOBS}
+    assert parse_knobs([f"{name}={format_knob(value)}" for name, value in defaults.items()]) == defaults
+
+
+@pytest.mark.parametrize("preset", [[], ["--preset", "nanochat-jan26"]])
+def test_knobs_of_several_flags_add_up(preset):
+    for _ in range(2):    # the default isn't what is extended
+        args, _ = base_train.parse_args([*preset, "--knobs", "smear=off", "--depth", "4", "--knobs", "softcap=15"])
+        assert args.knobs == ["smear=off", "softcap=15"]
 
 
 @pytest.mark.parametrize(("words", "message"), [
     (["smaer=off"], "there is no knob 'smaer'; choose from window_fraction, attn_dim"),
     (["smear=maybe"], "smear must be on or off"), (["resid_init=1"], "resid_init must be two numbers"),
-    (["softcap=high"], "softcap must be a number"), (["smear=on", "smear=off"], "names smear twice")])
+    (["softcap=high"], "softcap must be a number$"), (["softcap=none"], "softcap must be a number$"),
+    (["attn_dim=0.5"], "attn_dim must be a whole number$"), (["backout_layer=x"], "must be a whole number, or none"),
+    (["smear=on", "smear=off"], "names smear twice")])
 def test_wrong_knobs_are_named(words, message):
     with pytest.raises(UserError, match=message):
         parse_knobs(words)
@@ -105,7 +107,12 @@ def test_wrong_knobs_are_named(words, message):
 @pytest.mark.parametrize(("knobs", "message"), [
     ({"mlp_act": "gelu"}, "mlp_act=gelu is not one of relu2, swiglu"),
     ({"rope_fraction": 0.0}, "above 0 and at most 1"), ({"backout_layer": 4}, "is no layer of 4"),
-    ({"linear_init": "zero"}, "not one of uniform, normal")])
+    ({"linear_init": "zero"}, "not one of uniform, normal"),
+    ({"softcap": -5.0}, "a model's softcap can't be -5; it must be a finite number of at least 0"),
+    ({"softcap": math.nan}, "softcap can't be nan"), ({"qk_scale": math.inf}, "qk_scale can't be inf"),
+    ({"mlp_dim": -4}, "mlp_dim can't be -4"), ({"ve_gate_channels": -3}, "ve_gate_channels can't be -3"),
+    ({"rope_base": 0.0}, "rope_base can't be 0; .* of at least 1"),
+    ({"resid_init": (1.0, math.nan)}, "resid_init can't be nan; it must be a finite number$")])
 def test_impossible_knobs_are_refused(knobs, message):
     with pytest.raises(UserError, match=message):
         replace(CONFIG, **knobs)
@@ -120,116 +127,12 @@ def test_unknown_preset_names_those_that_exist():
 def test_memory_of_a_preset_is_predicted(name):
     """As tests/test_memory.py does for the model of today: the model's own step on fake tensors."""
     small = {"attn_dim": 512, "mlp_dim": 640} if name.startswith("arcadium") else {}
-    config = replace(make_config(name), sequence_len=512, vocab_size=8192, n_embd=256, n_kv_head=4, **small)
+    config = replace(make_preset_config(name), sequence_len=512, vocab_size=8192, n_embd=256, n_kv_head=4, **small)
     rule = find_rule(PRESETS[name].rule)
     machine = Machine("bfloat16", "sdpa", False, "cpu", has_muon=rule.has_muon)
     predicted = join_phases(predict_memory(config, 512, 8, machine))
     for phase, num_bytes in trace_step(config, 512, 8, machine, 1, rule).items():
         assert predicted[phase] == pytest.approx(num_bytes, rel=0.02), phase
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The published formulas on the same weights, in slow and obvious words
-
-
-def slow_norm(x):
-    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
-
-
-def slow_rotary(x, base, num_turning):
-    """(T, H, D); the first pairs of each head turn."""
-    T, _, D = x.shape
-    x1, x2 = x[..., :D // 2], x[..., D // 2:]
-    angles = torch.zeros(T, 1, D // 2, dtype=torch.float64)
-    for i in range(num_turning):
-        angles[:, 0, i] = torch.arange(T) * base ** (-i / num_turning)
-    return torch.cat((x1 * angles.cos() + x2 * angles.sin(), x2 * angles.cos() - x1 * angles.sin()), -1)
-
-
-def slow_attention(q, k, v, scale, window):
-    """(T, H, D), (T, Hk, D) twice: each token sees itself and `window` tokens before it."""
-    out = torch.zeros_like(q)
-    for t in range(len(q)):
-        first = max(0, t - window)
-        for head in range(q.size(1)):
-            shared = head // (q.size(1) // k.size(1))
-            weights = (k[first:t + 1, shared] @ q[t, head] * scale).softmax(0)
-            out[t, head] = weights @ v[first:t + 1, shared]
-    return out
-
-
-def slow_jan26(model, ids):
-    """Logits of one row, as FACTS of January 2026 have it: windows of half the context, value embeddings by a gate of
-    32 channels that reaches 2, normed queries and keys without a factor, no smear, no backout, logits within 15."""
-    w, config = dict(model.named_parameters()), model.config
-    H, Hk, D, L = config.n_head, config.n_kv_head, config.n_embd // config.n_head, config.n_layer
-    x = x0 = slow_norm(w["transformer.wte.weight"][ids])
-    for i in range(L):
-        attn = f"transformer.h.{i}.attn"
-        x = w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * x0
-        h = slow_norm(x)
-        q, k, v = ((h @ w[f"{attn}.{name}.weight"].T).view(len(ids), -1, D) for name in ("c_q", "c_k", "c_v"))
-        if i % 2 == (L - 1) % 2:
-            gate = 2 / (1 + (-(h[:, :32] @ w[f"{attn}.ve_gate.weight"].T)).exp())
-            v = v + gate[..., None] * w[f"value_embeds.{i}.weight"][ids].view(-1, Hk, D)
-        q, k = (slow_norm(slow_rotary(heads, 10_000, D // 2)) for heads in (q, k))
-        window = config.sequence_len // 2 if "SSSL"[i % 4] == "S" and i < L - 1 else config.sequence_len
-        y = slow_attention(q, k, v, D ** -0.5, window)
-        x = x + y.reshape(len(ids), H * D) @ w[f"{attn}.c_proj.weight"].T
-        h = slow_norm(x) @ w[f"transformer.h.{i}.mlp.c_fc.weight"].T
-        x = x + h.clamp(min=0) ** 2 @ w[f"transformer.h.{i}.mlp.c_proj.weight"].T
-    return 15 * ((slow_norm(x) @ w["lm_head.weight"].T)[:, :config.vocab_size] / 15).tanh()
-
-
-def slow_marin(model, ids):
-    """Logits of one row: partial rotation of half of the pairs, QK norm before it, scores times 1.35 / sqrt(D), half of
-    the output after 2L // 3 layers subtracted at the end, no windows, no bound of the logits."""
-    w, config = dict(model.named_parameters()), model.config
-    H, D, L = config.n_head, config.n_embd // config.n_head, config.n_layer
-    x = x0 = slow_norm(w["transformer.wte.weight"][ids])
-    outputs = []
-    for i in range(L):
-        attn = f"transformer.h.{i}.attn"
-        x = w["resid_lambdas"][i] * x + w["x0_lambdas"][i] * x0
-        h = slow_norm(x)
-        q, k, v = ((h @ w[f"{attn}.{name}.weight"].T).view(len(ids), -1, D) for name in ("c_q", "c_k", "c_v"))
-        q, k = (slow_rotary(slow_norm(heads), 1024, D // 4) for heads in (q, k))
-        y = slow_attention(q, k, v, 1.35 / math.sqrt(D), len(ids))
-        x = x + y.reshape(len(ids), H * D) @ w[f"{attn}.c_proj.weight"].T
-        h = slow_norm(x) @ w[f"transformer.h.{i}.mlp.c_fc.weight"].T
-        x = x + h.clamp(min=0) ** 2 @ w[f"transformer.h.{i}.mlp.c_proj.weight"].T
-        outputs.append(x)
-    x = x - w["backout_lambda"] * outputs[2 * L // 3 - 1]
-    return (slow_norm(x) @ w["lm_head.weight"].T)[:, :config.vocab_size]
-
-
-@pytest.mark.parametrize(("name", "slow"), [("nanochat-jan26", slow_jan26), ("marin-150m", slow_marin)])
-def test_forward_pass_equals_published_formulas(name, slow):
-    config = replace(make_config(name), sequence_len=256, n_layer=5)
-    if name.startswith("marin"):
-        config = replace(config, backout_layer=2)
-    model = make_model(config, torch.float64)
-    with torch.no_grad():
-        for param in (model.resid_lambdas, model.x0_lambdas):
-            param.normal_(1.0, 0.3)    # as after training
-        ids = torch.tensor(make_prompt(200))    # more than the window of 128
-        logits = slow(model, ids)
-        torch.testing.assert_close(model(ids[None])[0], logits, rtol=1e-5, atol=1e-5)    # logits are fp32
-        nll = F.cross_entropy(logits[:-1], ids[1:])
-        torch.testing.assert_close(model(ids[None, :-1], ids[None, 1:]).double(), nll, rtol=1e-6, atol=1e-6)
-
-
-def test_initial_weights_of_january_and_marin():
-    """resid 1 and x0 .1; resid 1.1 and x0 0, head and projections zero, backout .5, embedding 1/d, others 1/sqrt(d)."""
-    jan26, marin = (make_model(make_config(name), torch.float32, as_initialised=True)
-                    for name in ("nanochat-jan26", "marin-150m"))
-    for lambdas, value in ((jan26.resid_lambdas, 1.0), (jan26.x0_lambdas, 0.1), (marin.resid_lambdas, 1.1),
-                           (marin.x0_lambdas, 0.0), (marin.backout_lambda, 0.5)):
-        assert lambdas.tolist() == pytest.approx([value] * len(lambdas))
-    assert not any(param.any() for param in (jan26.transformer.h[3].attn.ve_gate.weight, marin.lm_head.weight))
-    assert marin.transformer.h[0].mlp.c_fc.weight.std().item() == pytest.approx(CONFIG.n_embd ** -0.5, rel=0.05)
-    assert marin.transformer.h[0].mlp.c_fc.weight.abs().max() <= 3 * CONFIG.n_embd ** -0.5
-    assert find_preset("marin-150m").knobs["wte_std"] == 1 / 512
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,7 +283,7 @@ def test_rules_of_checkpoints(small):
 
 
 def test_matrices_that_adam_trained_are_what_rl_trains():
-    model = make_model(make_config("arcadium-200m"), as_initialised=True)
+    model = make_model(make_preset_config("arcadium-200m"), as_initialised=True)
     optimizer = keep_matrices(model.setup_optimizer(rule=find_rule("adam")))
     assert {id(param) for group in optimizer.param_groups for param in group["params"]} == \
         {id(param) for param in model.transformer.h.parameters()}
@@ -395,8 +298,8 @@ def test_matrices_that_adam_trained_are_what_rl_trains():
      "--preset marin-150m sets --matrix-lr 0.02; leave --matrix-lr 0.04 out, or the preset"),
     (["marin-150m", "--embedding-lr", "0.3"], "sets --embedding-lr 0.0064; leave --embedding-lr 0.3 out"),
     (["marin-150m", "--depth", "6"], "sets 6 layers of 512 channels in 4 heads; leave --depth 6 out"),
-    (["marin-150m", "--knobs", "smear=on"], "sets the knob smear to False; leave smear=True out"),
-    (["nanochat-july26", "--knobs", "smear=off"], "sets the knob smear to True; leave smear=False out"),
+    (["marin-150m", "--knobs", "smear=on"], "sets the knob smear to off; leave smear=on out"),
+    (["nanochat-july26", "--knobs", "smear=off"], "sets the knob smear to on; leave smear=off out"),
     (["plain", "--window-pattern", "SSSL"], "--preset plain sets --window-pattern L; leave --window-pattern SSSL out"),
     (["nanochat-july26", "--warmdown-ratio", "0.5"], "sets --warmdown-ratio 0.65"),
     (["nanochat"], "--preset nanochat is not one of nanochat-july26, nanochat-jan26, marin-150m")])
@@ -416,6 +319,7 @@ def test_what_a_preset_leaves_to_a_person():
     assert parse("nanochat-jan26", "--knobs", "smear=off", "--matrix-lr", "0.02") == (None, 10.5, 2**19, 2048)
     args, _ = base_train.parse_args(["--preset", "plain", "--depth", "4", "--matrix-lr", "0.04"])    # ours to tune
     assert (args.depth, args.matrix_lr, args.window_pattern) == (4, 0.04, "L")
+    assert base_train.parse_args(["--preset", "plain", "--window-pattern", "l"])[0].window_pattern == "L"
     tags = [base_train.parse_args(["--preset", *argv])[0].model_tag
             for argv in (["marin-150m"], ["plain", "--depth", "4"], ["marin-150m", "--model-tag", "mine"])]
     assert tags == ["marin-150m", "plain-d4", "mine"]

@@ -274,14 +274,14 @@ MARIN_STEPS = {"150m": 955, "270m": 1747, "460m": 2950}
 @pytest.mark.slow
 def test_marin(base_dir):
     """The smallest size for two steps; continued and ended; its ledger names the set that its bits per byte are of."""
-    settings = {"SIZES": "150m", "NUM_ITERATIONS": "2", "NPROC": "1", "AUTHOR": "--author Me",
+    settings = {"SIZES": "150m", "NUM_ITERATIONS": "2", "NPROC": "1", "AUTHOR": "A. B.",
                 "EXTRA": "--total-batch-size 128 --eval-tokens 128 --sample-every never --dtype float32 "
                          "--device-type cpu --compile off"}
     output = run_recipe("marin.sh", base_dir, **settings)
     assert "toy: stage 3 of 4, 150m | " in output and "toy: all 4 stages done in " in output
     ledger = json.loads((base_dir / "ledger" / "ledger.json").read_text())
     (entry,) = [run["run_info"] for run in ledger["runs"]]
-    assert entry["run"] == "toy-150m" and entry["author"]["name"] == "Me" and entry["total_tokens"] == 2 * 128
+    assert entry["run"] == "toy-150m" and entry["author"]["name"] == "A. B." and entry["total_tokens"] == 2 * 128
     assert 0 < entry["eval/toy/bpb"] < 10 and entry["num_devices"] == 1 and entry["training_hardware_flops"] > 0
     assert entry["description"].startswith("marin-150m, depth 6, width 512, context 64, vocabulary 320")
     assert "| FLOPs, seconds | toy-150m |" in (base_dir / "ledger" / "leaderboard.md").read_text().replace("\\", "")
@@ -290,7 +290,7 @@ def test_marin(base_dir):
 
 def test_marin_trains_each_size_for_its_steps(tmp_path):
     """2.5 tokens for each parameter of the published sizes, in batches of 192 rows."""
-    commands = note_commands("marin.sh", tmp_path, "log", NAME="own")
+    commands = note_commands("marin.sh", tmp_path, "log", NAME="own", AUTHOR="A. B.")
     assert commands[0].startswith("-m scripts.plan --preset marin-460m --num-iterations 2950 ")
     assert commands[1] == "-m nanochat.dataset --source fineweb-edu -n 7 -w 8"
     trained = [base_train.parse_args(command.split()[2:])[0] for command in commands if "scripts.base_train" in command]
@@ -301,7 +301,7 @@ def test_marin_trains_each_size_for_its_steps(tmp_path):
         counts = count_params(config)
         assert args.num_iterations == int(2.5 * (counts["total"] - counts["scalars"])) // (192 * 2048)
         assert args.total_batch_size == 192 * 2048 and args.max_seq_len == 2048
-    assert commands[-1] == "-m nanochat.report ledger own-150m own-270m own-460m"
+    assert commands[-1] == "-m nanochat.report ledger own-150m own-270m own-460m --author A. B."
 
 
 def test_marin_costs_what_it_says():

@@ -36,7 +36,7 @@ def plan_depth(depth, vocab_size=32768, sequence_len=2048, **choices):
 
 def test_config_of_a_depth():
     assert make_config(12, vocab_size=32768, sequence_len=2048) == GPTConfig()
-    odd = make_config(5, vocab_size=100, sequence_len=64, window_pattern="sl")  # 320 channels make 3 heads
+    odd = make_config(5, vocab_size=100, sequence_len=64, window_pattern="SL")  # 320 channels make 3 heads
     assert (odd.n_embd, odd.n_head, odd.n_kv_head, odd.n_layer, odd.window_pattern) == (384, 3, 3, 5, "SL")
     narrow = make_config(3, vocab_size=100, sequence_len=64, aspect_ratio=32, head_dim=64)
     assert (narrow.n_embd, narrow.n_head, narrow.head_dim) == (128, 2, 64)

@@ -241,7 +241,7 @@ def write_run(folder: Path, depth: int, target_flops: float, status: str = "fini
     if loss is None:
         loss = CHINCHILLA.predict(params["transformer_matrices"] + params["lm_head"], plan.total_tokens)
     info = {"stage": "base", "args": {"target_flops": target_flops}, "plan": asdict(plan), "params": params,
-            "data": {"hash": "d"}, "results": {"val_rule": "rows"}}
+            "model_config": asdict(config), "data": {"hash": "d"}, "results": {"val_rule": "rows"}}
     with RunLog(folder, info | changes, Ranks()) as log:
         log.write("train", plan.num_iterations, loss=loss, tokens=plan.total_tokens)
         log.write("eval", plan.num_iterations, val_bpb=loss)
@@ -262,7 +262,7 @@ def test_run_folders(tmp_path):
     assert results["notes"][:4] == ["blown is left out: it has no validation loss at its last step.",
                                     "died is left out: it is failed, not finished.",
                                     "sft is left out: it isn't a pretraining run.",
-                                    "torn is left out: its run.json has no args and no plan."]
+                                    "torn is left out: its run.json has no args and no model_config and no plan."]
     fit = results["laws"]["transformer + head"]["fits"]["params"]
     assert fit["exponent"] == pytest.approx(CHINCHILLA.get_exponents()[0], abs=0.1)    # the grid isn't centered
     assert results["parametric"]["alpha"] == pytest.approx(CHINCHILLA.alpha, rel=0.01)

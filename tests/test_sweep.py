@@ -152,6 +152,13 @@ def test_sweep_of_failures_only_says_so_and_its_grid_can_be_corrected(monkeypatc
     assert not sweep.main(["--name", "typo", "--grid", "depth=5"])["failed"]
 
 
+def test_flags_of_a_command_line():
+    """Knobs add up, other flags are the last one's; the flag before -d has no part of it."""
+    assert sweep.parse_flags(["-d", "float32", "--knobs", "a=1", "b=2", "--depth=2", "-dfloat64", "--knobs", "c=3",
+                              "--sample-every", "-1", "--depth", "4"]) == {
+        "dtype": ["float64"], "knobs": ["a=1", "b=2", "c=3"], "depth": ["4"], "sample_every": ["-1"]}
+
+
 @pytest.mark.parametrize(("argv", "message"), [
     (["--grid", "depth"], "--grid depth must be a flag"),
     (["--grid", "depth=1,,2"], "--grid depth=1,,2 must be a flag"),
@@ -160,6 +167,7 @@ def test_sweep_of_failures_only_says_so_and_its_grid_can_be_corrected(monkeypatc
     (["--grid", "model-tag=a,b"], "--model-tag is set by the sweep"),
     (["--grid", "depth=1,2", "--", "--resume=none"], "--resume is set by the sweep"),
     (["--grid", "depth=1,2", "--", "--resum", "none"], "--resume is set by the sweep"),  # argparse takes it for that
+    (["--grid", "depth=1,2", "--", "--resume-from", "3"], "--resume-from-step is set by the sweep"),
     (["--grid", "depth=1,2", "--", "--depth", "4"], "--depth is in the grid and behind --"),
     (["--grid", "data=a/b,a_b"], "would have the same name"),
     (["--grid", "depth=1", "--parallel", "0"], "--parallel 0 must be at least 1"),
