@@ -6,8 +6,8 @@
 rate: learning rates as multiples of those at the reference batch, 2^19 tokens. Each depth and horizon is a cell. Of the
 points of a cell and batch, the best mean over seeds counts, whatever its rate; a parabola through these over log2 of
 the batch gives the cell's best batch, where at least three batches were tried and the best is not the first or last.
-Prints the cells, the rule's batch and what it costs in bits per byte by the parabola, and the exponent that fits best
-through the reference; writes dial.png.
+Prints the cells, the rule's batch and what it costs in bits per byte by the parabola, and the power law that fits the
+best batches; writes dial.png.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from nanochat.scaling import (
     REFERENCE_BATCH_TOKENS,
     REFERENCE_DEPTH,
     REFERENCE_RATIO,
+    SMALL_TOKENS,
     count_scaling_params,
     get_best_batch,
     make_config,
@@ -59,7 +60,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     cells = make_cells(read_points(args.points))
-    exponent = fit_exponent(cells)
+    law = fit_law(cells)
     rows = []
     for cell in cells:
         rule = math.log2(get_best_batch(cell.tokens, REFERENCE_TOKENS))
@@ -68,10 +69,10 @@ def main(argv: list[str] | None = None) -> dict:
         rows.append((str(cell.depth), f"{cell.tokens / 1e6:.2f}", tried,
                      "-" if cell.best is None else f"{2 ** cell.best:,.0f}", f"{2 ** rule:,.0f}", f"{cost:.4f}"))
     print_table(("depth", "M tokens", "bits per byte by batch", "best batch", "the rule's", "its cost"), rows)
-    print0(f"exponent of the best batch, through {REFERENCE_BATCH_TOKENS:,} at {REFERENCE_TOKENS / 1e9:.2f} B tokens: "
-           + ("no cell has a best batch" if exponent is None else f"{exponent:.3f}"))
+    print0("best batch: " + ("not known for two horizons" if law is None else
+           f"{law[1]:,.0f} tokens at {SMALL_TOKENS / 1e6:g} M, growing as tokens^{law[0]:.3f}"))
     path = save_figure(draw_dial(cells), "dial", args.out)
-    return {"exponent": exponent, "best": {(cell.depth, cell.tokens): cell.best for cell in cells}, "figure": str(path)}
+    return {"law": law, "best": {(cell.depth, cell.tokens): cell.best for cell in cells}, "figure": str(path)}
 
 
 def read_points(path: Path) -> list[dict[str, float]]:
@@ -110,11 +111,14 @@ def make_cells(points: list[dict[str, float]]) -> list[Cell]:
     return cells
 
 
-def fit_exponent(cells: list[Cell]) -> float | None:
-    """The slope of log2 of the best batch over log2 of the tokens, least squares through the reference."""
-    x, y = np.array([(math.log2(cell.tokens / REFERENCE_TOKENS), cell.best - math.log2(REFERENCE_BATCH_TOKENS))
-                     for cell in cells if cell.best is not None]).reshape(-1, 2).T
-    return float(x @ y / (x @ x)) if len(x) else None
+def fit_law(cells: list[Cell]) -> tuple[float, float] | None:
+    """(exponent, best batch at SMALL_TOKENS) by least squares in log-log; None where fewer than two horizons have a best
+    batch."""
+    known = [(math.log2(cell.tokens / SMALL_TOKENS), cell.best) for cell in cells if cell.best is not None]
+    if len({tokens for tokens, _ in known}) < 2:
+        return None
+    exponent, batch = np.polyfit(*np.array(known).T, 1)
+    return float(exponent), float(2 ** batch)
 
 
 @styled

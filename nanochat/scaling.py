@@ -16,8 +16,9 @@ from nanochat.config import GPTConfig, count_params, estimate_flops
 REFERENCE_DEPTH = 12               # depth at which batch size, learning rates and weight decay were tuned
 REFERENCE_RATIO = 12               # its tokens per scaling parameter
 REFERENCE_BATCH_TOKENS = 2**19     # and its batch
-BATCH_EXPONENT = 0.383             # optimal batch ~ tokens^0.383 (arXiv 2505.13738), above the reference's tokens
-SMALL_BATCH_EXPONENT = 0.78        # and below them (dev/LOG.md, "The dial where budgets are small")
+BATCH_EXPONENT = 0.383             # optimal batch ~ tokens^0.383 (arXiv 2505.13738)
+SMALL_TOKENS, SMALL_BATCH_TOKENS = 10e6, 7168    # a small budget, and its best batch (dev/LOG.md, "The dial where
+                                                 # budgets are small")
 
 # Learning rates at the reference batch and, for the first two, at 768 channels; ADAM_GROUPS has the groups
 EMBEDDING_LR   = 0.3
@@ -230,10 +231,17 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
 
 
 def get_best_batch(num_tokens: float, reference_tokens: float, rule: TrainingRule = OURS) -> float:
-    """Tokens of a batch for a horizon of num_tokens; reference_tokens: those at which it is the reference's."""
-    growth = num_tokens / reference_tokens
-    is_small = growth < 1 and rule.batch_from == "horizon"
-    return REFERENCE_BATCH_TOKENS * growth ** (SMALL_BATCH_EXPONENT if is_small else BATCH_EXPONENT)
+    """Tokens of a batch for a horizon of num_tokens; reference_tokens: those at which it is the reference's.
+
+    It was measured for 1 to 10 M tokens, at depths 2 and 4, and grows there as the paper has it, from a batch that is
+    a tenth of what the reference would have there. Between both it is interpolated: no measurement, a bridge.
+    """
+    if rule.batch_from == "size" or num_tokens >= reference_tokens:
+        return REFERENCE_BATCH_TOKENS * (num_tokens / reference_tokens) ** BATCH_EXPONENT
+    if num_tokens <= SMALL_TOKENS:
+        return SMALL_BATCH_TOKENS * (num_tokens / SMALL_TOKENS) ** BATCH_EXPONENT
+    part = math.log(num_tokens / SMALL_TOKENS) / math.log(reference_tokens / SMALL_TOKENS)
+    return SMALL_BATCH_TOKENS * (REFERENCE_BATCH_TOKENS / SMALL_BATCH_TOKENS) ** part
 
 
 def get_batch_lr_scale(batch_tokens: int, lr_batch_tokens: float = REFERENCE_BATCH_TOKENS) -> float:

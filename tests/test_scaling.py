@@ -63,10 +63,11 @@ def test_horizon_and_batch_of_the_public_record_by_hand(depth):
 
 @pytest.mark.parametrize("depth", PARAMS)
 def test_horizon_and_batch_by_hand(depth):
-    for ratio in (12, 8, 0.5):
+    for ratio in (12, 8, 1):
         plan = plan_depth(depth, target_param_data_ratio=ratio)
         growth = math.log2(ratio * PARAMS[depth] / (12 * PARAMS[12]))
-        best = 19 + growth * (0.383 if growth > 0 else 0.78)
+        small = math.log2(10e6 / (12 * PARAMS[12]))    # no plan here is below
+        best = 19 + growth * (0.383 if growth > 0 else (math.log2(7168) - 19) / small)
         assert plan.batch_tokens == 2 ** round(best)
         assert plan.num_iterations == int(ratio * PARAMS[depth]) // plan.batch_tokens
         assert plan.lr_batch_tokens == pytest.approx(2 ** min(best, 19))
