@@ -261,6 +261,6 @@ def compare_core(model, tokenizer, task: CoreTask, max_per_task: int | None, the
     reasons = [] if core == summed else ["sum, not mean"]
     if summed != acc:
         reasons.append(f"{num_cut} of {len(rows)} prompts cut, in CORE with their bos" if num_cut else
-                       "tokens where context and ending meet")
+                       "other tokens where context and ending meet, or rounding")
     return {"task": task.label, "items": len(rows), "CORE": core, "by sum": summed, "acc": acc,
             "acc_norm": theirs.get("acc_norm,none", acc), "why": "; ".join(reasons) or "same"}

@@ -55,9 +55,11 @@ def read_folder(folder: Path, stage: str | None = None) -> Import:
 
     stage: of the model; None: what the folder says
     """
-    settings, mark = read_object(folder / "config.json"), {}
-    if (folder / MARK_NAME).is_file():
-        mark = read_object(folder / MARK_NAME)
+    mark = read_object(folder / MARK_NAME) if (folder / MARK_NAME).is_file() else {}
+    if mark.get("format") == "gguf":
+        raise UserError(f"{folder} is an export of format gguf, which isn't read back; export the model as custom or "
+                        "qwen3")
+    settings = read_object(folder / "config.json")
     kind = settings.get("model_type")
     if kind not in READERS:
         raise UserError(f"{folder} holds a model of type {kind}; what can be read back is a custom or qwen3 export of "
