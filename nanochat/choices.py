@@ -101,8 +101,9 @@ class Wanted:
         """With the choices of the run that is continued, or with the dtype of the stage before."""
         if saved:
             return replace(self, kept=saved.meta["choices"], kept_why="as the run began")
-        if source and source.meta["environment"]["hardware"]["device"] == device.type:
-            return replace(self, kept={"dtype": source.meta["choices"]["dtype"]}, kept_why=f"as the {source.stage} run")
+        dtype = source and source.meta["choices"].get("dtype")    # an import has none
+        if dtype and source.meta["environment"]["hardware"]["device"] == device.type:
+            return replace(self, kept={"dtype": dtype}, kept_why=f"as the {source.stage} run")
         return self
 
 

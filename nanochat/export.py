@@ -313,7 +313,8 @@ def export_model(source: Source, out: Path, form: str, dtype: str, force: bool =
         meta = source.meta
         write_json(new / MARK_NAME, {"format": form, "dtype": dtype, "stage": meta["stage"], "step": meta["step"],
                                      "run": Path(meta["run_dir"]).name, "tokenizer": meta["tokenizer"],
-                                     "model_config": asdict(source.model.config)})
+                                     "model_config": asdict(source.model.config),
+                                     "identity": meta.get("identity")})    # for import_hf: batch, rates
         sync_folder(new)
         if out.exists():
             out.rename(old)

@@ -145,6 +145,11 @@ class CoreTask:
         random.Random(DATA_SEED).shuffle(rows)
         return rows[:max_per_task]
 
+    def center(self, accuracy: float) -> float:
+        """An accuracy so that guessing gives 0."""
+        baseline = self.baseline_pct / 100
+        return (accuracy - baseline) / (1 - baseline)
+
 
 @dataclass(frozen=True)
 class Option:
@@ -380,19 +385,24 @@ def score_options(model, options: list[Option]) -> list[tuple[float, bool]]:
     return list(zip(mean_nll.tolist(), exact.tolist(), strict=True))
 
 
-def count_correct(model, items: list[Item]) -> int:
-    """The number of items of one batch that the model gets right; of equally good options the first is its answer."""
+def count_correct(model, items: list[Item], by_sum: bool = False) -> int:
+    """The number of items of one batch that the model gets right; of equally good options the first is its answer.
+    by_sum: the option with the lowest loss of all its tokens together wins, as in lm-evaluation-harness
+    """
     options = list(dict.fromkeys(option for item in items for option in item.options))  # equal options must tie exactly
     scores, num_correct = dict(zip(options, score_options(model, options), strict=True)), 0
     for item in items:
         losses, exact = zip(*map(scores.__getitem__, item.options), strict=True)
+        if by_sum:
+            losses = [loss * (len(option.tail) - 1) for loss, option in zip(losses, item.options, strict=True)]
         num_correct += exact[0] if item.gold is None else losses.index(min(losses)) == item.gold
     return num_correct
 
 
 @torch.no_grad()
-def evaluate_task(model, tokenizer, task: CoreTask, max_per_task: int | None = None) -> dict:
-    """{accuracy, centered, num_items} of one task. Collective: all ranks call it, each answers its share of items."""
+def evaluate_task(model, tokenizer, task: CoreTask, max_per_task: int | None = None, by_sum: bool = False) -> dict:
+    """{accuracy, centered, num_items} of one task. Collective: all ranks call it, each answers its share of items.
+    by_sum: see count_correct; CORE takes the mean"""
     if max_per_task is not None and max_per_task < 1:
         raise UserError(f"--max-per-task {max_per_task} must be at least 1, or all")
     ranks = get_ranks()
@@ -407,11 +417,11 @@ def evaluate_task(model, tokenizer, task: CoreTask, max_per_task: int | None = N
         for start in range(0, len(mine), WINDOW_ITEMS):
             indices = mine[start:start + WINDOW_ITEMS]
             items = make_items(task, tokenizer, rows, indices, model.config.sequence_len)
-            num_correct += sum(count_correct(model, batch) for batch in make_batches(items, batch_tokens, tail_tokens))
+            num_correct += sum(count_correct(model, batch, by_sum)
+                               for batch in make_batches(items, batch_tokens, tail_tokens))
     model.train(was_training)
     accuracy = int(sum_over_ranks(torch.tensor(num_correct, device=device))) / len(rows)
-    baseline = task.baseline_pct / 100
-    return {"accuracy": accuracy, "centered": (accuracy - baseline) / (1 - baseline), "num_items": len(rows)}
+    return {"accuracy": accuracy, "centered": task.center(accuracy), "num_items": len(rows)}
 
 
 def compute_core(results: dict[str, dict]) -> dict:

@@ -1,12 +1,16 @@
 """The benchmarks of dev/ run: their figures are for a person to read, so only their form is checked."""
 
+import http.server
 import json
+import threading
+import time
 
 import pytest
 import torch
 
 from dev import bench_checkpoint, bench_kernels, bench_loader, bench_server, bench_split, bench_step
 from dev.timing import print_table, time_in_turn
+from nanochat.common import UserError
 from nanochat.tokenizer import SPLIT_PATTERNS
 
 
@@ -51,3 +55,71 @@ def test_variants_take_turns():
     order = []
     ms = time_in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, torch.device("cpu"), rounds=3)
     assert order == ["a", "b"] * 5 and set(ms) == {"a", "b"}  # two rounds of warm-up
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Servers that run already
+
+CHUNKS = ('{"choices":[{"delta":{"role":"assistant","content":null}}]}', '{"choices":[{"delta":{"content":"a"}}]}',
+          '{"choices":[],"usage":{"completion_tokens":7}}')
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """As other engines answer: compact JSON, a header of their own, usage in the last chunk."""
+    asked: list[tuple[str, dict]] = []
+    chunks = CHUNKS
+
+    def log_message(self, *args):
+        """No lines among the test's own."""
+
+    def answer(self, kind, text):
+        is_known = self.headers["Authorization"] == "Bearer secret"
+        self.send_response(200 if is_known else 401)
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def do_GET(self):
+        self.answer("application/json", json.dumps({"data": [{"id": "their-model"}]}))
+
+    def do_POST(self):
+        self.asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+        time.sleep(0.01)
+        self.answer("text/event-stream", "".join(f"data: {chunk}\n\n" for chunk in self.chunks) + "data: [DONE]\n\n")
+
+
+@pytest.fixture
+def urls(monkeypatch):
+    """Two servers of OpenAI's API."""
+    monkeypatch.setattr(Handler, "asked", [])
+    servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield [f"http://127.0.0.1:{server.server_port}" for server in servers]
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_servers_that_run_already(urls, capsys):
+    argv = ["--url", urls[0], urls[1] + "/v1/", "--api-key", "secret", "--clients", "2", "--requests", "3"]
+    result = bench_server.main([*argv, "--max-tokens", "9"])
+    assert [(row["server"], row["clients"], row["requests"], row["tokens"]) for row in result["rows"]] == [
+        (url.removeprefix("http://"), clients, 9 * clients, 63 * clients) for url in urls for clients in (1, 2)]
+    assert all(0 < row["first p50 ms"] for row in result["rows"]) and list(result["ratios"]) == urls
+    path, body = Handler.asked[0]
+    assert path == "/v1/chat/completions" and body["model"] == "their-model" and body["max_tokens"] == 9
+    assert "times the tokens/s of 127.0.0.1" in capsys.readouterr().out
+
+
+def test_servers_that_do_not_answer(urls, monkeypatch):
+    for argv, reason in ((["--url", urls[0]], "doesn't answer as a server of OpenAI's API .*401.*give its --api-key"),
+                         (["--url", "127.0.0.1:9"], "it is no address such as http://127.0.0.1:8000"),
+                         (["--url", "http://127.0.0.1:9"], "doesn't answer as a server"),
+                         (["--url", urls[0], "--depth", "4"], "--depth is for the server that this starts; with --url"),
+                         (["--api-key", "secret"], "--api-key is for the servers of --url; name them")):
+        with pytest.raises(UserError, match=reason):
+            bench_server.main(argv)
+    monkeypatch.setattr(Handler, "chunks", CHUNKS[:2])
+    with pytest.raises(UserError, match='gave no answer that ends with its usage of tokens: data: {"choices"'):
+        bench_server.main(["--url", urls[0], "--api-key", "secret"])
