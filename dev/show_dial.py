@@ -112,8 +112,8 @@ def make_cells(points: list[dict[str, float]]) -> list[Cell]:
 
 
 def fit_law(cells: list[Cell]) -> tuple[float, float] | None:
-    """(exponent, best batch at SMALL_TOKENS) by least squares in log-log; None where fewer than two horizons have a best
-    batch."""
+    """(exponent, best batch at SMALL_TOKENS) by least squares in log-log; None where fewer than two horizons have one.
+    """
     known = [(math.log2(cell.tokens / SMALL_TOKENS), cell.best) for cell in cells if cell.best is not None]
     if len({tokens for tokens, _ in known}) < 2:
         return None
