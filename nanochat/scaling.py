@@ -233,15 +233,16 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
 def get_best_batch(num_tokens: float, reference_tokens: float, rule: TrainingRule = OURS) -> float:
     """Tokens of a batch for a horizon of num_tokens; reference_tokens: those at which it is the reference's.
 
-    It was measured for 1 to 10 M tokens, at depths 2 and 4, and grows there as the paper has it, from a batch that is
-    a tenth of what the reference would have there. Between both it is interpolated: no measurement, a bridge.
+    Measured for 1 to 10 M tokens, at depths 2 and 4, it grows there as the paper has it, but from a batch that is a
+    twelfth of what the paper's law and the reference give. Between both nothing was measured: a parabola in log-log
+    leaves the small budgets along their law and ends at the reference.
     """
     if rule.batch_from == "size" or num_tokens >= reference_tokens:
         return REFERENCE_BATCH_TOKENS * (num_tokens / reference_tokens) ** BATCH_EXPONENT
-    if num_tokens <= SMALL_TOKENS:
-        return SMALL_BATCH_TOKENS * (num_tokens / SMALL_TOKENS) ** BATCH_EXPONENT
-    part = math.log(num_tokens / SMALL_TOKENS) / math.log(reference_tokens / SMALL_TOKENS)
-    return SMALL_BATCH_TOKENS * (REFERENCE_BATCH_TOKENS / SMALL_BATCH_TOKENS) ** part
+    part = max(0.0, math.log(num_tokens / SMALL_TOKENS) / math.log(reference_tokens / SMALL_TOKENS))
+    at_reference = SMALL_BATCH_TOKENS * (reference_tokens / SMALL_TOKENS) ** BATCH_EXPONENT
+    return (SMALL_BATCH_TOKENS * (num_tokens / SMALL_TOKENS) ** BATCH_EXPONENT
+            * (REFERENCE_BATCH_TOKENS / at_reference) ** part ** 2)
 
 
 def get_batch_lr_scale(batch_tokens: int, lr_batch_tokens: float = REFERENCE_BATCH_TOKENS) -> float:

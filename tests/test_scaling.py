@@ -66,8 +66,12 @@ def test_horizon_and_batch_by_hand(depth):
     for ratio in (12, 8, 1):
         plan = plan_depth(depth, target_param_data_ratio=ratio)
         growth = math.log2(ratio * PARAMS[depth] / (12 * PARAMS[12]))
-        small = math.log2(10e6 / (12 * PARAMS[12]))    # no plan here is below
-        best = 19 + growth * (0.383 if growth > 0 else (math.log2(7168) - 19) / small)
+        if growth >= 0:
+            best = 19 + 0.383 * growth
+        else:    # between 10 M tokens and the reference's, in octaves above 10 M
+            octaves, whole = math.log2(ratio * PARAMS[depth] / 10e6), math.log2(12 * PARAMS[12] / 10e6)
+            missing = 19 - math.log2(7168) - 0.383 * whole
+            best = math.log2(7168) + 0.383 * octaves + missing * (octaves / whole) ** 2
         assert plan.batch_tokens == 2 ** round(best)
         assert plan.num_iterations == int(ratio * PARAMS[depth]) // plan.batch_tokens
         assert plan.lr_batch_tokens == pytest.approx(2 ** min(best, 19))
