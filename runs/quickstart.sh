@@ -20,8 +20,8 @@ NUM_SHARDS=${NUM_SHARDS:-}               # training shards to download; empty: a
 TOK_CHARS=${TOK_CHARS:-100000000}        # characters that the tokenizer learns from
 NAME=${NAME:-quickstart}                 # of the tokenizer and the runs; other DATA needs another
 MID_TASKS=${MID_TASKS:-Arithmetic:12000 SimpleSpelling:110000 SpellingBee:8000 Identity:1500:2 PythonDocs}
-SFT_TASKS=${SFT_TASKS:-Arithmetic:3000 SimpleSpelling:25000 SpellingBee:4000 Identity:1500:2 PythonDocs}
-RL_TASKS=${RL_TASKS:-SimpleSpelling:320}    # 16 questions a step
+SFT_TASKS=${SFT_TASKS:-}                 # empty: no SFT, no RL. After this midtraining neither changes what 300 problems
+RL_TASKS=${RL_TASKS:-}                   # show; runs/runcpu.sh has both
 EVAL_TASKS=${EVAL_TASKS:-Arithmetic SimpleSpelling SpellingBee Identity PythonDocs}
 NUM_PROBLEMS=${NUM_PROBLEMS:-300}        # held-out problems of each task
 WORDS=${WORDS-$DATA}                     # dataset whose words are spelled; empty: those that an older chain took
@@ -34,7 +34,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 # Seconds by the header; those of training grow about as the depth squared, the base model's with its tokens too
 size=$(( DEPTH * DEPTH ))
 begin_chain "$NAME" text 25 tokenizer 15 base $(( $(count_tokens) / 238 * size / 1000 )) loss 20 \
-    mid $(( 19 * size )) sft $(( 6 * size )) rl $(( 2 * size )) eval $(( 6 * size )) report 5
+    mid $(( 19 * size )) ${SFT_TASKS:+sft $(( 6 * size ))} ${RL_TASKS:+rl $(( 2 * size ))} eval $(( 2 * size )) report 5
 stage text
 fetch_data "$DATA" --depth "$DEPTH" --max-seq-len "$SEQ_LEN" --vocab-size "$VOCAB_SIZE" --target-param-data-ratio "$RATIO"
 stage tokenizer
@@ -47,13 +47,20 @@ stage loss
 python -m scripts.base_loss --model-tag "$NAME" --eval-tokens 262144
 stage mid
 python -m scripts.mid_train --model-tag "$NAME" --tasks $MID_TASKS ${WORDS:+--words "$WORDS"} --eval-tokens 65536 $CHAT_EXTRA
-stage sft
-python -m scripts.chat_sft --model-tag "$NAME" --tasks $SFT_TASKS ${WORDS:+--words "$WORDS"} --eval-tokens 65536 $CHAT_EXTRA
-stage rl
-python -m scripts.chat_rl --model-tag "$NAME" --tasks $RL_TASKS ${WORDS:+--words "$WORDS"} --max-new-tokens 48 \
-    --eval-every never --sample-every never $CHAT_EXTRA $RL_EXTRA
+last=mid
+if [[ $SFT_TASKS ]]; then
+    last=sft
+    stage sft
+    python -m scripts.chat_sft --model-tag "$NAME" --tasks $SFT_TASKS ${WORDS:+--words "$WORDS"} --eval-tokens 65536 \
+        $CHAT_EXTRA
+fi
+if [[ $RL_TASKS ]]; then
+    stage rl
+    python -m scripts.chat_rl -i "$last" --model-tag "$NAME" --tasks $RL_TASKS \
+        ${WORDS:+--words "$WORDS"} --max-new-tokens 48 --eval-every never --sample-every never $CHAT_EXTRA $RL_EXTRA
+fi
 stage eval
-for source in mid sft rl; do
+for source in mid ${SFT_TASKS:+sft} ${RL_TASKS:+rl}; do
     python -m scripts.chat_eval --source "$source" --model-tag "$NAME" --task-name $EVAL_TASKS ${WORDS:+--words "$WORDS"} \
         -x "$NUM_PROBLEMS"
 done
