@@ -24,7 +24,7 @@ from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import Ranks, UserError, get_base_dir, now, run_script, write_json
 from nanochat.config import GPTConfig, count_params
 from nanochat.presets import HORIZON, PLAIN, format_knob, parse_knobs
-from nanochat.scaling import check_counts
+from nanochat.scaling import Plan, check_counts
 from nanochat.stage import Recipe
 from scripts import base_train
 from scripts.sweep import Point, check_own, open_sweep, parse_flags, parse_run_args
@@ -140,14 +140,20 @@ def read_flags(args: argparse.Namespace) -> tuple[list[str], dict[str, str], flo
         raise UserError(f"--{' and --'.join(horizon)} are two horizons; give one of them".replace("_", "-"))
     apart = ("knobs", "window_pattern", "num_iterations", "target_flops")
     flags = [f"--depth={args.depth}", *to_words({key: given[key] for key in given if key not in apart})]
-    plan = make_recipe([*flags, *to_words({key: given[key] for key in horizon if key in given}), *switch(own)]).plan
+    if args.tokens is not None and not 0 < args.tokens < math.inf:
+        raise UserError(f"--tokens {args.tokens:g} must be a positive number")
+
+    def plan_full(horizon: dict) -> Plan:
+        return make_recipe([*flags, *to_words(horizon), *switch(own)], args.nproc).plan
+    plan = plan_full({key: given[key] for key in horizon if key in given})
+    target_flops = args.target_flops
+    if args.tokens is not None:
+        target_flops = args.tokens * plan.flops_per_token
+    if target_flops is not None:    # the batch follows from them
+        plan = plan_full({"target_flops": [repr(target_flops)]})
     if "total_batch_size" not in given:
         flags.append(f"--total-batch-size={plan.batch_tokens}")
-    if args.tokens is not None:
-        if not 0 < args.tokens < math.inf:
-            raise UserError(f"--tokens {args.tokens:g} must be a positive number")
-        return flags, own, args.tokens * plan.flops_per_token
-    return flags, own, plan.total_flops if args.target_flops is None else args.target_flops
+    return flags, own, plan.total_flops if target_flops is None else target_flops
 
 
 def parse_features(args: argparse.Namespace) -> list[str]:
@@ -201,10 +207,10 @@ def to_words(flags: dict[str, list[str]]) -> list[str]:
     return [word for name, values in flags.items() for word in (f"--{name.replace('_', '-')}", *values)]
 
 
-def make_recipe(words: list[str]) -> Recipe:
+def make_recipe(words: list[str], num_ranks: int = 1) -> Recipe:
     """What scripts.base_train would train with these flags."""
     typed, flags = base_train.parse_args([*words, "--resume=none"])
-    return base_train.make_recipe(typed, flags, Path(), Ranks())[0]
+    return base_train.make_recipe(typed, flags, Path(), Ranks(world_size=num_ranks))[0]
 
 
 def describe_config(config: GPTConfig) -> tuple:

@@ -4,8 +4,8 @@
     python -m dev.show_dial mine.csv        # your own: depth,tokens,batch,rate,seed,bpb
 
 rate: learning rates as multiples of those at the reference batch, 2^19 tokens. Each depth and horizon is a cell. Of the
-points of a cell and batch, the best mean over seeds counts, whatever its rate; a parabola through these over log2 of
-the batch gives the cell's best batch, where at least three batches were tried and the best is not the first or last.
+points of a cell and batch, the best mean over the seeds that the whole cell has counts, whatever its rate; a parabola
+through the best batch and its neighbours, over log2 of the batch, gives the cell's best batch, where it has both.
 Prints the cells, the rule's batch and what it costs in bits per byte by the parabola, and the power law that fits the
 best batches; writes dial.png.
 """
@@ -65,10 +65,11 @@ def main(argv: list[str] | None = None) -> dict:
     for cell in cells:
         rule = math.log2(get_best_batch(cell.tokens, REFERENCE_TOKENS))
         cost = np.nan if cell.best is None else np.diff(np.polyval(cell.parabola, (cell.best, rule)))[0]
-        tried = ", ".join(f"{2 ** batch / 1024:g}K {loss:.4f}" for batch, loss in cell.losses.items())
+        tried = ", ".join(f"{2 ** batch / 1024:g}K {loss:.4f} (x{cell.rates[batch]:g})"
+                          for batch, loss in cell.losses.items())
         rows.append((str(cell.depth), f"{cell.tokens / 1e6:.2f}", tried,
                      "-" if cell.best is None else f"{2 ** cell.best:,.0f}", f"{2 ** rule:,.0f}", f"{cost:.4f}"))
-    print_table(("depth", "M tokens", "bits per byte by batch", "best batch", "the rule's", "its cost"), rows)
+    print_table(("depth", "M tokens", "bits per byte by batch (best rate)", "best batch", "the rule's", "its cost"), rows)
     print0("best batch: " + ("not known for two horizons" if law is None else
            f"{law[1]:,.0f} tokens at {SMALL_TOKENS / 1e6:g} M, growing as tokens^{law[0]:.3f}"))
     path = save_figure(draw_dial(cells), "dial", args.out)
@@ -91,14 +92,20 @@ def read_points(path: Path) -> list[dict[str, float]]:
 
 def make_cells(points: list[dict[str, float]]) -> list[Cell]:
     """The cells in the order of depth and horizon."""
-    losses: dict[tuple[float, float], dict[tuple[float, float], list[float]]] = defaultdict(lambda: defaultdict(list))
+    losses: dict[tuple[float, float], dict[tuple[float, float], dict[float, float]]] = \
+        defaultdict(lambda: defaultdict(dict))
     for point in points:
-        losses[point["depth"], point["tokens"]][math.log2(point["batch"]), point["rate"]].append(point["bpb"])
+        settings = math.log2(point["batch"]), point["rate"]
+        losses[point["depth"], point["tokens"]][settings][point["seed"]] = point["bpb"]
     cells = []
     for (depth, tokens), by_settings in sorted(losses.items()):
+        seeds = set.intersection(*(set(by_seed) for by_seed in by_settings.values()))
+        if not seeds:
+            raise UserError(f"the points of depth {depth:g}, {tokens:g} tokens have no seed in common")
         best_of: dict[float, tuple[float, float]] = {}
-        for (batch, rate), values in sorted(by_settings.items()):
-            best_of[batch] = min(best_of.get(batch, (math.inf, 0.0)), (float(np.mean(values)), rate))
+        for (batch, rate), by_seed in sorted(by_settings.items()):
+            mean = float(np.mean([by_seed[seed] for seed in seeds]))
+            best_of[batch] = min(best_of.get(batch, (math.inf, 0.0)), (mean, rate))
         batches, means = list(best_of), [loss for loss, _ in best_of.values()]
         parabola = best = None
         if 0 < int(np.argmin(means)) < len(means) - 1:

@@ -2,7 +2,7 @@
 
     python -m scripts.sweep --name grid --grid depth=2,4,6,8 num-iterations=250,500,1000 -- --total-batch-size 16384
     python -m dev.show_loss_grid ~/.cache/nanochat/sweeps/grid
-    python -m scripts.sweep --name kinds --grid preset=plain,nanochat-july26 depth=2,4,6 num-iterations=250,500
+    python -m scripts.sweep --name kinds --grid preset=plain,nanochat-jan26 depth=2,4,6 num-iterations=250,500
 
 RESULTS is what dev.scaling_laws reads: a sweep's folder, a folder of runs, or a CSV file. Both slopes come from one fit
 to all runs, ln L = c + a ln N + b ln D: in a grid of equal FLOPs larger models see fewer tokens, and a fit to one of

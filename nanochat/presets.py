@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from nanochat import scaling
-from nanochat.common import UserError
+from nanochat.common import UserError, print0
 from nanochat.config import GPTConfig
 from nanochat.scaling import JULY26, OURS, AdamGroup, TrainingRule
 
@@ -68,7 +68,7 @@ QUINTIC = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.591
            (2.8366, -3.0525, 1.2012))
 RULES = {
     "nov26": OURS,
-    "july26": JULY26,    # another batch, and rates by it
+    "july26": JULY26,    # the public record's: batch and rates by the model's size, for small models, too
     # Muon with NorMuon and cautious decay alone; no decay of what AdamW updates
     "jan26": TrainingRule(
         adam=(AdamGroup("lm_head",       "unembedding_lr", 1.0,  "width", (0.8,  0.95), 0.0),
@@ -101,10 +101,12 @@ def find_rule(name: str) -> TrainingRule:
 
 
 def choose_rule(preset: str | None, saved: dict | None) -> str:
-    """The rule of a preset, or ours; but a run that goes on keeps its own, as its checkpoint's identity has it."""
-    if saved and preset is None:
-        return saved.get("rule", "july26")    # a run from before it had a name
-    return find_preset(preset).rule
+    """The rule of a preset, or ours; but a run that was begun by our older one keeps it. saved: its identity."""
+    rule = find_preset(preset).rule
+    if saved and rule == "nov26" and saved.get("rule", "july26") == "july26":    # at first it had no name
+        print0("rule: july26, by which this run was begun")
+        return "july26"
+    return rule
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ class Plan:
     weight_decay: float       # Muon's, before its schedule
     horizon: str              # the flag that decided it: iterations, flops, ratio or epochs
     short_rows: list[ShortRows] | None = None    # stages of the sequence-length warm-up
-    lr_batch_tokens: float = REFERENCE_BATCH_TOKENS    # the batch at which batch_lr_scale is 1
+    lr_batch_tokens: float = REFERENCE_BATCH_TOKENS    # the batch at which rates aren't scaled, for later stages
 
     def get_row_tokens(self, step: int, T: int) -> int:
         """Tokens of a row at a step: T, or fewer during the warm-up."""
@@ -177,12 +177,12 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
     """Horizon, batch and hyper-parameter scales of a pretraining run.
 
     The horizon is the first given of num_iterations, target_flops, target_param_data_ratio (tokens per scaling param).
-    A batch that isn't given is the best for the horizon's tokens, rounded to a multiple of step_multiple (all ranks'
-    rows); for the ratio's tokens where only the number of steps is given. Learning rates grow with the root of the
-    batch, and are the reference's at the best batch, above the reference's tokens at the reference's batch.
+    A batch that isn't given is rounded to a multiple of step_multiple, all ranks' rows.
 
-    By a rule whose batch is from "size", that of the public record, batch and decay follow from ratio * scaling params
-    whatever the horizon, and all learning rates are the reference's at the reference's batch.
+    For models smaller than the reference it is the best for the horizon's tokens, or for the ratio's where only the
+    number of steps is given. Learning rates are the reference's from the best batch up to the reference's; below and
+    above, they follow the root of the batch. For larger models, and by a rule whose batch is from "size", that of the
+    public record holds: the batch follows from the size alone, rates follow the root of the batch everywhere.
     """
     for flag, value in (("--target-param-data-ratio", target_param_data_ratio), ("--target-flops", target_flops)):
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -195,17 +195,17 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
     target_tokens, reference_tokens = (int(target_param_data_ratio * num) for num in (size, reference_size))
     if target_tokens < 1:
         raise UserError(f"--target-param-data-ratio {target_param_data_ratio:g} gives less than one token")
-    num_tokens: float = target_tokens
-    lr_batch_tokens, tuned_tokens = float(REFERENCE_BATCH_TOKENS), reference_tokens    # those of the reference's batch
-    if rule.batch_from == "horizon":
-        num_tokens = target_flops / flops_per_token if horizon == "flops" else target_tokens
-        tuned_tokens = REFERENCE_RATIO * reference_size
+    is_small = rule.batch_from == "horizon" and size < reference_size
+    num_tokens: float = target_flops / flops_per_token if horizon == "flops" else target_tokens
+    tuned_tokens = REFERENCE_RATIO * reference_size    # for which the reference's batch was tuned
     if batch_tokens is None:
-        rounded = 2 ** round(math.log2(get_best_batch(num_tokens, tuned_tokens, rule)))
-        batch_tokens = max(1, round(rounded / step_multiple)) * step_multiple
-    if rule.batch_from == "horizon":
+        best = get_best_batch(num_tokens, tuned_tokens) if is_small else \
+            REFERENCE_BATCH_TOKENS * (target_tokens / reference_tokens) ** BATCH_EXPONENT
+        batch_tokens = max(1, round(2 ** round(math.log2(best)) / step_multiple)) * step_multiple
+    lr_batch_tokens: float = REFERENCE_BATCH_TOKENS
+    if is_small:
         num_tokens = num_iterations * batch_tokens if horizon == "iterations" else num_tokens
-        lr_batch_tokens = min(get_best_batch(num_tokens, tuned_tokens, rule), lr_batch_tokens)
+        lr_batch_tokens = min(max(batch_tokens, get_best_batch(num_tokens, tuned_tokens)), lr_batch_tokens)
     short_rows = make_short_rows(seq_len_warmup, config) if seq_len_warmup is not None else None
     saved_flops = count_saved_flops(short_rows, flops_per_token, batch_tokens)
     if horizon == "flops":
@@ -220,9 +220,10 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
                         "fewer steps")
     batch_lr_scale = get_batch_lr_scale(batch_tokens, lr_batch_tokens) if rule.scales_to_batch else 1.0
     if rule.decay_scaling == "horizon":
-        # The decay's time constant, 1 / (rate * decay) steps, is the same part of every run (T_epoch, arXiv 2405.13698)
+        # The decay's time constant, 1 / (rate * decay) steps, is the same part of a run of the same ratio, for every
+        # size and batch (T_epoch, arXiv 2405.13698)
         weight_decay *= batch_lr_scale * (lr_batch_tokens / REFERENCE_BATCH_TOKENS)
-        weight_decay = weight_decay * reference_tokens / num_tokens
+        weight_decay = weight_decay * reference_tokens / target_tokens
     elif rule.decay_scaling == "depth":
         weight_decay = weight_decay * (REFERENCE_DEPTH / config.n_layer) ** 2
     return _fill_plan(config, flops_per_token, num_iterations=num_iterations, batch_tokens=batch_tokens,
@@ -230,14 +231,14 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
                       weight_decay=weight_decay, short_rows=short_rows, lr_batch_tokens=lr_batch_tokens)
 
 
-def get_best_batch(num_tokens: float, reference_tokens: float, rule: TrainingRule = OURS) -> float:
+def get_best_batch(num_tokens: float, reference_tokens: float) -> float:
     """Tokens of a batch for a horizon of num_tokens; reference_tokens: those at which it is the reference's.
 
     Measured for 1 to 10 M tokens, at depths 2 and 4, it grows there as the paper has it, but from a batch that is a
     twelfth of what the paper's law and the reference give. Between both nothing was measured: a parabola in log-log
     leaves the small budgets along their law and ends at the reference.
     """
-    if rule.batch_from == "size" or num_tokens >= reference_tokens:
+    if num_tokens >= reference_tokens:
         return REFERENCE_BATCH_TOKENS * (num_tokens / reference_tokens) ** BATCH_EXPONENT
     part = max(0.0, math.log(num_tokens / SMALL_TOKENS) / math.log(reference_tokens / SMALL_TOKENS))
     at_reference = SMALL_BATCH_TOKENS * (reference_tokens / SMALL_TOKENS) ** BATCH_EXPONENT

@@ -209,7 +209,8 @@ def begin_run(setup: Setup, state: TrainState, loader) -> Run:
     print0(f"model: depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, context "
            f"{config.sequence_len}, vocabulary {config.vocab_size:,}: {params['total']:,} parameters\n"
            f"plan: {plan.num_iterations:,} steps of {plan.batch_tokens:,} tokens = {plan.total_tokens:,} (horizon by "
-           f"{plan.horizon}, {plan.tokens_per_param:.1f} per scaling parameter), {plan.total_flops:.2e} FLOPs\n"
+           f"{plan.horizon}, {plan.tokens_per_param:.1f} per scaling parameter), {plan.total_flops:.2e} FLOPs, "
+           f"learning rates x{plan.batch_lr_scale:.3g}\n"
            f"data: {data['name']} ({data['hash']}), tokenizer: {tokenizer['name']} ({tokenizer['hash']})\n"
            f"run: {recipe.run_dir}" + (f", continued at step {setup.first_step}" if setup.first_step else ""))
     if setup.choices.machine.is_compiled:

@@ -30,6 +30,7 @@ CHAT_EXTRA=${CHAT_EXTRA:-}               # more flags for mid_train, chat_sft an
 RL_EXTRA=${RL_EXTRA:-}                   # more flags for chat_rl alone
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+refuse_steps
 
 # Seconds by the header; those of training grow about as the depth squared, the base model's with its tokens too
 size=$(( DEPTH * DEPTH ))

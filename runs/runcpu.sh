@@ -9,6 +9,6 @@
 #
 # DEPTH, SEQ_LEN, VOCAB_SIZE, RATIO, DATA, NAME and EXTRA are those of runs/quickstart.sh.
 export DEPTH=${DEPTH:-6} RATIO=${RATIO:-1} NAME=${NAME:-runcpu}
-export SFT_TASKS=${SFT_TASKS:-Arithmetic:3000 SimpleSpelling:25000 SpellingBee:4000 Identity:1500:2 PythonDocs}
-export RL_TASKS=${RL_TASKS:-SimpleSpelling:320}    # 16 questions a step
+export SFT_TASKS=${SFT_TASKS-Arithmetic:3000 SimpleSpelling:25000 SpellingBee:4000 Identity:1500:2 PythonDocs}
+export RL_TASKS=${RL_TASKS-SimpleSpelling:320}    # 16 questions a step
 exec bash "$(dirname "${BASH_SOURCE[0]}")/quickstart.sh"

@@ -48,6 +48,11 @@ launch() {    # a module on NPROC GPUs, with its flags; torchrun, by its module'
     fi
 }
 
+refuse_steps() {    # settings of older recipes
+    [[ -z ${NUM_ITERATIONS:-}${BATCH_TOKENS:-} ]] ||
+        fail "NUM_ITERATIONS and BATCH_TOKENS are no settings any more; set RATIO, or EXTRA='--num-iterations N ...'"
+}
+
 count_tokens() {    # that a laptop's base model reads, by DEPTH, VOCAB_SIZE and RATIO (scaling.count_scaling_params)
     awk -v depth="$DEPTH" -v vocab="$VOCAB_SIZE" -v ratio="$RATIO" \
         'BEGIN { width = 128 * int((depth + 1) / 2); printf "%d", ratio * width * (12 * width * depth + vocab) }'

@@ -134,8 +134,9 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, run_dir: Path, rank
                          **preset.shape | preset.knobs | parse_knobs(args.knobs))
     plan = make_plan(config, estimate_flops(config), num_iterations=args.num_iterations,
                      target_flops=args.target_flops, target_param_data_ratio=args.target_param_data_ratio,
-                     batch_tokens=args.total_batch_size or (before and before["plan"]["batch_tokens"]),
-                     step_multiple=args.max_seq_len * ranks.world_size, weight_decay=args.weight_decay,
+                     batch_tokens=before["plan"]["batch_tokens"] if before and args.total_batch_size is None else
+                     args.total_batch_size, step_multiple=config.sequence_len * ranks.world_size,
+                     weight_decay=args.weight_decay,
                      seq_len_warmup=args.seq_len_warmup, rule=find_rule(rule))
     data = {"name": shards.name, "hash": shards.hash, "folder": str(shards.val.parent),
             "train_files": [path.name for path in shards.train]}

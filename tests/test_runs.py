@@ -18,6 +18,7 @@ from nanochat import dataset
 from nanochat.config import GPTConfig, count_params
 from nanochat.presets import find_preset
 from nanochat.run import read_metrics
+from nanochat.scaling import count_scaling_params, make_config
 from nanochat.shards import load_shards, write_shard
 from scripts import base_train, plan
 from tests.eval_helpers import write_bundle
@@ -81,6 +82,28 @@ def write_hub(folder, source):
     for name, texts in ((hub.train[0], documents), (hub.val, documents[:80])):
         (folder / hub.repo / name).parent.mkdir(parents=True, exist_ok=True)
         write_shard(folder / hub.repo / name, iter(texts))
+
+
+def call_setup(function, **settings):
+    """A function of runs/setup.sh alone: the file itself would set up."""
+    text = (REPO_DIR / "runs" / "setup.sh").read_text(encoding="utf-8")
+    functions = "".join(text[text.index(f"{name}() {{"):].split("\n}\n")[0] + "\n}\n" for name in ("fail", function))
+    return subprocess.run(["bash", "-c", f"{functions}\n{function}"], env={"PATH": os.environ["PATH"], **settings},
+                          text=True, capture_output=True)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 6, 7])
+def test_tokens_of_a_laptop_recipe(depth):
+    config = make_config(depth, vocab_size=8192, sequence_len=512)
+    counted = call_setup("count_tokens", DEPTH=str(depth), VOCAB_SIZE="8192", RATIO="0.5")
+    gates = (config.n_layer + 1) // 2 * config.ve_gate_channels * config.n_kv_head    # too few to count
+    assert 2 * int(counted.stdout) == pytest.approx(count_scaling_params(config), abs=gates + 1)
+
+
+def test_settings_of_older_recipes_are_refused():
+    refused = call_setup("refuse_steps", NUM_ITERATIONS="300")
+    assert refused.returncode == 2 and "NUM_ITERATIONS and BATCH_TOKENS are no settings any more" in refused.stderr
+    assert call_setup("refuse_steps").returncode == 0
 
 
 @pytest.mark.parametrize(("recipe", "data"), [

@@ -428,7 +428,7 @@ def test_differing_plan_is_told_by_its_numbers(whole):
     (["--depth", "0"],                         "--depth 0 "),
     (["--head-dim", "15"],                     "--head-dim 15 "),
     (["--max-seq-len", "0"],                   "--max-seq-len 0"),
-    (["--num-iterations", "0"],                "the horizon .* is shorter than one step"),
+    (["--num-iterations", "0"],                "--num-iterations 0 must be at least 1"),
     (["--model-tag", "a/b"],                   "--model-tag 'a/b' must be a plain folder name"),
     (["--resume", "5"],                        "there is no checkpoint of step 5"),
     (["--dtype", "int8"],                      "--dtype int8 is not one of"),

@@ -47,6 +47,17 @@ def test_a_cell_whose_best_is_at_the_edge_has_no_best_batch(tmp_path, capsys):
     assert "not known for two horizons" in capsys.readouterr().out
 
 
+def test_a_seed_that_one_batch_alone_has_moves_nothing(tmp_path, capsys):
+    path = write_points(tmp_path / "points.csv", horizons=(1e6, 4e6))
+    before = show_dial.main([str(path), "--out", str(tmp_path)])
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("2,1e+06,4096,1.0,44,9\n")
+    assert show_dial.main([str(path), "--out", str(tmp_path)]) == before
+    path.write_text("depth,tokens,batch,rate,seed,bpb\n4,1e6,2048,1,42,1.9\n4,1e6,4096,1,43,2.0\n")
+    with pytest.raises(UserError, match="depth 4, 1e[+]06 tokens have no seed in common"):
+        show_dial.main([str(path)])
+
+
 def test_the_measured_points_are_near_the_rule(tmp_path):
     """Within a factor of 1.5 of the batch, so that the constant can't move away from its evidence unseen."""
     found = show_dial.main(["--out", str(tmp_path)])
