@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> dict:
                           for batch, loss in cell.losses.items())
         rows.append((str(cell.depth), f"{cell.tokens / 1e6:.2f}", tried,
                      "-" if cell.best is None else f"{2 ** cell.best:,.0f}", f"{2 ** rule:,.0f}", f"{cost:.4f}"))
-    print_table(("depth", "M tokens", "bits per byte by batch (best rate)", "best batch", "the rule's", "its cost"), rows)
+    print_table(("depth", "M tokens", "bits per byte by batch (best rate)", "best batch", "by the rule", "cost"), rows)
     print0("best batch: " + ("not known for two horizons" if law is None else
            f"{law[1]:,.0f} tokens at {SMALL_TOKENS / 1e6:g} M, growing as tokens^{law[0]:.3f}"))
     path = save_figure(draw_dial(cells), "dial", args.out)
