@@ -24,6 +24,7 @@ from nanochat.devices import get_environment, get_peak_memory_bytes
 from nanochat.engine import Engine
 from nanochat.fp8 import use_fp8
 from nanochat.loss_eval import evaluate_loss
+from nanochat.moe import make_balance
 from nanochat.optim import MuonAdamW
 from nanochat.presets import find_rule
 from nanochat.run import STOP_SIGNALS, Progress, RunLog, StepLog, StopSignal, check_ranks, compare_with_saved, read_info
@@ -127,7 +128,7 @@ def make_state(setup: Setup, narrow: Callable[[MuonAdamW], MuonAdamW] | None = N
     torch.manual_seed(recipe.flags.seed)
     model = checkpoints.build_model(recipe.config, dtype, setup.device)
     model.init_weights()
-    model.loss = machine.loss
+    model.loss, model.balance = machine.loss, None if narrow else make_balance(model)
     optimizer = model.setup_optimizer(**recipe.lrs, weight_decay=plan.weight_decay, batch_lr_scale=plan.batch_lr_scale,
                                       rule=find_rule(recipe.rule))
     if narrow:

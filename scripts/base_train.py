@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     add("--num-iterations", type=int, help="optimizer steps")
     add("--target-flops", type=float, help="training FLOPs")
     add("--target-param-data-ratio", type=float, default=12, help="tokens per scaling parameter")
-    # optimization
+    # optimization, data order
     add("--embedding-lr", type=float, default=scaling.EMBEDDING_LR)
     add("--unembedding-lr", type=float, default=scaling.UNEMBEDDING_LR)
     add("--matrix-lr", type=float, default=scaling.MATRIX_LR)
@@ -62,7 +62,6 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     add("--final-lr-frac", type=float, default=scaling.FINAL_LR_FRAC, help="final rate as a part of the peak")
     add("--seq-len-warmup", metavar="START:STEPS", help="rows of START tokens, doubled until they are whole after so "
         "many steps (default: whole from the first)")
-    # data order
     add("--packing", choices=("best-fit", "stream"), default="best-fit")
     add("--long-docs", choices=("split", "crop"), default="split", help="what best-fit does with long documents")
     # evaluation
