@@ -31,8 +31,8 @@ FINAL_LR_FRAC  = 0.05
 
 class AdamGroup(NamedTuple):
     """Parameters that AdamW updates with the same figures."""
-    name:         str           # lm_head, wte, value_embeds, resid_lambdas, x0_lambdas, gates (of smear and backout);
-                                # matrices, which are Muon's where no group has them
+    name:         str           # lm_head, wte, value_embeds, resid_lambdas, x0_lambdas, gates (of smear and backout),
+                                # routers (of experts); matrices, which are Muon's where no group has them
     rate:         str           # the flag with its learning rate; "" where none has it
     factor:       float         # on this rate
     scaling:      str           # of the rate: by "width" and batch, by "batch", or ""
@@ -40,6 +40,8 @@ class AdamGroup(NamedTuple):
     weight_decay: float
 
 
+# Anything from .0025 to .01 was as good, .02 worse than a frozen random router (nanochat's branch of July 2026)
+ROUTERS = AdamGroup("routers",   "",               0.005, "width", (0.8,  0.96),  0.0)
 ADAM_GROUPS = (
     AdamGroup("lm_head",       "unembedding_lr", 1.0,  "width", (0.8,  0.96),  0.01),
     AdamGroup("wte",           "embedding_lr",   1.0,  "width", (0.8,  0.995), 0.001),
@@ -47,6 +49,7 @@ ADAM_GROUPS = (
     AdamGroup("resid_lambdas", "scalar_lr",      0.01, "batch", (0.8,  0.95),  0.05),
     AdamGroup("x0_lambdas",    "scalar_lr",      1.0,  "batch", (0.96, 0.95),  0.0),
     AdamGroup("gates",         "",               0.2,  "",      (0.8,  0.95),  0.0),
+    ROUTERS,
 )
 
 
