@@ -172,6 +172,13 @@ def count_params(config: GPTConfig) -> dict[str, int]:
     return counts | {"total": sum(counts.values())}
 
 
+def describe_params(counts: dict[str, int]) -> str:
+    """For people: '36,700,196 parameters', of a mixture of experts the active ones, too."""
+    active = counts["total"] - counts.get("inactive_experts", 0)
+    return f"{active:,} active parameters of {counts['total']:,}" if active < counts["total"] else \
+        f"{active:,} parameters"
+
+
 def estimate_flops(config: GPTConfig, row_tokens: int | None = None) -> float:
     """Training FLOPs per token, in rows of the context or of row_tokens: 6 per active matrix parameter, 12 * H * D per
     key of the window, those hidden by the causal mask included, as is usual for MFU (PaLM, arXiv 2204.02311, appendix

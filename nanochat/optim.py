@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanochat.compilation import fused
-from nanochat.memory import SMALL_PARAM, count_own_rows, get_even_size
+from nanochat.memory import SMALL_PARAM, count_own_rows, count_slice
 from nanochat.scaling import TrainingRule
 
 # (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X, iteration by iteration (arXiv 2505.16932)
@@ -55,7 +55,6 @@ class MuonRule(NamedTuple):
 
 
 JULY26_MUON = MuonRule()
-EXPERT_BYTES = 2**28    # of experts that are orthogonalised at once, which takes about 5 copies of them
 
 
 # torch 2.13 has new names for these two, and warns about the old ones
@@ -257,7 +256,8 @@ class MuonAdamW(torch.optim.Optimizer):
             return self._gather_matrices(part, own.to(self.matmul_dtype or own.dtype)) if is_sent else None
         own = params[0][part.start:part.stop]
         if group["kind"] == "muon":
-            for some in zip(*(tensor.split(count_experts(own)) for tensor in (own, grad, *state)), strict=True):
+            size = count_slice(len(own), own[0].nbytes)
+            for some in zip(*(tensor.split(size) for tensor in (own, grad, *state)), strict=True):
                 self._update_matrices(group, *some, skips_idle=True)
             return self._gather_experts(part, own.to(self.matmul_dtype or own.dtype)) if is_sent else None
         update = adamw_update if params[0].numel() >= SMALL_PARAM else adamw_update.__wrapped__
@@ -407,12 +407,6 @@ def list_state(kind: str, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
 def stack_padded(tensors: Sequence[Tensor], num: int, like: Tensor) -> Tensor:
     """A stack of `num` tensors: the given ones, then zeros."""
     return torch.stack([*tensors, *[torch.zeros_like(like)] * (num - len(tensors))])
-
-
-def count_experts(own: Tensor) -> int:
-    """Matrices of a slice of (n, rows, cols): as many as EXPERT_BYTES hold, in slices of about one size."""
-    most = max(1, EXPERT_BYTES // (own[0].numel() * own.element_size()))
-    return get_even_size(len(own), most)
 
 
 def copy_all(matrices: list[nn.Parameter], stack: Tensor) -> None:

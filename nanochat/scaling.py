@@ -92,9 +92,11 @@ def make_config(depth: int, *, vocab_size: int, sequence_len: int, aspect_ratio:
 
 
 def count_scaling_params(config: GPTConfig, counts_all: bool = False) -> int:
-    """The parameter count that horizons are multiples of: transformer matrices and lm_head, or all but the scalars."""
+    """The parameter count that horizons are multiples of: transformer matrices and lm_head, or all but the scalars; of
+    a mixture of experts those that are active for a token."""
     counts = count_params(config)
-    return counts["total"] - counts["scalars"] if counts_all else counts["transformer_matrices"] + counts["lm_head"]
+    return counts["total"] - counts["scalars"] - counts.get("inactive_experts", 0) if counts_all else \
+        counts["transformer_matrices"] + counts["lm_head"]
 
 
 @dataclass(frozen=True)

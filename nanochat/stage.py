@@ -17,7 +17,7 @@ from nanochat.checkpoint_manager import Checkpoint, Checkpointer
 from nanochat.choices import Choices, StageFlags, StepRows, choose_how, describe_short_rows, predict_run, take_identity
 from nanochat.common import Ranks, UserError, now, print0
 from nanochat.compilation import set_compile_kernels
-from nanochat.config import GPTConfig, read_config
+from nanochat.config import GPTConfig, describe_params, read_config
 from nanochat.cross_entropy import LossScaler
 from nanochat.dataloader import Groups, RowOrder, TrainLoader, ValidationBatches
 from nanochat.devices import get_environment, get_peak_memory_bytes
@@ -207,7 +207,7 @@ def begin_run(setup: Setup, state: TrainState, loader) -> Run:
     checkpoints.claim_folder(recipe.run_dir, resume_step)
     log = RunLog(recipe.run_dir, info, setup.ranks, resume_step=resume_step, wandb_name=flags.wandb_name)
     print0(f"model: depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, context "
-           f"{config.sequence_len}, vocabulary {config.vocab_size:,}: {params['total']:,} parameters\n"
+           f"{config.sequence_len}, vocabulary {config.vocab_size:,}: {describe_params(params)}\n"
            f"plan: {plan.num_iterations:,} steps of {plan.batch_tokens:,} tokens = {plan.total_tokens:,} (horizon by "
            f"{plan.horizon}, {plan.tokens_per_param:.1f} per scaling parameter), {plan.total_flops:.2e} FLOPs\n"
            f"data: {data['name']} ({data['hash']}), tokenizer: {tokenizer['name']} ({tokenizer['hash']})\n"

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nanochat import compilation, optim
+from nanochat import compilation, memory
 from nanochat.gpt import GPTConfig
 from nanochat.optim import POLAR_EXPRESS, MuonAdamW, MuonRule, adamw_update, as_scalars, muon_update, orthogonalize
 from nanochat.presets import PRESETS, RULES
@@ -167,7 +167,7 @@ def test_experts_are_matrices_and_idle_ones_stay_where_they_are(rule, slice_byte
     """Each expert moves as a matrix by itself would that has no step where the expert has no token."""
     if not RULES[rule].has_muon:
         pytest.skip("AdamW updates the matrices of this rule")
-    monkeypatch.setattr(optim, "EXPERT_BYTES", slice_bytes)
+    monkeypatch.setattr(memory, "EXPERT_BYTES", slice_bytes)
     rng = torch.Generator().manual_seed(0)
     start = torch.randn(3, 12, 5, generator=rng, dtype=torch.float64)
     experts, alone = torch.nn.Parameter(start.clone()), [torch.nn.Parameter(matrix.clone()) for matrix in start]

@@ -263,3 +263,12 @@ def test_chat_schedules():
     assert rates(4, 1.0) == [1, 0.75, 0.5, 0.25] and rates(4, 0.5) == [1, 1, 1, 0.5]
     assert rates(1, 0.2) == rates(1, 1.0) == [1]
     assert [get_chat_momentum(it) for it in (0, 150, 300, 9999)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
+
+
+def test_horizon_of_experts_is_by_active_parameters():
+    dense = make_config(4, vocab_size=8192, sequence_len=512)
+    moe = make_config(4, vocab_size=8192, sequence_len=512, num_experts=16, moe_every=2)
+    router = 2 * 16 * 256
+    assert count_scaling_params(moe) == count_scaling_params(dense) + router
+    assert count_scaling_params(moe, counts_all=True) == count_scaling_params(dense, counts_all=True) + router
+    assert estimate_flops(moe) == estimate_flops(dense) + 6 * router
