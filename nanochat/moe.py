@@ -88,7 +88,7 @@ class MoE(nn.Module):
         tokens, k = x.flatten(0, -2), self.top_k    # (N, C)
         scores = torch.sigmoid(F.linear(tokens.to(self.router.weight.dtype), self.router.weight))    # (N, E)
         ids = (scores.detach() + self.expert_bias).topk(k).indices    # (N, k)
-        if self.keeps_scores:
+        if self.keeps_scores and torch.is_grad_enabled():
             self.scores = scores.detach()
         gates = scores.gather(1, ids).to(x.dtype)    # (N, k)
         order, inverse, ends = torch.ops.nanochat.sort_by_expert(ids, self.num_experts)
