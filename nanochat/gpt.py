@@ -148,7 +148,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP on a residual stream that each layer rescales and mixes with its input x0.
+    """Pre-norm attention and MLP (or moe.py) on a residual stream that each layer rescales and mixes with its input x0.
 
     resid and x0 lambdas (modded-nanogpt) are two learned numbers a layer: x0 hands every layer the token itself, so
     that the stream needn't carry it: -0.010 bits per byte at depth 8, -0.004 at 20; resid adds little (2026-01-11).

@@ -118,8 +118,8 @@ def test_copies_of_the_dispatch_have_exact_gradients():
     tokens = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: moe._Permute.apply(t, order, inverse, 2), tokens)
-    assert torch.autograd.gradcheck(lambda r: moe._PutBack.apply(r, order, inverse), rows)
-    there_and_back = moe._PutBack.apply(moe._Permute.apply(tokens, order, inverse, 2), order, inverse)
+    assert torch.autograd.gradcheck(lambda r: moe._Permute.apply(r, inverse, order, 1), rows)
+    there_and_back = moe._Permute.apply(moe._Permute.apply(tokens, order, inverse, 2), inverse, order, 1)
     assert torch.equal(there_and_back, tokens.repeat_interleave(2, 0))
 
 
