@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 
 from dev import show_load
+from nanochat import moe
 from nanochat.checkpoint_manager import find_checkpoint, load_for
 from nanochat.common import Ranks, UserError
+from nanochat.cross_entropy import LossScaler
 from nanochat.decoding import copy_for_decoding, refresh_copy
 from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_loss
@@ -167,6 +169,19 @@ def test_figure_of_the_load(base_dir, tmp_path, capsys):
     train_base("dense", knobs=())
     with pytest.raises(UserError, match="holds no steps of a mixture of experts"):
         show_load.main(["dense"])
+
+
+@pytest.mark.parametrize("has_grouped", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_learns_with_grouped_products_and_without(dtype, has_grouped, monkeypatch):
+    if not has_grouped:
+        monkeypatch.setattr(moe, "can_group", lambda *operands: False)
+    model = make_model(MOE, dtype, as_initialised=True)
+    model.balance, optimizer = make_balance(model), model.setup_optimizer(batch_lr_scale=0.1)
+    scaler = LossScaler(2.0**8) if dtype == torch.float16 else None
+    losses = [train_step(model, optimizer, make_batch(0), 8, scaler).loss for _ in range(5)]
+    assert losses == pytest.approx([5.58, 5.474, 5.356, 5.224, 5.078], abs=0.01)    # as in fp32
+    assert model.transformer.h[0].mlp.up.weight.dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
