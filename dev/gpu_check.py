@@ -3,7 +3,8 @@ which backends, kernels and flags win here.
 
     bash dev/gpu_check.sh 1              kernels, ceilings, memory: at most nine minutes, on one GPU, offline
     bash dev/gpu_check.sh 2              steps: the same
-    bash dev/gpu_check.sh 3              fp8, decoding, resume: the same, and the table of all three
+    bash dev/gpu_check.sh 3              fp8, decoding, resume: the same
+    bash dev/gpu_check.sh 4              mixtures of experts: the same, and the table of all four
     bash dev/gpu_check.sh                one after the other
     bash dev/gpu_check.sh --only step resume     some sections
     bash dev/gpu_check.sh --toy          the same code at toy size, on a CPU too, eager unless --compile on
@@ -27,6 +28,7 @@ from dev.gpu_ceilings import check_ceilings, check_chunks
 from dev.gpu_decoding import check_decoding, check_inference
 from dev.gpu_fp8 import check_fp8
 from dev.gpu_kernels import check_attention, check_cross_entropy, check_optimizer
+from dev.gpu_moe import check_moe
 from dev.gpu_record import Record, print_results, read_results
 from dev.gpu_setup import (
     FULL,
@@ -53,6 +55,7 @@ PARTS: dict[int, dict[str, Callable[[Setup], Iterator[Check]]]] = {
     2: {"step": check_steps, "backends": check_backends},
     3: {"fp8": check_fp8, "decoding": check_decoding, "resume": check_resume, "inference": check_inference,
         "save": check_saves},
+    4: {"moe": check_moe},
 }
 SECTIONS = {name: check for sections in PARTS.values() for name, check in sections.items()}
 DATA_ROWS = 512     # rows of tokens, repeated as often as the steps need

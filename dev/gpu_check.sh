@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does this code do on this GPU what it does on a CPU, how fast, and which choices win? Offline, one GPU, torch >= 2.9.
 #
-#   bash dev/gpu_check.sh 1     at most nine minutes; so are 2 and 3. Without a number, all three
+#   bash dev/gpu_check.sh 1     at most nine minutes; so are 2, 3 and 4. Without a number, all four
 #   bash dev/gpu_check.sh --toy   the same code at toy size, on a CPU too, to see that the script works
 #   bash dev/gpu_check.sh --help  sections, files and flags
 #
@@ -27,8 +27,8 @@ export TORCHINDUCTOR_CACHE_DIR
 
 case " $* " in
     *" --only "* | *" --table "* | *" --help "* | *" -h "*) parts= ;;
-    " "[123]" "*) parts=$1; shift ;;
-    *) parts="1 2 3" ;;
+    " "[1234]" "*) parts=$1; shift ;;
+    *) parts="1 2 3 4" ;;
 esac
 if [ -z "$parts" ]; then
     "$python" -m dev.gpu_check "$@"

@@ -15,6 +15,7 @@ from nanochat import fp8
 from nanochat.common import is_out_of_memory
 from nanochat.devices import get_peak_memory_bytes
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.moe import make_balance
 from nanochat.scaling import make_config
 from nanochat.train import Batch, OutOfMemory
 
@@ -90,11 +91,12 @@ class Setup:
     backend:     str                        # the attention backend that a training run would choose
     out_dir:     Path
     rows:        Tensor                     # (R, T + 1) int64 token ids to train on
+    knobs:       dict = field(default_factory=dict)    # of the models
 
     def make_config(self, depth: int) -> GPTConfig:
         sizes = self.sizes
         return make_config(depth, vocab_size=sizes.vocab_size, sequence_len=sizes.T, head_dim=sizes.head_dim,
-                           aspect_ratio=sizes.aspect_ratio)
+                           aspect_ratio=sizes.aspect_ratio, **self.knobs)
 
     def make_model(self, depth: int, build: str = "blocks") -> tuple[GPT, object]:
         """A seeded model and its optimizer; `build` is a key of BUILDS. Nothing is compiled where the setup doesn't."""
@@ -102,6 +104,7 @@ class Setup:
         with self.device:
             model = GPT(self.make_config(depth), self.dtype)
         model.init_weights()
+        model.balance = make_balance(model)
         optimizer = model.setup_optimizer()
         if build == "fp8":
             fp8.use_fp8(model, optimizer)

@@ -2,6 +2,7 @@
 
     python -m dev.show_memory --depth 6
     python -m dev.show_memory --depth 24 --rows 8 --dtype float32 --attention blocks
+    python -m dev.show_memory --depth 6 --knobs num_experts=8 moe_every=2    # experts beside the dense model
 
 The trace is one eager step on fake tensors (dev/bench_memory.py), so that any size will do. A tensor that autograd
 keeps belongs to the part of the model that made it; any other is workspace until it becomes a gradient or is freed.
@@ -9,6 +10,7 @@ Writes memory.png, by default to $NANOCHAT_BASE_DIR/figures.
 """
 
 import argparse
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from nanochat.devices import COMPUTE_DTYPES
 from nanochat.gpt import GPT
 from nanochat.memory import ACTIVATIONS, Machine, list_usage
 from nanochat.optim import MuonAdamW
+from nanochat.presets import parse_knobs
 from nanochat.scaling import make_config
 
 MIB = 2**20
@@ -130,6 +133,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=4, help="rows of the step, in one micro-batch")
     parser.add_argument("--dtype", choices=COMPUTE_DTYPES, default="bfloat16")
     parser.add_argument("--attention", choices=("sdpa", "blocks"), default="sdpa")
+    parser.add_argument("--knobs", nargs="+", default=[], metavar="KNOB=VALUE", help="other parts of the model, as of "
+                        "scripts.base_train; a model with num_experts is shown beside the dense one")
     add_out(parser)
     return parser.parse_args(argv)
 
@@ -138,7 +143,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     if args.rows < 1 or args.vocab_size < 1:
         raise UserError(f"--rows {args.rows} and --vocab-size {args.vocab_size} must be at least 1")
-    config = make_config(args.depth, vocab_size=args.vocab_size, sequence_len=args.max_seq_len)
+    knobs = parse_knobs(args.knobs)
+    config = make_config(args.depth, vocab_size=args.vocab_size, sequence_len=args.max_seq_len, **knobs)
     machine = Machine(args.dtype, args.attention, is_compiled=False, device_type="cpu")
     measured = record_step(config, args.max_seq_len, args.rows, machine)
     predicted = list_usage(config, args.max_seq_len, args.rows, machine)
@@ -146,6 +152,13 @@ def main(argv: list[str] | None = None) -> dict:
     for rows in results.values():
         print_table(list(rows[0]), [list(row.values()) for row in rows])
         print0()
+    if config.num_experts:
+        dense = replace(config, num_experts=0, top_k=1, moe_every=1)
+        usages = {"dense": record_step(dense, args.max_seq_len, args.rows, machine), name_experts(config): measured}
+        results["beside"] = compare_models(usages, count_sorted_bytes(config, args.rows * args.max_seq_len, machine))
+        print_table(list(results["beside"][0]), [list(row.values()) for row in results["beside"]])
+        print0()
+        results["beside_figure"] = str(save_figure(draw_beside(usages), "memory_experts", args.out))
     title = f"One training step at depth {args.depth}: {args.rows} rows of {args.max_seq_len} tokens, vocabulary " \
             f"{args.vocab_size:,}, {args.dtype}, attention {args.attention}, eager"
     return results | {"figure": str(save_figure(draw_memory(measured, predicted, title), "memory", args.out))}
@@ -169,6 +182,53 @@ def record_step(config: GPTConfig, T: int, rows: int, machine: Machine) -> list[
             recorder.mark([part.grad for part in optimizer.parts], "gradients")
             optimizer.step()
     return recorder.timeline
+
+
+def name_experts(config: GPTConfig) -> str:
+    """Such as '8 experts, 1 a token, in 2 layers'."""
+    num_layers = sum(map(config.has_experts, range(config.n_layer)))
+    return f"{config.num_experts} experts, {config.top_k} a token, in {num_layers} layers"
+
+
+def count_sorted_bytes(config: GPTConfig, N: int, machine: Machine) -> int:
+    """Bytes of the rows that go into the experts sorted, and come out of them put back, of all layers."""
+    return sum(2 * N * config.top_k * config.n_embd * machine.act_bytes for layer in range(config.n_layer)
+               if config.has_experts(layer))
+
+
+def compare_models(usages: dict[str, list[Usage]], sorted_bytes: int) -> list[dict]:
+    """A step's memory by part, traced: each model's own column, at its own worst instant of each part."""
+    rows = []
+    for part in COLORS:
+        peaks = {name: max(parts[part] for _, parts in usage) / MIB for name, usage in usages.items()}
+        if any(peaks.values()):
+            rows.append({"part, at its most": part} | {f"{name}, MiB": value for name, value in peaks.items()})
+        if part == "MLP":
+            rows.append({"part, at its most": "  of it sorted copies"} |
+                        {f"{name}, MiB": value for name, value in zip(usages, (0.0, sorted_bytes / MIB), strict=True)})
+    totals = {f"{name}, MiB": max(sum(parts.values()) for _, parts in usage) / MIB for name, usage in usages.items()}
+    return [*rows, {"part, at its most": "all, at the peak"} | totals]
+
+
+@styled
+def draw_beside(usages: dict[str, list[Usage]]) -> Figure:
+    """A bar for each model and pass: bytes by part at the peak of the pass."""
+    figure, axes = make_panels(1, 1, width=9, height=4.6)
+    names = ("forward", "loss", "backward", "update")
+    bars = {f"{name}\n{'dense' if model == 'dense' else 'experts'}": find_peak(usage, name)
+            for name in names for model, usage in usages.items()}
+    bottom = np.zeros(len(bars))
+    for part, color in COLORS.items():
+        heights = np.array([parts[part] / MIB for parts in bars.values()])
+        axes[0, 0].bar(list(bars), heights, bottom=bottom, color=color, label=part)
+        bottom += heights
+    for i, total in enumerate(bottom):
+        axes[0, 0].annotate(f"{total:,.0f}", (i, total), xytext=(0, 3), textcoords="offset points", ha="center")
+    axes[0, 0].set(ylabel="MiB", title=f"peak of each pass: {' and '.join(usages)}")
+    axes[0, 0].grid(False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", handlelength=1.2)
+    return figure
 
 
 def find_peak(usages: list[Usage], name: str) -> dict:

@@ -49,6 +49,9 @@ class GPTConfig:
     head_std:         float = 0.001        # of the head's initial weights
     linear_init:      str   = "uniform"    # law of the other matrices, or normal; deviation 1/sqrt(inputs)
     fc_init:          float = 0.4          # factor on this deviation in the MLP's first layer
+    num_experts:      int   = 0            # that a router chooses from, beside a shared one (moe.py); 0: a dense model
+    top_k:            int   = 1            # experts of a token
+    moe_every:        int   = 1            # every so many layers have experts; 2: those without value embeddings
 
     def __post_init__(self):
         for name in ("resid_init", "x0_init"):    # JSON has lists
@@ -76,6 +79,19 @@ class GPTConfig:
                 raise UserError(f"--knobs {name}={getattr(self, name):g} must be above 0 and at most 1")
         if self.middle_layer is not None and not 0 <= self.middle_layer < self.n_layer:
             raise UserError(f"--knobs backout_layer={self.backout_layer} is no layer of {self.n_layer}; -1 is none")
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        E, k, every = self.num_experts, self.top_k, self.moe_every
+        for is_wrong, what in (
+                (E < 0, f"num_experts={E} must be a number of experts, or 0 for a dense model"),
+                (not E and k != 1, f"top_k={k} goes with num_experts, which is 0: a dense model"),
+                (not E and every != 1, f"moe_every={every} goes with num_experts, which is 0: a dense model"),
+                (E and not 1 <= k <= E, f"top_k={k} must be from 1 to the {E} experts of num_experts"),
+                (E and not 1 <= every <= self.n_layer, f"moe_every={every} must be from 1 to {self.n_layer} layers"),
+                (E and self.mlp_act != "relu2", f"num_experts={E} goes with mlp_act=relu2, not {self.mlp_act}")):
+            if is_wrong:
+                raise UserError(f"--knobs {what}")
 
     @property
     def query_dim(self) -> int:
@@ -88,6 +104,12 @@ class GPTConfig:
     @property
     def hidden_dim(self) -> int:
         return self.mlp_dim or 4 * self.n_embd
+
+    @property
+    def expert_dim(self) -> int:
+        """Hidden channels of an expert: a token's experts, the shared one among them, compute what the dense MLP would,
+        rounded up for the matrix units."""
+        return math.ceil(self.hidden_dim / (self.top_k + 1) / 128) * 128
 
     @property
     def middle_layer(self) -> int | None:
@@ -105,6 +127,11 @@ class GPTConfig:
     def has_value_embed(self, layer: int) -> bool:
         """Every other layer, the last one included."""
         return self.ve_gate_channels > 0 and layer % 2 == (self.n_layer - 1) % 2
+
+    def has_experts(self, layer: int) -> bool:
+        """Counted from the end: of every two layers those that have no value embeddings, so that each has one kind of
+        sparse capacity (assumption, not studied)."""
+        return self.num_experts > 0 and (self.n_layer - layer) % self.moe_every == 0
 
     def window(self, layer: int) -> int:
         """Number of tokens before itself that a token of this layer sees; from the context, not the input's length.
@@ -124,8 +151,9 @@ def read_config(saved: dict) -> GPTConfig:
 
 
 def list_matrices(config: GPTConfig, layer: int) -> list[tuple[int, int]]:
-    """(rows, columns) of a block's matrices."""
-    C, Q, kv_dim, hidden = config.n_embd, config.query_dim, config.kv_dim, config.hidden_dim
+    """(rows, columns) of a block's matrices that aren't a routed expert's or the router's."""
+    C, Q, kv_dim = config.n_embd, config.query_dim, config.kv_dim
+    hidden = config.expert_dim if config.has_experts(layer) else config.hidden_dim
     attention = [(Q, C), (kv_dim, C), (kv_dim, C), (C, Q)]  # c_q, c_k, c_v, c_proj
     gate = [(config.n_kv_head, config.ve_gate_channels)] if config.has_value_embed(layer) else []
     mlp = [(hidden, C)] * (MLP_MATRICES[config.mlp_act] - 1) + [(C, hidden)]    # c_fc, swiglu's c_gate; c_proj
@@ -133,23 +161,36 @@ def list_matrices(config: GPTConfig, layer: int) -> list[tuple[int, int]]:
 
 
 def count_params(config: GPTConfig) -> dict[str, int]:
-    """Parameters by part, with the padded vocabulary."""
+    """Parameters by part, with the padded vocabulary. Of a mixture of experts the transformer's matrices are the active
+    ones, which compute for a token; `inactive_experts` are the others, in the total alone."""
     C, L, V = config.n_embd, config.n_layer, config.padded_vocab_size
+    num_moe, expert = sum(map(config.has_experts, range(L))), 2 * C * config.expert_dim
+    inactive = num_moe * (config.num_experts - config.top_k) * expert
     counts = {
         "wte": V * C,
         "value_embeds": V * config.kv_dim * sum(config.has_value_embed(layer) for layer in range(L)),
         "lm_head": V * C,
-        "transformer_matrices": sum(rows * cols for layer in range(L) for rows, cols in list_matrices(config, layer)),
+        "transformer_matrices": sum(rows * cols for layer in range(L) for rows, cols in list_matrices(config, layer)) +
+                                num_moe * (config.top_k * expert + config.num_experts * C),
         # resid and x0 lambdas; smear's gate and lambda; backout's
         "scalars": L * ((config.resid_init is not None) + (config.x0_init is not None)) +
                    (SMEAR_GATE_CHANNELS + 1) * config.smear + (config.middle_layer is not None),
+        **({"inactive_experts": inactive} if inactive else {}),
     }
     return counts | {"total": sum(counts.values())}
 
 
+def describe_params(counts: dict[str, int]) -> str:
+    """For people: '36,700,196 parameters', of a mixture of experts the active ones, too."""
+    active = counts["total"] - counts.get("inactive_experts", 0)
+    return f"{active:,} active parameters of {counts['total']:,}" if active < counts["total"] else \
+        f"{active:,} parameters"
+
+
 def estimate_flops(config: GPTConfig, row_tokens: int | None = None) -> float:
-    """Training FLOPs per token, in rows of the context or of row_tokens: 6 per matrix parameter, 12 * H * D per key of
-    the window, those hidden by the causal mask included, as is usual for MFU (PaLM, arXiv 2204.02311, appendix B)."""
+    """Training FLOPs per token, in rows of the context or of row_tokens: 6 per active matrix parameter, 12 * H * D per
+    key of the window, those hidden by the causal mask included, as is usual for MFU (PaLM, arXiv 2204.02311, appendix
+    B)."""
     counts = count_params(config)
     matmul_params = counts["transformer_matrices"] + counts["lm_head"] + SMEAR_GATE_CHANNELS * config.smear
     keys_seen = sum(min(config.window(i), row_tokens or config.sequence_len) for i in range(config.n_layer))
@@ -160,8 +201,10 @@ def count_marin_flops(config: GPTConfig, row_tokens: int | None = None) -> int:
     """Forward FLOPs per token as marin's leaderboard counts them (levanter's lm_flops_per_token), in rows of the
     context or of row_tokens: the head, the whole square of scores in every layer, windows or not, and 3 for each
     score's mask and softmax; no embedding, no gates. Training is three times that."""
-    C, T, Q = config.n_embd, row_tokens or config.sequence_len, config.query_dim
+    C, T, Q, L = config.n_embd, row_tokens or config.sequence_len, config.query_dim, config.n_layer
+    num_moe = sum(map(config.has_experts, range(L)))
     mlp = 2 * MLP_MATRICES[config.mlp_act] * C * config.hidden_dim
+    moe = 2 * 2 * C * config.expert_dim * (config.top_k + 1) + 2 * C * config.num_experts    # and the router
     projections = 2 * C * (Q + 2 * config.kv_dim) + 2 * C * Q
     scores = 2 * T * Q + 3 * T * config.n_head + 2 * T * Q
-    return config.n_layer * (mlp + projections + scores) + 2 * C * config.vocab_size
+    return L * (projections + scores) + (L - num_moe) * mlp + num_moe * moe + 2 * C * config.vocab_size

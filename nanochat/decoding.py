@@ -26,6 +26,7 @@ from nanochat.common import is_out_of_memory, print0
 from nanochat.compilation import choose_compile, pause_collector
 from nanochat.gpt import GPT, Linear
 from nanochat.kv_cache import KVCache, add_unused_token
+from nanochat.moe import Experts
 
 MIN_PACKED = 64         # rows and columns; smaller matrices aren't packed
 GRAPH_WARMUP_STEPS = 3  # before a capture, so that libraries have allocated what they need
@@ -45,29 +46,30 @@ def copy_for_decoding(model: GPT, keep_weights: bool = False) -> GPT:
     keep_weights: beside the packed ones, for a compiled step. A compiled block is made for training's one shape, while
     decoding's changes with every call.
     """
-    copied = copy_structure(model)
-    replace_linears(copied, lambda _, linear: DecodingLinear(linear.weight, model.compute_dtype, keep_weights))
+    copied, dtype = copy_structure(model), model.compute_dtype
+    replace_linears(copied, lambda _, layer: layer.cast(dtype) if isinstance(layer, Experts) else
+                    DecodingLinear(layer.weight, dtype, keep_weights))
     return copied
 
 
 def copy_structure(model: GPT) -> GPT:
-    """The model as modules of their own that share its tensors, and nothing compiled."""
+    """The model as modules of their own that share its tensors, nothing compiled or balanced."""
     if any(isinstance(module, DecodingLinear) for module in model.modules()):
         raise ValueError("this model is an engine's own copy, whose weights are packed; make the engine from the model "
                          "that was copied")
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())} | {id(model.balance): None}
     return copy.deepcopy(model, shared)  # which leaves a module's compiled call behind
 
 
-def replace_linears(copied: GPT, make: Callable[[str, Linear], nn.Module | None]) -> None:
-    """Fuse the modules of a copied structure, and put make(name, linear) in the place of each linear layer. Module by
-    module: all fused weights at once, in fp32, would take up to half as much memory as the 16-bit copy of all layers.
-    """
+def replace_linears(copied: GPT, make: Callable[[str, Linear | Experts], nn.Module | None]) -> None:
+    """Fuse the modules of a copied structure, and put make(name, layer) in the place of each linear layer, and of each
+    matrix of all experts. Module by module: all fused weights at once, in fp32, would take up to half as much memory as
+    the 16-bit copy of all layers."""
     for path, module in list(copied.named_modules()):
         if hasattr(module, "fuse"):
             module.fuse()
         for name, child in list(module.named_children()):
-            if isinstance(child, Linear):
+            if isinstance(child, (Linear, Experts)):
                 setattr(module, name, make(f"{path}.{name}".lstrip("."), child))
 
 
@@ -75,12 +77,12 @@ def replace_linears(copied: GPT, make: Callable[[str, Linear], nn.Module | None]
 def refresh_copy(copied: GPT, model: GPT) -> None:
     """Give what copy_for_decoding made of a model the weights that this model has now, in place: CUDA graphs and
     compiled steps know a weight by its address, or its number."""
-    linears = {name for name, module in model.named_modules() if isinstance(module, Linear)}
+    linears = {name for name, module in model.named_modules() if isinstance(module, (Linear, Experts))}
     shared = dict(copied.named_parameters())
     if any(shared.get(name, param) is not param for name, param in model.named_parameters()
            if name.rpartition(".")[0] not in linears):
         raise ValueError("an engine takes new weights from the model that it was made from, not from another one")
-    replace_linears(copy_structure(model), lambda name, linear: copied.get_submodule(name).refresh(linear.weight))
+    replace_linears(copy_structure(model), lambda name, layer: copied.get_submodule(name).refresh(layer.weight))
 
 
 class DecodingLinear(nn.Module):

@@ -74,6 +74,9 @@ def choose_format(asked: str, source: Source) -> tuple[str, str]:
     if missing := [name for name in SPECIAL_TOKENS if name not in source.tokenizer.special_tokens]:
         raise UserError(f"the model's tokenizer has no {missing[0]}, so it is no chat tokenizer of nanochat's; export "
                         "a model with a tokenizer that scripts.tok_train made")
+    if source.model.config.num_experts:
+        raise UserError("a mixture of experts can't be exported: no format has a place for its router; export a model "
+                        "that was trained without the knob num_experts")
     obstacles = list_obstacles(source.model)
     if asked == "auto":
         if not obstacles:

@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.config import ROPE_LENGTHS, SMEAR_GATE_CHANNELS, GPTConfig
+from nanochat.config import ROPE_LENGTHS, SMEAR_GATE_CHANNELS, GPTConfig, estimate_flops
 from nanochat.cross_entropy import LOSSES, softcap
 from nanochat.flash_attention import flash_attn
+from nanochat.moe import MoE
 from nanochat.optim import MuonAdamW, make_optimizer
 from nanochat.sampling import Sampling, sample_rows
 from nanochat.scaling import EMBEDDING_LR, JULY26, MATRIX_LR, SCALAR_LR, UNEMBEDDING_LR, WEIGHT_DECAY, TrainingRule
@@ -134,11 +135,11 @@ class MLP(nn.Module):
     """relu^2 (Primer, arXiv 2109.08668): as cheap as relu, sparse, about 1-2% better than GELU in modded-nanogpt;
     SwiGLU (arXiv 2002.05202), with its third matrix, lost in the public record."""
 
-    def __init__(self, config: GPTConfig, dtype: torch.dtype):
+    def __init__(self, config: GPTConfig, hidden_dim: int, dtype: torch.dtype):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, config.hidden_dim, dtype)
-        self.c_gate = Linear(config.n_embd, config.hidden_dim, dtype) if config.mlp_act == "swiglu" else None
-        self.c_proj = Linear(config.hidden_dim, config.n_embd, dtype)
+        self.c_fc = Linear(config.n_embd, hidden_dim, dtype)
+        self.c_gate = Linear(config.n_embd, hidden_dim, dtype) if config.mlp_act == "swiglu" else None
+        self.c_proj = Linear(hidden_dim, config.n_embd, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.c_gate is not None:
@@ -147,7 +148,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP on a residual stream that each layer rescales and mixes with its input x0.
+    """Pre-norm attention and MLP (or moe.py) on a residual stream that each layer rescales and mixes with its input x0.
 
     resid and x0 lambdas (modded-nanogpt) are two learned numbers a layer: x0 hands every layer the token itself, so
     that the stream needn't carry it: -0.010 bits per byte at depth 8, -0.004 at 20; resid adds little (2026-01-11).
@@ -156,7 +157,8 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, dtype: torch.dtype):
         super().__init__()
         self.attn = CausalSelfAttention(config, layer, dtype)
-        self.mlp = MLP(config, dtype)
+        self.mlp = (MoE(config, MLP(config, config.expert_dim, dtype), dtype) if config.has_experts(layer) else
+                    MLP(config, config.hidden_dim, dtype))
 
     def forward(self, x: Tensor, x0: Tensor, lambdas: tuple[Tensor | None, Tensor | None], ve: Tensor | None,
                 cos_sin: tuple[Tensor, Tensor], kv_cache=None) -> Tensor:
@@ -180,7 +182,7 @@ class GPT(nn.Module):
         C, V, L = config.n_embd, config.padded_vocab_size, config.n_layer
         self.compute_dtype = dtype
         self.loss = "fused"  # of training: a key of cross_entropy.LOSSES
-        self.is_trunk_compiled = False
+        self.is_trunk_compiled, self.balance = False, None  # a moe.Balance where experts are to be balanced
         self.transformer = nn.ModuleDict({
             "wte": Embedding(V, C, dtype=embed),
             "h": nn.ModuleList(Block(config, i, master) for i in range(L)),
@@ -221,10 +223,13 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
                 init_linear(linear.weight, config.n_embd)
-            for linear in filter(None, (block.mlp.c_fc, block.mlp.c_gate)):
+            mlp = getattr(block.mlp, "shared", block.mlp)
+            for linear in filter(None, (mlp.c_fc, mlp.c_gate)):
                 init_linear(linear.weight, config.n_embd, config.fc_init)
             nn.init.zeros_(block.attn.c_proj.weight)
-            nn.init.zeros_(block.mlp.c_proj.weight)
+            nn.init.zeros_(mlp.c_proj.weight)
+            if mlp is not block.mlp:
+                block.mlp.init_weights(init_linear, config.fc_init)
             if block.attn.ve_gate is not None:
                 nn.init.uniform_(block.attn.ve_gate.weight, 0, config.ve_gate_init)
         for value_embed in self.value_embeds.values():
@@ -257,19 +262,17 @@ class GPT(nn.Module):
 
     def num_scaling_params(self) -> dict[str, int]:
         """Parameters by part, counted on the modules; the horizon follows from matrices and head (scaling.py)."""
-        def count(*modules) -> int:
-            return sum(p.numel() for module in modules for p in module.parameters())
-        counts = {"wte": count(self.transformer.wte), "value_embeds": count(self.value_embeds),
-                  "lm_head": count(self.lm_head), "transformer_matrices": count(self.transformer.h)}
-        total = count(self)
-        return counts | {"scalars": total - sum(counts.values()), "total": total}
+        modules = {"wte": self.transformer.wte, "value_embeds": self.value_embeds, "lm_head": self.lm_head,
+                   "transformer_matrices": self.transformer.h, "total": self}
+        counts = {name: sum(param.numel() for param in module.parameters()) for name, module in modules.items()}
+        counts["scalars"] = 2 * counts["total"] - sum(counts.values())
+        if inactive := sum(module.count_inactive() for module in self.modules() if isinstance(module, MoE)):
+            counts |= {"inactive_experts": inactive, "transformer_matrices": counts["transformer_matrices"] - inactive}
+        return counts
 
     def estimate_flops(self) -> float:
-        """Training FLOPs per token, forward and backward: 6 per weight of a linear layer, 12 H D per key seen."""
-        weights = sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, Linear))
-        blocks = self.transformer.h
-        keys_seen = sum(min(block.attn.window, self.config.sequence_len) for block in blocks)
-        return 6 * weights + 12 * self.config.n_head * self.config.head_dim * keys_seen
+        """Training FLOPs per token, forward and backward, as tests count them in torch."""
+        return estimate_flops(self.config)
 
     def compile_blocks(self) -> None:
         """Compile block by block: the layers share a few compiled variants, so that starting takes seconds."""

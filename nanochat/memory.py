@@ -34,6 +34,8 @@ GIB = 2**30
 # Sizes that memory depends on, here since the modules that allocate by them need torch
 # optim.py: elements; smaller parameters are neither sharded nor given a compiled kernel
 SMALL_PARAM = 1024
+# optim.py: of experts that are orthogonalised at once, which takes about 5 copies of them
+EXPERT_BYTES = 2**28
 # cross_entropy.py: tokens of a chunk, enough to keep the matrix units busy, few enough that its logits stay small
 # (dev/LOG.md, "Head and loss"; on GPUs an assumption, not studied)
 CHUNK_TOKENS = defaultdict(lambda: 4096, cpu=2048, cuda=8192)
@@ -121,7 +123,7 @@ def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
                num_micro: int = 1) -> list[tuple[tuple[str, str], dict[str, int]]]:
     """((phase, layer), bytes by part) in the order of a step, each at the worst of its layer, in the last micro-batch.
     The temporaries of the forward pass are left out: the loss always takes more."""
-    gradients = count_params(config)["transformer_matrices"] * machine.master_bytes * machine.has_muon + \
+    gradients = sum(map(math.prod, list_muon(config))) * machine.master_bytes * machine.has_muon + \
         sum(num_bytes for num_bytes, *_ in list_adamw(config, machine))
     rope = 2 * ROPE_LENGTHS * config.sequence_len * config.head_dim // 2 * machine.act_bytes
     N, a, C = rows * T, machine.act_bytes, config.n_embd
@@ -132,8 +134,10 @@ def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
     num_copies = 8 if machine.is_compiled else 12  # of temporaries: most are in the MLP, whose tensors are 4 C wide
     block_backward = N * num_copies * a * config.hidden_dim // 4 + \
         config.hidden_dim * C * (machine.master_bytes + machine.cast_bytes)
+    moe_backward = count_moe_backward(config, N, machine) if config.num_experts else 0
     blocks = [count_block_bytes(config, layer, rows, T, machine) for layer in range(config.n_layer)]
-    copies = config.n_layer * count_fp8_weights(config) + config.padded_vocab_size * C if machine.is_fp8 else 0
+    copies = sum(count_fp8_weights(config, layer) for layer in range(config.n_layer)) + config.padded_vocab_size * C \
+        if machine.is_fp8 else 0
     parts = Counter({"parameters": gradients + rope + copies, "optimizer state": count_optimizer_bytes(config, machine),
                      "gradients": gradients if num_micro > 1 else 0, **dict.fromkeys(ACTIVATIONS, 0),
                      "logits and loss": 0, "workspace": 0})
@@ -157,9 +161,9 @@ def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
     parts["workspace"] = num_streams * N * C * a  # gradients of x, x0, middle block's output
     add("backward", "norm")
     for layer in reversed(range(config.n_layer)):
-        add("backward", str(layer), extra=block_backward)
+        add("backward", str(layer), extra=max(block_backward, moe_backward * config.has_experts(layer)))
         parts.subtract(blocks[layer])
-        num_bytes = sum(map(math.prod, list_matrices(config, layer))) * machine.master_bytes
+        num_bytes = sum(map(math.prod, list_weights(config, layer))) * machine.master_bytes
         if config.has_value_embed(layer):
             num_bytes += config.padded_vocab_size * config.kv_dim * machine.embed_bytes
         parts["gradients"] += round(num_bytes * ((num_micro == 1) + share))
@@ -280,16 +284,53 @@ def count_block_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine:
     residual = a * C * (layer > 0 and is_mixed) + normed * C * (1 if machine.is_compiled else 2) + linears + 2 * stat
     qk_norms = (normed * (Q + kv_dim) + stat * (config.n_head + config.n_kv_head)) * (config.qk_scale != 0)
     value_embed = a * (kv_dim + 2 * config.n_kv_head) if config.has_value_embed(layer) else 0
-    num_cast = sum(map(math.prod, list_matrices(config, layer))) - machine.is_fp8 * count_fp8_weights(config)
+    num_cast = sum(map(math.prod, list_matrices(config, layer) + list_experts(config, layer)))
+    num_cast -= machine.is_fp8 * count_fp8_weights(config, layer)
+    mlp = N * config.hidden_dim * a * (2 if config.mlp_act == "relu2" else 4 - machine.is_compiled)
     return {"residual stream": N * residual,
             "attention": N * (qk_norms + value_embed) + count_attention_bytes(config, layer, rows, T, machine),
-            "MLP": N * config.hidden_dim * a * (2 if config.mlp_act == "relu2" else 4 - machine.is_compiled),
+            "MLP": count_moe_bytes(config, N, machine) if config.has_experts(layer) else mlp,
             "weights in the compute dtype": machine.cast_bytes * num_cast}
 
 
-def count_fp8_weights(config: GPTConfig) -> int:
-    """Weights of a block that fp8 keeps a byte of: c_q, c_k, c_v and c_fc."""
-    return (config.query_dim + 2 * config.kv_dim + config.hidden_dim) * config.n_embd
+def count_moe_bytes(config: GPTConfig, N: int, machine: Machine) -> int:
+    """Activations of a mixture of experts: hidden channels of a token's experts and the shared one, what goes into the
+    experts sorted and comes out of them put back, the router's input where it is cast, scores, gates and places."""
+    a, C, E, k = machine.act_bytes, config.n_embd, config.num_experts, config.top_k
+    router = machine.master_bytes * (E + C * (machine.cast_bytes > 0))
+    return N * (2 * a * (config.expert_dim * (k + 1) + k * C) + router + k * (a + 3 * 8))
+
+
+def count_moe_backward(config: GPTConfig, N: int, machine: Machine) -> int:
+    """Temporaries of its backward pass: gradients of the sorted rows' hidden channels, and those of a matrix of all
+    experts, in the compute dtype and as a master."""
+    a, C, H = machine.act_bytes, config.n_embd, config.expert_dim
+    weights = config.num_experts * H * C * (machine.master_bytes + machine.cast_bytes)
+    return 2 * N * a * (config.top_k * H + C) + weights
+
+
+def list_experts(config: GPTConfig, layer: int) -> list[tuple[int, int, int]]:
+    """(experts, rows, columns) of a block's routed experts: up, down."""
+    E, H, C = config.num_experts, config.expert_dim, config.n_embd
+    return [(E, H, C), (E, C, H)] if config.has_experts(layer) else []
+
+
+def list_weights(config: GPTConfig, layer: int) -> list[tuple[int, ...]]:
+    """Shapes of all that a block has."""
+    router = [(config.num_experts, config.n_embd)] if config.has_experts(layer) else []
+    return [*list_matrices(config, layer), *list_experts(config, layer), *router]
+
+
+def list_muon(config: GPTConfig) -> list[tuple[int, ...]]:
+    """Shapes of all that Muon updates."""
+    return [shape for layer in range(config.n_layer)
+            for shape in (*list_matrices(config, layer), *list_experts(config, layer))]
+
+
+def count_fp8_weights(config: GPTConfig, layer: int = 0) -> int:
+    """Weights of a block that fp8 keeps a byte of: c_q, c_k, c_v and c_fc, of experts the shared one's."""
+    hidden_dim = config.expert_dim if config.has_experts(layer) else config.hidden_dim
+    return (config.query_dim + 2 * config.kv_dim + hidden_dim) * config.n_embd
 
 
 def count_attention_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine: Machine) -> int:
@@ -349,11 +390,16 @@ def count_loss_bytes(config: GPTConfig, N: int, machine: Machine) -> int:
 def count_update_bytes(config: GPTConfig, machine: Machine) -> int:
     """Gradients, stacks, gathered parameters and temporaries of the optimizer's step, in the optimizer's order."""
     a, master, world = machine.act_bytes, machine.master_bytes, machine.world_size
-    adamw = list_adamw(config, machine)
+    adamw, experts = list_adamw(config, machine), []
+    for E, rows, cols in (shape for layer in range(config.n_layer) for shape in list_experts(config, layer)):
+        own = count_own_rows(E, rows * cols, world)
+        experts.append((E * rows * cols * master, own * rows * cols * master,
+                        count_slice(own, rows * cols * master) * rows * cols))
     # bytes of the gradients of a shape, and of this rank's share of them
     muon = [(K * rows * cols * master, -(-K // world) * rows * cols * master)
             for (rows, cols), K in sorted(count_shapes(config).items()) if machine.has_muon]
-    live = peak = sum(grads for grads, *_ in [*adamw, *muon]) + sum(own for grads, own, _ in adamw if own < grads)
+    live = peak = sum(grads for grads, *_ in [*adamw, *muon, *experts]) + \
+        sum(own for grads, own, _ in [*adamw, *experts] if own < grads)
     for grads, own in muon:
         if world == 1:  # reduce_gradients makes a stack; several ranks have sent smaller ones in the backward pass
             peak = max(peak, live + own)
@@ -365,14 +411,24 @@ def count_update_bytes(config: GPTConfig, machine: Machine) -> int:
         # eager AdamW makes 6 copies of what it updates, and 4 more to come to fp32 and back: not all at once
         peak = max(peak, live + (0 if machine.is_compiled else own // size * master * (8 if size < master else 6)))
         live += own if is_sent else 0  # held until all are gathered
+    copies = 2 * a + master if machine.is_compiled else a + 5 * master  # beside the stack of parameters
+    gathered = a if machine.dtype == "bfloat16" else master
     for _, own in muon:
         live -= own * world if world > 1 else 0
-        copies = 2 * a + master if machine.is_compiled else a + 5 * master  # beside the stack of parameters
         peak = max(peak, live + own + own // master * copies)
         # the stack that is sent and the whole that is gathered, in the compute dtype where the forward pass casts to it
-        sent = own // master * (a if machine.dtype == "bfloat16" else master)
+        sent = own // master * gathered
         live += sent + sent * world if world > 1 else 0
+    for grads, own, num_sliced in experts:    # where they lie
+        live -= grads if own < grads else 0
+        peak = max(peak, live + num_sliced * copies)
+        live += (own + grads) // master * gathered if own < grads else 0
     return max(peak, live)
+
+
+def count_slice(num: int, matrix_bytes: int) -> int:
+    """Experts that Muon takes at once, of `num`: as many as EXPERT_BYTES hold, in slices of about one size."""
+    return get_even_size(num, max(1, EXPERT_BYTES // matrix_bytes))
 
 
 def count_optimizer_bytes(config: GPTConfig, machine: Machine) -> int:
@@ -380,14 +436,18 @@ def count_optimizer_bytes(config: GPTConfig, machine: Machine) -> int:
     adamw = sum(2 * own for _, own, _ in list_adamw(config, machine))
     muon = sum(-(-K // machine.world_size) * (rows * cols + max(rows, cols)) * machine.master_bytes
                for (rows, cols), K in count_shapes(config).items() if machine.has_muon)
-    return adamw + muon
+    experts = sum(count_own_rows(E, rows * cols, machine.world_size) * (rows * cols + max(rows, cols))
+                  for layer in range(config.n_layer) for E, rows, cols in list_experts(config, layer))
+    return adamw + muon + experts * machine.master_bytes
 
 
 def list_adamw(config: GPTConfig, machine: Machine) -> list[tuple[int, int, int]]:
     """Bytes of each AdamW parameter, of the part that one rank updates, and of an element; the few scalars as one."""
     V, C, master, embed = config.padded_vocab_size, config.n_embd, machine.master_bytes, machine.embed_bytes
     num_ve = sum(map(config.has_value_embed, range(config.n_layer)))
+    num_moe = sum(map(config.has_experts, range(config.n_layer)))
     params = [(V, C, master), (V, C, embed), *[(V, config.kv_dim, embed)] * num_ve,
+              *[(config.num_experts, C, master)] * num_moe,
               (1, count_params(config)["scalars"], master)]
     if not machine.has_muon:
         params += [(*shape, master) for shape, num in count_shapes(config).items() for _ in range(num)]

@@ -8,6 +8,8 @@ visible difference, NorMuon a very small gain, cautious decay a solid one; this 
 
 ZeRO-2 (arXiv 1910.02054): each rank keeps the state of its part only, and updates that part: a range of rows of a large
 AdamW parameter, whole matrices of each shape for Muon. Small AdamW parameters are updated by every rank.
+A parameter of experts, (E, rows, columns), is E matrices to Muon and a range of E rows to what shards it: updated where
+it lies, a slice of bounded memory after the other, since a copy of all experts would be most of a step's memory.
 
     gradients --reduce_scatter--> this rank's part --update--> parameters --all_gather--> every rank
 
@@ -28,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanochat.compilation import fused
-from nanochat.memory import SMALL_PARAM, count_own_rows
+from nanochat.memory import SMALL_PARAM, count_own_rows, count_slice
 from nanochat.scaling import TrainingRule
 
 # (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X, iteration by iteration (arXiv 2505.16932)
@@ -59,15 +61,15 @@ all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gath
 
 @dataclass
 class Part:
-    """The unit of reduction and update: an AdamW parameter, or all Muon matrices of one shape."""
+    """The unit of reduction and update: a parameter of AdamW or of experts, or all other Muon matrices of one shape."""
     group:      dict
     params:     list[nn.Parameter]
-    is_muon:    bool
+    is_stacked: bool                     # whether it is those matrices
     is_sharded: bool
     num_own:    int                      # rows, or matrices of this rank's stack, missing ones included
-    start:      int                      # AdamW: this rank's rows of the parameter
+    start:      int                      # this rank's rows, or experts, of the parameter
     stop:       int
-    matrices:   list[nn.Parameter]       # Muon: those of this rank
+    matrices:   list[nn.Parameter]       # where they are stacked: those of this rank
     grad:       Tensor | None = None     # of this rank's rows or matrices, summed over the ranks
     messages:   list[tuple[dist.Work, Tensor]] = field(default_factory=list)  # under way; their inputs are kept alive
 
@@ -81,7 +83,7 @@ class Part:
 
 @dataclass
 class Piece:
-    """The unit of reduction: an AdamW parameter, or as many neighbouring Muon matrices as there are ranks."""
+    """The unit of reduction: a parameter, or as many neighbouring stacked matrices as there are ranks."""
     part:        Part
     params:      list[nn.Parameter]
     idx:         int       # of the matrix of this rank's stack that it fills
@@ -105,7 +107,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
         groups:       dicts with kind 'adamw' (lr, betas, eps, weight_decay; max_norm, to which the gradients of all
                       groups that have it are clipped together) or 'muon' (lr, momentum, ns_steps, beta2, weight_decay,
-                      rule; matrices of one shape)
+                      rule; matrices of one shape, or such parameters of experts)
         names:        id(parameter) -> its name in the model, for saved state, in the order in which the backward pass
                       reaches the parameters
         matmul_dtype: of Muon's orthogonalisation and of the forward pass, which casts the matrices; None means the
@@ -118,15 +120,15 @@ class MuonAdamW(torch.optim.Optimizer):
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.parts: list[Part] = []
         for group in self.param_groups:
-            is_muon = group["kind"] == "muon"
-            for params in [group["params"]] if is_muon else [[param] for param in group["params"]]:
-                num = len(params) if is_muon else len(params[0])
-                num_own = -(-num // self.world_size) if is_muon else \
+            is_stacked = group["kind"] == "muon" and group["params"][0].dim() == 2
+            for params in [group["params"]] if is_stacked else [[param] for param in group["params"]]:
+                num = len(params) if is_stacked else len(params[0])
+                num_own = -(-num // self.world_size) if is_stacked else \
                     count_own_rows(num, params[0].numel() // num, self.world_size)
-                is_sharded = is_muon or num_own < num
+                is_sharded = is_stacked or num_own < num
                 start = min(self.rank * num_own, num) if is_sharded else 0
-                self.parts.append(Part(group, params, is_muon, is_sharded, num_own, start, min(start + num_own, num),
-                                       params[self.rank::self.world_size] if is_muon else []))
+                self.parts.append(Part(group, params, is_stacked, is_sharded, num_own, start, min(start + num_own, num),
+                                       params[self.rank::self.world_size] if is_stacked else []))
         self.pieces = [piece for part in self.parts for piece in self._cut(part)]
         # All ranks must send in one order; the best one is that in which gradients come
         place = {key: place for place, key in enumerate(self.names)}
@@ -135,7 +137,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _cut(self, part: Part) -> list[Piece]:
         """The pieces of a part, from the end, which the backward pass reaches first; one rank alone sends none."""
-        num = self.world_size if part.is_muon and self.world_size > 1 else len(part.params)
+        num = self.world_size if part.is_stacked and self.world_size > 1 else len(part.params)
         return [Piece(part, part.params[i:i + num], i // num) for i in reversed(range(0, len(part.params), num))]
 
     @contextlib.contextmanager
@@ -174,12 +176,12 @@ class MuonAdamW(torch.optim.Optimizer):
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in piece.params]  # None counts as zero
         for param in piece.params:
             param.grad = None
-        grad = stack_padded(grads, max(len(grads), self.world_size), grads[0]) if part.is_muon else grads[0]
+        grad = stack_padded(grads, max(len(grads), self.world_size), grads[0]) if part.is_stacked else grads[0]
         del grads
         if is_sent and part.is_sharded:
             if part.grad is None:
                 part.grad = grad.new_empty(part.num_own, *grad.shape[1:])
-            own = part.grad[piece.idx:piece.idx + 1] if part.is_muon else part.grad
+            own = part.grad[piece.idx:piece.idx + 1] if part.is_stacked else part.grad
             part.messages.append((reduce_scatter(own, grad, async_op=True), grad))
         else:
             part.grad = grad
@@ -244,16 +246,17 @@ class MuonAdamW(torch.optim.Optimizer):
         """Update this rank's rows or matrices; returns the end of their gather, None where nothing is sent."""
         params, group, state = part.params, part.group, self._get_state(part).values()
         grad, is_sent = part.wait(), part.is_sharded and self.world_size > 1
-        if part.is_muon:
-            rows, cols = params[0].shape
+        if part.is_stacked:
             own = stack_padded(part.matrices, part.num_own, params[0])  # (n, rows, cols)
-            lr = group["lr"] * max(1.0, rows / cols) ** 0.5  # so that outputs move as much, whatever the shape
-            muon_update(own, grad, *state, group["ns_steps"], self.matmul_dtype or own.dtype,
-                        *as_scalars([lr, group["momentum"], group["beta2"], group["weight_decay"]]),
-                        group.get("rule", MuonRule()))
+            self._update_matrices(group, own, grad, *state)
             copy_all(part.matrices, own)
             return self._gather_matrices(part, own.to(self.matmul_dtype or own.dtype)) if is_sent else None
         own = params[0][part.start:part.stop]
+        if group["kind"] == "muon":
+            size = count_slice(len(own), own[0].nbytes)
+            for some in zip(*(tensor.split(size) for tensor in (own, grad, *state)), strict=True):
+                self._update_matrices(group, *some, skips_idle=True)
+            return self._gather_experts(part, own.to(self.matmul_dtype or own.dtype)) if is_sent else None
         update = adamw_update if params[0].numel() >= SMALL_PARAM else adamw_update.__wrapped__
         update(own, grad, *state,
                *as_scalars([group["lr"], *group["betas"], group["eps"], group["weight_decay"], self.num_steps]))
@@ -262,6 +265,32 @@ class MuonAdamW(torch.optim.Optimizer):
         own = own.clone()  # gloo doesn't promise to gather in place
         work = all_gather(params[0].data, own, async_op=True)
         return lambda own=own: work.wait()  # the gather reads `own`
+
+    def _update_matrices(self, group: dict, own: Tensor, grad: Tensor, momentum: Tensor, second_moment: Tensor,
+                         skips_idle: bool = False) -> None:
+        """Muon's step on a stack, in place. skips_idle: a matrix without a gradient, an expert without a token, stays
+        bit for bit where it is, and so does its state: what momentum is left would move it by a whole step."""
+        rows, cols = own.shape[-2:]
+        lr = group["lr"] * max(1.0, rows / cols) ** 0.5  # so that outputs move as much, whatever the shape
+        lr, mu, beta2, decay = as_scalars([lr, group["momentum"], group["beta2"], group["weight_decay"]])
+        if skips_idle:
+            is_used = torch.linalg.vector_norm(grad, math.inf, dim=(-2, -1), keepdim=True) > 0    # (n, 1, 1)
+            lr, mu, beta2 = (torch.where(is_used, value.to(own), unmoved)
+                             for value, unmoved in ((lr, 0.0), (mu, 1.0), (beta2, 1.0)))
+        muon_update(own, grad, momentum, second_moment, group["ns_steps"], self.matmul_dtype or own.dtype,
+                    lr, mu, beta2, decay, group.get("rule", MuonRule()))
+
+    def _gather_experts(self, part: Part, own: Tensor) -> Callable[[], None]:
+        """Start to send this rank's experts to all others; returns what waits for theirs and stores them."""
+        param = part.params[0]
+        whole = own.new_empty(param.shape)
+        work = all_gather(whole, own, async_op=True)
+
+        def finish(own: Tensor = own) -> None:  # kept alive while the gather reads it
+            work.wait()
+            for others in (slice(0, part.start), slice(part.stop, None)):
+                param[others].copy_(whole[others])
+        return finish
 
     def _gather_matrices(self, part: Part, own: Tensor) -> Callable[[], None]:
         """Start to send this rank's stack of matrices to all others; returns what waits for theirs and stores them."""
@@ -279,17 +308,22 @@ class MuonAdamW(torch.optim.Optimizer):
     def gather_masters(self) -> None:
         """Give every rank all matrices as their owners have them; a checkpoint holds these. Collective."""
         for part in self.parts if self.world_size > 1 else ():
-            if part.is_muon and part.params[0].dtype != (self.matmul_dtype or part.params[0].dtype):
-                self._gather_matrices(part, stack_padded(part.matrices, part.num_own, part.params[0]))()
+            param = part.params[0]
+            if part.group["kind"] != "muon" or param.dtype == (self.matmul_dtype or param.dtype):
+                continue
+            if part.is_stacked:
+                self._gather_matrices(part, stack_padded(part.matrices, part.num_own, param))()
+            elif part.is_sharded:
+                self._gather_experts(part, param[part.start:part.stop].contiguous())()
 
     def get_named_state(self) -> dict[str, StateSlice]:
-        """This rank's state as a checkpoint holds it: `<parameter>.<state>`, Muon's matrix by matrix."""
+        """This rank's state as a checkpoint holds it: `<parameter>.<state>`, Muon's matrix by matrix, or by expert."""
         named = {}
         for part in self.parts:
             for key, tensor in self._get_state(part).items():
                 params, slices = part.params, [StateSlice(tensor, part.start, part.stop, len(part.params[0]),
                                                           part.is_sharded or self.rank == 0)]
-                if part.is_muon:
+                if part.is_stacked:
                     params = part.matrices  # without padding
                     slices = [StateSlice(matrix, 0, len(matrix), len(matrix), True) for matrix in tensor[:len(params)]]
                 named |= {f"{self.names[id(param)]}.{key}": piece for param, piece in zip(params, slices, strict=True)}
@@ -312,7 +346,8 @@ class MuonAdamW(torch.optim.Optimizer):
         """Zeros at first; one stack for all matrices of a shape, kept with the first of them."""
         param = part.params[0]
         if not self.state[param]:
-            shapes = list_state(part.group["kind"], (part.num_own, *(param.shape if part.is_muon else param.shape[1:])))
+            own = (part.num_own, *(param.shape if part.is_stacked else param.shape[1:]))
+            shapes = list_state(part.group["kind"], own)
             self.state[param] = {key: param.new_zeros(shape) for key, shape in shapes.items()}
         return self.state[param]
 
@@ -331,9 +366,11 @@ def make_optimizer(model: nn.Module, rates: dict[str, float], weight_decay: floa
     rates: by AdamGroup.rate, before they are scaled; weight_decay: Muon's
     """
     scales = {"width": (model.config.n_embd / 768) ** -0.5 * batch_lr_scale, "batch": batch_lr_scale, "": 1.0}
+    of_blocks = {kind: [param for name, param in model.transformer.h.named_parameters()
+                        if name.endswith(".router.weight") == (kind == "routers")] for kind in ("routers", "matrices")}
     params = {"lm_head": [model.lm_head.weight], "wte": [model.transformer.wte.weight],
               "value_embeds": list(model.value_embeds.parameters()), "resid_lambdas": [model.resid_lambdas],
-              "x0_lambdas": [model.x0_lambdas], "matrices": list(model.transformer.h.parameters()),
+              "x0_lambdas": [model.x0_lambdas], **of_blocks,
               "gates": [model.smear_gate and model.smear_gate.weight, model.smear_lambda, model.backout_lambda]}
     params = {name: [param for param in members if param is not None] for name, members in params.items()}
     groups = [{"kind": "adamw", "name": row.name, "params": params[row.name],

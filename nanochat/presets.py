@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from nanochat import scaling
 from nanochat.common import UserError, print0
 from nanochat.config import GPTConfig
-from nanochat.scaling import JULY26, OURS, AdamGroup, TrainingRule
+from nanochat.scaling import JULY26, OURS, ROUTERS, AdamGroup, TrainingRule
 
 SHAPE = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
 KNOBS = tuple(field.name for field in fields(GPTConfig) if field.name not in SHAPE)
@@ -80,7 +80,7 @@ RULES = {
         momentum=(0.85, 0.95, 0.95), momentum_steps=300, decay_fall="linear", decay_scaling="depth",
         batch_from="size"),
     "marin": TrainingRule(
-        adam=make_groups((0.8, 0.95), 0.0, RATES), adam_eps=1e-15, max_norm=1.0,
+        adam=(*make_groups((0.8, 0.95), 0.0, RATES), ROUTERS), adam_eps=1e-15, max_norm=1.0,
         muon={"equalizes_rows": False, "margin": 1.0, "eps": 1e-5, "coefficients": QUINTIC, "fixes_norm": False,
               "has_neuron_norm": False, "is_cautious": False},
         momentum=(0.95, 0.95, 0.95), decay_fall="none", decay_scaling="none", batch_from="size",

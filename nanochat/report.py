@@ -77,12 +77,14 @@ def write_stage_section(name: str, title: str, run_dir: Path, info: dict, metric
     """Leave the section of a training stage, from its run.json.
     metrics: compared with other stages'; values: shown after those that all stages have"""
     plan, params, results, source = info["plan"], info["params"], info["results"], info.get("source")
+    inactive = params.get("inactive_experts", 0)
+    active = {"active parameters": params["total"] - inactive} if inactive else {}
     begun = {"begun with": f"{source['stage']} {source['tag']}, step {source['step']}"} if source else {}
     write_section(name, {
         "title": title, "stage": info["stage"], "argv": info["argv"], "created": info["ended"],
         "run": str(run_dir.relative_to(get_base_dir())), "metrics": metrics,
         "notes": [line for file in info["data"].get("files", ()) for line in file["lines"]],    # of a person's own
-        "values": {"parameters": params["total"], "steps": results["step"], "tokens": results["tokens"],
+        "values": {"parameters": params["total"], **active, "steps": results["step"], "tokens": results["tokens"],
                    "tokens per scaling parameter": plan["tokens_per_param"], "training FLOPs": plan["total_flops"],
                    "validation bits per byte": results.get("val_bpb"), "minutes": results["train_sec"] / 60,
                    "peak memory in GiB": results["peak_memory_bytes"] / 2**30, **begun, **values}})

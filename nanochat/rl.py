@@ -207,7 +207,7 @@ def count_engine_bytes(config: GPTConfig, num_rows: int, num_tokens: int) -> int
     cache of so many rows and tokens, and the linear layers' weights."""
     params = count_params(config)
     cache = 2 * config.n_layer * round_up_rows(num_rows) * (num_tokens + 1) * config.kv_dim
-    return 2 * (cache + params["transformer_matrices"] + params["lm_head"])
+    return 2 * (cache + params["transformer_matrices"] + params.get("inactive_experts", 0) + params["lm_head"])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -138,6 +138,13 @@ def init_wandb(name: str, info: dict, run_dir: Path):
         raise UserError(f"--run {name}: wandb can't be used ({error}); log in, or drop --run") from None
 
 
+# Of a step of a mixture of experts, all ranks together (moe.Balance): the load's coefficient of variation, mean of the
+# layers and worst one, the most loaded expert over the mean, experts without a token in all layers, the entropy of a
+# token's normalised scores, the largest bias
+ROUTING_FIGURES = ("moe_load_cv", "moe_worst_load_cv", "moe_most_loaded", "moe_idle_experts", "moe_router_nats",
+                   "moe_max_bias")
+
+
 @dataclass(frozen=True)
 class StepStats:
     """The figures of one optimizer step, over all ranks."""
@@ -145,6 +152,7 @@ class StepStats:
     grad_norm:   float   # before the update, over all parameters
     num_targets: int     # supervised tokens of the step
     skipped:     str     # why the optimizer was not stepped: '', 'no targets', 'no weights' or 'fp16 overflow'
+    routing:     dict = field(default_factory=dict)    # by ROUTING_FIGURES; {} of a dense model
 
     def check_finite(self, step: int) -> None:
         """Stop the run when the loss or the gradient is not a number: no later step could mend that."""
@@ -157,7 +165,7 @@ class StepStats:
 @dataclass(frozen=True)
 class PendingStats:
     """The figures of a step that a GPU may still be computing: Python is ahead of it."""
-    figures:     "torch.Tensor"         # (2,) loss, times its scale, and gradient norm, in host memory
+    figures:     "torch.Tensor"         # loss, times its scale, gradient norm, ROUTING_FIGURES or none; in host memory
     copied:      "torch.Event | None"   # when the figures are there; None: they are
     loss_scale:  float
     num_targets: int
@@ -167,8 +175,9 @@ class PendingStats:
         """Wait for the step's end."""
         if self.copied is not None:
             self.copied.synchronize()
-        loss, grad_norm = self.figures.tolist()
-        return StepStats(loss / self.loss_scale, grad_norm, self.num_targets, self.skipped)
+        loss, grad_norm, *routing = self.figures.tolist()
+        return StepStats(loss / self.loss_scale, grad_norm, self.num_targets, self.skipped,
+                         dict(zip(ROUTING_FIGURES, routing, strict=False)))
 
 
 @dataclass(frozen=True)
@@ -209,7 +218,9 @@ class Progress:
         self.elapsed_sec += step_sec
         self.recent_sec = [*self.recent_sec[-49:], step_sec]
         flops = self.plan.batch_tokens * self.plan.flops_per_token if flops is None else flops
-        return {**asdict(stats), "loss_smooth": self.get_smooth_loss(), "num_skipped": self.num_skipped,
+        values = asdict(stats)
+        routing = values.pop("routing")
+        return {**values, **routing, "loss_smooth": self.get_smooth_loss(), "num_skipped": self.num_skipped,
                 "step_ms": step_sec * 1e3, "tokens_per_sec": self.plan.batch_tokens / step_sec,
                 "mfu_pct": 100 * (flops / step_sec / self.peak_flops) if self.peak_flops else None,
                 "elapsed_sec": self.elapsed_sec, "peak_memory_bytes": devices.get_peak_memory_bytes(self.device)}

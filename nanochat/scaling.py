@@ -34,8 +34,8 @@ FINAL_LR_FRAC  = 0.05
 
 class AdamGroup(NamedTuple):
     """Parameters that AdamW updates with the same figures."""
-    name:         str           # lm_head, wte, value_embeds, resid_lambdas, x0_lambdas, gates (of smear and backout);
-                                # matrices, which are Muon's where no group has them
+    name:         str           # lm_head, wte, value_embeds, resid_lambdas, x0_lambdas, gates (of smear and backout),
+                                # routers (of experts); matrices, which are Muon's where no group has them
     rate:         str           # the flag with its learning rate; "" where none has it
     factor:       float         # on this rate
     scaling:      str           # of the rate: by "width" and batch, by "batch", or ""
@@ -43,6 +43,8 @@ class AdamGroup(NamedTuple):
     weight_decay: float
 
 
+# Anything from .0025 to .01 was as good, .02 worse than a frozen random router (nanochat's branch of July 2026)
+ROUTERS = AdamGroup("routers",   "",               0.005, "width", (0.8,  0.96),  0.0)
 ADAM_GROUPS = (
     AdamGroup("lm_head",       "unembedding_lr", 1.0,  "width", (0.8,  0.96),  0.01),
     AdamGroup("wte",           "embedding_lr",   1.0,  "width", (0.8,  0.995), 0.001),
@@ -50,6 +52,7 @@ ADAM_GROUPS = (
     AdamGroup("resid_lambdas", "scalar_lr",      0.01, "batch", (0.8,  0.95),  0.05),
     AdamGroup("x0_lambdas",    "scalar_lr",      1.0,  "batch", (0.96, 0.95),  0.0),
     AdamGroup("gates",         "",               0.2,  "",      (0.8,  0.95),  0.0),
+    ROUTERS,
 )
 
 
@@ -93,9 +96,11 @@ def make_config(depth: int, *, vocab_size: int, sequence_len: int, aspect_ratio:
 
 
 def count_scaling_params(config: GPTConfig, counts_all: bool = False) -> int:
-    """The parameter count that horizons are multiples of: transformer matrices and lm_head, or all but the scalars."""
+    """The parameter count that horizons are multiples of: transformer matrices and lm_head, or all but the scalars; of
+    a mixture of experts those that are active for a token."""
     counts = count_params(config)
-    return counts["total"] - counts["scalars"] if counts_all else counts["transformer_matrices"] + counts["lm_head"]
+    return counts["total"] - counts["scalars"] - counts.get("inactive_experts", 0) if counts_all else \
+        counts["transformer_matrices"] + counts["lm_head"]
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,7 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
     target_tokens, reference_tokens = (int(target_param_data_ratio * num) for num in (size, reference_size))
     if target_tokens < 1:
         raise UserError(f"--target-param-data-ratio {target_param_data_ratio:g} gives less than one token")
-    is_small = rule.batch_from == "horizon" and size < reference_size
+    is_small = rule.batch_from == "horizon" and size < 0.95 * reference_size    # not for want of a few gates
     num_tokens: float = target_flops / flops_per_token if horizon == "flops" else target_tokens
     tuned_tokens = REFERENCE_RATIO * reference_size    # for which the reference's batch was tuned
     if batch_tokens is None:

@@ -17,13 +17,14 @@ from nanochat.checkpoint_manager import Checkpoint, Checkpointer
 from nanochat.choices import Choices, StageFlags, StepRows, choose_how, describe_short_rows, predict_run, take_identity
 from nanochat.common import Ranks, UserError, now, print0
 from nanochat.compilation import set_compile_kernels
-from nanochat.config import GPTConfig, read_config
+from nanochat.config import GPTConfig, describe_params, read_config
 from nanochat.cross_entropy import LossScaler
 from nanochat.dataloader import Groups, RowOrder, TrainLoader, ValidationBatches
 from nanochat.devices import get_environment, get_peak_memory_bytes
 from nanochat.engine import Engine
 from nanochat.fp8 import use_fp8
 from nanochat.loss_eval import evaluate_loss
+from nanochat.moe import make_balance
 from nanochat.optim import MuonAdamW
 from nanochat.presets import find_rule
 from nanochat.run import STOP_SIGNALS, Progress, RunLog, StepLog, StopSignal, check_ranks, compare_with_saved, read_info
@@ -128,7 +129,7 @@ def make_state(setup: Setup, narrow: Callable[[MuonAdamW], MuonAdamW] | None = N
     torch.manual_seed(recipe.flags.seed)
     model = checkpoints.build_model(recipe.config, dtype, setup.device)
     model.init_weights()
-    model.loss = machine.loss
+    model.loss, model.balance = machine.loss, None if narrow else make_balance(model)
     optimizer = model.setup_optimizer(**recipe.lrs, weight_decay=plan.weight_decay, batch_lr_scale=plan.batch_lr_scale,
                                       rule=find_rule(recipe.rule))
     if narrow:
@@ -207,7 +208,7 @@ def begin_run(setup: Setup, state: TrainState, loader) -> Run:
     checkpoints.claim_folder(recipe.run_dir, resume_step)
     log = RunLog(recipe.run_dir, info, setup.ranks, resume_step=resume_step, wandb_name=flags.wandb_name)
     print0(f"model: depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, context "
-           f"{config.sequence_len}, vocabulary {config.vocab_size:,}: {params['total']:,} parameters\n"
+           f"{config.sequence_len}, vocabulary {config.vocab_size:,}: {describe_params(params)}\n"
            f"plan: {plan.num_iterations:,} steps of {plan.batch_tokens:,} tokens = {plan.total_tokens:,} (horizon by "
            f"{plan.horizon}, {plan.tokens_per_param:.1f} per scaling parameter), {plan.total_flops:.2e} FLOPs, "
            f"learning rates x{plan.batch_lr_scale:.3g}\n"

@@ -103,6 +103,8 @@ def queue_step(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: int,
     else:
         grad_norm = optimizer.step()
     figures, copied = torch.stack((sum_over_ranks(loss), grad_norm.to(loss.dtype))), None
+    if model.balance and not overflowed:
+        figures = torch.cat((figures, model.balance.update().to(loss.dtype)))
     if figures.device.type in ("cuda", "xpu"):
         figures, copied = figures.to("cpu", non_blocking=True), torch.Event(figures.device)
         copied.record()
@@ -125,6 +127,8 @@ def add_gradients(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: in
             if micro.weights is not None:
                 weights *= micro.weights
             micro_loss = model(micro.inputs, micro.targets, loss_reduction="sum", weights=weights)
+            if model.balance:
+                model.balance.count(micro.targets, is_first=i == 0)
             with optimizer.reduce_in_backward() if i == len(micros) - 1 else contextlib.nullcontext():
                 micro_loss.backward()
             loss = loss + micro_loss.detach()

@@ -186,7 +186,10 @@ def compute_limits(config: GPTConfig, result: dict, args: argparse.Namespace, ma
     length = args.prompt_tokens + args.max_tokens // 2
     keys_seen = sum(min(config.window(layer) + 1, length) for layer in range(config.n_layer))
     row_bytes = 2 * keys_seen * config.n_kv_head * config.head_dim * cache_element_bytes
-    matrix_bytes = (counts["transformer_matrices"] + counts["lm_head"]) * element_bytes
+    # of experts at most those that the rows ask for are read, each row others
+    more_rows = min(1, (result["rows"] - 1) * config.top_k / max(1, config.num_experts - config.top_k))
+    matrices = counts["transformer_matrices"] + counts.get("inactive_experts", 0) * more_rows
+    matrix_bytes = (matrices + counts["lm_head"]) * element_bytes
     decode_limit = machine["read_bytes_per_sec"] / (matrix_bytes / result["rows"] + row_bytes)
     limits = {"matrix_bytes": matrix_bytes, "cache_bytes_per_row": row_bytes,
               "decode_read_limit_tokens_per_sec": decode_limit}

@@ -22,7 +22,7 @@ from nanochat.common import UserError, print0, run_script
 from nanochat.config import GPTConfig, count_params, estimate_flops
 from nanochat.corpus import HUB_SOURCES
 from nanochat.memory import GIB, Machine, Memory, get_usable_frac, rows_or_auto
-from nanochat.presets import add_plan_args, apply_preset, find_preset, find_rule, list_typed
+from nanochat.presets import add_plan_args, apply_preset, find_preset, find_rule, list_typed, parse_knobs
 from nanochat.scaling import FINAL_LR_FRAC, WARMDOWN_RATIO, WEIGHT_DECAY, Plan, make_config, make_plan
 
 DOLLARS_PER_GPU_HOUR = 3.0    # of an H100 on the market, $24 an hour for a node of eight
@@ -107,6 +107,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     # model and horizon
     add_plan_args(parser)
     add("--vocab-size", type=int, default=32768, help="tokens of the tokenizer")
+    add("--knobs", nargs="+", action="extend", default=[], metavar="KNOB=VALUE",
+        help="other parts, as of scripts.base_train")
     add("--total-batch-size", type=int, help="tokens of a step, all GPUs together (default: from the horizon)")
     # computation
     add("--device-batch-size", type=rows_or_auto, default="auto", metavar="ROWS",
@@ -205,7 +207,7 @@ def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, machi
     machine = replace(machine, has_muon=rule.has_muon)
     config = make_config(depth, vocab_size=args.vocab_size, sequence_len=T, aspect_ratio=args.aspect_ratio,
                          head_dim=args.head_dim, window_pattern=args.window_pattern,
-                         **preset.shape | preset.knobs)
+                         **preset.shape | preset.knobs | parse_knobs(args.knobs))
     plan = make_plan(config, estimate_flops(config), num_iterations=args.num_iterations,
                      target_flops=args.target_flops, target_param_data_ratio=args.target_param_data_ratio,
                      batch_tokens=args.total_batch_size, weight_decay=preset.flags.get("weight_decay", WEIGHT_DECAY),
@@ -252,9 +254,12 @@ def count_hardware_flops(config: GPTConfig, plan: Plan, num_gpus: int, has_muon:
         per_token = config.n_head * config.head_dim * (14 * keys - 12 * model_keys)
         flops, first_step = flops + per_token * (end_step - first_step) * plan.batch_tokens, end_step
     muon = 0
-    for shape, num in memory.count_shapes(config).items() if has_muon else ():
+    matrices = [(shape, -(-num // num_gpus) * num_gpus) for shape, num in memory.count_shapes(config).items()]
+    for E, *shape in (shape for layer in range(config.n_layer) for shape in memory.list_experts(config, layer)):
+        matrices.append((shape, memory.count_own_rows(E, math.prod(shape), num_gpus) * num_gpus))
+    for shape, num in matrices if has_muon else ():    # padding included
         short, long = sorted(shape)
-        muon += -(-num // num_gpus) * num_gpus * MUON_STEPS * (4 * short**2 * long + 2 * short**3)  # padding included
+        muon += num * MUON_STEPS * (4 * short**2 * long + 2 * short**3)
     return flops + muon * plan.num_iterations
 
 
@@ -279,6 +284,12 @@ def find_deepest(args: argparse.Namespace, hardware: Hardware, machine: Machine)
                     "more, or shorten the run with --target-param-data-ratio")
 
 
+def count_active(config: GPTConfig) -> int:
+    """Parameters without the experts that a token doesn't use."""
+    counts = count_params(config)
+    return counts["total"] - counts.get("inactive_experts", 0)
+
+
 def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine, recipes: list[str],
                 presets: list[str]) -> None:
     """One column a depth, recipe or preset, then the sources of the figures."""
@@ -300,6 +311,8 @@ def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine,
     add("width, heads", lambda e: f"{e.config.n_embd}, {e.config.n_head}")
     add("vocabulary", lambda e: f"{e.config.vocab_size:,}")
     add("parameters", lambda e: f"{count_params(e.config)['total'] / 1e6:,.1f} M")
+    if any(e.config.num_experts for e in estimates):
+        add("  active for a token", lambda e: f"{count_active(e.config) / 1e6:,.1f} M")
     add("training tokens", lambda e: f"{e.plan.total_tokens / 1e9:,.3f} B")
     add("tokens per scaling parameter", lambda e: f"{e.plan.tokens_per_param:.2f}")
     add("steps", lambda e: f"{e.plan.num_iterations:,}")

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from nanochat.common import UserError
 from nanochat.config import SMEAR_GATE_CHANNELS, GPTConfig, count_params, estimate_flops, read_config
@@ -21,11 +21,21 @@ SHAPES = [
     *(GPTConfig(vocab_size=320, sequence_len=512, n_layer=11, n_head=4, n_kv_head=2, n_embd=64, **preset.knobs |
                 ({"attn_dim": 128, "mlp_dim": 96} if preset.knobs.get("attn_dim") else {}))
       for preset in PRESETS.values()),
+    GPTConfig(vocab_size=320, sequence_len=256, n_layer=5, n_head=2, n_kv_head=2, n_embd=64, num_experts=8, top_k=2,
+              moe_every=2),
+    GPTConfig(vocab_size=320, sequence_len=256, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, num_experts=4, top_k=4),
 ]
 
 
+@register_flop_formula([torch.ops.nanochat.grouped_product, torch.ops.nanochat.grouped_outer])
+def count_grouped_flops(a, b, ends, out_shape):
+    """Of each row by its expert's matrix, and of outer products."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
 def name_shape(config: GPTConfig) -> str:
-    return f"d{config.n_layer}-{config.n_embd}-{config.n_head}-{config.n_kv_head}-{config.rope_base:g}"
+    return f"d{config.n_layer}-{config.n_embd}-{config.n_head}-{config.n_kv_head}-{config.rope_base:g}-" + \
+        f"{config.num_experts}"
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=name_shape)
@@ -36,7 +46,9 @@ def test_counts_are_the_modules(config):
     counts = count_params(config)
     for part, prefix in (("wte", "transformer.wte"), ("value_embeds", "value_embeds"), ("lm_head", "lm_head"),
                          ("transformer_matrices", "transformer.h")):
-        assert counts[part] == sum(size for name, size in sizes.items() if name.startswith(prefix + ".")), part
+        inactive = counts.get("inactive_experts", 0) if prefix == "transformer.h" else 0
+        size = sum(size for name, size in sizes.items() if name.startswith(prefix + "."))
+        assert counts[part] + inactive == size, part
     assert counts["total"] == sum(sizes.values()) and counts == model.num_scaling_params()
 
 
@@ -52,7 +64,8 @@ def test_matrix_products_are_six_flops_a_parameter_and_token(config, loss, monke
         tokens = torch.zeros((B, T), dtype=torch.int64)
         model(tokens, tokens).backward()
     by_operation = counter.get_flop_counts()["Global"]
-    products = by_operation.pop(torch.ops.aten.mm)
+    products = by_operation.pop(torch.ops.aten.mm) + sum(
+        by_operation.pop(getattr(torch.ops.nanochat, name), 0) for name in ("grouped_product", "grouped_outer"))
     assert all("scaled_dot_product" in str(name) for name in by_operation)
     counts = count_params(config)
     num_matmul_params = counts["transformer_matrices"] + counts["lm_head"] + SMEAR_GATE_CHANNELS * config.smear

@@ -19,6 +19,7 @@ from dev import (
     gpu_check,
     gpu_fp8,
     gpu_kernels,
+    gpu_moe,
     gpu_record,
     gpu_setup,
     gpu_steps,
@@ -123,6 +124,27 @@ def test_a_wrong_gradient_of_the_loss_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_kernels, "linear_cross_entropy", wrong)
     statuses = get_statuses(run_checks(tmp_path, "--only", "loss"))
     assert statuses["loss/against float64"] == "FAIL"
+
+
+def test_grouped_products_that_are_wrong_fail(tmp_path, monkeypatch):
+    right = gpu_moe.moe.grouped_outer
+    monkeypatch.setattr(gpu_moe.moe, "grouped_outer", lambda a, b, ends: 1.1 * right(a, b, ends))
+    statuses = get_statuses(run_checks(tmp_path, "--only", "moe"))
+    failed = {name for name, status in statuses.items() if status == "FAIL"}
+    assert failed == {f"moe/d{depth} {load} load" for depth in (1, 2) for load in ("even", "uneven")}
+
+
+def test_the_time_tax_of_experts(tmp_path):
+    """Each variant's step over the dense one's, of the same depth; the dispatch is what the products leave."""
+    results = run_checks(tmp_path, "--only", "moe")
+    dense = get_check(results, "d2 step, dense")["figures"]["step_ms"]
+    for name in ("k = 1", "k = 2"):
+        figures = get_check(results, f"d2 step, {name}")["figures"]
+        assert figures["time_tax"] == pytest.approx(figures["step_ms"] / dense)
+    layer = get_check(results, "d2 layer")["figures"]
+    assert layer["dispatch_frac"] == pytest.approx(1 - layer["products_ms"] / layer["layer_ms"])
+    ends = gpu_moe.make_ends(800, False, torch.device("cpu"))
+    assert ends.tolist() == [400, 400, 467, 533, 600, 667, 733, 800]
 
 
 def test_a_resume_that_loses_momentum_fails(tmp_path, monkeypatch):

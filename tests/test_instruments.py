@@ -80,6 +80,22 @@ def test_memory_script(capsys):
         show_memory.main(["--rows", "0"])
 
 
+def test_memory_of_experts_beside_the_dense_model():
+    """More weights, gradients and state by the experts that no token uses, the same streams, two sorted copies."""
+    results = show_memory.main(["--depth", "2", "--vocab-size", "300", "--max-seq-len", "128", "--rows", "2", "--dtype",
+                                "float32", "--knobs", "num_experts=4", "moe_every=2"])
+    assert is_png(results["figure"]) and is_png(results["beside_figure"])
+    assert all(abs(row["error %"]) < 10 for row in results["phases"])
+    (_, dense), (_, moe) = (zip(*((row["part, at its most"].strip(), list(row.values())[column])
+                                  for row in results["beside"]), strict=True) for column in (1, 2))
+    names = [row["part, at its most"].strip() for row in results["beside"]]
+    more = {name: (b - a) * 2**20 for name, a, b in zip(names, dense, moe, strict=True)}
+    expert, C = 2 * 128 * 256, 128
+    assert more["gradients"] == more["parameters"] - 4 * 4 == 4 * (3 * expert + 4 * C)    # and four biases
+    assert more["optimizer state"] > more["parameters"] and more["residual stream"] == more["attention"] == 0
+    assert more["of it sorted copies"] == 2 * 256 * C * 4
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 

@@ -197,3 +197,12 @@ def test_mistakes(base_dir):
     (base_dir / "a_file").touch()
     with pytest.raises(UserError, match="choose a folder with --out"):
         report.main(["ledger", "--out", str(base_dir / "a_file")])
+
+
+def test_marin_flops_of_experts():
+    """Its formula: the MLP's term for each of a token's experts, and the router."""
+    dense = GPTConfig()
+    moe = replace(dense, num_experts=8, top_k=1)
+    assert count_marin_flops(moe) == count_marin_flops(dense) + 2 * dense.n_layer * dense.n_embd * 8
+    every_other = replace(dense, num_experts=8, top_k=3, moe_every=2)
+    assert count_marin_flops(every_other) == count_marin_flops(dense) + dense.n_layer * dense.n_embd * 8

@@ -66,7 +66,21 @@ def test_prediction_meets_the_model_at_full_size(depth, rows, num_micro, dtype, 
     check_trace(config, 2048, rows, machine, num_micro, tolerance=0.02)
 
 
+@pytest.mark.parametrize(("depth", "knobs", "T", "rows", "num_micro", "dtype", "world_size"), [
+    (4,  {"num_experts": 8},                  512,  8, 1, "bfloat16", 1),
+    (4,  {"num_experts": 16, "top_k": 2},     512,  4, 2, "float32",  1),
+    (12, {"num_experts": 8, "moe_every": 2},  2048, 4, 1, "bfloat16", 8),
+    (6,  {"num_experts": 6, "top_k": 3},      512,  4, 1, "bfloat16", 4),    # which four ranks can't share
+    (18, {"num_experts": 8},                  2048, 2, 2, "bfloat16", 1),    # several slices of Muon's
+])
+def test_prediction_meets_a_mixture_of_experts(depth, knobs, T, rows, num_micro, dtype, world_size):
+    config = make_config(depth, vocab_size=32768, sequence_len=T, **knobs)
+    check_trace(config, T, rows, Machine(dtype, "sdpa", False, "cpu", world_size), num_micro, tolerance=0.02)
+
+
 @pytest.mark.parametrize(("config", "T", "rows", "num_micro", "dtype", "attention"), [
+    (make(4, 512, 512, num_experts=8, moe_every=2),             512, 8, 1, "bfloat16", "sdpa"),
+    (make(4, 512, 512, num_experts=8, top_k=2),                 512, 8, 1, "float32",  "sdpa"),
     (make(2, sequence_len=512),                                 512, 4, 1, "bfloat16", "sdpa"),
     (make(2, 8192, 512),                                        512, 2, 1, "float32",  "sdpa"),     # the loss is worst
     (make(3, 300, 1024),                                        300, 2, 2, "bfloat16", "sdpa"),     # windows pad T
@@ -87,8 +101,9 @@ def test_prediction_meets_the_model_of_odd_shapes(config, T, rows, num_micro, dt
 
 @pytest.mark.parametrize("world_size", [1, 6, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_optimizer_state_is_the_optimizers(world_size, dtype):
-    config, machine = make(3), Machine(dtype, "sdpa", False, "cpu", world_size)
+@pytest.mark.parametrize("knobs", [{}, {"num_experts": 8, "top_k": 2}])
+def test_optimizer_state_is_the_optimizers(world_size, dtype, knobs):
+    config, machine = make(3, **knobs), Machine(dtype, "sdpa", False, "cpu", world_size)
     with fake_step(config, machine) as (_, optimizer):
         optimizer.get_named_state()
         state = [tensor for states in optimizer.state.values() for tensor in states.values()]
@@ -309,6 +324,22 @@ def test_plan_of_fp8_is_one_of_memory(capsys):
     assert runs[0]["memory"]["peak"] != runs[1]["memory"]["peak"] and runs[0]["hours"] == runs[1]["hours"]
     off, on = capsys.readouterr().out.split("Memory: ")[1:]
     assert "fp8" in on and "fp8" not in off.splitlines()[0]
+
+
+def test_plan_of_experts_is_by_active_parameters(capsys):
+    """As many tokens and FLOPs as the dense model to a percent, and more memory, in as many bytes as Muon's experts."""
+    argv = ["--depth", "12", "--nproc", "8", "--device-batch-size", "8"]
+    dense, moe = (plan.main([*argv, *knobs])["runs"][0] for knobs in ([], ["--knobs", "num_experts=8", "moe_every=2"]))
+    assert moe["plan"]["total_flops"] == pytest.approx(dense["plan"]["total_flops"], rel=0.01)
+    assert moe["plan"]["batch_tokens"] == dense["plan"]["batch_tokens"]
+    expert = 2 * 768 * 1536
+    more = moe["memory"]["parameters"] - dense["memory"]["parameters"]
+    assert more == 4 * 6 * (7 * expert + 8 * 768)    # of 8 experts one takes the place of half the dense MLP
+    assert moe["hardware_flops"] > dense["hardware_flops"]
+    out = capsys.readouterr().out
+    assert "active for a token" not in out.split("8 x h100")[1] and "active for a token" in out.split("8 x h100")[2]
+    with pytest.raises(UserError, match="top_k=9 must be from 1 to the 8 experts"):
+        plan.main(["--depth", "12", "--knobs", "num_experts=8", "top_k=9"])
 
 
 def test_plan_of_short_rows_counts_what_they_save():

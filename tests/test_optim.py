@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nanochat import compilation
+from nanochat import compilation, memory
 from nanochat.gpt import GPTConfig
 from nanochat.optim import POLAR_EXPRESS, MuonAdamW, MuonRule, adamw_update, as_scalars, muon_update, orthogonalize
 from nanochat.presets import PRESETS, RULES
@@ -159,6 +159,36 @@ def test_zero_gradient_with_zero_state_changes_nothing_but_decay():
         for group, olds, lr in zip(groups, before, (muon_lr, 0.5), strict=True):
             for param, old in zip(group["params"], olds, strict=True):
                 torch.testing.assert_close(param.detach(), old * (1 - lr * decay), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("slice_bytes", [1, 2**28])    # one expert at a time, all at once
+@pytest.mark.parametrize("rule", RULES)
+def test_experts_are_matrices_and_idle_ones_stay_where_they_are(rule, slice_bytes, monkeypatch):
+    """Each expert moves as a matrix by itself would that has no step where the expert has no token."""
+    if not RULES[rule].has_muon:
+        pytest.skip("AdamW updates the matrices of this rule")
+    monkeypatch.setattr(memory, "EXPERT_BYTES", slice_bytes)
+    rng = torch.Generator().manual_seed(0)
+    start = torch.randn(3, 12, 5, generator=rng, dtype=torch.float64)
+    experts, alone = torch.nn.Parameter(start.clone()), [torch.nn.Parameter(matrix.clone()) for matrix in start]
+
+    def make(params):
+        return MuonAdamW([{"kind": "muon", "params": params, "lr": 0.02, "momentum": 0.95, "ns_steps": 5,
+                           "beta2": RULES[rule].beta2, "weight_decay": 0.28, "rule": MuonRule(**RULES[rule].muon)}])
+    optimizer, others = make([experts]), [make([matrix]) for matrix in alone]
+    for step in range(5):
+        experts.grad = torch.randn(3, 12, 5, generator=rng, dtype=torch.float64)
+        idle = {0: (0, 1, 2), 2: (1,), 3: (1, 2)}.get(step, ())
+        experts.grad[list(idle)] = 0
+        before = [tensor.clone() for tensor in (experts, *optimizer._get_state(optimizer.parts[0]).values())]
+        for e in set(range(3)) - set(idle):
+            alone[e].grad = experts.grad[e].clone()
+            others[e].step()
+        optimizer.step()
+        after = (experts, *optimizer._get_state(optimizer.parts[0]).values())
+        for e in range(3):
+            assert all(torch.equal(new[e], old[e]) for new, old in zip(after, before, strict=True)) == (e in idle)
+            torch.testing.assert_close(experts[e], alone[e], rtol=1e-12, atol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,7 +389,7 @@ def test_gradients_are_sent_during_the_backward_pass(fake_ranks):
         assert optimizer.num_sent == (len(optimizer.pieces) if is_last else 0)
     # what had been sent when the gradient of a layer's value embeddings came: that of the head, of the layers above
     layers = [[optimizer.names[id(param)].split(".")[2] for param in piece.params]
-              for piece in optimizer.pieces if piece.part.is_muon and piece.params[0].shape == (64, 64)]
+              for piece in optimizer.pieces if piece.part.is_stacked and piece.params[0].shape == (64, 64)]
     assert layers == [["3", "3"], ["2", "2"], ["1", "1"], ["0", "0"]]
     assert 0 < num_sent["value_embeds.3.weight"] < num_sent["value_embeds.1.weight"] < len(optimizer.pieces) - 5
     assert all(param.grad is None for param in model.parameters())

@@ -186,6 +186,38 @@ def test_run1000_costs_what_it_says(capsys):
     assert f"${run['dollars']:.0f} for the base model" in recipe and run["dollars"] < 1000
 
 
+@pytest.mark.parametrize(("experts", "is_moe"), [(None, True), ("", False)])
+def test_moe_trains_experts_with_the_speedruns_commands(experts, is_moe, tmp_path):
+    settings = {} if experts is None else {"EXPERTS": experts}
+    commands = note_commands("moe.sh", tmp_path, "log", DEPTH="2", RECIPE_FLAGS="--seed 3", **settings)
+    plain = note_commands("speedrun.sh", tmp_path, "plain", DEPTH="2", RATIO="20", NAME="moe", RECIPE_FLAGS="--seed 3")
+    knobs = " --knobs num_experts=8 top_k=1 moe_every=2"
+    assert [line.replace(knobs, "") for line in commands] == plain
+    assert sum(knobs in line for line in commands) == is_moe
+
+
+def test_moe_costs_what_it_says(capsys):
+    """The header's figures are those of scripts.plan for the model that it trains."""
+    recipe = (REPO_DIR / "runs" / "moe.sh").read_text()
+    knobs = re.search(r"EXPERTS-(.+?)}", recipe)[1].split()
+    run = plan.main(["--depth", "12", "--target-param-data-ratio", "20", "--price", "3", "--knobs", *knobs])["runs"][0]
+    counts = count_params(GPTConfig(**run["config"]))
+    active = counts["total"] - counts["inactive_experts"]
+    assert f"{active / 1e6:.0f} M parameters" in recipe and f"of {counts['total'] / 1e6:.0f} M" in recipe
+    assert f"{run['hours']:.1f} hours for the base model" in recipe and f"${run['dollars']:.1f} for" in recipe
+
+
+def test_moe_at_toy_size(base_dir, tmp_path):
+    """The chain: mid, SFT, RL and evaluation of a mixture of experts."""
+    output = run_recipe("moe.sh", base_dir, NANOCHAT_MIRROR_DIR=str(tmp_path / "empty"), NPROC="1",
+                        EXPERTS="num_experts=4 top_k=2", **CHAT_SETTINGS)
+    assert "active parameters of" in output
+    metrics = {stage: read_metrics(base_dir / "runs" / stage / "toy") for stage in ("base", "sft", "rl")}
+    for stage in ("base", "sft"):
+        assert all("moe_load_cv" in line for line in metrics[stage] if line["kind"] == "train")
+    assert metrics["rl"] and "talk to it" in output
+
+
 def write_stub(tmp_path):
     """runs/, without the set-up."""
     shutil.copytree(REPO_DIR / "runs", tmp_path / "runs", dirs_exist_ok=True)

@@ -77,6 +77,9 @@ def test_from_depth_12_on_plans_are_those_of_the_public_record():
         for horizon in ({}, {"target_param_data_ratio": 8}, {"target_param_data_ratio": 20}, {"target_flops": 1e18},
                         {"num_iterations": 20}, {"batch_tokens": 2**16}):
             assert plan_depth(depth, **horizon) == plan_depth(depth, **horizon, rule=JULY26), (depth, horizon)
+    plain = make_config(12, vocab_size=32768, sequence_len=2048, ve_gate_channels=0)    # has no gates
+    assert count_scaling_params(plain) < PARAMS[12]
+    assert make_plan(plain, 1e9, target_param_data_ratio=8).batch_tokens == 2**19
 
 
 @pytest.mark.parametrize("batch", [2048, 4096, 32_768])
@@ -351,3 +354,12 @@ def test_chat_schedules():
     assert rates(4, 1.0) == [1, 0.75, 0.5, 0.25] and rates(4, 0.5) == [1, 1, 1, 0.5]
     assert rates(1, 0.2) == rates(1, 1.0) == [1]
     assert [get_chat_momentum(it) for it in (0, 150, 300, 9999)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
+
+
+def test_horizon_of_experts_is_by_active_parameters():
+    dense = make_config(4, vocab_size=8192, sequence_len=512)
+    moe = make_config(4, vocab_size=8192, sequence_len=512, num_experts=16, moe_every=2)
+    router = 2 * 16 * 256
+    assert count_scaling_params(moe) == count_scaling_params(dense) + router
+    assert count_scaling_params(moe, counts_all=True) == count_scaling_params(dense, counts_all=True) + router
+    assert estimate_flops(moe) == estimate_flops(dense) + 6 * router

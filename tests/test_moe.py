@@ -1,0 +1,293 @@
+"""The mixture of experts against a loop over tokens; its balance against sorted lists; training, state, resume."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat import moe
+from nanochat.common import UserError
+from nanochat.config import GPTConfig
+from nanochat.gpt import MLP
+from nanochat.moe import Balance, MoE, make_balance
+from tests.helpers import CONFIG, make_model
+
+WIDE = GPTConfig(sequence_len=16, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L",
+                 mlp_dim=256)
+
+
+def make_layer(num_experts, top_k, dtype=torch.float64, seed=0):
+    """A layer of 32 channels with random weights, gates and biases."""
+    config = replace(WIDE, num_experts=num_experts, top_k=top_k)
+    torch.manual_seed(seed)
+    layer = MoE(config, MLP(config, config.expert_dim, dtype), dtype)
+    with torch.no_grad():
+        for param in layer.parameters():
+            param.normal_(std=0.2)
+        layer.router.weight.mul_(3)
+        layer.expert_bias.normal_(std=0.1)
+    return layer
+
+
+def make_tokens(num=24, dtype=torch.float64, seed=1):
+    tokens = torch.randn(2, num // 2, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return tokens.to(dtype).requires_grad_()
+
+
+def slow_moe(layer, x):
+    """Token by token, expert by expert."""
+    out = []
+    for token in x.flatten(0, 1):
+        scores = [1 / (1 + torch.exp(-(row @ token))) for row in layer.router.weight]
+        ranking = sorted(range(len(scores)), key=lambda j: -(scores[j] + layer.expert_bias[j]).item())
+        y = layer.shared.c_proj.weight @ (layer.shared.c_fc.weight @ token).clamp(min=0) ** 2
+        for j in ranking[:layer.top_k]:
+            y = y + scores[j] * (layer.down.weight[j] @ (layer.up.weight[j] @ token).clamp(min=0) ** 2)
+        out.append(y)
+    return torch.stack(out).view_as(x)
+
+
+def take_gradients(function, layer, x):
+    """Output, and the gradients of its weighted sum, the input's first."""
+    y = function(layer, x) if function is slow_moe else layer(x)
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    names, params = zip(*layer.named_parameters(), strict=True)
+    grads = torch.autograd.grad((y * weights).sum(), [x, *params], allow_unused=True)
+    return {"y": y.detach(), **dict(zip(("x", *names), grads, strict=True))}
+
+
+@pytest.mark.parametrize("few_rows", [0, 1000])    # padded batches, gathered weights
+@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 1), (4, 2), (4, 4), (1, 1), (7, 3)])
+def test_layer_equals_the_slow_version_with_all_gradients(num_experts, top_k, few_rows, monkeypatch):
+    monkeypatch.setattr(moe, "FEW_ROWS", few_rows)
+    layer, x = make_layer(num_experts, top_k), make_tokens()
+    expected, actual = take_gradients(slow_moe, layer, x), take_gradients(None, layer, x)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-11, atol=1e-11, msg=name)
+
+
+def test_expert_without_tokens_has_no_gradient():
+    layer, x = make_layer(4, 2), make_tokens()
+    layer.expert_bias[1] = -5
+    expected, actual = take_gradients(slow_moe, layer, x), take_gradients(None, layer, x)
+    assert not actual["up.weight"][1].any() and not actual["down.weight"][1].any() and actual["up.weight"][0].any()
+    for name in ("y", "x", "router.weight", "down.weight"):
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-11, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_grouped_products_are_those_of_each_expert(dtype):
+    """torch's own where this machine has them, with experts of no rows at either end and in the middle."""
+    rng = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(40, 32, generator=rng), torch.randn(5, 16, 32, generator=rng)
+    grad, ends = torch.randn(40, 16, generator=rng), torch.tensor([0, 13, 13, 40, 40], dtype=torch.int32)
+    groups = [slice(0, 0), slice(0, 13), slice(13, 13), slice(13, 40), slice(40, 40)]
+    x, weight, grad = (t.to(dtype) for t in (x, weight, grad))
+    products = torch.cat([x.float()[group] @ matrix.float().T for group, matrix in zip(groups, weight, strict=True)])
+    outer = torch.stack([grad.float()[group].T @ x.float()[group] for group in groups])
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}[dtype]
+    for can_group in (moe.can_group, lambda *_: False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(moe, "can_group", can_group)
+            for actual, expected in ((moe.grouped_product(x, weight.mT, ends), products),
+                                     (moe.grouped_outer(grad, x, ends), outer)):
+                assert actual.dtype == dtype and actual.shape == expected.shape
+                assert (actual.float() - expected).norm() < tolerance * expected.norm()
+                assert torch.isfinite(actual).all()
+
+
+def test_grouped_products_that_are_wrong_are_not_used(monkeypatch, capsys):
+    monkeypatch.setattr(F, "grouped_mm", lambda a, b, offs: torch.zeros(len(a), b.size(-1)) if b.dim() == 3 else
+                        torch.zeros(len(offs), len(a), b.size(-1)), raising=False)
+    moe.probe_grouped.cache_clear()
+    try:
+        layer, x = make_layer(4, 2, torch.float32), make_tokens(dtype=torch.float32)
+        torch.testing.assert_close(layer(x), slow_moe(layer, x), rtol=1e-4, atol=1e-4)
+        layer(x)
+        said = capsys.readouterr().out
+        assert said.count("experts multiply in padded batches") == 1 and "its results are wrong" in said
+    finally:
+        moe.probe_grouped.cache_clear()
+
+
+def test_copies_of_the_dispatch_have_exact_gradients():
+    order = torch.tensor([3, 0, 5, 1, 2, 4])
+    inverse = order.argsort()
+    tokens = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: moe._Permute.apply(t, order, inverse, 2), tokens)
+    assert torch.autograd.gradcheck(lambda r: moe._Permute.apply(r, inverse, order, 1), rows)
+    there_and_back = moe._Permute.apply(moe._Permute.apply(tokens, order, inverse, 2), inverse, order, 1)
+    assert torch.equal(there_and_back, tokens.repeat_interleave(2, 0))
+
+
+def test_one_expert_that_is_always_open_is_the_dense_mlp():
+    layer, x = make_layer(1, 1), make_tokens()
+    dense = MLP(WIDE, layer.up.weight.size(1), torch.float64)
+    with torch.no_grad():
+        dense.c_fc.weight.copy_(layer.up.weight[0])
+        dense.c_proj.weight.copy_(layer.down.weight[0])
+        layer.router.weight.zero_()    # a gate of one half
+        layer.shared.c_proj.weight.zero_()
+    torch.testing.assert_close(2 * layer(x), dense(x), rtol=1e-12, atol=1e-12)
+
+
+def test_order_of_the_tokens_does_not_matter():
+    layer, x = make_layer(4, 2), make_tokens()
+    shuffled = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    expected = layer(x).flatten(0, 1)[shuffled]
+    actual = layer(x.flatten(0, 1)[shuffled].view_as(x)).flatten(0, 1)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_repeat_bit_for_bit(dtype):
+    layer, x = make_layer(4, 2, torch.float32), make_tokens(dtype=dtype)
+    first, second = ([x.grad, *(p.grad for p in layer.parameters())]
+                     for _ in range(2) if not (layer.zero_grad() or setattr(x, "grad", None))
+                     if not layer(x).float().square().sum().backward())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_compiled_layer_equals_the_eager_one():
+    """Opaque products, traced copies; one graph, or fullgraph would fail."""
+    layer, x = make_layer(4, 2, torch.float32), make_tokens(dtype=torch.float32)
+    layer.keeps_scores = True
+    expected = layer(x)
+    expected.square().sum().backward()
+    grads, scores = [p.grad for p in layer.parameters()], layer.scores
+    layer.zero_grad()
+    layer.scores = None
+    layer.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+    actual = layer(x)
+    actual.square().sum().backward()
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(layer.scores, scores)
+    for param, grad in zip(layer.parameters(), grads, strict=True):
+        torch.testing.assert_close(param.grad, grad, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Balance
+
+
+def slow_quantiles(scores, bias, k):
+    """The k/E quantile of r, expert by expert, from sorted lists."""
+    E = len(bias)
+    alpha = [sorted((scores[i] + bias).tolist(), reverse=True)[k] for i in range(len(scores))]
+    values = [sorted(alpha[i] - float(scores[i, j]) for i in range(len(scores)))[math.ceil(len(scores) * k / E) - 1]
+              for j in range(E)]
+    return torch.tensor(values) - sum(values) / E
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 1), (8, 2), (16, 3)])
+def test_biases_are_quantiles(num_experts, top_k):
+    layer = make_layer(num_experts, top_k, torch.float32)
+    bias = layer.expert_bias.clone()
+    balance = Balance([layer])
+    layer(make_tokens(2000, torch.float32))
+    scores = layer.scores
+    balance.count(torch.zeros(2, 1000, dtype=torch.long), is_first=True)
+    balance.update()
+    bin_width = float(bias.max() - bias.min() + 2) / moe.NUM_BINS
+    assert (layer.expert_bias - slow_quantiles(scores, bias, top_k)).abs().max() < 2 * bin_width
+    assert abs(float(layer.expert_bias.mean())) < 1e-6
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (16, 2), (32, 2)])
+def test_load_is_even_after_a_few_updates(num_experts, top_k):
+    """To about the noise of so few tokens, sqrt(E / N k)."""
+    layer = make_layer(num_experts, top_k, torch.float32)
+    balance = Balance([layer])
+    for step in range(6):
+        layer(make_tokens(2000, torch.float32, seed=step))
+        balance.count(torch.zeros(2, 1000, dtype=torch.long), is_first=True)
+        cv, _, most, num_idle, nats, max_bias = balance.update().tolist()
+    assert cv < 0.2 and 1 < most < 1.6 and num_idle == 0
+    assert 0 < nats < math.log(num_experts) and max_bias == layer.expert_bias.abs().max()
+
+
+def count_twice(layer, x, targets, cuts):
+    """The sums of a step in micro-batches of the rows between `cuts`."""
+    balance = Balance([layer])
+    for i, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        layer(x[start:stop])
+        balance.count(targets[start:stop], is_first=i == 0)
+    return balance
+
+
+def test_padding_does_not_count_and_micro_batches_add_up():
+    layer, x = make_layer(4, 2), make_tokens(400).view(10, 40, 32)
+    targets = torch.zeros(10, 40, dtype=torch.long)
+    targets[:, 25:] = -1
+    whole, cut = (count_twice(layer, x, targets, cuts) for cuts in ([0, 10], [0, 2, 4, 6, 8, 10]))
+    assert torch.equal(whole.sums, cut.sums)
+    alone = count_twice(layer, x[:, :25], targets[:, :25], [0, 10])
+    assert torch.equal(whole.sums[:, :-1], alone.sums[:, :-1])    # the last holds what isn't counted
+    assert whole.sums[0, 4 * moe.NUM_BINS:-2].sum() == 10 * 25 * 2
+
+
+def test_a_step_that_is_tried_again_counts_once():
+    layer, x = make_layer(4, 2), make_tokens(40)
+    targets = torch.zeros(2, 20, dtype=torch.long)
+    balance = count_twice(layer, x, targets, [0, 2])
+    once = balance.sums.clone()
+    layer(x)
+    balance.count(targets, is_first=True)
+    assert torch.equal(balance.sums, once)
+
+
+def test_figures_are_those_of_the_load():
+    """Two experts with all tokens, two with none."""
+    layer, x = make_layer(4, 2), make_tokens(40)
+    layer.expert_bias.copy_(torch.tensor([5.0, 5, 0, 0]))
+    balance = count_twice(layer, x, torch.zeros(2, 20, dtype=torch.long), [0, 2])
+    cv, worst, most, num_idle, nats, _ = balance.update().tolist()
+    assert (cv, worst, most, num_idle) == (1, 1, 2, 2)
+    scores = torch.sigmoid(x.flatten(0, 1) @ layer.router.weight.T)
+    share = scores / scores.sum(1, keepdim=True)
+    assert nats == pytest.approx(-(share * share.log()).sum(1).mean().item(), abs=1e-5)
+
+
+def test_models_that_need_no_balance():
+    assert make_balance(make_model()) is None
+    assert make_balance(make_model(replace(CONFIG, num_experts=4, top_k=4))) is None
+    assert len(make_balance(make_model(replace(CONFIG, num_experts=4, moe_every=2))).layers) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+def test_layers_with_experts_are_those_without_value_embeddings():
+    for depth in (3, 4):
+        config = replace(CONFIG, n_layer=depth, num_experts=4, moe_every=2)
+        model = make_model(config)
+        for layer, block in enumerate(model.transformer.h):
+            assert isinstance(block.mlp, MoE) == config.has_experts(layer) != config.has_value_embed(layer)
+    assert all(replace(CONFIG, num_experts=2).has_experts(layer) for layer in range(4))
+
+
+def test_initial_weights_of_experts_are_the_dense_ones():
+    model = make_model(replace(CONFIG, n_embd=128, num_experts=4), as_initialised=True).requires_grad_(False)
+    layer, bound = model.transformer.h[0].mlp, math.sqrt(3 / 128)
+    assert layer.up.weight.abs().max() <= 0.4 * bound
+    for weight in layer.up.weight:
+        assert weight.std().item() == pytest.approx(0.4 * bound / math.sqrt(3), rel=0.03)
+    assert not layer.down.weight.any() and not layer.expert_bias.any()
+    assert 0.9 * bound < layer.router.weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize(("knobs", "message"), [
+    ({"num_experts": 2, "top_k": 3}, "--knobs top_k=3 must be from 1 to the 2 experts of num_experts"),
+    ({"num_experts": 2, "top_k": 0}, "top_k=0 must be from 1 to the 2 experts"),
+    ({"top_k": 2}, "top_k=2 goes with num_experts, which is 0"),
+    ({"num_experts": -1}, "num_experts=-1 must be a number"),
+    ({"moe_every": 2}, "moe_every=2 goes with num_experts, which is 0"),
+    ({"num_experts": 2, "moe_every": 5}, "moe_every=5 must be from 1 to 4 layers"),
+    ({"num_experts": 2, "mlp_act": "swiglu"}, "num_experts=2 goes with mlp_act=relu2, not swiglu")])
+def test_impossible_experts_are_refused(knobs, message):
+    with pytest.raises(UserError, match=message):
+        replace(CONFIG, **knobs)
