@@ -9,6 +9,8 @@
 #
 # DEPTH, SEQ_LEN, VOCAB_SIZE, RATIO, DATA, NAME and EXTRA are those of runs/quickstart.sh.
 export DEPTH=${DEPTH:-6} RATIO=${RATIO:-1} NAME=${NAME:-runcpu}
+export MID_TASKS=${MID_TASKS:-Arithmetic:12000 SimpleSpelling:110000 SpellingBee:8000 Identity:1500:2 PythonDocs}
+export MID_SECONDS=19    # of these, as the header has it, at depth 1
 export SFT_TASKS=${SFT_TASKS-Arithmetic:3000 SimpleSpelling:25000 SpellingBee:4000 Identity:1500:2 PythonDocs}
 export RL_TASKS=${RL_TASKS-SimpleSpelling:320}    # 16 questions a step
 exec bash "$(dirname "${BASH_SOURCE[0]}")/quickstart.sh"
