@@ -20,8 +20,8 @@ NUM_SHARDS=${NUM_SHARDS:-}               # training shards to download; empty: a
 TOK_CHARS=${TOK_CHARS:-100000000}        # characters that the tokenizer learns from
 NAME=${NAME:-quickstart}                 # of the tokenizer and the runs; other DATA needs another
 MID_TASKS=${MID_TASKS:-Arithmetic:12000 SimpleSpelling:230000 SpellingBee:48000 Identity:1500:2 PythonDocs}
-SFT_TASKS=${SFT_TASKS:-}                 # empty: no SFT, no RL. After this midtraining neither changes what 300 problems
-RL_TASKS=${RL_TASKS:-}                   # show; runs/runcpu.sh has both
+SFT_TASKS=${SFT_TASKS:-}                 # empty: no SFT, no RL. After this midtraining neither changes what 300
+RL_TASKS=${RL_TASKS:-}                   # problems show; runs/runcpu.sh has both
 EVAL_TASKS=${EVAL_TASKS:-Arithmetic SimpleSpelling SpellingBee Identity PythonDocs}
 NUM_PROBLEMS=${NUM_PROBLEMS:-300}        # held-out problems of each task
 WORDS=${WORDS-$DATA}                     # dataset whose words are spelled; empty: those that an older chain took
@@ -50,7 +50,7 @@ stage loss
 python -m scripts.base_loss --model-tag "$NAME" --eval-tokens 262144
 stage mid
 python -m scripts.mid_train --model-tag "$NAME" --tasks $MID_TASKS ${WORDS:+--words "$WORDS"} --warmdown-ratio 0.7 \
-    --eval-tokens 65536 $CHAT_EXTRA
+    --eval-every 500 --eval-tokens 65536 $CHAT_EXTRA
 last=mid
 if [[ $SFT_TASKS ]]; then
     last=sft
@@ -65,8 +65,8 @@ if [[ $RL_TASKS ]]; then
 fi
 stage eval
 for source in mid ${SFT_TASKS:+sft} ${RL_TASKS:+rl}; do
-    python -m scripts.chat_eval --source "$source" --model-tag "$NAME" --task-name $EVAL_TASKS ${WORDS:+--words "$WORDS"} \
-        -x "$NUM_PROBLEMS"
+    python -m scripts.chat_eval --source "$source" --model-tag "$NAME" --task-name $EVAL_TASKS \
+        ${WORDS:+--words "$WORDS"} -x "$NUM_PROBLEMS"
 done
 stage report
 python -m nanochat.report generate
