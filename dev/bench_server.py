@@ -98,7 +98,10 @@ class Server:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     if args.url:
-        return asyncio.run(measure(args, [find_server(url, args.api_key) for url in args.url]))
+        servers = [find_server(url, args.api_key) for url in args.url]
+        if twice := [server.url for i, server in enumerate(servers) if server in servers[:i]]:
+            raise UserError(f"--url {twice[0]} is named twice; name each server once")
+        return asyncio.run(measure(args, servers))
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(args, Path(folder))
         with start_server(args, folder) as url:

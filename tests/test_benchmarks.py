@@ -117,6 +117,7 @@ def test_servers_that_do_not_answer(urls, monkeypatch):
                          (["--url", "127.0.0.1:9"], "it is no address such as http://127.0.0.1:8000"),
                          (["--url", "http://127.0.0.1:9"], "doesn't answer as a server"),
                          (["--url", urls[0], "--depth", "4"], "--depth is for the server that this starts; with --url"),
+                         (["--url", urls[0], urls[0] + "/v1", "--api-key", "secret"], "is named twice; name each"),
                          (["--api-key", "secret"], "--api-key is for the servers of --url; name them")):
         with pytest.raises(UserError, match=reason):
             bench_server.main(argv)
