@@ -201,7 +201,7 @@ async def measure(args: argparse.Namespace, servers: list[Server]) -> dict:
               f"tokens/s of one; their p95 time to the first token is "
               f"{ratios[server.url]['first_token_p95_ratio']:.1f} times that of one")
     for server, *pair in zip(servers[1:], rows[2::2], rows[3::2], strict=True):
-        alone, together = (theirs["tokens/s"] / ours["tokens/s"] for theirs, ours in zip(pair, rows, strict=False))
+        alone, together = (theirs["tokens/s"] / ours["tokens/s"] for theirs, ours in zip(pair, rows[:2], strict=True))
         print(f"{server.place} gives {alone:.2f} times the tokens/s of {servers[0].place} to one client, "
               f"{together:.2f} times to {args.clients}")
     return {"rows": rows, "ratios": ratios}

@@ -150,7 +150,7 @@ class Harness:
         continued: greedily by default."""
         settings = dict(settings)
         lengths = [settings.pop(name) for name in LENGTH_NAMES if name in settings]
-        stop, temperature = settings.pop("until", None) or (), float(settings.pop("temperature", 0.0))
+        stop, temperature = settings.pop("until", None) or (), float(settings.pop("temperature", None) or 0.0)
         is_sampled, top_k, top_p = (settings.pop(name, None) for name in ("do_sample", "top_k", "top_p"))
         if is_sampled is not None:
             temperature = (temperature or 1.0) if is_sampled else 0.0

@@ -60,7 +60,7 @@ def read_folder(folder: Path, stage: str | None = None) -> Import:
         raise UserError(f"{folder} is an export of format gguf, which isn't read back; export the model as custom or "
                         "qwen3")
     settings = read_object(folder / "config.json")
-    kind = settings.get("model_type")
+    kind = str(settings.get("model_type"))
     if kind not in READERS:
         raise UserError(f"{folder} holds a model of type {kind}; what can be read back is a custom or qwen3 export of "
                         "scripts.export, and a nanochat of 2025")

@@ -154,7 +154,8 @@ def test_generate_until(harness, model):
 def test_settings_of_generation(harness):
     request = harness.make_request("a", {"until": ["", "x"]})
     assert (request.temperature, request.max_tokens, request.stop) == (0.0, T // 2, ("x",))
-    assert harness.make_request("a", {"until": None}).stop == ()
+    request = harness.make_request("a", {"until": None, "temperature": None})
+    assert (request.temperature, request.stop) == (0.0, ())
     request = harness.make_request("a", {"do_sample": True, "top_k": 5, "top_p": 0.9, "max_tokens": 3}, sample=7)
     assert (request.temperature, request.top_k, request.top_p) == (1.0, 5, 0.9)
     assert (request.max_tokens, request.sample) == (3, 7)

@@ -264,6 +264,7 @@ def test_refusals(byte_base):
     with pytest.raises(UserError, match="there is no .*nowhere/config.json; name a folder with a model"):
         read_folder(byte_base / "nowhere")
     refuse("a model of type llama; what can be read back is", lambda f: change(f, "config.json", model_type="llama"))
+    refuse(r"a model of type \['llama'\];", lambda f: change(f, "config.json", model_type=["llama"]))
     refuse("is an export of format gguf, which isn't read back", lambda f: change(f, MARK_NAME, format="gguf"))
     refuse("config.json can't be read", lambda f: (f / "config.json").write_text("[]"))
     refuse("a nanochat_full that isn't one of this family .sliding_window is missing.",
