@@ -175,7 +175,10 @@ async def measure(args: argparse.Namespace, servers: list[Server]) -> dict:
 
     async def client(server: Server, questions: list[str], delay_sec: float) -> list[Timing]:
         await asyncio.sleep(delay_sec)
-        return [await ask(server, question, args.max_tokens) for question in questions]
+        try:
+            return [await ask(server, question, args.max_tokens) for question in questions]
+        except OSError as error:
+            raise UserError(f"{server.url} broke the connection off ({error}); its log may tell why") from None
 
     async def load(server: Server, num_clients: int, num_requests: int, ramp_sec: float) -> list[list[Timing]]:
         return await asyncio.gather(*(client(server, make_questions(num_requests), ramp_sec * i / num_clients)

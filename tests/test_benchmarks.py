@@ -121,6 +121,9 @@ def test_servers_that_do_not_answer(urls, monkeypatch):
                          (["--api-key", "secret"], "--api-key is for the servers of --url; name them")):
         with pytest.raises(UserError, match=reason):
             bench_server.main(argv)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="127.0.0.1:9 broke the connection off "):
+        patch.setattr(bench_server, "find_server", lambda url, _: bench_server.Server(url, "ended since then"))
+        bench_server.main(["--url", "http://127.0.0.1:9"])
     monkeypatch.setattr(Handler, "chunks", CHUNKS[:2])
     with pytest.raises(UserError, match='gave no answer that ends with its usage of tokens: data: {"choices"'):
         bench_server.main(["--url", urls[0], "--api-key", "secret"])
