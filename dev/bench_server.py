@@ -98,7 +98,10 @@ class Server:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     if args.url:
-        return asyncio.run(measure(args, [find_server(url, args.api_key) for url in args.url]))
+        servers = [find_server(url, args.api_key) for url in args.url]
+        if twice := [server.url for i, server in enumerate(servers) if server in servers[:i]]:
+            raise UserError(f"--url {twice[0]} is named twice; name each server once")
+        return asyncio.run(measure(args, servers))
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(args, Path(folder))
         with start_server(args, folder) as url:
@@ -172,7 +175,10 @@ async def measure(args: argparse.Namespace, servers: list[Server]) -> dict:
 
     async def client(server: Server, questions: list[str], delay_sec: float) -> list[Timing]:
         await asyncio.sleep(delay_sec)
-        return [await ask(server, question, args.max_tokens) for question in questions]
+        try:
+            return [await ask(server, question, args.max_tokens) for question in questions]
+        except OSError as error:
+            raise UserError(f"{server.url} broke the connection off ({error}); its log may tell why") from None
 
     async def load(server: Server, num_clients: int, num_requests: int, ramp_sec: float) -> list[list[Timing]]:
         return await asyncio.gather(*(client(server, make_questions(num_requests), ramp_sec * i / num_clients)
@@ -198,7 +204,7 @@ async def measure(args: argparse.Namespace, servers: list[Server]) -> dict:
               f"tokens/s of one; their p95 time to the first token is "
               f"{ratios[server.url]['first_token_p95_ratio']:.1f} times that of one")
     for server, *pair in zip(servers[1:], rows[2::2], rows[3::2], strict=True):
-        alone, together = (theirs["tokens/s"] / ours["tokens/s"] for theirs, ours in zip(pair, rows, strict=False))
+        alone, together = (theirs["tokens/s"] / ours["tokens/s"] for theirs, ours in zip(pair, rows[:2], strict=True))
         print(f"{server.place} gives {alone:.2f} times the tokens/s of {servers[0].place} to one client, "
               f"{together:.2f} times to {args.clients}")
     return {"rows": rows, "ratios": ratios}

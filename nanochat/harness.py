@@ -6,7 +6,7 @@
 
 A row that is scored is bos, as much of the text before as fits, and the tokens that count: our models never saw text
 without bos. So does the harness with an export in transformers (its HFLM), but that texts which are longer than the
-context lose their bos there.
+context lose their bos there, and that a context keeps its own tokens where the text after it would merge with them.
 
 CORE in the harness: the same prompts, but its own score, the sum of log-probabilities, where CORE has the mean per
 token. T tokens of the context.
@@ -146,10 +146,11 @@ class Harness:
                 for options in rows]
 
     def make_request(self, context: str, settings: dict, sample: int = 0) -> Request:
-        """The prompt, cut on the left to leave room for the answer, and how it is continued: greedily by default."""
+        """The prompt, cut on the left to leave room for the answer, which has half the context at most, and how it is
+        continued: greedily by default."""
         settings = dict(settings)
         lengths = [settings.pop(name) for name in LENGTH_NAMES if name in settings]
-        stop, temperature = settings.pop("until", []), float(settings.pop("temperature", 0.0))
+        stop, temperature = settings.pop("until", None) or (), float(settings.pop("temperature", None) or 0.0)
         is_sampled, top_k, top_p = (settings.pop(name, None) for name in ("do_sample", "top_k", "top_p"))
         if is_sampled is not None:
             temperature = (temperature or 1.0) if is_sampled else 0.0
@@ -224,7 +225,9 @@ def write_core_tasks(tasks: list[CoreTask], folder: Path, max_per_task: int | No
         name, rows = CORE_PREFIX + task.label, task.choose_rows(max_per_task)
         data = folder / f"{name}.jsonl"
         lines = (json.dumps(make_core_row(task, row, choose_shots(task, rows, i))) for i, row in enumerate(rows))
-        write_atomic(data, "".join(line + "\n" for line in lines))
+        content = "".join(line + "\n" for line in lines).encode()
+        if not data.is_file() or data.read_bytes() != content:    # a file of a new date is cached once more
+            write_atomic(data, content)
         metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True}
                    for metric in CORE_METRICS[task.kind]]
         write_atomic(folder / f"{name}.yaml", yaml.safe_dump({
@@ -256,8 +259,9 @@ def compare_core(model, tokenizer, task: CoreTask, max_per_task: int | None, the
     if task.kind in OPTIONS_FIELD:
         summed = evaluate_task(model, tokenizer, task, max_per_task, by_sum=True)["accuracy"]
     rows, acc = task.choose_rows(max_per_task), theirs["acc,none"]
-    prompts = [render_prompts(task, row, choose_shots(task, rows, i))[-1] for i, row in enumerate(rows)]
-    num_cut = sum(len(ids) >= model.config.sequence_len for ids in tokenizer.encode(prompts))    # bos not counted
+    prompts = [render_prompts(task, row, choose_shots(task, rows, i)) for i, row in enumerate(rows)]
+    num_cut = sum(max(map(len, tokenizer.encode(group))) >= model.config.sequence_len    # bos not counted
+                  for group in prompts)
     reasons = [] if core == summed else ["sum, not mean"]
     if summed != acc:
         reasons.append(f"{num_cut} of {len(rows)} prompts cut, in CORE with their bos" if num_cut else

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from nanochat.checkpoint_manager import build_model, get_run_dir, load_tensors, locked_run, save_checkpoint
+from nanochat.checkpoint_manager import STAGES, build_model, get_run_dir, load_tensors, locked_run, save_checkpoint
 from nanochat.choices import LR_NAMES
 from nanochat.common import UserError
 from nanochat.config import GPTConfig, estimate_flops, read_config
@@ -60,33 +60,40 @@ def read_folder(folder: Path, stage: str | None = None) -> Import:
         raise UserError(f"{folder} is an export of format gguf, which isn't read back; export the model as custom or "
                         "qwen3")
     settings = read_object(folder / "config.json")
-    kind = settings.get("model_type")
+    kind = str(settings.get("model_type"))
     if kind not in READERS:
         raise UserError(f"{folder} holds a model of type {kind}; what can be read back is a custom or qwen3 export of "
                         "scripts.export, and a nanochat of 2025")
     tensors = read_tensors(folder)
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    if mark and mark["tokenizer"]["hash"] != tokenizer.hash:
-        raise UserError(f"{folder / 'tokenizer.json'} isn't the tokenizer that the model was exported with; export the "
-                        "model again")
-    try:
-        knobs, state = READERS[kind](settings, {rename(name, OUR_NAMES): tensor for name, tensor in tensors.items()})
-        config = replace(read_shape(settings), **knobs)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder} holds a {kind} that isn't one of this family ({describe(error)})") from None
-    config = replace(read_config(mark["model_config"]) if mark else config, vocab_size=tokenizer.get_vocab_size())
     preset = "nanochat-jan26" if kind == "nanochat" else "nanochat-july26"
-    is_chat = (folder / TEMPLATE_NAME).is_file() or '"chat_template"' in read_text(folder / "tokenizer_config.json")
+    try:
+        if mark and mark["tokenizer"]["hash"] != tokenizer.hash:
+            raise UserError(f"{folder / 'tokenizer.json'} isn't the tokenizer that the model was exported with; export "
+                            "the model again")
+        knobs, state = READERS[kind](settings, {rename(name, OUR_NAMES): tensor for name, tensor in tensors.items()})
+        shape = replace(read_shape(settings), **knobs)
+        config = replace(read_config(mark["model_config"]) if mark else shape, vocab_size=tokenizer.get_vocab_size())
+        if shape.vocab_size > config.padded_vocab_size:
+            raise UserError(f"{folder} has a tokenizer of {config.vocab_size} tokens, but its model has "
+                            f"{shape.vocab_size}; put the model's own tokenizer.json there")
+        model = fill_model(config, state, folder)
+        identity = {**(mark.get("identity") or make_identity(config, preset)), "tokenizer": tokenizer.hash,
+                    "model": asdict(config)}
+        is_chat = (folder / TEMPLATE_NAME).is_file() or '"chat_template"' in read_text(folder / "tokenizer_config.json")
+        stage = stage or mark.get("stage") or ("sft" if is_chat else "base")
+        if stage not in STAGES:    # it names a folder
+            raise ValueError(f"its stage is {stage}")
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:    # the last: torch's own
+        raise UserError(f"{folder} holds a {kind} that isn't one of this family ({describe(error)})") from None
     rounded = ", which rounded them" if dtypes != ["float32"] else ""
     accuracy = {"nanochat_full": f"the weights are those of the export, in {', '.join(dtypes)}{rounded}; the learned "
                                  "numbers are exact",
                 "qwen3": f"the weights are as they were folded for Qwen3, in {', '.join(dtypes)}{rounded}",
                 "nanochat": f"the weights are the published ones, in {', '.join(dtypes)}"}[kind]
     return Import(
-        fill_model(config, state, folder), tokenizer, stage or mark.get("stage") or ("sft" if is_chat else "base"),
-        {**(mark.get("identity") or make_identity(config, preset)), "tokenizer": tokenizer.hash,
-         "model": asdict(config)},
+        model, tokenizer, stage, identity,
         {key: mark.get(key) for key in ("format", "dtype", "stage", "step", "run")} | {"model_type": kind}, accuracy)
 
 
@@ -149,7 +156,7 @@ def read_tokenizer(path: Path) -> RustBPETokenizer:
         if missing := [name for name in SPECIAL_TOKENS if name not in specials]:
             raise ValueError(f"it has no {missing[0]}")
         return RustBPETokenizer(split["pattern"]["Regex"], ranks, specials)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path} is no tokenizer of nanochat's ({describe(error)})") from None
 
 
@@ -263,7 +270,7 @@ def save_import(found: Import, tag: str) -> tuple[Path, str]:
     tokenizer's name. UserError where either name is taken."""
     run_dir = get_run_dir(found.stage, tag)
     with locked_run(run_dir):
-        if run_dir.exists():
+        if any(path.suffix != ".tmp" for path in run_dir.glob("*")):    # those are of an import that was killed
             raise UserError(f"there is a {found.stage} run {tag} already; name another --model-tag")
         name = save_tokenizer(found.tokenizer, tag)
         model, rule = found.model, found.identity.get("rule", "july26")
@@ -279,15 +286,19 @@ def save_import(found: Import, tag: str) -> tuple[Path, str]:
 
 def save_tokenizer(tokenizer: RustBPETokenizer, tag: str) -> str:
     """The name of a tokenizer: of the one that is the same, where there is one, else the tag."""
-    for path in sorted(get_tokenizer_dir(tag).parent.glob("*/tokenizer.json")):
+    for path in sorted(get_tokenizer_dir().parent.glob("*/tokenizer.json")):
         try:
             if RustBPETokenizer.from_directory(path.parent).hash == tokenizer.hash:
                 return path.parent.name
         except UserError:    # damaged: of no concern here
             continue
-    if get_tokenizer_dir(tag).exists():
+    try:
+        folder = get_tokenizer_dir(tag)
+    except UserError as error:
+        raise UserError(f"{error}; name another --model-tag") from None
+    if (folder / "tokenizer.json").exists():
         raise UserError(f"there is another tokenizer {tag} already; name another --model-tag")
-    tokenizer.save(get_tokenizer_dir(tag))
+    tokenizer.save(folder)
     return tag
 
 

@@ -47,7 +47,7 @@ from nanochat.shards import hash_shards, read_manifest
 
 STAGES = {"base": "BASE", "mid": "MID", "sft": "SFT", "rl": "RL"}  # in the order in which a model passes through them
 SECTION_ORDER = ("tok_train", "tok_eval", "base_train", "base_loss", "base_eval", "mid", "chat_sft", "sft", "chat_rl",
-                 "rl", "chat_eval")
+                 "rl", "chat_eval", "lm_eval")
 MAX_EVAL_ROWS = 12    # in the table of a run's evaluations
 # Rent of one GPU, US dollars per hour: assumptions, rounded from list prices of 2026. CPUs and GPUs not listed here
 # have no price unless --price-per-hour gives one.

@@ -37,13 +37,13 @@ def main(argv: list[str] | None = None) -> dict:
     print0(f"read {folder}: a {stage} model of {found.model.num_scaling_params()['total']:,} parameters, depth "
            f"{config.n_layer}, context {config.sequence_len}; {found.accuracy}\n"
            f"run: {run_dir}, tokenizer: {tokenizer_name}\n"
-           f"talk to it: python -m scripts.chat_cli -i {stage} -g {tag}")
+           f"talk to it: python -m scripts.chat_cli -i {stage} -g {shlex.quote(tag)}")
     flags = list_train_flags(config)
     if stage == "base" and flags:
-        print0(f"train it on: python -m scripts.base_train --model-tag {tag} --tokenizer {tokenizer_name} "
+        print0(f"train it on: python -m scripts.base_train --model-tag {shlex.quote(tag)} --tokenizer {tokenizer_name} "
                f"{shlex.join(flags)} --allow-mismatch")
     if following := {"base": "chat_sft -i base", "mid": "chat_sft", "sft": "chat_rl"}.get(stage):
-        print0(f"go on with: python -m scripts.{following} -g {tag}")
+        print0(f"go on with: python -m scripts.{following} -g {shlex.quote(tag)}")
     return {"run_dir": str(run_dir), "stage": stage, "tokenizer": tokenizer_name, "accuracy": found.accuracy}
 
 

@@ -5,9 +5,11 @@
     python -m scripts.lm_eval --source sft --tasks gsm8k --apply-chat-template
     python -m scripts.lm_eval --source base --core --limit 500             # CORE by both rules, and why they differ
 
---core writes the tasks of CORE as YAML to $NANOCHAT_BASE_DIR/lm_eval_core, with their shots, for other models, too:
+--core writes the tasks of CORE as YAML to $NANOCHAT_BASE_DIR/lm_eval_core (with --limit 500 to lm_eval_core_500), with
+their shots, for other models, too:
 lm_eval run --model hf --model_args pretrained=NAME --tasks core_copa --include_path $NANOCHAT_BASE_DIR/lm_eval_core.
-Results are kept in $NANOCHAT_BASE_DIR/runs/<stage>/<tag>/lm_eval_<step>.json, and in the report card.
+The last results of a step are kept in $NANOCHAT_BASE_DIR/runs/<stage>/<tag>/lm_eval_<step>.json, those of a stage in
+the report card.
 """
 
 import argparse
@@ -49,11 +51,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--apply-chat-template", action="store_true", help="ask as in a conversation, as chat models are used")
     add("--batch-size", type=int, default=64, help="rows at once, at most (%(default)s)")
     args = parser.parse_args(argv)
+    args.tasks = [name for word in args.tasks for name in word.split(",") if name]
     for flag, value in (("--limit", args.limit), ("--batch-size", args.batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value} must be at least 1")
     if args.num_fewshot is not None and args.num_fewshot < 0:
         raise UserError(f"--num-fewshot {args.num_fewshot} must be 0 or more")
+    if args.bundle and not args.core:
+        raise UserError("--bundle has the tasks of CORE; evaluate them with --core, or leave it out")
     if args.core and args.apply_chat_template:
         raise UserError("the prompts of --core are plain text; leave --apply-chat-template out")
     if not args.tasks and not args.core:
@@ -66,10 +71,10 @@ def main(argv: list[str] | None = None) -> dict:
     lm_eval = import_package()
     if get_ranks().world_size > 1:
         raise UserError("scripts.lm_eval runs in one process; start it without torchrun")
-    names = [name for word in args.tasks for name in word.split(",") if name]
-    folders, core = [expand_home(folder) for folder in args.task_dir], []
+    names, folders, core = args.tasks, [expand_home(folder) for folder in args.task_dir], []
     if args.core:
-        core, folder = load_core_tasks(args.bundle), get_base_dir() / "lm_eval_core"
+        core = load_core_tasks(args.bundle and expand_home(args.bundle))
+        folder = get_base_dir() / ("lm_eval_core" if args.limit is None else f"lm_eval_core_{args.limit}")
         folder.mkdir(exist_ok=True)
         names, folders = names + write_core_tasks(core, folder, args.limit), [*folders, folder]
     tasks = load_tasks(names, folders)
@@ -119,10 +124,11 @@ def report(results: dict, run_dir: Path, meta: dict, argv: list[str], wall_sec: 
     if "core" in results:
         tables.append({"title": "CORE and the harness", "columns": list(results["core"][0]),
                        "rows": [list(row.values()) for row in results["core"]]})
-    write_section("lm_eval", {
-        "title": f"lm-evaluation-harness: {meta['stage']}", "order": 52, "argv": argv, "wall_sec": wall_sec,
-        "stage": meta["stage"], "run": run_dir.relative_to(get_base_dir()).as_posix(),
-        "values": {"step": meta["step"], "lm_eval": results["lm_eval"]}, "tables": tables})
+    write_section(f"lm_eval_{meta['stage']}", {
+        "title": f"lm-evaluation-harness: {meta['stage']}", "argv": argv, "wall_sec": wall_sec, "stage": meta["stage"],
+        # not as its "run": curve and time of the training belong to the training's own section
+        "values": {"model": run_dir.relative_to(get_base_dir()).as_posix(), "step": meta["step"],
+                   "lm_eval": results["lm_eval"]}, "tables": tables})
 
 
 if __name__ == "__main__":

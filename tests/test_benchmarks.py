@@ -117,9 +117,13 @@ def test_servers_that_do_not_answer(urls, monkeypatch):
                          (["--url", "127.0.0.1:9"], "it is no address such as http://127.0.0.1:8000"),
                          (["--url", "http://127.0.0.1:9"], "doesn't answer as a server"),
                          (["--url", urls[0], "--depth", "4"], "--depth is for the server that this starts; with --url"),
+                         (["--url", urls[0], urls[0] + "/v1", "--api-key", "secret"], "is named twice; name each"),
                          (["--api-key", "secret"], "--api-key is for the servers of --url; name them")):
         with pytest.raises(UserError, match=reason):
             bench_server.main(argv)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="127.0.0.1:9 broke the connection off "):
+        patch.setattr(bench_server, "find_server", lambda url, _: bench_server.Server(url, "ended since then"))
+        bench_server.main(["--url", "http://127.0.0.1:9"])
     monkeypatch.setattr(Handler, "chunks", CHUNKS[:2])
     with pytest.raises(UserError, match='gave no answer that ends with its usage of tokens: data: {"choices"'):
         bench_server.main(["--url", urls[0], "--api-key", "secret"])

@@ -154,6 +154,8 @@ def test_generate_until(harness, model):
 def test_settings_of_generation(harness):
     request = harness.make_request("a", {"until": ["", "x"]})
     assert (request.temperature, request.max_tokens, request.stop) == (0.0, T // 2, ("x",))
+    request = harness.make_request("a", {"until": None, "temperature": None})
+    assert (request.temperature, request.stop) == (0.0, ())
     request = harness.make_request("a", {"do_sample": True, "top_k": 5, "top_p": 0.9, "max_tokens": 3}, sample=7)
     assert (request.temperature, request.top_k, request.top_p) == (1.0, 5, 0.9)
     assert (request.max_tokens, request.sample) == (3, 7)
@@ -218,6 +220,9 @@ def test_why_numbers_differ(tmp_path):
     short = make_model(replace(CORE_CONFIG, sequence_len=48))
     row = compare_core(short, TOKENIZER, odd, None, {"acc,none": 2.0})
     assert row["why"].endswith("14 of 14 prompts cut, in CORE with their bos")
+    long = replace(odd, num_shots=0, rows=[row | {"choices": ["yes " * T, "yes", "no"]} for row in odd.rows])
+    row = compare_core(model, TOKENIZER, long, 4, {"acc,none": 2.0})
+    assert row["why"].endswith("4 of 4 prompts cut, in CORE with their bos")
     row = compare_core(model, TOKENIZER, count, 5, {"acc,none": 2.0})
     assert row["why"] == "other tokens where context and ending meet, or rounding" and row["items"] == 5
     accuracy = evaluate_task(model, TOKENIZER, dogs)["accuracy"]
@@ -235,7 +240,9 @@ def test_missing_package(monkeypatch):
 
 
 @pytest.mark.parametrize(("argv", "reason"), [
-    ([], "name the --tasks to evaluate, or --core"), (["--core", "--limit", "0"], "--limit 0 must be at least 1"),
+    ([], "name the --tasks to evaluate, or --core"), (["--tasks", ","], "name the --tasks to evaluate, or --core"),
+    (["--tasks", "a", "--bundle", "b"], "--bundle has the tasks of CORE"),
+    (["--core", "--limit", "0"], "--limit 0 must be at least 1"),
     (["--core", "--batch-size", "0"], "--batch-size 0 must be at least 1"),
     (["--tasks", "a", "--num-fewshot", "-1"], "--num-fewshot -1 must be 0 or more"),
     (["--core", "--apply-chat-template"], "the prompts of --core are plain text")])
@@ -366,7 +373,9 @@ def test_script(run, tmp_path, model, capsys):
     assert result["centered"]["CORE"] == pytest.approx(core)
     saved = json.loads((tmp_path / "runs" / "base" / "d3" / "lm_eval_000020.json").read_text())
     assert saved["results"]["texts"]["bits_per_byte,none"] > 0 and saved["limit"] == 6
-    section = json.loads((tmp_path / "report" / "lm_eval.json").read_text())
+    assert (tmp_path / "lm_eval_core_6" / "core_odd.yaml").is_file()
+    section = json.loads((tmp_path / "report" / "lm_eval_base.json").read_text())
+    assert section["values"]["model"] == "runs/base/d3" and "run" not in section    # whose curve it would take
     assert [table["title"] for table in section["tables"]] == ["Tasks", "CORE and the harness"]
     result = script.main([*run, "--source", "sft", "--tasks", "both", "--apply-chat-template",
                           "--num-fewshot", "2", "--limit", "3"])
@@ -398,3 +407,8 @@ def test_files_for_the_harness(tmp_path):
             rows = [json.loads(line) for line in file]
         fields = {task[key] for key in ("doc_to_text", "doc_to_target", "doc_to_choice") if key in task}
         assert len(rows) == 4 and all(fields == row.keys() for row in rows)
+    dates = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.jsonl")}    # the same rows are cached once
+    write_core_tasks(load_core_tasks(tmp_path / "bundle"), tmp_path, 4)
+    assert dates == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.jsonl")}
+    write_core_tasks(load_core_tasks(tmp_path / "bundle"), tmp_path, 3)
+    assert all(len(path.read_text().splitlines()) == 3 for path in dates)

@@ -10,7 +10,7 @@ import torch
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError
 from nanochat.config import GPTConfig
-from nanochat.export import MARK_NAME, NAMES, export_model, name_tensors, rename
+from nanochat.export import MARK_NAME, NAMES, TEMPLATE_NAME, export_model, name_tensors, rename
 from nanochat.import_hf import list_train_flags, read_folder
 from nanochat.presets import PRESETS
 from nanochat.tokenizer import build_tokenizer_json
@@ -224,9 +224,24 @@ def test_names_that_are_taken(byte_base):
     (byte_base / "tokenizer" / "default" / "tokenizer.json").unlink()
     (byte_base / "tokenizer" / "a" / "tokenizer.json").unlink(missing_ok=True)
     (byte_base / "tokenizer" / "c").mkdir()
+    (byte_base / "tokenizer" / "c" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="there is another tokenizer c already"):
         import_hf.main([str(folder), "-g", "c"])
+    with pytest.raises(UserError, match="'my model' can't name a tokenizer.*; name another --model-tag"):
+        import_hf.main([str(folder), "-g", "my model"])
     assert not (byte_base / "runs" / "sft" / "c").exists()
+
+
+def test_names_that_are_free(byte_base, capsys):
+    """What a killed import left takes no name; a tag needs to be a tokenizer's name only where it becomes one."""
+    _, folder = export_toy(byte_base, CONFIG, "custom")
+    (byte_base / "runs" / "sft" / "my model" / "step_000000.tmp").mkdir(parents=True)
+    assert import_hf.main([str(folder), "-g", "my model"])["tokenizer"] == "default"
+    assert "python -m scripts.chat_cli -i sft -g 'my model'" in capsys.readouterr().out
+    assert load_model("sft", CPU, tag="my model")[1].hash == BYTE_TOKENIZER.hash
+    (byte_base / "tokenizer" / "default" / "tokenizer.json").unlink()
+    (byte_base / "tokenizer" / "b").mkdir()
+    assert import_hf.main([str(folder), "-g", "b"])["tokenizer"] == "b"
 
 
 def change(folder, name, **fields):
@@ -249,6 +264,7 @@ def test_refusals(byte_base):
     with pytest.raises(UserError, match="there is no .*nowhere/config.json; name a folder with a model"):
         read_folder(byte_base / "nowhere")
     refuse("a model of type llama; what can be read back is", lambda f: change(f, "config.json", model_type="llama"))
+    refuse(r"a model of type \['llama'\];", lambda f: change(f, "config.json", model_type=["llama"]))
     refuse("is an export of format gguf, which isn't read back", lambda f: change(f, MARK_NAME, format="gguf"))
     refuse("config.json can't be read", lambda f: (f / "config.json").write_text("[]"))
     refuse("a nanochat_full that isn't one of this family .sliding_window is missing.",
@@ -262,6 +278,18 @@ def test_refusals(byte_base):
     refuse("has a tensor more.weight", save_tensors(lambda tensors: tensors | {"more.weight": torch.ones(1)}))
     refuse(r"lm_head.weight of shape \(265, 2\), where .* has \(265, 64\)", save_tensors(
         lambda tensors: tensors | {"lm_head.weight": torch.ones(265, 2)}))
+    refuse("holds a nanochat_full that isn't one of this family .tokenizer is missing",
+           lambda f: (f / MARK_NAME).write_text('{"format": "custom"}'))
+    refuse("isn't one of this family", lambda f: change(f, MARK_NAME, identity=[1]))
+    refuse("its stage is ../../elsewhere", lambda f: change(f, MARK_NAME, stage="../../elsewhere"))
+    refuse("isn't one of this family .*codec", lambda f: ((f / TEMPLATE_NAME).unlink(), (
+        f / "tokenizer_config.json").write_bytes(b"\xff")))
+
+    def unmark(**fields):
+        return lambda f: ((f / MARK_NAME).unlink(), change(f, "config.json", **fields))
+    refuse("isn't one of this family", unmark(num_attention_heads=0))
+    refuse("isn't one of this family", unmark(intermediate_size=-4))
+    refuse("has a tokenizer of 265 tokens, but its model has 530; put the model's own", unmark(vocab_size=530))
     refuse("isn't the tokenizer that the model was exported with", lambda f: (f / "tokenizer.json").write_text(
         json.dumps(build_tokenizer_json("x", BYTE_TOKENIZER.ranks, BYTE_TOKENIZER.special_tokens))))
     refuse("is no tokenizer of nanochat's .it changes or splits texts otherwise",
@@ -277,7 +305,9 @@ def test_another_qwen3_is_refused(byte_base):
     """Norms with weights of their own, layers of two kinds: nothing of ours has these."""
     for name, value, reason in (
             ("model.norm.weight", torch.linspace(1, 2, 64), "model.norm.weight isn't constant"),
-            ("model.layers.1.mlp.up_proj.weight", torch.ones(256, 64), "its layers differ in kind")):
+            ("model.layers.1.mlp.up_proj.weight", torch.ones(256, 64), "its layers differ in kind"),
+            ("model.layers.1.mlp.up_proj.weight", torch.ones(3, 64), "The size of tensor"),
+            ("model.layers.1.self_attn.q_norm.weight", torch.tensor(1.2), "invalid index of a 0-dim tensor")):
         _, folder = export_toy(byte_base, PLAIN, "qwen3")
         tensors = safetensors.torch.load_file(folder / "model.safetensors")
         safetensors.torch.save_file(tensors | {name: value}, folder / "model.safetensors")
