@@ -142,7 +142,9 @@ def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: 
         **{f.name: given[f.name] for f in fields(StageFlags) if f.name in given})
 
 
-EAGER_MFU = 0.3    # measured at depth 4 (dev/LOG.md, "The whole step"); only to tell short runs from long ones
+# Only to tell short runs from long ones: 30% were measured at depth 4 ("The whole step" in dev/LOG.md), 5% at depth 2 on
+# a CPU with matrix units ("The quickstart in half the time")
+EAGER_MFU = 0.1
 
 
 def count_rows(batch_tokens: int, T: int, world_size: int) -> int:
