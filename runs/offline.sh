@@ -69,7 +69,7 @@ core="" words=own
 # Seconds by the header; those of training grow about as the depth squared, the base model's with its tokens too. Only
 # those of the base model and SFT were measured one by one
 size=$(( DEPTH * DEPTH ))
-begin_chain "$NAME" text 30 tokenizer 30 base $(( $(count_tokens) / 150 * size / 1000 )) loss 30 $core \
+begin_chain "$NAME" text 30 tokenizer 30 base $(( 50 + $(count_tokens) / 230 * size / 1000 )) loss 30 $core \
     sft $(( 46 * size )) eval $(( 5 * size )) report 5
 stage text
 python -m nanochat.dataset --source files --path "$DATA_DIR/pretrain" --name "$NAME"

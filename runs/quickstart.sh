@@ -10,16 +10,16 @@
 #           Arithmetic 100%, SimpleSpelling 89%, SpellingBee 89%, Identity 85%
 #
 # Run it again to continue where it stopped; what is done is skipped. To change it, set any of these:
-DEPTH=${DEPTH:-2}                        # layers
+DEPTH=${DEPTH:-4}                        # layers
 SEQ_LEN=${SEQ_LEN:-512}                  # context in tokens
 VOCAB_SIZE=${VOCAB_SIZE:-8192}
-RATIO=${RATIO:-2.8}                      # tokens of the base model per parameter of its matrices and head
+RATIO=${RATIO:-0.36}                     # tokens of the base model per parameter of its matrices and head
 DATA=${DATA:-python-docs}                # a source of nanochat.dataset, or a data set that is there; with a network
                                          # climbmix (web pages, 0.2 GB) or tinystories (0.3 GB) teach English
 NUM_SHARDS=${NUM_SHARDS:-}               # training shards to download; empty: as many as the base model reads
 TOK_CHARS=${TOK_CHARS:-100000000}        # characters that the tokenizer learns from
 NAME=${NAME:-quickstart}                 # of the tokenizer and the runs; other DATA needs another
-MID_TASKS=${MID_TASKS:-Arithmetic:12000 SimpleSpelling:230000 SpellingBee:48000 Identity:1500:2 PythonDocs}
+MID_TASKS=${MID_TASKS:-Arithmetic:6000 SimpleSpelling:85000 SpellingBee:14000 Identity:1500 PythonDocs}
 SFT_TASKS=${SFT_TASKS:-}                 # empty: no SFT, no RL. After this midtraining neither changes what 300
 RL_TASKS=${RL_TASKS:-}                   # problems show; runs/runcpu.sh has both
 EVAL_TASKS=${EVAL_TASKS:-Arithmetic SimpleSpelling SpellingBee Identity PythonDocs}
@@ -34,9 +34,9 @@ refuse_steps
 
 # Seconds by the header; those of training grow about as the depth squared, the base model's with its tokens too
 size=$(( DEPTH * DEPTH ))
-begin_chain "$NAME" text 25 tokenizer 15 base $(( $(count_tokens) / 150 * size / 1000 )) loss 20 \
-    mid $(( ${MID_SECONDS:-60} * size )) ${SFT_TASKS:+sft $(( 6 * size ))} ${RL_TASKS:+rl $(( 2 * size ))} \
-    eval $(( 3 * size )) report 5
+begin_chain "$NAME" text 25 tokenizer 15 base $(( 50 + $(count_tokens) / 230 * size / 1000 )) loss 20 \
+    mid $(( ${MID_SECONDS:-14} * size )) ${SFT_TASKS:+sft $(( 6 * size ))} ${RL_TASKS:+rl $(( 2 * size ))} \
+    eval $(( 2 * size )) report 5
 stage text
 fetch_data "$DATA" --depth "$DEPTH" --max-seq-len "$SEQ_LEN" --vocab-size "$VOCAB_SIZE" \
     --target-param-data-ratio "$RATIO"
