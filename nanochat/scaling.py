@@ -17,8 +17,7 @@ REFERENCE_DEPTH = 12               # depth at which batch size, learning rates a
 REFERENCE_RATIO = 12               # its tokens per scaling parameter
 REFERENCE_BATCH_TOKENS = 2**19     # and its batch
 BATCH_EXPONENT = 0.383             # optimal batch ~ tokens^0.383 (arXiv 2505.13738)
-SMALL_TOKENS, SMALL_BATCH_TOKENS = 10e6, 7168    # a small budget, and its best batch (dev/LOG.md, "The dial where
-                                                 # budgets are small")
+SMALL_TOKENS, SMALL_BATCH_TOKENS = 10e6, 7168    # and at a small budget (dev/LOG.md, "The dial where budgets are small")
 
 # Learning rates at the reference batch and, for the first two, at 768 channels; ADAM_GROUPS has the groups
 EMBEDDING_LR   = 0.3
@@ -251,7 +250,7 @@ def get_best_batch(num_tokens: float, reference_tokens: float) -> float:
             * (REFERENCE_BATCH_TOKENS / at_reference) ** part ** 2)
 
 
-def get_batch_lr_scale(batch_tokens: int, lr_batch_tokens: float = REFERENCE_BATCH_TOKENS) -> float:
+def get_batch_lr_scale(batch_tokens: float, lr_batch_tokens: float = REFERENCE_BATCH_TOKENS) -> float:
     """Factor on learning rates, the square root of the batch: Adam's (arXiv 2205.10287) and, by assumption, Muon's."""
     return math.sqrt(batch_tokens / lr_batch_tokens)
 

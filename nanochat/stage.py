@@ -28,7 +28,7 @@ from nanochat.moe import make_balance
 from nanochat.optim import MuonAdamW
 from nanochat.presets import find_rule
 from nanochat.run import STOP_SIGNALS, Progress, RunLog, StepLog, StopSignal, check_ranks, compare_with_saved, read_info
-from nanochat.scaling import REFERENCE_BATCH_TOKENS, Plan
+from nanochat.scaling import REFERENCE_BATCH_TOKENS, Plan, get_batch_lr_scale
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import TrainState
 
@@ -130,7 +130,9 @@ def make_state(setup: Setup, narrow: Callable[[MuonAdamW], MuonAdamW] | None = N
     model = checkpoints.build_model(recipe.config, dtype, setup.device)
     model.init_weights()
     model.loss, model.balance = machine.loss, None if narrow else make_balance(model)
-    optimizer = model.setup_optimizer(**recipe.lrs, weight_decay=plan.weight_decay, batch_lr_scale=plan.batch_lr_scale,
+    # Scalars follow the root of the batch everywhere: as fast as the rest, small models lose .07 bits per byte
+    lrs = recipe.lrs | {"scalar_lr": recipe.lrs["scalar_lr"] * get_batch_lr_scale(plan.lr_batch_tokens)}
+    optimizer = model.setup_optimizer(**lrs, weight_decay=plan.weight_decay, batch_lr_scale=plan.batch_lr_scale,
                                       rule=find_rule(recipe.rule))
     if narrow:
         optimizer = narrow(optimizer)

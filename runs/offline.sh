@@ -11,7 +11,7 @@
 # A file that is only a part may have _dev at the end of its name; mc_train_4choice may stand in for mmlu_train.
 #
 # Hardware  2 CPU cores with bf16 units, 6 GB of memory
-# Time      35 min, measured beside other work, for all but the base model; that takes 21 at 2.5 s a step
+# Time      35 min, measured beside other work, for all but the base model; that takes 25 by estimate
 # Cost      none
 # Expect    on 77 MB of prose (dev/LOG.md, "The chain on real files") 1.567 bits per byte; of 200 held-out problems each
 #           SpellingBee 90%, SimpleSpelling 71%, GSM8K 2%, and MMLU, ARC-Easy and CORE no better than guessing

@@ -2,12 +2,11 @@
 # From nothing to a chat model of your own, with a report card: text -> tokenizer -> base -> mid -> chat.
 #
 # Hardware  2 CPU cores and 4 GB of memory, no GPU, no account, nothing downloaded but the Python packages
-# Time      measured 19 min 50 s, other work beside it for the first 13, and with more evaluation of the base model than
-#           now: set-up 44 s, base model 9 min (300 steps take 5.5 where nothing else runs), its evaluation 1.5,
-#           midtraining 5.2, SFT 1.6, RL and evaluation 0.5 each
+# Time      measured 10 min 25 s where nothing else ran: set-up 49 s, text and tokenizer 30 s, base model 4 min with
+#           compiling, midtraining 4.5
 # Cost      none
-# Expect    1.454 bits per byte on held-out text (bigram bytes 3.750, unigram 4.733); of 300 held-out problems each:
-#           Arithmetic 100%, SimpleSpelling 89%, SpellingBee 89%, Identity 85%
+# Expect    1.419 bits per byte on held-out text (bigram bytes 3.750, unigram 4.733); of 300 held-out problems each:
+#           Arithmetic 100%, SimpleSpelling 90%, SpellingBee 90%, Identity 88%
 #
 # Run it again to continue where it stopped; what is done is skipped. To change it, set any of these:
 DEPTH=${DEPTH:-4}                        # layers

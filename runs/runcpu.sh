@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The longer laptop run: the quickstart's chain with a deeper model and twice round the same text.
+# The longer laptop run: the quickstart's chain with a deeper model, more text, SFT and RL.
 #
 # Hardware  2 CPU cores with bf16 units, 6 GB of memory
-# Time      about 75 minutes for the base model (24.6 M tokens at the 5,500 tokens/s of dev/bench_step.py) and 20 for the
+# Time      about 45 minutes for the base model (13.8 M tokens at the 5,500 tokens/s of dev/bench_step.py) and 20 for the
 #           chat stages, by estimate; three times that without bf16
 # Cost      nothing
-# Expect    not measured yet; a third of the steps with this model is in dev/LOG.md, "Depth 6 on prose, 500 steps"
+# Expect    not measured yet
 #
 # DEPTH, SEQ_LEN, VOCAB_SIZE, RATIO, DATA, NAME and EXTRA are those of runs/quickstart.sh.
 export DEPTH=${DEPTH:-6} RATIO=${RATIO:-1} NAME=${NAME:-runcpu}

@@ -54,7 +54,6 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     add("--warmup-steps", type=int, default=scaling.WARMUP_STEPS, help="warm-up steps, at most a tenth of the run")
     add("--warmdown-ratio", type=float, default=scaling.WARMDOWN_RATIO, help="part of the run spent decaying")
     add("--final-lr-frac", type=float, default=scaling.FINAL_LR_FRAC, help="final rate as a part of the peak")
-    # data order
     add("--packing", choices=("best-fit", "stream"), default="best-fit")
     add("--long-docs", choices=("split", "crop"), default="split", help="what best-fit does with long documents")
     # evaluation
