@@ -142,8 +142,8 @@ def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: 
         **{f.name: given[f.name] for f in fields(StageFlags) if f.name in given})
 
 
-# Only to tell short runs from long ones: 30% were measured at depth 4 (dev/LOG.md, "The whole step"), 5% at depth 2 on
-# a CPU with matrix units (dev/LOG.md, "The quickstart in 62% of the time")
+# Only to tell short runs from long ones: 30% were measured at depth 4 (dev/LOG.md, "The whole step"), 5% at depth 2
+# on a CPU with matrix units (dev/LOG.md, "The quickstart in 62% of the time")
 EAGER_MFU = 0.1
 
 
