@@ -284,7 +284,7 @@ def test_initial_weights_of_experts_are_the_dense_ones():
     ({"num_experts": 2, "top_k": 3}, "--knobs top_k=3 must be from 1 to the 2 experts of num_experts"),
     ({"num_experts": 2, "top_k": 0}, "top_k=0 must be from 1 to the 2 experts"),
     ({"top_k": 2}, "top_k=2 goes with num_experts, which is 0"),
-    ({"num_experts": -1}, "num_experts=-1 must be a number"),
+    ({"num_experts": -1}, "num_experts can.t be -1"),
     ({"moe_every": 2}, "moe_every=2 goes with num_experts, which is 0"),
     ({"num_experts": 2, "moe_every": 5}, "moe_every=5 must be from 1 to 4 layers"),
     ({"num_experts": 2, "mlp_act": "swiglu"}, "num_experts=2 goes with mlp_act=relu2, not swiglu")])

@@ -311,7 +311,7 @@ def test_engines_copy_takes_new_weights(dtype):
 
 @pytest.mark.parametrize(("knobs", "message"), [
     (("num_experts=4", "top_k=5"), "top_k=5 must be from 1 to the 4 experts"),
-    (("num_experts=some",), "num_experts must be a number"), (("top_k=2",), "goes with num_experts"),
+    (("num_experts=some",), "num_experts must be a whole number"), (("top_k=2",), "goes with num_experts"),
     (("num_experts=4", "mlp_act=swiglu"), "goes with mlp_act=relu2")])
 def test_impossible_experts_are_refused(base_dir, knobs, message):
     with pytest.raises(UserError, match=message):
