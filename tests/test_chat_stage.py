@@ -31,7 +31,8 @@ TASKS = ("--tasks", "Arithmetic:90", "Identity:50")
 
 
 def train_base(tag, *more):
-    return base_train.main(["--model-tag", tag, "--data", "toy", "--depth", "2", "--aspect-ratio", "16", "--head-dim",
+    return base_train.main(["--model-tag", tag, "--preset", "nanochat-july26", "--data", "toy", "--depth",
+                            "2", "--aspect-ratio", "16", "--head-dim",
                             "16", "--max-seq-len", str(T), "--num-iterations", "3", "--total-batch-size", "1024",
                             "--sample-every", "-1", "--dtype", "float32", *MACHINE, *more])
 

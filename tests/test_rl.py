@@ -316,7 +316,8 @@ def base_dir(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         make_base(base_dir, patch)
         machine = ("--device-type", "cpu", "--compile", "off", "--eval-every", "-1", "--sample-every", "-1")
-        base_train.main(["--model-tag", "toy", "--data", "toy", "--depth", "2", "--aspect-ratio", "16", "--head-dim",
+        base_train.main(["--model-tag", "toy", "--preset", "nanochat-july26", "--data", "toy", "--depth",
+                         "2", "--aspect-ratio", "16", "--head-dim",
                          "16", "--max-seq-len", "128", "--num-iterations", "3", "--total-batch-size", "1024",
                          "--dtype", "float32", *machine])
         chat_sft.main(["-i", "base", "-g", "toy", "--tasks", "Arithmetic:40", "--num-iterations", "3", *machine])
