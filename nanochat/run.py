@@ -350,8 +350,12 @@ def compare_with_saved(saved: dict, meta: dict, defaults: dict, run_dir: Path, a
 def describe_differences(saved: dict, current: dict, then: str = "saved", now: str = "now") -> str:
     """'key: saved 1, now 2; ...' for the entries of `current` that `saved` has otherwise."""
     saved, current = flatten(saved), flatten(current)
-    return "; ".join(f"{key}: {then} {saved.get(key)}, {now} {value}" for key, value in current.items()
-                     if saved.get(key) != value)
+
+    def show(value: object, other: object) -> str:    # six digits of a number, where they tell it from the other
+        short = f"{value:.6g}" if isinstance(value, float) else str(value)
+        return short if not isinstance(other, float) or short != f"{other:.6g}" else str(value)
+    return "; ".join(f"{key}: {then} {show(saved.get(key), value)}, {now} {show(value, saved.get(key))}"
+                     for key, value in current.items() if saved.get(key) != value)
 
 
 def flatten(settings: dict) -> dict:

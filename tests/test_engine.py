@@ -456,7 +456,7 @@ class ScriptedModel(nn.Module):
     """Says a script, token by token, over and over, whatever it reads."""
 
     config = SimpleNamespace(vocab_size=265, n_layer=1, n_kv_head=1, head_dim=2, n_embd=1)
-    compute_dtype = torch.float32
+    compute_dtype, balance = torch.float32, None
 
     def __init__(self, script, interrupt_after=None):
         super().__init__()

@@ -288,7 +288,7 @@ def test_refusals(byte_base):
     def unmark(**fields):
         return lambda f: ((f / MARK_NAME).unlink(), change(f, "config.json", **fields))
     refuse("isn't one of this family", unmark(num_attention_heads=0))
-    refuse("isn't one of this family", unmark(intermediate_size=-4))
+    refuse("a model's mlp_dim can't be -4", unmark(intermediate_size=-4))
     refuse("has a tokenizer of 265 tokens, but its model has 530; put the model's own", unmark(vocab_size=530))
     refuse("isn't the tokenizer that the model was exported with", lambda f: (f / "tokenizer.json").write_text(
         json.dumps(build_tokenizer_json("x", BYTE_TOKENIZER.ranks, BYTE_TOKENIZER.special_tokens))))

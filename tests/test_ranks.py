@@ -312,7 +312,7 @@ def test_ranks_that_were_started_differently_are_refused(finished, base_dir):
 
 
 def make_argv(tag, *more):
-    return ["scripts.base_train", "--model-tag", tag, "--data", "toy", *SHAPE,
+    return ["scripts.base_train", "--model-tag", tag, "--data", "toy", *SHAPE, *RATES,
             "--num-iterations", "400", "--total-batch-size", "512", "--eval-every", "-1", "--sample-every", "-1",
             "--save-every", "5", "--device-type", "cpu", "--dtype", "float32", "--compile", "off", *more]
 

@@ -304,7 +304,7 @@ def test_quickstart_learns_from_the_same_data_everywhere(tmp_path):
     commands = note_commands("quickstart.sh", tmp_path, "log")
     assert commands[0] == "-m nanochat.dataset --source python-docs"
     spelling = [line for line in commands if "Spelling" in line]
-    assert len(spelling) == 6 and all(" --words python-docs " in line for line in spelling)
+    assert len(spelling) == 2 and all(" --words python-docs " in line for line in spelling)
     assert not any("tasks.words" in line or "scripts.plan" in line for line in commands)
 
 
