@@ -36,6 +36,8 @@ BYTE_TOKENIZER = RustBPETokenizer(SPLIT_PATTERN, {bytes([byte]): byte for byte i
 # For BYTE_TOKENIZER. L layers see 64 tokens, S layers 128 (the least there is)
 CONFIG = GPTConfig(sequence_len=64, vocab_size=265, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SSL")
 TINY = GPTConfig(sequence_len=16, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
+# Flags of scripts.base_train for toys in which differences of rounding shouldn't grow within a few steps
+SMALL_RATES = ("--matrix-lr", "6e-4", "--embedding-lr", "0.01", "--unembedding-lr", "2.5e-4", "--scalar-lr", "0.015")
 
 
 def make_model(config=CONFIG, dtype=torch.float32, seed=0, model_class=GPT, as_initialised=False):

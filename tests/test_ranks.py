@@ -20,6 +20,7 @@ from nanochat.train import Batch, train_step
 from scripts import base_train
 from tests.helpers import (
     REPO_DIR,
+    SMALL_RATES,
     assert_same_runs,
     choose_port,
     get_rank_env,
@@ -91,12 +92,8 @@ def to_vector(params):
     return torch.tensor([value for values in params.values() for value in values], dtype=torch.float64)
 
 
-# Small ones: differences of rounding shouldn't grow within a few steps
-RATES = ("--matrix-lr", "6e-4", "--embedding-lr", "0.01", "--unembedding-lr", "2.5e-4", "--scalar-lr", "0.015")
-
-
 def train_toy(tag, *more):
-    base_train.main(["--model-tag", tag, "--data", "toy", *SHAPE, *RATES, "--num-iterations", str(NUM_STEPS),
+    base_train.main(["--model-tag", tag, "--data", "toy", *SHAPE, *SMALL_RATES, "--num-iterations", str(NUM_STEPS),
                      "--total-batch-size", "512", "--eval-tokens", "1024", "--eval-every", "3", "--sample-every", "-1",
                      "--device-type", "cpu", "--compile", "off", *more])
 
@@ -312,7 +309,7 @@ def test_ranks_that_were_started_differently_are_refused(finished, base_dir):
 
 
 def make_argv(tag, *more):
-    return ["scripts.base_train", "--model-tag", tag, "--data", "toy", *SHAPE, *RATES,
+    return ["scripts.base_train", "--model-tag", tag, "--data", "toy", *SHAPE, *SMALL_RATES,
             "--num-iterations", "400", "--total-batch-size", "512", "--eval-every", "-1", "--sample-every", "-1",
             "--save-every", "5", "--device-type", "cpu", "--dtype", "float32", "--compile", "off", *more]
 
