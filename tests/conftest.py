@@ -11,8 +11,9 @@ from tasks import words
 from tests.helpers import BYTE_TOKENIZER
 
 torch.set_num_threads(1)  # threads that share their cores with another process cost more than they gain
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what ends in &, and what that starts inherits
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for stop in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(stop) == signal.SIG_IGN:  # after & and under nohup; what tests start inherits it, and ignores it
+        signal.signal(stop, signal.default_int_handler if stop == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
