@@ -40,7 +40,7 @@ SCRIPTS = {"27": "That is <|python_start|>34*27<|python_end|>.", "slow": "tick "
 class ScriptedModel(nn.Module):
     """Answers each question by its script; its position in the script is that of the tokens in its cache."""
     config = SimpleNamespace(vocab_size=265, n_layer=1, n_kv_head=1, head_dim=2, n_embd=1, sequence_len=300)
-    compute_dtype = torch.float32
+    compute_dtype, balance = torch.float32, None
 
     def __init__(self, step_sec=0.0):
         super().__init__()
