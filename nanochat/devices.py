@@ -210,6 +210,9 @@ def _find_compute_dtype(name: str, device: torch.device) -> tuple[torch.dtype, s
             raise UserError(f"--dtype {name} is not one of auto, {', '.join(COMPUTE_DTYPES)}")
         if name == "bfloat16" and device.type == "cuda" and not has_bf16_units(device):
             return torch.bfloat16, "asked for, though the GPU has no bf16 matrix units and emulates them slowly"
+        if name == "bfloat16" and device.type == "cpu" and (gain := measure_bf16_gain()) < 0.7:
+            return torch.bfloat16, (f"asked for, though this CPU emulates it at {gain:.2f}x the matmul rate of fp32; "
+                                    "--dtype float32 is faster")
         return getattr(torch, name), "asked for"
     if device.type == "cuda":
         if has_bf16_units(device):
@@ -218,15 +221,26 @@ def _find_compute_dtype(name: str, device: torch.device) -> tuple[torch.dtype, s
             return torch.float16, "the GPU has no bf16 matrix units; fp16 with a gradient scaler"
         return torch.float32, "the GPU has no matrix units for bf16 or fp16"
     if device.type == "cpu":
-        gain = measure_matmul_rate(torch.bfloat16, 1024) / measure_matmul_rate(torch.float32, 1024)
+        gain = measure_bf16_gain()
         # A busy machine blurs the measurement, so the gain must be clear: native units gave 2.2 to 5.6 here, with other
         # load and without; that emulation stays under 1.4 is an assumption, not studied
         if gain > 1.4:
             return torch.bfloat16, f"measured {gain:.1f}x the matmul rate of fp32 on this CPU"
-        return torch.float32, f"bf16 measured only {gain:.1f}x the matmul rate of fp32 on this CPU"
+        return torch.float32, f"bf16 measured only {gain:.2g}x the matmul rate of fp32 on this CPU"
     if device.type == "xpu":
         return torch.bfloat16, "XPU devices have bf16 matrix units"
     return torch.float32, f"no faster dtype is known to be safe on {device.type}"
+
+
+def measure_bf16_gain() -> float:
+    """Rate of bf16 products over that of fp32 on this machine's CPU. A small product comes first: without units for
+    bf16 a large one takes seconds (0.01x on an AVX2 machine)."""
+    import torch
+    for size in (128, 1024):
+        gain = measure_matmul_rate(torch.bfloat16, size) / measure_matmul_rate(torch.float32, size)
+        if gain < 0.3:
+            break
+    return gain
 
 
 @functools.cache
@@ -234,7 +248,8 @@ def measure_matmul_rate(dtype: torch.dtype, size: int) -> float:
     """FLOP/s of a (size, size) matrix product on this machine's CPU, best of several; measured once a process."""
     import torch
     left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
-    out, best, deadline = left @ right, math.inf, time.perf_counter() + 0.15
+    out, best = left @ right, math.inf
+    deadline = time.perf_counter() + (0.15 if size > 512 else 0.02)
     while time.perf_counter() < deadline or best == math.inf:
         start = time.perf_counter()
         torch.mm(left, right, out=out)
@@ -289,7 +304,9 @@ def get_peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | No
     A GPU's is its maker's figure for dense bf16; a CPU's is the measured rate of a large product in `dtype`."""
     import torch
     if device.type == "cpu":
-        return measure_matmul_rate(dtype, 2048 if dtype == torch.bfloat16 else 1024), "measured matmul rate"
+        is_bf16 = dtype == torch.bfloat16
+        size = 256 if is_bf16 and measure_bf16_gain() < 0.3 else 2048 if is_bf16 else 1024
+        return measure_matmul_rate(dtype, size), "measured matmul rate"
     if device.type in ("cuda", "xpu"):
         name = torch.get_device_module(device).get_device_name(device)
         if gpu := find_gpu(name):

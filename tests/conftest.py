@@ -12,7 +12,7 @@ from tests.helpers import BYTE_TOKENIZER
 
 torch.set_num_threads(1)  # threads that share their cores with another process cost more than they gain
 for stop in (signal.SIGINT, signal.SIGHUP):
-    if signal.getsignal(stop) == signal.SIG_IGN:  # after & and under nohup; what tests start inherits it, and ignores it
+    if signal.getsignal(stop) == signal.SIG_IGN:  # after & and under nohup; what tests start inherits it
         signal.signal(stop, signal.default_int_handler if stop == signal.SIGINT else signal.SIG_DFL)
 
 

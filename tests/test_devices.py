@@ -154,6 +154,13 @@ def test_compute_dtype(monkeypatch):
     mine = (torch.float32, "bf16 measured only 0.2x the matmul rate of fp32 on this CPU")
     monkeypatch.setattr(devices, "gather", lambda value: [(torch.bfloat16, "rank 0's")] if value == mine else None)
     assert devices.get_compute_dtype("auto", CPU)[0] == torch.bfloat16    # all ranks compute in what rank 0 measured
+    monkeypatch.setattr(devices, "gather", lambda value: [value])
+    assert devices.get_compute_dtype("bfloat16", CPU) == (
+        torch.bfloat16, "asked for, though this CPU emulates it at 0.20x the matmul rate of fp32; --dtype float32 is "
+        "faster")
+    monkeypatch.setattr(devices, "measure_matmul_rate", lambda dtype, size: {128: 1.0, 1024: 2.0 + 2 * (
+        dtype == torch.bfloat16)}[size])    # where a small product doesn't say it, a large one counts
+    assert devices.get_compute_dtype("auto", CPU)[1] == "measured 2.0x the matmul rate of fp32 on this CPU"
     monkeypatch.undo()
     monkeypatch.setattr(torch.version, "hip", None)
     for capability, dtype in (((6, 1), torch.float32), ((7, 5), torch.float16), ((8, 0), torch.bfloat16),

@@ -16,7 +16,7 @@ from scripts import doctor, plan
 REPO_DIR = Path(__file__).resolve().parents[1]
 LOCKS = ("requirements.lock", "requirements-py310.lock")
 OUR_FOLDERS = ("nanochat", "scripts", "tasks", "tests", "dev")
-TOOLS = {"ruff", "pytest", "pytest-timeout", "pytest-xdist"}    # run by runs/test.sh, whether or not a test imports them
+TOOLS = {"ruff", "pytest", "pytest-timeout", "pytest-xdist"}    # of runs/test.sh, whether or not a test imports them
 INSIDE_OTHERS = {"tiktoken_ext", "triton"}    # of tiktoken, and of torch's GPU builds
 DISTRIBUTIONS = {"yaml": "pyyaml"}             # where the package isn't named like its module
 USER_BUILT = {"flash_attn_interface"}    # FlashAttention 3, from torch's own index or from source
