@@ -233,10 +233,10 @@ def _find_compute_dtype(name: str, device: torch.device) -> tuple[torch.dtype, s
 
 
 def measure_bf16_gain() -> float:
-    """Rate of bf16 products over that of fp32 on this machine's CPU. A small product comes first: without units for
+    """Rate of bf16 products over that of fp32 on this machine's CPU. A smaller product comes first: without units for
     bf16 a large one takes seconds (0.01x on an AVX2 machine)."""
     import torch
-    for size in (128, 1024):
+    for size in (512, 1024):
         gain = measure_matmul_rate(torch.bfloat16, size) / measure_matmul_rate(torch.float32, size)
         if gain < 0.3:
             break
@@ -249,7 +249,7 @@ def measure_matmul_rate(dtype: torch.dtype, size: int) -> float:
     import torch
     left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
     out, best = left @ right, math.inf
-    deadline = time.perf_counter() + (0.15 if size > 512 else 0.02)
+    deadline = time.perf_counter() + (0.15 if size > 512 else 0.03)
     while time.perf_counter() < deadline or best == math.inf:
         start = time.perf_counter()
         torch.mm(left, right, out=out)

@@ -158,8 +158,8 @@ def test_compute_dtype(monkeypatch):
     assert devices.get_compute_dtype("bfloat16", CPU) == (
         torch.bfloat16, "asked for, though this CPU emulates it at 0.20x the matmul rate of fp32; --dtype float32 is "
         "faster")
-    monkeypatch.setattr(devices, "measure_matmul_rate", lambda dtype, size: {128: 1.0, 1024: 2.0 + 2 * (
-        dtype == torch.bfloat16)}[size])    # where a small product doesn't say it, a large one counts
+    monkeypatch.setattr(devices, "measure_matmul_rate", lambda dtype, size: {512: 1.0, 1024: 2.0 + 2 * (
+        dtype == torch.bfloat16)}[size])    # where a smaller product doesn't say it, a large one counts
     assert devices.get_compute_dtype("auto", CPU)[1] == "measured 2.0x the matmul rate of fp32 on this CPU"
     monkeypatch.undo()
     monkeypatch.setattr(torch.version, "hip", None)
