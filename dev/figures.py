@@ -220,3 +220,50 @@ def draw_comparison(groups: dict[str, list[dict[str, NDArray]]], label: str, tar
     handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=0.9, label=f"{next(iter(groups))}'s final"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
     return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels
+
+
+@styled
+def draw_roofline(results: dict) -> Figure:
+    """FLOP/s against FLOPs per byte under the roofs: a panel for each family of operations, a color for each operation
+    and a marker for each variant. results: what dev/bench_kernels.py writes"""
+    points = [point for point in results["points"] if point["ms"]]
+    families = list(dict.fromkeys(point["family"] for point in points))
+    figure, axes = make_panels(-(-len(families) // 2), min(2, len(families)), width=6.6, height=4.3)
+    for ax, family in zip(axes.flat, families, strict=False):
+        draw_family(ax, [point for point in points if point["family"] == family], results["roofs"])
+        ax.set_title(family)
+    for ax in axes.flat[len(families):]:
+        ax.set_axis_off()
+    hardware = results["environment"]["hardware"]
+    scales = ", ".join(dict.fromkeys(point["scale"] for point in points))
+    figure.suptitle(f"{hardware.get('gpu') or hardware['cpu']}, {results['dtype']}, shapes of {scales}", fontsize=10,
+                    color=FAINT, x=0.01, ha="left")
+    return figure
+
+
+def draw_family(ax: object, points: list[dict], roofs: dict[str, dict]) -> None:
+    """The points of one family, and the roofs over them."""
+    x = span_log([point["flops_per_byte"] for point in points], 4)
+    known = {name: roof for name, roof in roofs.items() if roof["flops_per_sec"] and roof["bytes_per_sec"]}
+    handles = []
+    for (name, roof), style in zip(known.items(), ("-", "--"), strict=False):
+        ax.plot(x, np.minimum(roof["flops_per_sec"], x * roof["bytes_per_sec"]), style, color=INK, linewidth=1.2)
+        handles.append(Line2D([], [], color=INK, linewidth=1.2, linestyle=style, label=f"{name} roof"))
+    operations, variants = (list(dict.fromkeys(point[key] for point in points)) for key in ("operation", "variant"))
+    for point in points:
+        ax.plot(point["flops_per_byte"], point["flops_per_sec"],
+                MARKERS[variants.index(point["variant"]) % len(MARKERS)], markersize=7, alpha=0.85,
+                color=COLORS[operations.index(point["operation"]) % len(COLORS)], markeredgecolor="white",
+                markeredgewidth=0.6)
+    handles += [Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=4, label=name)
+                for i, name in enumerate(operations)]
+    handles += [Line2D([], [], color=FAINT, marker=MARKERS[i % len(MARKERS)], linewidth=0, label=name)
+                for i, name in enumerate(variants)]
+    ax.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="FLOP/s")
+    label_counts(ax.xaxis, lambda value: f"{value:g}")
+    label_counts(ax.yaxis, format_flops)
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1))
