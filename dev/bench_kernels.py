@@ -296,23 +296,23 @@ def describe_speed(samples_ms: list[float], flops: int, num_bytes: int, roofs: d
 
 
 def print_points(title: str, points: list[dict]) -> None:
-    """A table of one shape's variants; of those without a time the reason."""
-    timed = next((point for point in points if point["ms"]), None)
-    print0(f"\n{title}" + (f": {timed['flops'] / 1e9:,.3g} GFLOP, {timed['bytes'] / 1e6:,.3g} MB, "
-                           f"{timed['flops_per_byte']:,.3g} FLOP/byte" if timed else ""))
-    columns = ["variant", "error", "ms", "TFLOP/s", "GB/s", "% of roof", "% datasheet", "speed"]
-    rows = []
-    for point in points:
-        if point["ms"]:
-            fracs = [frac and f"{100 * frac:.0f}" or "-" for frac in point["roof_frac"].values()]
-            rows.append([point["variant"], f"{max(point['errors'].values()):.0e}", f"{point['ms']:.4g}",
-                         f"{point['flops_per_sec'] / 1e12:.3g}", f"{point['bytes_per_sec'] / 1e9:.3g}", *fracs,
-                         f"{point['speedup']:.2f}"])
-    if rows:
-        print_table(columns, rows)
+    """A table of one shape's variants; of those without a time the reason, once where it is the same."""
+    timed = [point for point in points if point["ms"]]
+    print0(f"\n{title}" + (f": {timed[0]['flops'] / 1e9:,.3g} GFLOP, {timed[0]['bytes'] / 1e6:,.3g} MB, "
+                           f"{timed[0]['flops_per_byte']:,.3g} FLOPs a byte" if timed else ""))
+    if timed:
+        known = [name for name, frac in timed[0]["roof_frac"].items() if frac]
+        print_table(["variant", "error", "ms", "TFLOP/s", "GB/s", *(f"% of {name} roof" for name in known), "speed"], [
+            [point["variant"], f"{max(point['errors'].values()):.0e}", f"{point['ms']:.4g}",
+             f"{point['flops_per_sec'] / 1e12:.3g}", f"{point['bytes_per_sec'] / 1e9:.3g}",
+             *(f"{100 * point['roof_frac'][name]:.0f}" for name in known), f"{point['speedup']:.2f}"]
+            for point in timed])
+    reasons: dict[str, list[str]] = {}
     for point in points:
         if not point["ms"]:
-            print0(f"{point['variant']}: {point['status']}: {point['detail']}")
+            reasons.setdefault(f"{point['status']}: {point['detail']}", []).append(point["variant"])
+    for reason, variants in reasons.items():
+        print0(f"{'; '.join(variants)}: {reason}")
 
 
 if __name__ == "__main__":
