@@ -19,8 +19,8 @@ no products; bytes are the inputs read and the outputs written once. The roof of
 and of its intensity (FLOPs per byte) times the memory's rate: measured on a large product and a large copy in the same
 run, and as the maker states them. fp8 is measured against the roof of bf16.
 
-Writes kernels.json and kernels.png (a roofline, log-log) to --out, by default $NANOCHAT_BASE_DIR/kernels. A backend
-that isn't there is listed with the reason. Nothing of the GPU's part has run on a GPU of ours yet.
+Writes kernels.json and a log-log roofline of each depth, kernels_d6.png, to --out, by default the folder kernels in the
+base folder. A backend that isn't there is listed with the reason. The GPU's part has not run on a GPU of ours yet.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--toy", action="store_true", help="toy sizes, to see that all of it works")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="variants by torch.compile")
     add_device_args(parser)
-    add("--out", type=Path, help="folder for kernels.json and kernels.png (default: kernels, in the base folder)")
+    add("--out", type=Path, help="folder for kernels.json and pictures (default: kernels, in the base folder)")
     return parser.parse_args(argv)
 
 
@@ -140,8 +140,8 @@ def save_results(results: dict, out: Path) -> dict:
     path = make_folder(out) / "kernels.json"
     write_json(path, results)
     print0(f"\nfigures in {path}")
-    if any(point["ms"] for point in results["points"]):
-        results["figure"] = str(save_figure(draw_roofline(results), "kernels", out))
+    results["figures"] = [str(save_figure(draw_roofline(results, scale), f"kernels_{scale}", out)) for scale in
+                          dict.fromkeys(point["scale"] for point in results["points"] if point["ms"])]
     wrong = [point for point in results["points"] if point["status"] in ("WRONG", "error")]
     for point in wrong:
         print0(f"{point['status']}: {point['variant']} of {point['scale']} {point['operation']}, {point['label']}: "

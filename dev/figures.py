@@ -226,11 +226,14 @@ def draw_comparison(groups: dict[str, list[dict[str, NDArray]]], label: str, tar
 # Kernels
 
 
+HOLLOW = ", compiled"    # ends the name of a variant
+
+
 @styled
-def draw_roofline(results: dict) -> Figure:
-    """FLOP/s against FLOPs per byte under the roofs: a panel for each family of operations, a color for each operation
-    and a marker for each variant. results: what dev/bench_kernels.py writes"""
-    points = [point for point in results["points"] if point["ms"]]
+def draw_roofline(results: dict, scale: str) -> Figure:
+    """FLOP/s against FLOPs per byte under the roofs, of one scale's shapes: a panel for each family of operations, a
+    color for each operation and a marker for each variant. results: what dev/bench_kernels.py writes"""
+    points = [point for point in results["points"] if point["ms"] and point["scale"] == scale]
     families = list(dict.fromkeys(point["family"] for point in points))
     figure, axes = make_panels(-(-len(families) // 2), min(2, len(families)), width=6.6, height=4.3)
     for ax, family in zip(axes.flat, families, strict=False):
@@ -239,31 +242,67 @@ def draw_roofline(results: dict) -> Figure:
     for ax in axes.flat[len(families):]:
         ax.set_axis_off()
     hardware = results["environment"]["hardware"]
-    scales = ", ".join(dict.fromkeys(point["scale"] for point in points))
-    figure.suptitle(f"{hardware.get('gpu') or hardware['cpu']}, {results['dtype']}, shapes of {scales}", fontsize=10,
+    figure.suptitle(f"{hardware.get('gpu') or hardware['cpu']}, {results['dtype']}, shapes of {scale}", fontsize=10,
                     color=FAINT, x=0.01, ha="left")
     return figure
 
 
 def draw_family(ax: object, points: list[dict], roofs: dict[str, dict]) -> None:
-    """The points of one family, and the roofs over them."""
+    """The points of one family, and the roofs over them; variants of one shape side by side, for they'd cover each
+    other where they are equally fast. What torch's compiler made of a variant is hollow."""
+    operations = list(dict.fromkeys(point["operation"] for point in points))
+    variants = list(dict.fromkeys(point["variant"].removesuffix(HOLLOW) for point in points))
+    markers = (MARKERS + "<>ph") * (1 + len(variants) // 12)
     x = span_log([point["flops_per_byte"] for point in points], 4)
-    known = {name: roof for name, roof in roofs.items() if roof["flops_per_sec"] and roof["bytes_per_sec"]}
-    handles = []
-    for (name, roof), style in zip(known.items(), ("-", "--"), strict=False):
-        ax.plot(x, np.minimum(roof["flops_per_sec"], x * roof["bytes_per_sec"]), style, color=INK, linewidth=1.2)
-        handles.append(Line2D([], [], color=INK, linewidth=1.2, linestyle=style, label=f"{name} roof"))
-    operations, variants = (list(dict.fromkeys(point[key] for point in points)) for key in ("operation", "variant"))
-    for point in points:
-        ax.plot(point["flops_per_byte"], point["flops_per_sec"],
-                MARKERS[variants.index(point["variant"]) % len(MARKERS)], markersize=7, alpha=0.85,
-                color=COLORS[operations.index(point["operation"]) % len(COLORS)], markeredgecolor="white",
-                markeredgewidth=0.6)
+    for (_, roof), style in zip(list_known(roofs), ("-", "--"), strict=False):
+        ax.plot(x, np.minimum(roof["flops_per_sec"], x * roof["bytes_per_sec"]) / 1e12, style, color=INK, linewidth=1.2)
+    ax.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="TFLOP/s")
+    width = (x[-1] / x[0]) ** 0.014    # of a marker
+    for members in find_neighbours(points):
+        color = COLORS[operations.index(members[0]["operation"]) % len(COLORS)]
+        names = list(dict.fromkeys(point["variant"] for point in members))
+        for point in members:
+            place = names.index(point["variant"]) - (len(names) - 1) / 2
+            is_hollow = point["variant"].endswith(HOLLOW)
+            ax.plot(point["flops_per_byte"] * width ** place, point["flops_per_sec"] / 1e12, markersize=7,
+                    marker=markers[variants.index(point["variant"].removesuffix(HOLLOW))], zorder=3,
+                    markerfacecolor="white" if is_hollow else color, markeredgewidth=1.2 if is_hollow else 0.6,
+                    markeredgecolor=color if is_hollow else "white")
+        labels: dict[str, dict[str, None]] = {}    # a line for each place
+        for point in members:
+            labels.setdefault(f"{point['flops_per_byte']:.2g}", {})[point["label"]] = None
+        lowest = min(point["flops_per_sec"] for point in members) / 1e12
+        middle = (members[0]["flops_per_byte"] * members[-1]["flops_per_byte"]) ** 0.5
+        ax.annotate("\n".join(map(", ".join, labels.values())), (middle, lowest), (0, -8), rotation=90, ha="center",
+                    va="top", textcoords="offset points", fontsize=7.5, color=color)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low / (high / low) ** 0.4, high)    # room for the labels
+    label_counts(ax.xaxis, lambda value: f"{value:g}")
+    label_counts(ax.yaxis, lambda value: f"{value:g}")
+    handles = [Line2D([], [], color=INK, linewidth=1.2, linestyle=style, label=f"{name} roof")
+               for (name, _), style in zip(list_known(roofs), ("-", "--"), strict=False)]
     handles += [Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=4, label=name)
                 for i, name in enumerate(operations)]
-    handles += [Line2D([], [], color=FAINT, marker=MARKERS[i % len(MARKERS)], linewidth=0, label=name)
-                for i, name in enumerate(variants)]
-    ax.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="FLOP/s")
-    label_counts(ax.xaxis, lambda value: f"{value:g}")
-    label_counts(ax.yaxis, format_flops)
+    handles += [Line2D([], [], color=FAINT, marker=marker, linewidth=0, label=name)
+                for marker, name in zip(markers, variants, strict=False)]
+    if any(point["variant"].endswith(HOLLOW) for point in points):
+        handles.append(Line2D([], [], color=FAINT, marker="o", markerfacecolor="white", linewidth=0, label="compiled"))
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def find_neighbours(points: list[dict]) -> list[list[dict]]:
+    """The points of each operation, from left to right, cut where there is room between the labels of shapes."""
+    groups: list[list[dict]] = []
+    for operation in dict.fromkeys(point["operation"] for point in points):
+        members = sorted((point for point in points if point["operation"] == operation),
+                         key=lambda point: point["flops_per_byte"])
+        for i, point in enumerate(members):
+            if i == 0 or point["flops_per_byte"] > 1.4 * members[i - 1]["flops_per_byte"]:
+                groups.append([])
+            groups[-1].append(point)
+    return groups
+
+
+def list_known(roofs: dict[str, dict]) -> list[tuple[str, dict]]:
+    """The roofs of which both figures are known."""
+    return [(name, roof) for name, roof in roofs.items() if roof["flops_per_sec"] and roof["bytes_per_sec"]]

@@ -3,8 +3,6 @@
 K matrices of one shape (rows, cols) in a stack; V vocabulary, C channels.
 """
 
-from collections import Counter
-
 import torch
 from torch import Tensor
 
@@ -23,8 +21,8 @@ NUM_STEPS = len(POLAR_EXPRESS)
 def list_stacks(scale: Scale) -> dict[str, Shape]:
     """The matrices of the blocks, by shape."""
     C, hidden, L = scale.config.n_embd, scale.config.hidden_dim, scale.config.n_layer
-    counts = Counter({(C, C): 4 * L}) + Counter({(hidden, C): L}) + Counter({(C, hidden): L})
-    return {f"{K} x {rows} x {cols}": {"K": K, "rows": rows, "cols": cols} for (rows, cols), K in counts.items()}
+    return {"square": {"K": 4 * L, "rows": C, "cols": C}, "c_fc": {"K": L, "rows": hidden, "cols": C},
+            "c_proj": {"K": L, "rows": C, "cols": hidden}}
 
 
 def make_stack(shape: Shape, setting: Setting) -> Inputs:
@@ -107,14 +105,14 @@ OPERATIONS = (
               "lr, mu, beta2, weight_decay): one step in place, rates are 0-d tensors",
               list_stacks, make_muon_inputs, with_kernels(update_muon, False), count_orthogonalize_flops,
               MUON_TOLERANCES,
-              (Variant("eager", with_kernels(update_muon, False)),
-               Variant("compiled", with_kernels(update_muon), is_compiled)),
+              (Variant("ours", with_kernels(update_muon, False)),
+               Variant("ours, compiled", with_kernels(update_muon), is_compiled)),
               changes=("param", "momentum", "second_moment"), has_result=False),
     Operation("adamw_update", "optimizer", "(param (V, C), gradient, exp_avg, exp_avg_sq, lr, beta1, beta2, eps, "
               "weight_decay, step): one step in place, rates are 0-d tensors",
               list_adamw_shapes, make_adamw_inputs, with_kernels(update_adamw, False),
               lambda shape: 16 * shape["V"] * shape["C"], ADAMW_TOLERANCES,
-              (Variant("eager", with_kernels(update_adamw, False)),
-               Variant("compiled", with_kernels(update_adamw), is_compiled)),
+              (Variant("ours", with_kernels(update_adamw, False)),
+               Variant("ours, compiled", with_kernels(update_adamw), is_compiled)),
               changes=("param", "exp_avg", "exp_avg_sq"), has_result=False),
 )

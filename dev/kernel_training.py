@@ -301,7 +301,7 @@ OPERATIONS = (
               "the gradient of x",
               list_rotary_shapes, make_rotary_inputs, define_rotate_norm, count_rotary_flops,
               {torch.bfloat16: 0.01, torch.float16: 0.002, torch.float32: 1e-5},
-              (Variant("eager", rotate_norm), Variant("compiled", compiled(rotate_norm), is_compiled)),
+              (Variant("ours", rotate_norm), Variant("ours, compiled", compiled(rotate_norm), is_compiled)),
               gradients=("x",)),
     Operation("sampling", "elementwise", "(logits (B, V), draws (B, 1) from 0 to 1, top_k or 0) -> (B,) the token at "
               "which the cumulative probability, in the vocabulary's order, passes the draw",

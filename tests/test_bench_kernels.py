@@ -241,7 +241,8 @@ def test_points_and_figure(tmp_path, capsys):
     results = bench("--op", "linear", "attention_train", "sampling", "fp8_linear", "--out", str(tmp_path / "out"))
     saved = json.loads((tmp_path / "out" / "kernels.json").read_text())
     assert saved["points"] == json.loads(json.dumps(results["points"])) and saved["dtype"] == "float32"
-    assert (tmp_path / "out" / "kernels.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["kernels_d2.png"]
+    assert (tmp_path / "out" / "kernels_d2.png").read_bytes().startswith(b"\x89PNG")
     assert set(saved["roofs"]) == {"measured", "datasheet"} and saved["roofs"]["measured"]["flops_per_sec"] > 0
     assert saved["roofs"]["datasheet"] == {"flops_per_sec": None, "bytes_per_sec": None, "source": "not known for cpu"}
     for point in saved["points"]:
@@ -349,8 +350,8 @@ def test_mistakes_are_one_sentence(words, complaint):
 
 
 def test_choice_of_variants(capsys):
-    results = bench("--op", "linear_cross_entropy", "norm_rotary", "--only", "fused", "eager")
-    assert [point["variant"] for point in results["points"]] == ["fused", "eager"]
+    results = bench("--op", "linear_cross_entropy", "norm_rotary", "--only", "fused", "ours")
+    assert [point["variant"] for point in results["points"]] == ["fused", "ours"]
     assert bench("--list") == {} and "norm_rotary: (x (B, T, H, D), cos" in capsys.readouterr().out
 
 
