@@ -43,12 +43,13 @@ from dev.kernel_ops import (
     count_bytes,
     describe_error,
     find_expected,
+    find_obstacle,
     judge_variant,
     run,
 )
 from dev.kernels import Registry
 from dev.timing import add_device_args, print_table, sample_in_turn, sample_on_cuda
-from nanochat.common import UserError, get_base_dir, print0, run_script, write_json
+from nanochat.common import UserError, get_base_dir, is_out_of_memory, print0, run_script, write_json
 from nanochat.compilation import choose_compile, set_compile_kernels
 from nanochat.devices import find_gpu, get_compute_dtype, get_environment, get_peak_flops, init_compute, synchronize
 from nanochat.scaling import make_config
@@ -195,10 +196,10 @@ def measure_roof(setting: Setting) -> Roof:
     left, right = (torch.randn(size, size, device=device).to(setting.dtype) for _ in range(2))
     source = torch.zeros(COPY_BYTES.get(device.type, 2**30), dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    product, out = {}, torch.empty_like(left)
+    seconds, out = {}, torch.empty_like(left)
     for name, call in (("product", lambda: torch.mm(left, right, out=out)), ("copy", lambda: target.copy_(source))):
-        product[name] = min(sample({name: call}, device)[name]) / 1e3
-    return Roof(2 * size**3 / product["product"], 2 * source.nbytes / product["copy"],
+        seconds[name] = min(sample({name: call}, device)[name]) / 1e3
+    return Roof(2 * size**3 / seconds["product"], 2 * source.nbytes / seconds["copy"],
                 f"a product of {size} x {size} in {str(setting.dtype)[6:]}, a copy of {source.nbytes / 2**20:.0f} MiB")
 
 
@@ -226,16 +227,21 @@ def describe_roof(roof: Roof) -> str:
 def measure_shape(operation: Operation, shape: Shape, setting: Setting, roofs: dict[str, Roof]) -> list[dict]:
     """A point for each variant: right or wrong first, then the time of those that are right."""
     tolerance = operation.tolerances.get(setting.dtype)
-    points = [{"variant": variant.name, "status": "absent", "detail": variant.find_obstacle(setting, shape)
-               if tolerance is not None else f"{operation.name} isn't for {str(setting.dtype)[6:]}", "errors": {},
-               "tolerance": tolerance, "ms": None, "speedup": None} for variant in operation.variants]
+    points = [{"variant": variant.name, "status": "absent", "detail": find_obstacle(operation, variant, setting, shape),
+               "errors": {}, "tolerance": tolerance, "ms": None, "speedup": None} for variant in operation.variants]
     present = {variant.name: (point, variant) for point, variant in zip(points, operation.variants, strict=True)
                if not point["detail"]}
     if not present:
         return points
     torch.manual_seed(0)
-    inputs = operation.make_inputs(shape, setting)
-    expected = find_expected(operation, inputs)
+    try:
+        inputs = operation.make_inputs(shape, setting)
+        expected = find_expected(operation, inputs)
+    except Exception as error:    # each allocator has a type of its own
+        if not is_out_of_memory(error):
+            raise
+        return [point if point["detail"] else point | {"status": "no memory", "detail": "for its definition in float64"}
+                for point in points]
     counts = operation.count_flops(shape), count_bytes(operation, shape, inputs, expected)
 
     def judge(point: dict, variant: Variant) -> bool:

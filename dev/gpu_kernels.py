@@ -18,6 +18,7 @@ from dev.kernel_ops import (
     clone,
     find_error,
     find_expected,
+    find_obstacle,
     judge_variant,
     run,
 )
@@ -239,7 +240,7 @@ def _check_operation(setting: Setting, name: str, operation: Operation, shape: S
     torch.manual_seed(10)
     inputs = operation.make_inputs(shape, setting)
     expected, tolerance = find_expected(operation, inputs), operation.tolerances[setting.dtype]
-    present = [variant for variant in operation.variants if not variant.find_obstacle(setting, shape)]
+    present = [variant for variant in operation.variants if not find_obstacle(operation, variant, setting, shape)]
     verdicts = {variant.name: judge_variant(operation, variant, inputs, expected, tolerance) for variant in present}
     wrong = {variant: verdict for variant, verdict in verdicts.items() if verdict.status != "ok"}
     right = {variant.name: (variant.call, clone(inputs)) for variant in present if variant.name not in wrong}

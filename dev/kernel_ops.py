@@ -190,6 +190,16 @@ def find_error(actual: Tensor, expected: Tensor, start: Tensor | None = None) ->
                                                         else num_elements**0.5))
 
 
+def find_obstacle(operation: Operation, variant: Variant, setting: Setting, shape: Shape) -> str:
+    """Why a variant isn't available here; '' if it is."""
+    if setting.dtype not in operation.tolerances:
+        return f"{operation.name} isn't for {str(setting.dtype)[6:]}"
+    try:
+        return str(variant.find_obstacle(setting, shape) or "")
+    except Exception as error:    # of any kind, for it may be somebody's code
+        return f"whether it is there can't be found out: {describe_error(error, variant)}"
+
+
 def describe_output(operation: Operation, name: str) -> str:
     if name == "result":
         return "its result"

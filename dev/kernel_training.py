@@ -226,15 +226,16 @@ def list_sampling_shapes(scale: Scale) -> dict[str, Shape]:
 
 
 def make_sampling_inputs(shape: Shape, setting: Setting) -> Inputs:
-    """Each draw is in the middle of a likely token's interval of cumulative probability, so that rounding doesn't
-    decide."""
+    """Each draw is in the middle of a token's interval of cumulative probability, the widest of some that were drawn,
+    so that rounding doesn't decide."""
     logits = 4 * torch.randn(shape["B"], shape["V"], device=setting.device).to(setting.dtype)
     ends = cumulate_kept(logits.double(), shape["top_k"])
-    draws = torch.rand(shape["B"], 1, dtype=torch.float64, device=setting.device)
+    draws = torch.rand(shape["B"], 8, dtype=torch.float64, device=setting.device)
     tokens = torch.searchsorted(ends, draws, right=True)
     padded = F.pad(ends, (1, 0))
-    return {"logits": logits, "draws": (padded.gather(1, tokens) + padded.gather(1, tokens + 1)) / 2,
-            "top_k": shape["top_k"]}
+    start, end = padded.gather(1, tokens), padded.gather(1, tokens + 1)
+    widest = (end - start).argmax(1, keepdim=True)
+    return {"logits": logits, "draws": ((start + end) / 2).gather(1, widest), "top_k": shape["top_k"]}
 
 
 def cumulate_kept(logits: Tensor, top_k: int) -> Tensor:

@@ -29,6 +29,7 @@ class Registry:
 
         needs: "cuda", "compile", or what returns the reason why it isn't available here, '' where it is
         """
+        name = str(name)
         if operation not in self.operations:
             raise UserError(f"there is no operation {operation!r} to add to; there are {', '.join(self.operations)}")
         if not callable(call):
@@ -39,7 +40,7 @@ class Registry:
         known = self.operations[operation]
         if any(variant.name == name for variant in known.variants):
             raise UserError(f"{operation} has a variant {name!r} already; choose another name")
-        variant = Variant(str(name), call, needs if callable(needs) else OBSTACLES[needs], self.plugin)
+        variant = Variant(name, call, needs if callable(needs) else OBSTACLES[needs], self.plugin)
         self.operations[operation] = replace(known, variants=(*known.variants, variant))
 
     def load_plugin(self, path: Path) -> None:

@@ -122,10 +122,9 @@ def test_counts_of_a_product_are_exact():
     assert count_bytes(operation, shape, inputs, expected) == 2 * (256 * 64 + 256 * 64 + 256 * 256)
 
 
-@pytest.mark.parametrize(("name", "products"), [("linear", 1), ("linear_cross_entropy", 3), ("moe", 3),
-                                                ("orthogonalize", 1)])
-def test_flops_are_those_that_torch_counts(name, products):
-    """Of the variant that computes nothing twice; products: how many there are with those of the backward pass."""
+@pytest.mark.parametrize("name", ["linear", "linear_cross_entropy", "moe", "orthogonalize"])
+def test_flops_are_those_that_torch_counts(name):
+    """Of a variant that computes nothing twice, with those of the backward pass."""
     from torch.utils.flop_counter import FlopCounterMode
     operation = OPERATIONS[name]
     shape, inputs, _ = prepare(operation)
@@ -271,6 +270,7 @@ def variants(registry):
     registry.add("linear", "tires", tire)
     registry.add("linear", "of a GPU", fail, needs="cuda")
     registry.add("linear", "picky", fail, needs=lambda setting, shape: f"not with {shape['N']} tokens")
+    registry.add("linear", "lost", fail, needs=lambda setting, shape: shape["T"])
 
 def fail(x, weight):
     raise RuntimeError("no kernel image")
@@ -289,12 +289,21 @@ def test_plugin(tmp_path, capsys):
     assert mine["status"] == "ok" and mine["speedup"] == get_point(results, "torch")["ms"] / mine["ms"]
     assert wrong["status"] == "WRONG" and wrong["ms"] is None
     assert len(sys.modules["kernel_plugin_mine"].calls) == 3    # one call for each shape: it wasn't timed
-    assert raises["status"] == "error" and raises["detail"].endswith("mine.py, line 16: RuntimeError: no kernel image")
+    assert raises["status"] == "error" and raises["detail"].endswith("mine.py, line 17: RuntimeError: no kernel image")
     assert get_point(results, "tires")["status"] == "WRONG" and get_point(results, "tires")["ms"] is None
     assert get_point(results, "picky")["detail"] == "not with 256 tokens"
+    assert get_point(results, "lost")["detail"].endswith("mine.py, line 14: KeyError: 'T'")
     out = capsys.readouterr().out
     assert "of a GPU: absent: needs a CUDA device, this is cpu" in out
     assert "WRONG: wrong of d2 linear, q: its result is off by 1.0e-01, allowed are 2e-03" in out
+
+
+def test_memory_that_the_definition_lacks(monkeypatch):
+    def fail(operation, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(bench_kernels, "find_expected", fail)
+    statuses = {point["variant"]: point["status"] for point in bench("--op", "attention")["points"]}
+    assert statuses["sdpa"] == "no memory" and statuses["fa3"] == "absent"
 
 
 def test_one_that_fails_when_it_is_timed(tmp_path):
