@@ -109,7 +109,11 @@ def main(argv: list[str] | None = None) -> dict:
     if args.list:
         list_operations(operations)
         return {}
+    # imported here: matplotlib takes a second, which a mistake needn't wait for
+    from dev.figures import draw_roofline, make_folder, save_figure
+    out = make_folder(args.out or get_base_dir() / "kernels")
     device, _ = init_compute(args.device_type)
+    scales = make_scales(args, device)
     dtype, why = get_compute_dtype(args.dtype, device)
     use_compile, compile_reason = choose_compile(args.compile, device, None)
     if use_compile:
@@ -122,7 +126,7 @@ def main(argv: list[str] | None = None) -> dict:
         print0(f"{name} roof: {describe_roof(roof)}")
     results = {"environment": get_environment(device), "device": device.type, "dtype": str(dtype)[6:],
                "roofs": {name: asdict(roof) for name, roof in roofs.items()}, "scales": {}, "points": []}
-    for name, scale in make_scales(args, device).items():
+    for name, scale in scales.items():
         results["scales"][name] = asdict(scale)
         for operation in operations:
             for label, shape in operation.list_shapes(scale).items():
@@ -130,24 +134,21 @@ def main(argv: list[str] | None = None) -> dict:
                 place = {"operation": operation.name, "family": operation.family, "scale": name, "label": label,
                          "shape": shape}
                 results["points"] += [place | point for point in points]
+                write_json(out / "kernels.json", results)    # whole after each, should it be killed
                 print_points(f"{name} {operation.name}, {label}", points)
-    return save_results(results, args.out or get_base_dir() / "kernels")
-
-
-def save_results(results: dict, out: Path) -> dict:
-    """The JSON file and the figure; what is wrong is said once more at the end."""
-    # imported here: matplotlib takes a second, which a mistake needn't wait for
-    from dev.figures import draw_roofline, make_folder, save_figure
-    path = make_folder(out) / "kernels.json"
-    write_json(path, results)
-    print0(f"\nfigures in {path}")
+    print0(f"\nfigures in {out / 'kernels.json'}")
     results["figures"] = [str(save_figure(draw_roofline(results, scale), f"kernels_{scale}", out)) for scale in
                           dict.fromkeys(point["scale"] for point in results["points"] if point["ms"])]
+    print_wrong(results)
+    return results
+
+
+def print_wrong(results: dict) -> None:
+    """What is wrong is said once more at the end."""
     wrong = [point for point in results["points"] if point["status"] in ("WRONG", "error")]
     for point in wrong:
         print0(f"{point['status']}: {point['variant']} of {point['scale']} {point['operation']}, {point['label']}: "
                f"{point['detail']}")
-    return results
 
 
 # ---------------------------------------------------------------------------------------------------------------------
