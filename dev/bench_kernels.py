@@ -55,11 +55,11 @@ from nanochat.devices import find_gpu, get_compute_dtype, get_environment, get_p
 from nanochat.scaling import make_config
 
 CPU_DEPTHS, GPU_DEPTHS = (6,), (12, 24)
-CPU_SIZES = {"rows": 4, "max_seq_len": 512, "decode_rows": 8}      # a few minutes on two cores
+CPU_SIZES = {"rows": 2, "max_seq_len": 512, "decode_rows": 8}      # a few minutes on two cores
 GPU_SIZES = {"rows": 16, "max_seq_len": 2048, "decode_rows": 64}
 TOY = {"vocab_size": 320, "aspect_ratio": 32, "head_dim": 16}
 TOY_SIZES = {"rows": 2, "max_seq_len": 128, "decode_rows": 3}
-ROUNDS_SEC = 4      # of all variants of one shape together, on a CPU
+ROUNDS_SEC = 2      # of all variants of one shape together, on a CPU
 PRODUCT_SIZES = {"cpu": 1024}    # of the square product that the peak is measured on; 8192 on a GPU
 COPY_BYTES = {"cpu": 2**28}      # of the copy for the memory's rate; 2**30 on a GPU
 # Bytes/s of memory as the makers state them, by the names of devices.GPUS
@@ -90,7 +90,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--plugin", type=Path, nargs="+", default=[], metavar="FILE.py", help="files that add variants")
     add("--list", action="store_true", help="measure nothing, show the operations")
     add("--depth", type=int, nargs="+", help="models whose shapes are measured (default: 6; on a GPU 12 and 24)")
-    add("--rows", type=int, help="sequences of a micro-batch (default: 4; on a GPU 16)")
+    add("--rows", type=int, help="sequences of a micro-batch (default: 2; on a GPU 16)")
     add("--max-seq-len", type=int, help="their tokens (default: 512; on a GPU 2048)")
     add("--vocab-size", type=int, default=32768)
     add("--toy", action="store_true", help="toy sizes, to see that all of it works")
