@@ -2,14 +2,19 @@
 
     python -m dev.bench_memory                                  eager steps at full size, on any machine: a table
     python -m dev.bench_memory --depth 12 26 --attention blocks --world-size 8
+    python -m dev.bench_memory --resident --depth 6 --rows 8 --max-seq-len 512 --dtype float32
+                                                                peak of a process that trains on a CPU, by each loss
     bash dev/gpu_check.sh --only memory                         compiled steps on a GPU, by its allocator
 
 The trace runs the model's own step on fake tensors, which have shapes but no memory, and counts every tensor from its
-birth to its death. What is allocated inside one operation it can't see.
+birth to its death. What is allocated inside one operation it can't see. --resident computes, and asks the system for
+the memory of a process that does nothing else: steps are compiled, the optimizer's included.
 """
 
 import argparse
 import contextlib
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
 
@@ -21,12 +26,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from dev.gpu_setup import Check, Setup, free_memory, judge
-from dev.timing import print_table
+from dev.timing import make_training, print_rows, print_table
 from nanochat import flash_attention
-from nanochat.common import run_script
+from nanochat.common import exit_with, run_script
 from nanochat.config import GPTConfig
 from nanochat.cross_entropy import LOSSES
-from nanochat.devices import COMPUTE_DTYPES
+from nanochat.devices import COMPUTE_DTYPES, get_peak_memory_bytes, init_compute
 from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT
 from nanochat.memory import GIB, Machine, Memory, get_usable_frac, measure_free_bytes, predict_memory
@@ -81,11 +86,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--attention", choices=("fa2", "sdpa", "blocks"), default="sdpa")
     parser.add_argument("--loss", choices=LOSSES, default="fused")
     parser.add_argument("--world-size", type=int, default=1, help="ranks of the run; the first one's memory is shown")
+    parser.add_argument("--resident", action="store_true", help="of the first --depth, by each loss")
+    parser.add_argument("--compile", choices=("on", "off"), default="on", help="with --resident")
+    parser.add_argument("--resident-of", choices=LOSSES, help=argparse.SUPPRESS)  # in a process of its own
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
+    if args.resident_of:
+        return measure_resident(args)
+    if args.resident:
+        return compare_resident(sys.argv[1:] if argv is None else argv)
     machine = Machine(args.dtype, args.attention, False, "cpu", args.world_size, args.loss)
     rows = []
     for depth in args.depth:
@@ -100,6 +112,33 @@ def main(argv: list[str] | None = None) -> dict:
                              "error %": 100 * (expected / num_bytes - 1)})
     print_table(list(rows[0]), [list(row.values()) for row in rows])
     return {"rows": rows}
+
+
+def compare_resident(argv: list[str]) -> dict:
+    """Peak resident MiB of a process that trains, for each loss in a process of its own."""
+    rows = []
+    for loss in LOSSES:
+        done = subprocess.run([sys.executable, "-m", "dev.bench_memory", *argv, "--resident-of", loss],
+                              stdout=subprocess.PIPE, encoding="utf-8", check=False)
+        if done.returncode:
+            exit_with(done.returncode, f"bench_memory: the process that trains with the {loss} loss failed, see above")
+        rows.append({"loss": loss, "peak MiB": float(done.stdout.split()[-1])})
+    most = max(row["peak MiB"] for row in rows)
+    print_rows([row | {"part": row["peak MiB"] / most} for row in rows])
+    return {"rows": rows}
+
+
+def measure_resident(args: argparse.Namespace) -> dict:
+    """Print the peak resident MiB of whole steps with one of the losses."""
+    device, _ = init_compute("cpu")
+    config = make_config(args.depth[0], vocab_size=args.vocab_size, sequence_len=args.max_seq_len)
+    flash_attention.choose_backend(device, getattr(torch, args.dtype), config)
+    model, optimizer, batch = make_training(config, args, device, getattr(torch, args.dtype))
+    model.loss = args.resident_of
+    for _ in range(3):
+        train_step(model, optimizer, batch, args.rows)
+    print(get_peak_memory_bytes(device) / 2**20)
+    return {}
 
 
 def join_phases(memory: Memory) -> dict[str, int]:

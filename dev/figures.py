@@ -220,3 +220,89 @@ def draw_comparison(groups: dict[str, list[dict[str, NDArray]]], label: str, tar
     handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=0.9, label=f"{next(iter(groups))}'s final"))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
     return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels
+
+
+HOLLOW = ", compiled"    # ends the name of a variant
+
+
+@styled
+def draw_roofline(results: dict, scale: str) -> Figure:
+    """FLOP/s against FLOPs per byte under the roofs, of one scale's shapes: a panel for each family of operations, a
+    color for each operation and a marker for each variant. results: what dev/bench_kernels.py writes"""
+    points = [point for point in results["points"] if point["ms"] and point["scale"] == scale]
+    families = list(dict.fromkeys(point["family"] for point in points))
+    figure, axes = make_panels(-(-len(families) // 2), min(2, len(families)), width=6.6, height=4.3)
+    for ax, family in zip(axes.flat, families, strict=False):
+        draw_family(ax, [point for point in points if point["family"] == family], results["roofs"])
+        ax.set_title(family)
+    for ax in axes.flat[len(families):]:
+        ax.set_axis_off()
+    hardware = results["environment"]["hardware"]
+    figure.suptitle(f"{hardware.get('gpu') or hardware['cpu']}, {results['dtype']}, shapes of {scale}", fontsize=10,
+                    color=FAINT, x=0.01, ha="left")
+    return figure
+
+
+def draw_family(ax: object, points: list[dict], roofs: dict[str, dict]) -> None:
+    """The points of one family, and the roofs over them; variants of one shape side by side, for they'd cover each
+    other where they are equally fast. What torch's compiler made of a variant is hollow."""
+    operations = list(dict.fromkeys(point["operation"] for point in points))
+    variants = list(dict.fromkeys(point["variant"].removesuffix(HOLLOW) for point in points))
+    markers = (MARKERS + "<>ph") * (1 + len(variants) // 12)
+    x = span_log([point["flops_per_byte"] for point in points], 4)
+    for (_, roof), style in zip(list_known(roofs), ("-", "--"), strict=False):
+        ax.plot(x, np.minimum(roof["flops_per_sec"], x * roof["bytes_per_sec"]) / 1e12, style, color=INK, linewidth=1.2)
+    ax.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="TFLOP/s")
+    width = (x[-1] / x[0]) ** 0.014    # of a marker
+    for members in find_neighbours(points):
+        color = COLORS[operations.index(members[0]["operation"]) % len(COLORS)]
+        names = list(dict.fromkeys(point["variant"] for point in members))
+        for point in members:
+            place = names.index(point["variant"]) - (len(names) - 1) / 2
+            is_hollow = point["variant"].endswith(HOLLOW)
+            ax.plot(point["flops_per_byte"] * width ** place, point["flops_per_sec"] / 1e12, markersize=7,
+                    marker=markers[variants.index(point["variant"].removesuffix(HOLLOW))], zorder=3,
+                    markerfacecolor="white" if is_hollow else color, markeredgewidth=1.2 if is_hollow else 0.6,
+                    markeredgecolor=color if is_hollow else "white")
+        labels: dict[str, dict[str, None]] = {}    # a line for each place
+        for point in members:
+            labels.setdefault(f"{point['flops_per_byte']:.2g}", {})[point["label"]] = None
+        lowest = min(point["flops_per_sec"] for point in members) / 1e12
+        middle = (members[0]["flops_per_byte"] * members[-1]["flops_per_byte"]) ** 0.5
+        ax.annotate("\n".join(map(", ".join, labels.values())), (middle, lowest), (0, -8), rotation=90, ha="center",
+                    va="top", textcoords="offset points", fontsize=7.5, color=color)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low / (high / low) ** 0.4, high)    # room for the labels
+    label_counts(ax.xaxis, lambda value: f"{value:g}")
+    label_counts(ax.yaxis, lambda value: f"{value:g}")
+    handles = [Line2D([], [], color=INK, linewidth=1.2, linestyle=style, label=f"{name} roof")
+               for (name, _), style in zip(list_known(roofs), ("-", "--"), strict=False)]
+    handles += [Line2D([], [], color=COLORS[i % len(COLORS)], linewidth=4, label=name)
+                for i, name in enumerate(operations)]
+    handles += [Line2D([], [], color=FAINT, marker=marker, linewidth=0, label=name)
+                for marker, name in zip(markers, variants, strict=False)]
+    if any(point["variant"].endswith(HOLLOW) for point in points):
+        handles.append(Line2D([], [], color=FAINT, marker="o", markerfacecolor="white", linewidth=0, label="compiled"))
+    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def find_neighbours(points: list[dict]) -> list[list[dict]]:
+    """The points of each operation, from left to right, cut where there is room between the labels of shapes."""
+    groups: list[list[dict]] = []
+    for operation in dict.fromkeys(point["operation"] for point in points):
+        members = sorted((point for point in points if point["operation"] == operation),
+                         key=lambda point: point["flops_per_byte"])
+        for i, point in enumerate(members):
+            if i == 0 or point["flops_per_byte"] > 1.4 * members[i - 1]["flops_per_byte"]:
+                groups.append([])
+            groups[-1].append(point)
+    return groups
+
+
+def list_known(roofs: dict[str, dict]) -> list[tuple[str, dict]]:
+    """The roofs of which both figures are known."""
+    return [(name, roof) for name, roof in roofs.items() if roof["flops_per_sec"] and roof["bytes_per_sec"]]

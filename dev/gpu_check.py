@@ -27,7 +27,7 @@ from dev.bench_memory import check_memory
 from dev.gpu_ceilings import check_ceilings, check_chunks
 from dev.gpu_decoding import check_decoding, check_inference
 from dev.gpu_fp8 import check_fp8
-from dev.gpu_kernels import check_attention, check_cross_entropy, check_optimizer
+from dev.gpu_kernels import check_attention, check_cross_entropy, check_kernels, check_optimizer
 from dev.gpu_moe import check_moe
 from dev.gpu_record import Record, print_results, read_results
 from dev.gpu_setup import (
@@ -51,7 +51,7 @@ from nanochat.flash_attention import choose_backend
 # By command, the most important first, should time run out
 PARTS: dict[int, dict[str, Callable[[Setup], Iterator[Check]]]] = {
     1: {"attention": check_attention, "ceilings": check_ceilings, "loss": check_cross_entropy, "chunks": check_chunks,
-        "optimizer": check_optimizer, "memory": check_memory},
+        "optimizer": check_optimizer, "memory": check_memory, "kernels": check_kernels},
     2: {"step": check_steps, "backends": check_backends},
     3: {"fp8": check_fp8, "decoding": check_decoding, "resume": check_resume, "inference": check_inference,
         "save": check_saves},

@@ -1,26 +1,38 @@
-"""Attention, loss and optimizer kernels of this device against plain versions in float64."""
+"""Attention, loss and optimizer kernels of this device against the definitions of the kernel bench, and what only these
+need: odd lengths and grouped heads, new rates that must not compile anew, memory; then all other operations of it."""
 
 import math
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dev.gpu_setup import Candidate, Check, Setup, guarded, judge, measure_peak_bytes, relative_error
+from dev.gpu_setup import Candidate, Check, Setup, guarded, judge, measure_peak_bytes
+from dev.kernel_attention import attend_to_cache, by_backend
+from dev.kernel_ops import (
+    Operation,
+    Scale,
+    Setting,
+    Shape,
+    Variant,
+    clone,
+    find_error,
+    find_expected,
+    find_obstacle,
+    judge_variant,
+    run,
+)
+from dev.kernels import Registry
 from dev.timing import time_in_turn
-from nanochat import flash_attention
-from nanochat.compilation import set_compile_kernels
-from nanochat.cross_entropy import linear_cross_entropy, plain_cross_entropy
-from nanochat.flash_attention import flash_attn, plain_attention, probe_report
-from nanochat.optim import MuonRule, adamw_update, as_scalars, muon_update
+from nanochat.flash_attention import probe_report
 
-# Relative errors against float64. bf16 keeps 8 bits: one rounding is 2e-3 on average, a wrong mask or layout over 0.3
-ATTENTION_TOLERANCE = {torch.bfloat16: 0.02, torch.float16: 0.005, torch.float32: 2e-3}
-ADAMW_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.01}
-# Orthogonalisation in tf32 and bf16 is inexact by design: singular values only have to come near 1
-MUON_TOLERANCE = {torch.float32: 0.02, torch.bfloat16: 0.06}
-HYPERS = {"adamw": (0.02, 0.8, 0.95, 1e-10, 0.1, 3), "muon": (0.02, 0.95, 0.9, 0.1)}
+# What sections of their own check, at the same shapes or others
+CHECKED_ELSEWHERE = ("attention", "attention_train", "attention_decode", "linear", "fp8_linear", "linear_cross_entropy",
+                     "adamw_update")
+
+
+def get_setting(setup: Setup) -> Setting:
+    return Setting(setup.device, setup.dtype, "" if setup.use_compile else "nothing is compiled here")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -34,53 +46,41 @@ def check_attention(setup: Setup) -> Iterator[Check]:
             # a backend that isn't there, or isn't for this device, is no fault; one that is there and fails is
             yield Check(name, "absent" if works is None else "FAIL", reason)
             continue
-        flash_attention._override_impl = name
-        try:
-            for what, check in (("train", _check_whole_sequences), ("decode", _check_decoding)):
-                yield guarded(f"{name} {what}", setup.device, lambda check=check, name=name: check(setup, name))
-        finally:
-            flash_attention._override_impl = None
+        for what, check in (("train", _check_whole_sequences), ("decode", _check_decoding)):
+            yield guarded(f"{name} {what}", setup.device, lambda check=check, name=name: check(setup, name))
 
 
-def _make_qkv(setup: Setup, B: int, T: int, H: int, Hk: int) -> list[Tensor]:
-    """q (B, T, H, D), k, v (B, T, Hk, D), normed as the model norms them, and the gradient of the output."""
-    D = setup.sizes.head_dim
-    shapes = ((B, T, H, D), (B, T, Hk, D), (B, T, Hk, D), (B, T, H, D))
-    tensors = [torch.randn(shape, device=setup.device) for shape in shapes]
-    tensors[:2] = [1.2 * F.rms_norm(t, (D,)) for t in tensors[:2]]
-    return [t.to(setup.dtype) for t in tensors]
-
-
-def _run_attention(call: Callable, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-    """Output, dq, dk, dv."""
-    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-    out = call(q, k, v)
-    return out.detach(), *torch.autograd.grad(out, (q, k, v), grad)
+def _find_worst(operation: Operation, variant: Variant, cases: dict[str, Shape], setup: Setup) -> tuple[float, str]:
+    """The largest error of all cases, and where it is; an exception of the variant ends it."""
+    worst, worst_case = 0.0, ""
+    for case, shape in cases.items():
+        inputs = operation.make_inputs(shape, get_setting(setup))
+        expected = find_expected(operation, inputs)
+        for name, output in run(operation, variant.call, clone(inputs)).items():
+            error = find_error(output, expected[name], inputs.get(name))
+            if not (math.isnan(worst) or error <= worst):  # NaN is the worst, and stays it
+                worst, worst_case = error, f"{name} at {case}"
+    return worst, worst_case
 
 
 def _check_whole_sequences(setup: Setup, name: str) -> Check:
     torch.manual_seed(1)
+    operation, D = Registry().operations["attention_train"], setup.sizes.head_dim
+    variant = next(variant for variant in operation.variants if variant.name == name)
     T, odd_T = setup.sizes.attention_T
-    # (tokens, key/value heads, windows): few, since FlexAttention compiles each anew
-    cases = ((T, 4, (-1, T // 4, T)), (T, 2, (-1, 128)), (odd_T, 4, (0, 128)), (odd_T, 2, (-1, odd_T // 4)))
     worst, worst_case, num_cases = 0.0, "", 0
-    for num_tokens, Hk, windows in cases:
+    # (tokens, key/value heads, windows): few, since FlexAttention compiles each anew
+    for num_tokens, Hk, windows in ((T, 4, (-1, T // 4, T)), (T, 2, (-1, 128)), (odd_T, 4, (0, 128)),
+                                    (odd_T, 2, (-1, odd_T // 4))):
         torch.compiler.reset()  # or the limit of recompilations would turn later cases into eager ones
-        tensors = _make_qkv(setup, 2, num_tokens, 4, Hk)
-        for window in windows:
-            num_cases += 1
-            actual = _run_attention(lambda q, k, v, w=window: flash_attn.flash_attn_func(
-                q, k, v, window_size=(w, 0)), *tensors)
-            expected = _run_attention(lambda q, k, v, w=window: plain_attention(q, k, v, w),
-                                      *(t.double() for t in tensors))
-            for label, a, e in zip(("output", "dq", "dk", "dv"), actual, expected, strict=True):
-                # with a window of 0 a token sees only itself: dq and dk are zero, so they are compared with 1
-                scale = e.norm() if e.norm() > 1e-6 * e.numel()**0.5 else e.numel()**0.5
-                error = float((a.double() - e).norm() / scale)
-                if not (math.isnan(worst) or error <= worst):  # NaN is the worst, and stays it
-                    worst, worst_case = error, f"{label} at T {num_tokens}, window {window}, {Hk} of 4 heads"
-    full_ms, window_ms = _time_training(setup)
-    tolerance = ATTENTION_TOLERANCE[setup.dtype]
+        cases = {f"T {num_tokens}, window {window}, {Hk} of 4 heads": {
+            "B": 2, "T": num_tokens, "H": 4, "Hk": Hk, "D": D, "window": window} for window in windows}
+        error, case = _find_worst(operation, variant, cases, setup)
+        num_cases += len(cases)
+        if not (math.isnan(worst) or error <= worst):
+            worst, worst_case = error, case
+    full_ms, window_ms = _time_training(setup, operation, variant)
+    tolerance = operation.tolerances[setup.dtype]
     return Check(f"{name} train", judge(worst < tolerance),
                  f"{num_cases} cases, worst error {worst:.1e} ({worst_case}); 4 x {setup.sizes.T} tokens, 6 heads, "
                  f"forward and backward: {full_ms:.2f} ms, window T/4 {window_ms:.2f} ms",
@@ -89,45 +89,30 @@ def _check_whole_sequences(setup: Setup, name: str) -> Check:
                  Candidate("--attention, by the kernels", name, 3 * window_ms + full_ms, name == setup.backend))
 
 
-def _time_training(setup: Setup) -> list[float]:
+def _time_training(setup: Setup, operation: Operation, variant: Variant) -> list[float]:
     """Milliseconds of forward and backward with the whole past and with the model's short window."""
-    tensors = _make_qkv(setup, 4, setup.sizes.T, 6, 6)
-    calls = {str(window): lambda w=window: _run_attention(lambda q, k, v: flash_attn.flash_attn_func(
-        q, k, v, window_size=(w, 0)), *tensors) for window in (-1, setup.sizes.T // 4)}
+    T = setup.sizes.T
+    inputs = operation.make_inputs({"B": 4, "T": T, "H": 6, "Hk": 6, "D": setup.sizes.head_dim, "window": -1},
+                                   get_setting(setup))
+    calls = {str(window): lambda window=window: run(operation, variant.call, inputs | {"window": window})
+             for window in (-1, T // 4)}
     return list(time_in_turn(calls, setup.device, rounds=5).values())
 
 
-@torch.inference_mode()
 def _check_decoding(setup: Setup, name: str) -> Check:
     """New tokens on a cache whose rows hold different numbers of tokens."""
     torch.manual_seed(2)
-    capacity, worst, worst_case, num_cases = setup.sizes.attention_T[0], 0.0, "", 0
-    lengths = torch.tensor([0, 5, capacity // 2, capacity - 8], dtype=torch.int32, device=setup.device)
-    for Hk in (4, 2):
-        _, k_all, v_all, _ = _make_qkv(setup, len(lengths), capacity, 4, Hk)
-        for num_new in (1, 7):
-            q, k_new, v_new, _ = _make_qkv(setup, len(lengths), num_new, 4, Hk)
-            for window in (-1, 128):
-                k_cache, v_cache = k_all.clone(), v_all.clone()
-                out = flash_attn.flash_attn_with_kvcache(q, k_cache, v_cache, k=k_new, v=v_new, cache_seqlens=lengths,
-                                                         window_size=(window, 0))
-                for row, length in enumerate(lengths.tolist()):
-                    num_cases += 1
-                    end = length + num_new
-                    keys = torch.cat((k_all[row, :length], k_new[row]))[None].double()
-                    values = torch.cat((v_all[row, :length], v_new[row]))[None].double()
-                    # only the last queries are new; what stands before them doesn't matter
-                    queries = F.pad(q[row:row + 1].double(), (0, 0, 0, 0, length, 0))
-                    expected = plain_attention(queries, keys, values, window)[0, length:]
-                    error = relative_error(out[row], expected)
-                    if not torch.equal(k_cache[row, length:end], k_new[row]):
-                        error = float("inf")  # the new keys weren't written where they belong
-                    if not (math.isnan(worst) or error <= worst):
-                        worst, worst_case = error, f"{num_new} new on {length}, window {window}, {Hk} of 4 heads"
-    tolerance = ATTENTION_TOLERANCE[setup.dtype]
-    return Check(f"{name} decode", judge(worst < tolerance),
-                 f"{num_cases} rows, worst error {worst:.1e}" + (f" ({worst_case})" if worst_case else ""),
-                 {"worst_error": worst, "tolerance": tolerance})
+    operation, S = Registry().operations["attention_decode"], setup.sizes.attention_T[0]
+    variant = Variant(name, by_backend(name, attend_to_cache))
+    lengths = (0, 5, S // 2, S - 8)
+    cases = {f"{T} new, window {window}, {Hk} of 4 heads": {
+        "B": len(lengths), "T": T, "S": S, "H": 4, "Hk": Hk, "D": setup.sizes.head_dim, "lengths": lengths,
+        "window": window} for Hk in (4, 2) for T in (1, 7) for window in (-1, 128)}
+    with torch.inference_mode():
+        worst, worst_case = _find_worst(operation, variant, cases, setup)
+    tolerance, num_cases = operation.tolerances[setup.dtype], len(cases) * len(lengths)
+    return Check(f"{name} decode", judge(worst < tolerance), f"{num_cases} rows, worst error {worst:.1e} "
+                 f"({worst_case})", {"worst_error": worst, "tolerance": tolerance})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,40 +122,29 @@ def _check_decoding(setup: Setup, name: str) -> Check:
 def check_cross_entropy(setup: Setup) -> Iterator[Check]:
     """The fused loss and its gradients against float64; its time and memory against the plain loss, eager."""
     torch.manual_seed(3)
+    operation = Registry().operations["linear_cross_entropy"]
+    variants = {variant.name: variant for variant in operation.variants}
+    fused, plain = variants["fused, compiled" if setup.use_compile else "fused"], variants["plain"]
     sizes, device = setup.sizes, setup.device
     N, C, V = sizes.loss_tokens, setup.make_config(sizes.depths[0]).n_embd, sizes.vocab_size
-    x = torch.randn(N, C, device=device).to(setup.dtype).requires_grad_()
-    # large enough that the softcap bends some logits
-    weight = (torch.randn(-(-V // 64) * 64, C, device=device) * 5 / C**0.5).requires_grad_()
-    targets = torch.randint(V, (N,), device=device)
-    targets[::7] = -1
+    inputs = operation.make_inputs({"N": N, "C": C, "V": V}, get_setting(setup))
+    few = inputs | {name: inputs[name][:4096] for name in ("x", "targets")}    # float64 is slow on many GPUs
+    expected, tolerance = find_expected(operation, few), operation.tolerances[setup.dtype]
+    errors, plain_errors = ({name: find_error(output, expected[name])
+                             for name, output in run(operation, variant.call, few).items()}
+                            for variant in (fused, plain))
+    yield Check("against float64", judge(all(error < tolerance for error in errors.values())), ", ".join(
+        f"{name} {error:.1e} (plain {plain_errors[name]:.1e})" for name, error in errors.items()),
+        {f"{name}_error": error for name, error in errors.items()} | {"tolerance": tolerance})
 
-    def run(loss_function: Callable, num_tokens: int = N, math_dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        inputs = [t.detach().to(math_dtype or t.dtype).requires_grad_() for t in (x[:num_tokens], weight)]
-        loss = loss_function(*inputs, targets[:num_tokens], V)
-        return loss.detach(), *torch.autograd.grad(loss, inputs)
-
-    fused, plain = linear_cross_entropy, plain_cross_entropy.__wrapped__
-    num_compared = min(N, 4096)  # float64 logits are large
-    expected = run(plain, num_compared, torch.float64)
-    errors, plain_errors = ([relative_error(a, e) for a, e in zip(run(function, num_compared), expected, strict=True)]
-                            for function in (fused, plain))
-    # as good as plain arithmetic in the same dtype, but for a factor
-    passed = all(error < 3 * plain_error + 1e-4 for error, plain_error in zip(errors, plain_errors, strict=True))
-    labels = ("loss", "dx", "dw")
-    yield Check("against float64", judge(passed), ", ".join(
-        f"{label} {error:.1e} (plain {plain_error:.1e})"
-        for label, error, plain_error in zip(labels, errors, plain_errors, strict=True)),
-        {f"{label}_error": error for label, error in zip(labels, errors, strict=True)})
-
-    fused_ms, plain_ms = time_in_turn({"fused": lambda: run(fused), "plain": lambda: run(plain)}, device,
-                                      rounds=5).values()
+    calls = {name: lambda variant=variant: run(operation, variant.call, inputs)
+             for name, variant in (("fused", fused), ("plain", plain))}
+    fused_ms, plain_ms = time_in_turn(calls, device, rounds=5).values()
     figures = {"tokens": N, "fused_ms": fused_ms, "plain_ms": plain_ms}
     detail = f"{N} tokens, vocabulary {V}: {fused_ms:.1f} ms, plain {plain_ms:.1f} ms"
     passed = True
     if device.type == "cuda":
-        fused_bytes, plain_bytes = (measure_peak_bytes(lambda f=function: run(f), device)
-                                    for function in (fused, plain))
+        fused_bytes, plain_bytes = (measure_peak_bytes(call, device) for call in calls.values())
         figures |= {"fused_peak_bytes": fused_bytes, "plain_peak_bytes": plain_bytes}
         detail += f"; {fused_bytes / 2**30:.2f} GiB, plain {plain_bytes / 2**30:.2f} GiB"
         passed = fused_bytes < 0.6 * plain_bytes
@@ -183,77 +157,45 @@ def check_cross_entropy(setup: Setup) -> Iterator[Check]:
 
 
 def check_optimizer(setup: Setup) -> Iterator[Check]:
-    """Compiled and eager kernels against the same formulas in eager float64; new rates must not compile anew."""
+    """Compiled and eager kernels against the same formulas in float64; new rates must not compile anew."""
     torch.manual_seed(4)
     for dtype in (torch.float32, torch.bfloat16):
         name = f"adamw {str(dtype)[6:]}"
-        yield guarded(name, setup.device, lambda name=name, dtype=dtype: _check_update(
-            setup, name, _run_adamw, _make_adamw_state(setup, dtype), dtype, ADAMW_TOLERANCE[dtype]))
-    matmul_dtype = setup.dtype if setup.dtype == torch.bfloat16 else torch.float32
-    for shape in setup.sizes.matrices:
-        name = "muon {}x{}x{}".format(*shape)
+        shape = {"V": setup.sizes.vocab_size, "C": 64}
+        yield guarded(name, setup.device, lambda name=name, shape=shape, dtype=dtype: _check_update(
+            setup, name, "adamw_update", shape, dtype))
+    for K, rows, cols in setup.sizes.matrices:
+        name = f"muon {K}x{rows}x{cols}"
+        shape = {"K": K, "rows": rows, "cols": cols}
         yield guarded(name, setup.device, lambda name=name, shape=shape: _check_update(
-            setup, name, _run_muon, _make_muon_state(setup, shape), matmul_dtype, MUON_TOLERANCE[matmul_dtype]))
+            setup, name, "muon_update", shape, setup.dtype))
 
 
-def _make_adamw_state(setup: Setup, dtype: torch.dtype) -> list[Tensor]:
-    """Parameter, gradient and moments of an embedding, most of whose rows have no gradient."""
-    param, grad, moment = torch.randn(3, setup.sizes.vocab_size, 64, device=setup.device).to(dtype)
-    grad[::2] = 0
-    return [param, grad, 0.1 * moment, 0.01 * moment.square()]
-
-
-def _make_muon_state(setup: Setup, shape: tuple[int, int, int]) -> list[Tensor]:
-    """Stacked parameters, gradients and state as in the first steps: a row and a whole matrix without a gradient."""
-    K, rows, cols = shape
-    param, grad = torch.randn(2, *shape, device=setup.device)
-    grad[0] = 0
-    grad[1, 0] = 0
-    second_moment = torch.zeros((K, rows, 1) if rows >= cols else (K, 1, cols), device=setup.device)
-    return [0.02 * param, grad, torch.zeros_like(param), second_moment]
-
-
-def _run_adamw(state: list[Tensor], matmul_dtype: torch.dtype, lr_factor: float) -> None:
-    lr, *others = HYPERS["adamw"]
-    adamw_update(*state, *as_scalars([lr * lr_factor, *others]))
-
-
-def _run_muon(state: list[Tensor], matmul_dtype: torch.dtype, lr_factor: float) -> None:
-    lr, *others = HYPERS["muon"]
-    muon_update(*state, 5, matmul_dtype, *as_scalars([lr * lr_factor, *others]), MuonRule())
-
-
-@torch.no_grad()
-def _check_update(setup: Setup, name: str, run: Callable, state: list[Tensor], dtype: torch.dtype,
-                  tolerance: float) -> Check:
+def _check_update(setup: Setup, name: str, update: str, shape: Shape, dtype: torch.dtype) -> Check:
     """Two updates in a row, at two learning rates; compares how far the parameter moved."""
-    def move(tensors: list[Tensor], matmul_dtype: torch.dtype, use_compile: bool) -> tuple[Tensor, int]:
-        tensors, start = [t.clone() for t in tensors], tensors[0].double()
-        set_compile_kernels(use_compile)
-        try:
-            run(tensors, matmul_dtype, 1.0)
-            num_graphs = count_compiled_graphs()
-            run(tensors, matmul_dtype, 0.5)
-        finally:
-            set_compile_kernels(setup.use_compile)
-        return tensors[0].double() - start, count_compiled_graphs() - num_graphs
+    operation = Registry().operations[update]
+    inputs = operation.make_inputs(shape, Setting(setup.device, dtype))
+    eager, compiled = (variant.call for variant in operation.variants)
+    if not setup.use_compile:
+        compiled = eager
 
-    expected, _ = move([t.double() for t in state], torch.float64, False)
-    eager, _ = move(state, dtype, False)
-    compiled, num_recompiled = move(state, dtype, setup.use_compile)
-    # bf16 parameters are rounded after each update, so what they moved is compared with their own size
-    scale = expected.norm() if state[0].dtype == torch.float32 else state[0].double().norm()
-    eager_error, error = (float((moved - expected).norm() / scale) for moved in (eager, compiled))
-    still = moved_without_gradient(compiled, state) if run is _run_muon else False
+    def move(call: Callable) -> tuple[Tensor, int]:
+        state = clone(inputs)
+        run(operation, call, state)
+        num_graphs = count_compiled_graphs()
+        run(operation, call, state | {"lr": state["lr"] / 2})
+        return state["param"], count_compiled_graphs() - num_graphs
+    expected = find_expected(operation, inputs)
+    expected = find_expected(operation, inputs | expected | {"lr": inputs["lr"] / 2})["param"]
+    (eager_param, _), (param, num_recompiled) = move(eager), move(compiled)
+    start = inputs["param"]
+    eager_error, error = (_compare(moved, expected, start) for moved in (eager_param, param))
+    still = update == "muon_update" and moved_without_gradient(param.double() - start.double(), start)
+    tolerance = operation.tolerances[dtype]
     passed = error < tolerance and eager_error < tolerance and not num_recompiled and not still
-    timed = [t.clone() for t in state]
-
-    def keep_moving(use_compile: bool) -> None:
-        set_compile_kernels(use_compile)
-        run(timed, dtype, 0.1)
-        set_compile_kernels(setup.use_compile)
-    ms = time_in_turn({"eager": lambda: keep_moving(False), "compiled": lambda: keep_moving(setup.use_compile)},
-                      setup.device, rounds=5)
+    timed = clone(inputs) | {"lr": inputs["lr"] / 10}
+    ms = time_in_turn({"eager": lambda: run(operation, eager, timed),
+                       "compiled": lambda: run(operation, compiled, timed)}, setup.device, rounds=5)
     detail = f"error {error:.1e}, eager {eager_error:.1e}; {ms['compiled']:.2f} ms, eager {ms['eager']:.2f} ms"
     detail += f"; {num_recompiled} graphs compiled anew for another rate" if num_recompiled else ""
     detail += "; a matrix without gradient moved" if still else ""
@@ -262,11 +204,50 @@ def _check_update(setup: Setup, name: str, run: Callable, state: list[Tensor], d
                                                "eager_ms": ms["eager"]})
 
 
-def moved_without_gradient(moved: Tensor, state: list[Tensor]) -> bool:
+def _compare(param: Tensor, expected: Tensor, start: Tensor) -> float:
+    """bf16 parameters are rounded after each update, so what they moved is compared with their own size."""
+    return find_error(param, expected, start if param.dtype == torch.float32 else None)
+
+
+def moved_without_gradient(moved: Tensor, start: Tensor) -> bool:
     """Whether Muon moved a matrix whose gradient is zero by more than its weight decay."""
-    return float(moved[0].norm() / state[0][0].double().norm()) > 0.01
+    return float(moved[0].norm() / start[0].double().norm()) > 0.01
 
 
 def count_compiled_graphs() -> int:
     """Graphs that torch.compile has made in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All other operations
+
+
+def check_kernels(setup: Setup) -> Iterator[Check]:
+    """The rest of the kernel bench at the first depth: each variant that is there, right or wrong, and its time."""
+    sizes, setting = setup.sizes, get_setting(setup)
+    scale = Scale(setup.make_config(sizes.depths[0]), sizes.step_rows[0], sizes.decode_rows[-1])
+    for operation in Registry().operations.values():
+        if operation.name in CHECKED_ELSEWHERE or setup.dtype not in operation.tolerances:
+            continue
+        for label, shape in operation.list_shapes(scale).items():
+            name = f"{operation.name} {label}"
+            yield guarded(name, setup.device, lambda name=name, operation=operation, shape=shape: _check_operation(
+                setting, name, operation, shape))
+
+
+def _check_operation(setting: Setting, name: str, operation: Operation, shape: Shape) -> Check:
+    torch.manual_seed(10)
+    inputs = operation.make_inputs(shape, setting)
+    expected, tolerance = find_expected(operation, inputs), operation.tolerances[setting.dtype]
+    present = [variant for variant in operation.variants if not find_obstacle(operation, variant, setting, shape)]
+    verdicts = {variant.name: judge_variant(operation, variant, inputs, expected, tolerance) for variant in present}
+    wrong = {variant: verdict for variant, verdict in verdicts.items() if verdict.status != "ok"}
+    right = {variant.name: (variant.call, clone(inputs)) for variant in present if variant.name not in wrong}
+    ms = time_in_turn({variant: lambda call=call, own=own: run(operation, call, own)
+                       for variant, (call, own) in right.items()}, setting.device, rounds=5)
+    parts = [f"{variant} {value:.2f} ms" for variant, value in ms.items()]
+    parts += [f"{variant}: {verdict.detail}" for variant, verdict in wrong.items()]
+    return Check(name, judge(not wrong), "; ".join(parts), {"tolerance": tolerance} | {
+        f"{variant} ms": value for variant, value in ms.items()} | {
+        f"{variant} error": max(verdict.errors.values()) for variant, verdict in verdicts.items() if verdict.errors})

@@ -1,6 +1,7 @@
 """Shared by the benchmarks: variants timed in turn, tables, flags of the device, and models of random weights."""
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.train import Batch
 
+FLUSH_BYTES = 2**28    # more than the L2 cache of any GPU
 BUSY_CORES = 0.15  # cores that other processes may use during a measurement; one busy neighbour doubles medians
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +94,14 @@ def read_cpu_seconds() -> tuple[float, float] | None:
 
 def time_in_turn(variants: dict[str, Callable[[], object]], device: torch.device, *, rounds: int = 15,
                  warmup: int = 2) -> dict[str, float]:
-    """Median milliseconds of each variant; in each round all take one turn.
+    """Median milliseconds of each variant, see sample_in_turn."""
+    return {name: median(samples) for name, samples in
+            sample_in_turn(variants, device, rounds=rounds, warmup=warmup).items()}
+
+
+def sample_in_turn(variants: dict[str, Callable[[], object]], device: torch.device, *, rounds: int = 15,
+                   warmup: int = 2) -> dict[str, list[float]]:
+    """Milliseconds of each variant in each round, in which all take one turn.
 
     Rounds in which other processes used the cores are thrown away, at most half of them; beyond that, a warning.
     """
@@ -119,7 +128,31 @@ def time_in_turn(variants: dict[str, Callable[[], object]], device: torch.device
             samples[name].append(ms)
     if num_thrown and num_thrown == rounds // 2:
         print("warning: other processes used this machine's cores; run again when it is idle")
-    return {name: median(values) for name, values in samples.items()}
+    return samples
+
+
+def sample_on_cuda(run: Callable[[], object], device: torch.device, *, warmup_ms: float = 25,
+                   measure_ms: float = 100) -> list[float]:
+    """Milliseconds of a call by CUDA events, by the rules of triton.testing.do_bench: FLUSH_BYTES are written before
+    each call, so that it finds none of its data in the L2 cache, as in a training step."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def record(num_calls: int) -> list[float]:
+        events = []
+        for _ in range(num_calls):
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            events.append((start, end))
+        synchronize(device)
+        return [start.elapsed_time(end) for start, end in events]
+    run()    # compiles
+    estimate_ms = max(median(record(3)), 1e-3)
+    for _ in range(math.ceil(warmup_ms / estimate_ms)):
+        run()
+    return record(max(5, math.ceil(measure_ms / estimate_ms)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -89,11 +89,20 @@ class MoE(nn.Module):
         if self.keeps_scores and torch.is_grad_enabled():
             self.scores = scores.detach()
         gates = scores.gather(1, ids).to(x.dtype)    # (N, k)
-        order, inverse, ends = torch.ops.nanochat.sort_by_expert(ids, self.num_experts)
-        rows = _Permute.apply(tokens, order, inverse, k)    # (N k, C), sorted by expert
-        rows = self.down(F.relu(self.up(rows, ends)).square(), ends)
-        routed = _Permute.apply(rows, inverse, order, 1).unflatten(0, (-1, k))    # (N, k, C)
-        return self.shared(x) + (routed * gates.unsqueeze(-1)).sum(1).view_as(x)
+        routed = run_experts(tokens, ids, gates, self.up, self.down, self.num_experts)
+        return self.shared(x) + routed.view_as(x)
+
+
+def run_experts(tokens: Tensor, ids: Tensor, gates: Tensor, up: Callable[[Tensor, Tensor], Tensor],
+                down: Callable[[Tensor, Tensor], Tensor], num_experts: int) -> Tensor:
+    """The dispatch: tokens (N, C), each through its experts ids (N, k), weighed by gates (N, k) -> (N, C).
+    up, down: the grouped products, as Experts.forward"""
+    k = ids.size(1)
+    order, inverse, ends = torch.ops.nanochat.sort_by_expert(ids, num_experts)
+    rows = _Permute.apply(tokens, order, inverse, k)    # (N k, C), sorted by expert
+    rows = down(F.relu(up(rows, ends)).square(), ends)
+    routed = _Permute.apply(rows, inverse, order, 1).unflatten(0, (-1, k))    # (N, k, C)
+    return (routed * gates.unsqueeze(-1)).sum(1)
 
 
 def sort_by_expert(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,11 +4,12 @@ import http.server
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from dev import bench_checkpoint, bench_kernels, bench_loader, bench_server, bench_split, bench_step
+from dev import bench_checkpoint, bench_kernels, bench_loader, bench_memory, bench_server, bench_split, bench_step
 from dev.timing import print_table, time_in_turn
 from nanochat.common import UserError
 from nanochat.tokenizer import SPLIT_PATTERNS
@@ -37,6 +38,26 @@ def test_checkpoint(tmp_path, monkeypatch, capsys):
     assert [row["save"] for row in rows] == ["first", "later"] and all(row["load s"] > 0 for row in rows)
     assert json.loads((tmp_path / "table.json").read_text()) == rows
     assert list(tmp_path.iterdir()) == [tmp_path / "table.json"]    # no checkpoint is left behind
+
+
+def test_resident_memory(capfd):
+    """Of a process that trains: one number on the last line, which the process that compares reads."""
+    assert bench_memory.main(["--resident", "--depth", "1", "--vocab-size", "128", "--max-seq-len", "32", "--rows", "2",
+                              "--dtype", "float32", "--compile", "off", "--resident-of", "plain"]) == {}
+    assert float(capfd.readouterr().out.split()[-1]) > 50
+
+
+def test_resident_memory_by_loss(monkeypatch, capsys):
+    def run(command, **options):
+        return SimpleNamespace(returncode=0, stdout=f"attention sdpa\n{dict(fused=300, plain=400.5)[command[-1]]}\n")
+    monkeypatch.setattr(bench_memory.subprocess, "run", run)
+    rows = bench_memory.main(["--resident"])["rows"]
+    assert rows == [{"loss": "fused", "peak MiB": 300.0}, {"loss": "plain", "peak MiB": 400.5}]
+    assert "fused    300.00  0.75" in capsys.readouterr().out
+    monkeypatch.setattr(bench_memory.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=3, stdout=""))
+    with pytest.raises(SystemExit) as ended:
+        bench_memory.main(["--resident"])
+    assert ended.value.code == 3
 
 
 def test_split_patterns(capsys):

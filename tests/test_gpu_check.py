@@ -18,11 +18,12 @@ from dev import (
     gpu_ceilings,
     gpu_check,
     gpu_fp8,
-    gpu_kernels,
     gpu_moe,
     gpu_record,
     gpu_setup,
     gpu_steps,
+    kernel_optim,
+    kernel_training,
 )
 from dev.gpu_setup import TINY, Setup, make_synthetic_rows
 from nanochat import compilation, dataset, flash_attention, memory
@@ -104,13 +105,13 @@ def test_decoding_that_ignores_lengths_fails(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kernel", ["adamw_update", "muon_update"])
 def test_an_optimizer_kernel_that_rounds_badly_fails(tmp_path, monkeypatch, kernel):
-    right = getattr(gpu_kernels, kernel)
+    right = getattr(kernel_optim, kernel)
 
     def wrong(param, *others):
         right(param, *others)
         if param.dtype != torch.float64:  # the reference stays right
             param.mul_(1.01)
-    monkeypatch.setattr(gpu_kernels, kernel, wrong)
+    monkeypatch.setattr(kernel_optim, kernel, wrong)
     statuses = get_statuses(run_checks(tmp_path, "--only", "optimizer"))
     failed = {name for name, status in statuses.items() if status == "FAIL"}
     assert failed and all(name.startswith(f"optimizer/{kernel.split('_')[0]}") for name in failed)
@@ -121,7 +122,7 @@ def test_a_wrong_gradient_of_the_loss_fails(tmp_path, monkeypatch):
         loss = torch.nn.functional.cross_entropy(
             15 * torch.tanh((x @ weight[:vocab_size].T) / 15), targets, ignore_index=-1)
         return loss + 0.01 * (x.sum() - x.sum().detach())
-    monkeypatch.setattr(gpu_kernels, "linear_cross_entropy", wrong)
+    monkeypatch.setattr(kernel_training, "linear_cross_entropy", wrong)
     statuses = get_statuses(run_checks(tmp_path, "--only", "loss"))
     assert statuses["loss/against float64"] == "FAIL"
 
