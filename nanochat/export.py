@@ -301,8 +301,13 @@ def export_model(source: Source, out: Path, form: str, dtype: str, force: bool =
         import_gguf()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{out} can't be made: {out.parent} is no folder; name another --out") from None
+        replace_folder(source, out, form, dtype, force)
+    except OSError as error:    # no folder, none that this user may write to, a full disk
+        raise UserError(f"{out} can't be written ({error}); name another --out") from None
+
+
+def replace_folder(source: Source, out: Path, form: str, dtype: str, force: bool) -> None:
+    """Write the folder beside `out`, and put it there once it is whole."""
     new, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
     clear_up(out, new, old)    # after an export that was killed
     if out.exists() and not (out / MARK_NAME).is_file() and not force:
