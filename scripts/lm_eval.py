@@ -6,7 +6,7 @@
     python -m scripts.lm_eval --source base --core --limit 500             # CORE by both rules, and why they differ
 
 --core writes the tasks of CORE as YAML to $NANOCHAT_BASE_DIR/lm_eval_core (with --limit 500 to lm_eval_core_500), with
-their shots, for other models, too:
+their shots, for other models and exports, too (pip install "lm_eval[hf]"):
 lm_eval run --model hf --model_args pretrained=NAME --tasks core_copa --include_path $NANOCHAT_BASE_DIR/lm_eval_core.
 All results of a step are kept in $NANOCHAT_BASE_DIR/runs/<stage>/<tag>/lm_eval_<step>.json and in the report card:
 tasks evaluated one by one, with other limits, shots or dtypes, too; the same task by the same settings replaces itself.
