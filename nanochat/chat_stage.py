@@ -149,7 +149,7 @@ def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run
     for account in mixture.accounts:
         print0("\n".join(account.describe()))
     groups = ConversationGroups(mixture.name, mixture.train, tokenizer, T, keep_whole=stage.keep_whole)
-    is_counted = saved and saved.meta["identity"]["conversations"] == groups.identity
+    is_counted = saved and "epoch" in saved.meta and saved.meta["identity"]["conversations"] == groups.identity
     epoch = Epoch.from_json(saved.meta["epoch"]) if is_counted else count_epoch(groups, ranks)
     rule = before.get("rule", "july26")
     batch_tokens = before["plan"]["batch_tokens"] if flags.total_batch_size is None else flags.total_batch_size

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from nanochat.choices import LR_NAMES
 from nanochat.common import UserError, get_base_dir, sync_folder, write_atomic, write_json
 from nanochat.config import SMEAR_GATE_CHANNELS
 from nanochat.gpt import GPT, NORM_EPS, norm
@@ -300,8 +301,13 @@ def export_model(source: Source, out: Path, form: str, dtype: str, force: bool =
         import_gguf()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{out} can't be made: {out.parent} is no folder; name another --out") from None
+        replace_folder(source, out, form, dtype, force)
+    except OSError as error:    # no folder, none that this user may write to, a full disk
+        raise UserError(f"{out} can't be written ({error}); name another --out") from None
+
+
+def replace_folder(source: Source, out: Path, form: str, dtype: str, force: bool) -> None:
+    """Write the folder beside `out`, and put it there once it is whole."""
     new, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
     clear_up(out, new, old)    # after an export that was killed
     if out.exists() and not (out / MARK_NAME).is_file() and not force:
@@ -317,7 +323,7 @@ def export_model(source: Source, out: Path, form: str, dtype: str, force: bool =
         write_json(new / MARK_NAME, {"format": form, "dtype": dtype, "stage": meta["stage"], "step": meta["step"],
                                      "run": Path(meta["run_dir"]).name, "tokenizer": meta["tokenizer"],
                                      "model_config": asdict(source.model.config),
-                                     "identity": meta.get("identity")})    # for import_hf: batch, rates
+                                     "identity": pick_identity(meta)})
         sync_folder(new)
         if out.exists():
             out.rename(old)
@@ -325,6 +331,14 @@ def export_model(source: Source, out: Path, form: str, dtype: str, force: bool =
         sync_folder(out.parent)
     finally:
         clear_up(out, new, old)
+
+
+def pick_identity(meta: dict) -> dict:
+    """Of a run's identity (stage.Recipe.get_meta) what import_hf needs: of a base run all, which is numbers and hashes,
+    so that it can go on; of later stages batch, rates and rule, and not the names of the files they learned from."""
+    identity = meta.get("identity") or {}
+    return {name: value for name, value in identity.items()
+            if meta["stage"] == "base" or name in ("plan", "rule", *LR_NAMES)}
 
 
 def clear_up(out: Path, new: Path, old: Path) -> None:

@@ -14,6 +14,7 @@ token. T tokens of the context.
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,14 +27,14 @@ from nanochat.loss_eval import (
     BATCH_TOKENS,
     DEFAULT_BATCH_TOKENS,
     DEFAULT_TAIL_TOKENS,
-    OPTIONS_FIELD,
     TAIL_TOKENS,
     CoreTask,
     Item,
     Option,
     choose_shots,
-    evaluate_task,
+    evaluate_rules,
     make_batches,
+    make_items,
     render_prompts,
     score_options,
 )
@@ -254,17 +255,37 @@ def compare_core(model, tokenizer, task: CoreTask, max_per_task: int | None, the
     """One line of the table: a task by CORE, by CORE with the harness's sum, and by the harness; and why they differ.
     theirs: the harness's results of the task
     """
-    core = evaluate_task(model, tokenizer, task, max_per_task)["accuracy"]
-    summed = core
-    if task.kind in OPTIONS_FIELD:
-        summed = evaluate_task(model, tokenizer, task, max_per_task, by_sum=True)["accuracy"]
-    rows, acc = task.choose_rows(max_per_task), theirs["acc,none"]
-    prompts = [render_prompts(task, row, choose_shots(task, rows, i)) for i, row in enumerate(rows)]
-    num_cut = sum(max(map(len, tokenizer.encode(group))) >= model.config.sequence_len    # bos not counted
-                  for group in prompts)
-    reasons = [] if core == summed else ["sum, not mean"]
+    core, summed = evaluate_rules(model, tokenizer, task, max_per_task)
+    rows, acc, reasons = task.choose_rows(max_per_task), theirs["acc,none"], []
+    if core != summed:
+        reasons.append("sum, not mean")
     if summed != acc:
-        reasons.append(f"{num_cut} of {len(rows)} prompts cut, in CORE with their bos" if num_cut else
-                       "other tokens where context and ending meet, or rounding")
+        num_cut, num_other = count_other_rows(model, tokenizer, task, rows)
+        if num_cut:
+            reasons.append(f"{num_cut} of {len(rows)} prompts cut, in CORE with their bos")
+        if num_other:
+            reasons.append(f"{num_other} of {len(rows)} with other tokens where context and ending meet")
+        if not num_cut and not num_other:
+            reasons.append("rounding")
     return {"task": task.label, "items": len(rows), "CORE": core, "by sum": summed, "acc": acc,
             "acc_norm": theirs.get("acc_norm,none", acc), "why": "; ".join(reasons) or "same"}
+
+
+def count_other_rows(model, tokenizer, task: CoreTask, rows: list[dict]) -> tuple[int, int]:
+    """The rows whose prompts are longer than the context; of the others, those of which the harness scores other tokens
+    than CORE. First tokens that all endings of a question share count for neither."""
+    harness, counts = Harness(model, tokenizer), [0, 0]
+    for i, item in enumerate(make_items(task, tokenizer, rows, list(range(len(rows))), sys.maxsize)):
+        made = make_core_row(task, rows[i], choose_shots(task, rows, i))
+        pairs = ([(context, made["ending"]) for context in made["contexts"]] if "contexts" in made else
+                 [(made["context"], ending) for ending in made.get("endings", [made.get("ending")])])
+        theirs = [harness.encode_pair(*pair)[1] for pair in pairs]
+        ours = [list(option.tail[1:]) for option in item.options]
+        if task.kind == "multiple_choice":
+            num_shared = len(theirs[0]) - len(ours[0])
+            theirs = [tokens[max(0, num_shared):] for tokens in theirs]
+        if max(len(option.prefix) + len(option.tail) for option in item.options) > harness.T:
+            counts[0] += 1
+        elif theirs != ours:
+            counts[1] += 1
+    return counts[0], counts[1]

@@ -385,24 +385,29 @@ def score_options(model, options: list[Option]) -> list[tuple[float, bool]]:
     return list(zip(mean_nll.tolist(), exact.tolist(), strict=True))
 
 
-def count_correct(model, items: list[Item], by_sum: bool = False) -> int:
-    """The number of items of one batch that the model gets right; of equally good options the first is its answer.
-    by_sum: the option with the lowest loss of all its tokens together wins, as in lm-evaluation-harness
-    """
+def count_correct(model, items: list[Item]) -> tuple[int, int]:
+    """The number of items of one batch that the model gets right: where the option with the lowest mean loss wins,
+    which is CORE, and where the one with the lowest loss of all its tokens together does, as in lm-evaluation-harness.
+    Of equally good options the first is its answer."""
     options = list(dict.fromkeys(option for item in items for option in item.options))  # equal options must tie exactly
-    scores, num_correct = dict(zip(options, score_options(model, options), strict=True)), 0
+    scores, by_mean, by_sum = dict(zip(options, score_options(model, options), strict=True)), 0, 0
     for item in items:
-        losses, exact = zip(*map(scores.__getitem__, item.options), strict=True)
-        if by_sum:
-            losses = [loss * (len(option.tail) - 1) for loss, option in zip(losses, item.options, strict=True)]
-        num_correct += exact[0] if item.gold is None else losses.index(min(losses)) == item.gold
-    return num_correct
+        means, exact = zip(*map(scores.__getitem__, item.options), strict=True)
+        sums = [loss * (len(option.tail) - 1) for loss, option in zip(means, item.options, strict=True)]
+        by_mean += exact[0] if item.gold is None else means.index(min(means)) == item.gold
+        by_sum += exact[0] if item.gold is None else sums.index(min(sums)) == item.gold
+    return by_mean, by_sum
+
+
+def evaluate_task(model, tokenizer, task: CoreTask, max_per_task: int | None = None) -> dict:
+    """{accuracy, centered, num_items} of one task. Collective: all ranks call it, each answers its share of items."""
+    accuracy, _ = evaluate_rules(model, tokenizer, task, max_per_task)
+    return {"accuracy": accuracy, "centered": task.center(accuracy), "num_items": len(task.choose_rows(max_per_task))}
 
 
 @torch.no_grad()
-def evaluate_task(model, tokenizer, task: CoreTask, max_per_task: int | None = None, by_sum: bool = False) -> dict:
-    """{accuracy, centered, num_items} of one task. Collective: all ranks call it, each answers its share of items.
-    by_sum: see count_correct; CORE takes the mean"""
+def evaluate_rules(model, tokenizer, task: CoreTask, max_per_task: int | None = None) -> tuple[float, float]:
+    """The accuracies of a task by both rules of count_correct, of which CORE is the first. Collective."""
     if max_per_task is not None and max_per_task < 1:
         raise UserError(f"--max-per-task {max_per_task} must be at least 1, or all")
     ranks = get_ranks()
@@ -410,18 +415,18 @@ def evaluate_task(model, tokenizer, task: CoreTask, max_per_task: int | None = N
     mine = list(range(ranks.rank, len(rows), ranks.world_size))
     tail_tokens = TAIL_TOKENS.get(device.type, DEFAULT_TAIL_TOKENS)
     batch_tokens = BATCH_TOKENS.get(device.type, DEFAULT_BATCH_TOKENS) if isinstance(model, GPT) else tail_tokens
-    num_correct, was_training = 0, model.training
+    num_correct, was_training = torch.zeros(2, dtype=torch.int64), model.training
     model.eval()
     # Nearly every batch has a shape of its own: compiling for each would take longer than the evaluation
     with torch.compiler.set_stance("force_eager"):
         for start in range(0, len(mine), WINDOW_ITEMS):
             indices = mine[start:start + WINDOW_ITEMS]
             items = make_items(task, tokenizer, rows, indices, model.config.sequence_len)
-            num_correct += sum(count_correct(model, batch, by_sum)
-                               for batch in make_batches(items, batch_tokens, tail_tokens))
+            for batch in make_batches(items, batch_tokens, tail_tokens):
+                num_correct += torch.tensor(count_correct(model, batch))
     model.train(was_training)
-    accuracy = int(sum_over_ranks(torch.tensor(num_correct, device=device))) / len(rows)
-    return {"accuracy": accuracy, "centered": task.center(accuracy), "num_items": len(rows)}
+    by_mean, by_sum = sum_over_ranks(num_correct.to(device)).tolist()
+    return by_mean / len(rows), by_sum / len(rows)
 
 
 def compute_core(results: dict[str, dict]) -> dict:

@@ -201,7 +201,7 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, source: Checkpoint,
     data = {"name": ", ".join(args.tasks), "hash": hash_conversations([q.conversation for q in questions]),
             "questions": len(questions)}
     longest = max(len(question.prompt) for question in questions) + max_new_tokens - 1
-    sample_rows = args.sample_rows or (saved and saved.meta["sample_rows"]) or \
+    sample_rows = args.sample_rows or (saved and saved.meta.get("sample_rows")) or \
         SAMPLE_ROWS.get(device.type, DEFAULT_SAMPLE_ROWS)
     return Recipe(
         "rl", run_dir, flags, saved, source=source, tokenizer=tokenizer,

@@ -6,19 +6,20 @@
     python -m scripts.lm_eval --source base --core --limit 500             # CORE by both rules, and why they differ
 
 --core writes the tasks of CORE as YAML to $NANOCHAT_BASE_DIR/lm_eval_core (with --limit 500 to lm_eval_core_500), with
-their shots, for other models, too:
+their shots, for other models and exports, too (pip install "lm_eval[hf]"):
 lm_eval run --model hf --model_args pretrained=NAME --tasks core_copa --include_path $NANOCHAT_BASE_DIR/lm_eval_core.
-The last results of a step are kept in $NANOCHAT_BASE_DIR/runs/<stage>/<tag>/lm_eval_<step>.json, those of a stage in
-the report card.
+All results of a step are kept in $NANOCHAT_BASE_DIR/runs/<stage>/<tag>/lm_eval_<step>.json and in the report card:
+tasks evaluated one by one, with other limits, shots or dtypes, too; the same task by the same settings replaces itself.
 """
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
 from statistics import mean
 
-from nanochat.checkpoint_manager import add_model_flags, load_for
+from nanochat.checkpoint_manager import MODEL_NAME, add_model_flags, load_for
 from nanochat.common import (
     UserError,
     add_compute_flags,
@@ -35,6 +36,7 @@ from nanochat.loss_eval import load_tasks as load_core_tasks
 from nanochat.report import write_section
 
 BOOTSTRAPS = 1000    # resamples for the deviation of metrics that are no means
+SETTINGS = ("lm_eval", "model", "dtype", "limit", "num_fewshot", "chat", "core_tasks")    # results of one kind
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -82,19 +84,45 @@ def main(argv: list[str] | None = None) -> dict:
     run_dir, step = Path(meta["run_dir"]), meta["step"]
     if args.apply_chat_template and meta["stage"] == "base":
         raise UserError("a base model knows no conversations; leave --apply-chat-template out, or name a chat model")
+    path = run_dir / f"lm_eval_{step:06d}.json"
+    read_records(path)    # a damaged file is refused before the work, not after it
     print0(f"{meta['stage']} {run_dir.name}, step {step}, {place}, lm_eval {lm_eval.__version__}")
     found = evaluate(make_lm(model, tokenizer, args.batch_size), tasks, num_fewshot=args.num_fewshot, limit=args.limit,
                      apply_chat_template=args.apply_chat_template, bootstrap_iters=BOOTSTRAPS, log_samples=False)
     print0(lm_eval.utils.make_table(found))
     if found.get("groups"):
         print0(lm_eval.utils.make_table(found, "groups"))
-    results = {"results": found["results"], "n-shot": found["n-shot"], "versions": found["versions"],
-               "lm_eval": lm_eval.__version__, "limit": args.limit, "chat": args.apply_chat_template}
+    record = {"lm_eval": lm_eval.__version__, "model": meta["files"][MODEL_NAME][:16],
+              "dtype": str(model.compute_dtype).removeprefix("torch."), "limit": args.limit,
+              "num_fewshot": args.num_fewshot, "chat": args.apply_chat_template,
+              "core_tasks": [task.label for task in core],
+              **{name: found[name] for name in ("results", "n-shot", "versions")}}
     if core:
-        results |= report_both(model, tokenizer, core, args.limit, found["results"])
-    write_json(run_dir / f"lm_eval_{step:06d}.json", results)
-    report(results, run_dir, meta, sys.argv if argv is None else argv, time.perf_counter() - start_time)
-    return {"run_dir": str(run_dir), "step": step, **results}
+        record |= report_both(model, tokenizer, core, args.limit, found["results"])
+    records = join_records(read_records(path), record)
+    write_json(path, records)
+    report(records, run_dir, meta, sys.argv if argv is None else argv, time.perf_counter() - start_time)
+    return {"run_dir": str(run_dir), "step": step, **record}
+
+
+def read_records(path: Path) -> list[dict]:
+    """The evaluations of a step so far, each by settings of its own."""
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        records = [saved] if isinstance(saved, dict) else saved    # an older file has one
+        return [record | {"results": dict(record["results"]), "n-shot": dict(record["n-shot"])} for record in records]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path}, the results so far, can't be read ({error}); move it away") from None
+
+
+def join_records(records: list[dict], new: dict) -> list[dict]:
+    """The new evaluation joins the one by its settings, if any, whose results of other tasks stay."""
+    same = [record for record in records if all(record.get(name) == new[name] for name in SETTINGS)]
+    for record in same:
+        new = record | new | {name: record[name] | new[name] for name in ("results", "n-shot", "versions")}
+    return [record for record in records if record not in same] + [new]
 
 
 def report_both(model, tokenizer, core: list, limit: int | None, found: dict) -> dict:
@@ -111,24 +139,30 @@ def report_both(model, tokenizer, core: list, limit: int | None, found: dict) ->
     return {"core": rows, "centered": means}
 
 
-def report(results: dict, run_dir: Path, meta: dict, argv: list[str], wall_sec: float) -> None:
+def report(records: list[dict], run_dir: Path, meta: dict, argv: list[str], wall_sec: float) -> None:
     """Write the section of the report card."""
     rows = []
-    for task, values in results["results"].items():
-        for key, value in values.items():
-            name, _, _ = key.partition(",")
-            if "," in key and not name.endswith("_stderr") and isinstance(value, int | float):
-                deviation = values.get(key.replace(name, f"{name}_stderr", 1))
-                rows.append([task, name, value, deviation if isinstance(deviation, float) else ""])
-    tables = [{"title": "Tasks", "columns": ["task", "metric", "value", "standard error"], "rows": rows}]
-    if "core" in results:
-        tables.append({"title": "CORE and the harness", "columns": list(results["core"][0]),
-                       "rows": [list(row.values()) for row in results["core"]]})
+    for record in records:
+        how = ", ".join([f"{record.get('limit') or 'all'} items", record.get("dtype", "")]
+                        + ["as a conversation"] * record.get("chat", False))
+        for task, values in record["results"].items():
+            for key, value in values.items():
+                name, _, _ = key.partition(",")
+                if "," in key and not name.endswith("_stderr") and isinstance(value, int | float):
+                    deviation = values.get(key.replace(name, f"{name}_stderr", 1))
+                    rows.append([task, name, value, deviation if isinstance(deviation, float) else "",
+                                 record["n-shot"].get(task, ""), how])
+    tables = [{"title": "Tasks", "columns": ["task", "metric", "value", "standard error", "shots", "how"],
+               "rows": rows}]
+    for record in records:
+        if "core" in record:
+            tables.append({"title": "CORE and the harness", "columns": list(record["core"][0]),
+                           "rows": [list(row.values()) for row in record["core"]]})
     write_section(f"lm_eval_{meta['stage']}", {
         "title": f"lm-evaluation-harness: {meta['stage']}", "argv": argv, "wall_sec": wall_sec, "stage": meta["stage"],
         # not as its "run": curve and time of the training belong to the training's own section
         "values": {"model": run_dir.relative_to(get_base_dir()).as_posix(), "step": meta["step"],
-                   "lm_eval": results["lm_eval"]}, "tables": tables})
+                   "lm_eval": records[-1]["lm_eval"]}, "tables": tables})
 
 
 if __name__ == "__main__":

@@ -282,8 +282,14 @@ def test_folder_is_whole_or_not_there(source, byte_base, monkeypatch):
     export_model(source, out, "custom", "float32")    # an earlier export is replaced
     assert json.loads((out / "config.json").read_text(encoding="utf-8"))["dtype"] == "float32"
     assert [path.name for path in byte_base.iterdir() if path.name.startswith(".")] == []
-    with pytest.raises(UserError, match="mine.txt is no folder; name another --out"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="out can't be written .*No space left"):
+        patch.setattr("nanochat.export.write_card", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
+        export_model(source, out, "custom", "bfloat16")
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["dtype"] == "float32"
+    with pytest.raises(UserError, match=r"can't be written \(.*Not a directory: .*mine.txt.*; name another --out"):
         (byte_base / "mine.txt").write_text("", encoding="utf-8")
+        export_model(source, byte_base / "mine.txt" / "a" / "out", "custom", "float32")
+    with pytest.raises(UserError, match=r"can't be written \(.*File exists: .*mine.txt.*; name another --out"):
         export_model(source, byte_base / "mine.txt" / "out", "custom", "float32")
 
 

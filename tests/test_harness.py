@@ -15,7 +15,7 @@ from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError
 from nanochat.export import Source, export_model
 from nanochat.harness import Harness, compare_core, evaluate, load_tasks, make_core_row, make_lm, write_core_tasks
-from nanochat.loss_eval import choose_shots, evaluate_task, render_prompts
+from nanochat.loss_eval import choose_shots, evaluate_rules, evaluate_task, render_prompts
 from nanochat.loss_eval import load_tasks as load_core_tasks
 from scripts import lm_eval as script
 from tests.eval_helpers import CORE_CONFIG, make_tokenizer, write_bundle
@@ -206,14 +206,14 @@ def test_sum_in_place_of_mean(tmp_path):
         made = make_core_row(task, row, choose_shots(task, rows, i))
         totals = [total for total, _ in harness.loglikelihood([ask(made["context"], end) for end in made["endings"]])]
         num_right += totals.index(max(totals)) == row["gold"]
-    core, summed = (evaluate_task(model, TOKENIZER, task, by_sum=by_sum)["accuracy"] for by_sum in (False, True))
+    core, summed = evaluate_rules(model, TOKENIZER, task)
     assert summed == num_right / len(rows) != core
 
 
 def test_why_numbers_differ(tmp_path):
     model = make_writer(seed=5)
     odd, dogs, count = load_core_tasks(write_bundle(tmp_path))
-    core, summed = (evaluate_task(model, TOKENIZER, odd, by_sum=by_sum)["accuracy"] for by_sum in (False, True))
+    core, summed = evaluate_rules(model, TOKENIZER, odd)
     row = compare_core(model, TOKENIZER, odd, None, {"acc,none": summed, "acc_norm,none": 0.25})
     assert (row["CORE"], row["by sum"], row["acc"], row["acc_norm"]) == (core, summed, summed, 0.25)
     assert core != summed and row["why"] == "sum, not mean"
@@ -224,9 +224,46 @@ def test_why_numbers_differ(tmp_path):
     row = compare_core(model, TOKENIZER, long, 4, {"acc,none": 2.0})
     assert row["why"].endswith("4 of 4 prompts cut, in CORE with their bos")
     row = compare_core(model, TOKENIZER, count, 5, {"acc,none": 2.0})
-    assert row["why"] == "other tokens where context and ending meet, or rounding" and row["items"] == 5
+    assert row["why"] == "rounding" and row["items"] == 5
+    alike = [row | {"context_options": [context + " the" for context in row["context_options"]]} for row in dogs.rows]
+    row = compare_core(model, TOKENIZER, replace(dogs, rows=alike[:4] + dogs.rows[4:]), None, {"acc,none": 2.0})
+    assert row["why"].endswith("4 of 9 with other tokens where context and ending meet")
     accuracy = evaluate_task(model, TOKENIZER, dogs)["accuracy"]
     assert compare_core(model, TOKENIZER, dogs, None, {"acc,none": accuracy})["why"] == "same"
+
+
+def make_record(tasks, limit=None, **more):
+    return {"lm_eval": "0.4.13", "model": "abc", "dtype": "float32", "limit": limit, "num_fewshot": None, "chat": False,
+            "core_tasks": [], "results": {task: {"acc,none": score} for task, score in tasks.items()},
+            "n-shot": dict.fromkeys(tasks, 0), "versions": dict.fromkeys(tasks, "1"), **more}
+
+
+def test_no_result_is_lost(tmp_path, monkeypatch):
+    """Tasks evaluated one by one are one evaluation; other settings, and CORE's table, stand beside it."""
+    path, records = tmp_path / "runs" / "base" / "toy" / "lm_eval_000020.json", []
+    assert script.read_records(path) == []
+    path.parent.mkdir(parents=True)
+    core = make_record({"core_copa": 0.5}, core_tasks=["copa"], core=[{"task": "copa", "CORE": 0.5}])
+    for record in (make_record({"a": 0.1}), make_record({"b": 0.2}, limit=5), core, make_record({"c": 0.3, "a": 0.4})):
+        records = script.join_records(records, record)
+        path.write_text(json.dumps(records))
+        records = script.read_records(path)
+    assert [record["results"] for record in records] == [
+        {"b": {"acc,none": 0.2}}, core["results"], {"a": {"acc,none": 0.4}, "c": {"acc,none": 0.3}}]
+    assert records[-1]["n-shot"] == {"a": 0, "c": 0} and records[1] == core
+    path.write_text(json.dumps(make_record({"a": 0.1})))    # of an older version
+    assert script.read_records(path) == [make_record({"a": 0.1})]
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    script.report(records, path.parent, {"stage": "base", "step": 20}, [], 0.0)
+    tasks, both = json.loads((tmp_path / "report" / "lm_eval_base.json").read_text())["tables"]
+    assert [(row[0], row[-1]) for row in tasks["rows"]] == [
+        ("b", "5 items, float32"), ("core_copa", "all items, float32"), ("a", "all items, float32"),
+        ("c", "all items, float32")]
+    assert both["rows"] == [["copa", 0.5]]
+    for text in ("[1]", "{", '[{"results": 1, "n-shot": {}}]', "null"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="lm_eval_000020.json, the results so far, can't be read .*; move it away"):
+            script.read_records(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,7 +408,7 @@ def test_script(run, tmp_path, model, capsys):
     assert rows["dogs"]["why"] == "same"
     core = sum(task.center(rows[task.label]["CORE"]) for task in load_core_tasks()) / 3
     assert result["centered"]["CORE"] == pytest.approx(core)
-    saved = json.loads((tmp_path / "runs" / "base" / "d3" / "lm_eval_000020.json").read_text())
+    (saved,) = json.loads((tmp_path / "runs" / "base" / "d3" / "lm_eval_000020.json").read_text())
     assert saved["results"]["texts"]["bits_per_byte,none"] > 0 and saved["limit"] == 6
     assert (tmp_path / "lm_eval_core_6" / "core_odd.yaml").is_file()
     section = json.loads((tmp_path / "report" / "lm_eval_base.json").read_text())

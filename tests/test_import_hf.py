@@ -1,6 +1,7 @@
 """Imports: an export comes back bit for bit, or with its logits, and is a checkpoint that training goes on from."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -173,13 +174,25 @@ def test_training_goes_on(tmp_path_factory, monkeypatch, capsys):
     sft = ["-i", "base", "--tasks", "Arithmetic:64", "--words", "toy", "--num-iterations", "2", "--eval-every", "never",
            "--sample-every", "never", "--device-type", "cpu", "--compile", "off"]
     import_hf.main([str(base_dir / "out"), "--model-tag", "third"])
+    rows = [{"messages": [{"role": "user", "content": f"Hi {i}"}, {"role": "assistant", "content": "Hello"}]}
+            for i in range(4)]
+    (base_dir / "letters of Anna.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sft += ["--custom-json", str(base_dir / "letters of Anna.jsonl")]
     chat_sft.main([*sft, "-g", "third", "--dtype", "float32"])
     _, _, meta = load_model("sft", CPU, tag="third")
     assert meta["identity"]["plan"]["batch_tokens"] == 512 and meta["identity"]["matrix_lr"] == 0.01
-    assert meta["identity"]["source"]["step"] == 0
+    assert meta["identity"]["source"]["step"] == 0 and "letters of Anna.jsonl" in meta["identity"]["tasks"]
 
     export.main(["--source", "sft", "--model-tag", "third", "--out", str(base_dir / "chat"), "--dtype", "float32"])
+    for path in (base_dir / "chat").iterdir():    # an export is published: it tells no names of a person's files
+        assert not re.search(rb"Anna|" + re.escape(bytes(base_dir)), path.read_bytes()), path
     import_hf.main([str(base_dir / "chat")])
+    identity = load_model("sft", CPU, tag="chat")[2]["identity"]
+    assert {name: identity[name] for name in ("plan", "matrix_lr", "rule")} == {
+        name: meta["identity"][name] for name in ("plan", "matrix_lr", "rule")}
+    import_hf.main([str(base_dir / "out"), "--model-tag", "chat"])
+    with pytest.raises(UserError, match="can't continue with other settings .source.stage: saved None, now base"):
+        chat_sft.main([*sft, "-g", "chat", "--dtype", "float32"])    # an import has no place in its conversations
     chat = ["-i", "sft", "-g", "chat", "--device-type", "cpu"]
     assert chat_cli.main([*chat, "-p", "1 + 2?", "--max-tokens", "4"])["num_tokens"] > 0
     result = chat_eval.main([*chat, "-a", "Arithmetic", "-x", "2", "-m", "8", "--words", "toy"])

@@ -228,7 +228,7 @@ def test_four_times_faster_than_one_example_at_a_time():
             rows = task.choose_rows(12)
             items = loss_eval.make_items(task, tokenizer, rows, list(range(num_items)), T)
             start = time.process_time()
-            num_correct = sum(loss_eval.count_correct(model, batch) for batch in make_batches(
+            num_correct = sum(loss_eval.count_correct(model, batch)[0] for batch in make_batches(
                 items, loss_eval.BATCH_TOKENS["cpu"], loss_eval.TAIL_TOKENS["cpu"]))
             middle = time.process_time()
             assert num_correct == sum(answer(item, score_slowly(item.options)) for item in items), task.label
