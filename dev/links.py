@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat import optim
-from nanochat.common import UserError, count_cpus, get_ranks, print0
+from nanochat.common import UserError, count_cpus, print0
 from nanochat.devices import synchronize
 from nanochat.fabric import Event, Network
 
@@ -72,6 +72,12 @@ class Wire:
     def clear(self) -> None:
         self.moments, self.free_at, self.num_sent = [], 0.0, 0
 
+    def meet(self) -> float:
+        """Wait for all ranks, by no recorded message; returns the time."""
+        if dist.is_initialized():
+            dist.barrier()
+        return time.perf_counter()
+
     @contextlib.contextmanager
     def tapped(self) -> Iterator["Wire"]:
         """All messages go through this wire meanwhile."""
@@ -103,7 +109,8 @@ def choose_port() -> int:
 
 def run_ranks(argv: Sequence[str], num_ranks: int, before: Sequence[Sequence[str]] = (), address: str = "127.0.0.1",
               **env: str) -> dict:
-    """Run `python -m` with these words and --json FILE once for each rank, on this machine; returns rank 0's JSON.
+    """Run `python -m` with these words, --here and --json FILE once for each rank, on this machine; returns rank 0's
+    JSON.
     before: words before each rank's command"""
     with tempfile.TemporaryDirectory() as folder:
         path, port, ranks = Path(folder) / "result.json", choose_port(), []
@@ -111,8 +118,8 @@ def run_ranks(argv: Sequence[str], num_ranks: int, before: Sequence[Sequence[str
             settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks,
                         "MASTER_ADDR": address, "MASTER_PORT": port, **env}
             words = ["env", *(f"{name}={value}" for name, value in settings.items()), sys.executable, "-m", *argv]
-            ranks.append(subprocess.Popen([*(before[rank] if before else ()), *words, "--json", str(path)],
-                                          stdout=subprocess.DEVNULL if rank else None))
+            ranks.append(subprocess.Popen([*(before[rank] if before else ()), *words, "--here", "--json", str(path)],
+                                          stdout=subprocess.DEVNULL))
         try:
             codes = [process.wait() for process in ranks]
         finally:
@@ -126,11 +133,6 @@ def run_ranks(argv: Sequence[str], num_ranks: int, before: Sequence[Sequence[str
 def warn_of_cores(num_ranks: int) -> None:
     if num_ranks > (cores := count_cpus()):
         print0(f"warning: {num_ranks} ranks share {cores} cores; they wait for each other's computation, too")
-
-
-def is_rank() -> bool:
-    """Whether this process is one of several, started by torchrun or by run_ranks."""
-    return get_ranks().world_size > 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -367,7 +367,7 @@ def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine,
         print0(f"{label:{label_width}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)))
     print0(f"\nMFU: {estimates[0].mfu_source}.")
     if estimates[0].network:
-        print0("Network: predicted, not compared with GPUs; what NVLink costs 8 H100 is in their published MFU already.")
+        print0("Network: predicted, not compared with GPUs; what NVLink costs 8 H100 is in the published MFU already.")
     print0("Time is training alone: evaluation, compiling and downloads come on top.")
     for name in recipes:
         print0(f"Published, {name}: {RECIPES[name].source}.")
