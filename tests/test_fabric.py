@@ -176,7 +176,8 @@ def send_three(network):
     with Wire(network=Network(*network)).tapped() as wire:
         dist.barrier()
         begin, ends = time.perf_counter(), []
-        works = [optim.reduce_scatter(own, whole, async_op=True), optim.all_gather(gathered, whole[:2000], async_op=True)]
+        works = [optim.reduce_scatter(own, whole, async_op=True),
+                 optim.all_gather(gathered, whole[:2000], async_op=True)]
         for work in works:
             work.wait()
             ends.append(time.perf_counter() - begin)
