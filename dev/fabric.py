@@ -187,6 +187,9 @@ def inject(args: argparse.Namespace) -> dict:
                         "doesn't use; give links without one, such as --links 0:200 0:50")
     if args.here:
         return inject_here(args, fabrics)
+    if args.shape:
+        with shaped_namespaces(2, 1e6):    # whether it can be had
+            pass
     rows, shaped = [], []
     for num_ranks in args.ranks:
         if args.rows % num_ranks:

@@ -300,6 +300,18 @@ def count_active(config: GPTConfig) -> int:
     return counts["total"] - counts.get("inactive_experts", 0)
 
 
+def format_ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f} ms"
+
+
+NETWORK_ROWS = (
+    ("a step's computation",              lambda step: format_ms(step.compute_sec)),
+    ("  its messages",                    lambda step: f"{step.num_messages}, {step.num_bytes / 1e6:,.0f} MB"),
+    ("  their time on the network",       lambda step: format_ms(step.link_sec)),
+    ("  of it not hidden by computation", lambda step: format_ms(sum(step.exposed_sec.values()))),
+)
+
+
 def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine, recipes: list[str],
                 presets: list[str]) -> None:
     """One column a depth, recipe or preset, then the sources of the figures."""
@@ -350,11 +362,8 @@ def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine,
     add("model FLOPs", lambda e: f"{e.plan.total_flops:.3g}")
     add("hardware FLOPs", lambda e: f"{e.hardware_flops:.3g}")
     add("expected MFU", lambda e: f"{100 * e.mfu:.1f}%")
-    if estimates[0].network:
-        add("a step's computation", lambda e: format_ms(e.network.compute_sec))
-        add("  its messages", lambda e: f"{e.network.num_messages}, {e.network.num_bytes / 1e6:,.0f} MB")
-        add("  their time on the network", lambda e: format_ms(e.network.link_sec))
-        add("  of it not hidden by computation", lambda e: format_ms(e.network.step_sec - e.network.compute_sec))
+    for label, show in NETWORK_ROWS if estimates[0].network else ():
+        add(label, lambda e, show=show: show(e.network))
     add("time", lambda e: format_hours(e.hours))
     add(f"cost at ${hardware.dollars:g} per GPU hour", lambda e: format_dollars(e.dollars))
     add_published("published time, on 8 H100 in fp8", lambda run: f"{run.minutes:.1f} min")
@@ -380,10 +389,6 @@ def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine,
     shard_tokens = HUB_SOURCES["climbmix"].shard_chars / CHARS_PER_TOKEN
     print0(f"Shards: about {shard_tokens / 1e6:.0f} M tokens each (assumption, for a vocabulary of 32K), and "
            f"{100 * (SPARE_DATA - 1):.0f}% to spare.")
-
-
-def format_ms(seconds: float) -> str:
-    return f"{seconds * 1e3:,.1f} ms"
 
 
 def format_hours(hours: float) -> str:
