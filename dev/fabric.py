@@ -129,9 +129,9 @@ def measure_here(device: torch.device, max_bytes: int, rounds: int) -> list[dict
                    "all_gather": lambda own=own, whole=whole: optim.all_gather(whole, own),
                    "all_to_all": lambda whole=whole, other=other: dist.all_to_all_single(other, whole)}[kind]
             seconds = median(time_together(run, device, rounds))
-            algbw = whole.nbytes / seconds / 1e9
+            algbw = whole.nbytes / seconds / 1e6
             rows.append({"ranks": n, "collective": kind, "KiB": whole.nbytes / 1024, "microseconds": seconds * 1e6,
-                         "algbw GB/s": algbw, "busbw GB/s": algbw * count_hops(kind, n)[1]})
+                         "algbw MB/s": algbw, "busbw MB/s": algbw * count_hops(kind, n)[1]})
             num_bytes *= 4
     return rows
 
@@ -156,7 +156,7 @@ def fit_all(rows: list[dict]) -> list[dict]:
         sizes = np.array([row["KiB"] * 1024 for row in some])
         seconds = np.array([row["microseconds"] * 1e-6 for row in some])
         alpha, beta, half_bytes, error = fit_link(kind, n, sizes, seconds)
-        fits.append({"ranks": n, "collective": kind, "alpha us": alpha * 1e6, "beta GB/s": beta / 1e9,
+        fits.append({"ranks": n, "collective": kind, "alpha us": alpha * 1e6, "beta MB/s": beta / 1e6,
                      "half speed KiB": half_bytes / 1024, "mean error %": 100 * error})
     return fits
 

@@ -203,7 +203,7 @@ def test_injected_link_has_one_clock(tmp_path):
         assert num_moments == 6 and values == [2] * 6000
     rows, (step,) = measured
     assert [row["KiB"] for row in rows] == 4 * [1, 4]
-    assert all(row["busbw GB/s"] == row["algbw GB/s"] for row in rows if row["collective"] == "all_reduce")
+    assert all(row["busbw MB/s"] == row["algbw MB/s"] for row in rows if row["collective"] == "all_reduce")
     assert step["messages"] > 15 and step["measured ms"] > step["link ms"] > 100
 
 
