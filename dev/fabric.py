@@ -201,7 +201,7 @@ def inject(args: argparse.Namespace) -> dict:
         here = run_ranks([*argv, "--links", *args.links], num_ranks)
         rows += here["rows"]
         for fabric, row in zip(fabrics, here["rows"], strict=True) if args.shape and num_ranks > 1 else ():
-            shaped.append(shape(args, argv, num_ranks, fabric, row, here["sec_per_flop"]))
+            shaped.append(shape(args, argv, num_ranks, fabric, row, here))
     print_rows(rows)
     worst = max((abs(row["error %"]) for row in rows), default=0)
     print0(f"worst error {worst:.1f}%, {'within' if worst <= 100 * TOLERANCE else 'beyond'} {TOLERANCE:.0%}")
@@ -232,20 +232,22 @@ def inject_here(args: argparse.Namespace, fabrics: list[Fabric]) -> dict:
                 end = time.perf_counter()
                 if i >= 2:
                     times.append(end - begin)
-                    phases += [] if fabric else [cut_phases(events, wire, begin, end)]
+                    phases += [] if fabric else [cut_step(events, wire, begin, end)]
     seconds = {fabric: median(np.max(gather(times), axis=0).tolist()) for fabric, times in seconds.items()}
-    measured = {phase: mean(gather(median(times[phase] for times in phases))) for phase in phases[0]}
+    measured = {key: mean(gather(median(times[key] for times in phases))) for key in phases[0]}
     flops = Counter()
     for event in events:
         flops[event.phase] += event.amount if event.kind == "compute" else 0
-    rows, sec_per_flop = [], {phase: sec / flops[phase] for phase, sec in measured.items()}
+    sec_per_flop = {phase: measured.pop(phase) / flops[phase] for phase in ("forward", "backward", "update")}
+    rows = []
     for fabric in fabrics:
-        step = simulate(events, sec_per_flop, Network(fabric, n, 1))
+        step = simulate(events, sec_per_flop, Network(fabric, n, 1), measured)
         rows.append({"ranks": n, "link": fabric.name, "messages": step.num_messages, "MB": step.num_bytes / 1e6,
                      "link ms": step.link_sec * 1e3, "free step ms": seconds[None] * 1e3,
                      "predicted ms": step.step_sec * 1e3, "measured ms": seconds[fabric] * 1e3,
                      "error %": 100 * (step.step_sec / seconds[fabric] - 1)})
-    return {"rows": rows, "step_sec": seconds[None], "sec_per_flop": sec_per_flop}
+    return {"rows": rows, "step_sec": seconds[None], "sec_per_flop": sec_per_flop,
+            "free_sec": [measured[key] for key in sorted(measured)]}
 
 
 def make_toy(args: argparse.Namespace) -> GPTConfig:
@@ -258,14 +260,19 @@ def list_toy_step(args: argparse.Namespace, num_ranks: int, device_type: str = "
     return list_step(make_toy(args), machine, args.rows // num_ranks * args.max_seq_len)
 
 
-def cut_phases(events: list[Event], wire: Wire, begin: float, end: float) -> dict[str, float]:
-    """Seconds of a free step's phases, which messages part: the first gradient's, and the flags after the last."""
+def cut_step(events: list[Event], wire: Wire, begin: float, end: float) -> dict[object, float]:
+    """Seconds of a free step's phases and, by key, of its waits, which these are without. Messages part the phases: the
+    first gradient's, and the flags after the last."""
     keys = [event.key for event in events if event.phase == "backward" and event.kind not in ("compute", "wait")]
     if not keys:    # one rank; how its time is cut doesn't matter
         return {phase: (end - begin) / 3 for phase in ("forward", "backward", "update")}
     begins = {moment.event.key: moment.begin for moment in wire.moments if moment.event.kind != "wait"}
     first, last = begins[keys[0]], begins[keys[-1]]
-    return {"forward": first - begin, "backward": last - first, "update": end - last}
+    waits = [moment for moment in wire.moments if moment.event.kind == "wait"]
+    phases = {"forward": (begin, first), "backward": (first, last), "update": (last, end)}
+    computed = {phase: stop - start - sum(wait.end - wait.begin for wait in waits if start <= wait.begin < stop)
+                for phase, (start, stop) in phases.items()}
+    return computed | {wait.event.key: wait.end - wait.begin for wait in waits}
 
 
 @dataclass(frozen=True)
@@ -278,7 +285,7 @@ class GlooNetwork(Network):
 
 
 def shape(args: argparse.Namespace, argv: list[str], num_ranks: int, fabric: Fabric, row: dict,
-          sec_per_flop: dict[str, float]) -> dict:
+          here: dict) -> dict:
     """The same step, and collectives, in network namespaces whose rate tc shapes."""
     def run(words: list[str]) -> dict:
         with shaped_namespaces(num_ranks, fabric.beta) as before:
@@ -288,7 +295,8 @@ def shape(args: argparse.Namespace, argv: list[str], num_ranks: int, fabric: Fab
     for line in run(["dev.fabric", "measure", "--max-kib", "1024", "--rounds", "5"])["rows"]:
         ideal_sec = network.time(line["collective"], line["KiB"] * 1024)
         multiples[line["collective"]] = line["microseconds"] * 1e-6 / ideal_sec    # the largest buffer's is the last
-    gloo = simulate(list_toy_step(args, num_ranks), sec_per_flop, GlooNetwork(fabric, num_ranks, 1, multiples))
+    gloo = simulate(list_toy_step(args, num_ranks), here["sec_per_flop"],
+                    GlooNetwork(fabric, num_ranks, 1, multiples), dict(enumerate(here["free_sec"])))
     return {"ranks": num_ranks, "link": fabric.name, "predicted ms": row["predicted ms"],
             "injected ms": row["measured ms"], "shaped ms": step_sec * 1e3, "shaped / injected": step_sec * 1e3 /
             row["measured ms"], "predicted with these multiples ms": gloo.step_sec * 1e3, **multiples}

@@ -285,8 +285,13 @@ class StepTime:
         return self.compute_sec + sum(self.exposed_sec.values())
 
 
-def simulate(events: list[Event], sec_per_flop: dict[str, float] | float, network: Network) -> StepTime:
-    """Go through a step's events with two clocks, the rank's and its link's; sec_per_flop: of each phase, or of all."""
+def simulate(events: list[Event], sec_per_flop: dict[str, float] | float, network: Network,
+             free_sec: dict[object, float] | None = None) -> StepTime:
+    """Go through a step's events with two clocks, the rank's and its link's.
+
+    sec_per_flop: of each phase, or of all
+    free_sec:     how long each message is waited for where the network costs nothing
+    """
     now = free_at = compute_sec = link_sec = num_bytes = 0.0
     due: dict[object, float] = {}
     exposed = Counter(dict.fromkeys(("forward", "backward", "update"), 0.0))
@@ -295,7 +300,7 @@ def simulate(events: list[Event], sec_per_flop: dict[str, float] | float, networ
             seconds = amount * (sec_per_flop if isinstance(sec_per_flop, float) else sec_per_flop[phase])
             now, compute_sec = now + seconds, compute_sec + seconds
         elif kind == "wait":
-            gap = max(0.0, due[key] - now)
+            gap = max(0.0, due[key] - now, free_sec[key] if free_sec else 0.0)
             now, exposed[phase] = now + gap, exposed[phase] + gap
         else:
             seconds = network.time(kind, amount)
