@@ -23,8 +23,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dev.fabric_predict import predict
-from dev.figures import add_out
 from dev.links import Wire, run_ranks, shaped_namespaces, warn_of_cores
 from dev.timing import make_training, print_rows
 from nanochat import optim
@@ -51,7 +49,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         return command
     measure = add_command("measure", "collectives over sizes and ranks, fitted to alpha and beta")
     inject = add_command("inject", "the real step of a toy over links, measured and predicted")
-    for command, ranks, rounds in ((measure, (2, 4), 20), (inject, (1, 2, 4), 9)):
+    for command, ranks, rounds in ((measure, (2, 4), 20), (inject, (1, 2, 4), 7)):
         command.add_argument("--ranks", type=int, nargs="+", default=ranks, help="processes on this machine")
         command.add_argument("--rounds", type=int, default=rounds, help="measurements of which the median counts")
         command.add_argument("--here", action="store_true", help="be one rank, of those that the environment names")
@@ -60,9 +58,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     inject.add_argument("--links", nargs="*", default=LINKS, help="fabrics, or MICROSECONDS:MEGABYTES_PER_SECOND")
     inject.add_argument("--shape", action="store_true", help="also over links of that rate that tc shapes, with root")
     inject.add_argument("--depth", type=int, default=4)
-    inject.add_argument("--max-seq-len", type=int, default=128)
+    inject.add_argument("--max-seq-len", type=int, default=64)
     inject.add_argument("--vocab-size", type=int, default=4096)
-    inject.add_argument("--rows", type=int, default=8, help="of a step, all ranks together")
+    inject.add_argument("--rows", type=int, default=4, help="of a step, all ranks together")
     inject.add_argument("--dtype", default="float32")
     predict = add_command("predict", "steps of GPUs over fabrics, predicted, and what would help")
     predict.add_argument("--depth", type=int, nargs="+", default=[12, 24])
@@ -72,7 +70,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     predict.add_argument("--gpu", default="h100")
     predict.add_argument("--total-batch-size", type=int, help="tokens of a step (default: from the horizon)")
     predict.add_argument("--trace", type=int, nargs="+", metavar="RANKS", help="instead: trace a step of so many ranks")
-    add_out(predict)
+    predict.add_argument("--out", type=Path, help="folder for the picture (default: figures, in the base folder)")
     args = parser.parse_args(argv)
     args.here = getattr(args, "here", False) or get_ranks().world_size > 1
     for name in ("ranks", "rounds", "max_kib", "depth", "rows", "nproc", "nodes", "total_batch_size", "trace"):
@@ -85,7 +83,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    result = {"measure": measure, "inject": inject, "predict": predict}[args.command](args)
+    if args.command == "predict":
+        from dev.fabric_predict import predict    # which loads matplotlib; ranks needn't
+        result = predict(args)
+    else:
+        result = {"measure": measure, "inject": inject}[args.command](args)
     if args.json and get_ranks().rank == 0:
         write_json(args.json, result)
     return result
