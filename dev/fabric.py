@@ -84,7 +84,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     if args.command == "predict":
-        from dev.fabric_predict import predict    # which loads matplotlib; ranks needn't
+        from dev.fabric_predict import predict  # which loads matplotlib; ranks needn't
         result = predict(args)
     else:
         result = {"measure": measure, "inject": inject}[args.command](args)
