@@ -41,6 +41,8 @@ EXPERT_BYTES = 2**28
 CHUNK_TOKENS = defaultdict(lambda: 4096, cpu=2048, cuda=8192)
 # cross_entropy.py: tokens that a CPU exponentiates at once, since its kernel keeps all of e for a second loop, the sum
 CPU_EXP_TOKENS = 256
+# moe.py: bins of an expert's histogram, over a range of 2 and a little more; the ranks sum all of them each step
+HISTOGRAM_BINS = 1000
 # flash_attention.py, blocks: short ones skip more of the keys, many take long to compile
 MIN_BLOCK_QUERIES, MAX_BLOCKS = 256, 8
 # Parts of the activations

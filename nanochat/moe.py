@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from nanochat.common import print0, sum_over_ranks
 from nanochat.config import GPTConfig
+from nanochat.memory import HISTOGRAM_BINS
 
-NUM_BINS = 1000     # of the histogram of r, over a range of 2 and a little more
+NUM_BINS = HISTOGRAM_BINS    # of the histogram of r
 FEW_ROWS = 64       # that read their experts' weights one by one where grouped products are missing
 NATS = 1_000_000    # entropy is summed in whole millionths, since whole numbers add up alike in any order
 

@@ -5,6 +5,7 @@
     python -m scripts.plan --recipe d24 d22 --nproc 8                                     # what runs/speedrun.sh offers
     python -m scripts.plan --preset marin-150m marin-270m marin-460m                      # models of the family
     python -m scripts.plan --max-cost 100 --nproc 8                                       # the deepest for $100
+    python -m scripts.plan --depth 12 24 --nproc 16 --nodes 2 --fabric ib                 # and what the network costs
     python -m scripts.plan --depth 10 16 --target-flops 1e18 --shards                     # how much text to download
     python -m scripts.plan --depth 6 --gpu cpu --tflops 0.85 --gb 24 --max-seq-len 512 --target-param-data-ratio 0.6
 
@@ -21,6 +22,7 @@ from nanochat import devices, memory
 from nanochat.common import UserError, print0, run_script
 from nanochat.config import GPTConfig, count_params, estimate_flops
 from nanochat.corpus import HUB_SOURCES
+from nanochat.fabric import FABRICS, Network, StepTime, count_muon_flops, find_fabric, predict_step
 from nanochat.memory import GIB, Machine, Memory, get_usable_frac, rows_or_auto
 from nanochat.presets import add_plan_args, apply_preset, find_preset, find_rule, list_typed, parse_knobs
 from nanochat.scaling import FINAL_LR_FRAC, WARMDOWN_RATIO, WEIGHT_DECAY, Plan, make_config, make_plan
@@ -31,7 +33,6 @@ SPARE_DATA = 1.05             # shards for each one of the estimate, since text 
 MAX_DEPTH = 64                # of the search for a budget
 HOPPER = ("h100", "h200", "h800", "h20", "gh200")          # FlashAttention 3 is built for these
 WITHOUT_BF16 = ("v100", "t4", "2080 ti")
-MUON_STEPS = 5                # of the orthogonalisation
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Estimate:
     hours:          float
     dollars:        float
     num_shards:     int
+    network:        StepTime | None    # where a fabric is named
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -103,6 +105,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--tflops", type=float, help="dense bf16 TFLOP/s of one GPU (default: from the table)")
     add("--gb", type=float, help="memory of one GPU in GiB (default: from the table)")
     add("--mfu", type=float, help="model FLOP/s in percent of the peak (default: as published)")
+    add("--fabric", help=f"adds what a network costs each step: {', '.join(FABRICS)}, or MICROSECONDS:MEGABYTES_PER_"
+        "SECOND; between all GPUs, or between nodes in which NVLink connects them")
+    add("--nodes", type=int, default=1, help="machines that the GPUs are in, as many in each (default: %(default)s)")
     add("--price", type=float, default=DOLLARS_PER_GPU_HOUR, help="dollars per GPU hour (default: %(default)s)")
     # model and horizon
     add_plan_args(parser)
@@ -124,7 +129,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="print only the number of shards to download of a source (default: climbmix), at most all "
                         "that it has, for the depth that reads most")
     args = parser.parse_args(argv)
-    for name in ("nproc", "vocab_size", "tflops", "gb", "mfu", "max_hours", "max_cost", "device_batch_size"):
+    for name in ("nproc", "nodes", "vocab_size", "tflops", "gb", "mfu", "max_hours", "max_cost", "device_batch_size"):
         value = getattr(args, name)
         if value not in (None, "auto") and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value:g} must be a positive number")
@@ -132,6 +137,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--price {args.price:g} must be dollars per GPU hour, 0 or more")
     if args.preset and (args.recipe or args.max_hours or args.max_cost):
         raise UserError("--preset says what to train: leave out --recipe and the budgets (--max-hours, --max-cost)")
+    if args.nodes > 1 and not args.fabric:
+        raise UserError(f"--nodes {args.nodes} says nothing without --fabric, what connects them; add --fabric ib")
     args.typed = list_typed(parser, argv, vars(args))
     if args.depth and (args.max_hours or args.max_cost):
         raise UserError("--depth and a budget (--max-hours, --max-cost) exclude each other: a budget chooses the depth")
@@ -228,10 +235,14 @@ def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, machi
     mfu, source = (args.mfu / 100, "asked for") if args.mfu else devices.expect_mfu(hardware.name, depth)
     hours = plan.total_flops / (mfu * hardware.peak_flops * hardware.num_gpus) / 3600
     fits = predicted.needed <= get_usable_frac(machine) * memory_bytes
+    network = args.fabric and predict_step(
+        config, machine, Network(find_fabric(args.fabric), hardware.num_gpus, args.nodes), mfu * hardware.peak_flops,
+        micro_rows * T, rows // micro_rows, rule=rule)
+    hours += sum(network.exposed_sec.values()) * plan.num_iterations / 3600 if network else 0.0
     return Estimate(config, plan, fits, micro_rows, rows // micro_rows, predicted,
                     count_hardware_flops(config, plan, hardware.num_gpus, rule.has_muon), mfu, source, hours,
                     hours * hardware.num_gpus * hardware.dollars,
-                    count_shards(plan.total_tokens, "climbmix"))
+                    count_shards(plan.total_tokens, "climbmix"), network)
 
 
 def count_shards(num_tokens: int, source: str) -> int:
@@ -258,8 +269,7 @@ def count_hardware_flops(config: GPTConfig, plan: Plan, num_gpus: int, has_muon:
     for E, *shape in (shape for layer in range(config.n_layer) for shape in memory.list_experts(config, layer)):
         matrices.append((shape, memory.count_own_rows(E, math.prod(shape), num_gpus) * num_gpus))
     for shape, num in matrices if has_muon else ():    # padding included
-        short, long = sorted(shape)
-        muon += num * MUON_STEPS * (4 * short**2 * long + 2 * short**3)
+        muon += num * count_muon_flops(shape)
     return flops + muon * plan.num_iterations
 
 
@@ -288,6 +298,18 @@ def count_active(config: GPTConfig) -> int:
     """Parameters without the experts that a token doesn't use."""
     counts = count_params(config)
     return counts["total"] - counts.get("inactive_experts", 0)
+
+
+def format_ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f} ms"
+
+
+NETWORK_ROWS = (
+    ("a step's computation",              lambda step: format_ms(step.compute_sec)),
+    ("  its messages",                    lambda step: f"{step.num_messages}, {step.num_bytes / 1e6:,.0f} MB"),
+    ("  their time on the network",       lambda step: format_ms(step.link_sec)),
+    ("  of it not hidden by computation", lambda step: format_ms(sum(step.exposed_sec.values()))),
+)
 
 
 def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine, recipes: list[str],
@@ -340,6 +362,8 @@ def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine,
     add("model FLOPs", lambda e: f"{e.plan.total_flops:.3g}")
     add("hardware FLOPs", lambda e: f"{e.hardware_flops:.3g}")
     add("expected MFU", lambda e: f"{100 * e.mfu:.1f}%")
+    for label, show in NETWORK_ROWS if estimates[0].network else ():
+        add(label, lambda e, show=show: show(e.network))
     add("time", lambda e: format_hours(e.hours))
     add(f"cost at ${hardware.dollars:g} per GPU hour", lambda e: format_dollars(e.dollars))
     add_published("published time, on 8 H100 in fp8", lambda run: f"{run.minutes:.1f} min")
@@ -351,6 +375,8 @@ def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine,
     for label, cells in rows:
         print0(f"{label:{label_width}}  " + "  ".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True)))
     print0(f"\nMFU: {estimates[0].mfu_source}.")
+    if estimates[0].network:
+        print0("Network: predicted, not compared with GPUs; what NVLink costs 8 H100 is in the published MFU already.")
     print0("Time is training alone: evaluation, compiling and downloads come on top.")
     for name in recipes:
         print0(f"Published, {name}: {RECIPES[name].source}.")
