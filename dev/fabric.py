@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dev.links import Wire, run_ranks, shaped_namespaces, warn_of_cores
+from dev.links import Wire, run_ranks, shaped_namespaces, stopped_by_sigterm, warn_of_cores
 from dev.timing import make_training, print_rows
 from nanochat import optim
 from nanochat.common import UserError, gather, get_ranks, print0, run_script, write_json
@@ -87,7 +87,8 @@ def main(argv: list[str] | None = None) -> dict:
         from dev.fabric_predict import predict  # which loads matplotlib; ranks needn't
         result = predict(args)
     else:
-        result = {"measure": measure, "inject": inject}[args.command](args)
+        with stopped_by_sigterm():
+            result = {"measure": measure, "inject": inject}[args.command](args)
     if args.json and get_ranks().rank == 0:
         write_json(args.json, result)
     return result

@@ -2,6 +2,9 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dev import fabric as laboratory
-from dev import fabric_predict
+from dev import fabric_predict, links
 from dev.links import Wire, run_tool
 from dev.timing import make_random_batch
 from nanochat.common import UserError
@@ -123,9 +126,11 @@ def test_collectives_of_a_ring():
 
 
 def test_nodes_have_a_card_for_each_gpu_or_one():
-    """Two nodes of eight: eight cards of 50 GB/s side by side, or one of 1.2; NVLink within."""
+    """Two nodes of eight: eight cards of 50 GB/s side by side, or one of 1.2; NVLink within, which is the limit of
+    faster ones."""
     ib, slow = (Network(FABRICS[name], 16, 2).time("all_gather", 16e9) for name in ("ib", "10g"))
     assert ib == pytest.approx(15e9 / (8 * 50e9), rel=0.01) and slow == pytest.approx(15e9 / 1.2e9, rel=0.01)
+    assert Network(Fabric("x", 0.0, 100e9), 16, 2).time("all_gather", 16e9) == pytest.approx(15e9 / 450e9, rel=0.01)
     assert Network(Fabric("x", 1.0, math.inf), 16, 2).time("all_gather", 0) == pytest.approx(1.0, abs=1e-3)
 
 
@@ -260,6 +265,33 @@ def test_shaping_says_what_it_needs():
         run_tool("no-such-tool")
     with pytest.raises(UserError, match=r"--shape needs root and network namespaces: `false` failed .*; leave it out"):
         run_tool("false")
+
+
+def test_a_rank_that_fails_ends_the_others(monkeypatch):
+    """Before they have met it, they'd wait for half an hour."""
+    monkeypatch.setattr(links, "GRACE_SEC", 0.2)
+    words = ("import time; time.sleep(60)", "raise SystemExit(3)")
+    assert links.wait_for_all([subprocess.Popen([sys.executable, "-c", code]) for code in words]) == [-9, 3]
+
+
+def test_sigterm_is_an_exception():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"), links.stopped_by_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone kills a process when its parent ends")
+def test_ranks_end_with_the_process_that_started_them():
+    """However it ended: the pipe that both hold is at its end long before the rank would be."""
+    code = """
+import os, signal, subprocess, sys
+from dev.links import end_with_parent
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], preexec_fn=end_with_parent)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_links_by_name():
