@@ -201,6 +201,8 @@ def test_wrong_gradients():
     assert verdict.status == "WRONG" and verdict.detail.startswith("its gradient of k is off by 1.0e+00")
     verdict = judge(lambda q, k, v, window: right(q, k, v, window).detach(), "attention_train", attention)
     assert verdict.status == "WRONG" and verdict.detail.startswith("its result has no gradient")
+    verdict = judge(lambda q, k, v, window: 1 * q, "attention_train", attention)
+    assert verdict.status == "WRONG" and verdict.detail == "its result has no gradient of k, which isn't used"
     assert judge(lambda q, k, v, window: right(q, k, v, -1), "attention_train",
                  prepare(OPERATIONS["attention_train"], label="window 32")).status == "WRONG"
 
@@ -296,6 +298,34 @@ def test_plugin(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "of a GPU: absent: needs a CUDA device, this is cpu" in out
     assert "WRONG: wrong of d2 linear, q: its result is off by 1.0e-01, allowed are 2e-03" in out
+
+
+CAREFREE = """
+import functools
+
+def variants(registry):
+    registry.add("linear", "exits", lambda x, weight: exit(0))
+    registry.add("linear", "keeps its first", keep)
+    registry.add("linear", "keeps by input", functools.cache(lambda x, weight: x @ weight.T))
+    registry.add("linear", "asks for a gradient", lambda x, weight: x.requires_grad_() @ weight.T)
+
+kept = {}
+
+def keep(x, weight):
+    return kept.setdefault(x.shape + weight.shape, x @ weight.T)
+"""
+
+
+def test_plugins_that_exit_or_keep_results(tmp_path):
+    """Inputs are others after the timing, in the tensors that were timed: who kept a result isn't right then."""
+    results = bench("--op", "linear", plugin=CAREFREE, tmp_path=tmp_path)
+    exits = get_point(results, "exits")
+    assert exits["status"] == "error" and exits["detail"].endswith("mine.py, line 5: SystemExit: 0")
+    for name in ("keeps its first", "keeps by input"):
+        point = get_point(results, name)
+        assert point["status"] == "WRONG" and point["ms"] is None
+        assert point["detail"].endswith("(after calls that were right)")
+    assert get_point(results, "asks for a gradient")["status"] == get_point(results, "torch")["status"] == "ok"
 
 
 def test_memory_that_the_definition_lacks(monkeypatch):
