@@ -82,6 +82,12 @@ def test_variants_agree_with_the_definition(name, dtype):
                 key: output.shape for key, output in expected.items()}
 
 
+def test_sampling_among_fewer_tokens_than_its_top(monkeypatch):
+    monkeypatch.setitem(bench_kernels.TOY, "vocab_size", 10)
+    points = bench("--op", "sampling")["points"]
+    assert {point["label"] for point in points} == {"all", "top 10"} and all(point["ms"] for point in points)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_compiled_variants_agree_with_the_definition(name):
@@ -164,6 +170,14 @@ def test_roof_is_the_lower_of_both():
     speed = bench_kernels.describe_speed([3.0, 2.0, 4.0, 2.0, 2.0], 10, 5, {"measured": roof})
     assert speed["ms"] == speed["min_ms"] == 2 and speed["flops_per_sec"] == 5000 and speed["bytes_per_sec"] == 2500
     assert speed["roof_frac"] == {"measured": 5000 / 20} and speed["p80_ms"] > speed["p20_ms"]
+
+
+def test_measured_roof_is_of_the_best_calls(monkeypatch):
+    """Two FLOPs for each multiplication; a copy reads and writes."""
+    monkeypatch.setattr(bench_kernels, "sample", lambda calls, device: {name: [4.0, 2.0, 3.0] for name in calls})
+    roof = bench_kernels.measure_roof(SETTING)
+    assert roof.flops_per_sec == pytest.approx(64 * 64 * 128 / 2e-3)
+    assert roof.bytes_per_sec == pytest.approx(2**17 / 2e-3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -144,6 +144,14 @@ def test_messages_share_their_link_and_hide_behind_computation():
     assert (step.compute_sec, step.link_sec, step.step_sec) == (1.0, 2.0, 2.0)
     assert step.exposed_sec == {"forward": 0, "backward": 0, "update": 1.0}
     assert simulate(events, {"backward": 4.0, "update": 4.0}, network).step_sec == 4.0
+    # what a wait takes where the network is free is its least
+    step = simulate(events, 1.0, network, {0: 0.25, 1: 3.0})
+    assert step.exposed_sec["update"] == 3.25 and step.compute_sec == 1.0
+    # a message between hosts goes beside them, and isn't hidden where it is waited for at once
+    between_hosts = [*events[:1], Event("all_reduce", "backward", 0.5, 2, True), Event("wait", "backward", key=2),
+                     *events[1:]]
+    step = simulate(between_hosts, 1.0, network)
+    assert step.exposed_sec == {"forward": 0, "backward": 0.5, "update": 0.5} and step.step_sec == 2.0
 
 
 @pytest.mark.parametrize("depth", [12, 24])
@@ -246,6 +254,8 @@ def test_plan_over_a_fabric(capsys):
     (laboratory.main, ["predict", "--total-batch-size", "1000"], "--total-batch-size 1000 must be a multiple of 16384"),
     (laboratory.main, ["measure", "--ranks", "1"], "one rank alone sends nothing"),
     (laboratory.main, ["measure", "--ranks", "0"], "--ranks 0 must be at least 1"),
+    (laboratory.main, ["measure", "--json", "no-folder/x.json"], "--json no-folder/x.json must be a file in a folder"),
+    (laboratory.main, ["inject", "--json", "."], "--json . must be a file in a folder that is there"),
     (laboratory.main, ["inject", "--rows", "3", "--ranks", "2"], "--rows 3 must be a multiple of the 2 ranks"),
     (laboratory.main, ["inject", "--shape", "--links", "5:100"], "--shape shapes the rate alone, .* --links 0:200")])
 def test_refused_in_one_sentence(main, argv, message):
