@@ -78,6 +78,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         for value in values if isinstance(values, (list, tuple)) else [values]:
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if getattr(args, "max_kib", 4) < 4:
+        raise UserError(f"--max-kib {args.max_kib} must be at least 4: a fit needs two sizes, 1 KiB and 4")
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
         raise UserError(f"--json {args.json} must be a file in a folder that is there")
     return args
@@ -103,6 +105,8 @@ def main(argv: list[str] | None = None) -> dict:
 def measure(args: argparse.Namespace) -> dict:
     """Collectives on the ranks that this process is one of, or on new ones."""
     if args.here:
+        if get_ranks().world_size < 2:
+            raise UserError("--here: one rank alone sends nothing; start several with torchrun, or leave it out")
         device, _ = init_compute(args.device_type)
         rows = measure_here(device, args.max_kib * 1024, args.rounds)
     else:
@@ -187,11 +191,13 @@ def fit_link(kind: str, n: int, sizes: np.ndarray, seconds: np.ndarray) -> tuple
 def inject(args: argparse.Namespace) -> dict:
     """The toy's step over each link, measured and predicted from the step over a free one."""
     fabrics = [find_fabric(text) for text in args.links]
-    if args.shape and any(fabric.alpha for fabric in fabrics):
+    if args.shape and any(fabric.alpha or fabric.beta == float("inf") for fabric in fabrics):
         raise UserError("--shape shapes the rate alone, by tc's tbf, since a latency would need netem, which this code "
-                        "doesn't use; give links without one, such as --links 0:200 0:50")
+                        "doesn't use; give links of a rate alone, such as --links 0:200 0:50")
     if args.here:
         return inject_here(args, fabrics)
+    if not fabrics:
+        raise UserError("--links needs a link at least, such as 500:400")
     if args.shape:
         with shaped_namespaces(2, 1e6):    # whether it can be had
             pass
