@@ -183,8 +183,9 @@ def make_scales(args: argparse.Namespace, device: torch.device) -> dict[str, Sca
     on_cpu = device.type == "cpu"
     sizes = dict(TOY_SIZES if args.toy else CPU_SIZES if on_cpu else GPU_SIZES)
     sizes |= {name: getattr(args, name) for name in ("rows", "max_seq_len") if getattr(args, name) is not None}
-    if least := [name for name, size in sizes.items() if size < 1]:
-        raise UserError(f"--{least[0].replace('_', '-')} {sizes[least[0]]} must be at least 1")
+    for name, size in (sizes | {"vocab_size": args.vocab_size}).items():
+        if size < 1:
+            raise UserError(f"--{name.replace('_', '-')} {size} must be at least 1")
     shape = TOY if args.toy else {"vocab_size": args.vocab_size}
     depths = args.depth or ((2,) if args.toy else CPU_DEPTHS if on_cpu else GPU_DEPTHS)
     return {f"d{depth}": Scale(make_config(depth, sequence_len=sizes["max_seq_len"], **shape), sizes["rows"],

@@ -28,7 +28,7 @@ from dev.timing import make_training, print_rows
 from nanochat import optim
 from nanochat.common import UserError, gather, get_ranks, print0, run_script, write_json
 from nanochat.config import GPTConfig
-from nanochat.devices import init_compute, synchronize
+from nanochat.devices import COMPUTE_DTYPES, init_compute, synchronize
 from nanochat.fabric import FABRICS, Event, Fabric, Network, count_hops, find_fabric, list_step, simulate
 from nanochat.memory import Machine
 from nanochat.scaling import make_config
@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     inject.add_argument("--max-seq-len", type=int, default=64)
     inject.add_argument("--vocab-size", type=int, default=4096)
     inject.add_argument("--rows", type=int, default=4, help="of a step, all ranks together")
-    inject.add_argument("--dtype", default="float32")
+    inject.add_argument("--dtype", choices=COMPUTE_DTYPES, default="float32")
     predict = add_command("predict", "steps of GPUs over fabrics, predicted, and what would help")
     predict.add_argument("--depth", type=int, nargs="+", default=[12, 24])
     predict.add_argument("--nproc", type=int, default=8, help="GPUs")
@@ -73,7 +73,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     predict.add_argument("--out", type=Path, help="folder for the picture (default: figures, in the base folder)")
     args = parser.parse_args(argv)
     args.here = getattr(args, "here", False) or get_ranks().world_size > 1
-    for name in ("ranks", "rounds", "max_kib", "depth", "rows", "nproc", "nodes", "total_batch_size", "trace"):
+    for name in ("ranks", "rounds", "max_kib", "depth", "max_seq_len", "vocab_size", "rows", "nproc", "nodes",
+                 "total_batch_size", "trace"):
         values = getattr(args, name, None)
         for value in values if isinstance(values, (list, tuple)) else [values]:
             if value is not None and value < 1:
@@ -111,9 +112,9 @@ def measure(args: argparse.Namespace) -> dict:
         rows = measure_here(device, args.max_kib * 1024, args.rounds)
     else:
         rows = []
+        if min(args.ranks) < 2:
+            raise UserError(f"--ranks {min(args.ranks)}: one rank alone sends nothing; measure at least 2")
         for num_ranks in args.ranks:
-            if num_ranks < 2:
-                raise UserError(f"--ranks {num_ranks}: one rank alone sends nothing; measure at least 2")
             warn_of_cores(num_ranks)
             rows += run_ranks(["dev.fabric", "measure", "--max-kib", str(args.max_kib), "--rounds", str(args.rounds),
                                "--device-type", args.device_type], num_ranks)["rows"]
@@ -198,13 +199,13 @@ def inject(args: argparse.Namespace) -> dict:
         return inject_here(args, fabrics)
     if not fabrics:
         raise UserError("--links needs a link at least, such as 500:400")
+    if uneven := [num_ranks for num_ranks in args.ranks if args.rows % num_ranks]:
+        raise UserError(f"--rows {args.rows} must be a multiple of the {uneven[0]} ranks")
     if args.shape:
         with shaped_namespaces(2, 1e6):    # whether it can be had
             pass
     rows, shaped = [], []
     for num_ranks in args.ranks:
-        if args.rows % num_ranks:
-            raise UserError(f"--rows {args.rows} must be a multiple of the {num_ranks} ranks")
         warn_of_cores(num_ranks)
         argv = ["dev.fabric", "inject", *(word for name in ("depth", "max_seq_len", "vocab_size", "rows", "rounds",
                                                            "dtype", "device_type")

@@ -259,7 +259,9 @@ def test_plan_over_a_fabric(capsys):
     (laboratory.main, ["measure", "--here"], "--here: one rank alone sends nothing"),
     (laboratory.main, ["inject", "--links"], "--links needs a link at least"),
     (laboratory.main, ["inject", "--json", "."], "--json . must be a file in a folder that is there"),
-    (laboratory.main, ["inject", "--rows", "3", "--ranks", "2"], "--rows 3 must be a multiple of the 2 ranks"),
+    (laboratory.main, ["measure", "--ranks", "2", "1"], "one rank alone sends nothing"),
+    (laboratory.main, ["inject", "--max-seq-len", "0"], "--max-seq-len 0 must be at least 1"),
+    (laboratory.main, ["inject", "--rows", "3", "--ranks", "1", "2"], "--rows 3 must be a multiple of the 2 ranks"),
     (laboratory.main, ["inject", "--shape", "--links", "free"], "--shape shapes the rate alone"),
     (laboratory.main, ["inject", "--shape", "--links", "5:100"], "--shape shapes the rate alone, .* --links 0:200")])
 def test_refused_in_one_sentence(main, argv, message):
