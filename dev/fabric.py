@@ -28,6 +28,7 @@ from dev.timing import make_training, print_rows
 from nanochat import optim
 from nanochat.common import UserError, gather, get_ranks, print0, run_script, write_json
 from nanochat.config import GPTConfig
+from nanochat.cross_entropy import LossScaler
 from nanochat.devices import COMPUTE_DTYPES, init_compute, synchronize
 from nanochat.fabric import FABRICS, Event, Fabric, Network, count_hops, find_fabric, list_step, simulate
 from nanochat.memory import Machine
@@ -231,6 +232,7 @@ def inject_here(args: argparse.Namespace, fabrics: list[Fabric]) -> dict:
     settings = argparse.Namespace(compile="off", rows=args.rows // ranks.world_size)
     model, optimizer, batch = make_training(config, settings, device, getattr(torch, args.dtype))
     n, wire = ranks.world_size, Wire(device)
+    scaler = LossScaler() if args.dtype == "float16" else None
     events = list_toy_step(args, n, device.type)
     seconds, phases = {None: [], **{fabric: [] for fabric in fabrics}}, []
     with wire.tapped():
@@ -239,7 +241,7 @@ def inject_here(args: argparse.Namespace, fabrics: list[Fabric]) -> dict:
                 wire.clear()
                 wire.network = Network(fabric, n, 1) if fabric else None
                 begin = wire.meet()
-                train_step(model, optimizer, batch, settings.rows)
+                train_step(model, optimizer, batch, settings.rows, scaler)
                 synchronize(device)
                 end = time.perf_counter()
                 if i >= 2:
