@@ -23,12 +23,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dev.links import Wire, run_ranks, shaped_namespaces, warn_of_cores
+from dev.links import Wire, run_ranks, shaped_namespaces, stopped_by_sigterm, warn_of_cores
 from dev.timing import make_training, print_rows
 from nanochat import optim
 from nanochat.common import UserError, gather, get_ranks, print0, run_script, write_json
 from nanochat.config import GPTConfig
-from nanochat.devices import init_compute, synchronize
+from nanochat.cross_entropy import LossScaler
+from nanochat.devices import COMPUTE_DTYPES, init_compute, synchronize
 from nanochat.fabric import FABRICS, Event, Fabric, Network, count_hops, find_fabric, list_step, simulate
 from nanochat.memory import Machine
 from nanochat.scaling import make_config
@@ -61,7 +62,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     inject.add_argument("--max-seq-len", type=int, default=64)
     inject.add_argument("--vocab-size", type=int, default=4096)
     inject.add_argument("--rows", type=int, default=4, help="of a step, all ranks together")
-    inject.add_argument("--dtype", default="float32")
+    inject.add_argument("--dtype", choices=COMPUTE_DTYPES, default="float32")
     predict = add_command("predict", "steps of GPUs over fabrics, predicted, and what would help")
     predict.add_argument("--depth", type=int, nargs="+", default=[12, 24])
     predict.add_argument("--nproc", type=int, default=8, help="GPUs")
@@ -73,11 +74,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     predict.add_argument("--out", type=Path, help="folder for the picture (default: figures, in the base folder)")
     args = parser.parse_args(argv)
     args.here = getattr(args, "here", False) or get_ranks().world_size > 1
-    for name in ("ranks", "rounds", "max_kib", "depth", "rows", "nproc", "nodes", "total_batch_size", "trace"):
+    for name in ("ranks", "rounds", "max_kib", "depth", "max_seq_len", "vocab_size", "rows", "nproc", "nodes",
+                 "total_batch_size", "trace"):
         values = getattr(args, name, None)
         for value in values if isinstance(values, (list, tuple)) else [values]:
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if getattr(args, "max_kib", 4) < 4:
+        raise UserError(f"--max-kib {args.max_kib} must be at least 4: a fit needs two sizes, 1 KiB and 4")
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        raise UserError(f"--json {args.json} must be a file in a folder that is there")
     return args
 
 
@@ -87,7 +93,8 @@ def main(argv: list[str] | None = None) -> dict:
         from dev.fabric_predict import predict  # which loads matplotlib; ranks needn't
         result = predict(args)
     else:
-        result = {"measure": measure, "inject": inject}[args.command](args)
+        with stopped_by_sigterm():
+            result = {"measure": measure, "inject": inject}[args.command](args)
     if args.json and get_ranks().rank == 0:
         write_json(args.json, result)
     return result
@@ -100,13 +107,15 @@ def main(argv: list[str] | None = None) -> dict:
 def measure(args: argparse.Namespace) -> dict:
     """Collectives on the ranks that this process is one of, or on new ones."""
     if args.here:
+        if get_ranks().world_size < 2:
+            raise UserError("--here: one rank alone sends nothing; start several with torchrun, or leave it out")
         device, _ = init_compute(args.device_type)
         rows = measure_here(device, args.max_kib * 1024, args.rounds)
     else:
         rows = []
+        if min(args.ranks) < 2:
+            raise UserError(f"--ranks {min(args.ranks)}: one rank alone sends nothing; measure at least 2")
         for num_ranks in args.ranks:
-            if num_ranks < 2:
-                raise UserError(f"--ranks {num_ranks}: one rank alone sends nothing; measure at least 2")
             warn_of_cores(num_ranks)
             rows += run_ranks(["dev.fabric", "measure", "--max-kib", str(args.max_kib), "--rounds", str(args.rounds),
                                "--device-type", args.device_type], num_ranks)["rows"]
@@ -184,18 +193,20 @@ def fit_link(kind: str, n: int, sizes: np.ndarray, seconds: np.ndarray) -> tuple
 def inject(args: argparse.Namespace) -> dict:
     """The toy's step over each link, measured and predicted from the step over a free one."""
     fabrics = [find_fabric(text) for text in args.links]
-    if args.shape and any(fabric.alpha for fabric in fabrics):
+    if args.shape and any(fabric.alpha or fabric.beta == float("inf") for fabric in fabrics):
         raise UserError("--shape shapes the rate alone, by tc's tbf, since a latency would need netem, which this code "
-                        "doesn't use; give links without one, such as --links 0:200 0:50")
+                        "doesn't use; give links of a rate alone, such as --links 0:200 0:50")
     if args.here:
         return inject_here(args, fabrics)
+    if not fabrics:
+        raise UserError("--links needs a link at least, such as 500:400")
+    if uneven := [num_ranks for num_ranks in args.ranks if args.rows % num_ranks]:
+        raise UserError(f"--rows {args.rows} must be a multiple of the {uneven[0]} ranks")
     if args.shape:
         with shaped_namespaces(2, 1e6):    # whether it can be had
             pass
     rows, shaped = [], []
     for num_ranks in args.ranks:
-        if args.rows % num_ranks:
-            raise UserError(f"--rows {args.rows} must be a multiple of the {num_ranks} ranks")
         warn_of_cores(num_ranks)
         argv = ["dev.fabric", "inject", *(word for name in ("depth", "max_seq_len", "vocab_size", "rows", "rounds",
                                                            "dtype", "device_type")
@@ -221,6 +232,7 @@ def inject_here(args: argparse.Namespace, fabrics: list[Fabric]) -> dict:
     settings = argparse.Namespace(compile="off", rows=args.rows // ranks.world_size)
     model, optimizer, batch = make_training(config, settings, device, getattr(torch, args.dtype))
     n, wire = ranks.world_size, Wire(device)
+    scaler = LossScaler() if args.dtype == "float16" else None
     events = list_toy_step(args, n, device.type)
     seconds, phases = {None: [], **{fabric: [] for fabric in fabrics}}, []
     with wire.tapped():
@@ -229,7 +241,7 @@ def inject_here(args: argparse.Namespace, fabrics: list[Fabric]) -> dict:
                 wire.clear()
                 wire.network = Network(fabric, n, 1) if fabric else None
                 begin = wire.meet()
-                train_step(model, optimizer, batch, settings.rows)
+                train_step(model, optimizer, batch, settings.rows, scaler)
                 synchronize(device)
                 end = time.perf_counter()
                 if i >= 2:

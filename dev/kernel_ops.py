@@ -95,13 +95,25 @@ def run(operation: Operation, call: Callable, inputs: Inputs, check: Callable | 
     if operation.has_result:
         outputs["result"] = result.detach()
     if operation.gradients:
-        grads = torch.autograd.grad(result, [args[name] for name in operation.gradients], inputs["grad"])
+        grads = torch.autograd.grad(result, [args[name] for name in operation.gradients], inputs["grad"],
+                                    allow_unused=True)
+        if unused := [name for name, grad in zip(operation.gradients, grads, strict=True) if grad is None]:
+            raise WrongResult(f"its result has no gradient of {unused[0]}, which isn't used")
         outputs |= {f"d{name}": grad for name, grad in zip(operation.gradients, grads, strict=True)}
     return outputs | {name: args[name] for name in operation.changes}
 
 
 def clone(inputs: Inputs) -> Inputs:
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+@torch.no_grad()
+def fill(own: Inputs, inputs: Inputs) -> Inputs:
+    """The same tensors with other numbers."""
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            own[name].copy_(value)
+    return own
 
 
 def widen(value: object) -> object:
@@ -135,10 +147,8 @@ def count_bytes(operation: Operation, shape: Shape, inputs: Inputs, outputs: dic
 
 
 def judge_variant(operation: Operation, variant: Variant, inputs: Inputs, expected: dict[str, Tensor],
-                  tolerance: float) -> Verdict:
-    """Run a variant on a copy of the inputs, and compare."""
-    own = clone(inputs)
-
+                  tolerance: float, own: Inputs | None = None) -> Verdict:
+    """Run a variant on a copy of the inputs, and compare. own: tensors to copy the inputs into"""
     def check(result: object) -> None:
         if operation.has_result:
             check_form(result, expected["result"], get_output_dtype(operation, "result", inputs))
@@ -146,6 +156,7 @@ def judge_variant(operation: Operation, variant: Variant, inputs: Inputs, expect
                 raise WrongResult("its result has no gradient: it must be made of differentiable operations, or be a "
                                   "torch.autograd.Function's")
     try:
+        own = fill(own, inputs) if own else clone(inputs)
         outputs = run(operation, variant.call, own, check)
         for name, value in inputs.items():
             if isinstance(value, Tensor) and name not in operation.changes and not torch.equal(own[name], value):
@@ -153,7 +164,7 @@ def judge_variant(operation: Operation, variant: Variant, inputs: Inputs, expect
         errors = {name: find_error(output, expected[name], inputs.get(name)) for name, output in outputs.items()}
     except WrongResult as wrong:
         return Verdict("WRONG", str(wrong), {})
-    except Exception as error:    # of any kind: what goes wrong in a kernel is the result
+    except (Exception, SystemExit) as error:    # of any kind: what goes wrong in a kernel is the result
         return Verdict("no memory" if is_out_of_memory(error) else "error", describe_error(error, variant), {})
     worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
     if errors[worst] != errors[worst]:
@@ -196,7 +207,7 @@ def find_obstacle(operation: Operation, variant: Variant, setting: Setting, shap
         return f"{operation.name} isn't for {str(setting.dtype)[6:]}"
     try:
         return str(variant.find_obstacle(setting, shape) or "")
-    except Exception as error:    # of any kind, for it may be somebody's code
+    except (Exception, SystemExit) as error:    # of any kind, for it may be somebody's code
         return f"whether it is there can't be found out: {describe_error(error, variant)}"
 
 

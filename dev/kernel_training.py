@@ -222,7 +222,8 @@ def has_grouped(setting: Setting, shape: Shape) -> str:
 
 def list_sampling_shapes(scale: Scale) -> dict[str, Shape]:
     shape = {"B": scale.decode_rows, "V": scale.config.vocab_size}
-    return {"all": shape | {"top_k": 0}, f"top {TOP_K}": shape | {"top_k": TOP_K}}
+    top_k = min(TOP_K, shape["V"])
+    return {"all": shape | {"top_k": 0}, f"top {top_k}": shape | {"top_k": top_k}}
 
 
 def make_sampling_inputs(shape: Shape, setting: Setting) -> Inputs:

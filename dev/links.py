@@ -6,7 +6,10 @@ overlap would each have the whole link. The messages themselves go as fast as th
 """
 
 import contextlib
+import ctypes
 import json
+import math
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +29,8 @@ from nanochat.fabric import Event, Network
 
 CPU = torch.device("cpu")
 SPIN_SEC = 2e-4    # the end of a wait is spun, since a sleep ends some 50 microseconds late
+GRACE_SEC = 10     # for the other ranks to say what they think of one that failed
+PR_SET_PDEATHSIG = 1    # of Linux's prctl.h
 
 
 class Moment(NamedTuple):
@@ -119,15 +124,42 @@ def run_ranks(argv: Sequence[str], num_ranks: int, before: Sequence[Sequence[str
                         "MASTER_ADDR": address, "MASTER_PORT": port, **env}
             words = ["env", *(f"{name}={value}" for name, value in settings.items()), sys.executable, "-m", *argv]
             ranks.append(subprocess.Popen([*(before[rank] if before else ()), *words, "--here", "--json", str(path)],
-                                          stdout=subprocess.DEVNULL))
-        try:
-            codes = [process.wait() for process in ranks]
-        finally:
-            for process in ranks:
-                process.kill()
+                                          stdout=subprocess.DEVNULL, preexec_fn=end_with_parent))
+        codes = wait_for_all(ranks)
         if any(codes):
             raise UserError(f"{sum(map(bool, codes))} of {num_ranks} ranks failed; what they said stands above")
         return json.loads(path.read_text(encoding="utf-8"))
+
+
+def end_with_parent() -> None:
+    """Have Linux kill this process when the one that started it is gone, however it ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def wait_for_all(ranks: Sequence[subprocess.Popen]) -> list[int]:
+    """Exit codes. Where a rank fails, the others are killed after GRACE_SEC: those that haven't met it yet would wait
+    for it for half an hour."""
+    deadline = math.inf
+    try:
+        while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+            if any(process.poll() for process in ranks):
+                deadline = min(deadline, time.monotonic() + GRACE_SEC)
+            time.sleep(0.1)
+    finally:
+        for process in ranks:
+            process.kill()
+    return [process.wait() for process in ranks]
+
+
+@contextlib.contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM, which `timeout` sends, raises SystemExit meanwhile, so that ranks are ended and namespaces deleted."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def warn_of_cores(num_ranks: int) -> None:

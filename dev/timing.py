@@ -101,22 +101,23 @@ def time_in_turn(variants: dict[str, Callable[[], object]], device: torch.device
 
 def sample_in_turn(variants: dict[str, Callable[[], object]], device: torch.device, *, rounds: int = 15,
                    warmup: int = 2) -> dict[str, list[float]]:
-    """Milliseconds of each variant in each round, in which all take one turn.
+    """Milliseconds of each variant in each round, in which all take one turn; each is the first in turn, whose caches
+    are cold.
 
     Rounds in which other processes used the cores are thrown away, at most half of them; beyond that, a warning.
     """
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    num_thrown = 0
+    num_thrown, order = 0, list(variants)
     for round_idx in range(warmup + rounds):
         before, start = read_cpu_seconds(), time.perf_counter()
         turn = {}
-        for name, run in variants.items():
+        for name in order:
             synchronize(device)
             turn_start = time.perf_counter()
-            run()
+            variants[name]()
             synchronize(device)
             turn[name] = (time.perf_counter() - turn_start) * 1e3
-        after, seconds = read_cpu_seconds(), time.perf_counter() - start
+        after, seconds, order = read_cpu_seconds(), time.perf_counter() - start, order[1:] + order[:1]
         if round_idx < warmup:
             continue
         if before and after:

@@ -82,6 +82,12 @@ def test_variants_agree_with_the_definition(name, dtype):
                 key: output.shape for key, output in expected.items()}
 
 
+def test_sampling_among_fewer_tokens_than_its_top(monkeypatch):
+    monkeypatch.setitem(bench_kernels.TOY, "vocab_size", 10)
+    points = bench("--op", "sampling")["points"]
+    assert {point["label"] for point in points} == {"all", "top 10"} and all(point["ms"] for point in points)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_compiled_variants_agree_with_the_definition(name):
@@ -166,6 +172,14 @@ def test_roof_is_the_lower_of_both():
     assert speed["roof_frac"] == {"measured": 5000 / 20} and speed["p80_ms"] > speed["p20_ms"]
 
 
+def test_measured_roof_is_of_the_best_calls(monkeypatch):
+    """Two FLOPs for each multiplication; a copy reads and writes."""
+    monkeypatch.setattr(bench_kernels, "sample", lambda calls, device: {name: [4.0, 2.0, 3.0] for name in calls})
+    roof = bench_kernels.measure_roof(SETTING)
+    assert roof.flops_per_sec == pytest.approx(64 * 64 * 128 / 2e-3)
+    assert roof.bytes_per_sec == pytest.approx(2**17 / 2e-3)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is wrong
 
@@ -201,6 +215,8 @@ def test_wrong_gradients():
     assert verdict.status == "WRONG" and verdict.detail.startswith("its gradient of k is off by 1.0e+00")
     verdict = judge(lambda q, k, v, window: right(q, k, v, window).detach(), "attention_train", attention)
     assert verdict.status == "WRONG" and verdict.detail.startswith("its result has no gradient")
+    verdict = judge(lambda q, k, v, window: 1 * q, "attention_train", attention)
+    assert verdict.status == "WRONG" and verdict.detail == "its result has no gradient of k, which isn't used"
     assert judge(lambda q, k, v, window: right(q, k, v, -1), "attention_train",
                  prepare(OPERATIONS["attention_train"], label="window 32")).status == "WRONG"
 
@@ -298,6 +314,34 @@ def test_plugin(tmp_path, capsys):
     assert "WRONG: wrong of d2 linear, q: its result is off by 1.0e-01, allowed are 2e-03" in out
 
 
+CAREFREE = """
+import functools
+
+def variants(registry):
+    registry.add("linear", "exits", lambda x, weight: exit(0))
+    registry.add("linear", "keeps its first", keep)
+    registry.add("linear", "keeps by input", functools.cache(lambda x, weight: x @ weight.T))
+    registry.add("linear", "asks for a gradient", lambda x, weight: x.requires_grad_() @ weight.T)
+
+kept = {}
+
+def keep(x, weight):
+    return kept.setdefault(x.shape + weight.shape, x @ weight.T)
+"""
+
+
+def test_plugins_that_exit_or_keep_results(tmp_path):
+    """Inputs are others after the timing, in the tensors that were timed: who kept a result isn't right then."""
+    results = bench("--op", "linear", plugin=CAREFREE, tmp_path=tmp_path)
+    exits = get_point(results, "exits")
+    assert exits["status"] == "error" and exits["detail"].endswith("mine.py, line 5: SystemExit: 0")
+    for name in ("keeps its first", "keeps by input"):
+        point = get_point(results, name)
+        assert point["status"] == "WRONG" and point["ms"] is None
+        assert point["detail"].endswith("(after calls that were right)")
+    assert get_point(results, "asks for a gradient")["status"] == get_point(results, "torch")["status"] == "ok"
+
+
 def test_memory_that_the_definition_lacks(monkeypatch):
     def fail(operation, inputs):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -351,6 +395,7 @@ def test_bad_plugins_are_one_sentence(tmp_path, plugin, complaint):
     (["--only", "lin"], "--only lin is not one of the variants plain; fa3; "),
     (["--plugin", "nowhere.py"], "--plugin nowhere.py: there is no such file"),
     (["--rows", "0"], "--rows 0 must be at least 1"),
+    (["--vocab-size", "0"], "--vocab-size 0 must be at least 1"),
     (["--depth", "0"], "no model has --depth 0"),
 ])
 def test_mistakes_are_one_sentence(words, complaint):

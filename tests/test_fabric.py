@@ -2,6 +2,9 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -10,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dev import fabric as laboratory
-from dev import fabric_predict
+from dev import fabric_predict, links
 from dev.links import Wire, run_tool
 from dev.timing import make_random_batch
 from nanochat.common import UserError
@@ -123,9 +126,11 @@ def test_collectives_of_a_ring():
 
 
 def test_nodes_have_a_card_for_each_gpu_or_one():
-    """Two nodes of eight: eight cards of 50 GB/s side by side, or one of 1.2; NVLink within."""
+    """Two nodes of eight: eight cards of 50 GB/s side by side, or one of 1.2; NVLink within, which is the limit of
+    faster ones."""
     ib, slow = (Network(FABRICS[name], 16, 2).time("all_gather", 16e9) for name in ("ib", "10g"))
     assert ib == pytest.approx(15e9 / (8 * 50e9), rel=0.01) and slow == pytest.approx(15e9 / 1.2e9, rel=0.01)
+    assert Network(Fabric("x", 0.0, 100e9), 16, 2).time("all_gather", 16e9) == pytest.approx(15e9 / 450e9, rel=0.01)
     assert Network(Fabric("x", 1.0, math.inf), 16, 2).time("all_gather", 0) == pytest.approx(1.0, abs=1e-3)
 
 
@@ -139,6 +144,14 @@ def test_messages_share_their_link_and_hide_behind_computation():
     assert (step.compute_sec, step.link_sec, step.step_sec) == (1.0, 2.0, 2.0)
     assert step.exposed_sec == {"forward": 0, "backward": 0, "update": 1.0}
     assert simulate(events, {"backward": 4.0, "update": 4.0}, network).step_sec == 4.0
+    # what a wait takes where the network is free is its least
+    step = simulate(events, 1.0, network, {0: 0.25, 1: 3.0})
+    assert step.exposed_sec["update"] == 3.25 and step.compute_sec == 1.0
+    # a message between hosts goes beside them, and isn't hidden where it is waited for at once
+    between_hosts = [*events[:1], Event("all_reduce", "backward", 0.5, 2, True), Event("wait", "backward", key=2),
+                     *events[1:]]
+    step = simulate(between_hosts, 1.0, network)
+    assert step.exposed_sec == {"forward": 0, "backward": 0.5, "update": 0.5} and step.step_sec == 2.0
 
 
 @pytest.mark.parametrize("depth", [12, 24])
@@ -241,7 +254,15 @@ def test_plan_over_a_fabric(capsys):
     (laboratory.main, ["predict", "--total-batch-size", "1000"], "--total-batch-size 1000 must be a multiple of 16384"),
     (laboratory.main, ["measure", "--ranks", "1"], "one rank alone sends nothing"),
     (laboratory.main, ["measure", "--ranks", "0"], "--ranks 0 must be at least 1"),
-    (laboratory.main, ["inject", "--rows", "3", "--ranks", "2"], "--rows 3 must be a multiple of the 2 ranks"),
+    (laboratory.main, ["measure", "--json", "no-folder/x.json"], "--json no-folder/x.json must be a file in a folder"),
+    (laboratory.main, ["measure", "--max-kib", "1"], "--max-kib 1 must be at least 4: a fit needs two sizes"),
+    (laboratory.main, ["measure", "--here"], "--here: one rank alone sends nothing"),
+    (laboratory.main, ["inject", "--links"], "--links needs a link at least"),
+    (laboratory.main, ["inject", "--json", "."], "--json . must be a file in a folder that is there"),
+    (laboratory.main, ["measure", "--ranks", "2", "1"], "one rank alone sends nothing"),
+    (laboratory.main, ["inject", "--max-seq-len", "0"], "--max-seq-len 0 must be at least 1"),
+    (laboratory.main, ["inject", "--rows", "3", "--ranks", "1", "2"], "--rows 3 must be a multiple of the 2 ranks"),
+    (laboratory.main, ["inject", "--shape", "--links", "free"], "--shape shapes the rate alone"),
     (laboratory.main, ["inject", "--shape", "--links", "5:100"], "--shape shapes the rate alone, .* --links 0:200")])
 def test_refused_in_one_sentence(main, argv, message):
     with pytest.raises(UserError, match=message):
@@ -260,6 +281,33 @@ def test_shaping_says_what_it_needs():
         run_tool("no-such-tool")
     with pytest.raises(UserError, match=r"--shape needs root and network namespaces: `false` failed .*; leave it out"):
         run_tool("false")
+
+
+def test_a_rank_that_fails_ends_the_others(monkeypatch):
+    """Before they have met it, they'd wait for half an hour."""
+    monkeypatch.setattr(links, "GRACE_SEC", 0.2)
+    words = ("import time; time.sleep(60)", "raise SystemExit(3)")
+    assert links.wait_for_all([subprocess.Popen([sys.executable, "-c", code]) for code in words]) == [-9, 3]
+
+
+def test_sigterm_is_an_exception():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"), links.stopped_by_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone kills a process when its parent ends")
+def test_ranks_end_with_the_process_that_started_them():
+    """However it ended: the pipe that both hold is at its end long before the rank would be."""
+    code = """
+import os, signal, subprocess, sys
+from dev.links import end_with_parent
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], preexec_fn=end_with_parent)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_links_by_name():
