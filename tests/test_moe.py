@@ -282,7 +282,7 @@ def test_initial_weights_of_experts_are_the_dense_ones():
 
 @pytest.mark.parametrize("batch_lr_scale", [1.0, 0.25])
 def test_routers_learn_by_their_own_rate(batch_lr_scale):
-    """AdamW without decay, by the record's rate at 768 channels; with the head's scaling to width and batch, and betas."""
+    """AdamW without decay, by the record's rate at 768 channels; scaled to width and batch as the head's, its betas."""
     model = make_model(replace(CONFIG, n_embd=192, num_experts=4, moe_every=2))
     optimizer = model.setup_optimizer(batch_lr_scale=batch_lr_scale)
     groups = {group["name"]: group for group in optimizer.param_groups if group["kind"] == "adamw"}
