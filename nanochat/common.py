@@ -153,7 +153,7 @@ def explain_ending(error: BaseException) -> tuple[int, str] | None:
                       f"the last checkpoint ({get_first_line(error)})"
         if is_out_of_memory(error):
             return 2, f"error: out of memory ({get_first_line(error)}); set a smaller --device-batch-size, where the " \
-                      "script has it"
+                      "script has it, or take a smaller model"
     if isinstance(error, OSError):
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
             return 2, f"error: no permission for {error.filename} ({error.strerror}); change it, or set " \

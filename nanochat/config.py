@@ -84,7 +84,6 @@ class GPTConfig:
     def _check_experts(self) -> None:
         E, k, every = self.num_experts, self.top_k, self.moe_every
         for is_wrong, what in (
-                (E < 0, f"num_experts={E} must be a number of experts, or 0 for a dense model"),
                 (not E and k != 1, f"top_k={k} goes with num_experts, which is 0: a dense model"),
                 (not E and every != 1, f"moe_every={every} goes with num_experts, which is 0: a dense model"),
                 (E and not 1 <= k <= E, f"top_k={k} must be from 1 to the {E} experts of num_experts"),

@@ -33,7 +33,7 @@ from nanochat.config import GPTConfig
 from nanochat.memory import HISTOGRAM_BINS
 
 NUM_BINS = HISTOGRAM_BINS    # of the histogram of r
-FEW_ROWS = 64       # that read their experts' weights one by one where grouped products are missing
+FEW_ROWS = 64       # without grouped products, so many rows at most gather a matrix each; more are padded batches
 NATS = 1_000_000    # entropy is summed in whole millionths, since whole numbers add up alike in any order
 
 
@@ -175,7 +175,7 @@ def padded_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 def find_rows(ends: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of each expert, padded to the most that one has: (E, most), and which of them are its own."""
     counts = ends.diff(prepend=ends.new_zeros(1))    # (E,)
-    places = torch.arange(int(counts.max()), device=ends.device)    # a number that the host waits for
+    places = torch.arange(int(counts.max()), device=ends.device)    # a host sync: the largest count
     rows, is_row = (ends - counts).unsqueeze(1) + places, places < counts.unsqueeze(1)
     return rows.where(is_row, 0), is_row
 

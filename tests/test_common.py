@@ -81,7 +81,7 @@ def test_memory_that_a_smaller_step_may_fit(error, expected):
      "error: the disk is full while writing model.bin; what was saved before is intact"),
     (torch.OutOfMemoryError("Tried to allocate 2 GiB\nmore"),
      "error: out of memory (Tried to allocate 2 GiB); set a smaller --device-batch-size, where the "
-             "script has it\n")])
+             "script has it, or take a smaller model\n")])
 def test_full_disk_and_memory_end_with_2(error, message, capsys):
     with pytest.raises(SystemExit) as ending:
         common.run_script(lambda argv: raise_error(error))

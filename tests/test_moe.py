@@ -280,6 +280,20 @@ def test_initial_weights_of_experts_are_the_dense_ones():
     assert 0.9 * bound < layer.router.weight.abs().max() <= bound
 
 
+@pytest.mark.parametrize("batch_lr_scale", [1.0, 0.25])
+def test_routers_learn_by_their_own_rate(batch_lr_scale):
+    """AdamW without decay, by the record's rate at 768 channels; scaled to width and batch as the head's, its betas."""
+    model = make_model(replace(CONFIG, n_embd=192, num_experts=4, moe_every=2))
+    optimizer = model.setup_optimizer(batch_lr_scale=batch_lr_scale)
+    groups = {group["name"]: group for group in optimizer.param_groups if group["kind"] == "adamw"}
+    routers, head = groups["routers"], groups["lm_head"]
+    assert [optimizer.names[id(param)] for param in routers["params"]] == [
+        f"transformer.h.{layer}.mlp.router.weight" for layer in (0, 2)]
+    assert routers["lr"] == pytest.approx(0.01 * batch_lr_scale)    # a quarter of the width: twice the rate
+    assert routers["betas"] == head["betas"] and routers["weight_decay"] == 0
+    assert "routers" not in {group["name"] for group in make_model().setup_optimizer().param_groups}
+
+
 @pytest.mark.parametrize(("knobs", "message"), [
     ({"num_experts": 2, "top_k": 3}, "--knobs top_k=3 must be from 1 to the 2 experts of num_experts"),
     ({"num_experts": 2, "top_k": 0}, "top_k=0 must be from 1 to the 2 experts"),

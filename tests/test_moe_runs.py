@@ -147,18 +147,20 @@ def test_evaluation_changes_no_buffer():
 
 
 def test_idle_expert_stays_where_it_is():
-    """No token comes to it; all others move, and so does its router, which the other experts' scores don't touch."""
+    """No token comes to it: its weights, momentum and second moments are the same to the bit; all others move."""
     model = make_model(MOE, as_initialised=True)
     optimizer = model.setup_optimizer()
     for step in range(3):
         if step == 2:
             layer = model.transformer.h[0].mlp
             layer.expert_bias[5] = -10
-            before = [weight[5].clone() for weight in (layer.up.weight, layer.down.weight)]
+            kept = [tensor for weight in (layer.up.weight, layer.down.weight)
+                    for tensor in (weight, *optimizer.state[weight].values())]
+            before = [tensor[5].clone() for tensor in kept]
             others = layer.down.weight.detach().clone()
         train_step(model, optimizer, make_batch(step), 8)
-    assert all(torch.equal(weight[5], old) for weight, old in zip((layer.up.weight, layer.down.weight), before,
-                                                                  strict=True))
+    assert len(kept) == 6 and all(old.any() for old in before)
+    assert all(torch.equal(tensor[5], old) for tensor, old in zip(kept, before, strict=True))
     assert all(not torch.equal(layer.down.weight[e], others[e]) for e in range(8) if e != 5)
 
 
@@ -184,6 +186,20 @@ def test_half_precision_learns_with_grouped_products_and_without(dtype, has_grou
     losses = [train_step(model, optimizer, make_batch(0), 8, scaler).loss for _ in range(5)]
     assert losses == pytest.approx([5.58, 5.474, 5.356, 5.224, 5.078], abs=0.01)    # as in fp32
     assert model.transformer.h[0].mlp.up.weight.dtype == torch.float32
+
+
+def test_step_that_overflows_leaves_the_biases():
+    """What it counted is dropped; the step after it, which doesn't overflow, counts its own tokens only."""
+    model, other = (make_model(MOE, torch.float16, as_initialised=True) for _ in range(2))
+    for made in (model, other):
+        made.balance = make_balance(made)
+    before, scaler, optimizer = get_biases(model), LossScaler(2.0**40), model.setup_optimizer()
+    stats = train_step(model, optimizer, make_batch(0), 8, scaler)
+    assert stats.skipped == "fp16 overflow" and not stats.routing
+    assert all(torch.equal(bias, before[name]) for name, bias in get_biases(model).items())
+    routings = [train_step(model, optimizer, make_batch(1), 8, LossScaler(2.0**8)).routing,
+                train_step(other, other.setup_optimizer(), make_batch(1), 8, LossScaler(2.0**8)).routing]
+    assert routings[0] == routings[1] and all(bias.any() for bias in get_biases(model).values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
