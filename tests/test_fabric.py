@@ -37,7 +37,7 @@ from nanochat.presets import RULES
 from nanochat.scaling import make_config
 from nanochat.train import train_step
 from scripts import plan
-from tests.helpers import run_on_ranks
+from tests.helpers import REPO_DIR, run_on_ranks
 
 SLOW = Fabric("slow", 0.02, 10e6)
 
@@ -286,8 +286,8 @@ def test_shaping_says_what_it_needs():
 def test_a_rank_that_fails_ends_the_others(monkeypatch):
     """Before they have met it, they'd wait for half an hour."""
     monkeypatch.setattr(links, "GRACE_SEC", 0.2)
-    words = ("import time; time.sleep(60)", "raise SystemExit(3)")
-    assert links.wait_for_all([subprocess.Popen([sys.executable, "-c", code]) for code in words]) == [-9, 3]
+    assert links.wait_for_all([subprocess.Popen(command) for command in (["sleep", "60"], ["sh", "-c", "exit 3"])]) == [
+        -9, 3]
 
 
 def test_sigterm_is_an_exception():
@@ -300,13 +300,8 @@ def test_sigterm_is_an_exception():
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone kills a process when its parent ends")
 def test_ranks_end_with_the_process_that_started_them():
     """However it ended: the pipe that both hold is at its end long before the rank would be."""
-    code = """
-import os, signal, subprocess, sys
-from dev.links import end_with_parent
-subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], preexec_fn=end_with_parent)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-m", "tests.programs.dying_parent"], cwd=REPO_DIR, stdout=subprocess.PIPE,
+                          timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL
 
 
