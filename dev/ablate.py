@@ -2,13 +2,16 @@
 
     python -m dev.ablate --name d4 --depth 4 --mode drop --features smear,x0,softcap,plain --seeds 3 --tokens 20e6
     python -m dev.ablate --name d4-add --depth 4 --mode add --features value_embeds,x0,smear -- --max-seq-len 512
+    python -m dev.ablate --name d4-new --depth 4 --tokens 1e6 --variant "e8: --knobs num_experts=8" "m: --matrix-lr .01"
     python -m dev.ablate --name d4 --only-table    # of what is finished by now; trains nothing
 
 drop trains the full model and, for each feature, the model without it alone. add trains the model without all of these
-features, then adds one after another in the order given, up to the full model. The flags after -- go to
-scripts.base_train in every run. All models have the same batch and the same FLOPs (--target-flops; by default those of
-the full model's horizon), so that one with fewer FLOPs a token learns from more tokens. The runs are a sweep's
-(scripts/sweep.py): the same command continues them; more seeds, and in drop more features, are added to them.
+features, then adds one after another in the order given, up to the full model. A variant, NAME: FLAGS, is the full
+model with further flags of scripts.base_train: what could come, where drop says what could go. The flags after -- go to
+scripts.base_train in every run. All models have the batch of the full one (a variant may set another) and its FLOPs
+(--target-flops; by default those of its horizon), so one with fewer FLOPs a token learns from more tokens. The runs
+are a sweep's (scripts/sweep.py): the same command continues them; more seeds and variants, and in drop more features,
+are added to them.
 
 Writes ablation.json and ablation.md to $NANOCHAT_BASE_DIR/sweeps/<name>/; dev/ablation_table.py says what they mean.
 """
@@ -16,13 +19,14 @@ Writes ablation.json and ablation.md to $NANOCHAT_BASE_DIR/sweeps/<name>/; dev/a
 import argparse
 import itertools
 import math
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dev.ablation_table import SLOPE_FRAC, write_table
 from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import Ranks, UserError, get_base_dir, now, run_script, write_json
-from nanochat.config import GPTConfig, count_params
+from nanochat.config import count_params
 from nanochat.presets import HORIZON, PLAIN, format_knob, parse_knobs
 from nanochat.scaling import Plan, check_counts
 from nanochat.stage import Recipe
@@ -60,6 +64,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--name", required=True, help="of the ablation, the first part of its runs' tags")
     add("--mode", choices=("drop", "add"))
     add("--features", help=f"with commas: {', '.join(FEATURES)}")
+    add("--variant", nargs="+", action="extend", default=[], metavar="NAME: FLAGS", help="also: the model with FLAGS")
     add("--depth", type=int, help="layers of the model")
     add("--seeds", type=int, default=3, help="runs of each model, with the seeds 1, 2, ... (default: %(default)s)")
     add("--target-flops", type=float, help="training FLOPs of each run")
@@ -93,17 +98,22 @@ def main(argv: list[str] | None = None) -> dict:
 
 def plan_ablation(args: argparse.Namespace) -> tuple[dict, list[Point], list[str]]:
     """The models and what is compared, as ablation.json has them; the runs; the flags of the full model."""
-    names = parse_features(args)
+    names, variants = parse_features(args), parse_variants(args.variant)
     check_counts(seeds=args.seeds)
     flags, own, target_flops = read_flags(args)
     hidden_dim = make_recipe([*flags, *switch(own)]).config.hidden_dim
     models = {name: own | make_off(off, hidden_dim) for name, off in list_models(args.mode, names)} | {"half": own}
-    words = {name: [*switch(knobs), f"--target-flops={target_flops * (SLOPE_FRAC if name == 'half' else 1)!r}"]
-             for name, knobs in models.items()}
+    if twice := models.keys() & variants.keys():
+        raise UserError(f"--variant {min(twice)}: a model of this name is there already; choose another")
+    models |= {name: own | knobs for name, (knobs, _) in variants.items()}
+    words = {name: [*to_words(variants[name][1] if name in variants else {}), *switch(knobs),
+                    f"--target-flops={target_flops * (SLOPE_FRAC if name == 'half' else 1)!r}"]
+             for name, knobs in models.items()}    # a flag that is given twice has its last value
     recipes = {name: make_recipe([*flags, *words[name]]) for name in models}
-    comparisons = list_comparisons(args.mode, names)
+    comparisons = list_comparisons(args.mode, names) + [(name, name, "full") for name in variants]
     for feature, with_it, without in comparisons:
-        if describe_config(recipes[with_it].config) == describe_config(recipes[without].config):
+        with_flags, without_flags = ([*flags, *words[model]] for model in (with_it, without))
+        if describe(with_flags, recipes[with_it]) == describe(without_flags, recipes[without]):
             raise UserError(f"{feature} changes nothing of this model, or it is off already; leave it out")
     points = []
     for seed in range(1, args.seeds + 1):    # each seed of all models before the next: a table early on
@@ -117,23 +127,16 @@ def plan_ablation(args: argparse.Namespace) -> tuple[dict, list[Point], list[str
              for name, recipe in recipes.items()}
     return {"name": args.name, "mode": args.mode, "seeds": args.seeds, "target_flops": target_flops, "flags": flags,
             "created": now(), "models": about, "comparisons": comparisons,
-            "features": {name: FEATURES[name].what for name in names}}, points, [*flags, *words["full"]]
+            "features": {name: FEATURES[name].what for name in names} |
+                        dict(text.split(": ", 1) for text in args.variant)}, points, [*flags, *words["full"]]
 
 
 def read_flags(args: argparse.Namespace) -> tuple[list[str], dict[str, str], float]:
     """Of the flags behind --: those that all models have, the full model's window pattern and knobs, the FLOPs."""
-    typed, _ = base_train.parse_args(args.flags)
-    if typed.preset:
-        raise UserError(f"--preset {typed.preset} has all parts of its model; leave it out, and name the full model's "
-                        "by --knobs")
-    given = parse_flags(args.flags)
-    check_own(OWN_FLAGS, given.keys(), "the ablation")
-    given = {next((key for key in vars(typed) if name not in vars(typed) and key.startswith(name)), name): values
-             for name, values in given.items()}    # argparse takes --knob for --knobs
+    typed, given = read_given(args.flags)
     if typed.eval_every is None:
         raise UserError("--eval-every never would leave nothing to compare; leave it out")
-    parse_knobs(typed.knobs)
-    own = {"window_pattern": typed.window_pattern, **dict(word.split("=", 1) for word in typed.knobs)}
+    own = {"window_pattern": typed.window_pattern, **read_knobs(typed)}
     horizon = [key for key in HORIZON if key in given]
     horizon += [key for key in ("target_flops", "tokens") if getattr(args, key) is not None]
     if len(horizon) > 1:
@@ -156,11 +159,57 @@ def read_flags(args: argparse.Namespace) -> tuple[list[str], dict[str, str], flo
     return flags, own, plan.total_flops if target_flops is None else target_flops
 
 
+def read_given(words: list[str]) -> tuple[argparse.Namespace, dict[str, list[str]]]:
+    """A command line of scripts.base_train: all of its flags; those that are given, by their whole names."""
+    typed, _ = base_train.parse_args(words)
+    if typed.preset:
+        raise UserError(f"--preset {typed.preset} has all parts of its model; leave it out, and name the full model's "
+                        "by --knobs")
+    given = parse_flags(words)
+    check_own(OWN_FLAGS, given.keys(), "the ablation")
+    return typed, {next((key for key in vars(typed) if name not in vars(typed) and key.startswith(name)), name): values
+                   for name, values in given.items()}    # argparse takes --knob for --knobs
+
+
+def read_knobs(typed: argparse.Namespace) -> dict[str, str]:
+    """UserError where there is no such knob."""
+    parse_knobs(typed.knobs)
+    return dict(word.split("=", 1) for word in typed.knobs)
+
+
+def parse_variants(texts: list[str]) -> dict[str, tuple[dict[str, str], dict[str, list[str]]]]:
+    """{name: its window pattern and knobs, its other flags}"""
+    variants: dict[str, tuple[dict[str, str], dict[str, list[str]]]] = {}
+    for text in texts:
+        name, _, words = text.partition(": ")
+        try:
+            typed, given = read_given(shlex.split(words))
+        except ValueError as error:
+            raise UserError(f"--variant {text!r}: {error}") from None
+        if not name or not given:
+            raise UserError(f"--variant {text!r} must be a name and flags of scripts.base_train, such as "
+                            "'slow: --matrix-lr .01'")
+        if name in variants:
+            raise UserError(f"--variant names {name} twice")
+        if taken := {*HORIZON, "eval_every", "eval_tokens"} & given.keys():
+            raise UserError(f"--variant {name}: --{min(taken).replace('_', '-')} is the same for all models; set it "
+                            "behind --")
+        get_run_dir("base", name)    # refuses names that can't be a folder
+        knobs = read_knobs(typed) | ({"window_pattern": typed.window_pattern} if "window_pattern" in given else {})
+        variants[name] = knobs, {key: given[key] for key in given if key not in ("knobs", "window_pattern")}
+    return variants
+
+
 def parse_features(args: argparse.Namespace) -> list[str]:
     """UserError where something is missing, unknown, given twice, or can't be added to another."""
+    if args.variant and not args.features:
+        args.mode = args.mode or "drop"
     for flag in ("mode", "features", "depth"):
-        if getattr(args, flag) in (None, ""):
-            raise UserError(f"--{flag} is missing; --mode drop or add, --features and --depth say what to train")
+        if getattr(args, flag) in (None, "") and not (flag == "features" and args.variant and args.mode == "drop"):
+            raise UserError(f"--{flag} is missing; --mode drop or add, --features (or --variant) and --depth say what "
+                            "to train")
+    if not args.features:
+        return []
     names = args.features.split(",")
     for name in names:
         if name not in FEATURES:
@@ -213,10 +262,12 @@ def make_recipe(words: list[str], num_ranks: int = 1) -> Recipe:
     return base_train.make_recipe(typed, flags, Path(), Ranks(world_size=num_ranks))[0]
 
 
-def describe_config(config: GPTConfig) -> tuple:
+def describe(words: list[str], recipe: Recipe) -> tuple:
     """What two models differ in; a window as long as the context is none."""
+    config, typed = recipe.config, vars(base_train.parse_args(words)[0])
     windows = [min(config.window(layer), config.sequence_len) for layer in range(config.n_layer)]
-    return replace(config, window_pattern="L"), windows
+    return (replace(config, window_pattern="L"), windows,
+            {name: value for name, value in typed.items() if name not in ("knobs", "window_pattern")})
 
 
 if __name__ == "__main__":

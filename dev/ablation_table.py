@@ -164,7 +164,8 @@ def make_table(ablation: dict) -> tuple[list[str], list[list[str]]]:
                "steps", "seconds", "the feature"]
     is_drop = ablation["mode"] == "drop"
     rows = [make_row(ablation, "full" if is_drop else "none", {})]
-    rows += [make_row(ablation, row["without" if is_drop else "with"], row) for row in ablation["rows"]]
+    rows += [make_row(ablation, row["without" if is_drop and row["with"] == "full" else "with"], row)
+             for row in ablation["rows"]]
     return columns, [*rows, make_row(ablation, "half", {})]
 
 

@@ -120,6 +120,26 @@ def test_add_goes_from_the_plainest_model_to_the_full_one():
     assert ablation["models"]["none"]["flops"] == pytest.approx(ablation["target_flops"], rel=0.03)
 
 
+def test_variants_are_the_full_model_with_other_flags():
+    """The runs that variants make, without training them; their FLOPs are the full model's."""
+    args = ablate.parse_args(["--name", "a", "--depth", "2", "--seeds", "1", "--tokens", "2560", "--features", "x0",
+                              "--mode", "drop", "--variant", "e4: --knobs num_experts=4 smear=on -d float64",
+                              "slow: --matrix-lr=.01 --total-batch 64", "--", *TOY, "--knobs", "smear=off"])
+    ablation, points, _ = ablate.plan_ablation(args)
+    recipes = {point.tag: base_train.parse_args(point.flags)[0] for point in points}
+    assert list(recipes) == ["a-full-seed1", "a-no-x0-seed1", "a-half-seed1", "a-e4-seed1", "a-slow-seed1"]
+    experts, slow, full = recipes["a-e4-seed1"], recipes["a-slow-seed1"], recipes["a-full-seed1"]
+    assert experts.knobs == ["smear=on", "num_experts=4"] and experts.dtype == "float64" and full.dtype == "float32"
+    assert (slow.matrix_lr, slow.total_batch_size, slow.knobs) == (0.01, 64, ["smear=off"])
+    assert (full.matrix_lr, full.total_batch_size, full.knobs) == (0.02, 128, ["smear=off"])
+    assert ablation["comparisons"] == [("x0", "full", "no-x0"), ("e4", "e4", "full"), ("slow", "slow", "full")]
+    assert ablation["features"]["slow"] == "--matrix-lr=.01 --total-batch 64"
+    assert ablation["models"]["e4"]["flops"] == pytest.approx(ablation["target_flops"], rel=0.03)
+    assert ablation["models"]["slow"]["steps"] == 2 * ablation["models"]["full"]["steps"]
+    args = ablate.parse_args(["--name", "a", "--depth", "2", "--variant", "slow: --matrix-lr .01", "--", *TOY])
+    assert [point.tag.split("-")[1] for point in ablate.plan_ablation(args)[1]] == ["full", "half", "slow"] * 3
+
+
 @pytest.mark.parametrize("dtype", [["-d", "float64"], ["-dfloat64"], ["-d=float64"]])
 def test_flags_as_a_person_spells_them(dtype):
     """base_train's one short flag, first and behind the knobs; knobs in two parts; an MLP of one's own."""
@@ -199,6 +219,23 @@ def test_add_shows_each_model_with_what_it_adds(base_dir):
     assert "+0.1000" in lines[3] and lines[3].endswith("x0: the embedding |")
 
 
+def test_a_variant_is_compared_with_the_full_model(base_dir):
+    """Its delta is above 0 where it is better than the full model, beside a feature's, which is what its loss costs."""
+    folder = write_ablation(base_dir, "beside", {"full": [1.0], "no-smear": [1.1], "no-x0": [0.98], "half": [1.02]},
+                            step_ms={"no-x0": 200})
+    path = folder / "ablation.json"
+    text = json.loads(path.read_text().replace('"no-x0"', '"slow"'))
+    (get_run_dir("base", "beside-no-x0-seed1")).rename(get_run_dir("base", "beside-slow-seed1"))
+    write_json(path, text | {"comparisons": [["smear", "full", "no-smear"], ["slow", "slow", "full"]],
+                             "features": {"smear": "a smear", "slow": "--matrix-lr .01"}})
+    smear, slow = write_table(folder)["rows"]
+    assert (smear["delta_bpb"], slow["delta_bpb"]) == (pytest.approx(0.1), pytest.approx(0.02))
+    assert slow["compute_multiplier"] == pytest.approx(2) and slow["seconds_multiplier"] == pytest.approx(1)
+    lines = (folder / "ablation.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:6]] == ["| full", "| no-smear", "| slow", "| half"]
+    assert lines[4].endswith("slow: --matrix-lr .01 |")
+
+
 def test_a_small_spread_by_chance_is_no_proof(base_dir):
     """Two seeds that agree by chance, among features that vary by more."""
     folder = write_ablation(base_dir, "chance", {"full": [1.0, 1.1], "no-smear": [1.001, 1.101],
@@ -239,7 +276,17 @@ def test_a_slope_of_noise_and_runs_without_a_log(base_dir):
     (["--features", "smaer"], "there is no feature 'smaer'; choose from smear, backout, resid, x0,"),
     (["--features", "smear,x0,smear"], "--features names smear twice"),
     (["--features", "smear", "--seeds", "0"], "--seeds 0 must be at least 1"),
-    (["--features", ""], "--features is missing; --mode drop or add, --features and --depth say what to train"),
+    (["--features", ""], r"--features is missing; --mode drop or add, --features \(or --variant\) and --depth say"),
+    (["--features", "", "--mode", "add", "--variant", "a: --matrix-lr 1"], "--features is missing"),
+    (["--features", "smear", "--variant", "matrix-lr .01"], "'matrix-lr .01' must be a name and flags of"),
+    (["--features", "smear", "--variant", "a: --matrix-lr '1"], "No closing quotation"),
+    (["--features", "smear", "--variant", "a: --matrix-lr 1", "a: --matrix-lr 2"], "--variant names a twice"),
+    (["--features", "smear", "--variant", "full: --matrix-lr 1"], "--variant full: a model of this name is there"),
+    (["--features", "smear", "--variant", "a: --matrix-lr .02"], "a changes nothing of this model"),
+    (["--features", "smear", "--variant", "a: --target-flops 1e9"], "--variant a: --target-flops is the same for all"),
+    (["--features", "smear", "--variant", "a: --seed 3"], "--seed is set by the ablation itself"),
+    (["--features", "smear", "--variant", "a/b: --matrix-lr 1"], "a/b"),
+    (["--features", "smear", "--variant", "a: --knobs smaer=1"], "there is no knob 'smaer'"),
     (["--features", "smear,plain", "--mode", "add"], "plain and smear have parts in common"),
     (["--features", "windows"], "windows changes nothing of this model"),    # of 32 tokens
     (["--features", "smear", "--tokens", "1e4", "--", *TOY, "--num-iter", "3"],
