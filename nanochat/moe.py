@@ -241,21 +241,25 @@ class Balance:
         for layer in layers:
             layer.keeps_scores = True
 
+    def begin(self) -> None:
+        """Begin a step, which may be one that is tried again; a rank without rows counts nothing in it."""
+        bias = self.layers[0].expert_bias
+        # of each layer: histogram (E, bins), tokens of each expert (E), entropy, and what isn't counted
+        self.sums = torch.zeros(len(self.layers), len(bias) * (NUM_BINS + 1) + 2, dtype=torch.int64, device=bias.device)
+
     @torch.no_grad()
-    def count(self, targets: Tensor, is_first: bool) -> None:
-        """Count a micro-batch that has just been through the model; is_first: of a step, which may be one that is tried
-        again. targets: (B, T), of which -1, padding, doesn't count."""
-        E, k = self.layers[0].num_experts, self.layers[0].top_k
+    def count(self, targets: Tensor) -> None:
+        """Count a micro-batch that has just been through the model. targets: (B, T), of which -1, padding, doesn't
+        count."""
+        k = self.layers[0].top_k
         is_counted = targets.flatten() >= 0    # (N,)
-        if is_first:    # of each layer: histogram (E, bins), tokens of each expert (E), entropy, and what isn't counted
-            self.sums = torch.zeros(len(self.layers), E * NUM_BINS + E + 2, dtype=torch.int64, device=targets.device)
         for layer, sums in zip(self.layers, self.sums, strict=True):
             count_scores(layer.scores, layer.expert_bias, is_counted, k, sums)
             layer.scores = None
 
     @torch.no_grad()
     def update(self) -> Tensor:
-        """Set the biases by what was counted since the step began; returns run.ROUTING_FIGURES. Collective."""
+        """Set the biases by what was counted since `begin`; returns run.ROUTING_FIGURES. Collective."""
         E, k = self.layers[0].num_experts, self.layers[0].top_k
         bias = torch.stack([layer.expert_bias for layer in self.layers])    # (L, E)
         sums = sum_over_ranks(self.sums)    # whole numbers: alike for any ranks and micro-batches

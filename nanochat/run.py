@@ -241,9 +241,10 @@ class Progress:
 
     def format_line(self, step: int, values: dict) -> str:
         mfu = "" if values["mfu_pct"] is None else f" | mfu {values['mfu_pct']:.1f}%"
+        load = f" | load cv {values['moe_load_cv']:.2f}" if "moe_load_cv" in values else ""    # over the experts
         return (f"step {step:05d}/{self.plan.num_iterations:05d} | loss {values['loss_smooth']:.4f} "
                 f"| grad {values['grad_norm']:.3f} | lr x{values['lr_frac']:.2f} | {values['step_ms']:.0f} ms "
-                f"| {values['tokens_per_sec']:,.0f} tok/s{mfu} | mem {values['peak_memory_bytes'] / GIB:.2f} GiB "
+                f"| {values['tokens_per_sec']:,.0f} tok/s{mfu} | mem {values['peak_memory_bytes'] / GIB:.2f} GiB{load} "
                 f"| epoch {values['epoch']} | {self.estimate_left_min(step):.1f} min left" +
                 (f" | SKIPPED: {values['skipped']}" if values["skipped"] else ""))
 

@@ -120,6 +120,8 @@ def add_gradients(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: in
     loss_dtype = torch.float64 if model.compute_dtype == torch.float64 else torch.float32
     loss = torch.zeros((), device=device, dtype=loss_dtype)  # the same on a rank that has no rows
     try:
+        if model.balance:
+            model.balance.begin()
         micros = list(batch.split(micro_rows))
         for i, micro in enumerate(micros):
             micro = micro.to(device)
@@ -128,7 +130,7 @@ def add_gradients(model: GPT, optimizer: MuonAdamW, batch: Batch, micro_rows: in
                 weights *= micro.weights
             micro_loss = model(micro.inputs, micro.targets, loss_reduction="sum", weights=weights)
             if model.balance:
-                model.balance.count(micro.targets, is_first=i == 0)
+                model.balance.count(micro.targets)
             with optimizer.reduce_in_backward() if i == len(micros) - 1 else contextlib.nullcontext():
                 micro_loss.backward()
             loss = loss + micro_loss.detach()

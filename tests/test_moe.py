@@ -1,5 +1,6 @@
 """The mixture of experts against a loop over tokens; its balance against sorted lists; training, state, resume."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -189,7 +190,8 @@ def test_biases_are_quantiles(num_experts, top_k):
     balance = Balance([layer])
     layer(make_tokens(2000, torch.float32))
     scores = layer.scores
-    balance.count(torch.zeros(2, 1000, dtype=torch.long), is_first=True)
+    balance.begin()
+    balance.count(torch.zeros(2, 1000, dtype=torch.long))
     balance.update()
     bin_width = float(bias.max() - bias.min() + 2) / moe.NUM_BINS
     assert (layer.expert_bias - slow_quantiles(scores, bias, top_k)).abs().max() < 2 * bin_width
@@ -203,7 +205,8 @@ def test_load_is_even_after_a_few_updates(num_experts, top_k):
     balance = Balance([layer])
     for step in range(6):
         layer(make_tokens(2000, torch.float32, seed=step))
-        balance.count(torch.zeros(2, 1000, dtype=torch.long), is_first=True)
+        balance.begin()
+        balance.count(torch.zeros(2, 1000, dtype=torch.long))
         cv, _, most, num_idle, nats, max_bias = balance.update().tolist()
     assert cv < 0.2 and 1 < most < 1.6 and num_idle == 0
     assert 0 < nats < math.log(num_experts) and max_bias == layer.expert_bias.abs().max()
@@ -212,9 +215,10 @@ def test_load_is_even_after_a_few_updates(num_experts, top_k):
 def count_twice(layer, x, targets, cuts):
     """The sums of a step in micro-batches of the rows between `cuts`."""
     balance = Balance([layer])
-    for i, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    balance.begin()
+    for start, stop in itertools.pairwise(cuts):
         layer(x[start:stop])
-        balance.count(targets[start:stop], is_first=i == 0)
+        balance.count(targets[start:stop])
     return balance
 
 
@@ -235,7 +239,8 @@ def test_a_step_that_is_tried_again_counts_once():
     balance = count_twice(layer, x, targets, [0, 2])
     once = balance.sums.clone()
     layer(x)
-    balance.count(targets, is_first=True)
+    balance.begin()
+    balance.count(targets)
     assert torch.equal(balance.sums, once)
 
 

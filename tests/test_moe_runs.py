@@ -88,6 +88,18 @@ def take_steps(num_steps, micro_rows, dtype=torch.float64):
                       if ".up." in name}}
 
 
+def take_steps_alone(num_steps):
+    """One rank has all rows, the others none, as in a last step of few rows."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    model = make_model(MOE, torch.float64, as_initialised=True)
+    optimizer = model.setup_optimizer(batch_lr_scale=0.1)
+    model.balance = make_balance(model)
+    for step in range(num_steps):
+        batch, rows = make_batch(step), slice(None) if rank == step % world_size else slice(0, 0)
+        train_step(model, optimizer, Batch(batch.inputs[rows], batch.targets[rows], None), 8)
+    return {name: bias.tolist() for name, bias in get_biases(model).items()}
+
+
 def elastic(tag, *more):
     train_base(tag, *more)
 
@@ -95,7 +107,7 @@ def elastic(tag, *more):
 @pytest.fixture(scope="module")
 def ranks(base_dir, tmp_path_factory):
     """All that runs on several ranks, started once."""
-    jobs = [(1, take_steps, (4, 8)), (2, take_steps, (4, 8)), (3, take_steps, (4, 3)),
+    jobs = [(1, take_steps, (4, 8)), (2, take_steps, (4, 8)), (3, take_steps, (4, 3)), (2, take_steps_alone, (4,)),
             (2, elastic, ("two",)), (2, elastic, ("2to1", "--stop-at", "5")), (1, elastic, ("2to1",)),
             (1, elastic, ("1to2", "--stop-at", "5")), (2, elastic, ("1to2",))]
     return run_on_ranks(jobs, tmp_path_factory.mktemp("results"))
@@ -107,7 +119,8 @@ def ranks(base_dir, tmp_path_factory):
 
 def test_ranks_and_micro_batches_make_the_same_biases_bit_for_bit(ranks):
     """Three ranks don't share eight experts, so that each updates all; rows fall to them unevenly."""
-    (one,), two, three = ranks[:3]
+    (one,), two, three, alternating = ranks[:4]
+    assert alternating == [one["biases"]] * 2    # a rank without rows doesn't count those of the step before
     alone = take_steps(4, 2)
     for facts in (*two, *three, alone):
         assert facts["biases"] == one["biases"]
@@ -118,19 +131,21 @@ def test_ranks_and_micro_batches_make_the_same_biases_bit_for_bit(ranks):
     assert {shape[0] for shape in two[0]["state"].values()} == {4}
 
 
-def test_load_is_even_within_ten_steps(base_dir):
+def test_load_is_even_within_ten_steps(base_dir, capfd):
     """At rates so small that the scores move slower than the biases, which are a step behind: at those of real runs the
     variation rises again to .2 to .3 (dev/LOG.md, "A mixture of experts")."""
     train_base("long", *SMALL_RATES, "--num-iterations", "400", "--stop-at", "10", "--eval-every", "never")
     lines = [line for line in read_metrics(base_dir / "runs" / "base" / "long") if line["kind"] == "train"]
+    assert f"GiB | load cv {lines[-1]['moe_load_cv']:.2f} | epoch " in capfd.readouterr().out
     assert lines[0]["moe_load_cv"] > 0.2 and max(line["moe_load_cv"] for line in lines[3:]) < 0.2
     for line in lines:
         assert 0 < line["moe_load_cv"] <= line["moe_worst_load_cv"] and line["moe_most_loaded"] > 1
         assert line["moe_router_nats"] > 0 and line["moe_max_bias"] > 0 and line["moe_idle_experts"] == 0
 
 
-def test_dense_runs_log_nothing_of_it(base_dir):
+def test_dense_runs_log_nothing_of_it(base_dir, capfd):
     train_base("dense", knobs=())
+    assert "load cv" not in capfd.readouterr().out
     assert not any(key.startswith("moe") for line in read_metrics(base_dir / "runs" / "base" / "dense") for key in line)
 
 
