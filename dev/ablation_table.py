@@ -7,7 +7,8 @@ compute multiplier: the FLOPs that training without the feature takes over those
     exp(delta / slope), where the slope is what the full model loses per e-fold of FLOPs, measured with further runs at
     half of them. dev/compare.py's, read off a run's curve while its learning rate still decays, would be nearer to 1,
     and say nothing of features that harm. The range is that of two standard errors of delta.
-seconds multiplier: the same in seconds: the compute multiplier times the FLOP/s with the feature over those without.
+seconds multiplier: the same in seconds: the compute multiplier times the FLOP/s with the feature over those without, the
+    median of the seeds each, since other work slows some runs.
 """
 
 import math
@@ -111,7 +112,7 @@ def measure_feature(comparison: list[str], models: dict[str, dict], results: dic
         row["compute_multiplier"] = multiply(delta, slope)
         if row["std_error"] is not None:
             row["range"] = [multiply(delta + sign * 2 * row["std_error"], slope) for sign in (-1, 1)]
-        speeds = [models[model]["flops"] / statistics.mean(results[model][seed].seconds for seed in seeds)
+        speeds = [models[model]["flops"] / statistics.median(results[model][seed].seconds for seed in seeds)
                   for model in (with_it, without)]
         row["seconds_multiplier"] = row["compute_multiplier"] * speeds[0] / speeds[1]
     return row
