@@ -7,8 +7,8 @@ compute multiplier: the FLOPs that training without the feature takes over those
     exp(delta / slope), where the slope is what the full model loses per e-fold of FLOPs, measured with further runs at
     half of them. dev/compare.py's, read off a run's curve while its learning rate still decays, would be nearer to 1,
     and say nothing of features that harm. The range is that of two standard errors of delta.
-seconds multiplier: the same in seconds: the compute multiplier times the FLOP/s with the feature over those without, the
-    median of the seeds each, since other work slows some runs.
+seconds multiplier: the same in seconds: the compute multiplier times the FLOP/s with the feature over those without,
+    of the median seed each, since other work slows some runs.
 """
 
 import math

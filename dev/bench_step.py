@@ -2,8 +2,10 @@
 
     python -m dev.bench_step                         depths 4 and 6, vocabularies 4,096 and 32,768, compiled
     python -m dev.bench_step --depth 4 --vocab-size 8192 --compile off
+    python -m dev.bench_step --depth 4 --vocab-size 8192 --variant "num_experts=4" "num_experts=8 moe_every=2"
 
-Model FLOP/s are compared with a large matrix product in the same dtype, timed in the same process, in the same rounds.
+A variant is the model with these knobs, after the model itself, with its time over that one's. Model FLOP/s are
+compared with a large matrix product in the same dtype, timed in the same process, in the same rounds.
 """
 
 import argparse
@@ -15,6 +17,8 @@ import torch
 from dev.timing import add_step_args, choose_device, make_training, print_rows, time_in_turn
 from nanochat.common import run_script
 from nanochat.devices import get_peak_memory_bytes, synchronize
+from nanochat.moe import make_balance
+from nanochat.presets import parse_knobs
 from nanochat.scaling import make_config
 from nanochat.train import train_step
 
@@ -25,6 +29,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, nargs="+", default=[4, 6])
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[4096, 32768])
+    parser.add_argument("--variant", nargs="+", default=[], metavar="KNOBS", help="knobs of further models, in quotes")
     parser.add_argument("--rounds", type=int, default=15)
     add_step_args(parser)
     return parser.parse_args(argv)
@@ -33,17 +38,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     device, dtype, _ = choose_device(args)
-    rows = [measure_step(args, depth, vocab_size, device, dtype)
-            for depth, vocab_size in itertools.product(args.depth, args.vocab_size)]
+    rows = []
+    for depth, vocab_size in itertools.product(args.depth, args.vocab_size):
+        of_depth = [measure_step(args, depth, vocab_size, words, device, dtype) for words in ("", *args.variant)]
+        rows += [row | {"time over the first's": row["step ms"] / of_depth[0]["step ms"]} for row in of_depth]
     print_rows(rows, args.json)
     return {"rows": rows}
 
 
-def measure_step(args: argparse.Namespace, depth: int, vocab_size: int, device: torch.device,
+def measure_step(args: argparse.Namespace, depth: int, vocab_size: int, words: str, device: torch.device,
                  dtype: torch.dtype) -> dict:
-    """One row of the table."""
-    config = make_config(depth, vocab_size=vocab_size, sequence_len=args.max_seq_len)
+    """One row of the table; words: knobs of the model"""
+    config = make_config(depth, vocab_size=vocab_size, sequence_len=args.max_seq_len, **parse_knobs(words.split()))
     model, optimizer, batch = make_training(config, args, device, dtype)
+    model.balance = make_balance(model)
     size = MATMUL_SIZE.get(device.type, 8192)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 
@@ -65,11 +73,12 @@ def measure_step(args: argparse.Namespace, depth: int, vocab_size: int, device: 
     matmul_rate = 2 * size**3 / (ms["matmul"] * 1e-3)
     num_tokens = batch.inputs.numel()
     model_rate = model.estimate_flops() * num_tokens / (ms["step"] * 1e-3)
-    return {"depth": depth, "vocab": vocab_size, "step ms": ms["step"], "forward and loss ms": ms["forward"],
-            "backward ms": ms["forward_backward"] - ms["forward"], "optimizer ms": ms["step"] - ms["forward_backward"],
-            "tokens/s": num_tokens / (ms["step"] * 1e-3), "model TFLOP/s": model_rate / 1e12,
-            "matmul TFLOP/s": matmul_rate / 1e12, "of matmul %": 100 * model_rate / matmul_rate,
-            "first step s": first_sec, "peak MiB": get_peak_memory_bytes(device) / 2**20}
+    return {"depth": depth, "vocab": vocab_size, "knobs": words, "step ms": ms["step"],
+            "forward and loss ms": ms["forward"], "backward ms": ms["forward_backward"] - ms["forward"],
+            "optimizer ms": ms["step"] - ms["forward_backward"], "tokens/s": num_tokens / (ms["step"] * 1e-3),
+            "model TFLOP/s": model_rate / 1e12, "matmul TFLOP/s": matmul_rate / 1e12,
+            "of matmul %": 100 * model_rate / matmul_rate, "first step s": first_sec,
+            "peak MiB": get_peak_memory_bytes(device) / 2**20}
 
 
 if __name__ == "__main__":
