@@ -22,7 +22,7 @@ So the k/E quantile of r over a step's tokens gives each expert its share, if al
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -149,11 +149,15 @@ class _GroupedProduct(torch.autograd.Function):
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x: (M, K), sorted by expert; weight: (E, K, R) -> (M, R)"""
+    if prefers_few_shapes(x):
+        return bucketed_product(x, weight, ends)
     return F.grouped_mm(x.contiguous(), weight, offs=ends) if can_group(x, weight) else padded_product(x, weight, ends)
 
 
 def grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """The sum over each expert's rows of their outer products: (M, R), (M, K) -> (E, R, K); 0 without rows"""
+    if prefers_few_shapes(a):
+        return bucketed_outer(a, b, ends)
     return F.grouped_mm(a.contiguous().mT, b.contiguous(), offs=ends) if can_group(a, b) else padded_outer(a, b, ends)
 
 
@@ -170,6 +174,46 @@ def padded_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """grouped_outer where torch has none."""
     rows, is_row = find_rows(ends)
     return torch.bmm((a[rows] * is_row.unsqueeze(-1)).mT, b[rows])
+
+
+def prefers_few_shapes(x: Tensor) -> bool:
+    """Whether products are made for each new number of rows: oneDNN's, in 16 bits on CPUs, which takes 3 to 10 times as
+    long as the product itself (dev/LOG.md, "What held experts back on CPUs")."""
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and len(x) > FEW_ROWS
+
+
+def find_buckets(ends: Tensor, num_rows: int) -> Iterator[tuple[int, slice, slice]]:
+    """(expert, its rows, more rows around them, of which there are few numbers), of each expert that has any."""
+    step, start = -(-num_rows // 4096) * 32, 0
+    for expert, stop in enumerate(ends.tolist()):
+        if stop > start:
+            size = min(num_rows, -(-(stop - start) // step) * step)
+            first = min(start, num_rows - size)
+            yield expert, slice(start, stop), slice(first, first + size)
+        start = stop
+
+
+def bucketed_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """grouped_product, an expert at a time, with some rows of the next one, which that one overwrites."""
+    y = x.new_empty(len(x), weight.size(2))
+    for expert, own, more in find_buckets(ends, len(x)):
+        if own.start == more.start:
+            torch.mm(x[more], weight[expert], out=y[more])
+        else:    # at the end, rows of those before
+            y[own] = (x[more] @ weight[expert])[own.start - more.start:own.stop - more.start]
+    return y
+
+
+def bucketed_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    """grouped_outer, an expert at a time, with some rows of zeros."""
+    outer = a.new_zeros(len(ends), a.size(1), b.size(1))
+    for expert, own, more in find_buckets(ends, len(a)):
+        narrow = min(a, b, key=lambda rows: rows.size(1))
+        rows = torch.zeros_like(narrow[more])
+        rows[own.start - more.start:own.stop - more.start] = narrow[own]
+        left, right = (rows, b[more]) if narrow is a else (a[more], rows)
+        torch.mm(left.T, right, out=outer[expert])
+    return outer
 
 
 def find_rows(ends: Tensor) -> tuple[Tensor, Tensor]:

@@ -274,7 +274,7 @@ class MuonAdamW(torch.optim.Optimizer):
         lr = group["lr"] * max(1.0, rows / cols) ** 0.5  # so that outputs move as much, whatever the shape
         lr, mu, beta2, decay = as_scalars([lr, group["momentum"], group["beta2"], group["weight_decay"]])
         if skips_idle:
-            is_used = torch.linalg.vector_norm(grad, math.inf, dim=(-2, -1), keepdim=True) > 0    # (n, 1, 1)
+            is_used = grad.flatten(1).abs().amax(1)[:, None, None] > 0    # (n, 1, 1)
             lr, mu, beta2 = (torch.where(is_used, value.to(own), unmoved)
                              for value, unmoved in ((lr, 0.0), (mu, 1.0), (beta2, 1.0)))
         muon_update(own, grad, momentum, second_moment, group["ns_steps"], self.matmul_dtype or own.dtype,

@@ -183,6 +183,24 @@ def slow_quantiles(scores, bias, k):
     return torch.tensor(values) - sum(values) / E
 
 
+@pytest.mark.parametrize("loads", [[300, 100, 90, 110], [0, 0, 600, 0], [1, 598, 0, 1], [599, 0, 0, 1], [65, 0, 0, 0]])
+def test_products_in_few_shapes_are_those_of_padded_batches(loads):
+    """Neighbours' rows, or rows of zeros, change nothing; an expert without rows has a gradient of 0."""
+    generator, num_rows = torch.Generator().manual_seed(3), sum(loads)
+    ends = torch.tensor(loads).cumsum(0).int()
+    x, grad = (torch.randn(num_rows, size, generator=generator).bfloat16() for size in (32, 64))
+    weight = torch.randn(4, 32, 64, generator=generator).bfloat16()
+    assert moe.prefers_few_shapes(x) and not moe.prefers_few_shapes(x[:moe.FEW_ROWS])
+    assert not moe.prefers_few_shapes(x.float())
+    for actual, expected in (
+            (moe.grouped_product(x, weight, ends), moe.padded_product(x.double(), weight.double(), ends)),
+            (moe.grouped_outer(grad, x, ends), moe.padded_outer(grad.double(), x.double(), ends)),
+            (moe.grouped_outer(x, grad, ends), moe.padded_outer(x.double(), grad.double(), ends))):
+        torch.testing.assert_close(actual.double(), expected, rtol=0.02, atol=0.05)
+    sizes = {more.stop - more.start for *_, more in moe.find_buckets(ends, num_rows)}
+    assert all(size % 32 == 0 or size == num_rows for size in sizes)
+
+
 @pytest.mark.parametrize(("num_experts", "top_k"), [(4, 1), (8, 2), (16, 3)])
 def test_biases_are_quantiles(num_experts, top_k):
     layer = make_layer(num_experts, top_k, torch.float32)
