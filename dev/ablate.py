@@ -7,11 +7,11 @@
 
 drop trains the full model and, for each feature, the model without it alone. add trains the model without all of these
 features, then adds one after another in the order given, up to the full model. A variant, NAME: FLAGS, is the full
-model with further flags of scripts.base_train: what could come, where drop says what could go. The flags after -- go to
-scripts.base_train in every run. All models have the batch of the full one (a variant may set another) and its FLOPs
-(--target-flops; by default those of its horizon), so one with fewer FLOPs a token learns from more tokens. The runs
-are a sweep's (scripts/sweep.py): the same command continues them; more seeds and variants, and in drop more features,
-are added to them.
+model with further flags of scripts.base_train, a change that might help. The flags after -- go to scripts.base_train
+in every run. All models have the batch of the full one (a variant may set another) and its FLOPs (--target-flops; by
+default those of its horizon), so one with fewer FLOPs a token learns from more tokens. The runs are a sweep's
+(scripts/sweep.py): the same command continues them; more seeds and variants, and in drop more features, are added to
+them.
 
 Writes ablation.json and ablation.md to $NANOCHAT_BASE_DIR/sweeps/<name>/; dev/ablation_table.py says what they mean.
 """
@@ -19,15 +19,18 @@ Writes ablation.json and ablation.md to $NANOCHAT_BASE_DIR/sweeps/<name>/; dev/a
 import argparse
 import itertools
 import math
+import re
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dev.ablation_table import SLOPE_FRAC, write_table
+from dev.ablation_table import SAVED_KEYS, SLOPE_FRAC, write_table
 from nanochat.checkpoint_manager import get_run_dir
+from nanochat.choices import FREE_FLAGS, MACHINE_FLAGS
 from nanochat.common import Ranks, UserError, get_base_dir, now, run_script, write_json
 from nanochat.config import count_params
 from nanochat.presets import HORIZON, PLAIN, format_knob, parse_knobs
+from nanochat.report import read_json
 from nanochat.scaling import Plan, check_counts
 from nanochat.stage import Recipe
 from scripts import base_train
@@ -64,7 +67,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--name", required=True, help="of the ablation, the first part of its runs' tags")
     add("--mode", choices=("drop", "add"))
     add("--features", help=f"with commas: {', '.join(FEATURES)}")
-    add("--variant", nargs="+", action="extend", default=[], metavar="NAME: FLAGS", help="also: the model with FLAGS")
+    add("--variant", nargs="+", action="extend", default=[], metavar="'NAME: FLAGS'",
+        help="the full model with FLAGS, too; with variants, --mode and --features may be left out")
     add("--depth", type=int, help="layers of the model")
     add("--seeds", type=int, default=3, help="runs of each model, with the seeds 1, 2, ... (default: %(default)s)")
     add("--target-flops", type=float, help="training FLOPs of each run")
@@ -82,6 +86,8 @@ def main(argv: list[str] | None = None) -> dict:
             raise UserError(f"there is no ablation {args.name}: {folder} has no ablation.json")
         return write_table(folder)
     ablation, points, flags = plan_ablation(args)
+    if (folder / "ablation.json").is_file():
+        ablation = add_saved(ablation, read_json(folder / "ablation.json", SAVED_KEYS))
     kind = {"mode": [args.mode]}    # of another order, add has other models
     if args.mode == "add":
         kind["features"] = args.features.split(",")
@@ -103,13 +109,13 @@ def plan_ablation(args: argparse.Namespace) -> tuple[dict, list[Point], list[str
     flags, own, target_flops = read_flags(args)
     hidden_dim = make_recipe([*flags, *switch(own)]).config.hidden_dim
     models = {name: own | make_off(off, hidden_dim) for name, off in list_models(args.mode, names)} | {"half": own}
-    if twice := models.keys() & variants.keys():
-        raise UserError(f"--variant {min(twice)}: a model of this name is there already; choose another")
+    if twice := {*models, *FEATURES} & variants.keys():
+        raise UserError(f"--variant {min(twice)}: a model or feature of this name is there already; choose another")
     models |= {name: own | knobs for name, (knobs, _) in variants.items()}
     words = {name: [*to_words(variants[name][1] if name in variants else {}), *switch(knobs),
                     f"--target-flops={target_flops * (SLOPE_FRAC if name == 'half' else 1)!r}"]
              for name, knobs in models.items()}    # a flag that is given twice has its last value
-    recipes = {name: make_recipe([*flags, *words[name]]) for name in models}
+    recipes = {name: make_recipe([*flags, *words[name]], args.nproc) for name in models}
     comparisons = list_comparisons(args.mode, names) + [(name, name, "full") for name in variants]
     for feature, with_it, without in comparisons:
         with_flags, without_flags = ([*flags, *words[model]] for model in (with_it, without))
@@ -125,10 +131,26 @@ def plan_ablation(args: argparse.Namespace) -> tuple[dict, list[Point], list[str
                     "vocab_size": recipe.config.vocab_size, "flops_per_token": recipe.plan.flops_per_token,
                     "flops": recipe.plan.total_flops, "steps": recipe.plan.num_iterations}
              for name, recipe in recipes.items()}
+    features = {name: FEATURES[name].what for name in names}
+    features |= {name: " ".join(typed) for name, typed in split_variants(args.variant).items()}
     return {"name": args.name, "mode": args.mode, "seeds": args.seeds, "target_flops": target_flops, "flags": flags,
-            "created": now(), "models": about, "comparisons": comparisons,
-            "features": {name: FEATURES[name].what for name in names} |
-                        dict(text.split(": ", 1) for text in args.variant)}, points, [*flags, *words["full"]]
+            "created": now(), "models": about, "comparisons": comparisons, "features": features}, points, \
+        [*flags, *words["full"]]
+
+
+def add_saved(ablation: dict, saved: dict) -> dict:
+    """The ablation with the rows of drop that an earlier command had and this one doesn't name; sweep.json refuses
+    other flags. UserError where a variant has the name of another one: its runs would be taken for it."""
+    for name, what in ablation["features"].items():
+        if name not in FEATURES and saved["features"].get(name, what) != what:
+            raise UserError(f"--variant {name} was {saved['features'][name]!r} in this ablation; choose another name")
+    if ablation["mode"] != "drop" or saved["mode"] != "drop":
+        return ablation
+    new = {name for name, *_ in ablation["comparisons"]}
+    comparisons = [row for row in saved["comparisons"] if row[0] not in new]
+    return ablation | {"comparisons": [*comparisons, *ablation["comparisons"]],
+                       "models": saved["models"] | ablation["models"],
+                       "features": saved["features"] | ablation["features"]}
 
 
 def read_flags(args: argparse.Namespace) -> tuple[list[str], dict[str, str], float]:
@@ -177,25 +199,39 @@ def read_knobs(typed: argparse.Namespace) -> dict[str, str]:
     return dict(word.split("=", 1) for word in typed.knobs)
 
 
+def split_variants(texts: list[str]) -> dict[str, list[str]]:
+    """{name: its flags}"""
+    variants: dict[str, list[str]] = {}
+    for text in texts:
+        name, _, words = text.partition(":")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._]*", name) or not words.strip().startswith("-"):
+            raise UserError(f"--variant {text!r} must be a name (a to z, 0 to 9, . and _) and flags of "
+                            "scripts.base_train, such as 'slow: --matrix-lr .01'")
+        if name in variants:
+            raise UserError(f"--variant names {name} twice")
+        try:
+            variants[name] = shlex.split(words)
+        except ValueError as error:
+            raise UserError(f"--variant {text!r}: {error}") from None
+    return variants
+
+
 def parse_variants(texts: list[str]) -> dict[str, tuple[dict[str, str], dict[str, list[str]]]]:
     """{name: its window pattern and knobs, its other flags}"""
     variants: dict[str, tuple[dict[str, str], dict[str, list[str]]]] = {}
-    for text in texts:
-        name, _, words = text.partition(": ")
+    for name, words in split_variants(texts).items():
         try:
-            typed, given = read_given(shlex.split(words))
-        except ValueError as error:
-            raise UserError(f"--variant {text!r}: {error}") from None
-        if not name or not given:
-            raise UserError(f"--variant {text!r} must be a name and flags of scripts.base_train, such as "
-                            "'slow: --matrix-lr .01'")
-        if name in variants:
-            raise UserError(f"--variant names {name} twice")
+            typed, given = read_given(words)
+            knobs = read_knobs(typed)
+        except SystemExit:    # argparse has said what is wrong
+            raise UserError(f"--variant {name}: scripts.base_train doesn't take {' '.join(words)}") from None
+        except UserError as error:
+            raise UserError(f"--variant {name}: {error}") from None
         if taken := {*HORIZON, "eval_every", "eval_tokens"} & given.keys():
             raise UserError(f"--variant {name}: --{min(taken).replace('_', '-')} is the same for all models; set it "
                             "behind --")
-        get_run_dir("base", name)    # refuses names that can't be a folder
-        knobs = read_knobs(typed) | ({"window_pattern": typed.window_pattern} if "window_pattern" in given else {})
+        if "window_pattern" in given:
+            knobs["window_pattern"] = typed.window_pattern
         variants[name] = knobs, {key: given[key] for key in given if key not in ("knobs", "window_pattern")}
     return variants
 
@@ -263,11 +299,12 @@ def make_recipe(words: list[str], num_ranks: int = 1) -> Recipe:
 
 
 def describe(words: list[str], recipe: Recipe) -> tuple:
-    """What two models differ in; a window as long as the context is none."""
+    """What two runs differ in that is learned, or how fast; a window as long as the context is none."""
     config, typed = recipe.config, vars(base_train.parse_args(words)[0])
     windows = [min(config.window(layer), config.sequence_len) for layer in range(config.n_layer)]
     return (replace(config, window_pattern="L"), windows,
-            {name: value for name, value in typed.items() if name not in ("knobs", "window_pattern")})
+            {name: value for name, value in typed.items()
+             if name not in {"knobs", "window_pattern"} | FREE_FLAGS - MACHINE_FLAGS})
 
 
 if __name__ == "__main__":

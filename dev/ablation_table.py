@@ -1,6 +1,7 @@
 """The table of an ablation (dev/ablate.py): what each feature of the model is worth, from its runs' files alone.
 
-delta bpb: bits per byte without the feature less those with it, of the same seed; above 0 the feature helps. Its
+delta bpb: bits per byte without the feature less those with it, of the same seed; above 0 the feature helps. (Of a
+    variant those without it are the full model's.) Its
     standard error is that of the mean over the seeds. * is more than two standard errors, the feature's own and those
     pooled over all features. (By its own alone, three seeds of no effect would have a * in 18% of cases.)
 compute multiplier: the FLOPs that training without the feature takes over those with it, for the same bpb. That is
@@ -24,6 +25,7 @@ from nanochat.report import read_json, read_run
 
 SLOPE_FRAC = 0.5           # of the FLOPs, in the runs that the slope is measured with
 MOST = 1000.0              # of a multiplier
+SAVED_KEYS = ("name", "mode", "seeds", "target_flops", "models", "comparisons", "features")    # of ablation.json
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,7 @@ def read_results(name: str, models: dict[str, dict], seeds: int) -> dict[str, di
 
 def write_table(folder: Path) -> dict:
     """Compare what is finished; print the table and write it."""
-    keys = ("name", "mode", "seeds", "target_flops", "models", "comparisons", "features")
-    ablation = read_json(folder / "ablation.json", keys)
+    ablation = read_json(folder / "ablation.json", SAVED_KEYS)
     results = read_results(ablation["name"], ablation["models"], ablation["seeds"])
     ablation |= summarize(ablation, results)
     write_json(folder / "ablation.json", ablation)
@@ -77,8 +78,8 @@ def summarize(ablation: dict, results: dict[str, dict[int, Result]]) -> dict:
     pooled = math.sqrt(statistics.mean(error**2 for error in spreads)) if spreads else None
     for row in features:
         row["is_clear"] = row["std_error"] is not None and abs(row["delta_bpb"]) > 2 * max(row["std_error"], pooled)
-    means = {model: {key: statistics.mean(getattr(result, key) for result in by_seed.values())
-                     for key in ("bpb", "seconds", "start_loss")}
+    means = {model: {key: average(getattr(result, key) for result in by_seed.values()) for key, average in
+                     (("bpb", statistics.mean), ("seconds", statistics.median), ("start_loss", statistics.mean))}
              for model, by_seed in results.items() if by_seed}
     return {"slope": slope, "pooled_std_error": pooled, "rows": features, "means": means,
             "notes": describe_caveats(ablation, results, slope, features, pooled)}

@@ -4,8 +4,9 @@
     python -m dev.bench_step --depth 4 --vocab-size 8192 --compile off
     python -m dev.bench_step --depth 4 --vocab-size 8192 --variant "num_experts=4" "num_experts=8 moe_every=2"
 
-A variant is the model with these knobs, after the model itself, with its time over that one's. Model FLOP/s are
-compared with a large matrix product in the same dtype, timed in the same process, in the same rounds.
+Each variant, some knobs, is timed after the plain model; the last column is its step time over the plain model's. Each
+step has new tokens, so that experts have other rows. Model FLOP/s are compared with a large matrix product in the same
+dtype, timed in the same process, in the same rounds. The peak is that of the process so far.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import time
 
 import torch
 
-from dev.timing import add_step_args, choose_device, make_training, print_rows, time_in_turn
+from dev.timing import add_step_args, choose_device, make_random_batch, make_training, print_rows, time_in_turn
 from nanochat.common import run_script
 from nanochat.devices import get_peak_memory_bytes, synchronize
 from nanochat.moe import make_balance
@@ -38,10 +39,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     device, dtype, _ = choose_device(args)
+    for words in args.variant:
+        parse_knobs(words.split())    # refuses unknown ones before anything is timed
     rows = []
     for depth, vocab_size in itertools.product(args.depth, args.vocab_size):
         of_depth = [measure_step(args, depth, vocab_size, words, device, dtype) for words in ("", *args.variant)]
-        rows += [row | {"time over the first's": row["step ms"] / of_depth[0]["step ms"]} for row in of_depth]
+        rows += [row | {"over the plain model's": row["step ms"] / of_depth[0]["step ms"]} for row in of_depth]
     print_rows(rows, args.json)
     return {"rows": rows}
 
@@ -60,7 +63,7 @@ def measure_step(args: argparse.Namespace, depth: int, vocab_size: int, words: s
         model.zero_grad(set_to_none=True)
 
     def step() -> None:
-        train_step(model, optimizer, batch, args.rows)
+        train_step(model, optimizer, make_random_batch(config, args.rows, device), args.rows)
 
     def forward() -> None:
         model(batch.inputs, batch.targets)

@@ -33,7 +33,7 @@ from nanochat.config import GPTConfig
 from nanochat.memory import HISTOGRAM_BINS
 
 NUM_BINS = HISTOGRAM_BINS    # of the histogram of r
-FEW_ROWS = 64       # without grouped products, so many rows at most gather a matrix each; more are padded batches
+FEW_ROWS = 64       # so many at most gather a matrix each where there are no grouped products, and need no buckets
 NATS = 1_000_000    # entropy is summed in whole millionths, since whole numbers add up alike in any order
 
 
@@ -177,13 +177,13 @@ def padded_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
 
 def prefers_few_shapes(x: Tensor) -> bool:
-    """Whether products are made for each new number of rows: oneDNN's, in 16 bits on CPUs, which takes 3 to 10 times as
-    long as the product itself (dev/LOG.md, "What held experts back on CPUs")."""
+    """Whether a kernel is made for each new number of rows, as oneDNN does in 16 bits on CPUs. To make it takes 3 to 10
+    times as long as the product (dev/LOG.md, "What held experts back on CPUs")."""
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and len(x) > FEW_ROWS
 
 
 def find_buckets(ends: Tensor, num_rows: int) -> Iterator[tuple[int, slice, slice]]:
-    """(expert, its rows, more rows around them, of which there are few numbers), of each expert that has any."""
+    """(expert, its rows, a slice around them), of each expert that has any; slices have one of 128 lengths at most."""
     step, start = -(-num_rows // 4096) * 32, 0
     for expert, stop in enumerate(ends.tolist()):
         if stop > start:
@@ -194,18 +194,19 @@ def find_buckets(ends: Tensor, num_rows: int) -> Iterator[tuple[int, slice, slic
 
 
 def bucketed_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """grouped_product, an expert at a time, with some rows of the next one, which that one overwrites."""
+    """grouped_product, an expert at a time, with some rows of the next one, which overwrites them."""
     y = x.new_empty(len(x), weight.size(2))
     for expert, own, more in find_buckets(ends, len(x)):
         if own.start == more.start:
             torch.mm(x[more], weight[expert], out=y[more])
-        else:    # at the end, rows of those before
+        else:    # near the end the slice begins before them
             y[own] = (x[more] @ weight[expert])[own.start - more.start:own.stop - more.start]
     return y
 
 
 def bucketed_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    """grouped_outer, an expert at a time, with some rows of zeros."""
+    """grouped_outer, an expert at a time, with some rows of zeros: what isn't finite may spread to other experts, but
+    a step with such values is lost anyway."""
     outer = a.new_zeros(len(ends), a.size(1), b.size(1))
     for expert, own, more in find_buckets(ends, len(a)):
         narrow = min(a, b, key=lambda rows: rows.size(1))
@@ -249,7 +250,7 @@ def probe_grouped(device_type: str, dtype: torch.dtype) -> str:
     except (RuntimeError, AttributeError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0][:100]
     if dtype != torch.float64:    # which nobody trains in
-        print0(f"experts multiply in padded batches: grouped {dtype} products don't work here ({reason})")
+        print0(f"experts multiply one by one or in padded batches: grouped {dtype} products don't work here ({reason})")
     return reason
 
 

@@ -124,16 +124,18 @@ def test_variants_are_the_full_model_with_other_flags():
     """The runs that variants make, without training them; their FLOPs are the full model's."""
     args = ablate.parse_args(["--name", "a", "--depth", "2", "--seeds", "1", "--tokens", "2560", "--features", "x0",
                               "--mode", "drop", "--variant", "e4: --knobs num_experts=4 smear=on -d float64",
-                              "slow: --matrix-lr=.01 --total-batch 64", "--", *TOY, "--knobs", "smear=off"])
+                              "slow: --matrix-lr=.01 --total-batch 64 --window-pattern LS", "--", *TOY, "--knobs",
+                              "smear=off"])
     ablation, points, _ = ablate.plan_ablation(args)
     recipes = {point.tag: base_train.parse_args(point.flags)[0] for point in points}
     assert list(recipes) == ["a-full-seed1", "a-no-x0-seed1", "a-half-seed1", "a-e4-seed1", "a-slow-seed1"]
     experts, slow, full = recipes["a-e4-seed1"], recipes["a-slow-seed1"], recipes["a-full-seed1"]
     assert experts.knobs == ["smear=on", "num_experts=4"] and experts.dtype == "float64" and full.dtype == "float32"
     assert (slow.matrix_lr, slow.total_batch_size, slow.knobs) == (0.01, 64, ["smear=off"])
+    assert slow.window_pattern == "LS" and full.window_pattern == "SSSL"
     assert (full.matrix_lr, full.total_batch_size, full.knobs) == (0.02, 128, ["smear=off"])
     assert ablation["comparisons"] == [("x0", "full", "no-x0"), ("e4", "e4", "full"), ("slow", "slow", "full")]
-    assert ablation["features"]["slow"] == "--matrix-lr=.01 --total-batch 64"
+    assert ablation["features"]["slow"] == "--matrix-lr=.01 --total-batch 64 --window-pattern LS"
     assert ablation["models"]["e4"]["flops"] == pytest.approx(ablation["target_flops"], rel=0.03)
     assert ablation["models"]["slow"]["steps"] == 2 * ablation["models"]["full"]["steps"]
     args = ablate.parse_args(["--name", "a", "--depth", "2", "--variant", "slow: --matrix-lr .01", "--", *TOY])
@@ -180,6 +182,17 @@ def write_ablation(base_dir, name, bpb, step_ms=None, start=LN_V):
                 log.update(results={"val_bpb": value})
                 log.close("stopped" if value is None else "finished")
     return folder
+
+
+def test_seconds_are_the_median_seeds(base_dir):
+    """One seed that ran beside other work moves neither the column nor the multiplier."""
+    folder = write_ablation(base_dir, "busy", {"full": [1.0] * 3, "no-smear": [1.0] * 3, "no-x0": [1.0] * 3,
+                                               "half": [1.02] * 3})
+    path = get_run_dir("base", "busy-full-seed2") / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"step_ms": 100', '"step_ms": 900'))
+    results = write_table(folder)
+    assert results["means"]["full"]["seconds"] == pytest.approx(30)
+    assert results["rows"][0]["seconds_multiplier"] == pytest.approx(1)
 
 
 def test_arithmetic(base_dir):
@@ -236,6 +249,20 @@ def test_a_variant_is_compared_with_the_full_model(base_dir):
     assert lines[4].endswith("slow: --matrix-lr .01 |")
 
 
+def test_rows_are_kept_and_names_mean_one_thing(base_dir):
+    """A command that names other features or variants adds to the table; a variant's runs are never another's."""
+    def plan(*words):
+        words = ["--name", "a", "--depth", "2", "--mode", "drop", "--tokens", "2560", *words, "--", *TOY]
+        return ablate.plan_ablation(ablate.parse_args(words))[0]
+    first, second = plan("--features", "smear"), plan("--variant", "a: --matrix-lr 1")
+    both = ablate.add_saved(second, first)
+    assert both["comparisons"] == [("smear", "full", "no-smear"), ("a", "a", "full")]
+    assert list(both["models"]) == ["full", "no-smear", "half", "a"] and set(both["features"]) == {"smear", "a"}
+    assert ablate.add_saved(first, both)["comparisons"] == [("a", "a", "full"), ("smear", "full", "no-smear")]
+    with pytest.raises(UserError, match="--variant a was '--matrix-lr 1' in this ablation; choose another name"):
+        ablate.add_saved(plan("--variant", "a: --matrix-lr 1 --dtype bfloat16"), both)
+
+
 def test_a_small_spread_by_chance_is_no_proof(base_dir):
     """Two seeds that agree by chance, among features that vary by more."""
     folder = write_ablation(base_dir, "chance", {"full": [1.0, 1.1], "no-smear": [1.001, 1.101],
@@ -278,14 +305,22 @@ def test_a_slope_of_noise_and_runs_without_a_log(base_dir):
     (["--features", "smear", "--seeds", "0"], "--seeds 0 must be at least 1"),
     (["--features", ""], r"--features is missing; --mode drop or add, --features \(or --variant\) and --depth say"),
     (["--features", "", "--mode", "add", "--variant", "a: --matrix-lr 1"], "--features is missing"),
-    (["--features", "smear", "--variant", "matrix-lr .01"], "'matrix-lr .01' must be a name and flags of"),
+    (["--features", "smear", "--variant", "matrix-lr .01"], "'matrix-lr .01' must be a name"),
+    (["--features", "smear", "--variant", "slow: .01"], "'slow: .01' must be a name"),
+    (["--features", "smear", "--variant", "a|b: --matrix-lr 1"], "'a|b: --matrix-lr 1' must be a name"),
+    (["--features", "smear", "--variant", "a: --nonsense 3"], "a: scripts.base_train doesn't take --nonsense 3"),
+    (["--features", "smear", "--variant", "a: --help"], "--variant a: scripts.base_train doesn't take --help"),
+    (["--features", "smear", "--variant", "a: --preset plain"], "--variant a: --preset plain has all parts"),
+    (["--features", "smear", "--variant", "x0: --matrix-lr 1"], "--variant x0: a model or feature of this name is"),
+    (["--features", "smear", "--variant", "a: --save-every 7 --run hello"], "a changes nothing of this model"),
+    (["--features", "smear", "--variant", "a: --eval-tokens 9"], "--variant a: --eval-tokens is the same for all"),
+    (["--features", "smear", "--nproc", "3", "--variant", "a: --total-batch-size 32"], "32"),
     (["--features", "smear", "--variant", "a: --matrix-lr '1"], "No closing quotation"),
     (["--features", "smear", "--variant", "a: --matrix-lr 1", "a: --matrix-lr 2"], "--variant names a twice"),
-    (["--features", "smear", "--variant", "full: --matrix-lr 1"], "--variant full: a model of this name is there"),
+    (["--features", "smear", "--variant", "full: --matrix-lr 1"], "--variant full: a model or feature of this name"),
     (["--features", "smear", "--variant", "a: --matrix-lr .02"], "a changes nothing of this model"),
     (["--features", "smear", "--variant", "a: --target-flops 1e9"], "--variant a: --target-flops is the same for all"),
     (["--features", "smear", "--variant", "a: --seed 3"], "--seed is set by the ablation itself"),
-    (["--features", "smear", "--variant", "a/b: --matrix-lr 1"], "a/b"),
     (["--features", "smear", "--variant", "a: --knobs smaer=1"], "there is no knob 'smaer'"),
     (["--features", "smear,plain", "--mode", "add"], "plain and smear have parts in common"),
     (["--features", "windows"], "windows changes nothing of this model"),    # of 32 tokens

@@ -28,10 +28,12 @@ def test_whole_step(capsys):
     (row,) = bench_step.main([*argv, "--compile", "off", "--dtype", "float32", "--device-type", "cpu"])["rows"]
     assert row["step ms"] > 0 and row["tokens/s"] == pytest.approx(64 / row["step ms"] * 1e3)
     assert "of matmul %" in capsys.readouterr().out
+    with pytest.raises(UserError, match="there is no knob 'smaer'"):
+        bench_step.main([*argv, "--variant", "num_experts=2", "smaer=1", "--device-type", "cpu"])
     more = ["--variant", "num_experts=2", "--compile", "off", "--dtype", "float32", "--device-type", "cpu"]
     dense, experts = bench_step.main([*argv, *more])["rows"]
-    assert (dense["knobs"], dense["time over the first's"]) == ("", 1) and experts["knobs"] == "num_experts=2"
-    assert experts["time over the first's"] == experts["step ms"] / dense["step ms"]
+    assert (dense["knobs"], dense["over the plain model's"]) == ("", 1) and experts["knobs"] == "num_experts=2"
+    assert experts["over the plain model's"] == experts["step ms"] / dense["step ms"]
 
 
 def test_checkpoint(tmp_path, monkeypatch, capsys):

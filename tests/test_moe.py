@@ -108,7 +108,7 @@ def test_grouped_products_that_are_wrong_are_not_used(monkeypatch, capsys):
         torch.testing.assert_close(layer(x), slow_moe(layer, x), rtol=1e-4, atol=1e-4)
         layer(x)
         said = capsys.readouterr().out
-        assert said.count("experts multiply in padded batches") == 1 and "its results are wrong" in said
+        assert said.count("one by one or in padded batches") == 1 and "its results are wrong" in said
     finally:
         moe.probe_grouped.cache_clear()
 
@@ -190,15 +190,37 @@ def test_products_in_few_shapes_are_those_of_padded_batches(loads):
     ends = torch.tensor(loads).cumsum(0).int()
     x, grad = (torch.randn(num_rows, size, generator=generator).bfloat16() for size in (32, 64))
     weight = torch.randn(4, 32, 64, generator=generator).bfloat16()
-    assert moe.prefers_few_shapes(x) and not moe.prefers_few_shapes(x[:moe.FEW_ROWS])
-    assert not moe.prefers_few_shapes(x.float())
     for actual, expected in (
-            (moe.grouped_product(x, weight, ends), moe.padded_product(x.double(), weight.double(), ends)),
-            (moe.grouped_outer(grad, x, ends), moe.padded_outer(grad.double(), x.double(), ends)),
-            (moe.grouped_outer(x, grad, ends), moe.padded_outer(x.double(), grad.double(), ends))):
+            (moe.bucketed_product(x, weight, ends), moe.padded_product(x.double(), weight.double(), ends)),
+            (moe.bucketed_outer(grad, x, ends), moe.padded_outer(grad.double(), x.double(), ends)),
+            (moe.bucketed_outer(x, grad, ends), moe.padded_outer(x.double(), grad.double(), ends))):
         torch.testing.assert_close(actual.double(), expected, rtol=0.02, atol=0.05)
-    sizes = {more.stop - more.start for *_, more in moe.find_buckets(ends, num_rows)}
-    assert all(size % 32 == 0 or size == num_rows for size in sizes)
+
+
+def test_sixteen_bits_on_a_cpu_have_few_shapes(monkeypatch):
+    """Of any loads, with little waste: a kernel for each would take longer than the products."""
+    used = []
+    for name in ("bucketed_product", "bucketed_outer"):
+        monkeypatch.setattr(moe, name, lambda *args, name=name: used.append(name))
+    ends = torch.tensor([100], dtype=torch.int32)
+    for dtype, num_rows, expected in ((torch.bfloat16, 100, True), (torch.float16, 100, True),
+                                      (torch.bfloat16, 64, False), (torch.float32, 100, False)):
+        used.clear()
+        x, weight = torch.zeros(num_rows, 16, dtype=dtype), torch.zeros(1, 16, 16, dtype=dtype)
+        moe.grouped_product(x, weight, ends.clamp(max=num_rows))
+        moe.grouped_outer(x, x, ends.clamp(max=num_rows))
+        assert used == ["bucketed_product", "bucketed_outer"] * expected
+    generator = torch.Generator().manual_seed(0)
+    for num_rows, step in ((600, 32), (4096, 32), (16384, 128)):
+        lengths = set()
+        for _ in range(100):
+            loads = torch.bincount(torch.randint(8, (num_rows,), generator=generator), minlength=8)
+            for expert, own, more in moe.find_buckets(loads.cumsum(0).int(), num_rows):
+                assert own.stop - own.start == loads[expert]
+                assert max(0, more.start) <= own.start < own.stop <= more.stop <= num_rows
+                assert (more.stop - more.start) - (own.stop - own.start) < step
+                lengths.add(more.stop - more.start)
+        assert len(lengths) < 12
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(4, 1), (8, 2), (16, 3)])

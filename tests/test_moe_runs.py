@@ -177,6 +177,11 @@ def test_idle_expert_stays_where_it_is():
     assert len(kept) == 6 and all(old.any() for old in before)
     assert all(torch.equal(tensor[5], old) for tensor, old in zip(kept, before, strict=True))
     assert all(not torch.equal(layer.down.weight[e], others[e]) for e in range(8) if e != 5)
+    others = layer.down.weight.detach().clone()
+    layer.down.weight.grad = -torch.ones_like(others)    # no entry is above 0, and no expert is idle
+    layer.down.weight.grad[5] = 0
+    optimizer.step()
+    assert [torch.equal(layer.down.weight[e], others[e]) for e in range(8)] == [e == 5 for e in range(8)]
 
 
 def test_figure_of_the_load(base_dir, tmp_path, capsys):
@@ -190,10 +195,13 @@ def test_figure_of_the_load(base_dir, tmp_path, capsys):
         show_load.main(["dense"])
 
 
-@pytest.mark.parametrize("has_grouped", [True, False])
+@pytest.mark.parametrize("way", ["buckets", "grouped", "padded"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_learns_with_grouped_products_and_without(dtype, has_grouped, monkeypatch):
-    if not has_grouped:
+def test_half_precision_learns_in_each_way_to_multiply(dtype, way, monkeypatch):
+    """In buckets as on CPUs, or without them, as on GPUs and those of them that have no grouped products."""
+    if way != "buckets":
+        monkeypatch.setattr(moe, "prefers_few_shapes", lambda x: False)
+    if way == "padded":
         monkeypatch.setattr(moe, "can_group", lambda *operands: False)
     model = make_model(MOE, dtype, as_initialised=True)
     model.balance, optimizer = make_balance(model), model.setup_optimizer(batch_lr_scale=0.1)
