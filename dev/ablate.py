@@ -139,13 +139,13 @@ def plan_ablation(args: argparse.Namespace) -> tuple[dict, list[Point], list[str
 
 
 def add_saved(ablation: dict, saved: dict) -> dict:
-    """The ablation with the rows of drop that an earlier command had and this one doesn't name; sweep.json refuses
-    other flags. UserError where a variant has the name of another one: its runs would be taken for it."""
+    """The ablation with the rows that an earlier command had and this one doesn't name; sweep.json refuses other flags.
+    UserError where a variant has the name of another one: its runs would be taken for it."""
+    if (ablation["mode"], ablation["target_flops"]) != (saved["mode"], saved["target_flops"]):    # of no run yet
+        return ablation
     for name, what in ablation["features"].items():
         if name not in FEATURES and saved["features"].get(name, what) != what:
             raise UserError(f"--variant {name} was {saved['features'][name]!r} in this ablation; choose another name")
-    if ablation["mode"] != "drop" or saved["mode"] != "drop":
-        return ablation
     new = {name for name, *_ in ablation["comparisons"]}
     comparisons = [row for row in saved["comparisons"] if row[0] not in new]
     return ablation | {"comparisons": [*comparisons, *ablation["comparisons"]],

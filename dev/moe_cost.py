@@ -12,7 +12,7 @@ import argparse
 import math
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -84,19 +84,18 @@ def read_runs(tags: list[str]) -> list[Timed]:
 
 
 def pair_runs(runs: list[Timed]) -> list[tuple[Timed, Timed]]:
-    """(dense, mixture of experts) of one depth, width, vocabulary and batch."""
-    def get_size(run: Timed) -> tuple:
-        config = run.config
-        return config.n_layer, config.n_embd, config.vocab_size, config.sequence_len, run.batch_tokens
-    dense = {get_size(run): run for run in runs if not run.config.num_experts}
+    """(dense, mixture of experts) that differ in their experts alone."""
+    def make_dense(run: Timed) -> tuple[GPTConfig, int]:
+        return replace(run.config, num_experts=0, top_k=1, moe_every=1), run.batch_tokens
+    dense = {make_dense(run): run for run in runs if not run.config.num_experts}
     experts = [run for run in runs if run.config.num_experts]
     for run in experts:
-        if get_size(run) not in dense:
-            raise UserError(f"of depth {run.config.n_layer} and {run.batch_tokens} tokens a step there is no dense "
-                            "run; name one, too")
+        if make_dense(run) not in dense:
+            raise UserError(f"of depth {run.config.n_layer} and {run.batch_tokens} tokens a step there is no dense run "
+                            "that differs in its experts alone; name one, too")
     if len(experts) < 2:
         raise UserError("two rates need two different mixtures of experts at least; name their runs")
-    return [(dense[get_size(run)], run) for run in experts]
+    return [(dense[make_dense(run)], run) for run in experts]
 
 
 def fit_rates(pairs: list[tuple[Timed, Timed]]) -> tuple[float, float]:

@@ -121,7 +121,7 @@ class CausalSelfAttention(nn.Module):
         qk = [apply_rotary(heads, *cos_sin) for heads in qk]
         if config.qk_scale:
             # QK norm (arXiv 2010.04245) bounds the scores whatever the weights do; the factor on both makes them larger
-            # again, attention sharper (1.2: no gain at depth 4 or 6)
+            # again, attention sharper (1.2: harm at depth 4, none at 6)
             qk = [norm(heads) * config.qk_scale for heads in qk]
         q, k = qk if self.c_qkv is None else qk[0].split((self.n_head, self.n_kv_head), dim=2)
         if kv_cache is None:

@@ -259,6 +259,7 @@ def test_rows_are_kept_and_names_mean_one_thing(base_dir):
     assert both["comparisons"] == [("smear", "full", "no-smear"), ("a", "a", "full")]
     assert list(both["models"]) == ["full", "no-smear", "half", "a"] and set(both["features"]) == {"smear", "a"}
     assert ablate.add_saved(first, both)["comparisons"] == [("a", "a", "full"), ("smear", "full", "no-smear")]
+    assert ablate.add_saved(first, both | {"target_flops": 1.0}) == first    # no run of those can be there
     with pytest.raises(UserError, match="--variant a was '--matrix-lr 1' in this ablation; choose another name"):
         ablate.add_saved(plan("--variant", "a: --matrix-lr 1 --dtype bfloat16"), both)
 

@@ -58,3 +58,9 @@ def test_refusals(tags):
     write_run("fast", replace(DENSE, num_experts=16), 400)
     with pytest.raises(UserError, match="was as fast as its dense model"):
         moe_cost.main([*tags, "fast"])
+
+
+def test_a_dense_model_that_differs_otherwise_is_none(tags):
+    write_run("dense", replace(DENSE, smear=False), 500)
+    with pytest.raises(UserError, match="no dense run that differs in its experts alone"):
+        moe_cost.main(tags)
