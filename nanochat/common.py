@@ -146,7 +146,8 @@ def explain_ending(error: BaseException) -> tuple[int, str] | None:
             return 2, f"error: NCCL, which connects the GPUs, is out of memory on rank {get_ranks().rank} " \
                       f"({get_first_line(error)}); set a smaller --device-batch-size, where the script has it, and " \
                       "run again to go on from the last checkpoint"
-        if dist and (isinstance(error, dist.DistError) or (dist.is_initialized() and "gloo" in str(error).lower())):
+        is_gloos = any(text in str(error).lower() for text in ("gloo", "caused pair closure"))    # not all name it
+        if dist and (isinstance(error, dist.DistError) or (dist.is_initialized() and is_gloos)):
             return 1, f"error: rank {get_ranks().rank} can't reach the other ranks any more: one of them has ended " \
                       "(what it said stands above) or did not answer for " \
                       f"{get_collective_timeout().total_seconds():g} s; run the same command again to go on from " \

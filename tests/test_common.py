@@ -129,6 +129,17 @@ def test_rank_ends_without_the_teardown_of_a_live_communicator(error, code, mess
     assert live_group == ["wait", "exit functions", code] and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4321",
+                                  "Application timeout caused pair closure"])
+def test_what_gloo_says_of_a_lost_rank_is_explained(text, monkeypatch):
+    """The second was seen when a rank stalled while all ranks waited for each other; it doesn't name gloo."""
+    assert common.explain_ending(RuntimeError(text)) is None    # one process alone has no ranks to lose
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    code, message = common.explain_ending(RuntimeError(text))
+    assert code == 1 and "can't reach the other ranks any more" in message and text in message
+    assert common.explain_ending(RuntimeError("a bug")) is None
+
+
 def test_rank_that_is_done_destroys_its_communicator(live_group):
     with pytest.raises(Ended):
         common.run_script(lambda argv: None)
