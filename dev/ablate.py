@@ -115,7 +115,12 @@ def plan_ablation(args: argparse.Namespace) -> tuple[dict, list[Point], list[str
     words = {name: [*to_words(variants[name][1] if name in variants else {}), *switch(knobs),
                     f"--target-flops={target_flops * (SLOPE_FRAC if name == 'half' else 1)!r}"]
              for name, knobs in models.items()}    # a flag that is given twice has its last value
-    recipes = {name: make_recipe([*flags, *words[name]], args.nproc) for name in models}
+    recipes = {}
+    for name in models:
+        try:
+            recipes[name] = make_recipe([*flags, *words[name]], args.nproc)
+        except UserError as error:
+            raise UserError(f"--variant {name}: {error}") if name in variants else error from None
     comparisons = list_comparisons(args.mode, names) + [(name, name, "full") for name in variants]
     for feature, with_it, without in comparisons:
         with_flags, without_flags = ([*flags, *words[model]] for model in (with_it, without))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 
-from nanochat import common, devices, memory
+from nanochat import common, devices, memory, moe
 from nanochat.checkpoint_manager import Checkpoint, SaveRules
 from nanochat.common import UserError, gather, int_or_all, int_or_never
 from nanochat.compilation import choose_compile
@@ -220,6 +220,8 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
     decide(decisions, "rows of a micro-batch", micro_rows, why)
     decide(decisions, "loss", machine.loss, ", ".join(
         f"{rows.predict(micro_rows, replace(machine, loss=loss)) / GIB:.2f} GiB with {loss}" for loss in LOSSES))
+    if rows.config.num_experts:
+        decide(decisions, "experts' products", *moe.describe_products(device, dtype))
     # a CPU's measured peak is that of the whole process, with Python and all libraries
     loaded_bytes = devices.get_peak_memory_bytes(device) if device.type == "cpu" else 0
     is_one_trunk = "trunk" in (wanted.compile, kept.get("compile") if wanted.compile == "auto" else "")

@@ -176,6 +176,14 @@ def padded_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     return torch.bmm((a[rows] * is_row.unsqueeze(-1)).mT, b[rows])
 
 
+def describe_products(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """How a training step multiplies each expert's rows, and why; calls as above take another way for themselves."""
+    if prefers_few_shapes(torch.empty(FEW_ROWS + 1, 1, dtype=dtype, device=device)):
+        return "bucketed", f"in {dtype} a CPU makes a kernel for each number of rows: each expert has a multiple of 32"
+    reason = probe_grouped(device.type, dtype)
+    return ("padded", f"torch's grouped products don't serve: {reason}") if reason else ("grouped", "torch has them")
+
+
 def prefers_few_shapes(x: Tensor) -> bool:
     """Whether a kernel is made for each new number of rows, as oneDNN does in 16 bits on CPUs. To make it takes 3 to 10
     times as long as the product (dev/LOG.md, "What held experts back on CPUs")."""

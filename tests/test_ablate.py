@@ -316,6 +316,8 @@ def test_a_slope_of_noise_and_runs_without_a_log(base_dir):
     (["--features", "smear", "--variant", "a: --save-every 7 --run hello"], "a changes nothing of this model"),
     (["--features", "smear", "--variant", "a: --eval-tokens 9"], "--variant a: --eval-tokens is the same for all"),
     (["--features", "smear", "--nproc", "3", "--variant", "a: --total-batch-size 32"], "32"),
+    (["--features", "smear", "--variant", "a: --total-batch-size 33"], "--variant a: --total-batch-size 33 must be"),
+    (["--features", "smear", "--variant", "a: --tokenizer nobody"], "--variant a: .*nobody"),
     (["--features", "smear", "--variant", "a: --matrix-lr '1"], "No closing quotation"),
     (["--features", "smear", "--variant", "a: --matrix-lr 1", "a: --matrix-lr 2"], "--variant names a twice"),
     (["--features", "smear", "--variant", "full: --matrix-lr 1"], "--variant full: a model or feature of this name"),

@@ -109,6 +109,8 @@ def test_grouped_products_that_are_wrong_are_not_used(monkeypatch, capsys):
         layer(x)
         said = capsys.readouterr().out
         assert said.count("one by one or in padded batches") == 1 and "its results are wrong" in said
+        value, why = moe.describe_products(torch.device("cpu"), torch.float32)
+        assert value == "padded" and "its results are wrong" in why
     finally:
         moe.probe_grouped.cache_clear()
 
@@ -210,6 +212,8 @@ def test_sixteen_bits_on_a_cpu_have_few_shapes(monkeypatch):
         moe.grouped_product(x, weight, ends.clamp(max=num_rows))
         moe.grouped_outer(x, x, ends.clamp(max=num_rows))
         assert used == ["bucketed_product", "bucketed_outer"] * expected
+    assert moe.describe_products(torch.device("cpu"), torch.bfloat16)[0] == "bucketed"
+    assert moe.describe_products(torch.device("cpu"), torch.float32)[0] != "bucketed"
     generator = torch.Generator().manual_seed(0)
     for num_rows, step in ((600, 32), (4096, 32), (16384, 128)):
         lengths = set()

@@ -113,6 +113,12 @@ def ranks(base_dir, tmp_path_factory):
     return run_on_ranks(jobs, tmp_path_factory.mktemp("results"))
 
 
+def test_how_experts_multiply_is_a_choice_on_record(base_dir):
+    decisions = read_info(base_dir / "runs/base/toy")["decisions"]
+    assert [d["value"] for d in decisions if d["what"] == "experts' products"] == [
+        moe.describe_products(torch.device("cpu"), torch.float64)[0]]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Balance
 
