@@ -165,9 +165,7 @@ def make_cache(model: GPT, num_rows: int, num_tokens: int, is_compiled: bool = F
     config, device = model.config, model.get_device()
     is_half = model.compute_dtype in (torch.bfloat16, torch.float16)
     dtype = torch.float32 if is_half and not is_compiled and device.type == "cpu" else model.compute_dtype
-    cache = KVCache(num_rows, config.n_kv_head, num_tokens, config.head_dim, config.n_layer, device, dtype)
-    cache.last_embed = torch.zeros(num_rows, 1, config.n_embd, device=device, dtype=model.compute_dtype)
-    return cache
+    return KVCache(num_rows, config.n_kv_head, num_tokens, config.head_dim, config.n_layer, device, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,10 +233,10 @@ class CompiledStep:
         for tensor in (k_cache, v_cache):
             # Unbacked: a guard on the size would recompile, for 6-10 s, at 4,096 keys
             torch._dynamo.decorators.mark_unbacked(tensor, 2)
-        for tensor, row_dim in ((k_cache, 1), (v_cache, 1), (idx, 0), (rows.cache_seqlens, 0), (rows.last_embed, 0)):
+        for tensor, row_dim in ((k_cache, 1), (v_cache, 1), (idx, 0), (rows.cache_seqlens, 0), (rows.last_ids, 0)):
             torch._dynamo.maybe_mark_dynamic(tensor, row_dim)
         try:
-            return self.compute(idx, k_cache, v_cache, rows.cache_seqlens, rows.last_embed)
+            return self.compute(idx, k_cache, v_cache, rows.cache_seqlens, rows.last_ids)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
@@ -246,9 +244,9 @@ class CompiledStep:
             print0(f"decoding eagerly: the step can't be compiled ({(str(error).splitlines() or [''])[0][:200]})")
             return run_eagerly(self.model, idx, cache)
 
-    def _compute(self, idx: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, last_embed: Tensor) -> Tensor:
+    def _compute(self, idx: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, last_ids: Tensor) -> Tensor:
         torch._check(k_cache.size(2) == v_cache.size(2))
-        return self.model(idx, kv_cache=KVCache.wrap(k_cache, v_cache, lengths, last_embed))[:, -1]
+        return self.model(idx, kv_cache=KVCache.wrap(k_cache, v_cache, lengths, last_ids))[:, -1]
 
 
 @dataclass(frozen=True)
@@ -283,7 +281,7 @@ class GraphedStep:
         """Logits (B, V) of the next token, from (B, 1) token ids; valid until the next call."""
         if not self.works:
             return run_eagerly(self.model, idx, cache)
-        tensors = (cache.k_cache, cache.v_cache, cache.cache_seqlens, cache.last_embed)
+        tensors = (cache.k_cache, cache.v_cache, cache.cache_seqlens, cache.last_ids)
         addresses = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
         if addresses != self.addresses:
             self.graphs.clear()
@@ -328,15 +326,15 @@ def round_up_rows(num_rows: int) -> int:
 def compute_step(model: GPT, idx: Tensor, num_live: Tensor, cache: KVCache) -> Tensor:
     """Logits (B, V) of the next token in the first B rows of a cache, of which the first `num_live` () count.
 
-    The other rows keep their length and last embedding. Their keys and values are written where their next token's
+    The other rows keep their length and last token. Their keys and values are written where their next token's
     will be, in a row that is full into the token of its memory that is never used.
     """
     B = len(idx)
-    lengths, last_embed = cache.cache_seqlens[:B], cache.last_embed[:B]
+    lengths, last_ids = cache.cache_seqlens[:B], cache.last_ids[:B]
     k_cache, v_cache = (add_unused_token(memory[:, :B]) for memory in (cache.k_cache, cache.v_cache))
-    rows = KVCache.wrap(k_cache, v_cache, lengths.clone(), last_embed.clone())
+    rows = KVCache.wrap(k_cache, v_cache, lengths.clone(), last_ids.clone())
     logits = model(idx, kv_cache=rows)[:, -1]
     is_live = torch.arange(B, device=idx.device) < num_live  # (B,)
     lengths.copy_(torch.where(is_live, rows.cache_seqlens, lengths))
-    last_embed.copy_(torch.where(is_live[:, None, None], rows.last_embed, last_embed))
+    last_ids.copy_(torch.where(is_live[:, None], rows.last_ids, last_ids))
     return logits

@@ -45,7 +45,7 @@ from nanochat.decoding import (
 )
 from nanochat.execution import calculate
 from nanochat.gpt import GPT
-from nanochat.kv_cache import KVCache
+from nanochat.kv_cache import NO_TOKEN, KVCache
 from nanochat.sampling import Sampling, sample_rows
 
 PREFILL_TOKENS = 512      # prompt tokens per step; bounds its memory (assumption, not studied, as is the next one)
@@ -304,7 +304,7 @@ class Engine:
         self.rows = []
         if self.cache is not None and self._is_graphed() and self.cache.k_cache.size(2) == self.cache_tokens:
             self.cache.cache_seqlens.zero_()
-            self.cache.last_embed.zero_()
+            self.cache.last_ids.fill_(NO_TOKEN)
         else:
             self.cache = None
 
@@ -355,7 +355,7 @@ class Engine:
         except BaseException:  # Ctrl-C, out of memory: the cache is in an unknown state, so every row is read again
             for i, row in enumerate(self.rows):
                 row.tokens = []
-                self.cache.start_row(i, 0, 0.0)
+                self.cache.start_row(i, 0, NO_TOKEN)
             raise
 
     def _admit(self) -> None:
@@ -408,9 +408,7 @@ class Engine:
         row = self.rows[target]
         if source is not None and source != target:
             self.cache.copy_row(source, target, num_shared)
-        if source != target or len(row.tokens) != num_shared:  # else the row's own embedding is it
-            last_token = torch.tensor(generation.tokens[num_shared - 1], device=self.device)
-            self.cache.start_row(target, num_shared, self.model.embed_tokens(last_token) if num_shared else 0.0)
+        self.cache.start_row(target, num_shared, generation.tokens[num_shared - 1] if num_shared else NO_TOKEN)
         row.tokens, row.generation = generation.tokens[:num_shared], generation
         generation.num_reused = num_shared
 
@@ -469,8 +467,7 @@ class Engine:
             row.last_used = self._num_steps
         if any(len(chunk) < num_tokens for chunk in chunks):
             cache.cache_seqlens.copy_(torch.tensor([len(row.tokens) for row in rows]))
-            last_tokens = torch.tensor([[chunk[-1]] for chunk in chunks], device=self.device)
-            cache.last_embed.copy_(self.model.embed_tokens(last_tokens))  # (B, 1, C)
+            cache.last_ids.copy_(torch.tensor([[chunk[-1]] for chunk in chunks]))
 
     def _decode(self) -> None:
         """Sample one token for each row that has read its whole prompt."""

@@ -307,7 +307,11 @@ class GPT(nn.Module):
         if self.smear_gate is None:
             return x
         # The first token of a sequence has none before it: zero adds nothing
-        previous = F.pad(x[:, :-1], (0, 0, 1, 0)) if kv_cache is None else kv_cache.shift_embeds(x)
+        if kv_cache is None:
+            previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+        else:
+            ids = kv_cache.shift_ids(idx)
+            previous = self.embed_tokens(ids.clamp(min=0)) * (ids >= 0).unsqueeze(-1)
         gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]))  # (B, T, 1)
         return x + self.smear_lambda[0] * gate * previous
 

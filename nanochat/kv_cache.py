@@ -1,8 +1,8 @@
 """The cache of keys and values: what a model remembers of the tokens so far, each row with its own length.
 
-    (layers, B, T, H, D) keys, the same of values; (B,) lengths; (B, 1, C) last embeddings, which the smear needs
+    (layers, B, T, H, D) keys, the same of values; (B,) lengths; (B, 1) ids of the last tokens
 
-B rows, T tokens of room, C channels, H key/value heads, D head dim.
+B rows, T tokens of room, H key/value heads, D head dim.
 """
 
 import copy
@@ -20,9 +20,12 @@ from nanochat.flash_attention import (
     write_to_cache,
 )
 
+NO_TOKEN = -1    # what stands before the first one
+
 
 class KVCache:
-    """Keys and values of the tokens so far, each row with its own length, and the last embedding for the smear.
+    """Keys and values of the tokens so far, each row with its own length, and the last token, which the next one's
+    embedding looks back at.
 
     Grows by doubling when a pass needs more room; the rotary table bounds a sequence's length.
     """
@@ -33,15 +36,15 @@ class KVCache:
         shape = (num_layers, batch_size, seq_len, num_heads, head_dim)  # (layers, B, T, H, D)
         self.k_cache, self.v_cache = (make_memory(shape, device, dtype) for _ in range(2))
         self.cache_seqlens = torch.zeros(batch_size, device=device, dtype=torch.int32)  # (B,) tokens of each row
-        self.last_embed: Tensor | None = None  # (B, 1, C)
+        self.last_ids = torch.full((batch_size, 1), NO_TOKEN, device=device)  # (B, 1)
         self.num_tokens = 0  # of the longest row; known here so that a GPU needn't be asked
 
     @classmethod
-    def wrap(cls, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, last_embed: Tensor) -> "KVCache":
+    def wrap(cls, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, last_ids: Tensor) -> "KVCache":
         """A cache of these tensors that doesn't grow: for a pass that is traced or captured."""
         cache = cls.__new__(cls)
         cache.k_cache, cache.v_cache = k_cache, v_cache
-        cache.cache_seqlens, cache.last_embed = cache_seqlens, last_embed
+        cache.cache_seqlens, cache.last_ids = cache_seqlens, last_ids
         cache.num_tokens = None
         return cache
 
@@ -53,7 +56,7 @@ class KVCache:
         """Tokens that the longest row holds."""
         return self.num_tokens
 
-    # What the model calls in a forward pass: begin, get_positions, shift_embeds, attend for each layer, advance
+    # What the model calls in a forward pass: begin, get_positions, shift_ids, attend for each layer, advance
 
     def begin(self, num_tokens: int) -> None:
         """Begin a forward pass over `num_tokens` new tokens of each row."""
@@ -83,14 +86,10 @@ class KVCache:
         """A layer's keys and values, (B, T, H, D) each."""
         return self.k_cache[layer], self.v_cache[layer]
 
-    def shift_embeds(self, x: Tensor) -> Tensor:
-        """Embeddings x (B, T, C) shifted by one token: the first is the last one of the pass before, zeros at first."""
-        last = x.new_zeros(x.size(0), 1, x.size(2)) if self.last_embed is None else self.last_embed
-        previous = torch.cat((last, x[:, :-1]), dim=1)
-        if self.last_embed is None:
-            self.last_embed = x[:, -1:].clone()  # a slice would keep all of a prompt's embeddings alive
-        else:
-            self.last_embed.copy_(x[:, -1:])     # in place: it may be part of a larger cache's
+    def shift_ids(self, idx: Tensor) -> Tensor:
+        """Token ids (B, T) shifted by one: the first is the last one of the pass before, at first NO_TOKEN."""
+        previous = torch.cat((self.last_ids, idx[:, :-1]), dim=1)
+        self.last_ids.copy_(idx[:, -1:])    # in place: it may be part of a larger cache's
         return previous
 
     def advance(self, num_tokens: int) -> None:
@@ -120,8 +119,7 @@ class KVCache:
         self.v_cache[:, :, :other.num_tokens] = other.v_cache[:, :, :other.num_tokens]
         self.cache_seqlens.copy_(other.cache_seqlens.expand(B))
         self.num_tokens = other.num_tokens
-        if other.last_embed is not None:
-            self.last_embed = other.last_embed.expand(B, -1, -1).clone()
+        self.last_ids.copy_(other.last_ids.expand(B, -1))
 
     def reset(self) -> None:
         """Forget everything but keep the memory."""
@@ -129,8 +127,7 @@ class KVCache:
         self.v_cache.zero_()
         self.cache_seqlens.zero_()
         self.num_tokens = 0
-        if self.last_embed is not None:
-            self.last_embed.zero_()
+        self.last_ids.fill_(NO_TOKEN)
 
     # What follows is for rows that begin and end at different times: the caller knows their lengths
 
@@ -139,26 +136,25 @@ class KVCache:
         view = copy.copy(self)
         view.k_cache, view.v_cache = self.k_cache[:, start:end], self.v_cache[:, start:end]
         view.cache_seqlens = self.cache_seqlens[start:end]
-        view.last_embed = None if self.last_embed is None else self.last_embed[start:end]
+        view.last_ids = self.last_ids[start:end]
         view.num_tokens = num_tokens
         return view
 
-    def take_rows(self, rows: Tensor, lengths: Tensor, last_embed: Tensor) -> "KVCache":
+    def take_rows(self, rows: Tensor, lengths: Tensor, last_ids: Tensor) -> "KVCache":
         """A copy of these rows (R,), each as if it held its first tokens only.
 
-        lengths, last_embed: of this cache's rows, (B,) tokens that they keep and (B, 1, C) the last one's embedding
+        lengths, last_ids: of this cache's rows, (B,) tokens that they keep and (B, 1) the last one's id
         """
         taken = copy.copy(self)
         taken.k_cache, taken.v_cache = self.k_cache[:, rows], self.v_cache[:, rows]
-        taken.cache_seqlens, taken.last_embed = lengths[rows], last_embed[rows]
+        taken.cache_seqlens, taken.last_ids = lengths[rows], last_ids[rows]
         return taken
 
     def add_rows(self, num_rows: int) -> None:
         """Append empty rows."""
         self.k_cache, self.v_cache = (grow_memory(c, num_rows, 0) for c in (self.k_cache, self.v_cache))
         self.cache_seqlens = F.pad(self.cache_seqlens, (0, num_rows))
-        if self.last_embed is not None:
-            self.last_embed = F.pad(self.last_embed, (0, 0, 0, 0, 0, num_rows))
+        self.last_ids = F.pad(self.last_ids, (0, 0, 0, num_rows), value=NO_TOKEN)
 
     def swap_rows(self, a: int, b: int, num_tokens: int) -> None:
         """Exchange two rows, of which the longer holds `num_tokens`."""
@@ -166,7 +162,7 @@ class KVCache:
             saved = tensor[:, a].clone()
             tensor[:, a] = tensor[:, b]
             tensor[:, b] = saved
-        for tensor in (self.cache_seqlens, self.last_embed):
+        for tensor in (self.cache_seqlens, self.last_ids):
             tensor[[a, b]] = tensor[[b, a]]
 
     def copy_row(self, source: int, target: int, num_tokens: int) -> None:
@@ -174,10 +170,10 @@ class KVCache:
         self.k_cache[:, target, :num_tokens] = self.k_cache[:, source, :num_tokens]
         self.v_cache[:, target, :num_tokens] = self.v_cache[:, source, :num_tokens]
 
-    def start_row(self, row: int, num_tokens: int, last_embed: Tensor | float) -> None:
-        """Let a row hold its first `num_tokens` only, the last of which has this embedding (0 where there is none)."""
+    def start_row(self, row: int, num_tokens: int, last_id: int) -> None:
+        """Let a row hold its first `num_tokens` only, the last of which has this id (NO_TOKEN where there is none)."""
         self.cache_seqlens[row] = num_tokens
-        self.last_embed[row] = last_embed
+        self.last_ids[row] = last_id
 
 
 def make_memory(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:

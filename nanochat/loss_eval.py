@@ -36,8 +36,8 @@ import yaml
 from torch import Tensor
 
 from nanochat.common import UserError, file_lock, get_base_dir, get_ranks, print0, sum_over_ranks
-from nanochat.engine import KVCache
 from nanochat.gpt import GPT
+from nanochat.kv_cache import NO_TOKEN, KVCache
 from nanochat.run import RunLog
 from nanochat.train import Batch
 
@@ -357,11 +357,9 @@ def cache_prefixes(model: GPT, prefixes: list[tuple[int, ...]], row_of: list[int
                     model.compute_dtype)
     for start in range(0, P, PREFILL_TOKENS):
         model.forward_trunk(idx[:, start:start + PREFILL_TOKENS], cache)
-    # All rows are P long now. Each goes back to its own length, and its tail overwrites the padding. The smear of the
-    # tail's first token then needs the embedding of the prefix's own last token; an empty prefix has none
-    ends = idx.gather(1, (lengths[:, None] - 1).clamp(min=0).long()) if P else idx.new_zeros(len(prefixes), 1)
-    last_embed = model.embed_tokens(ends) * (lengths > 0)[:, None, None]
-    return cache.take_rows(torch.tensor(row_of, device=device), lengths, last_embed)
+    # All rows are P long now. Each goes back to its own length, and its tail overwrites the padding
+    last_ids = torch.tensor([prefix[-1:] or (NO_TOKEN,) for prefix in prefixes], device=device)
+    return cache.take_rows(torch.tensor(row_of, device=device), lengths, last_ids)
 
 
 def score_options(model, options: list[Option]) -> list[tuple[float, bool]]:

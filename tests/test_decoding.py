@@ -138,8 +138,9 @@ def make_step_tensors(model, num_rows, num_live, device="cpu"):
     cache = decoding.make_cache(model, num_rows, 6)
     cache.num_tokens = num_rows
     cache.cache_seqlens += torch.arange(1, num_rows + 1, device=device, dtype=torch.int32)
-    for tensor in (cache.k_cache, cache.v_cache, cache.last_embed):
+    for tensor in (cache.k_cache, cache.v_cache):
         tensor.normal_()
+    cache.last_ids.copy_(torch.arange(num_rows, device=device)[:, None] + 7)
     idx = torch.arange(num_rows, device=device)[:, None]
     return idx, torch.full((), num_live, device=device, dtype=torch.int32), cache
 
@@ -165,14 +166,14 @@ def test_step_on_the_same_buffers_is_the_same_and_leaves_other_rows_alone(monkey
     idx, num_live, cache = make_step_tensors(model, 4, 0)
     cache.cache_seqlens[3] = 6
     before = [tensor.clone() for tensor in vars(cache).values() if isinstance(tensor, torch.Tensor)]
-    keys, values, lengths, last_embed = before
+    keys, values, lengths, last_ids = before
     expected = decoding.run_eagerly(model, idx[:2], copy.deepcopy(cache))
     for _ in range(3):
         torch.testing.assert_close(decoding.compute_step(model, idx, num_live, cache)[:2], expected)
-        assert cache.cache_seqlens.equal(lengths) and cache.last_embed.equal(last_embed)
+        assert cache.cache_seqlens.equal(lengths) and cache.last_ids.equal(last_ids)
     torch.testing.assert_close(decoding.compute_step(model, idx, num_live + 2, cache)[:2], expected)
     assert cache.cache_seqlens.tolist() == [2, 3, 3, 6]
-    assert [row.equal(old) for row, old in zip(cache.last_embed, last_embed, strict=True)] == [False, False, True, True]
+    assert [row.equal(old) for row, old in zip(cache.last_ids, last_ids, strict=True)] == [False, False, True, True]
     for row, length in enumerate(lengths.tolist()):
         for memory, old in ((cache.k_cache, keys), (cache.v_cache, values)):
             assert memory[:, row, :length].equal(old[:, row, :length])

@@ -27,13 +27,12 @@ def test_rows_of_different_lengths():
     model = make_model(dtype=torch.float64)
     prompts = [make_prompt(150), make_prompt(9, seed=1), make_prompt(70, seed=2)]
     cache = make_cache(3, 160, torch.float64)
-    cache.last_embed = torch.zeros(3, 1, CONFIG.n_embd, dtype=torch.float64)
     for row, prompt in enumerate(prompts):
         alone = make_cache(1, len(prompt), torch.float64)
         model(torch.tensor([prompt]), kv_cache=alone)
         cache.k_cache[:, row, :len(prompt)] = alone.k_cache[:, 0]
         cache.v_cache[:, row, :len(prompt)] = alone.v_cache[:, 0]
-        cache.cache_seqlens[row], cache.last_embed[row] = len(prompt), alone.last_embed[0]
+        cache.cache_seqlens[row], cache.last_ids[row] = len(prompt), alone.last_ids[0]
     cache.num_tokens = 150
     new = torch.tensor([[5], [6], [7]])
     logits = model(new, kv_cache=cache)[:, -1]
@@ -81,8 +80,8 @@ def test_wrapped_cache_works_on_the_same_memory_and_never_moves():
     model, idx = make_model(dtype=torch.float64), torch.tensor([make_prompt(24), make_prompt(24, seed=1)])
     cache = make_cache(2, 24, torch.float64)
     model(idx[:, :20], kv_cache=cache)
-    wrapped = KVCache.wrap(cache.k_cache, cache.v_cache, cache.cache_seqlens, cache.last_embed)
-    tensors = (wrapped.k_cache, wrapped.v_cache, wrapped.cache_seqlens, wrapped.last_embed)
+    wrapped = KVCache.wrap(cache.k_cache, cache.v_cache, cache.cache_seqlens, cache.last_ids)
+    tensors = (wrapped.k_cache, wrapped.v_cache, wrapped.cache_seqlens, wrapped.last_ids)
     addresses = [tensor.data_ptr() for tensor in tensors]
     logits = torch.cat([model(idx[:, i:i + 1], kv_cache=wrapped) for i in range(20, 24)], dim=1)
     torch.testing.assert_close(logits, model(idx)[:, 20:], rtol=0, atol=1e-10)
