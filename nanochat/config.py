@@ -39,6 +39,7 @@ class GPTConfig:
     ve_gate_scale:    float = 3.0          # the most that a gate lets through
     ve_gate_init:     float = 0.02         # bound of the gates' initial weights
     smear:            bool  = True
+    bigram_rows:      int   = 0            # of the table of hashed pairs of tokens; 0: none
     backout_layer:    int | None = None    # whose output is subtracted at the end; None: the middle one; -1: none
     backout_init:     float = 0.2
     resid_init: tuple[float, float] | None = (1.15, 1.05)    # of the first and the last layer's; None: no such factors
@@ -167,6 +168,7 @@ def count_params(config: GPTConfig) -> dict[str, int]:
     inactive = num_moe * (config.num_experts - config.top_k) * expert
     counts = {
         "wte": V * C,
+        **({"bigram_embed": config.bigram_rows * C} if config.bigram_rows else {}),
         "value_embeds": V * config.kv_dim * sum(config.has_value_embed(layer) for layer in range(L)),
         "lm_head": V * C,
         "transformer_matrices": sum(rows * cols for layer in range(L) for rows, cols in list_matrices(config, layer)) +

@@ -149,6 +149,8 @@ def list_params(config: GPTConfig, machine: Machine) -> list[Param]:
                ("gates", 1, config.smear), ("gates", 1, config.middle_layer is not None))
     params += [Param(group, (num,), -1, master) for group, num, is_there in scalars if is_there]
     params.append(Param("wte", (V, C), -1, embed))
+    if config.bigram_rows:
+        params.append(Param("bigram_embed", (config.bigram_rows, C), -1, embed))
     # the first of its group
     return params + [Param("gates", (1, SMEAR_GATE_CHANNELS), -2, master)] * config.smear
 
@@ -163,7 +165,7 @@ def list_parts(params: list[Param], machine: Machine, rule: TrainingRule, has_bf
     """The optimizer's parts, in the order in which it updates them."""
     n, parts = machine.world_size, []
     forward = sorted(range(len(params)), key=lambda i: params[i].layer)
-    for row in rule.adam:
+    for row in rule.groups:
         for i in (i for i in forward if params[i].group == row.name):
             rows, numel = params[i].shape[0], math.prod(params[i].shape)
             own = count_own_rows(rows, numel // rows, n)

@@ -25,8 +25,8 @@ from nanochat.config import GPTConfig, estimate_flops, read_config
 from nanochat.devices import get_environment
 from nanochat.export import MARK_NAME, NAMES, SWIGLU_SCALE, TEMPLATE_NAME, rename
 from nanochat.gpt import GPT
-from nanochat.presets import KNOBS, PLAIN, PRESETS, find_rule
-from nanochat.scaling import make_plan
+from nanochat.presets import KNOBS, PLAIN, PRESETS, find_rule, format_knob
+from nanochat.scaling import make_config, make_plan
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer, get_tokenizer_dir, unspell_bytes
 
 CPU = torch.device("cpu")
@@ -184,6 +184,7 @@ def read_custom(settings: dict, state: State) -> tuple[dict, State]:
         "rope_base": settings["rotary_base"], "rope_fraction": settings["rotary_fraction"],
         "qk_scale": settings["qk_scale"], "embed_norm": settings["embed_norm"],
         "ve_gate_channels": settings["ve_gate_channels"], "ve_gate_scale": settings["ve_gate_scale"],
+        "bigram_rows": settings.get("bigram_rows", 0),    # older exports name none
         "smear": numbers["smear_lambda"] is not None, "softcap": settings["final_logit_softcapping"] or 0.0,
         "backout_layer": -1 if settings["backout_layer"] is None else settings["backout_layer"],
         "resid_init": GPTConfig.resid_init if numbers["resid_lambdas"] else None,
@@ -306,16 +307,10 @@ def list_train_flags(config: GPTConfig) -> list[str]:
     """The flags of scripts.base_train that describe this model; [] where none do, as with key/value groups."""
     if config.n_kv_head != config.n_head:
         return []
-
-    def spell(value: object) -> str:
-        if isinstance(value, bool):
-            return "on" if value else "off"
-        if isinstance(value, tuple):
-            return ",".join(map(str, value))
-        return "none" if value is None else str(value)
     C, D = config.n_embd, config.n_embd // config.n_head
-    knobs = [f"{name}={spell(getattr(config, name))}" for name in KNOBS
-             if getattr(config, name) != getattr(GPTConfig, name)]
+    usual = make_config(config.n_layer, vocab_size=config.vocab_size, sequence_len=config.sequence_len)
+    knobs = [f"{name}={format_knob(getattr(config, name))}" for name in KNOBS
+             if getattr(config, name) != getattr(usual, name)]
     return ["--depth", str(config.n_layer), "--aspect-ratio", str(C // config.n_layer), "--head-dim", str(D),
             "--max-seq-len", str(config.sequence_len), "--window-pattern", config.window_pattern,
             *(["--knobs", *knobs] if knobs else [])]

@@ -120,6 +120,9 @@ class NanochatModel(NanochatPreTrainedModel):
                                            for i in config.value_embed_layers})
         if config.smear_lambda is not None:
             self.smear_gate = nn.Linear(config.smear_gate_channels, 1, bias=False)
+        if config.bigram_rows:
+            self.bigram_embed = nn.Embedding(config.bigram_rows, C)
+        self.looks_back = config.smear_lambda is not None or config.bigram_rows > 0
         self.rope_table = None    # cos and sin, no buffers: transformers would leave those empty
         self.post_init()
 
@@ -138,31 +141,39 @@ class NanochatModel(NanochatPreTrainedModel):
     def norm_embeds(self, x):
         return norm(x, self.config) if self.config.embed_norm else x
 
-    def smear(self, x, input_ids, position_ids, cache):
-        """Add to each embedding a gated part of the one before it. (B, T, C) -> (B, T, C)
+    def add_last(self, x, input_ids, position_ids, cache):
+        """Add what the token before adds to each embedding: a gated part of its own, a row of the table of pairs.
+        (B, T, C) -> (B, T, C)
 
-        A cache gets one layer more, of token ids, from which the embedding before the new tokens is looked up: it is
+        A cache gets one layer more, of token ids, in which the token before the new ones is looked up: it is
         reordered, cropped and repeated with the others, as beam search and speculative decoding need it.
         """
-        if self.config._attn_implementation == "vllm":
-            raise NotImplementedError("vLLM gives a model no previous token, which the smear needs")
-        L, has_past = self.config.num_hidden_layers, cache is not None and cache.get_seq_length() > 0
+        config = self.config
+        if config._attn_implementation == "vllm":
+            raise NotImplementedError("vLLM gives a model no previous token, which smear and bigram embeddings need")
+        L, has_past = config.num_hidden_layers, cache is not None and cache.get_seq_length() > 0
         if has_past and len(cache.layers) <= L:
             raise ValueError("this cache lacks the ids of its tokens; use one that this model has filled")
         last = cache.layers[L].keys[:, 0, -1:, 0] if has_past else input_ids[:, :1]
-        previous = self.norm_embeds(self.embed_tokens(torch.cat((last, input_ids[:, :-1]), dim=1)))
+        last = torch.cat((last, input_ids[:, :-1]), dim=1)
         is_first = position_ids == 0    # of a sequence, which may stand after padding
         if not has_past:
             is_first = is_first | (torch.arange(x.size(1), device=x.device) == 0)
-        previous = previous.masked_fill(is_first.unsqueeze(-1), 0)
-        gate = torch.sigmoid(self.smear_gate(x[..., :self.config.smear_gate_channels]))    # (B, T, 1)
-        return x + self.config.smear_lambda * gate * previous
+        y = x
+        if config.smear_lambda is not None:
+            previous = self.norm_embeds(self.embed_tokens(last)).masked_fill(is_first.unsqueeze(-1), 0)
+            gate = torch.sigmoid(self.smear_gate(x[..., :config.smear_gate_channels]))    # (B, T, 1)
+            y = y + config.smear_lambda * gate * previous
+        if config.bigram_rows:
+            pairs = last.masked_fill(is_first, -1) * 1_000_003 ^ input_ids * 998_244_353
+            y = y + self.bigram_embed(pairs % config.bigram_rows)
+        return y
 
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, use_cache=None,
                 past_key_values=None, inputs_embeds=None, **kwargs):
         config, cache = self.config, past_key_values if cache is None else cache
-        if input_ids is None and (config.value_embed_layers or config.smear_lambda is not None):
+        if input_ids is None and (config.value_embed_layers or self.looks_back):
             raise ValueError("this model needs input_ids: embeddings alone don't tell it all of a token")
         if use_cache and cache is None:
             cache = DynamicCache(config=config)
@@ -180,8 +191,8 @@ class NanochatModel(NanochatPreTrainedModel):
             masks = {"full_attention": create_causal_mask(**settings)}
             if "sliding_attention" in config.layer_types:
                 masks["sliding_attention"] = create_sliding_window_causal_mask(**settings)
-        if config.smear_lambda is not None:
-            x = self.smear(x, input_ids, position_ids, cache)
+        if self.looks_back:
+            x = self.add_last(x, input_ids, position_ids, cache)
         x0, middle, cos_sin = x, None, self.get_cos_sin(position_ids, x)
         for i, layer in enumerate(self.layers):
             value_embed = self.value_embeds[str(i)](input_ids) if i in config.value_embed_layers else None
@@ -190,7 +201,7 @@ class NanochatModel(NanochatPreTrainedModel):
                 middle = x
         if middle is not None:
             x = x - config.backout_lambda * middle
-        if config.smear_lambda is not None and cache is not None:
+        if self.looks_back and cache is not None:
             if len(cache.layers) == config.num_hidden_layers:
                 cache.layers.append(DynamicLayer())
             ids = input_ids[:, None, :, None]    # as keys and values of one head of one dimension

@@ -370,13 +370,14 @@ def make_optimizer(model: nn.Module, rates: dict[str, float], weight_decay: floa
                         if name.endswith(".router.weight") == (kind == "routers")] for kind in ("routers", "matrices")}
     params = {"lm_head": [model.lm_head.weight], "wte": [model.transformer.wte.weight],
               "value_embeds": list(model.value_embeds.parameters()), "resid_lambdas": [model.resid_lambdas],
+              "bigram_embed": [model.bigram_embed and model.bigram_embed.weight],
               "x0_lambdas": [model.x0_lambdas], **of_blocks,
               "gates": [model.smear_gate and model.smear_gate.weight, model.smear_lambda, model.backout_lambda]}
     params = {name: [param for param in members if param is not None] for name, members in params.items()}
     groups = [{"kind": "adamw", "name": row.name, "params": params[row.name],
                "lr": rates[row.rate] * row.factor * scales[row.scaling], "betas": row.betas, "eps": rule.adam_eps,
                "weight_decay": row.weight_decay, "max_norm": rule.max_norm}
-              for row in rule.adam if params[row.name]]    # of what this model has
+              for row in rule.groups if params[row.name]]    # of what this model has
     by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
     for param in params["matrices"] if rule.has_muon else ():
         by_shape.setdefault(tuple(param.shape), []).append(param)

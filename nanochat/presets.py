@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from nanochat import scaling
 from nanochat.common import UserError, print0
 from nanochat.config import GPTConfig
-from nanochat.scaling import JULY26, OURS, ROUTERS, AdamGroup, TrainingRule
+from nanochat.scaling import JULY26, OURS, AdamGroup, TrainingRule
 
 SHAPE = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
 KNOBS = tuple(field.name for field in fields(GPTConfig) if field.name not in SHAPE)
@@ -80,7 +80,7 @@ RULES = {
         momentum=(0.85, 0.95, 0.95), momentum_steps=300, decay_fall="linear", decay_scaling="depth",
         batch_from="size"),
     "marin": TrainingRule(
-        adam=(*make_groups((0.8, 0.95), 0.0, RATES), ROUTERS), adam_eps=1e-15, max_norm=1.0,
+        adam=make_groups((0.8, 0.95), 0.0, RATES), adam_eps=1e-15, max_norm=1.0,
         muon={"equalizes_rows": False, "margin": 1.0, "eps": 1e-5, "coefficients": QUINTIC, "fixes_norm": False,
               "has_neuron_norm": False, "is_cautious": False},
         momentum=(0.95, 0.95, 0.95), decay_fall="none", decay_scaling="none", batch_from="size",
@@ -124,7 +124,7 @@ class Preset:
 
 
 # Without what Qwen3, and with it every engine that people serve with, has no place for (scripts.export)
-PLAIN = {"ve_gate_channels": 0, "smear": False, "backout_layer": -1, "x0_init": None, "softcap": 0.0}
+PLAIN = {"ve_gate_channels": 0, "smear": False, "bigram_rows": 0, "backout_layer": -1, "x0_init": None, "softcap": 0.0}
 
 
 def make_flags(lrs: tuple[float, float, float, float], weight_decay: float, schedule: tuple[int, float, float],
@@ -142,7 +142,7 @@ def make_marin(n_layer: int, n_head: int, weight_decay: float = 0.0) -> Preset:
     embeddings notice: normed, they begin .3 to .5 as long there."""
     C = 128 * n_head
     knobs = {"rope_base": 1024.0, "rope_fraction": 0.5, "qk_scale": 1.35 ** 0.5, "ve_gate_channels": 0, "smear": False,
-             "backout_layer": 2 * n_layer // 3 - 1, "backout_init": 0.5, "resid_init": (1.1, 1.1),
+             "bigram_rows": 0, "backout_layer": 2 * n_layer // 3 - 1, "backout_init": 0.5, "resid_init": (1.1, 1.1),
              "x0_init": (0.0, 0.0), "softcap": 0.0, "wte_std": 1 / C, "head_std": 0.0, "linear_init": "normal",
              "fc_init": 1.0}
     shape = {"n_layer": n_layer, "n_head": n_head, "n_kv_head": n_head, "n_embd": C}
@@ -152,13 +152,13 @@ def make_marin(n_layer: int, n_head: int, weight_decay: float = 0.0) -> Preset:
 
 
 PRESETS = {
-    "nanochat-july26": Preset("karpathy/nanochat, July 2026", flags=make_flags(
+    "nanochat-july26": Preset("karpathy/nanochat, July 2026", {"bigram_rows": 0}, flags=make_flags(
         (scaling.MATRIX_LR, scaling.EMBEDDING_LR, scaling.UNEMBEDDING_LR, scaling.SCALAR_LR), scaling.WEIGHT_DECAY,
         (scaling.WARMUP_STEPS, scaling.WARMDOWN_RATIO, scaling.FINAL_LR_FRAC), "SSSL"), rule="july26"),
     "nanochat-jan26": Preset("karpathy/nanochat, January 2026", {
         "window_fraction": 0.5, "rope_base": 10_000.0, "qk_scale": 1.0, "ve_gate_channels": 32, "ve_gate_scale": 2.0,
-        "ve_gate_init": 0.0, "smear": False, "backout_layer": -1, "resid_init": (1.0, 1.0), "x0_init": (0.1, 0.1),
-        "wte_std": 1.0, "fc_init": 1.0}, rule="jan26", flags=make_flags(
+        "ve_gate_init": 0.0, "smear": False, "bigram_rows": 0, "backout_layer": -1, "resid_init": (1.0, 1.0),
+        "x0_init": (0.1, 0.1), "wte_std": 1.0, "fc_init": 1.0}, rule="jan26", flags=make_flags(
         (0.02, 0.3, 0.004, 0.5), 0.2, (0, 0.4, 0.0), "SSSL", total_batch_size=2**19, target_param_data_ratio=10.5)),
     "marin-150m": make_marin(6, 4),
     "marin-270m": make_marin(11, 6),

@@ -18,6 +18,7 @@ REFERENCE_RATIO = 12               # its tokens per scaling parameter
 REFERENCE_BATCH_TOKENS = 2**19     # and its batch
 BATCH_EXPONENT = 0.383             # optimal batch ~ tokens^0.383 (arXiv 2505.13738)
 SMALL_TOKENS, SMALL_BATCH_TOKENS = 10e6, 7168    # at a small budget (dev/LOG.md, "The dial where budgets are small")
+BIGRAM_ROWS = 5                    # of each token, below the reference's depth (dev/LOG.md, "TODO")
 
 # Learning rates at the reference batch and, for the first two, at 768 channels; ADAM_GROUPS has the groups
 EMBEDDING_LR   = 0.3
@@ -33,8 +34,7 @@ FINAL_LR_FRAC  = 0.05
 
 class AdamGroup(NamedTuple):
     """Parameters that AdamW updates with the same figures."""
-    name:         str           # lm_head, wte, value_embeds, resid_lambdas, x0_lambdas, gates (of smear and backout),
-                                # routers (of experts); matrices, which are Muon's where no group has them
+    name:         str           # of ADAM_GROUPS; or matrices, which are Muon's where no group has them
     rate:         str           # the flag with its learning rate; "" where none has it
     factor:       float         # on this rate
     scaling:      str           # of the rate: by "width" and batch, by "batch", or ""
@@ -42,16 +42,18 @@ class AdamGroup(NamedTuple):
     weight_decay: float
 
 
-# Anything from .0025 to .01 was as good, .02 worse than a frozen random router (nanochat's branch of July 2026)
-ROUTERS = AdamGroup("routers",   "",               0.005, "width", (0.8,  0.96),  0.0)
 ADAM_GROUPS = (
-    AdamGroup("lm_head",       "unembedding_lr", 1.0,  "width", (0.8,  0.96),  0.01),
-    AdamGroup("wte",           "embedding_lr",   1.0,  "width", (0.8,  0.995), 0.001),
-    AdamGroup("value_embeds",  "embedding_lr",   0.5,  "width", (0.8,  0.995), 0.01),
-    AdamGroup("resid_lambdas", "scalar_lr",      0.01, "batch", (0.8,  0.95),  0.05),
-    AdamGroup("x0_lambdas",    "scalar_lr",      1.0,  "batch", (0.96, 0.95),  0.0),
-    AdamGroup("gates",         "",               0.2,  "",      (0.8,  0.95),  0.0),
-    ROUTERS,
+    AdamGroup("lm_head",       "unembedding_lr", 1.0,   "width", (0.8,  0.96),  0.01),
+    AdamGroup("wte",           "embedding_lr",   1.0,   "width", (0.8,  0.995), 0.001),
+    AdamGroup("value_embeds",  "embedding_lr",   0.5,   "width", (0.8,  0.995), 0.01),
+    # Ten times as fast a table of pairs made the loss rise again (dev/LOG.md, "TODO")
+    AdamGroup("bigram_embed",  "embedding_lr",   0.05,  "width", (0.8,  0.995), 0.01),
+    AdamGroup("resid_lambdas", "scalar_lr",      0.01,  "batch", (0.8,  0.95),  0.05),
+    AdamGroup("x0_lambdas",    "scalar_lr",      1.0,   "batch", (0.96, 0.95),  0.0),
+    # Of smear and backout
+    AdamGroup("gates",         "",               0.2,   "",      (0.8,  0.95),  0.0),
+    # Of experts. .0025 to .01 were as good, .02 worse than a frozen random router (nanochat's branch of July 2026)
+    AdamGroup("routers",       "",               0.005, "width", (0.8,  0.96),  0.0),
 )
 
 
@@ -74,6 +76,12 @@ class TrainingRule:
     ratio_counts_all: bool  = False          # whether the ratio of a horizon counts the embeddings' parameters too
 
     @property
+    def groups(self) -> tuple[AdamGroup, ...]:
+        """AdamW's, with ours for parts that the rule's own model doesn't have, but a knob may add."""
+        names = {group.name for group in self.adam}
+        return (*self.adam, *(group for group in ADAM_GROUPS if group.name not in names))
+
+    @property
     def has_muon(self) -> bool:
         return all(group.name != "matrices" for group in self.adam)
 
@@ -89,9 +97,12 @@ def make_config(depth: int, *, vocab_size: int, sequence_len: int, aspect_ratio:
     if depth < 1 or aspect_ratio < 1 or head_dim < 2 or head_dim % 2 or sequence_len < 1:
         raise UserError(f"no model has --depth {depth} --aspect-ratio {aspect_ratio} --head-dim {head_dim} "
                         f"--max-seq-len {sequence_len}: all must be at least 1, the head dim even")
+    # Larger models learn what pairs of tokens predict from their many tokens; by assumption, none was trained with it
+    pairs = {"bigram_rows": BIGRAM_ROWS * vocab_size} if depth < REFERENCE_DEPTH else {}
     n_head = math.ceil(depth * aspect_ratio / head_dim)
     shape = {"n_layer": depth, "n_head": n_head, "n_kv_head": n_head, "n_embd": n_head * head_dim}
-    return GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, window_pattern=window_pattern, **shape | knobs)
+    return GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, window_pattern=window_pattern,
+                     **pairs | shape | knobs)
 
 
 def count_scaling_params(config: GPTConfig, counts_all: bool = False) -> int:

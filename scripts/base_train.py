@@ -128,9 +128,10 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, run_dir: Path, rank
                          train_files=saved and saved.meta["data"]["train_files"])
     before, preset = saved.meta["identity"] if saved else None, find_preset(args.preset)
     rule = choose_rule(args.preset, before)
+    begun = {"bigram_rows": saved.meta["model_config"].get("bigram_rows", 0)} if saved else {}    # by our older dial
     config = make_config(args.depth, vocab_size=tokenizer.get_vocab_size(), sequence_len=args.max_seq_len,
                          aspect_ratio=args.aspect_ratio, head_dim=args.head_dim, window_pattern=args.window_pattern,
-                         **preset.shape | preset.knobs | parse_knobs(args.knobs))
+                         **begun | preset.shape | preset.knobs | parse_knobs(args.knobs))
     plan = make_plan(config, estimate_flops(config), num_iterations=args.num_iterations,
                      target_flops=args.target_flops, target_param_data_ratio=args.target_param_data_ratio,
                      batch_tokens=before["plan"]["batch_tokens"] if before and args.total_batch_size is None else

@@ -11,7 +11,8 @@ PLAIN = make_preset_config("plain")
 PLAIN_CONFIGS = {"plain": PLAIN, "swiglu": replace(PLAIN, mlp_act="swiglu"),
                  "wide heads": replace(PLAIN, attn_dim=128, n_head=8), "no lambdas": replace(PLAIN, resid_init=None)}
 CONFIGS = {name: make_preset_config(name) for name in PRESETS} | PLAIN_CONFIGS | {
-    "short windows": replace(CONFIG, sequence_len=256), "rows as of the vocabulary": replace(CONFIG, mlp_dim=320)}
+    "short windows": replace(CONFIG, sequence_len=256), "bigrams alone": replace(CONFIG, smear=False),
+    "rows as of the vocabulary": replace(CONFIG, mlp_dim=320)}
 
 
 def make_source(config, tokenizer=BYTE_TOKENIZER, run_dir="runs/sft/toy"):

@@ -41,7 +41,7 @@ TABLE = [
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"d{row[0]}")
 def test_params_and_flops_of_the_public_record(row):
     depth, width, wte, value_embeds, lm_head, matrices, scalars, total, flops = row
-    config = make_config(depth, vocab_size=32768, sequence_len=2048)
+    config = make_config(depth, vocab_size=32768, sequence_len=2048, bigram_rows=0)
     with torch.device("meta"):
         model = GPT(config)
     assert (config.n_embd, config.n_head, config.n_kv_head) == (width, width // 128, width // 128)
@@ -52,8 +52,9 @@ def test_params_and_flops_of_the_public_record(row):
 
 
 def test_counts_of_a_model_with_padding_and_grouped_heads():
-    model = make_tiny()
-    assert count_params(model.config) == model.num_scaling_params()
+    for rows in (0, 50):
+        model = make_tiny(bigram_rows=rows)
+        assert count_params(model.config) == model.num_scaling_params()
     assert model.lm_head.weight.shape == (128, 48)
 
 
@@ -109,7 +110,7 @@ def test_init_weights_sets_everything_after_meta_construction(dtype):
 def test_init_distributions():
     torch.manual_seed(0)
     C = 256
-    model = GPT(GPTConfig(sequence_len=16, vocab_size=1024, n_layer=4, n_head=4, n_kv_head=4, n_embd=C))
+    model = GPT(GPTConfig(sequence_len=16, vocab_size=1024, n_layer=4, n_head=4, n_kv_head=4, n_embd=C, bigram_rows=64))
     model.init_weights()
     params = {name.removesuffix(".weight"): param.detach() for name, param in model.named_parameters()}
     bound = math.sqrt(3 / C)
@@ -125,8 +126,8 @@ def test_init_distributions():
     for name, std in (("transformer.wte", 0.8), ("lm_head", 0.001)):
         assert params[name].std() == pytest.approx(std, rel=0.01) and params[name].mean().abs() < 0.01 * std
         assert (params[name] / std).pow(4).mean() == pytest.approx(3, abs=0.1), name  # kurtosis; a uniform has 1.8
-    zeros = {name for name in params if name.endswith("c_proj")}
-    assert len(zeros) == 8 and not any(params[name].any() for name in zeros)
+    zeros = {name for name in params if name.endswith(("c_proj", "bigram_embed"))}
+    assert len(zeros) == 9 and not any(params[name].any() for name in zeros)
     torch.testing.assert_close(params["resid_lambdas"], torch.tensor([1.15, 1.15 - 1 / 30, 1.05 + 1 / 30, 1.05]))
     torch.testing.assert_close(params["x0_lambdas"], torch.tensor([0.20, 0.15, 0.10, 0.05]))
     assert params["smear_lambda"].item() == 0 and params["backout_lambda"].item() == pytest.approx(0.2)
@@ -138,9 +139,9 @@ def test_init_distributions():
     (torch.float64, torch.float64, torch.float64), (torch.float32, torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16, torch.float32), (torch.float16, torch.float32, torch.float32)])
 def test_storage_dtypes(dtype, embed_dtype, master_dtype):
-    model = make_tiny(dtype)
+    model = make_tiny(dtype, bigram_rows=8)
     for name, param in model.named_parameters():
-        assert param.dtype == (embed_dtype if "wte" in name or "value_embeds" in name else master_dtype), name
+        assert param.dtype == (embed_dtype if "wte" in name or "embed" in name else master_dtype), name
     assert model.cos.dtype == model.sin.dtype == dtype
 
 
@@ -164,8 +165,12 @@ def slow_logits(model, ids):
     raw = [rms_norm(weights["transformer.wte"][token]) for token in ids]
     xs = [raw[0]]
     for t in range(1, len(ids)):
-        gate = torch.sigmoid(weights["smear_gate"][0] @ raw[t][:24])
-        xs.append(raw[t] + weights["smear_lambda"] * gate * raw[t - 1])
+        gate = torch.sigmoid(weights["smear_gate"][0] @ raw[t][:24]) if config.smear else 0
+        xs.append(raw[t] + (weights["smear_lambda"] * gate * raw[t - 1] if config.smear else 0))
+    if config.bigram_rows:
+        for t, last in enumerate([-1, *ids[:-1]]):    # Python's integers, which have no width
+            row = ((last * 1_000_003) ^ (ids[t] * 998_244_353)) % config.bigram_rows
+            xs[t] = xs[t] + weights["bigram_embed"][row]
     x0s = list(xs)
     for i in range(config.n_layer):
         letter = "L" if i == config.n_layer - 1 else config.window_pattern[i % len(config.window_pattern)]
@@ -202,6 +207,8 @@ def slow_logits(model, ids):
     ({"sequence_len": 64}, 140),                  # L sees 64 tokens, S 128: both are shorter than the input
     ({"sequence_len": 520, "n_layer": 2}, 262),   # S sees 256 tokens; 128 if it were derived from the input's length
     ({"n_layer": 1, "n_kv_head": 1}, 5),
+    ({"n_layer": 2, "bigram_rows": 53}, 40),
+    ({"n_layer": 1, "bigram_rows": 64, "smear": False}, 9),
     ({"n_layer": 3, "n_kv_head": 4}, 1)])
 @torch.no_grad()
 def test_forward_equals_slow_reference(changes, num_tokens):

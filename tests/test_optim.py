@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -159,6 +160,15 @@ def test_zero_gradient_with_zero_state_changes_nothing_but_decay():
         for group, olds, lr in zip(groups, before, (muon_lr, 0.5), strict=True):
             for param, old in zip(group["params"], olds, strict=True):
                 torch.testing.assert_close(param.detach(), old * (1 - lr * decay), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_trains_every_part_of_a_model(rule):
+    """Also parts that the rule's own models don't have, and that a knob may add."""
+    for knobs in ({"bigram_rows": 9}, {"num_experts": 4}):
+        model = make_model(replace(CONFIG, **knobs))
+        params = [param for group in model.setup_optimizer(rule=RULES[rule]).param_groups for param in group["params"]]
+        assert sorted(map(id, params)) == sorted(map(id, model.parameters()))
 
 
 @pytest.mark.parametrize("slice_bytes", [1, 2**28])    # one expert at a time, all at once
