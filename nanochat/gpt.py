@@ -29,7 +29,6 @@ from nanochat.kv_cache import NO_TOKEN
 from nanochat.moe import MoE
 from nanochat.optim import MuonAdamW, make_optimizer
 from nanochat.sampling import Sampling, sample_rows
-from nanochat.scaling import EMBEDDING_LR, JULY26, MATRIX_LR, SCALAR_LR, UNEMBEDDING_LR, WEIGHT_DECAY, TrainingRule
 
 NORM_EPS = torch.finfo(torch.float32).eps  # also for bf16 input: bf16's own eps would flatten small activations
 EPS_TENSORS = {dtype: torch.tensor(NORM_EPS, dtype=dtype) for dtype in (torch.float32, torch.float64)}
@@ -52,11 +51,6 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
-
-
-def hash_pairs(first: Tensor, second: Tensor, num_rows: int) -> Tensor:
-    """A row of a table for each pair of token ids, spread evenly: both factors are odd primes."""
-    return (first * 1_000_003 ^ second * 998_244_353) % num_rows
 
 
 class Linear(nn.Linear):
@@ -295,13 +289,9 @@ class GPT(nn.Module):
         kernel (flex breaks the graph at each layer). Starting takes longer with each layer. Not run on a GPU yet."""
         self.is_trunk_compiled = True
 
-    def setup_optimizer(self, *, unembedding_lr: float = UNEMBEDDING_LR, embedding_lr: float = EMBEDDING_LR,
-                        matrix_lr: float = MATRIX_LR, scalar_lr: float = SCALAR_LR, weight_decay: float = WEIGHT_DECAY,
-                        batch_lr_scale: float = 1.0, rule: TrainingRule = JULY26) -> MuonAdamW:
-        """AdamW for embeddings, head and scalars, Muon for the matrices of the blocks (optim.make_optimizer)."""
-        rates = {"unembedding_lr": unembedding_lr, "embedding_lr": embedding_lr, "matrix_lr": matrix_lr,
-                 "scalar_lr": scalar_lr, "": 1.0}
-        return make_optimizer(self, rates, weight_decay, batch_lr_scale, rule)
+    def setup_optimizer(self, **figures) -> MuonAdamW:
+        """AdamW for embeddings, head and scalars, Muon for the matrices of the blocks: see optim.make_optimizer."""
+        return make_optimizer(self, **figures)
 
     def embed_tokens(self, idx: Tensor) -> Tensor:
         """(...) token ids -> (..., C), normed: without it the first layers would have to undo the table's scale."""
@@ -313,8 +303,8 @@ class GPT(nn.Module):
 
         Smear (modded-nanogpt): a gated part of the previous token, so that the first layer sees pairs of tokens without
         a previous-token head. Alone negligible (2026-01-16); with backout, shorter windows, ratio 8 1.80 -> 1.65 hours.
-        Bigram embeddings (modded-nanogpt): what a pair of tokens predicts is looked up, not computed; many pairs share
-        a row of the table. TODO
+        Bigram embeddings (modded-nanogpt): what a pair of tokens predicts is looked up in a table, not computed; pairs
+        share its rows by a hash. 1.15 times the compute at depth 4 and 6; not tried from 12 on.
         """
         x = tokens = self.embed_tokens(idx)
         if self.smear_gate is None and self.bigram_embed is None:
@@ -327,7 +317,8 @@ class GPT(nn.Module):
             gate = torch.sigmoid(self.smear_gate(tokens[..., :SMEAR_GATE_CHANNELS]))  # (B, T, 1)
             x = x + self.smear_lambda[0] * gate * previous
         if self.bigram_embed is not None:
-            x = x + self.bigram_embed(hash_pairs(last_ids, idx, self.config.bigram_rows)).to(x.dtype)
+            rows = (last_ids * 1_000_003 ^ idx * 998_244_353) % self.config.bigram_rows  # spread by large primes
+            x = x + self.bigram_embed(rows).to(x.dtype)
         return x
 
     def get_positions(self, num_tokens: int, kv_cache=None) -> tuple[Tensor, Tensor]:

@@ -29,9 +29,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nanochat import scaling
 from nanochat.compilation import fused
 from nanochat.memory import SMALL_PARAM, count_own_rows, count_slice
-from nanochat.scaling import TrainingRule
+from nanochat.scaling import JULY26, TrainingRule
 
 # (a, b, c) of X <- a X + b (X X^T) X + c (X X^T)^2 X, iteration by iteration (arXiv 2505.16932)
 POLAR_EXPRESS = (
@@ -357,14 +358,18 @@ class MuonAdamW(torch.optim.Optimizer):
                    for shape in list_state(group["kind"], param.shape).values())
 
 
-def make_optimizer(model: nn.Module, rates: dict[str, float], weight_decay: float, batch_lr_scale: float,
-                   rule: TrainingRule) -> MuonAdamW:
+def make_optimizer(model: nn.Module, *, unembedding_lr: float = scaling.UNEMBEDDING_LR,
+                   embedding_lr: float = scaling.EMBEDDING_LR, matrix_lr: float = scaling.MATRIX_LR,
+                   scalar_lr: float = scaling.SCALAR_LR, weight_decay: float = scaling.WEIGHT_DECAY,
+                   batch_lr_scale: float = 1.0, rule: TrainingRule = JULY26) -> MuonAdamW:
     """The optimizer of a GPT. Rates and betas as the public record tuned them at 768 channels, or as a rule has them.
     Those of head and embeddings fall with the root of the width; batch_lr_scale multiplies all but that of smear and
     backout (ADAM_GROUPS in scaling.py).
 
-    rates: by AdamGroup.rate, before they are scaled; weight_decay: Muon's
+    rates are those before they are scaled; weight_decay: Muon's
     """
+    rates = {"unembedding_lr": unembedding_lr, "embedding_lr": embedding_lr, "scalar_lr": scalar_lr,
+             "matrix_lr": matrix_lr, "": 1.0}
     scales = {"width": (model.config.n_embd / 768) ** -0.5 * batch_lr_scale, "batch": batch_lr_scale, "": 1.0}
     of_blocks = {kind: [param for name, param in model.transformer.h.named_parameters()
                         if name.endswith(".router.weight") == (kind == "routers")] for kind in ("routers", "matrices")}

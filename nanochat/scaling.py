@@ -18,7 +18,7 @@ REFERENCE_RATIO = 12               # its tokens per scaling parameter
 REFERENCE_BATCH_TOKENS = 2**19     # and its batch
 BATCH_EXPONENT = 0.383             # optimal batch ~ tokens^0.383 (arXiv 2505.13738)
 SMALL_TOKENS, SMALL_BATCH_TOKENS = 10e6, 7168    # at a small budget (dev/LOG.md, "The dial where budgets are small")
-BIGRAM_ROWS = 5                    # of each token, below the reference's depth (dev/LOG.md, "TODO")
+BIGRAM_ROWS = 5                    # of each token, below the reference's depth (dev/LOG.md, "Bigram embeddings")
 
 # Learning rates at the reference batch and, for the first two, at 768 channels; ADAM_GROUPS has the groups
 EMBEDDING_LR   = 0.3
@@ -46,7 +46,7 @@ ADAM_GROUPS = (
     AdamGroup("lm_head",       "unembedding_lr", 1.0,   "width", (0.8,  0.96),  0.01),
     AdamGroup("wte",           "embedding_lr",   1.0,   "width", (0.8,  0.995), 0.001),
     AdamGroup("value_embeds",  "embedding_lr",   0.5,   "width", (0.8,  0.995), 0.01),
-    # Ten times as fast a table of pairs made the loss rise again (dev/LOG.md, "TODO")
+    # Ten times as fast a table of pairs made the loss rise again (dev/LOG.md, "Bigram embeddings")
     AdamGroup("bigram_embed",  "embedding_lr",   0.05,  "width", (0.8,  0.995), 0.01),
     AdamGroup("resid_lambdas", "scalar_lr",      0.01,  "batch", (0.8,  0.95),  0.05),
     AdamGroup("x0_lambdas",    "scalar_lr",      1.0,   "batch", (0.96, 0.95),  0.0),
