@@ -12,6 +12,7 @@ from nanochat.config import GPTConfig, read_config
 from nanochat.ledger import find_fault
 from nanochat.presets import KNOBS, PRESETS, make_marin
 from nanochat.report import read_json, read_run
+from nanochat.scaling import BIGRAM_ROWS
 from scripts.sweep import SWEEP_KEYS
 
 # Names of a column, in this project and in others of its family; the first name that the table has is used
@@ -138,14 +139,17 @@ def find_odd_starts(starts: dict[str, tuple[float, int]], tolerance: float = STA
 
 
 def name_kind(config: GPTConfig) -> str:
-    """The preset whose knobs a model has, marin for each of its sizes; else the knobs that aren't those of today."""
+    """The preset whose knobs a model has, marin for each of its sizes; nanochat-nov26 for the dial's own below its
+    reference depth; else the knobs that aren't those of today."""
     default = {key: getattr(GPTConfig, key) for key in ("window_pattern", *KNOBS)}
     own = {key: getattr(config, key) for key in default}
     for name, preset in {"marin": make_marin(config.n_layer, config.n_head), **PRESETS}.items():
         theirs = preset.shape | preset.flags | preset.knobs
         if own == default | {key: value for key, value in theirs.items() if key in default}:
             return name
-    return " ".join(f"{key}={value}" for key, value in own.items() if value != default[key])
+    if own["bigram_rows"] == BIGRAM_ROWS * config.vocab_size:
+        default["bigram_rows"] = own["bigram_rows"]
+    return " ".join(f"{key}={value}" for key, value in own.items() if value != default[key]) or "nanochat-nov26"
 
 
 def read_csv(path: Path, notes: list[str]) -> tuple[list[tuple[str, dict]], str]:

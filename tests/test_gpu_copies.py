@@ -81,7 +81,7 @@ def test_weights_that_need_no_cast_have_no_copies(dtype):
 @pytest.mark.parametrize("micro_rows", [8, 2])
 def test_training_is_the_same_bit_for_bit(micro_rows):
     trainings = [make_training(has_copies, config=CONFIG) for has_copies in (False, True)]
-    figures = [take_steps(*training, range(4), micro_rows) for training in trainings]
+    figures = [take_steps(*training, [0] * 4, micro_rows) for training in trainings]
     assert figures[0] == figures[1] and figures[0][-1][0] < figures[0][0][0]
     assert_same_training(*trainings)
 

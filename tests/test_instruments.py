@@ -285,7 +285,8 @@ def write_grid(folder, name: str, config: GPTConfig, factor: float, start_loss: 
 def test_loss_grid_of_several_presets(tmp_path, capsys):
     """Each kind of model has its own fit, where one over all would have taken the presets' difference for a slope."""
     write_grid(tmp_path, "plain", replace(CONFIG, vocab_size=300, window_pattern="L", **PLAIN), 1.2)
-    write_grid(tmp_path, "now", replace(CONFIG, vocab_size=300, window_pattern="SSSL"), 1.0, start_loss=7.0)
+    write_grid(tmp_path, "now", replace(CONFIG, vocab_size=300, window_pattern="SSSL", bigram_rows=0), 1.0,
+               start_loss=7.0)
     results = show_loss_grid.main([str(tmp_path)])
     assert set(results["kinds"]) == {"plain", "nanochat-july26"} and is_png(results["figure"])
     for slopes in results["kinds"].values():
@@ -293,7 +294,7 @@ def test_loss_grid_of_several_presets(tmp_path, capsys):
     odd = [note for note in results["notes"] if "from ln V" in note]
     assert len(odd) == 9 and odd[0] == "now-2-100 starts at a loss of 7.000, +1.296 from ln V, that of guessing."
     assert "parameters, plain" in capsys.readouterr().out
-    write_grid(tmp_path / "more", "one", replace(CONFIG, vocab_size=300, smear=False), 1.0)
+    write_grid(tmp_path / "more", "one", replace(CONFIG, vocab_size=300, smear=False, bigram_rows=0), 1.0)
     for path in (tmp_path / "more").glob("one-[48]*"):
         shutil.rmtree(path)
     results = show_loss_grid.main([str(tmp_path)])
@@ -312,6 +313,9 @@ def test_kinds_of_models(name, kind):
 
 def test_kinds_without_a_name():
     assert name_kind(replace(GPTConfig(), smear=False, softcap=0.0)) == "smear=False softcap=0.0"
+    dial = make_config(4, vocab_size=100, sequence_len=64)
+    assert (name_kind(dial), name_kind(replace(dial, smear=False))) == ("nanochat-nov26", "smear=False")
+    assert name_kind(replace(dial, bigram_rows=7)) == "bigram_rows=7"
     assert name_kind(read_config({})) == "nanochat-july26"    # of a run from before the knobs
 
 
