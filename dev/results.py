@@ -12,7 +12,7 @@ from nanochat.config import GPTConfig, read_config
 from nanochat.ledger import find_fault
 from nanochat.presets import KNOBS, PRESETS, make_marin
 from nanochat.report import read_json, read_run
-from nanochat.scaling import BIGRAM_ROWS
+from nanochat.scaling import make_config
 from scripts.sweep import SWEEP_KEYS
 
 # Names of a column, in this project and in others of its family; the first name that the table has is used
@@ -147,9 +147,10 @@ def name_kind(config: GPTConfig) -> str:
         theirs = preset.shape | preset.flags | preset.knobs
         if own == default | {key: value for key, value in theirs.items() if key in default}:
             return name
-    if own["bigram_rows"] == BIGRAM_ROWS * config.vocab_size:
-        default["bigram_rows"] = own["bigram_rows"]
-    return " ".join(f"{key}={value}" for key, value in own.items() if value != default[key]) or "nanochat-nov26"
+    if own["bigram_rows"] == make_config(config.n_layer, vocab_size=config.vocab_size, sequence_len=1).bigram_rows > 0:
+        own["bigram_rows"] = "dial's"
+    words = [f"{key}={value}" for key, value in own.items() if value != default[key]]
+    return "nanochat-nov26" if words == ["bigram_rows=dial's"] else " ".join(words)
 
 
 def read_csv(path: Path, notes: list[str]) -> tuple[list[tuple[str, dict]], str]:

@@ -6,7 +6,7 @@ microseconds, on CPUs and GPUs alike. A compiled step on a CPU, or a CUDA graph,
 dev/LOG.md, "One forward pass").
 
 Linear layers are replaced one by one, modules with a `fuse` method are fused, and the step traces or captures
-`GPT.forward` itself. All else that is known of the model here are the cache's tensors: keys, values, last embedding.
+`GPT.forward` itself. All else that is known of the model here are the cache's tensors: keys, values, last ids.
 
 B rows, T tokens, C channels, V vocabulary.
 """

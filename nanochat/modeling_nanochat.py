@@ -165,7 +165,7 @@ class NanochatModel(NanochatPreTrainedModel):
             gate = torch.sigmoid(self.smear_gate(x[..., :config.smear_gate_channels]))    # (B, T, 1)
             y = y + config.smear_lambda * gate * previous
         if config.bigram_rows:
-            pairs = last.masked_fill(is_first, -1) * 1_000_003 ^ input_ids * 998_244_353
+            pairs = last.long().masked_fill(is_first, -1) * 1_000_003 ^ input_ids.long() * 998_244_353
             y = y + self.bigram_embed(pairs % config.bigram_rows)
         return y
 

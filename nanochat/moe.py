@@ -179,7 +179,7 @@ def padded_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 def describe_products(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """How a training step multiplies each expert's rows, and why; calls as above take another way for themselves."""
     if prefers_few_shapes(torch.empty(FEW_ROWS + 1, 1, dtype=dtype, device=device)):
-        return "bucketed", f"in {dtype} a CPU makes a kernel for each number of rows: each expert has a multiple of 32"
+        return "bucketed", f"in {dtype} a CPU makes a kernel for each number of rows: experts have few numbers"
     reason = probe_grouped(device.type, dtype)
     return ("padded", f"torch's grouped products don't serve: {reason}") if reason else ("grouped", "torch has them")
 

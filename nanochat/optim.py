@@ -393,6 +393,7 @@ def make_optimizer(model: nn.Module, *, unembedding_lr: float = scaling.UNEMBEDD
     modules: list[nn.Module] = [model.lm_head]
     for i, block in reversed(list(enumerate(model.transformer.h))):
         modules += [block, model.value_embeds[str(i)]] if model.config.has_value_embed(i) else [block]
+    modules += [model.bigram_embed] if model.bigram_embed is not None else []
     name_of = {param: name for name, param in model.named_parameters()}
     names = {id(param): name_of[param] for module in (*modules, model) for param in module.parameters()}
     return MuonAdamW(groups, names, matmul_dtype=torch.bfloat16 if model.compute_dtype == torch.bfloat16 else None)

@@ -109,6 +109,15 @@ def choose_rule(preset: str | None, saved: dict | None) -> str:
     return rule
 
 
+def keep_knobs(saved: dict | None) -> dict[str, object]:
+    """Those of a run that was begun when the dial gave no model bigram embeddings. saved: its model's config"""
+    if saved is None or "bigram_rows" in saved:
+        return {}
+    if saved["n_layer"] <= scaling.BIGRAM_DEPTH:
+        print0("bigram_rows: 0, as this run was begun")
+    return {"bigram_rows": 0}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The models
 

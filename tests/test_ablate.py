@@ -120,6 +120,13 @@ def test_add_goes_from_the_plainest_model_to_the_full_one():
     assert ablation["models"]["none"]["flops"] == pytest.approx(ablation["target_flops"], rel=0.03)
 
 
+def test_features_are_off_without_them(base_dir):
+    for name in ("bigrams", "smear"):
+        args = ablate.parse_args(["--name", "a", "--depth", "2", "--mode", "drop", "--features", name, "--", *TOY])
+        flags = ablate.plan_ablation(args)[0]["models"][f"no-{name}"]["flags"]
+        assert {"bigrams": "bigram_rows=0", "smear": "smear=off"}[name] in flags
+
+
 def test_variants_are_the_full_model_with_other_flags():
     """The runs that variants make, without training them; their FLOPs are the full model's."""
     args = ablate.parse_args(["--name", "a", "--depth", "2", "--seeds", "1", "--tokens", "2560", "--features", "x0",

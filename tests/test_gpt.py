@@ -219,6 +219,12 @@ def test_forward_equals_slow_reference(changes, num_tokens):
 
 
 @torch.no_grad()
+def test_ids_of_32_bits_are_those_of_64():
+    model, ids = make_tiny(bigram_rows=53), make_ids(1, 20)
+    assert torch.equal(model(ids.int()), model(ids))
+
+
+@torch.no_grad()
 def test_low_precision_forward_is_near_the_slow_reference():
     ids = make_ids(40)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)):
@@ -231,14 +237,14 @@ def test_low_precision_forward_is_near_the_slow_reference():
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scalars_do_not_promote_activations(dtype):
-    model, seen = make_tiny(dtype), []
+    model, seen = make_tiny(dtype, bigram_rows=53), []
     for module in model.modules():
         module.register_forward_pre_hook(lambda module, args: seen.extend(a.dtype for a in args if torch.is_tensor(a)))
         module.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     model.forward_trunk(make_ids(1, 20))
     assert {d for d in seen if d.is_floating_point} == ({dtype} if dtype == torch.bfloat16 else {dtype, torch.float32})
     if dtype == torch.float16:  # the embeddings only, which are fp32 masters there
-        assert seen.count(torch.float32) == 1 + len(model.value_embeds)
+        assert seen.count(torch.float32) == 2 + len(model.value_embeds)
 
 
 def test_norm_uses_the_eps_of_fp32_in_bf16():

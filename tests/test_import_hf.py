@@ -53,6 +53,17 @@ def export_toy(base_dir, config, form, dtype="float32"):
 # Weights
 
 
+def test_older_exports_have_no_bigrams(byte_base):
+    """Their config.json doesn't name the table."""
+    source, folder = export_toy(byte_base, replace(CONFIG, bigram_rows=0), "custom")
+    for name in ("config.json", MARK_NAME):
+        text = (folder / name).read_text(encoding="utf-8")
+        (folder / name).write_text(re.sub(r'\s*"bigram_rows": 0,', "", text), encoding="utf-8")
+        assert "bigram" not in (folder / name).read_text(encoding="utf-8")
+    ids = torch.tensor([make_prompt(30)])
+    assert torch.equal(read_folder(folder).model(ids), source.model(ids))
+
+
 @pytest.mark.parametrize("has_mark", [True, False])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_custom_comes_back_bit_for_bit(byte_base, name, has_mark):

@@ -294,6 +294,14 @@ def test_each_parameter_has_one_group(rule, knobs):
     assert sorted(map(id, params)) == sorted(map(id, model.parameters()))
 
 
+def test_group_of_the_bigrams():
+    model = make_model(replace(CONFIG, bigram_rows=9), as_initialised=True)
+    group, = (group for group in model.setup_optimizer(embedding_lr=0.3, batch_lr_scale=0.5).param_groups
+              if group["name"] == "bigram_embed")
+    assert group["lr"] == pytest.approx(0.1 * 0.3 * (64 / 768) ** -0.5 * 0.5)
+    assert (group["betas"], group["weight_decay"]) == ((0.8, 0.995), 0.01)
+
+
 def test_groups_of_other_rules():
     """marin: 6.4e-3 for embedding, head and lambdas, unscaled. AdamW alone: no Muon. January: no decay but Muon's."""
     model = make_model(CONFIG, as_initialised=True)
