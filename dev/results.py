@@ -12,7 +12,6 @@ from nanochat.config import GPTConfig, read_config
 from nanochat.ledger import find_fault
 from nanochat.presets import KNOBS, PRESETS, make_marin
 from nanochat.report import read_json, read_run
-from nanochat.scaling import make_config
 from scripts.sweep import SWEEP_KEYS
 
 # Names of a column, in this project and in others of its family; the first name that the table has is used
@@ -139,18 +138,14 @@ def find_odd_starts(starts: dict[str, tuple[float, int]], tolerance: float = STA
 
 
 def name_kind(config: GPTConfig) -> str:
-    """The preset whose knobs a model has, marin for each of its sizes; nanochat-nov26 for the dial's own below its
-    reference depth; else the knobs that aren't those of today."""
+    """The preset whose knobs a model has, marin for each of its sizes; else the knobs that aren't those of today."""
     default = {key: getattr(GPTConfig, key) for key in ("window_pattern", *KNOBS)}
     own = {key: getattr(config, key) for key in default}
     for name, preset in {"marin": make_marin(config.n_layer, config.n_head), **PRESETS}.items():
         theirs = preset.shape | preset.flags | preset.knobs
         if own == default | {key: value for key, value in theirs.items() if key in default}:
             return name
-    if own["bigram_rows"] == make_config(config.n_layer, vocab_size=config.vocab_size, sequence_len=1).bigram_rows > 0:
-        own["bigram_rows"] = "dial's"
-    words = [f"{key}={value}" for key, value in own.items() if value != default[key]]
-    return "nanochat-nov26" if words == ["bigram_rows=dial's"] else " ".join(words)
+    return " ".join(f"{key}={value}" for key, value in own.items() if value != default[key])
 
 
 def read_csv(path: Path, notes: list[str]) -> tuple[list[tuple[str, dict]], str]:

@@ -26,7 +26,7 @@ from nanochat.devices import get_environment
 from nanochat.export import MARK_NAME, NAMES, SWIGLU_SCALE, TEMPLATE_NAME, rename
 from nanochat.gpt import GPT
 from nanochat.presets import KNOBS, PLAIN, PRESETS, find_rule, format_knob
-from nanochat.scaling import make_config, make_plan
+from nanochat.scaling import make_plan
 from nanochat.tokenizer import SPECIAL_TOKENS, RustBPETokenizer, get_tokenizer_dir, unspell_bytes
 
 CPU = torch.device("cpu")
@@ -308,9 +308,8 @@ def list_train_flags(config: GPTConfig) -> list[str]:
     if config.n_kv_head != config.n_head:
         return []
     C, D = config.n_embd, config.n_embd // config.n_head
-    usual = make_config(config.n_layer, vocab_size=config.vocab_size, sequence_len=config.sequence_len)
     knobs = [f"{name}={format_knob(getattr(config, name))}" for name in KNOBS
-             if getattr(config, name) != getattr(usual, name)]
+             if getattr(config, name) != getattr(GPTConfig, name)]
     return ["--depth", str(config.n_layer), "--aspect-ratio", str(C // config.n_layer), "--head-dim", str(D),
             "--max-seq-len", str(config.sequence_len), "--window-pattern", config.window_pattern,
             *(["--knobs", *knobs] if knobs else [])]

@@ -109,15 +109,6 @@ def choose_rule(preset: str | None, saved: dict | None) -> str:
     return rule
 
 
-def keep_knobs(saved: dict | None) -> dict[str, object]:
-    """Those of a run that was begun when the dial gave no model bigram embeddings. saved: its model's config"""
-    if saved is None or "bigram_rows" in saved:
-        return {}
-    if saved["n_layer"] <= scaling.BIGRAM_DEPTH:
-        print0("bigram_rows: 0, as this run was begun")
-    return {"bigram_rows": 0}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The models
 
@@ -151,7 +142,7 @@ def make_marin(n_layer: int, n_head: int, weight_decay: float = 0.0) -> Preset:
     embeddings notice: normed, they begin .3 to .5 as long there."""
     C = 128 * n_head
     knobs = {"rope_base": 1024.0, "rope_fraction": 0.5, "qk_scale": 1.35 ** 0.5, "ve_gate_channels": 0, "smear": False,
-             "bigram_rows": 0, "backout_layer": 2 * n_layer // 3 - 1, "backout_init": 0.5, "resid_init": (1.1, 1.1),
+             "backout_layer": 2 * n_layer // 3 - 1, "backout_init": 0.5, "resid_init": (1.1, 1.1),
              "x0_init": (0.0, 0.0), "softcap": 0.0, "wte_std": 1 / C, "head_std": 0.0, "linear_init": "normal",
              "fc_init": 1.0}
     shape = {"n_layer": n_layer, "n_head": n_head, "n_kv_head": n_head, "n_embd": C}
@@ -161,13 +152,13 @@ def make_marin(n_layer: int, n_head: int, weight_decay: float = 0.0) -> Preset:
 
 
 PRESETS = {
-    "nanochat-july26": Preset("karpathy/nanochat, July 2026", {"bigram_rows": 0}, flags=make_flags(
+    "nanochat-july26": Preset("karpathy/nanochat, July 2026", flags=make_flags(
         (scaling.MATRIX_LR, scaling.EMBEDDING_LR, scaling.UNEMBEDDING_LR, scaling.SCALAR_LR), scaling.WEIGHT_DECAY,
         (scaling.WARMUP_STEPS, scaling.WARMDOWN_RATIO, scaling.FINAL_LR_FRAC), "SSSL"), rule="july26"),
     "nanochat-jan26": Preset("karpathy/nanochat, January 2026", {
         "window_fraction": 0.5, "rope_base": 10_000.0, "qk_scale": 1.0, "ve_gate_channels": 32, "ve_gate_scale": 2.0,
-        "ve_gate_init": 0.0, "smear": False, "bigram_rows": 0, "backout_layer": -1, "resid_init": (1.0, 1.0),
-        "x0_init": (0.1, 0.1), "wte_std": 1.0, "fc_init": 1.0}, rule="jan26", flags=make_flags(
+        "ve_gate_init": 0.0, "smear": False, "backout_layer": -1, "resid_init": (1.0, 1.0), "x0_init": (0.1, 0.1),
+        "wte_std": 1.0, "fc_init": 1.0}, rule="jan26", flags=make_flags(
         (0.02, 0.3, 0.004, 0.5), 0.2, (0, 0.4, 0.0), "SSSL", total_batch_size=2**19, target_param_data_ratio=10.5)),
     "marin-150m": make_marin(6, 4),
     "marin-270m": make_marin(11, 6),

@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanochat.common import UserError
-from nanochat.config import VOCAB_MULTIPLE, GPTConfig, count_params, estimate_flops
+from nanochat.config import GPTConfig, count_params, estimate_flops
 
 REFERENCE_DEPTH = 12               # depth at which batch size, learning rates and weight decay were tuned
 REFERENCE_RATIO = 12               # its tokens per scaling parameter
 REFERENCE_BATCH_TOKENS = 2**19     # and its batch
 BATCH_EXPONENT = 0.383             # optimal batch ~ tokens^0.383 (arXiv 2505.13738)
 SMALL_TOKENS, SMALL_BATCH_TOKENS = 10e6, 7168    # at a small budget (dev/LOG.md, "The dial where budgets are small")
-BIGRAM_ROWS, BIGRAM_DEPTH = 5, 6   # of each token, up to the depth where it was tried (dev/LOG.md, "Bigram embeddings")
 
 # Learning rates at the reference batch and, for the first two, at 768 channels; ADAM_GROUPS has the groups
 EMBEDDING_LR   = 0.3
@@ -97,12 +96,9 @@ def make_config(depth: int, *, vocab_size: int, sequence_len: int, aspect_ratio:
     if depth < 1 or aspect_ratio < 1 or head_dim < 2 or head_dim % 2 or sequence_len < 1:
         raise UserError(f"no model has --depth {depth} --aspect-ratio {aspect_ratio} --head-dim {head_dim} "
                         f"--max-seq-len {sequence_len}: all must be at least 1, the head dim even")
-    padded = math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE    # so that ranks can share the rows
-    pairs = {"bigram_rows": BIGRAM_ROWS * padded} if depth <= BIGRAM_DEPTH else {}
     n_head = math.ceil(depth * aspect_ratio / head_dim)
     shape = {"n_layer": depth, "n_head": n_head, "n_kv_head": n_head, "n_embd": n_head * head_dim}
-    return GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, window_pattern=window_pattern,
-                     **pairs | shape | knobs)
+    return GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, window_pattern=window_pattern, **shape | knobs)
 
 
 def count_scaling_params(config: GPTConfig, counts_all: bool = False) -> int:

@@ -33,7 +33,7 @@ from nanochat.config import GPTConfig, estimate_flops
 from nanochat.presets import Preset
 from nanochat.report import RunFiles, read_json, read_run
 from nanochat.run import StopSignal
-from nanochat.scaling import BIGRAM_ROWS, check_counts, make_config, make_plan
+from nanochat.scaling import check_counts, make_config, make_plan
 
 SWEEP_KEYS = ("grid", "flags", "created", "failed", "points")  # of sweep.json
 OWN_FLAGS = {"model_tag", "resume", "resume_from_step"}    # of base_train, set by the sweep itself
@@ -196,7 +196,7 @@ class Sweep:
     def __init__(self, folder: Path, points: list[Point], grid: dict[str, list[str]], args: argparse.Namespace):
         self.folder, self.points, self.args = folder, points, args
         self.info = {"name": args.name, "grid": grid, "flags": args.flags, "created": now(), "failed": {},
-                     "rule": Preset.rule, "bigram_rows": BIGRAM_ROWS,
+                     "rule": Preset.rule,
                      "points": [{"tag": point.tag, "flags": point.flags} for point in points]}
         self.load()
         if args.retry_failed:
@@ -214,9 +214,9 @@ class Sweep:
             return
         saved = read_json(self.folder / "sweep.json", SWEEP_KEYS)
         if saved["grid"] == self.info["grid"] and get_identity(saved["flags"]) == get_identity(self.info["flags"]):
-            is_begun = all((get_run_dir("base", point.tag) / "run.json").exists() for point in self.points)
-            if not {"rule", "bigram_rows"} <= saved.keys() and not is_begun:
-                raise UserError(f"the sweep {self.args.name} was begun when batch, rates or parts of small models "
+            if "rule" not in saved and not all((get_run_dir("base", point.tag) / "run.json").exists()
+                                               for point in self.points):
+                raise UserError(f"the sweep {self.args.name} was begun when batch and learning rates of small models "
                                 "were others, and not all of its runs were; choose another --name, or finish it with "
                                 "the nanochat that began it")
             self.info |= {"created": saved["created"], "failed": saved["failed"]}

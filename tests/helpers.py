@@ -284,7 +284,7 @@ def make_preset_config(name):
     small = {"attn_dim": 128, "mlp_dim": 96} if "attn_dim" in preset.knobs else {}
     if preset.knobs.get("backout_layer", -1) > 0:
         small["backout_layer"] = 1
-    return replace(CONFIG, **preset.knobs | small, window_pattern=preset.flags["window_pattern"])
+    return replace(CONFIG, **{"bigram_rows": 0} | preset.knobs | small, window_pattern=preset.flags["window_pattern"])
 
 
 @contextlib.contextmanager

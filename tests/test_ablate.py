@@ -122,7 +122,8 @@ def test_add_goes_from_the_plainest_model_to_the_full_one():
 
 def test_features_are_off_without_them(base_dir):
     for name in ("bigrams", "smear"):
-        args = ablate.parse_args(["--name", "a", "--depth", "2", "--mode", "drop", "--features", name, "--", *TOY])
+        args = ablate.parse_args(["--name", "a", "--depth", "2", "--mode", "drop", "--features", name, "--", *TOY,
+                                  "--knobs", "bigram_rows=99"])
         flags = ablate.plan_ablation(args)[0]["models"][f"no-{name}"]["flags"]
         assert {"bigrams": "bigram_rows=0", "smear": "smear=off"}[name] in flags
 

@@ -41,7 +41,7 @@ TABLE = [
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"d{row[0]}")
 def test_params_and_flops_of_the_public_record(row):
     depth, width, wte, value_embeds, lm_head, matrices, scalars, total, flops = row
-    config = make_config(depth, vocab_size=32768, sequence_len=2048, bigram_rows=0)
+    config = make_config(depth, vocab_size=32768, sequence_len=2048)
     with torch.device("meta"):
         model = GPT(config)
     assert (config.n_embd, config.n_head, config.n_kv_head) == (width, width // 128, width // 128)

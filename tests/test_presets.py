@@ -258,23 +258,6 @@ def test_a_run_from_before_the_rule_had_a_name_goes_on_by_july26(small):
     assert sft["step"] == 2 and find_checkpoint("sft", "before").meta["identity"]["rule"] == "july26"
 
 
-def test_a_run_from_before_bigrams_goes_on_without_them(small, capsys):
-    """But a run that lacks the flag it was begun with is refused, as for any other knob; and a typed one counts."""
-    argv = make_preset_argv("plain", "pairs")[2:]    # without the preset
-    assert base_train.main([*argv, "--stop-at", "1"])["step"] == 1
-    assert find_checkpoint("base", "pairs").meta["model_config"]["bigram_rows"] > 0
-    none = [*argv, "--model-tag", "none"]
-    run_dir = base_train.main([*none, "--knobs", "bigram_rows=0", "--stop-at", "1"])["run_dir"]
-    with pytest.raises(UserError, match="bigram_rows"):
-        base_train.main(none)
-    edit_meta(run_dir, lambda meta: meta["model_config"].pop("bigram_rows"))
-    capsys.readouterr()
-    with pytest.raises(UserError, match="bigram_rows"):
-        base_train.main([*none, "--knobs", "bigram_rows=9"])
-    assert base_train.main(none)["step"] > 1
-    assert "bigram_rows: 0, as this run was begun" in capsys.readouterr().out
-
-
 def test_a_batch_that_was_chosen_stays_on_other_ranks(small, monkeypatch):
     """On 8 ranks a step has a row of each at least; continued on one, it has as many rows as before."""
     argv = [word for word in make_preset_argv("plain", "chosen") if word not in ("--total-batch-size", "512")]

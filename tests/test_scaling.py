@@ -40,8 +40,6 @@ def test_config_of_a_depth():
     assert (odd.n_embd, odd.n_head, odd.n_kv_head, odd.n_layer, odd.window_pattern) == (384, 3, 3, 5, "SL")
     narrow = make_config(3, vocab_size=100, sequence_len=64, aspect_ratio=32, head_dim=64)
     assert (narrow.n_embd, narrow.n_head, narrow.head_dim) == (128, 2, 64)
-    for depth, knobs, rows in ((6, {}, 5 * 128), (7, {}, 0), (4, {"bigram_rows": 0}, 0), (12, {"bigram_rows": 7}, 7)):
-        assert make_config(depth, vocab_size=100, sequence_len=64, **knobs).bigram_rows == rows
     for changes in ({"depth": 0}, {"aspect_ratio": 0}, {"head_dim": 0}, {"head_dim": 7}, {"sequence_len": 0}):
         with pytest.raises(UserError, match="--depth"):
             make_config(**{"depth": 4, "vocab_size": 100, "sequence_len": 64} | changes)

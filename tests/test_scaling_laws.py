@@ -282,7 +282,7 @@ def test_no_usable_run(tmp_path):
 
 
 def test_one_law_over_two_kinds_of_model_is_told(tmp_path):
-    for depth in (12, 14, 16):
+    for depth in (6, 10, 14):
         write_run(tmp_path / f"d{depth}", depth, 1e18)
     config = asdict(make_config(18, vocab_size=32768, sequence_len=2048, smear=False))
     write_run(tmp_path / "d18", 18, 1e18, model_config=config)
