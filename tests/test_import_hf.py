@@ -20,8 +20,8 @@ from tests.export_helpers import CONFIGS, PLAIN, PLAIN_CONFIGS, make_source
 from tests.helpers import BYTE_TOKENIZER, CONFIG, CPU, make_base, make_batch, make_model, make_prompt
 
 # Of late 2025: rotary, norms and softcap as ours, and nothing of what came later
-OLD = replace(CONFIG, **PRESETS["nanochat-jan26"].knobs | {"bigram_rows": 0, "ve_gate_channels": 0, "resid_init": None, "x0_init": None},
-              window_pattern="L")
+OLD = replace(CONFIG, **PRESETS["nanochat-jan26"].knobs | {
+    "bigram_rows": 0, "ve_gate_channels": 0, "resid_init": None, "x0_init": None}, window_pattern="L")
 OLD_SETTINGS = {"model_type": "nanochat", "vocab_size": 265, "hidden_size": 64, "intermediate_size": 256,
                 "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
                 "max_position_embeddings": 64}
