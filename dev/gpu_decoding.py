@@ -50,7 +50,7 @@ def _check_tokens(setup: Setup, name: str, num_rows: int) -> Check:
         while engine.has_work():
             for event in engine.step():
                 answers.setdefault(event.request_id, []).append(event.token)
-            capacities.append(engine.cache.k_cache.size(2) if engine.cache is not None else 0)
+            capacities.append(engine.cache.get_capacity() if engine.cache is not None else 0)
         compared = sorted({*range(min(2, num_rows)), *range(max(0, num_rows - MAX_COMPARED // 2), num_rows)})
         wrong = {}
         for i in compared:

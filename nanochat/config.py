@@ -14,6 +14,7 @@ VOCAB_MULTIPLE = 64           # the vocabulary is padded to this, for the matrix
 MLP_MATRICES = {"relu2": 2, "swiglu": 3}    # by activation
 ROPE_LENGTHS = 10             # of the rotary table, in contexts: chats may outgrow the training context
 # The least that a number of a model may be, where that isn't 0
+OLDER = {"key_offset": False}    # knobs that models lack which were saved before there were these
 LEAST = {"backout_layer": -1, "rope_base": 1} | dict.fromkeys(("backout_init", "resid_init", "x0_init"), -math.inf)
 
 
@@ -34,6 +35,7 @@ class GPTConfig:
     mlp_act:          str   = "relu2"      # or swiglu, which has a third matrix
     rope_base:        float = 100_000.0    # slow turns tell far positions apart
     rope_fraction:    float = 1.0          # of each head, the part that turns
+    key_offset:       bool  = True         # half of each key is the token before's, where the whole context is seen
     qk_scale:         float = 1.2          # of normed queries and keys; 0: neither normed nor scaled
     ve_gate_channels: int   = 12           # that gate the value embeddings; 0: no value embeddings
     ve_gate_scale:    float = 3.0          # the most that a gate lets through
@@ -133,21 +135,27 @@ class GPTConfig:
         sparse capacity (assumption, not studied)."""
         return self.num_experts > 0 and (self.n_layer - layer) % self.moe_every == 0
 
+    def has_whole_context(self, layer: int) -> bool:
+        return layer == self.n_layer - 1 or self.window_pattern[layer % len(self.window_pattern)] == "L"
+
+    def offsets_keys(self, layer: int) -> bool:
+        return self.key_offset and self.has_whole_context(layer)
+
     def window(self, layer: int) -> int:
         """Number of tokens before itself that a token of this layer sees; from the context, not the input's length.
 
         Short windows (as in Gemma 2, arXiv 2408.00118) save attention's FLOPs. From half the context to a quarter, with
         smear, backout and ratio 8: 1.80 -> 1.65 hours (see gpt.py)."""
-        is_long = layer == self.n_layer - 1 or self.window_pattern[layer % len(self.window_pattern)] == "L"
-        return self.sequence_len if is_long else math.ceil(self.sequence_len * self.window_fraction / 128) * 128
+        return self.sequence_len if self.has_whole_context(layer) else \
+            math.ceil(self.sequence_len * self.window_fraction / 128) * 128
 
 
 def read_config(saved: dict) -> GPTConfig:
-    """The config that a checkpoint holds; a knob that it doesn't name has its default."""
+    """The config that a checkpoint holds; a knob that it doesn't name is as it was before it had a name."""
     if unknown := sorted(saved.keys() - {field.name for field in fields(GPTConfig)}):
         raise UserError(f"the checkpoint's model has knobs that this nanochat doesn't know ({', '.join(unknown)}); use "
                         "the nanochat that trained it, or a newer one")
-    return GPTConfig(**saved)
+    return GPTConfig(**OLDER | saved)
 
 
 def list_matrices(config: GPTConfig, layer: int) -> list[tuple[int, int]]:

@@ -228,7 +228,7 @@ class CompiledStep:
         if not self.works:
             return run_eagerly(self.model, idx, cache)
         rows = cache.view_rows(0, len(idx), cache.num_tokens)
-        num_keys = max(rows.num_tokens + 1, 2)  # a size of 1 would be compiled anew
+        num_keys = rows.num_tokens + 2  # with the place behind the new token's
         k_cache, v_cache = rows.k_cache[:, :, :num_keys], rows.v_cache[:, :, :num_keys]
         for tensor in (k_cache, v_cache):
             # Unbacked: a guard on the size would recompile, for 6-10 s, at 4,096 keys

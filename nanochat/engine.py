@@ -302,7 +302,7 @@ class Engine:
         if self.has_work():
             raise ValueError("an engine with unfinished requests can't forget their tokens; cancel them first")
         self.rows = []
-        if self.cache is not None and self._is_graphed() and self.cache.k_cache.size(2) == self.cache_tokens:
+        if self.cache is not None and self._is_graphed() and self.cache.get_capacity() == self.cache_tokens:
             self.cache.cache_seqlens.zero_()
             self.cache.last_ids.fill_(NO_TOKEN)
         else:

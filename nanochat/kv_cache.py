@@ -2,6 +2,8 @@
 
     (layers, B, T, H, D) keys, the same of values; (B,) lengths; (B, 1) ids of the last tokens
 
+Where the model offsets keys (gpt.offset_keys), the last token's key also waits in the place behind it, for the next one.
+
 B rows, T tokens of room, H key/value heads, D head dim.
 """
 
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.flash_attention import (
+    Positions,
     attend_to_cache,
     find_mask,
     find_positions,
@@ -32,8 +35,8 @@ class KVCache:
 
     def __init__(self, batch_size: int, num_heads: int, seq_len: int, head_dim: int, num_layers: int,
                  device: torch.device, dtype: torch.dtype):
-        """num_heads: key/value heads; seq_len: initial capacity in tokens."""
-        shape = (num_layers, batch_size, seq_len, num_heads, head_dim)  # (layers, B, T, H, D)
+        """num_heads: key/value heads; seq_len: tokens that there is room for at first."""
+        shape = (num_layers, batch_size, seq_len + 1, num_heads, head_dim)  # (layers, B, T, H, D)
         self.k_cache, self.v_cache = (make_memory(shape, device, dtype) for _ in range(2))
         self.cache_seqlens = torch.zeros(batch_size, device=device, dtype=torch.int32)  # (B,) tokens of each row
         self.last_ids = torch.full((batch_size, 1), NO_TOKEN, device=device)  # (B, 1)
@@ -52,11 +55,16 @@ class KVCache:
         """Rows that there is memory for."""
         return self.k_cache.size(1)
 
+    def get_capacity(self) -> int:
+        """Tokens of a row that there is room for."""
+        return self.k_cache.size(2) - 1
+
     def get_pos(self) -> int:
         """Tokens that the longest row holds."""
         return self.num_tokens
 
-    # What the model calls in a forward pass: begin, get_positions, shift_ids, attend for each layer, advance
+    # What the model calls in a forward pass: begin, get_positions, shift_ids, in each layer exchange_last and attend,
+    # advance
 
     def begin(self, num_tokens: int) -> None:
         """Begin a forward pass over `num_tokens` new tokens of each row."""
@@ -69,6 +77,20 @@ class KVCache:
         """Of the new tokens: (B, T), or one slice where all rows are equally long."""
         positions = self.positions
         return slice(positions.first, positions.end) if positions.by_row is None else positions.by_row
+
+    def exchange_last(self, layer: int, last: Tensor) -> Tensor:
+        """Leave the last new token's key (B, 1, H, D) for the token behind it; returns what was left for the first new
+        one, at first zeros. It waits where the next key will stand, so that a row may be cut, copied or padded."""
+        by_row, rows = self.positions.by_row, self.positions.rows
+        if by_row is None:
+            at, end = (layer, slice(None), slice(self.positions.first, self.positions.first + 1)), self.positions.end
+            behind = Positions(end, end + 1, None)
+        else:
+            at = torch.full((1, 1), layer, device=last.device), rows, by_row[:, :1]
+            behind = Positions(0, 0, by_row[:, -1:] + 1, rows)
+        before = self.k_cache[at].to(last.dtype)
+        write_to_cache((self.k_cache,), layer, (last,), behind)
+        return before
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """Write the new tokens' keys and values into a layer and attend to it: q (B, T, H, D) -> the same shape"""
@@ -100,7 +122,7 @@ class KVCache:
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for `num_tokens` more in each row."""
-        capacity = self.k_cache.size(2)
+        capacity = self.get_capacity()
         if self.num_tokens is not None and self.num_tokens + num_tokens > capacity:
             more = max(capacity, self.num_tokens + num_tokens - capacity)
             self.k_cache, self.v_cache = (grow_memory(c, 0, more) for c in (self.k_cache, self.v_cache))
@@ -115,7 +137,7 @@ class KVCache:
             raise ValueError(f"a cache of shape {tuple(self.k_cache.shape)} can't be prefilled from one of shape "
                              f"{tuple(other.k_cache.shape)}: layers, heads and head dim must agree, rows be 1 or equal")
         self.reserve(other.num_tokens)
-        self.k_cache[:, :, :other.num_tokens] = other.k_cache[:, :, :other.num_tokens]
+        self.k_cache[:, :, :other.num_tokens + 1] = other.k_cache[:, :, :other.num_tokens + 1]
         self.v_cache[:, :, :other.num_tokens] = other.v_cache[:, :, :other.num_tokens]
         self.cache_seqlens.copy_(other.cache_seqlens.expand(B))
         self.num_tokens = other.num_tokens
@@ -158,7 +180,7 @@ class KVCache:
 
     def swap_rows(self, a: int, b: int, num_tokens: int) -> None:
         """Exchange two rows, of which the longer holds `num_tokens`."""
-        for tensor in (self.k_cache[:, :, :num_tokens], self.v_cache[:, :, :num_tokens]):
+        for tensor in (self.k_cache[:, :, :num_tokens + 1], self.v_cache[:, :, :num_tokens]):
             saved = tensor[:, a].clone()
             tensor[:, a] = tensor[:, b]
             tensor[:, b] = saved
@@ -167,7 +189,7 @@ class KVCache:
 
     def copy_row(self, source: int, target: int, num_tokens: int) -> None:
         """Give a row the keys and values of another's first tokens (see start_row for the rest)."""
-        self.k_cache[:, target, :num_tokens] = self.k_cache[:, source, :num_tokens]
+        self.k_cache[:, target, :num_tokens + 1] = self.k_cache[:, source, :num_tokens + 1]
         self.v_cache[:, target, :num_tokens] = self.v_cache[:, source, :num_tokens]
 
     def start_row(self, row: int, num_tokens: int, last_id: int) -> None:

@@ -38,6 +38,17 @@ def rotate(x, cos, sin):
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
+def offset_keys(k, before, is_first):
+    """Keys (B, Hk, T, D) of which the slowly turning half of the pairs are those of the token before, and these
+    channels of each key itself, (B, Hk, T, D/2). before: those of the token before the first, (B, Hk, 1, D/2)"""
+    half = k.size(-1) // 2
+    fast, slow = k.unflatten(-1, (2, half)).split((half - half // 2, half // 2), dim=-1)    # (B, Hk, T, 2, D/4)
+    flat = slow.flatten(-2)
+    last = torch.cat((flat[:, :, :1] if before is None else before, flat[:, :, :-1]), dim=2)
+    last = last.masked_fill(is_first[:, None, :, None], 0).view_as(slow)
+    return torch.cat((fast, last), dim=-1).flatten(-2), flat
+
+
 class NanochatAttention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -53,7 +64,7 @@ class NanochatAttention(nn.Module):
         if layer_idx in config.value_embed_layers:
             self.ve_gate = nn.Linear(config.ve_gate_channels, Hk, bias=False)
 
-    def forward(self, x, value_embed, cos_sin, mask, cache, **kwargs):
+    def forward(self, x, value_embed, cos_sin, mask, cache, is_first, slow_keys, **kwargs):
         B, T, _ = x.shape
         config = self.config
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)    # (B, H or Hk, T, D)
@@ -64,6 +75,8 @@ class NanochatAttention(nn.Module):
         q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
         if config.qk_scale:
             q, k = norm(q, config) * config.qk_scale, norm(k, config) * config.qk_scale
+        if self.layer_idx in slow_keys:
+            k, slow_keys[self.layer_idx] = offset_keys(k, slow_keys[self.layer_idx], is_first)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
@@ -122,7 +135,7 @@ class NanochatModel(NanochatPreTrainedModel):
             self.smear_gate = nn.Linear(config.smear_gate_channels, 1, bias=False)
         if config.bigram_rows:
             self.bigram_embed = nn.Embedding(config.bigram_rows, C)
-        self.looks_back = config.smear_lambda is not None or config.bigram_rows > 0
+        self.looks_back = config.smear_lambda is not None or config.bigram_rows > 0 or bool(config.key_offset_layers)
         self.rope_table = None    # cos and sin, no buffers: transformers would leave those empty
         self.post_init()
 
@@ -141,25 +154,40 @@ class NanochatModel(NanochatPreTrainedModel):
     def norm_embeds(self, x):
         return norm(x, self.config) if self.config.embed_norm else x
 
-    def add_last(self, x, input_ids, position_ids, cache):
-        """Add what the token before adds to each embedding: a gated part of its own, a row of the table of pairs.
-        (B, T, C) -> (B, T, C)
+    def read_last(self, input_ids, position_ids, cache):
+        """What is kept of the token before the new ones: its id (B, 1), by layer the slow channels of its key, both
+        None at first; and which of the new tokens (B, T) have none before them.
 
-        A cache gets one layer more, of token ids, in which the token before the new ones is looked up: it is
-        reordered, cropped and repeated with the others, as beam search and speculative decoding need it.
+        A cache gets more layers, of token ids and of these keys, in which they are looked up: they are reordered,
+        cropped and repeated with the others, as beam search and speculative decoding need it.
         """
         config = self.config
         if config._attn_implementation == "vllm":
-            raise NotImplementedError("vLLM gives a model no previous token, which smear and bigram embeddings need")
-        L, has_past = config.num_hidden_layers, cache is not None and cache.get_seq_length() > 0
-        if has_past and len(cache.layers) <= L:
-            raise ValueError("this cache lacks the ids of its tokens; use one that this model has filled")
-        last = cache.layers[L].keys[:, 0, -1:, 0] if has_past else input_ids[:, :1]
-        last = torch.cat((last, input_ids[:, :-1]), dim=1)
+            raise NotImplementedError("vLLM gives a model no previous token, which smear, bigrams and key offset need")
+        L, layers, has_past = config.num_hidden_layers, config.key_offset_layers, False
+        if cache is not None and cache.get_seq_length() > 0:
+            has_past = True
+            if len(cache.layers) != L + 1 + len(layers):
+                raise ValueError("this cache lacks the ids of its tokens; use one that this model has filled")
+        last_id = cache.layers[L].keys[:, 0, -1:, 0] if has_past else None
+        slow_keys = {i: cache.layers[L + 1 + n].keys[:, :, -1:] if has_past else None for n, i in enumerate(layers)}
         is_first = position_ids == 0    # of a sequence, which may stand after padding
         if not has_past:
-            is_first = is_first | (torch.arange(x.size(1), device=x.device) == 0)
-        y = x
+            is_first = is_first | (torch.arange(input_ids.size(1), device=input_ids.device) == 0)
+        return last_id, slow_keys, is_first
+
+    def keep_last(self, input_ids, slow_keys, cache):
+        while len(cache.layers) < self.config.num_hidden_layers + 1 + len(slow_keys):
+            cache.layers.append(DynamicLayer())
+        kept = [input_ids[:, None, :, None], *slow_keys.values()]    # ids as keys of one head of one dimension
+        for layer, keys in zip(cache.layers[-len(kept):], kept, strict=True):
+            layer.update(keys, keys[..., :0])
+
+    def add_last(self, x, input_ids, last_id, is_first):
+        """Add what the token before adds to each embedding: a gated part of its own, a row of the table of pairs.
+        (B, T, C) -> (B, T, C)"""
+        config, y = self.config, x
+        last = torch.cat((input_ids[:, :1] if last_id is None else last_id, input_ids[:, :-1]), dim=1)
         if config.smear_lambda is not None:
             previous = self.norm_embeds(self.embed_tokens(last)).masked_fill(is_first.unsqueeze(-1), 0)
             gate = torch.sigmoid(self.smear_gate(x[..., :config.smear_gate_channels]))    # (B, T, 1)
@@ -191,21 +219,21 @@ class NanochatModel(NanochatPreTrainedModel):
             masks = {"full_attention": create_causal_mask(**settings)}
             if "sliding_attention" in config.layer_types:
                 masks["sliding_attention"] = create_sliding_window_causal_mask(**settings)
+        is_first, slow_keys = None, {}
         if self.looks_back:
-            x = self.add_last(x, input_ids, position_ids, cache)
+            last_id, slow_keys, is_first = self.read_last(input_ids, position_ids, cache)
+            x = self.add_last(x, input_ids, last_id, is_first)
         x0, middle, cos_sin = x, None, self.get_cos_sin(position_ids, x)
         for i, layer in enumerate(self.layers):
             value_embed = self.value_embeds[str(i)](input_ids) if i in config.value_embed_layers else None
-            x = layer(x, x0, value_embed, cos_sin, masks[config.layer_types[i]], cache, **kwargs)
+            x = layer(x, x0, value_embed, cos_sin, masks[config.layer_types[i]], cache, is_first, slow_keys,
+                      **kwargs)
             if i == config.backout_layer:
                 middle = x
         if middle is not None:
             x = x - config.backout_lambda * middle
         if self.looks_back and cache is not None:
-            if len(cache.layers) == config.num_hidden_layers:
-                cache.layers.append(DynamicLayer())
-            ids = input_ids[:, None, :, None]    # as keys and values of one head of one dimension
-            cache.layers[-1].update(ids, ids)
+            self.keep_last(input_ids, slow_keys, cache)
         return BaseModelOutputWithPast(last_hidden_state=norm(x, config), **{CACHE: cache if use_cache else None})
 
 

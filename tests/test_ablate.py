@@ -309,7 +309,7 @@ def test_a_slope_of_noise_and_runs_without_a_log(base_dir):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["--features", "smaer"], "there is no feature 'smaer'; choose from smear, bigrams, backout, resid, x0,"),
+    (["--features", "smaer"], "there is no feature 'smaer'; choose from smear, bigrams, key_offset, backout,"),
     (["--features", "smear,x0,smear"], "--features names smear twice"),
     (["--features", "smear", "--seeds", "0"], "--seeds 0 must be at least 1"),
     (["--features", ""], r"--features is missing; --mode drop or add, --features \(or --variant\) and --depth say"),

@@ -53,13 +53,14 @@ def export_toy(base_dir, config, form, dtype="float32"):
 # Weights
 
 
-def test_older_exports_have_no_bigrams(byte_base):
-    """Their config.json doesn't name the table."""
-    source, folder = export_toy(byte_base, replace(CONFIG, bigram_rows=0), "custom")
+def test_older_exports_have_no_bigrams_and_no_key_offset(byte_base):
+    """Which their config.json doesn't name."""
+    source, folder = export_toy(byte_base, replace(CONFIG, bigram_rows=0, key_offset=False), "custom")
     for name in ("config.json", MARK_NAME):
         text = (folder / name).read_text(encoding="utf-8")
-        (folder / name).write_text(re.sub(r'\s*"bigram_rows": 0,', "", text), encoding="utf-8")
-        assert "bigram" not in (folder / name).read_text(encoding="utf-8")
+        text = re.sub(r'\s*"(bigram_rows": 0|key_offset_layers": \[\]|key_offset": false),', "", text)
+        (folder / name).write_text(text, encoding="utf-8")
+        assert "bigram" not in text and "key_offset" not in text
     ids = torch.tensor([make_prompt(30)])
     assert torch.equal(read_folder(folder).model(ids), source.model(ids))
 

@@ -30,8 +30,8 @@ def test_rows_of_different_lengths():
     for row, prompt in enumerate(prompts):
         alone = make_cache(1, len(prompt), torch.float64)
         model(torch.tensor([prompt]), kv_cache=alone)
-        cache.k_cache[:, row, :len(prompt)] = alone.k_cache[:, 0]
-        cache.v_cache[:, row, :len(prompt)] = alone.v_cache[:, 0]
+        for memory, other in ((cache.k_cache, alone.k_cache), (cache.v_cache, alone.v_cache)):
+            memory[:, row, :len(prompt) + 1] = other[:, 0]
         cache.cache_seqlens[row], cache.last_ids[row] = len(prompt), alone.last_ids[0]
     cache.num_tokens = 150
     new = torch.tensor([[5], [6], [7]])
@@ -65,13 +65,13 @@ def test_growth_keeps_what_is_there_and_rows_can_be_added():
     model, idx = make_model(dtype=torch.float64), torch.tensor([make_prompt(30), make_prompt(30, seed=1)])
     cache = make_cache(2, 30, torch.float64)
     model(idx, kv_cache=cache)
-    assert cache.k_cache.shape[1:3] == (2, 30)  # a full cache isn't grown before it has to be
+    assert cache.k_cache.shape[1:3] == (2, 31)  # a full cache isn't grown before it has to be
     before = cache.k_cache.clone()
     cache.add_rows(1)
     cache.reserve(1)
-    assert cache.k_cache.shape[1:3] == (3, 60)
-    assert cache.k_cache[:, :2, :30].equal(before) and not cache.k_cache[:, 2].any()
-    assert not cache.k_cache[:, :, 30:].any()
+    assert cache.k_cache.shape[1:3] == (3, 61)
+    assert cache.k_cache[:, :2, :31].equal(before) and not cache.k_cache[:, 2].any()
+    assert not cache.k_cache[:, :, 31:].any()
 
 
 @torch.inference_mode()
@@ -103,7 +103,7 @@ def test_a_gpu_attends_to_the_keys_in_use():
     """Which the host knows without reading lengths back, except in a graph; the meta device goes a GPU's ways."""
     memory = make_cache(3, 100, torch.float64)
     cache = KVCache.wrap(memory.k_cache.to("meta"), memory.v_cache.to("meta"), memory.cache_seqlens.to("meta"), None)
-    for num_tokens, expected in ((None, 100), (20, 27)):
+    for num_tokens, expected in ((None, 101), (20, 27)):
         cache.num_tokens = num_tokens
         cache.begin(7)
         assert (cache.positions.first, cache.positions.end) == (0, expected)

@@ -250,12 +250,25 @@ def test_a_run_from_before_the_rule_had_a_name_goes_on_by_july26(small):
     before = base_train.main([*make_preset_argv("nanochat-july26", "before"), "--stop-at", "2"])
 
     def make_older(meta):
-        del meta["identity"]["rule"], meta["identity"]["plan"]["lr_batch_tokens"], meta["model_config"]["bigram_rows"]
+        del meta["identity"]["rule"], meta["identity"]["plan"]["lr_batch_tokens"]
+        del meta["model_config"]["bigram_rows"], meta["model_config"]["key_offset"]
     edit_meta(before["run_dir"], make_older)
     after = base_train.main(make_preset_argv("nanochat-july26", "before")[2:])
     assert_same_runs(after["run_dir"], whole["run_dir"])
     sft = chat_sft.main([*SFT, "-g", "before"])
     assert sft["step"] == 2 and find_checkpoint("sft", "before").meta["identity"]["rule"] == "july26"
+
+
+def test_a_run_from_before_the_key_offset_goes_on_without(small, capsys):
+    argv = make_preset_argv("plain", "without")[2:]    # the default model
+    whole = base_train.main([*argv, "--knobs", "key_offset=off"])
+    argv[1] = "from-before"
+    before = base_train.main([*argv, "--knobs", "key_offset=off", "--stop-at", "2"])
+    edit_meta(before["run_dir"], lambda meta: meta["model_config"].pop("key_offset"))
+    capsys.readouterr()
+    after = base_train.main(argv)
+    assert "key_offset=off: as this run was begun\n" in capsys.readouterr().out
+    assert_same_runs(after["run_dir"], whole["run_dir"])
 
 
 def test_a_batch_that_was_chosen_stays_on_other_ranks(small, monkeypatch):
