@@ -196,7 +196,7 @@ class Sweep:
     def __init__(self, folder: Path, points: list[Point], grid: dict[str, list[str]], args: argparse.Namespace):
         self.folder, self.points, self.args = folder, points, args
         self.info = {"name": args.name, "grid": grid, "flags": args.flags, "created": now(), "failed": {},
-                     "rule": Preset.rule,
+                     "rule": Preset.rule, "key_offset": GPTConfig.key_offset,
                      "points": [{"tag": point.tag, "flags": point.flags} for point in points]}
         self.load()
         if args.retry_failed:
@@ -214,11 +214,11 @@ class Sweep:
             return
         saved = read_json(self.folder / "sweep.json", SWEEP_KEYS)
         if saved["grid"] == self.info["grid"] and get_identity(saved["flags"]) == get_identity(self.info["flags"]):
-            if "rule" not in saved and not all((get_run_dir("base", point.tag) / "run.json").exists()
-                                               for point in self.points):
-                raise UserError(f"the sweep {self.args.name} was begun when batch and learning rates of small models "
-                                "were others, and not all of its runs were; choose another --name, or finish it with "
-                                "the nanochat that began it")
+            is_begun = all((get_run_dir("base", point.tag) / "run.json").exists() for point in self.points)
+            if not {"rule", "key_offset"} <= saved.keys() and not is_begun:
+                raise UserError(f"the sweep {self.args.name} was begun when the model, or batch and rates of small "
+                                "ones, were others, and not all of its runs were; choose another --name, or finish it "
+                                "with the nanochat that began it")
             self.info |= {"created": saved["created"], "failed": saved["failed"]}
         elif any((get_run_dir("base", point["tag"]) / "run.json").exists() for point in saved["points"]):
             raise UserError(f"the sweep {self.args.name} has the grid {format_grid(saved)}, and this command says "
