@@ -2,7 +2,7 @@
 
     (layers, B, T, H, D) keys, the same of values; (B,) lengths; (B, 1) ids of the last tokens
 
-Where the model offsets keys (gpt.offset_keys), the last token's key also waits in the place behind it, for the next one.
+Where the model offsets keys (gpt.offset_keys), the last token's key also waits behind it, for the next one.
 
 B rows, T tokens of room, H key/value heads, D head dim.
 """

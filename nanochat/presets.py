@@ -109,12 +109,15 @@ def choose_rule(preset: str | None, saved: dict | None) -> str:
     return rule
 
 
-def keep_knobs(saved: dict | None, given: dict[str, object]) -> dict[str, object]:
-    """The given knobs, and those that a run began with before they had the values of today. saved: its model's config"""
-    older = {knob: value for knob, value in OLDER.items() if saved is not None and knob not in saved.keys() | given}
+def choose_knobs(preset: str | None, words: Sequence[str], saved: dict | None) -> dict[str, object]:
+    """Shape and knobs of a preset and of --knobs; a run from before some had a name keeps what it has. saved: its
+    checkpoint's meta"""
+    chosen = find_preset(preset)
+    knobs, before = chosen.shape | chosen.knobs | parse_knobs(words), saved and saved["model_config"]
+    older = {knob: value for knob, value in OLDER.items() if before is not None and knob not in before.keys() | knobs}
     if older:
         print0(" ".join(f"{knob}={format_knob(value)}" for knob, value in older.items()) + ": as this run was begun")
-    return given | older
+    return knobs | older
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,7 +168,8 @@ PRESETS = {
         (scaling.MATRIX_LR, scaling.EMBEDDING_LR, scaling.UNEMBEDDING_LR, scaling.SCALAR_LR), scaling.WEIGHT_DECAY,
         (scaling.WARMUP_STEPS, scaling.WARMDOWN_RATIO, scaling.FINAL_LR_FRAC), "SSSL"), rule="july26"),
     "nanochat-jan26": Preset("karpathy/nanochat, January 2026", {
-        "window_fraction": 0.5, "rope_base": 10_000.0, "key_offset": False, "qk_scale": 1.0, "ve_gate_channels": 32, "ve_gate_scale": 2.0,
+        "window_fraction": 0.5, "rope_base": 10_000.0, "key_offset": False, "qk_scale": 1.0, "ve_gate_channels": 32,
+        "ve_gate_scale": 2.0,
         "ve_gate_init": 0.0, "smear": False, "backout_layer": -1, "resid_init": (1.0, 1.0), "x0_init": (0.1, 0.1),
         "wte_std": 1.0, "fc_init": 1.0}, rule="jan26", flags=make_flags(
         (0.02, 0.3, 0.004, 0.5), 0.2, (0, 0.4, 0.0), "SSSL", total_batch_size=2**19, target_param_data_ratio=10.5)),

@@ -20,15 +20,7 @@ from nanochat.dataset import default_source
 from nanochat.devices import init_compute
 from nanochat.loss_eval import log_core
 from nanochat.optim import MuonAdamW
-from nanochat.presets import (
-    add_plan_args,
-    choose_rule,
-    find_preset,
-    find_rule,
-    keep_knobs,
-    parse_knobs,
-    parse_preset_args,
-)
+from nanochat.presets import add_plan_args, choose_knobs, choose_rule, find_rule, parse_preset_args
 from nanochat.report import write_stage_section
 from nanochat.run import StopSignal, TakenStep, read_info
 from nanochat.scaling import TrainingRule, get_lr_frac, get_muon_momentum, get_weight_decay_frac, make_config, make_plan
@@ -134,12 +126,11 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, run_dir: Path, rank
     saved, tokenizer = find_saved("base", run_dir, flags.resume), get_tokenizer(args.tokenizer)
     shards = load_shards(args.data or default_source(args.device_type),
                          train_files=saved and saved.meta["data"]["train_files"])
-    before, preset = saved.meta["identity"] if saved else None, find_preset(args.preset)
+    before = saved.meta["identity"] if saved else None
     rule = choose_rule(args.preset, before)
     config = make_config(args.depth, vocab_size=tokenizer.get_vocab_size(), sequence_len=args.max_seq_len,
                          aspect_ratio=args.aspect_ratio, head_dim=args.head_dim, window_pattern=args.window_pattern,
-                         **preset.shape | keep_knobs(saved and saved.meta["model_config"],
-                                                     preset.knobs | parse_knobs(args.knobs)))
+                         **choose_knobs(args.preset, args.knobs, saved and saved.meta))
     plan = make_plan(config, estimate_flops(config), num_iterations=args.num_iterations,
                      target_flops=args.target_flops, target_param_data_ratio=args.target_param_data_ratio,
                      batch_tokens=before["plan"]["batch_tokens"] if before and args.total_batch_size is None else
