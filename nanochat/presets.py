@@ -169,9 +169,8 @@ PRESETS = {
         (scaling.WARMUP_STEPS, scaling.WARMDOWN_RATIO, scaling.FINAL_LR_FRAC), "SSSL"), rule="july26"),
     "nanochat-jan26": Preset("karpathy/nanochat, January 2026", {
         "window_fraction": 0.5, "rope_base": 10_000.0, "key_offset": False, "qk_scale": 1.0, "ve_gate_channels": 32,
-        "ve_gate_scale": 2.0,
-        "ve_gate_init": 0.0, "smear": False, "backout_layer": -1, "resid_init": (1.0, 1.0), "x0_init": (0.1, 0.1),
-        "wte_std": 1.0, "fc_init": 1.0}, rule="jan26", flags=make_flags(
+        "ve_gate_scale": 2.0, "ve_gate_init": 0.0, "smear": False, "backout_layer": -1, "resid_init": (1.0, 1.0),
+        "x0_init": (0.1, 0.1), "wte_std": 1.0, "fc_init": 1.0}, rule="jan26", flags=make_flags(
         (0.02, 0.3, 0.004, 0.5), 0.2, (0, 0.4, 0.0), "SSSL", total_batch_size=2**19, target_param_data_ratio=10.5)),
     "marin-150m": make_marin(6, 4),
     "marin-270m": make_marin(11, 6),
