@@ -14,7 +14,7 @@ VOCAB_MULTIPLE = 64           # the vocabulary is padded to this, for the matrix
 MLP_MATRICES = {"relu2": 2, "swiglu": 3}    # by activation
 ROPE_LENGTHS = 10             # of the rotary table, in contexts: chats may outgrow the training context
 # The least that a number of a model may be, where that isn't 0
-OLDER = {"key_offset": False}    # knobs that models lack which were saved before there were these
+OLDER = {"key_offset": 0.0}    # knobs that models lack which were saved before there were these
 LEAST = {"backout_layer": -1, "rope_base": 1} | dict.fromkeys(("backout_init", "resid_init", "x0_init"), -math.inf)
 
 
@@ -35,7 +35,7 @@ class GPTConfig:
     mlp_act:          str   = "relu2"      # or swiglu, which has a third matrix
     rope_base:        float = 100_000.0    # slow turns tell far positions apart
     rope_fraction:    float = 1.0          # of each head, the part that turns
-    key_offset:       bool  = True         # half of each key is the token before's, where the whole context is seen
+    key_offset:       float = 0.5          # of each key, the part that is the token before's, in layers of L; 0: none
     qk_scale:         float = 1.2          # of normed queries and keys; 0: neither normed nor scaled
     ve_gate_channels: int   = 12           # that gate the value embeddings; 0: no value embeddings
     ve_gate_scale:    float = 3.0          # the most that a gate lets through
@@ -77,9 +77,9 @@ class GPTConfig:
         for name, values in (("mlp_act", MLP_MATRICES), ("linear_init", ("uniform", "normal"))):
             if getattr(self, name) not in values:
                 raise UserError(f"--knobs {name}={getattr(self, name)} is not one of {', '.join(values)}")
-        for name in ("window_fraction", "rope_fraction"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"--knobs {name}={getattr(self, name):g} must be above 0 and at most 1")
+        for name in ("window_fraction", "rope_fraction", "key_offset"):
+            if not (value := getattr(self, name)) <= 1 or not value and name != "key_offset":
+                raise UserError(f"--knobs {name}={value:g} must be above 0 and at most 1")
         if self.middle_layer is not None and not 0 <= self.middle_layer < self.n_layer:
             raise UserError(f"--knobs backout_layer={self.backout_layer} is no layer of {self.n_layer}; -1 is none")
         self._check_experts()
@@ -138,8 +138,11 @@ class GPTConfig:
     def has_whole_context(self, layer: int) -> bool:
         return layer == self.n_layer - 1 or self.window_pattern[layer % len(self.window_pattern)] == "L"
 
-    def offsets_keys(self, layer: int) -> bool:
-        return self.key_offset and self.has_whole_context(layer)
+    def count_offset_pairs(self, layer: int) -> int:
+        """Pairs of a key's channels, of those that turn slowest, that are those of the token before."""
+        if not self.key_offset or not self.has_whole_context(layer):
+            return 0
+        return max(1, round(self.key_offset * (self.head_dim // 2)))
 
     def window(self, layer: int) -> int:
         """Number of tokens before itself that a token of this layer sees; from the context, not the input's length.

@@ -100,7 +100,7 @@ def list_obstacles(model: GPT) -> list[str]:
     parts = {
         "value embeddings": config.ve_gate_channels > 0,
         "smear": config.smear,
-        "key offset": config.key_offset,
+        "key offset": config.key_offset > 0,
         "bigram embeddings": config.bigram_rows > 0,
         "backout": config.middle_layer is not None,
         "x0": config.x0_init is not None,
@@ -204,7 +204,7 @@ def make_config(source: Source, dtype: str, form: str) -> dict:
         "layer_types": ["sliding_attention" if short else "full_attention" for short in is_short],
         "sliding_window": min(windows) + 1 if any(is_short) else None,    # theirs counts the token itself
         "embed_norm": config.embed_norm, "rotary_base": config.rope_base, "rotary_fraction": config.rope_fraction,
-        "key_offset_layers": [i for i in range(config.n_layer) if config.offsets_keys(i)],
+        "key_offset_pairs": [config.count_offset_pairs(i) for i in range(config.n_layer)],
         "qk_scale": config.qk_scale, "value_embed_layers": layers, "ve_gate_channels": config.ve_gate_channels,
         "ve_gate_scale": config.ve_gate_scale, "smear_gate_channels": SMEAR_GATE_CHANNELS,
         "bigram_rows": config.bigram_rows,

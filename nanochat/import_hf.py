@@ -175,16 +175,15 @@ def read_shape(settings: dict) -> GPTConfig:
 def read_custom(settings: dict, state: State) -> tuple[dict, State]:
     """Knobs and state of our own format; knobs of initialisation, which it doesn't have, are the default ones."""
     window, context = settings["sliding_window"], settings["max_position_embeddings"]
-    offset_layers = settings.get("key_offset_layers", [])    # older exports have none
-    is_short = [kind == "sliding_attention" or bool(offset_layers) and i not in offset_layers
-                for i, kind in enumerate(settings["layer_types"])]
+    kinds, pairs = settings["layer_types"], settings.get("key_offset_pairs", [])    # older exports have none
+    is_short = [kind == "sliding_attention" or any(pairs) and not pairs[i] for i, kind in enumerate(kinds)]
     numbers = {name: settings[name] for name in ("resid_lambdas", "x0_lambdas", "smear_lambda", "backout_lambda")}
     knobs = {
         "window_pattern": "".join("S" if short else "L" for short in is_short),
         # Theirs counts the token itself; ours rounds up, so that half a token less is safe. No window: it is no shorter
         # than the context
         "window_fraction": (window - 1.5) / context if window else 1.0 if any(is_short) else GPTConfig.window_fraction,
-        "key_offset": bool(offset_layers),
+        "key_offset": 2 * max(pairs, default=0) / settings["head_dim"],
         "mlp_act": {"silu": "swiglu"}.get(settings["hidden_act"], settings["hidden_act"]),
         "rope_base": settings["rotary_base"], "rope_fraction": settings["rotary_fraction"],
         "qk_scale": settings["qk_scale"], "embed_norm": settings["embed_norm"],

@@ -38,11 +38,11 @@ def rotate(x, cos, sin):
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
-def offset_keys(k, before, is_first):
-    """Keys (B, Hk, T, D) of which the slowly turning half of the pairs are those of the token before, and these
-    channels of each key itself, (B, Hk, T, D/2). before: those of the token before the first, (B, Hk, 1, D/2)"""
+def offset_keys(k, num_pairs, before, is_first):
+    """Keys (B, Hk, T, D) of which the slowest pairs are those of the token before, and these channels of each key
+    itself, (B, Hk, T, 2 num_pairs). before: those of the token before the first, (B, Hk, 1, 2 num_pairs)"""
     half = k.size(-1) // 2
-    fast, slow = k.unflatten(-1, (2, half)).split((half - half // 2, half // 2), dim=-1)    # (B, Hk, T, 2, D/4)
+    fast, slow = k.unflatten(-1, (2, half)).split((half - num_pairs, num_pairs), dim=-1)    # (B, Hk, T, 2, pairs)
     flat = slow.flatten(-2)
     last = torch.cat((flat[:, :, :1] if before is None else before, flat[:, :, :-1]), dim=2)
     last = last.masked_fill(is_first[:, None, :, None], 0).view_as(slow)
@@ -75,8 +75,9 @@ class NanochatAttention(nn.Module):
         q, k = rotate(q, *cos_sin), rotate(k, *cos_sin)
         if config.qk_scale:
             q, k = norm(q, config) * config.qk_scale, norm(k, config) * config.qk_scale
-        if self.layer_idx in slow_keys:
-            k, slow_keys[self.layer_idx] = offset_keys(k, slow_keys[self.layer_idx], is_first)
+        i = self.layer_idx
+        if i in slow_keys:
+            k, slow_keys[i] = offset_keys(k, config.key_offset_pairs[i], slow_keys[i], is_first)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
@@ -135,7 +136,7 @@ class NanochatModel(NanochatPreTrainedModel):
             self.smear_gate = nn.Linear(config.smear_gate_channels, 1, bias=False)
         if config.bigram_rows:
             self.bigram_embed = nn.Embedding(config.bigram_rows, C)
-        self.looks_back = config.smear_lambda is not None or config.bigram_rows > 0 or bool(config.key_offset_layers)
+        self.looks_back = config.smear_lambda is not None or config.bigram_rows > 0 or any(config.key_offset_pairs)
         self.rope_table = None    # cos and sin, no buffers: transformers would leave those empty
         self.post_init()
 
@@ -164,7 +165,8 @@ class NanochatModel(NanochatPreTrainedModel):
         config = self.config
         if config._attn_implementation == "vllm":
             raise NotImplementedError("vLLM gives a model no previous token, which smear, bigrams and key offset need")
-        L, layers, has_past = config.num_hidden_layers, config.key_offset_layers, False
+        L, has_past = config.num_hidden_layers, False
+        layers = [i for i, num_pairs in enumerate(config.key_offset_pairs) if num_pairs]
         if cache is not None and cache.get_seq_length() > 0:
             has_past = True
             if len(cache.layers) != L + 1 + len(layers):

@@ -181,7 +181,7 @@ def test_step_on_the_same_buffers_is_the_same_and_leaves_other_rows_alone(monkey
             assert memory[:, row, behind:].equal(old[:, row, behind:])
         if row >= 2:    # and what waits for a row's next token still does
             slow = [d for d in range(CONFIG.head_dim) if d % (CONFIG.head_dim // 2) >= CONFIG.head_dim // 4]
-            layers = [i for i in range(CONFIG.n_layer) if CONFIG.offsets_keys(i)]
+            layers = [i for i in range(CONFIG.n_layer) if CONFIG.count_offset_pairs(i)]
             assert cache.k_cache[layers, row, length][..., slow].equal(keys[layers, row, length][..., slow])
 
 

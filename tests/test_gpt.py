@@ -187,8 +187,9 @@ def slow_logits(model, ids):
                 gates = 3 * torch.sigmoid(attn["ve_gate"] @ h[:12])
                 v = v + gates[:, None] * weights[f"value_embeds.{i}"][ids[t]].view(Hk, D)
             vs.append(v)
-        if config.key_offset and letter == "L":    # of the pairs (d, d + D/2) the last half, which turn slowly
-            slow = [d for d in range(D) if d % (D // 2) >= D // 2 - D // 4]
+        if config.key_offset and letter == "L":    # of the pairs (d, d + D/2) the last ones, which turn slowest
+            num_pairs = max(1, round(config.key_offset * D / 2))
+            slow = [d for d in range(D) if d % (D // 2) >= D // 2 - num_pairs]
             for t in reversed(range(len(ks))):
                 ks[t][:, slow] = ks[t - 1][:, slow] if t else 0
         for t in range(len(xs)):
@@ -211,8 +212,10 @@ def slow_logits(model, ids):
     ({"sequence_len": 64}, 140),                  # L sees 64 tokens, S 128: both are shorter than the input
     ({"sequence_len": 520, "n_layer": 2}, 262),   # S sees 256 tokens; 128 if it were derived from the input's length
     ({"n_layer": 1, "n_kv_head": 1}, 5),
-    ({"key_offset": False}, 30),
-    ({"n_embd": 40}, 30),                         # heads of 10: of 5 pairs 2 are offset
+    ({"key_offset": 0.0}, 30),
+    ({"key_offset": 1.0, "n_layer": 3}, 30),
+    ({"key_offset": 0.01, "n_embd": 40}, 30),     # of the 5 pairs of a head, one at least
+    ({"n_embd": 40}, 30),                         # 2 of 5
     ({"n_layer": 2, "bigram_rows": 53}, 40),
     ({"n_layer": 1, "bigram_rows": 64, "smear": False}, 9),
     ({"n_layer": 3, "n_kv_head": 4}, 1)])

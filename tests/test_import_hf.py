@@ -13,7 +13,7 @@ from nanochat.common import UserError
 from nanochat.config import GPTConfig
 from nanochat.export import MARK_NAME, NAMES, TEMPLATE_NAME, export_model, name_tensors, rename
 from nanochat.import_hf import list_train_flags, read_folder
-from nanochat.presets import PRESETS
+from nanochat.presets import PRESETS, parse_knobs
 from nanochat.tokenizer import build_tokenizer_json
 from scripts import base_loss, base_train, chat_cli, chat_eval, chat_sft, export, import_hf
 from tests.export_helpers import CONFIGS, PLAIN, PLAIN_CONFIGS, make_source
@@ -55,10 +55,10 @@ def export_toy(base_dir, config, form, dtype="float32"):
 
 def test_older_exports_have_no_bigrams_and_no_key_offset(byte_base):
     """Which their config.json doesn't name."""
-    source, folder = export_toy(byte_base, replace(CONFIG, bigram_rows=0, key_offset=False), "custom")
+    source, folder = export_toy(byte_base, replace(CONFIG, bigram_rows=0, key_offset=0.0), "custom")
     for name in ("config.json", MARK_NAME):
         text = (folder / name).read_text(encoding="utf-8")
-        text = re.sub(r'\s*"(bigram_rows": 0|key_offset_layers": \[\]|key_offset": false),', "", text)
+        text = re.sub(r'\s*"(bigram_rows": 0|key_offset": 0\.0|key_offset_pairs": \[[^]]*\]),', "", text)
         (folder / name).write_text(text, encoding="utf-8")
         assert "bigram" not in text and "key_offset" not in text
     ids = torch.tensor([make_prompt(30)])
@@ -222,7 +222,7 @@ def test_flags_that_train_it_on(byte_base, monkeypatch):
         monkeypatch.setattr(base_train, "load_shards", lambda *args, **settings: pytest.fail("not needed"))
         made = base_train.make_config(args.depth, vocab_size=config.vocab_size, sequence_len=args.max_seq_len,
                                       aspect_ratio=args.aspect_ratio, head_dim=args.head_dim,
-                                      window_pattern=args.window_pattern, **base_train.parse_knobs(args.knobs))
+                                      window_pattern=args.window_pattern, **parse_knobs(args.knobs))
         assert made == config
     assert list_train_flags(OLD) == []    # no flag sets groups of heads
 

@@ -261,13 +261,13 @@ def test_a_run_from_before_the_rule_had_a_name_goes_on_by_july26(small):
 
 def test_a_run_from_before_the_key_offset_goes_on_without(small, capsys):
     argv = make_preset_argv("plain", "without")[2:]    # the default model
-    whole = base_train.main([*argv, "--knobs", "key_offset=off"])
+    whole = base_train.main([*argv, "--knobs", "key_offset=0"])
     argv[1] = "from-before"
-    before = base_train.main([*argv, "--knobs", "key_offset=off", "--stop-at", "2"])
+    before = base_train.main([*argv, "--knobs", "key_offset=0", "--stop-at", "2"])
     edit_meta(before["run_dir"], lambda meta: meta["model_config"].pop("key_offset"))
     capsys.readouterr()
     after = base_train.main(argv)
-    assert "key_offset=off: as this run was begun\n" in capsys.readouterr().out
+    assert "key_offset=0.0: as this run was begun\n" in capsys.readouterr().out
     assert_same_runs(after["run_dir"], whole["run_dir"])
 
 
