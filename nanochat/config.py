@@ -77,9 +77,9 @@ class GPTConfig:
         for name, values in (("mlp_act", MLP_MATRICES), ("linear_init", ("uniform", "normal"))):
             if getattr(self, name) not in values:
                 raise UserError(f"--knobs {name}={getattr(self, name)} is not one of {', '.join(values)}")
-        for name in ("window_fraction", "rope_fraction", "key_offset"):
-            if not (value := getattr(self, name)) <= 1 or not value and name != "key_offset":
-                raise UserError(f"--knobs {name}={value:g} must be above 0 and at most 1")
+        for name, what in (("window_fraction", "above 0 and"), ("rope_fraction", "above 0 and"), ("key_offset", "")):
+            if (value := getattr(self, name)) > 1 or what and not value:
+                raise UserError(f"--knobs {name}={value:g} must be {f'{what} at most 1'.strip()}")
         if self.middle_layer is not None and not 0 <= self.middle_layer < self.n_layer:
             raise UserError(f"--knobs backout_layer={self.backout_layer} is no layer of {self.n_layer}; -1 is none")
         self._check_experts()
