@@ -106,7 +106,8 @@ def test_wrong_knobs_are_named(words, message):
 
 @pytest.mark.parametrize(("knobs", "message"), [
     ({"mlp_act": "gelu"}, "mlp_act=gelu is not one of relu2, swiglu"),
-    ({"key_offset": 1.5}, "key_offset=1.5 must be at most 1"), ({"rope_fraction": 0.0}, "above 0 and at most 1"), ({"backout_layer": 4}, "is no layer of 4"),
+    ({"key_offset": 1.5}, "key_offset=1.5 must be at most 1"), ({"rope_fraction": 0.0}, "above 0 and at most 1"),
+    ({"backout_layer": 4}, "is no layer of 4"),
     ({"linear_init": "zero"}, "not one of uniform, normal"),
     ({"softcap": -5.0}, "a model's softcap can't be -5; it must be a finite number of at least 0"),
     ({"softcap": math.nan}, "softcap can't be nan"), ({"qk_scale": math.inf}, "qk_scale can't be inf"),
