@@ -47,7 +47,6 @@ class Feature:
 
 FEATURES = {
     "smear": Feature("each embedding takes a gated part of the one before", {"smear": "off"}),
-    "bigrams": Feature("each embedding adds a row of a table of pairs", {"bigram_rows": "0"}),
     "key_offset": Feature("a part of each key is the token before's, in layers that see the whole context",
                           {"key_offset": "0"}),
     "backout": Feature("the middle layer's output is subtracted at the end", {"backout_layer": "-1"}),

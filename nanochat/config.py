@@ -15,6 +15,7 @@ MLP_MATRICES = {"relu2": 2, "swiglu": 3}    # by activation
 ROPE_LENGTHS = 10             # of the rotary table, in contexts: chats may outgrow the training context
 # The least that a number of a model may be, where that isn't 0
 OLDER = {"key_offset": 0.0}    # knobs that models lack which were saved before there were these
+GONE = {"bigram_rows": 0}      # knobs that were taken out, by the value that models without them have
 LEAST = {"backout_layer": -1, "rope_base": 1} | dict.fromkeys(("backout_init", "resid_init", "x0_init"), -math.inf)
 
 
@@ -41,7 +42,6 @@ class GPTConfig:
     ve_gate_scale:    float = 3.0          # the most that a gate lets through
     ve_gate_init:     float = 0.02         # bound of the gates' initial weights
     smear:            bool  = True
-    bigram_rows:      int   = 0            # of the table of hashed pairs of tokens; 0: none
     backout_layer:    int | None = None    # whose output is subtracted at the end; None: the middle one; -1: none
     backout_init:     float = 0.2
     resid_init: tuple[float, float] | None = (1.15, 1.05)    # of the first and the last layer's; None: no such factors
@@ -155,6 +155,7 @@ class GPTConfig:
 
 def read_config(saved: dict) -> GPTConfig:
     """The config that a checkpoint holds; a knob that it doesn't name is as it was before it had a name."""
+    saved = {name: value for name, value in saved.items() if value != GONE.get(name, ())}
     if unknown := sorted(saved.keys() - {field.name for field in fields(GPTConfig)}):
         raise UserError(f"the checkpoint's model has knobs that this nanochat doesn't know ({', '.join(unknown)}); use "
                         "the nanochat that trained it, or a newer one")
@@ -179,7 +180,6 @@ def count_params(config: GPTConfig) -> dict[str, int]:
     inactive = num_moe * (config.num_experts - config.top_k) * expert
     counts = {
         "wte": V * C,
-        **({"bigram_embed": config.bigram_rows * C} if config.bigram_rows else {}),
         "value_embeds": V * config.kv_dim * sum(config.has_value_embed(layer) for layer in range(L)),
         "lm_head": V * C,
         "transformer_matrices": sum(rows * cols for layer in range(L) for rows, cols in list_matrices(config, layer)) +

@@ -32,7 +32,7 @@ MARK_NAME = "nanochat_export.json"    # says that a folder is an export, and of 
 SWIGLU_SCALE = 256.0                  # b of fold_qwen3: a power of two, so that no format rounds for it
 # Parts of our names, and what transformers' models call them; of those, and what llama.cpp calls them
 NAMES = {"transformer.wte": "model.embed_tokens", "transformer.h": "model.layers", "value_embeds": "model.value_embeds",
-         "bigram_embed": "model.bigram_embed", "smear_gate": "model.smear_gate",
+         "smear_gate": "model.smear_gate",
          "attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj",
          "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj", "attn.ve_gate": "self_attn.ve_gate",
          "mlp.c_fc": "mlp.up_proj", "mlp.c_gate": "mlp.gate_proj", "mlp.c_proj": "mlp.down_proj"}
@@ -101,7 +101,6 @@ def list_obstacles(model: GPT) -> list[str]:
         "value embeddings": config.ve_gate_channels > 0,
         "smear": config.smear,
         "key offset": config.key_offset > 0,
-        "bigram embeddings": config.bigram_rows > 0,
         "backout": config.middle_layer is not None,
         "x0": config.x0_init is not None,
         "short windows": any(config.window(i) < config.sequence_len for i in range(config.n_layer)),
@@ -207,7 +206,6 @@ def make_config(source: Source, dtype: str, form: str) -> dict:
         "key_offset_pairs": [config.count_offset_pairs(i) for i in range(config.n_layer)],
         "qk_scale": config.qk_scale, "value_embed_layers": layers, "ve_gate_channels": config.ve_gate_channels,
         "ve_gate_scale": config.ve_gate_scale, "smear_gate_channels": SMEAR_GATE_CHANNELS,
-        "bigram_rows": config.bigram_rows,
         "smear_lambda": source.model.smear_lambda.item() if config.smear else None,
         "backout_layer": config.middle_layer,
         "backout_lambda": source.model.backout_lambda.item() if config.middle_layer is not None else None,

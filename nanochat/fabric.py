@@ -145,8 +145,6 @@ def list_params(config: GPTConfig, machine: Machine) -> list[Param]:
             params += [Param("matrices", shape, layer, master) for shape in list_experts(config, layer)]
         if config.has_value_embed(layer):
             params.append(Param("value_embeds", (V, config.kv_dim), layer, embed))
-    if config.bigram_rows:
-        params.append(Param("bigram_embed", (config.bigram_rows, C), -1, embed))
     scalars = (("resid_lambdas", L, config.resid_init is not None), ("x0_lambdas", L, config.x0_init is not None),
                ("gates", 1, config.smear), ("gates", 1, config.middle_layer is not None))
     params += [Param(group, (num,), -1, master) for group, num, is_there in scalars if is_there]

@@ -2,7 +2,7 @@
 
 B rows, T tokens, C = n_embd channels, H query heads, Hk key/value heads, D head dim, V vocabulary.
 
-    x = norm(wte[ids]), smeared with the previous token, plus bigrams[hash(previous id, id)]; x0 = x
+    x = norm(wte[ids]), smeared with the previous token; x0 = x
     for each layer: x = resid_lambda * x + x0_lambda * x0;  x += attn(norm(x));  x += mlp(norm(x))
     x -= backout_lambda * (output of the middle layer)
     logits = softcap(lm_head(norm(x)))
@@ -206,8 +206,6 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleDict({str(i): Embedding(V, config.kv_dim, dtype=embed)
                                            for i in range(L) if config.has_value_embed(i)})
 
-        self.bigram_embed = Embedding(config.bigram_rows, C, dtype=embed) if config.bigram_rows else None
-
         def scalars(number: int, is_there: bool) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(number, dtype=master)) if is_there else None
         self.resid_lambdas  = scalars(L, config.resid_init is not None)
@@ -251,8 +249,6 @@ class GPT(nn.Module):
                 nn.init.uniform_(block.attn.ve_gate.weight, 0, config.ve_gate_init)
         for value_embed in self.value_embeds.values():
             init_linear(value_embed.weight, config.n_embd)
-        if self.bigram_embed is not None:
-            nn.init.zeros_(self.bigram_embed.weight)
         if self.resid_lambdas is not None:
             self.resid_lambdas.copy_(torch.linspace(*config.resid_init, L))
         if self.x0_lambdas is not None:
@@ -283,7 +279,6 @@ class GPT(nn.Module):
         """Parameters by part, counted on the modules; the horizon follows from matrices and head (scaling.py)."""
         modules = {"wte": self.transformer.wte, "value_embeds": self.value_embeds, "lm_head": self.lm_head,
                    "transformer_matrices": self.transformer.h, "total": self}
-        modules |= {"bigram_embed": self.bigram_embed} if self.bigram_embed is not None else {}
         counts = {name: sum(param.numel() for param in module.parameters()) for name, module in modules.items()}
         counts["scalars"] = 2 * counts["total"] - sum(counts.values())
         if inactive := sum(module.count_inactive() for module in self.modules() if isinstance(module, MoE)):
@@ -314,28 +309,21 @@ class GPT(nn.Module):
         return norm(x) if self.config.embed_norm else x
 
     def embed(self, idx: Tensor, kv_cache=None) -> Tensor:
-        """The blocks' input: normed embeddings, with what the token before each one adds. (B, T) -> (B, T, C)
+        """The blocks' input: normed embeddings, smeared with the token before each one. (B, T) -> (B, T, C)
 
         Smear (modded-nanogpt): a gated part of the previous token, so that the first layer sees pairs of tokens without
         a previous-token head. Alone negligible (2026-01-16); with backout, shorter windows, ratio 8 1.80 -> 1.65 hours.
-        Bigram embeddings (modded-nanogpt; a knob): what a pair of tokens predicts is looked up in a table, of which
-        pairs share rows by a hash. Without it 1.17 times the compute on prose at depth 4, 1.13 at 6, 1.02 on code.
         """
-        x = tokens = self.embed_tokens(idx)
-        if self.smear_gate is None and self.bigram_embed is None:
+        x = self.embed_tokens(idx)
+        if self.smear_gate is None:
             return x
-        last_ids = F.pad(idx[:, :-1], (1, 0), value=NO_TOKEN) if kv_cache is None else kv_cache.shift_ids(idx)
-        if self.smear_gate is not None:
-            # The first token of a sequence has none before it: zero adds nothing
-            previous = F.pad(tokens[:, :-1], (0, 0, 1, 0)) if kv_cache is None else \
-                self.embed_tokens(last_ids.clamp(min=0)) * (last_ids != NO_TOKEN).unsqueeze(-1)
-            gate = torch.sigmoid(self.smear_gate(tokens[..., :SMEAR_GATE_CHANNELS]))  # (B, T, 1)
-            x = x + self.smear_lambda[0] * gate * previous
-        if self.bigram_embed is not None:
-            # Spread by large primes, whose products int32 couldn't hold
-            rows = (last_ids.long() * 1_000_003 ^ idx.long() * 998_244_353) % self.config.bigram_rows
-            x = x + self.bigram_embed(rows).to(x.dtype)
-        return x
+        if kv_cache is None:    # the first token of a sequence has none before it: zero adds nothing
+            previous = F.pad(x[:, :-1], (0, 0, 1, 0))
+        else:
+            last_ids = kv_cache.shift_ids(idx)
+            previous = self.embed_tokens(last_ids.clamp(min=0)) * (last_ids != NO_TOKEN).unsqueeze(-1)
+        gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]))  # (B, T, 1)
+        return x + self.smear_lambda[0] * gate * previous
 
     def get_positions(self, num_tokens: int, kv_cache=None) -> tuple[Tensor, Tensor]:
         """cos and sin of the positions of `num_tokens` new tokens, (B or 1, T, 1, D/2)."""

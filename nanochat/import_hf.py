@@ -188,7 +188,6 @@ def read_custom(settings: dict, state: State) -> tuple[dict, State]:
         "rope_base": settings["rotary_base"], "rope_fraction": settings["rotary_fraction"],
         "qk_scale": settings["qk_scale"], "embed_norm": settings["embed_norm"],
         "ve_gate_channels": settings["ve_gate_channels"], "ve_gate_scale": settings["ve_gate_scale"],
-        "bigram_rows": settings.get("bigram_rows", 0),    # older exports name none
         "smear": numbers["smear_lambda"] is not None, "softcap": settings["final_logit_softcapping"] or 0.0,
         "backout_layer": -1 if settings["backout_layer"] is None else settings["backout_layer"],
         "resid_init": GPTConfig.resid_init if numbers["resid_lambdas"] else None,

@@ -129,9 +129,8 @@ def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
         sum(num_bytes for num_bytes, *_ in list_adamw(config, machine))
     rope = 2 * ROPE_LENGTHS * config.sequence_len * config.head_dim // 2 * machine.act_bytes
     N, a, C = rows * T, machine.act_bytes, config.n_embd
-    # outside the blocks nothing is compiled. Before them: normed, shifted, smeared; ids, targets, their weights; pairs
-    embedding = N * (machine.eager_norm_bytes * C * config.embed_norm + (1 + 2 * config.smear) * a * C + 20) + \
-        N * 8 * (config.bigram_rows > 0)
+    # outside the blocks nothing is compiled. Before them: normed, shifted, smeared; ids, targets, their weights
+    embedding = N * (machine.eager_norm_bytes * C * config.embed_norm + (1 + 2 * config.smear) * a * C + 20)
     last_is_middle = config.middle_layer == config.n_layer - 1  # so that no later block keeps it
     final_norm = N * (machine.eager_norm_bytes * C + machine.master_bytes + a * C * last_is_middle)
     num_copies = 8 if machine.is_compiled else 12  # of temporaries: most are in the MLP, whose tensors are 4 C wide
@@ -450,7 +449,6 @@ def list_adamw(config: GPTConfig, machine: Machine) -> list[tuple[int, int, int]
     num_ve = sum(map(config.has_value_embed, range(config.n_layer)))
     num_moe = sum(map(config.has_experts, range(config.n_layer)))
     params = [(V, C, master), (V, C, embed), *[(V, config.kv_dim, embed)] * num_ve,
-              *[(config.bigram_rows, C, embed)] * (config.bigram_rows > 0),
               *[(config.num_experts, C, master)] * num_moe,
               (1, count_params(config)["scalars"], master)]
     if not machine.has_muon:

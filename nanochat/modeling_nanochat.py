@@ -134,9 +134,7 @@ class NanochatModel(NanochatPreTrainedModel):
                                            for i in config.value_embed_layers})
         if config.smear_lambda is not None:
             self.smear_gate = nn.Linear(config.smear_gate_channels, 1, bias=False)
-        if config.bigram_rows:
-            self.bigram_embed = nn.Embedding(config.bigram_rows, C)
-        self.looks_back = config.smear_lambda is not None or config.bigram_rows > 0 or any(config.key_offset_pairs)
+        self.looks_back = config.smear_lambda is not None or any(config.key_offset_pairs)
         self.rope_table = None    # cos and sin, no buffers: transformers would leave those empty
         self.post_init()
 
@@ -164,7 +162,7 @@ class NanochatModel(NanochatPreTrainedModel):
         """
         config = self.config
         if config._attn_implementation == "vllm":
-            raise NotImplementedError("vLLM gives a model no previous token, which smear, bigrams and key offset need")
+            raise NotImplementedError("vLLM gives a model no previous token, which smear and key offset need")
         L, has_past = config.num_hidden_layers, False
         layers = [i for i, num_pairs in enumerate(config.key_offset_pairs) if num_pairs]
         if cache is not None and cache.get_seq_length() > 0:
@@ -185,19 +183,12 @@ class NanochatModel(NanochatPreTrainedModel):
         for layer, keys in zip(cache.layers[-len(kept):], kept, strict=True):
             layer.update(keys, keys[..., :0])
 
-    def add_last(self, x, input_ids, last_id, is_first):
-        """Add what the token before adds to each embedding: a gated part of its own, a row of the table of pairs.
-        (B, T, C) -> (B, T, C)"""
-        config, y = self.config, x
+    def smear(self, x, input_ids, last_id, is_first):
+        """Add to each embedding a gated part of the token before. (B, T, C) -> (B, T, C)"""
         last = torch.cat((input_ids[:, :1] if last_id is None else last_id, input_ids[:, :-1]), dim=1)
-        if config.smear_lambda is not None:
-            previous = self.norm_embeds(self.embed_tokens(last)).masked_fill(is_first.unsqueeze(-1), 0)
-            gate = torch.sigmoid(self.smear_gate(x[..., :config.smear_gate_channels]))    # (B, T, 1)
-            y = y + config.smear_lambda * gate * previous
-        if config.bigram_rows:
-            pairs = last.long().masked_fill(is_first, -1) * 1_000_003 ^ input_ids.long() * 998_244_353
-            y = y + self.bigram_embed(pairs % config.bigram_rows)
-        return y
+        previous = self.norm_embeds(self.embed_tokens(last)).masked_fill(is_first.unsqueeze(-1), 0)
+        gate = torch.sigmoid(self.smear_gate(x[..., :self.config.smear_gate_channels]))    # (B, T, 1)
+        return x + self.config.smear_lambda * gate * previous
 
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, cache=None, use_cache=None,
@@ -224,7 +215,8 @@ class NanochatModel(NanochatPreTrainedModel):
         is_first, slow_keys = None, {}
         if self.looks_back:
             last_id, slow_keys, is_first = self.read_last(input_ids, position_ids, cache)
-            x = self.add_last(x, input_ids, last_id, is_first)
+            if config.smear_lambda is not None:
+                x = self.smear(x, input_ids, last_id, is_first)
         x0, middle, cos_sin = x, None, self.get_cos_sin(position_ids, x)
         for i, layer in enumerate(self.layers):
             value_embed = self.value_embeds[str(i)](input_ids) if i in config.value_embed_layers else None

@@ -375,7 +375,6 @@ def make_optimizer(model: nn.Module, *, unembedding_lr: float = scaling.UNEMBEDD
                         if name.endswith(".router.weight") == (kind == "routers")] for kind in ("routers", "matrices")}
     params = {"lm_head": [model.lm_head.weight], "wte": [model.transformer.wte.weight],
               "value_embeds": list(model.value_embeds.parameters()), "resid_lambdas": [model.resid_lambdas],
-              "bigram_embed": [model.bigram_embed and model.bigram_embed.weight],
               "x0_lambdas": [model.x0_lambdas], **of_blocks,
               "gates": [model.smear_gate and model.smear_gate.weight, model.smear_lambda, model.backout_lambda]}
     params = {name: [param for param in members if param is not None] for name, members in params.items()}
@@ -393,7 +392,6 @@ def make_optimizer(model: nn.Module, *, unembedding_lr: float = scaling.UNEMBEDD
     modules: list[nn.Module] = [model.lm_head]
     for i, block in reversed(list(enumerate(model.transformer.h))):
         modules += [block, model.value_embeds[str(i)]] if model.config.has_value_embed(i) else [block]
-    modules += [model.bigram_embed] if model.bigram_embed is not None else []
     name_of = {param: name for name, param in model.named_parameters()}
     names = {id(param): name_of[param] for module in (*modules, model) for param in module.parameters()}
     return MuonAdamW(groups, names, matmul_dtype=torch.bfloat16 if model.compute_dtype == torch.bfloat16 else None)

@@ -135,8 +135,7 @@ class Preset:
 
 
 # Without what Qwen3, and with it every engine that people serve with, has no place for (scripts.export)
-PLAIN = {"key_offset": 0.0, "ve_gate_channels": 0, "smear": False, "bigram_rows": 0, "backout_layer": -1,
-         "x0_init": None, "softcap": 0.0}
+PLAIN = {"key_offset": 0.0, "ve_gate_channels": 0, "smear": False, "backout_layer": -1, "x0_init": None, "softcap": 0.0}
 
 
 def make_flags(lrs: tuple[float, float, float, float], weight_decay: float, schedule: tuple[int, float, float],

@@ -45,8 +45,6 @@ ADAM_GROUPS = (
     AdamGroup("lm_head",       "unembedding_lr", 1.0,   "width", (0.8,  0.96),  0.01),
     AdamGroup("wte",           "embedding_lr",   1.0,   "width", (0.8,  0.995), 0.001),
     AdamGroup("value_embeds",  "embedding_lr",   0.5,   "width", (0.8,  0.995), 0.01),
-    # Five times as fast, a table of pairs made the loss rise again (dev/LOG.md, "Bigram embeddings")
-    AdamGroup("bigram_embed",  "embedding_lr",   0.1,   "width", (0.8,  0.995), 0.01),
     AdamGroup("resid_lambdas", "scalar_lr",      0.01,  "batch", (0.8,  0.95),  0.05),
     AdamGroup("x0_lambdas",    "scalar_lr",      1.0,   "batch", (0.96, 0.95),  0.0),
     # Of smear and backout

@@ -4,7 +4,7 @@
     python -m scripts.export --source sft --out my_model --format gguf       # for llama.cpp and ollama
     python -m scripts.export --source sft --out my_model --dtype float32 --check
 
-    vllm serve my_model           # custom: --model-impl transformers --trust-remote-code; no smear, no bigrams
+    vllm serve my_model           # custom: --model-impl transformers --trust-remote-code; no smear, no key offset
     mlx_lm.chat --model my_model                     # of format qwen3
     llama-server -m my_model/model.gguf              # of format gguf
 

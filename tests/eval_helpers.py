@@ -8,7 +8,7 @@ from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
 
 BOS = 259
 CORE_CONFIG = GPTConfig(sequence_len=96, vocab_size=268, n_layer=3, n_head=4, n_kv_head=2, n_embd=64,
-                        window_pattern="SL", bigram_rows=64)
+                        window_pattern="SL")
 
 MC_ROWS = [{"query": f"Is {n} odd?", "choices": ["no", "yes, it is", "yes"], "gold": 2 * (n % 2)} for n in range(14)]
 SCHEMA_ROWS = [{"context_options": [f"{n} men saw the dog; the men", f"{n} men saw the dog; the dog"],

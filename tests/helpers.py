@@ -34,8 +34,7 @@ CPU = torch.device("cpu")
 BYTE_TOKENIZER = RustBPETokenizer(SPLIT_PATTERN, {bytes([byte]): byte for byte in range(256)},
                                   {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
 # For BYTE_TOKENIZER. L layers see 64 tokens, S layers 128 (the least there is)
-CONFIG = GPTConfig(sequence_len=64, vocab_size=265, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SSL",
-                   bigram_rows=101)
+CONFIG = GPTConfig(sequence_len=64, vocab_size=265, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SSL")
 TINY = GPTConfig(sequence_len=16, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
 # Flags of scripts.base_train for toys in which differences of rounding shouldn't grow within a few steps
 SMALL_RATES = ("--matrix-lr", "6e-4", "--embedding-lr", "0.01", "--unembedding-lr", "2.5e-4", "--scalar-lr", "0.015")
@@ -284,7 +283,7 @@ def make_preset_config(name):
     small = {"attn_dim": 128, "mlp_dim": 96} if "attn_dim" in preset.knobs else {}
     if preset.knobs.get("backout_layer", -1) > 0:
         small["backout_layer"] = 1
-    return replace(CONFIG, **{"bigram_rows": 0} | preset.knobs | small, window_pattern=preset.flags["window_pattern"])
+    return replace(CONFIG, **preset.knobs | small, window_pattern=preset.flags["window_pattern"])
 
 
 @contextlib.contextmanager

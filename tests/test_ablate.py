@@ -121,11 +121,9 @@ def test_add_goes_from_the_plainest_model_to_the_full_one():
 
 
 def test_features_are_off_without_them(base_dir):
-    for name in ("bigrams", "smear"):
-        args = ablate.parse_args(["--name", "a", "--depth", "2", "--mode", "drop", "--features", name, "--", *TOY,
-                                  "--knobs", "bigram_rows=99"])
-        flags = ablate.plan_ablation(args)[0]["models"][f"no-{name}"]["flags"]
-        assert {"bigrams": "bigram_rows=0", "smear": "smear=off"}[name] in flags
+    for name, off in (("key_offset", "key_offset=0"), ("smear", "smear=off")):
+        args = ablate.parse_args(["--name", "a", "--depth", "2", "--mode", "drop", "--features", name, "--", *TOY])
+        assert off in ablate.plan_ablation(args)[0]["models"][f"no-{name}"]["flags"]
 
 
 def test_variants_are_the_full_model_with_other_flags():
@@ -309,7 +307,7 @@ def test_a_slope_of_noise_and_runs_without_a_log(base_dir):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["--features", "smaer"], "there is no feature 'smaer'; choose from smear, bigrams, key_offset, backout,"),
+    (["--features", "smaer"], "there is no feature 'smaer'; choose from smear, key_offset, backout,"),
     (["--features", "smear,x0,smear"], "--features names smear twice"),
     (["--features", "smear", "--seeds", "0"], "--seeds 0 must be at least 1"),
     (["--features", ""], r"--features is missing; --mode drop or add, --features \(or --variant\) and --depth say"),

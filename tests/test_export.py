@@ -142,7 +142,7 @@ def test_custom_folder_holds_what_the_checkpoint_does(source, byte_base):
 def test_format_is_chosen_or_refused():
     full, plain = make_source(CONFIG), make_source(PLAIN)
     form, reason = choose_format("auto", full)
-    assert form == "custom" and "value embeddings, smear, key offset, bigram embeddings, backout, x0, softcap" in reason
+    assert form == "custom" and "value embeddings, smear, key offset, backout, x0, softcap" in reason
     assert choose_format("auto", plain)[0] == "qwen3"
     windows = make_source(replace(PLAIN, sequence_len=256, window_pattern="SL"))
     negative = make_source(PLAIN)

@@ -69,8 +69,6 @@ def record_step(config, machine, rule, num_micro):
     (4,    {"num_experts": 8, "moe_every": 2},   "bfloat16", "july26", 1),
     (4,    {"num_experts": 6, "top_k": 3},       "float32",  "july26", 1),    # nor the experts
     (2,    {"num_experts": 2, "top_k": 2},       "float32",  "july26", 1),    # nothing to balance
-    (4,    {"bigram_rows": 5120},                "bfloat16", "july26", 2),
-    (2,    {"bigram_rows": 999},                 "float32",  "marin",  1),    # which two ranks don't share
     (4,    {},                                   "bfloat16", "jan26",  1),
     (4,    {},                                   "float32",  "marin",  1),    # clips
     (4,    {},                                   "float32",  "adam",   1),

@@ -52,9 +52,8 @@ def test_params_and_flops_of_the_public_record(row):
 
 
 def test_counts_of_a_model_with_padding_and_grouped_heads():
-    for rows in (0, 50):
-        model = make_tiny(bigram_rows=rows)
-        assert count_params(model.config) == model.num_scaling_params()
+    model = make_tiny()
+    assert count_params(model.config) == model.num_scaling_params()
     assert model.lm_head.weight.shape == (128, 48)
 
 
@@ -110,7 +109,7 @@ def test_init_weights_sets_everything_after_meta_construction(dtype):
 def test_init_distributions():
     torch.manual_seed(0)
     C = 256
-    model = GPT(GPTConfig(sequence_len=16, vocab_size=1024, n_layer=4, n_head=4, n_kv_head=4, n_embd=C, bigram_rows=64))
+    model = GPT(GPTConfig(sequence_len=16, vocab_size=1024, n_layer=4, n_head=4, n_kv_head=4, n_embd=C))
     model.init_weights()
     params = {name.removesuffix(".weight"): param.detach() for name, param in model.named_parameters()}
     bound = math.sqrt(3 / C)
@@ -126,8 +125,8 @@ def test_init_distributions():
     for name, std in (("transformer.wte", 0.8), ("lm_head", 0.001)):
         assert params[name].std() == pytest.approx(std, rel=0.01) and params[name].mean().abs() < 0.01 * std
         assert (params[name] / std).pow(4).mean() == pytest.approx(3, abs=0.1), name  # kurtosis; a uniform has 1.8
-    zeros = {name for name in params if name.endswith(("c_proj", "bigram_embed"))}
-    assert len(zeros) == 9 and not any(params[name].any() for name in zeros)
+    zeros = {name for name in params if name.endswith("c_proj")}
+    assert len(zeros) == 8 and not any(params[name].any() for name in zeros)
     torch.testing.assert_close(params["resid_lambdas"], torch.tensor([1.15, 1.15 - 1 / 30, 1.05 + 1 / 30, 1.05]))
     torch.testing.assert_close(params["x0_lambdas"], torch.tensor([0.20, 0.15, 0.10, 0.05]))
     assert params["smear_lambda"].item() == 0 and params["backout_lambda"].item() == pytest.approx(0.2)
@@ -139,7 +138,7 @@ def test_init_distributions():
     (torch.float64, torch.float64, torch.float64), (torch.float32, torch.float32, torch.float32),
     (torch.bfloat16, torch.bfloat16, torch.float32), (torch.float16, torch.float32, torch.float32)])
 def test_storage_dtypes(dtype, embed_dtype, master_dtype):
-    model = make_tiny(dtype, bigram_rows=8)
+    model = make_tiny(dtype)
     for name, param in model.named_parameters():
         assert param.dtype == (embed_dtype if "wte" in name or "embed" in name else master_dtype), name
     assert model.cos.dtype == model.sin.dtype == dtype
@@ -167,10 +166,6 @@ def slow_logits(model, ids):
     for t in range(1, len(ids)):
         gate = torch.sigmoid(weights["smear_gate"][0] @ raw[t][:24]) if config.smear else 0
         xs.append(raw[t] + (weights["smear_lambda"] * gate * raw[t - 1] if config.smear else 0))
-    if config.bigram_rows:
-        for t, last in enumerate([-1, *ids[:-1]]):    # Python's integers, which have no width
-            row = ((last * 1_000_003) ^ (ids[t] * 998_244_353)) % config.bigram_rows
-            xs[t] = xs[t] + weights["bigram_embed"][row]
     x0s = list(xs)
     for i in range(config.n_layer):
         letter = "L" if i == config.n_layer - 1 else config.window_pattern[i % len(config.window_pattern)]
@@ -216,8 +211,7 @@ def slow_logits(model, ids):
     ({"key_offset": 1.0, "n_layer": 3}, 30),
     ({"key_offset": 0.01, "n_embd": 40}, 30),     # of the 5 pairs of a head, one at least
     ({"n_embd": 40}, 30),                         # 2 of 5
-    ({"n_layer": 2, "bigram_rows": 53}, 40),
-    ({"n_layer": 1, "bigram_rows": 64, "smear": False}, 9),
+    ({"n_layer": 1, "smear": False}, 9),
     ({"n_layer": 3, "n_kv_head": 4}, 1)])
 @torch.no_grad()
 def test_forward_equals_slow_reference(changes, num_tokens):
@@ -229,7 +223,7 @@ def test_forward_equals_slow_reference(changes, num_tokens):
 
 @torch.no_grad()
 def test_ids_of_32_bits_are_those_of_64():
-    model, ids = make_tiny(bigram_rows=53), make_ids(1, 20)
+    model, ids = make_tiny(), make_ids(1, 20)
     assert torch.equal(model(ids.int()), model(ids))
 
 
@@ -246,14 +240,14 @@ def test_low_precision_forward_is_near_the_slow_reference():
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scalars_do_not_promote_activations(dtype):
-    model, seen = make_tiny(dtype, bigram_rows=53), []
+    model, seen = make_tiny(dtype), []
     for module in model.modules():
         module.register_forward_pre_hook(lambda module, args: seen.extend(a.dtype for a in args if torch.is_tensor(a)))
         module.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     model.forward_trunk(make_ids(1, 20))
     assert {d for d in seen if d.is_floating_point} == ({dtype} if dtype == torch.bfloat16 else {dtype, torch.float32})
     if dtype == torch.float16:  # the embeddings only, which are fp32 masters there
-        assert seen.count(torch.float32) == 2 + len(model.value_embeds)
+        assert seen.count(torch.float32) == 1 + len(model.value_embeds)
 
 
 def test_norm_uses_the_eps_of_fp32_in_bf16():

@@ -285,7 +285,7 @@ def write_grid(folder, name: str, config: GPTConfig, factor: float, start_loss: 
 def test_loss_grid_of_several_presets(tmp_path, capsys):
     """Each kind of model has its own fit, where one over all would have taken the presets' difference for a slope."""
     write_grid(tmp_path, "plain", replace(CONFIG, vocab_size=300, window_pattern="L", **PLAIN), 1.2)
-    write_grid(tmp_path, "now", replace(CONFIG, vocab_size=300, window_pattern="SSSL", bigram_rows=0), 1.0,
+    write_grid(tmp_path, "now", replace(CONFIG, vocab_size=300, window_pattern="SSSL"), 1.0,
                start_loss=7.0)
     results = show_loss_grid.main([str(tmp_path)])
     assert set(results["kinds"]) == {"plain", "nanochat-nov26"} and is_png(results["figure"])
@@ -294,7 +294,7 @@ def test_loss_grid_of_several_presets(tmp_path, capsys):
     odd = [note for note in results["notes"] if "from ln V" in note]
     assert len(odd) == 9 and odd[0] == "now-2-100 starts at a loss of 7.000, +1.296 from ln V, that of guessing."
     assert "parameters, plain" in capsys.readouterr().out
-    write_grid(tmp_path / "more", "one", replace(CONFIG, vocab_size=300, smear=False, bigram_rows=0), 1.0)
+    write_grid(tmp_path / "more", "one", replace(CONFIG, vocab_size=300, smear=False), 1.0)
     for path in (tmp_path / "more").glob("one-[48]*"):
         shutil.rmtree(path)
     results = show_loss_grid.main([str(tmp_path)])

@@ -70,8 +70,6 @@ def test_prediction_meets_the_model_at_full_size(depth, rows, num_micro, dtype, 
     (4,  {"num_experts": 8},                  512,  8, 1, "bfloat16", 1),
     (4,  {"num_experts": 16, "top_k": 2},     512,  4, 2, "float32",  1),
     (12, {"num_experts": 8, "moe_every": 2},  2048, 4, 1, "bfloat16", 8),
-    (4,  {"bigram_rows": 163_840},            2048, 4, 1, "bfloat16", 1),
-    (4,  {"bigram_rows": 163_840},            512,  8, 2, "float32",  8),
     (6,  {"num_experts": 6, "top_k": 3},      512,  4, 1, "bfloat16", 4),    # which four ranks can't share
     (18, {"num_experts": 8},                  2048, 2, 2, "bfloat16", 1),    # several slices of Muon's
 ])
@@ -103,7 +101,7 @@ def test_prediction_meets_the_model_of_odd_shapes(config, T, rows, num_micro, dt
 
 @pytest.mark.parametrize("world_size", [1, 6, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("knobs", [{}, {"num_experts": 8, "top_k": 2}, {"bigram_rows": 4800}])
+@pytest.mark.parametrize("knobs", [{}, {"num_experts": 8, "top_k": 2}])
 def test_optimizer_state_is_the_optimizers(world_size, dtype, knobs):
     config, machine = make(3, **knobs), Machine(dtype, "sdpa", False, "cpu", world_size)
     with fake_step(config, machine) as (_, optimizer):

@@ -286,20 +286,12 @@ def test_groups_of_the_public_record(batch_lr_scale):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("knobs", [{}, {"bigram_rows": 9}, {"num_experts": 4}])
+@pytest.mark.parametrize("knobs", [{}, {"num_experts": 4}])
 def test_each_parameter_has_one_group(rule, knobs):
     """Also in parts that the rule's own models don't have, and that a knob adds."""
     model = make_model(replace(CONFIG, **knobs), as_initialised=True)
     params = [param for group in model.setup_optimizer(rule=RULES[rule]).param_groups for param in group["params"]]
     assert sorted(map(id, params)) == sorted(map(id, model.parameters()))
-
-
-def test_group_of_the_bigrams():
-    model = make_model(replace(CONFIG, bigram_rows=9), as_initialised=True)
-    group, = (group for group in model.setup_optimizer(embedding_lr=0.3, batch_lr_scale=0.5).param_groups
-              if group["name"] == "bigram_embed")
-    assert group["lr"] == pytest.approx(0.1 * 0.3 * (64 / 768) ** -0.5 * 0.5)
-    assert (group["betas"], group["weight_decay"]) == ((0.8, 0.995), 0.01)
 
 
 def test_groups_of_other_rules():

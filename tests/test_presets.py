@@ -252,7 +252,7 @@ def test_a_run_from_before_the_rule_had_a_name_goes_on_by_july26(small):
 
     def make_older(meta):
         del meta["identity"]["rule"], meta["identity"]["plan"]["lr_batch_tokens"]
-        del meta["model_config"]["bigram_rows"], meta["model_config"]["key_offset"]
+        del meta["model_config"]["key_offset"]
     edit_meta(before["run_dir"], make_older)
     after = base_train.main(make_preset_argv("nanochat-july26", "before")[2:])
     assert_same_runs(after["run_dir"], whole["run_dir"])
