@@ -13,7 +13,7 @@
 DEPTH=${DEPTH:-4}                        # layers
 SEQ_LEN=${SEQ_LEN:-512}                  # context in tokens
 VOCAB_SIZE=${VOCAB_SIZE:-8192}
-RATIO=${RATIO:-0.36}                     # tokens of the base model per parameter of its matrices and head
+RATIO=${RATIO:-0.26}                     # tokens of the base model per parameter of its matrices and head
 DATA=${DATA:-python-docs}                # a source of nanochat.dataset, or a data set that is there; with a network
                                          # climbmix (web pages, 0.2 GB) or tinystories (0.3 GB) teach English
 NUM_SHARDS=${NUM_SHARDS:-}               # training shards to download; empty: as many as the base model reads
