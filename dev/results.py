@@ -138,7 +138,7 @@ def find_odd_starts(starts: dict[str, tuple[float, int]], tolerance: float = STA
 
 
 def name_kind(config: GPTConfig) -> str:
-    """The preset whose knobs a model has, marin for each of its sizes, nanochat-nov26 for the model of today; else the
+    """The preset whose knobs a model has, marin for each of its sizes; "default" for the model of today; else the
     knobs that aren't those of today."""
     default = {key: getattr(GPTConfig, key) for key in ("window_pattern", *KNOBS)}
     own = {key: getattr(config, key) for key in default}
@@ -146,7 +146,7 @@ def name_kind(config: GPTConfig) -> str:
         theirs = preset.shape | preset.flags | preset.knobs
         if own == default | {key: value for key, value in theirs.items() if key in default}:
             return name
-    return " ".join(f"{key}={value}" for key, value in own.items() if value != default[key]) or "nanochat-nov26"
+    return " ".join(f"{key}={value}" for key, value in own.items() if value != default[key]) or "default"
 
 
 def read_csv(path: Path, notes: list[str]) -> tuple[list[tuple[str, dict]], str]:

@@ -13,9 +13,9 @@ SMEAR_GATE_CHANNELS = 24      # channels that gate the smear
 VOCAB_MULTIPLE = 64           # the vocabulary is padded to this, for the matrix units
 MLP_MATRICES = {"relu2": 2, "swiglu": 3}    # by activation
 ROPE_LENGTHS = 10             # of the rotary table, in contexts: chats may outgrow the training context
+OLDER = {"key_offset": 0.0}   # knobs added later, by the value of the models saved before them
+GONE = {"bigram_rows": 0}     # knobs taken out, by the value of the models that can still be read
 # The least that a number of a model may be, where that isn't 0
-OLDER = {"key_offset": 0.0}    # knobs that models lack which were saved before there were these
-GONE = {"bigram_rows": 0}      # knobs that were taken out, by the value that models without them have
 LEAST = {"backout_layer": -1, "rope_base": 1} | dict.fromkeys(("backout_init", "resid_init", "x0_init"), -math.inf)
 
 
@@ -77,9 +77,11 @@ class GPTConfig:
         for name, values in (("mlp_act", MLP_MATRICES), ("linear_init", ("uniform", "normal"))):
             if getattr(self, name) not in values:
                 raise UserError(f"--knobs {name}={getattr(self, name)} is not one of {', '.join(values)}")
-        for name, what in (("window_fraction", "above 0 and"), ("rope_fraction", "above 0 and"), ("key_offset", "")):
-            if (value := getattr(self, name)) > 1 or what and not value:
-                raise UserError(f"--knobs {name}={value:g} must be {f'{what} at most 1'.strip()}")
+        for name in ("window_fraction", "rope_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"--knobs {name}={getattr(self, name):g} must be above 0 and at most 1")
+        if self.key_offset > 1:
+            raise UserError(f"--knobs key_offset={self.key_offset:g} must be at most 1")
         if self.middle_layer is not None and not 0 <= self.middle_layer < self.n_layer:
             raise UserError(f"--knobs backout_layer={self.backout_layer} is no layer of {self.n_layer}; -1 is none")
         self._check_experts()

@@ -326,8 +326,8 @@ def round_up_rows(num_rows: int) -> int:
 def compute_step(model: GPT, idx: Tensor, num_live: Tensor, cache: KVCache) -> Tensor:
     """Logits (B, V) of the next token in the first B rows of a cache, of which the first `num_live` () count.
 
-    The other rows keep their length and last token. Their keys and values are written where their next token's
-    will be, in a row that is full into the token of its memory that is never used.
+    The other rows keep their length and last token. Their keys and values are written where their next token's will
+    be, and behind it what waits there: in a row that is full into the token of its memory that is never used.
     """
     B = len(idx)
     lengths, last_ids = cache.cache_seqlens[:B], cache.last_ids[:B]

@@ -56,7 +56,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def offset_keys(k: Tensor, num_pairs: int, first: Tensor | None) -> Tensor:
     """Keys (B, T, Hk, D) of which so many pairs of channels, the slowest to turn, are those of the token before.
 
-    first: (B, 1, Hk, D) the key before these; None: none, zeros
+    first: (B, 1, Hk, D) has these pairs for the first key; None: zeros
     """
     num_own = k.size(-1) // 2 - num_pairs
     previous = F.pad(k[:, :-1], (0, 0, 0, 0, 1, 0)) if first is None else torch.cat((first, k[:, :-1]), dim=1)
@@ -93,6 +93,7 @@ class CausalSelfAttention(nn.Module):
         C, D = config.n_embd, config.head_dim
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, D
         self.config, self.layer, self.window = config, layer, config.window(layer)
+        self.num_offset_pairs = config.count_offset_pairs(layer)    # a compiled block may not depend on its number
         self.c_q = Linear(C, config.n_head * D, dtype)
         self.c_k = Linear(C, config.n_kv_head * D, dtype)
         self.c_v = Linear(C, config.n_kv_head * D, dtype)
@@ -135,10 +136,12 @@ class CausalSelfAttention(nn.Module):
             # again, attention sharper (1.2: harm at depth 4, none at 6)
             qk = [norm(heads) * config.qk_scale for heads in qk]
         q, k = qk if self.c_qkv is None else qk[0].split((self.n_head, self.n_kv_head), dim=2)
-        if num_pairs := config.count_offset_pairs(self.layer):
-            # Key offset (modded-nanogpt, pull request 169): a query finds what followed a token like its own, in one
-            # layer (an induction head, arXiv 2209.11895), not in two. 1.3 to 1.6 times the compute at depth 4 and 6
-            k = offset_keys(k, num_pairs, kv_cache and kv_cache.exchange_last(self.layer, k[:, -1:]))
+        if self.num_offset_pairs:
+            # Key offset (modded-nanogpt, pull request 169, whose pairs don't turn): a query finds what followed a token
+            # like its own in one layer, an induction head (arXiv 2209.11895), not in two. Without it 1.3 to 1.6 times
+            # the compute at depth 4 (dev/LOG.md, "Key offset: half")
+            first = None if kv_cache is None else kv_cache.exchange_last(self.layer, k[:, -1:])
+            k = offset_keys(k, self.num_offset_pairs, first)
         if kv_cache is None:
             y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(self.window, 0))
         else:

@@ -8,13 +8,13 @@ B rows, T tokens of room, H key/value heads, D head dim.
 """
 
 import copy
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.flash_attention import (
-    Positions,
     attend_to_cache,
     find_mask,
     find_positions,
@@ -80,14 +80,19 @@ class KVCache:
 
     def exchange_last(self, layer: int, last: Tensor) -> Tensor:
         """Leave the last new token's key (B, 1, H, D) for the token behind it; returns what was left for the first new
-        one, at first zeros. It waits where the next key will stand, so that a row may be cut, copied or padded."""
-        by_row, rows = self.positions.by_row, self.positions.rows
+        one, of which only the offset channels count.
+
+        It waits where the next key will stand, which has the same offset channels. So in each place these are those of
+        the token before, whether it is taken or not, and at the first one zeros: a row may be cut anywhere, copied,
+        padded or left empty, and nothing else must be kept.
+        """
+        positions, by_row = self.positions, self.positions.by_row
         if by_row is None:
-            at, end = (layer, slice(None), slice(self.positions.first, self.positions.first + 1)), self.positions.end
-            behind = Positions(end, end + 1, None)
+            at = layer, slice(None), slice(positions.first, positions.first + 1)
+            behind = replace(positions, first=positions.end, end=positions.end + 1)
         else:
-            at = torch.full((1, 1), layer, device=last.device), rows, by_row[:, :1]
-            behind = Positions(0, 0, by_row[:, -1:] + 1, rows)
+            at = torch.full((1, 1), layer, device=last.device), positions.rows, by_row[:, :1]
+            behind = replace(positions, by_row=by_row[:, -1:] + 1)
         before = self.k_cache[at].to(last.dtype)
         write_to_cache((self.k_cache,), layer, (last,), behind)
         return before

@@ -154,8 +154,9 @@ class NanochatModel(NanochatPreTrainedModel):
         return norm(x, self.config) if self.config.embed_norm else x
 
     def read_last(self, input_ids, position_ids, cache):
-        """What is kept of the token before the new ones: its id (B, 1), by layer the slow channels of its key, both
-        None at first; and which of the new tokens (B, T) have none before them.
+        """What is kept of the token before the new ones: its id (B, 1) and, by layer, the slow channels of its key,
+        where each layer puts those of the new ones; None where there is no token before. And which of the new tokens
+        (B, T) have none before them.
 
         A cache gets more layers, of token ids and of these keys, in which they are looked up: they are reordered,
         cropped and repeated with the others, as beam search and speculative decoding need it.
@@ -163,12 +164,10 @@ class NanochatModel(NanochatPreTrainedModel):
         config = self.config
         if config._attn_implementation == "vllm":
             raise NotImplementedError("vLLM gives a model no previous token, which smear and key offset need")
-        L, has_past = config.num_hidden_layers, False
+        L, has_past = config.num_hidden_layers, cache is not None and cache.get_seq_length() > 0
         layers = [i for i, num_pairs in enumerate(config.key_offset_pairs) if num_pairs]
-        if cache is not None and cache.get_seq_length() > 0:
-            has_past = True
-            if len(cache.layers) != L + 1 + len(layers):
-                raise ValueError("this cache lacks the ids of its tokens; use one that this model has filled")
+        if has_past and len(cache.layers) != L + 1 + len(layers):
+            raise ValueError("this cache lacks the ids of its tokens; use one that this model has filled")
         last_id = cache.layers[L].keys[:, 0, -1:, 0] if has_past else None
         slow_keys = {i: cache.layers[L + 1 + n].keys[:, :, -1:] if has_past else None for n, i in enumerate(layers)}
         is_first = position_ids == 0    # of a sequence, which may stand after padding
@@ -181,7 +180,7 @@ class NanochatModel(NanochatPreTrainedModel):
             cache.layers.append(DynamicLayer())
         kept = [input_ids[:, None, :, None], *slow_keys.values()]    # ids as keys of one head of one dimension
         for layer, keys in zip(cache.layers[-len(kept):], kept, strict=True):
-            layer.update(keys, keys[..., :0])
+            layer.update(keys, keys[..., :0])    # a cache's layer has values, too: empty ones
 
     def smear(self, x, input_ids, last_id, is_first):
         """Add to each embedding a gated part of the token before. (B, T, C) -> (B, T, C)"""

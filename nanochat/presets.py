@@ -110,11 +110,12 @@ def choose_rule(preset: str | None, saved: dict | None) -> str:
 
 
 def choose_knobs(preset: str | None, words: Sequence[str], saved: dict | None) -> dict[str, object]:
-    """Shape and knobs of a preset and of --knobs; a run from before some had a name keeps what it has. saved: its
-    checkpoint's meta"""
+    """Shape and knobs of a preset and of --knobs; a run that began before there were some of them keeps their older
+    values. saved: its checkpoint's meta"""
     chosen = find_preset(preset)
     knobs, before = chosen.shape | chosen.knobs | parse_knobs(words), saved and saved["model_config"]
-    older = {knob: value for knob, value in OLDER.items() if before is not None and knob not in before.keys() | knobs}
+    older = {knob: value for knob, value in OLDER.items()
+             if before is not None and knob not in knobs and before.get(knob, value) == value}
     if older:
         print0(" ".join(f"{knob}={format_knob(value)}" for knob, value in older.items()) + ": as this run was begun")
     return knobs | older

@@ -26,7 +26,7 @@ from pathlib import Path
 import filelock
 import torch
 
-from nanochat.checkpoint_manager import get_run_dir, locked_run
+from nanochat.checkpoint_manager import get_run_dir, locked_run, read_latest
 from nanochat.choices import FREE_FLAGS
 from nanochat.common import UserError, file_lock, get_base_dir, get_worker_env, now, print0, run_script, write_json
 from nanochat.config import GPTConfig, estimate_flops
@@ -214,12 +214,15 @@ class Sweep:
             return
         saved = read_json(self.folder / "sweep.json", SWEEP_KEYS)
         if saved["grid"] == self.info["grid"] and get_identity(saved["flags"]) == get_identity(self.info["flags"]):
-            is_begun = all((get_run_dir("base", point.tag) / "run.json").exists() for point in self.points)
-            if not {"rule", "key_offset"} <= saved.keys() and not is_begun:
+            older = {"rule", "key_offset"} - saved.keys()
+            # Those with a checkpoint go on as they began
+            if older and any(read_latest(get_run_dir("base", point.tag)) is None for point in self.points):
                 raise UserError(f"the sweep {self.args.name} was begun when the model, or batch and rates of small "
-                                "ones, were others, and not all of its runs were; choose another --name, or finish it "
-                                "with the nanochat that began it")
+                                "ones, were others, and not all of its runs have a checkpoint; choose another --name, "
+                                "or finish it with the nanochat that began it")
             self.info |= {"created": saved["created"], "failed": saved["failed"]}
+            for key in older:    # nor are more points added later
+                del self.info[key]
         elif any((get_run_dir("base", point["tag"]) / "run.json").exists() for point in saved["points"]):
             raise UserError(f"the sweep {self.args.name} has the grid {format_grid(saved)}, and this command says "
                             f"{format_grid(self.info)}; go back to that grid, or choose another --name")

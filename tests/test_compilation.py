@@ -194,7 +194,7 @@ def test_rows_of_every_length_stay_compiled(monkeypatch):
     compilation.set_compile_kernels(True)  # which raises the limit
     compilation.set_compile_kernels(False)
     T, counter = 32, CompileCounter()  # traces, but generates no code
-    model = GPT(GPTConfig(sequence_len=T, vocab_size=64, n_layer=4, n_head=1, n_kv_head=1, n_embd=32), torch.float32)
+    model = GPT(GPTConfig(sequence_len=T, vocab_size=64, n_layer=8, n_head=1, n_kv_head=1, n_embd=32), torch.float32)
     model.init_weights()
     for block in model.transformer.h:
         block.compile(dynamic=False, backend=counter)

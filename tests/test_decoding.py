@@ -194,10 +194,10 @@ def test_graphed_decoding_equals_naive_while_the_cache_grows(monkeypatch):
         assert [rows[0] for rows, _ in answers] == [
             prompt + list(model.generate(prompt, 12, temperature=0)) for prompt in prompts]
     assert engine._run_step.works and set(engine._run_step.graphs) <= {1, 2, 4, 8}
-    num_graphs, capacity = len(graphs), engine.cache.k_cache.size(2)
+    num_graphs, capacity = len(graphs), engine.cache.get_capacity()
     for num_rows in (1, 2, 3, 5, 8):  # no more growth: at most one graph for each power of two
         engine.generate_batch(make_prompt(20), num_rows, max_tokens=5)
-    assert engine.cache.k_cache.size(2) == capacity and len(graphs) <= num_graphs + 4
+    assert engine.cache.get_capacity() == capacity and len(graphs) <= num_graphs + 4
     assert set(engine._run_step.graphs) == {1, 2, 4, 8}
 
 

@@ -288,7 +288,7 @@ def test_loss_grid_of_several_presets(tmp_path, capsys):
     write_grid(tmp_path, "now", replace(CONFIG, vocab_size=300, window_pattern="SSSL"), 1.0,
                start_loss=7.0)
     results = show_loss_grid.main([str(tmp_path)])
-    assert set(results["kinds"]) == {"plain", "nanochat-nov26"} and is_png(results["figure"])
+    assert set(results["kinds"]) == {"plain", "default"} and is_png(results["figure"])
     for slopes in results["kinds"].values():
         assert [law["exponent"] for law in slopes.values()] == pytest.approx(SLOPES, abs=1e-3)
     odd = [note for note in results["notes"] if "from ln V" in note]
@@ -298,7 +298,7 @@ def test_loss_grid_of_several_presets(tmp_path, capsys):
     for path in (tmp_path / "more").glob("one-[48]*"):
         shutil.rmtree(path)
     results = show_loss_grid.main([str(tmp_path)])
-    assert set(results["kinds"]) == {"plain", "nanochat-nov26"}
+    assert set(results["kinds"]) == {"plain", "default"}
     assert any("3 runs of window_pattern=SSL smear=False, of 1 sizes and 3 horizons can't tell" in note
                for note in results["notes"])
 
@@ -312,7 +312,7 @@ def test_kinds_of_models(name, kind):
 
 
 def test_kinds_without_a_name():
-    assert name_kind(GPTConfig()) == "nanochat-nov26"
+    assert name_kind(GPTConfig()) == "default"
     assert name_kind(replace(GPTConfig(), smear=False, softcap=0.0)) == "smear=False softcap=0.0"
     assert name_kind(read_config({})) == "nanochat-july26"    # of a run from before the knobs
 

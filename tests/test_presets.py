@@ -266,10 +266,18 @@ def test_a_run_from_before_the_key_offset_goes_on_without(small, capsys):
     argv[1] = "from-before"
     before = base_train.main([*argv, "--knobs", "key_offset=0", "--stop-at", "2"])
     edit_meta(before["run_dir"], lambda meta: meta["model_config"].pop("key_offset"))
-    capsys.readouterr()
-    after = base_train.main(argv)
-    assert "key_offset=0.0: as this run was begun\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="key_offset: saved 0.*, now 0.5"):
+        base_train.main([*argv, "--knobs", "key_offset=0.5"])
+    for more in (["--stop-at", "3"], [], []):    # the first one saves it by its name, the last is finished
+        capsys.readouterr()
+        after = base_train.main([*argv, *more])
+        assert "key_offset=0.0: as this run was begun\n" in capsys.readouterr().out
     assert_same_runs(after["run_dir"], whole["run_dir"])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_models_have_no_key_offset(name):
+    assert PRESETS[name].knobs["key_offset"] == 0
 
 
 def test_a_batch_that_was_chosen_stays_on_other_ranks(small, monkeypatch):

@@ -188,20 +188,19 @@ def test_a_damaged_grid_is_said_so(base_dir):
 
 
 def test_a_sweep_of_older_models_has_no_new_ones_added(base_dir):
-    """Those of its runs that have begun go on as they began; the others would be of another model."""
+    """Those of its runs that have a checkpoint go on as they began; the others would be of another model."""
     argv = ["--name", "older", "--grid", "depth=1,2", "num-iterations=2", "--", *TOY]
     assert len(sweep.main(argv)["runs"]) == 2
-    path = base_dir / "sweeps" / "older" / "sweep.json"
+    path, run_dir = base_dir / "sweeps" / "older" / "sweep.json", get_run_dir("base", "older-depth2-num-iterations2")
+    saved = json.loads(path.read_text())
     for missing in ("rule", "key_offset"):
-        path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items()
-                                    if key != missing}))
-        sweep.main(argv)    # all have begun
-        assert missing in json.loads(path.read_text())
-    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items()
-                                if key != "key_offset"}))
-    (get_run_dir("base", "older-depth2-num-iterations2") / "run.json").unlink()
-    with pytest.raises(UserError, match="the sweep older was begun when the model, or batch and rates of small ones, "):
+        path.write_text(json.dumps({key: value for key, value in saved.items() if key != missing}))
         sweep.main(argv)
+        assert missing not in json.loads(path.read_text())    # it stays an older one
+        run_dir.rename(base_dir / "elsewhere")    # as if killed before its first checkpoint
+        with pytest.raises(UserError, match="the sweep older was begun when the model, or batch and rates of small on"):
+            sweep.main(argv)
+        (base_dir / "elsewhere").rename(run_dir)
 
 
 def test_a_run_of_another_command_is_not_taken_for_a_point(base_dir):
