@@ -137,9 +137,8 @@ class CausalSelfAttention(nn.Module):
             qk = [norm(heads) * config.qk_scale for heads in qk]
         q, k = qk if self.c_qkv is None else qk[0].split((self.n_head, self.n_kv_head), dim=2)
         if self.num_offset_pairs:
-            # Key offset (modded-nanogpt, pull request 169, whose pairs don't turn): a query finds what followed a token
-            # like its own in one layer, an induction head (arXiv 2209.11895), not in two. Without it 1.3 to 1.6 times
-            # the compute at depth 4 (dev/LOG.md, "Key offset: half")
+            # Key offset (modded-nanogpt, pull request 169): one layer finds what followed a token like the query's, an
+            # induction head (arXiv 2209.11895), not two. At depth 4 worth 1.3 to 1.6 (dev/LOG.md, "Key offset: half")
             first = None if kv_cache is None else kv_cache.exchange_last(self.layer, k[:, -1:])
             k = offset_keys(k, self.num_offset_pairs, first)
         if kv_cache is None:
@@ -208,7 +207,6 @@ class GPT(nn.Module):
         self.lm_head = Linear(C, V, master)
         self.value_embeds = nn.ModuleDict({str(i): Embedding(V, config.kv_dim, dtype=embed)
                                            for i in range(L) if config.has_value_embed(i)})
-
         def scalars(number: int, is_there: bool) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(number, dtype=master)) if is_there else None
         self.resid_lambdas  = scalars(L, config.resid_init is not None)

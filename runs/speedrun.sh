@@ -10,7 +10,7 @@
 #     d22   1.6 hours, $38         81.8 minutes, CORE 0.2618, 0.7188 bits per byte, means of 6 runs
 #
 #           Chat stages and RL come on top. Not run by this code base yet. RECIPES in scripts/plan.py has the sources,
-#           and what d22's published run did otherwise.
+#           and what d22's published run did otherwise; neither had the key offset.
 #           `python -m scripts.plan --recipe d24 d22 --nproc 8` compares both.
 #
 # Run it again to continue where it stopped; what is done is skipped. To change it, set any of these:
