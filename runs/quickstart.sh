@@ -13,13 +13,13 @@
 DEPTH=${DEPTH:-4}                        # layers
 SEQ_LEN=${SEQ_LEN:-512}                  # context in tokens
 VOCAB_SIZE=${VOCAB_SIZE:-8192}
-RATIO=${RATIO:-0.22}                     # tokens of the base model per parameter of its matrices and head
+RATIO=${RATIO:-0.24}                     # tokens of the base model per parameter of its matrices and head
 DATA=${DATA:-python-docs}                # a source of nanochat.dataset, or a data set that is there; with a network
                                          # climbmix (web pages, 0.2 GB) or tinystories (0.3 GB) teach English
 NUM_SHARDS=${NUM_SHARDS:-}               # training shards to download; empty: as many as the base model reads
 TOK_CHARS=${TOK_CHARS:-100000000}        # characters that the tokenizer learns from
 NAME=${NAME:-quickstart}                 # of the tokenizer and the runs; other DATA needs another
-MID_TASKS=${MID_TASKS:-Arithmetic:6000 SimpleSpelling:85000 SpellingBee:18000 Identity:1500 PythonDocs}
+MID_TASKS=${MID_TASKS:-Arithmetic:6000 SimpleSpelling:95000 SpellingBee:18000 Identity:1500 PythonDocs}
 SFT_TASKS=${SFT_TASKS:-}                 # empty: no SFT, no RL. After this midtraining neither changes what 300
 RL_TASKS=${RL_TASKS:-}                   # problems show; runs/runcpu.sh has both
 EVAL_TASKS=${EVAL_TASKS:-Arithmetic SimpleSpelling SpellingBee Identity PythonDocs}
