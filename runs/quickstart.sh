@@ -13,7 +13,7 @@
 DEPTH=${DEPTH:-4}                        # layers
 SEQ_LEN=${SEQ_LEN:-512}                  # context in tokens
 VOCAB_SIZE=${VOCAB_SIZE:-8192}
-RATIO=${RATIO:-0.24}                     # tokens of the base model per parameter of its matrices and head
+RATIO=${RATIO:-0.22}                     # tokens of the base model per parameter of its matrices and head
 DATA=${DATA:-python-docs}                # a source of nanochat.dataset, or a data set that is there; with a network
                                          # climbmix (web pages, 0.2 GB) or tinystories (0.3 GB) teach English
 NUM_SHARDS=${NUM_SHARDS:-}               # training shards to download; empty: as many as the base model reads
@@ -45,7 +45,7 @@ python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-char
 python -m scripts.tok_eval --data "$DATA" --name "$NAME"
 stage base
 python -m scripts.base_train --data "$DATA" --tokenizer "$NAME" --model-tag "$NAME" --depth "$DEPTH" \
-    --max-seq-len "$SEQ_LEN" --target-param-data-ratio "$RATIO" --eval-every 100 --eval-tokens 131072 $EXTRA
+    --max-seq-len "$SEQ_LEN" --target-param-data-ratio "$RATIO" --eval-every 150 --eval-tokens 131072 $EXTRA
 stage loss
 python -m scripts.base_loss --model-tag "$NAME" --eval-tokens 262144
 stage mid
