@@ -2,12 +2,11 @@
 # From nothing to a chat model of your own, with a report card: text -> tokenizer -> base -> mid -> chat.
 #
 # Hardware  2 CPU cores and 4 GB of memory, no GPU, no account, nothing downloaded but the Python packages
-# Time      measured 10 min 25 s where nothing else ran: set-up 49 s, text and tokenizer 30 s, base model 4 min with
-#           compiling, midtraining 4.5. On CPUs without bf16 units (two cores of a Zen 3) the base model takes 17 min
-#           by its own estimate, and all 40
+# Time      measured 9 min 40 s where nothing else ran: set-up 1 min, text and tokenizer 30 s, base model 2 min with
+#           compiling, midtraining 5. On CPUs without bf16 units all takes up to 40 min by estimate
 # Cost      none
-# Expect    1.419 bits per byte on held-out text (bigram bytes 3.750, unigram 4.733); of 300 held-out problems each:
-#           Arithmetic 100%, SimpleSpelling 90%, SpellingBee 90%, Identity 88%
+# Expect    1.321 bits per byte on held-out text (bigram bytes 3.750, unigram 4.733); of 300 held-out problems each:
+#           Arithmetic 100%, SimpleSpelling 89%, SpellingBee 88%, Identity 85%
 #
 # Run it again to continue where it stopped; what is done is skipped. To change it, set any of these:
 DEPTH=${DEPTH:-4}                        # layers
