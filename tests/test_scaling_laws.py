@@ -286,5 +286,5 @@ def test_one_law_over_two_kinds_of_model_is_told(tmp_path):
         write_run(tmp_path / f"d{depth}", depth, 1e18)
     config = asdict(make_config(18, vocab_size=32768, sequence_len=2048, smear=False))
     write_run(tmp_path / "d18", 18, 1e18, model_config=config)
-    assert "The runs are of 2 kinds of model (nanochat-july26, smear=False), and one law doesn't tell them apart." in \
+    assert "The runs are of 2 kinds of model (default, smear=False), and one law doesn't tell them apart." in \
         scaling_laws.main([str(tmp_path)])["notes"]
