@@ -160,7 +160,7 @@ def read_config(saved: dict) -> GPTConfig:
     saved = {name: value for name, value in saved.items() if value != GONE.get(name, ())}
     if unknown := sorted(saved.keys() - {field.name for field in fields(GPTConfig)}):
         raise UserError(f"the checkpoint's model has knobs that this nanochat doesn't know ({', '.join(unknown)}); use "
-                        "the nanochat that trained it, or a newer one")
+                        "the nanochat that trained it" + ("" if GONE.keys() & unknown else ", or a newer one"))
     return GPTConfig(**OLDER | saved)
 
 
