@@ -49,7 +49,6 @@ FEATURES = {
     "smear": Feature("each embedding takes a gated part of the one before", {"smear": "off"}),
     "key_offset": Feature("a part of each key is the token before's, in layers that see the whole context",
                           {"key_offset": "0"}),
-    "mlp_offset": Feature("a part of the MLP's input is the token before's value", {"mlp_offset": "0"}),
     "backout": Feature("the middle layer's output is subtracted at the end", {"backout_layer": "-1"}),
     "resid": Feature("a factor on each layer's residual stream", {"resid_init": "none"}),
     "x0": Feature("each layer adds a part of the embedding", {"x0_init": "none"}),

@@ -13,7 +13,7 @@ SMEAR_GATE_CHANNELS = 24      # channels that gate the smear
 VOCAB_MULTIPLE = 64           # the vocabulary is padded to this, for the matrix units
 MLP_MATRICES = {"relu2": 2, "swiglu": 3}    # by activation
 ROPE_LENGTHS = 10             # of the rotary table, in contexts: chats may outgrow the training context
-OLDER = {"key_offset": 0.0, "mlp_offset": 0.0}   # knobs added later, by their value in models saved before
+OLDER = {"key_offset": 0.0}   # knobs added later, by the value of the models saved before them
 GONE = {"bigram_rows": 0}     # knobs taken out, by the value of the models that can still be read
 # The least that a number of a model may be, where that isn't 0
 LEAST = {"backout_layer": -1, "rope_base": 1} | dict.fromkeys(("backout_init", "resid_init", "x0_init"), -math.inf)
@@ -37,7 +37,6 @@ class GPTConfig:
     rope_base:        float = 100_000.0    # slow turns tell far positions apart
     rope_fraction:    float = 1.0          # of each head, the part that turns
     key_offset:       float = 0.5          # of each key, the part that is the token before's, in layers of L; 0: none
-    mlp_offset:       float = 0.25         # of the MLP's input, the part that are values of the token before
     qk_scale:         float = 1.2          # of normed queries and keys; 0: neither normed nor scaled
     ve_gate_channels: int   = 12           # that gate the value embeddings; 0: no value embeddings
     ve_gate_scale:    float = 3.0          # the most that a gate lets through
@@ -81,9 +80,8 @@ class GPTConfig:
         for name in ("window_fraction", "rope_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"--knobs {name}={getattr(self, name):g} must be above 0 and at most 1")
-        for name in ("key_offset", "mlp_offset"):
-            if getattr(self, name) > 1:
-                raise UserError(f"--knobs {name}={getattr(self, name):g} must be at most 1")
+        if self.key_offset > 1:
+            raise UserError(f"--knobs key_offset={self.key_offset:g} must be at most 1")
         if self.middle_layer is not None and not 0 <= self.middle_layer < self.n_layer:
             raise UserError(f"--knobs backout_layer={self.backout_layer} is no layer of {self.n_layer}; -1 is none")
         self._check_experts()
@@ -147,11 +145,6 @@ class GPTConfig:
         if not self.key_offset or not self.has_whole_context(layer):
             return 0
         return max(1, round(self.key_offset * (self.head_dim // 2)))
-
-    @property
-    def num_offset_channels(self) -> int:
-        """Channels of the MLP's input that are values of the token before; fewer where there are fewer values."""
-        return min(round(self.mlp_offset * self.n_embd), self.kv_dim)
 
     def window(self, layer: int) -> int:
         """Number of tokens before itself that a token of this layer sees; from the context, not the input's length.

@@ -101,7 +101,6 @@ def list_obstacles(model: GPT) -> list[str]:
         "value embeddings": config.ve_gate_channels > 0,
         "smear": config.smear,
         "key offset": config.key_offset > 0,
-        "MLP offset": config.mlp_offset > 0,
         "backout": config.middle_layer is not None,
         "x0": config.x0_init is not None,
         "short windows": any(config.window(i) < config.sequence_len for i in range(config.n_layer)),
@@ -205,7 +204,6 @@ def make_config(source: Source, dtype: str, form: str) -> dict:
         "sliding_window": min(windows) + 1 if any(is_short) else None,    # theirs counts the token itself
         "embed_norm": config.embed_norm, "rotary_base": config.rope_base, "rotary_fraction": config.rope_fraction,
         "key_offset_pairs": [config.count_offset_pairs(i) for i in range(config.n_layer)],
-        "mlp_offset_channels": config.num_offset_channels,
         "qk_scale": config.qk_scale, "value_embed_layers": layers, "ve_gate_channels": config.ve_gate_channels,
         "ve_gate_scale": config.ve_gate_scale, "smear_gate_channels": SMEAR_GATE_CHANNELS,
         "smear_lambda": source.model.smear_lambda.item() if config.smear else None,

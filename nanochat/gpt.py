@@ -53,18 +53,14 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
-def delay(x: Tensor, first: Tensor | None) -> Tensor:
-    """What each token (B, T, ...) has, moved to the next one; first: (B, 1, ...) for the first one, None: zeros"""
-    return torch.cat((torch.zeros_like(x[:, :1]) if first is None else first, x[:, :-1]), dim=1)
-
-
 def offset_keys(k: Tensor, num_pairs: int, first: Tensor | None) -> Tensor:
     """Keys (B, T, Hk, D) of which so many pairs of channels, the slowest to turn, are those of the token before.
 
     first: (B, 1, Hk, D) has these pairs for the first key; None: zeros
     """
     num_own = k.size(-1) // 2 - num_pairs
-    own, previous = (heads.unflatten(-1, (2, -1)) for heads in (k, delay(k, first)))    # (B, T, Hk, 2, D/2)
+    previous = F.pad(k[:, :-1], (0, 0, 0, 0, 1, 0)) if first is None else torch.cat((first, k[:, :-1]), dim=1)
+    own, previous = (heads.unflatten(-1, (2, -1)) for heads in (k, previous))    # (B, T, Hk, 2, D/2)
     return torch.cat((own[..., :num_own], previous[..., num_own:]), dim=-1).flatten(-2)
 
 
@@ -124,9 +120,7 @@ class CausalSelfAttention(nn.Module):
         qk, v = self.c_qkv(x).view(B, T, H + 2 * Hk, D).split((H + Hk, Hk), dim=2)
         return (qk,), v
 
-    def forward(self, x: Tensor, ve: Tensor | None, cos_sin: tuple[Tensor, Tensor],
-                kv_cache=None) -> tuple[Tensor, Tensor]:
-        """(B, T, C) -> the same shape, and the values, (B, T, Hk * D)"""
+    def forward(self, x: Tensor, ve: Tensor | None, cos_sin: tuple[Tensor, Tensor], kv_cache=None) -> Tensor:
         B, T, _ = x.shape
         config = self.config
         qk, v = self.project(x)
@@ -151,7 +145,7 @@ class CausalSelfAttention(nn.Module):
             y = flash_attn.flash_attn_func(q, k, v, causal=True, window_size=(self.window, 0))
         else:
             y = kv_cache.attend(self.layer, q, k, v, self.window)
-        return self.c_proj(y.reshape(B, T, -1)), v.flatten(2)
+        return self.c_proj(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -173,10 +167,6 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP (or moe.py) on a residual stream that each layer rescales and mixes with its input x0.
 
-    MLP offset: half of the MLP's input are values of the token before, normed, in place of channels of its own. So it
-    knows pairs of tokens at each depth, at no FLOP, and no parameter; the cache has the values anyway. Worth
-    1.15 at depth 4 (dev/LOG.md, "MLP offset"); half of the token before's own input is RWKV's token shift.
-
     resid and x0 lambdas (modded-nanogpt) are two learned numbers a layer: x0 hands every layer the token itself, so
     that the stream needn't carry it: -0.010 bits per byte at depth 8, -0.004 at 20; resid adds little (2026-01-11).
     """
@@ -184,7 +174,6 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, dtype: torch.dtype):
         super().__init__()
         self.attn = CausalSelfAttention(config, layer, dtype)
-        self.num_offset = config.num_offset_channels
         self.mlp = (MoE(config, MLP(config, config.expert_dim, dtype), dtype) if config.has_experts(layer) else
                     MLP(config, config.hidden_dim, dtype))
 
@@ -195,13 +184,8 @@ class Block(nn.Module):
             x = resid_lambda * x
         if x0_lambda is not None:
             x = x + x0_lambda * x0
-        y, v = self.attn(norm(x), ve, cos_sin, kv_cache)
-        x = x + y
-        h = norm(x)
-        if n := self.num_offset:
-            first = None if kv_cache is None else kv_cache.read_last(self.attn.layer)[..., :n].to(v.dtype)
-            h = torch.cat((h[..., :-n], norm(delay(v[..., :n], first))), dim=-1)
-        return x + self.mlp(h)
+        x = x + self.attn(norm(x), ve, cos_sin, kv_cache)
+        return x + self.mlp(norm(x))
 
 
 class GPT(nn.Module):
@@ -335,7 +319,7 @@ class GPT(nn.Module):
         if self.smear_gate is None:
             return x
         if kv_cache is None:    # the first token of a sequence has none before it: zero adds nothing
-            previous = delay(x, None)
+            previous = F.pad(x[:, :-1], (0, 0, 1, 0))
         else:
             last_ids = kv_cache.shift_ids(idx)
             previous = self.embed_tokens(last_ids.clamp(min=0)) * (last_ids != NO_TOKEN).unsqueeze(-1)

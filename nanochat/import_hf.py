@@ -184,7 +184,6 @@ def read_custom(settings: dict, state: State) -> tuple[dict, State]:
         # than the context
         "window_fraction": (window - 1.5) / context if window else 1.0 if any(is_short) else GPTConfig.window_fraction,
         "key_offset": 2 * max(pairs, default=0) / settings["head_dim"],
-        "mlp_offset": settings.get("mlp_offset_channels", 0) / settings["hidden_size"],
         "mlp_act": {"silu": "swiglu"}.get(settings["hidden_act"], settings["hidden_act"]),
         "rope_base": settings["rotary_base"], "rope_fraction": settings["rotary_fraction"],
         "qk_scale": settings["qk_scale"], "embed_norm": settings["embed_norm"],

@@ -63,8 +63,8 @@ class KVCache:
         """Tokens that the longest row holds."""
         return self.num_tokens
 
-    # What the model calls in a forward pass: begin, get_positions, shift_ids, in each layer exchange_last, attend and
-    # read_last, advance
+    # What the model calls in a forward pass: begin, get_positions, shift_ids, in each layer exchange_last and attend,
+    # advance
 
     def begin(self, num_tokens: int) -> None:
         """Begin a forward pass over `num_tokens` new tokens of each row."""
@@ -96,18 +96,6 @@ class KVCache:
         before = self.k_cache[at].to(last.dtype)
         write_to_cache((self.k_cache,), layer, (last,), behind)
         return before
-
-    def read_last(self, layer: int) -> Tensor:
-        """The values of the token before the first new one, (B, 1, H * D); zeros where there is none."""
-        positions, by_row = self.positions, self.positions.by_row
-        if by_row is None:
-            last = max(0, positions.first - 1)
-            values, has_last = self.v_cache[layer, :, last:last + 1], positions.first > 0
-        else:
-            last = by_row[:, :1] - 1    # (B, 1)
-            values = self.v_cache[torch.full_like(last[:1], layer), positions.rows, last.clamp(min=0)]
-            has_last = (last >= 0)[..., None, None]
-        return (values * has_last).flatten(2)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         """Write the new tokens' keys and values into a layer and attend to it: q (B, T, H, D) -> the same shape"""

@@ -285,13 +285,11 @@ def count_block_bytes(config: GPTConfig, layer: int, rows: int, T: int, machine:
     is_mixed = config.resid_init is not None or config.x0_init is not None
     residual = a * C * (layer > 0 and is_mixed) + normed * C * (1 if machine.is_compiled else 2) + linears + 2 * stat
     qk_norms = (normed * (Q + kv_dim) + stat * (config.n_head + config.n_kv_head)) * (config.qk_scale != 0)
-    # the norm of what the MLP reads of the token before
-    offset = 0 if machine.is_compiled or not config.num_offset_channels else normed * config.num_offset_channels + stat
     value_embed = a * (kv_dim + 2 * config.n_kv_head) if config.has_value_embed(layer) else 0
     num_cast = sum(map(math.prod, list_matrices(config, layer) + list_experts(config, layer)))
     num_cast -= machine.is_fp8 * count_fp8_weights(config, layer)
     mlp = N * config.hidden_dim * a * (2 if config.mlp_act == "relu2" else 4 - machine.is_compiled)
-    return {"residual stream": N * (residual + offset),
+    return {"residual stream": N * residual,
             "attention": N * (qk_norms + value_embed) + count_attention_bytes(config, layer, rows, T, machine),
             "MLP": count_moe_bytes(config, N, machine) if config.has_experts(layer) else mlp,
             "weights in the compute dtype": machine.cast_bytes * num_cast}

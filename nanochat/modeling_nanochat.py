@@ -49,15 +49,6 @@ def offset_keys(k, num_pairs, before, is_first):
     return torch.cat((fast, last), dim=-1).flatten(-2), flat
 
 
-def read_previous(v, num_new, is_first):
-    """Values of the token before each new one, (B, T, Hk * D), zeros where there is none. v: (B, Hk, keys, D), the last
-    ones those of the new tokens"""
-    previous = v[:, :, -num_new - 1:]
-    if previous.size(2) == num_new:
-        previous = F.pad(previous, (0, 0, 1, 0))
-    return previous[:, :, :-1].masked_fill(is_first[:, None, :, None], 0).transpose(1, 2).flatten(2)
-
-
 class NanochatAttention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -92,8 +83,7 @@ class NanochatAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
         y, _ = attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, sliding_window=self.sliding_window,
                       **kwargs)    # (B, T, H, D)
-        previous = read_previous(v, T, is_first) if config.mlp_offset_channels else None
-        return self.o_proj(y.reshape(B, T, -1)), previous
+        return self.o_proj(y.reshape(B, T, -1))
 
 
 class NanochatMLP(nn.Module):
@@ -123,12 +113,8 @@ class NanochatLayer(nn.Module):
             x = config.resid_lambdas[i] * x
         if config.x0_lambdas is not None:
             x = x + config.x0_lambdas[i] * x0
-        y, previous = self.self_attn(norm(x, config), *args, **kwargs)
-        x = x + y
-        h = norm(x, config)
-        if n := config.mlp_offset_channels:
-            h = torch.cat((h[..., :-n], norm(previous[..., :n], config)), dim=-1)
-        return x + self.mlp(h)
+        x = x + self.self_attn(norm(x, config), *args, **kwargs)
+        return x + self.mlp(norm(x, config))
 
 
 class NanochatPreTrainedModel(PreTrainedModel):
@@ -148,7 +134,7 @@ class NanochatModel(NanochatPreTrainedModel):
                                            for i in config.value_embed_layers})
         if config.smear_lambda is not None:
             self.smear_gate = nn.Linear(config.smear_gate_channels, 1, bias=False)
-        self.looks_back = any((config.smear_lambda is not None, *config.key_offset_pairs, config.mlp_offset_channels))
+        self.looks_back = config.smear_lambda is not None or any(config.key_offset_pairs)
         self.rope_table = None    # cos and sin, no buffers: transformers would leave those empty
         self.post_init()
 
@@ -177,7 +163,7 @@ class NanochatModel(NanochatPreTrainedModel):
         """
         config = self.config
         if config._attn_implementation == "vllm":
-            raise NotImplementedError("vLLM gives a model no previous token, which smear and offsets need")
+            raise NotImplementedError("vLLM gives a model no previous token, which smear and key offset need")
         L, has_past = config.num_hidden_layers, cache is not None and cache.get_seq_length() > 0
         layers = [i for i, num_pairs in enumerate(config.key_offset_pairs) if num_pairs]
         if has_past and len(cache.layers) != L + 1 + len(layers):

@@ -136,7 +136,7 @@ class Preset:
 
 
 # Without what Qwen3, and with it every engine that people serve with, has no place for (scripts.export)
-PLAIN = {**OLDER, "ve_gate_channels": 0, "smear": False, "backout_layer": -1, "x0_init": None, "softcap": 0.0}
+PLAIN = {"key_offset": 0.0, "ve_gate_channels": 0, "smear": False, "backout_layer": -1, "x0_init": None, "softcap": 0.0}
 
 
 def make_flags(lrs: tuple[float, float, float, float], weight_decay: float, schedule: tuple[int, float, float],
@@ -153,7 +153,7 @@ def make_marin(n_layer: int, n_head: int, weight_decay: float = 0.0) -> Preset:
     parameter in batches of 192 rows. Its norms have an eps of 1e-5, ours one of 1.2e-7, which its small initial
     embeddings notice: normed, they begin .3 to .5 as long there."""
     C = 128 * n_head
-    knobs = {"rope_base": 1024.0, "rope_fraction": 0.5, **OLDER, "qk_scale": 1.35 ** 0.5,
+    knobs = {"rope_base": 1024.0, "rope_fraction": 0.5, "key_offset": 0.0, "qk_scale": 1.35 ** 0.5,
              "ve_gate_channels": 0, "smear": False, "backout_layer": 2 * n_layer // 3 - 1, "backout_init": 0.5,
              "resid_init": (1.1, 1.1), "x0_init": (0.0, 0.0), "softcap": 0.0, "wte_std": 1 / C, "head_std": 0.0,
              "linear_init": "normal", "fc_init": 1.0}
@@ -164,11 +164,11 @@ def make_marin(n_layer: int, n_head: int, weight_decay: float = 0.0) -> Preset:
 
 
 PRESETS = {
-    "nanochat-july26": Preset("karpathy/nanochat, July 2026", {**OLDER}, flags=make_flags(
+    "nanochat-july26": Preset("karpathy/nanochat, July 2026", {"key_offset": 0.0}, flags=make_flags(
         (scaling.MATRIX_LR, scaling.EMBEDDING_LR, scaling.UNEMBEDDING_LR, scaling.SCALAR_LR), scaling.WEIGHT_DECAY,
         (scaling.WARMUP_STEPS, scaling.WARMDOWN_RATIO, scaling.FINAL_LR_FRAC), "SSSL"), rule="july26"),
     "nanochat-jan26": Preset("karpathy/nanochat, January 2026", {
-        "window_fraction": 0.5, "rope_base": 10_000.0, **OLDER, "qk_scale": 1.0, "ve_gate_channels": 32,
+        "window_fraction": 0.5, "rope_base": 10_000.0, "key_offset": 0.0, "qk_scale": 1.0, "ve_gate_channels": 32,
         "ve_gate_scale": 2.0, "ve_gate_init": 0.0, "smear": False, "backout_layer": -1, "resid_init": (1.0, 1.0),
         "x0_init": (0.1, 0.1), "wte_std": 1.0, "fc_init": 1.0}, rule="jan26", flags=make_flags(
         (0.02, 0.3, 0.004, 0.5), 0.2, (0, 0.4, 0.0), "SSSL", total_batch_size=2**19, target_param_data_ratio=10.5)),

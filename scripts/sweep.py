@@ -29,7 +29,7 @@ import torch
 from nanochat.checkpoint_manager import get_run_dir, locked_run, read_latest
 from nanochat.choices import FREE_FLAGS
 from nanochat.common import UserError, file_lock, get_base_dir, get_worker_env, now, print0, run_script, write_json
-from nanochat.config import OLDER, GPTConfig, estimate_flops
+from nanochat.config import GPTConfig, estimate_flops
 from nanochat.presets import Preset
 from nanochat.report import RunFiles, read_json, read_run
 from nanochat.run import StopSignal
@@ -196,7 +196,7 @@ class Sweep:
     def __init__(self, folder: Path, points: list[Point], grid: dict[str, list[str]], args: argparse.Namespace):
         self.folder, self.points, self.args = folder, points, args
         self.info = {"name": args.name, "grid": grid, "flags": args.flags, "created": now(), "failed": {},
-                     "rule": Preset.rule, **{knob: getattr(GPTConfig, knob) for knob in OLDER},
+                     "rule": Preset.rule, "key_offset": GPTConfig.key_offset,
                      "points": [{"tag": point.tag, "flags": point.flags} for point in points]}
         self.load()
         if args.retry_failed:
@@ -214,7 +214,7 @@ class Sweep:
             return
         saved = read_json(self.folder / "sweep.json", SWEEP_KEYS)
         if saved["grid"] == self.info["grid"] and get_identity(saved["flags"]) == get_identity(self.info["flags"]):
-            older = {"rule", *OLDER} - saved.keys()
+            older = {"rule", "key_offset"} - saved.keys()
             # Those with a checkpoint go on as they began
             if older and any(read_latest(get_run_dir("base", point.tag)) is None for point in self.points):
                 raise UserError(f"the sweep {self.args.name} was begun when the model, or batch and rates of small "

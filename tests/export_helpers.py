@@ -11,10 +11,8 @@ PLAIN = make_preset_config("plain")
 PLAIN_CONFIGS = {"plain": PLAIN, "swiglu": replace(PLAIN, mlp_act="swiglu"),
                  "wide heads": replace(PLAIN, attn_dim=128, n_head=8), "no lambdas": replace(PLAIN, resid_init=None)}
 CONFIGS = {name: make_preset_config(name) for name in PRESETS} | PLAIN_CONFIGS | {
-    "short windows": replace(CONFIG, sequence_len=256), "offsets alone": replace(CONFIG, smear=False),
-    "MLP offset alone": replace(CONFIG, smear=False, key_offset=0.0, mlp_offset=0.25),
-    "smear alone": replace(CONFIG, key_offset=0.0, mlp_offset=0.0, sequence_len=256),
-    "whole keys": replace(CONFIG, key_offset=1.0),
+    "short windows": replace(CONFIG, sequence_len=256), "offset alone": replace(CONFIG, smear=False),
+    "smear alone": replace(CONFIG, key_offset=0.0, sequence_len=256), "whole keys": replace(CONFIG, key_offset=1.0),
     "long context": replace(CONFIG, sequence_len=640, window_fraction=1.0),
     "rows as of the vocabulary": replace(CONFIG, mlp_dim=320)}
 

@@ -87,7 +87,7 @@ def test_config_of_an_older_checkpoint_is_as_it_was():
     """Checkpoints hold JSON, where a tuple is a list; those of before the knobs hold the shape alone."""
     shape = {"sequence_len": 64, "vocab_size": 265, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 64,
              "window_pattern": "SSL"}
-    assert read_config(shape) == GPTConfig(**shape, key_offset=0.0, mlp_offset=0.0)    # later than the other knobs
+    assert read_config(shape) == GPTConfig(**shape, key_offset=0.0)    # later than the other knobs
     config = GPTConfig(**shape, resid_init=(1.0, 1.1))
     assert read_config(json.loads(json.dumps(asdict(config)))) == config
     assert read_config(shape | {"bigram_rows": 0}) == read_config(shape)    # a knob that was taken out, and off

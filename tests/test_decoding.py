@@ -326,7 +326,7 @@ class GeluMLP(MLP):
 class LayerNormBlock(Block):
     def forward(self, x, x0, lambdas, ve, cos_sin, kv_cache=None):
         x = lambdas[0] * x + lambdas[1] * x0
-        x = x + self.attn(F.layer_norm(x, x.shape[-1:]), ve, cos_sin, kv_cache)[0]
+        x = x + self.attn(F.layer_norm(x, x.shape[-1:]), ve, cos_sin, kv_cache)
         return x + self.mlp(F.layer_norm(x, x.shape[-1:]))
 
 

@@ -11,7 +11,7 @@ import torch
 from dev.bench_memory import join_phases, trace_step
 from nanochat.checkpoint_manager import find_checkpoint
 from nanochat.common import UserError
-from nanochat.config import OLDER, GPTConfig, count_params, estimate_flops
+from nanochat.config import GPTConfig, count_params, estimate_flops
 from nanochat.engine import Engine
 from nanochat.memory import Machine, predict_memory
 from nanochat.presets import KNOBS, PRESETS, find_preset, find_rule, format_knob, parse_knobs
@@ -106,8 +106,7 @@ def test_wrong_knobs_are_named(words, message):
 
 @pytest.mark.parametrize(("knobs", "message"), [
     ({"mlp_act": "gelu"}, "mlp_act=gelu is not one of relu2, swiglu"),
-    ({"key_offset": 1.5}, "key_offset=1.5 must be at most 1"),
-    ({"mlp_offset": 2.0}, "mlp_offset=2 must be at most 1"), ({"rope_fraction": 0.0}, "above 0 and at most 1"),
+    ({"key_offset": 1.5}, "key_offset=1.5 must be at most 1"), ({"rope_fraction": 0.0}, "above 0 and at most 1"),
     ({"backout_layer": 4}, "is no layer of 4"),
     ({"linear_init": "zero"}, "not one of uniform, normal"),
     ({"softcap": -5.0}, "a model's softcap can't be -5; it must be a finite number of at least 0"),
@@ -253,7 +252,7 @@ def test_a_run_from_before_the_rule_had_a_name_goes_on_by_july26(small):
 
     def make_older(meta):
         del meta["identity"]["rule"], meta["identity"]["plan"]["lr_batch_tokens"]
-        del meta["model_config"]["key_offset"], meta["model_config"]["mlp_offset"]
+        del meta["model_config"]["key_offset"]
     edit_meta(before["run_dir"], make_older)
     after = base_train.main(make_preset_argv("nanochat-july26", "before")[2:])
     assert_same_runs(after["run_dir"], whole["run_dir"])
@@ -261,25 +260,24 @@ def test_a_run_from_before_the_rule_had_a_name_goes_on_by_july26(small):
     assert sft["step"] == 2 and find_checkpoint("sft", "before").meta["identity"]["rule"] == "july26"
 
 
-@pytest.mark.parametrize("knob", OLDER)
-def test_a_run_from_before_a_knob_goes_on_without(small, capsys, knob):
-    argv = make_preset_argv("plain", f"without-{knob}")[2:]    # the default model
-    whole = base_train.main([*argv, "--knobs", f"{knob}=0"])
-    argv[1] = f"before-{knob}"
-    before = base_train.main([*argv, "--knobs", f"{knob}=0", "--stop-at", "2"])
-    edit_meta(before["run_dir"], lambda meta: meta["model_config"].pop(knob))
-    with pytest.raises(UserError, match=f"{knob}: saved 0.*, now 0.5"):
-        base_train.main([*argv, "--knobs", f"{knob}=0.5"])
+def test_a_run_from_before_the_key_offset_goes_on_without(small, capsys):
+    argv = make_preset_argv("plain", "without")[2:]    # the default model
+    whole = base_train.main([*argv, "--knobs", "key_offset=0"])
+    argv[1] = "from-before"
+    before = base_train.main([*argv, "--knobs", "key_offset=0", "--stop-at", "2"])
+    edit_meta(before["run_dir"], lambda meta: meta["model_config"].pop("key_offset"))
+    with pytest.raises(UserError, match="key_offset: saved 0.*, now 0.5"):
+        base_train.main([*argv, "--knobs", "key_offset=0.5"])
     for more in (["--stop-at", "3"], [], []):    # the first one saves it by its name, the last is finished
         capsys.readouterr()
         after = base_train.main([*argv, *more])
-        assert f"{knob}=0.0: as this run was begun\n" in capsys.readouterr().out
+        assert "key_offset=0.0: as this run was begun\n" in capsys.readouterr().out
     assert_same_runs(after["run_dir"], whole["run_dir"])
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_published_models_have_no_offsets(name):
-    assert PRESETS[name].knobs.items() >= OLDER.items()
+def test_published_models_have_no_key_offset(name):
+    assert PRESETS[name].knobs["key_offset"] == 0
 
 
 def test_a_batch_that_was_chosen_stays_on_other_ranks(small, monkeypatch):
