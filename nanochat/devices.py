@@ -306,7 +306,7 @@ def get_peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | No
     if device.type == "cpu":
         is_bf16 = dtype == torch.bfloat16
         size = 256 if is_bf16 and measure_bf16_gain() < 0.3 else 2048 if is_bf16 else 1024
-        return measure_matmul_rate(dtype, size), "measured matmul rate"
+        return float(f"{measure_matmul_rate(dtype, size):.3g}"), "measured matmul rate"
     if device.type in ("cuda", "xpu"):
         name = torch.get_device_module(device).get_device_name(device)
         if gpu := find_gpu(name):

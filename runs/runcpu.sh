@@ -2,14 +2,14 @@
 # The longer laptop run: the quickstart's chain with a deeper model, more text, SFT and RL.
 #
 # Hardware  2 CPU cores with bf16 units, 6 GB of memory
-# Time      about 45 minutes for the base model (13.8 M tokens at the 5,500 tokens/s of dev/bench_step.py) and 20 for the
+# Time      about 45 minutes for the base model (13.7 M tokens at the 5,500 tokens/s of dev/bench_step.py) and 20 for the
 #           chat stages, by estimate; three times that without bf16
 # Cost      nothing
 # Expect    not measured yet
 #
 # DEPTH, SEQ_LEN, VOCAB_SIZE, RATIO, DATA, NAME and EXTRA are those of runs/quickstart.sh.
-export DEPTH=${DEPTH:-6} RATIO=${RATIO:-1} NAME=${NAME:-runcpu}
-export MID_TASKS=${MID_TASKS:-Arithmetic:12000 SimpleSpelling:110000 SpellingBee:8000 Identity:1500:2 PythonDocs}
+export DEPTH=${DEPTH:-6} RATIO=${RATIO:-1.2} NAME=${NAME:-runcpu}
+export MID_TASKS=${MID_TASKS:-Arithmetic:12000 SimpleSpelling:60000 SpellingBee:20000 Identity:1500:3 PythonDocs}
 export MID_SECONDS=19    # of these, as the header has it, at depth 1
 export SFT_TASKS=${SFT_TASKS-Arithmetic:3000 SimpleSpelling:25000 SpellingBee:4000 Identity:1500:2 PythonDocs}
 export RL_TASKS=${RL_TASKS-SimpleSpelling:320}    # 16 questions a step

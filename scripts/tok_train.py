@@ -1,6 +1,6 @@
 """Train the tokenizer: a byte-level BPE vocabulary learned from text.
 
-python -m nanochat.dataset --source python-docs && python -m scripts.tok_train --vocab-size 8192
+python -m nanochat.dataset --source python-docs && python -m scripts.tok_train --vocab-size 2048
 python -m scripts.tok_train --data climbmix --max-chars 2000000000 --vocab-size 32768
 python -m scripts.tok_train --data hindi --split-pattern marks     Hindi, Thai, ...: combining marks stay in their words
 """
