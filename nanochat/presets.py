@@ -118,7 +118,9 @@ def choose_knobs(preset: str | None, words: Sequence[str], saved: dict | None) -
              if before is not None and knob not in knobs and before.get(knob, value) == value}
     if older:
         print0(" ".join(f"{knob}={format_knob(value)}" for knob, value in older.items()) + ": as this run was begun")
-    return knobs | older
+    if before is not None and before.get("backout_layer") is None:
+        older = {"backout_layer": None} | older    # of one or two layers the last, as at first
+    return older | knobs
 
 
 # ---------------------------------------------------------------------------------------------------------------------

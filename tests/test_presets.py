@@ -14,7 +14,7 @@ from nanochat.common import UserError
 from nanochat.config import GPTConfig, count_params, estimate_flops
 from nanochat.engine import Engine
 from nanochat.memory import Machine, predict_memory
-from nanochat.presets import KNOBS, PRESETS, find_preset, find_rule, format_knob, parse_knobs
+from nanochat.presets import KNOBS, PRESETS, choose_knobs, find_preset, find_rule, format_knob, parse_knobs
 from nanochat.rl import keep_matrices
 from nanochat.run import read_info
 from nanochat.scaling import make_plan
@@ -273,6 +273,14 @@ def test_a_run_from_before_the_key_offset_goes_on_without(small, capsys):
         after = base_train.main([*argv, *more])
         assert "key_offset=0.0: as this run was begun\n" in capsys.readouterr().out
     assert_same_runs(after["run_dir"], whole["run_dir"])
+
+
+def test_a_run_that_began_with_backout_of_the_last_layer_keeps_it():
+    saved = {"model_config": {"key_offset": 0.5, "backout_layer": None}}
+    assert choose_knobs(None, [], saved) == {"backout_layer": None}
+    assert choose_knobs(None, ["backout_layer=0"], saved) == {"backout_layer": 0}
+    assert choose_knobs(None, [], {"model_config": {"key_offset": 0.5, "backout_layer": 0}}) == {}
+    assert choose_knobs(None, [], None) == {}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -363,3 +363,11 @@ def test_horizon_of_experts_is_by_active_parameters():
     assert count_scaling_params(moe) == count_scaling_params(dense) + router
     assert count_scaling_params(moe, counts_all=True) == count_scaling_params(dense, counts_all=True) + router
     assert estimate_flops(moe) == estimate_flops(dense) + 6 * router
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 12])
+def test_backout_never_subtracts_the_last_layer(depth):
+    """The final norm would hide all of its factor but the sign, which then turns by chance."""
+    config = make_config(depth, vocab_size=256, sequence_len=64)
+    assert config.middle_layer == {1: None, 2: 0, 3: 1, 4: 2, 12: 6}[depth]
+    assert make_config(depth, vocab_size=256, sequence_len=64, backout_layer=None).middle_layer == depth // 2
