@@ -97,7 +97,7 @@ def make_config(depth: int, *, vocab_size: int, sequence_len: int, aspect_ratio:
     n_head = math.ceil(depth * aspect_ratio / head_dim)
     shape = {"n_layer": depth, "n_head": n_head, "n_kv_head": n_head, "n_embd": n_head * head_dim}
     if depth < 3:    # n_layer // 2 is the last: the final norm hides the factor, whose noise one day turns the sign
-        shape["backout_layer"] = depth - 2    # the first of two layers, none of one
+        shape["backout_layer"] = -1
     return GPTConfig(sequence_len=sequence_len, vocab_size=vocab_size, window_pattern=window_pattern, **shape | knobs)
 
 

@@ -279,7 +279,7 @@ def test_a_run_that_began_with_backout_of_the_last_layer_keeps_it():
     saved = {"model_config": {"key_offset": 0.5, "backout_layer": None}}
     assert choose_knobs(None, [], saved) == {"backout_layer": None}
     assert choose_knobs(None, ["backout_layer=0"], saved) == {"backout_layer": 0}
-    assert choose_knobs(None, [], {"model_config": {"key_offset": 0.5, "backout_layer": 0}}) == {}
+    assert choose_knobs(None, [], {"model_config": {"key_offset": 0.5, "backout_layer": -1}}) == {}
     assert choose_knobs(None, [], None) == {}
 
 
