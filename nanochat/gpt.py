@@ -4,7 +4,7 @@ B rows, T tokens, C = n_embd channels, H query heads, Hk key/value heads, D head
 
     x = norm(wte[ids]), smeared with the previous token; x0 = x
     for each layer: x = resid_lambda * x + x0_lambda * x0;  x += attn(norm(x));  x += mlp(norm(x))
-    x -= backout_lambda * (output of the middle layer)
+    x -= backout_lambda * (output of the middle layer)      from depth 3 on
     logits = softcap(lm_head(norm(x)))
 
 To change the model, change it here: decoding.py compiles or captures this code, memory and FLOPs are tested against it.
