@@ -222,6 +222,9 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
         f"{rows.predict(micro_rows, replace(machine, loss=loss)) / GIB:.2f} GiB with {loss}" for loss in LOSSES))
     if rows.config.num_experts:
         decide(decisions, "experts' products", *moe.describe_products(device, dtype))
+    if rows.config.middle_layer == rows.config.n_layer - 1:
+        decide(decisions, "backout", "of the last layer", "as this model was begun; where its factor passes 1 the sign "
+               "of the output turns, and what was learned is lost: a new model of one or two layers has no backout")
     # a CPU's measured peak is that of the whole process, with Python and all libraries
     loaded_bytes = devices.get_peak_memory_bytes(device) if device.type == "cpu" else 0
     is_one_trunk = "trunk" in (wanted.compile, kept.get("compile") if wanted.compile == "auto" else "")

@@ -79,6 +79,7 @@ def write_stage_section(name: str, title: str, run_dir: Path, info: dict, metric
     plan, params, results, source = info["plan"], info["params"], info["results"], info.get("source")
     inactive = params.get("inactive_experts", 0)
     active = {"active parameters": params["total"] - inactive} if inactive else {}
+    jumps = {"steps in which the loss jumped": results["num_jumps"]} if results.get("num_jumps") else {}
     begun = {"begun with": f"{source['stage']} {source['tag']}, step {source['step']}"} if source else {}
     write_section(name, {
         "title": title, "stage": info["stage"], "argv": info["argv"], "created": info["ended"],
@@ -87,7 +88,7 @@ def write_stage_section(name: str, title: str, run_dir: Path, info: dict, metric
         "values": {"parameters": params["total"], **active, "steps": results["step"], "tokens": results["tokens"],
                    "tokens per scaling parameter": plan["tokens_per_param"], "training FLOPs": plan["total_flops"],
                    "validation bits per byte": results.get("val_bpb"), "minutes": results["train_sec"] / 60,
-                   "peak memory in GiB": results["peak_memory_bytes"] / 2**30, **begun, **values}})
+                   "peak memory in GiB": results["peak_memory_bytes"] / 2**30, **jumps, **begun, **values}})
 
 
 def read_json(path: Path, keys: Sequence[str] = ()) -> dict:

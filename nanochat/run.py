@@ -190,6 +190,11 @@ class TakenStep:
     flops:      float | None = None   # where its rows are shorter than the context
 
 
+# How far a loss is above the running mean when it has jumped: in nats, and in root mean squares of its changes from
+# step to step. A fault that turned the model's sign made 1 to 2 nats; see dev/LOG.md, "A jump"
+JUMP_NATS, JUMP_CHANGES = 0.5, 4.0
+
+
 class Progress:
     """Smoothed loss, speed, memory and time of a run, and the console line that shows them.
 
@@ -200,19 +205,26 @@ class Progress:
     def __init__(self, plan: Plan, peak_flops: float | None, device: "torch.device", state: dict | None = None):
         self.plan, self.peak_flops, self.device = plan, peak_flops, device
         self.loss_ema, self.num_losses, self.elapsed_sec, self.num_skipped = 0.0, 0, 0.0, 0
+        self.last_loss, self.change_ema, self.num_jumps = None, 0.0, 0    # squared change of the loss in a step
+        self.peak = None    # [mean before it, what a jump exceeds] if the last loss may have been a jump
         vars(self).update(state or {})
         self.recent_sec: list[float] = []
         self.end_time = -math.inf   # when the last step's figures were there
 
     def get_state(self) -> dict:
         """The state that a continued run starts from."""
-        return {key: vars(self)[key] for key in ("loss_ema", "num_losses", "elapsed_sec", "num_skipped")}
+        return {key: vars(self)[key] for key in ("loss_ema", "num_losses", "elapsed_sec", "num_skipped", "last_loss",
+                                                 "change_ema", "num_jumps", "peak")}
 
     def update(self, stats: "StepStats", step_sec: float, flops: float | None = None) -> dict:
         """The values to log for a step; flops: those of the step, where its rows are shorter than the context."""
         if stats.skipped:
             self.num_skipped += 1
         else:
+            if self.last_loss is not None:
+                self.find_jump(stats.loss)
+                self.change_ema = 0.9 * self.change_ema + 0.1 * (stats.loss - self.last_loss)**2
+            self.last_loss = stats.loss
             self.num_losses += 1
             self.loss_ema = 0.9 * self.loss_ema + 0.1 * stats.loss
         self.elapsed_sec += step_sec
@@ -221,9 +233,20 @@ class Progress:
         values = asdict(stats)
         routing = values.pop("routing")
         return {**values, **routing, "loss_smooth": self.get_smooth_loss(), "num_skipped": self.num_skipped,
+                "num_jumps": self.num_jumps,
                 "step_ms": step_sec * 1e3, "tokens_per_sec": self.plan.batch_tokens / step_sec,
                 "mfu_pct": 100 * (flops / step_sec / self.peak_flops) if self.peak_flops else None,
                 "elapsed_sec": self.elapsed_sec, "peak_memory_bytes": devices.get_peak_memory_bytes(self.device)}
+
+    def find_jump(self, loss: float) -> None:
+        """Count a jump where this step's loss and the one before are far above those before them. One alone is odd text,
+        such as tables of another script: 0.75 nats in the quickstart with seed 43."""
+        if self.peak:
+            self.num_jumps, self.peak = self.num_jumps + (loss > self.peak[1]), None
+        elif self.num_losses >= 20:
+            mean = self.get_smooth_loss()
+            peak = [mean, mean + max(JUMP_NATS, JUMP_CHANGES * math.sqrt(self.change_ema))]
+            self.peak = peak if loss > peak[1] else None
 
     def measure_sec(self, begin_time: float) -> float:
         """Seconds of a step whose figures are there now: since it was begun, or since the end of the one before, where
@@ -279,9 +302,13 @@ class StepLog:
         if taken:
             stats = taken.stats.read()
             stats.check_finite(taken.step - 1)
+            before, jumps, peak = self.progress.last_loss, self.progress.num_jumps, self.progress.peak
             values = self.progress.update(stats, self.progress.measure_sec(taken.begin_time), taken.flops)
             values |= taken.values
             self.write(taken.step, values, self.progress.format_line(taken.step, values))
+            if self.progress.num_jumps > jumps:
+                print0(f"warning: the loss has jumped: {before:.3f} and {stats.loss:.3f} in the last two steps, "
+                       f"{peak[0]:.3f} before; if it stays there, what was learned is lost: --resume STEP goes back")
 
     def finish_after_error(self) -> None:
         """Log the last step though the one after it failed, if its figures are there soon. They never come where the

@@ -189,7 +189,8 @@ class Run:
         """Record the results of a run that came to its last step; returns run.json."""
         plan, flags, progress = self.setup.recipe.plan, self.setup.recipe.flags, self.progress
         own = {"train_loss": progress.get_smooth_loss(), "train_sec": progress.elapsed_sec, "step": step,
-               "tokens": step * plan.batch_tokens, "peak_memory_bytes": get_peak_memory_bytes(self.setup.device)}
+               "tokens": step * plan.batch_tokens, "peak_memory_bytes": get_peak_memory_bytes(self.setup.device),
+               "num_jumps": progress.num_jumps}
         self.log.update(results=own | results, wall_sec=time.perf_counter() - flags.start_time)
         self.log.close("finished" if step == plan.num_iterations else "stopped")
         return self.log.info

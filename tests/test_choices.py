@@ -77,6 +77,18 @@ def test_what_is_compiled_as_one_is_kept(asked, kept, saved, monkeypatch):
     assert chosen.to_json(4)["use_compile"] == saved and chosen.machine.is_compiled == bool(saved)
 
 
+@pytest.mark.parametrize(("depth", "layer", "is_told"), [
+    (2, None, True), (1, None, True), (2, -1, False), (2, 0, False), (3, None, False)])
+def test_backout_of_the_last_layer_is_told(depth, layer, is_told, monkeypatch, capsys):
+    """Of a model that was begun so: its sign may turn."""
+    monkeypatch.setattr("nanochat.choices.choose_backend", lambda *_, **__: ("sdpa", "asked for"))
+    monkeypatch.setattr("nanochat.choices.get_peak_flops", lambda *_: (1e12, "measured"))
+    config, decisions = make_config(depth, vocab_size=300, sequence_len=512, head_dim=64, backout_layer=layer), []
+    choose_how(Wanted("float32", compile="off"), StepRows(config, 512, 4), 1e9, torch.device("cpu"), decisions)
+    told = [decision["value"] for decision in decisions if decision["what"] == "backout"]
+    assert told == ["of the last layer"] * is_told == ["of the last layer"] * capsys.readouterr().out.count("backout: ")
+
+
 def test_prediction_of_a_run(monkeypatch):
     """Time where an MFU is known, or else why not; the report card compares it with what the run took."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")

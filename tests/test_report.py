@@ -190,6 +190,17 @@ def test_cost(base_dir, hardware, flags, cost, note):
     assert f"| cost | {cost} |" in text and note in text.replace("\\", "")
 
 
+@pytest.mark.parametrize(("figures", "shown"), [({"num_jumps": 2}, ["2"]), ({"num_jumps": 0}, []), ({}, [])])
+def test_jumps_of_the_loss_are_shown(figures, shown, base_dir):
+    """Where there are any; runs of before didn't count them."""
+    run_dir = base_dir / write_run(base_dir)
+    info = json.loads((run_dir / "run.json").read_text()) | {
+        "ended": "2026-11-21 13:00:00", "params": {"total": 10}, "plan": {"tokens_per_param": 1.0, "total_flops": 1e9},
+        "data": {}, "results": {"step": 9, "tokens": 90, "train_sec": 60.0, "peak_memory_bytes": 2**30, **figures}}
+    report.write_stage_section("base_train", "Base model: training", run_dir, info, metrics={}, values={})
+    assert re.findall(r"in which the loss jumped \| (\d+)", generate(base_dir)[0]) == shown
+
+
 def test_cost_of_several_machines_is_not_guessed(base_dir):
     for stage, gpu in (("base", "NVIDIA H100"), ("sft", "NVIDIA A100-SXM4-80GB")):
         write_run(base_dir, stage, environment={"hardware": {"gpu": gpu, "num_gpus": 1}})

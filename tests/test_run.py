@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import signal
 import sys
@@ -138,6 +139,53 @@ def test_progress_passes_over_skipped_steps_and_resumes():
     other = make_progress(json.loads(json.dumps(progress.get_state())))
     expected, actual = (p.update(StepStats(4.0, 1.0, 9, ""), 0.5) for p in (progress, other))
     assert actual == expected
+
+
+def make_losses(noise, num=200):
+    """A loss that falls from 7 to 2.5 with a tenth of noise, as a small model's does."""
+    generator = torch.Generator().manual_seed(3)
+    return [2.5 + 4.5 * math.exp(-step / 30) + noise * torch.randn((), generator=generator).item()
+            for step in range(num)]
+
+
+@pytest.mark.parametrize(("noise", "step", "rise", "count"), [
+    (0.1, None, 0.0, 0), (0.4, None, 0.0, 0), (0.0, None, 0.0, 0),    # noise alone, much of it, none
+    (0.1, 80, 1.2, 1), (0.1, 190, 0.8, 1), (0.02, 100, 0.8, 1),
+    (0.1, 80, 0.4, 0), (0.3, 80, 0.8, 0),                             # small; no more than the noise makes
+    (0.1, 10, 5.0, 0)])                                               # too early to know
+def test_a_loss_that_jumps_is_counted_once(noise, step, rise, count, tmp_path, capsys):
+    """Though it falls back slowly, as a model that learns anew."""
+    log, progress = RunLog(tmp_path, {}, Ranks()), make_progress()
+    steps = StepLog(log, progress, first_step=0, predicted_bytes=None)
+    for i, loss in enumerate(make_losses(noise)):
+        later = 0.0 if step is None or i < step else rise * math.exp(-(i - step) / 10)
+        steps.add(take_step(i + 1, None, loss=loss + later))
+    log.close("finished")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert progress.num_jumps == len(lines) == count == read_metrics(tmp_path)[-1]["num_jumps"]
+    assert all("the loss has jumped: " in line for line in lines)
+
+
+def test_one_step_of_odd_text_is_no_jump():
+    progress = make_progress()
+    for i, loss in enumerate(make_losses(0.1)):
+        progress.update(StepStats(loss + 1.5 * (i in (100, 150, 152)), 1.0, 9, ""), 0.5)
+    assert progress.num_jumps == 0
+
+
+def test_a_run_continued_before_a_jump_sees_it():
+    progress = make_progress()
+    for loss in make_losses(0.1, 100):
+        progress.update(StepStats(loss, 1.0, 9, ""), 0.5)
+    other = make_progress(json.loads(json.dumps(progress.get_state())))
+    older = make_progress({key: progress.get_state()[key] for key in ("loss_ema", "num_losses", "num_skipped")})
+    for one in (progress, other, older):
+        one.update(StepStats(4.0, 1.0, 9, ""), 0.5)
+    other = make_progress(json.loads(json.dumps(progress.get_state())))
+    for one in (progress, other, older):
+        one.update(StepStats(4.0, 1.0, 9, ""), 0.5)
+    assert progress.num_jumps == other.num_jumps == 1 and progress.get_state() == other.get_state()
+    assert older.num_jumps == 0    # of a checkpoint that knew no jumps: its first step has none before it
 
 
 def take_step(step, copied, loss=2.0):
