@@ -191,8 +191,9 @@ class TakenStep:
 
 
 # How far a loss is above the running mean when it has jumped: in nats, and in root mean squares of its changes from
-# step to step. A fault that turned the model's sign made 1 to 2 nats; see dev/LOG.md, "A jump"
-JUMP_NATS, JUMP_CHANGES = 0.5, 4.0
+# step to step, twice in a row; or in nats at once. A fault that turned the model's sign made 1 to 14 (dev/LOG.md, "A
+# loss that jumps"); odd text makes up to 1.3 in one step
+JUMP_NATS, JUMP_CHANGES, JUMP_NATS_AT_ONCE = 0.5, 4.0, 3.0
 
 
 class Progress:
@@ -206,7 +207,7 @@ class Progress:
         self.plan, self.peak_flops, self.device = plan, peak_flops, device
         self.loss_ema, self.num_losses, self.elapsed_sec, self.num_skipped = 0.0, 0, 0.0, 0
         self.last_loss, self.change_ema, self.num_jumps = None, 0.0, 0    # squared change of the loss in a step
-        self.peak = None    # [mean before it, what a jump exceeds] if the last loss may have been a jump
+        self.peak = None    # [mean before it, what a jump exceeds] where the last loss may be a jump's first
         vars(self).update(state or {})
         self.recent_sec: list[float] = []
         self.end_time = -math.inf   # when the last step's figures were there
@@ -239,14 +240,15 @@ class Progress:
                 "elapsed_sec": self.elapsed_sec, "peak_memory_bytes": devices.get_peak_memory_bytes(self.device)}
 
     def find_jump(self, loss: float) -> None:
-        """Count a jump where this step's loss and the one before are far above those before them. One alone is odd text,
-        such as tables of another script: 0.75 nats in the quickstart with seed 43."""
+        """Count a jump where this step's loss is very far above those before it, or this one and the last are far."""
+        mean = self.get_smooth_loss()
         if self.peak:
             self.num_jumps, self.peak = self.num_jumps + (loss > self.peak[1]), None
+        elif self.num_losses >= 20 and loss > mean + JUMP_NATS_AT_ONCE:
+            self.num_jumps += 1
         elif self.num_losses >= 20:
-            mean = self.get_smooth_loss()
-            peak = [mean, mean + max(JUMP_NATS, JUMP_CHANGES * math.sqrt(self.change_ema))]
-            self.peak = peak if loss > peak[1] else None
+            least = mean + max(JUMP_NATS, JUMP_CHANGES * math.sqrt(self.change_ema))
+            self.peak = [mean, least] if loss > least else None
 
     def measure_sec(self, begin_time: float) -> float:
         """Seconds of a step whose figures are there now: since it was begun, or since the end of the one before, where
@@ -257,6 +259,11 @@ class Progress:
     def get_smooth_loss(self) -> float:
         """The running mean of the loss, debiased by the number of losses in it."""
         return self.loss_ema / (1 - 0.9**self.num_losses) if self.num_losses else 0.0
+
+    def get_results(self) -> dict:
+        """What a finished run is known by, for run.json."""
+        return {"train_loss": self.get_smooth_loss(), "train_sec": self.elapsed_sec, "num_jumps": self.num_jumps,
+                "peak_memory_bytes": devices.get_peak_memory_bytes(self.device)}
 
     def estimate_left_min(self, step: int) -> float:
         """Minutes to the end of the plan, by the median of the last steps."""
@@ -302,13 +309,13 @@ class StepLog:
         if taken:
             stats = taken.stats.read()
             stats.check_finite(taken.step - 1)
-            before, jumps, peak = self.progress.last_loss, self.progress.num_jumps, self.progress.peak
+            jumps, before = self.progress.num_jumps, (self.progress.peak or [self.progress.get_smooth_loss()])[0]
             values = self.progress.update(stats, self.progress.measure_sec(taken.begin_time), taken.flops)
             values |= taken.values
             self.write(taken.step, values, self.progress.format_line(taken.step, values))
             if self.progress.num_jumps > jumps:
-                print0(f"warning: the loss has jumped: {before:.3f} and {stats.loss:.3f} in the last two steps, "
-                       f"{peak[0]:.3f} before; if it stays there, what was learned is lost: --resume STEP goes back")
+                print0(f"warning: the loss has jumped from {before:.3f} to {stats.loss:.3f}; where it stays so high, "
+                       "what was learned is lost, and --resume STEP goes back")
 
     def finish_after_error(self) -> None:
         """Log the last step though the one after it failed, if its figures are there soon. They never come where the

@@ -20,7 +20,7 @@ from nanochat.compilation import set_compile_kernels
 from nanochat.config import GPTConfig, describe_params, read_config
 from nanochat.cross_entropy import LossScaler
 from nanochat.dataloader import Groups, RowOrder, TrainLoader, ValidationBatches
-from nanochat.devices import get_environment, get_peak_memory_bytes
+from nanochat.devices import get_environment
 from nanochat.engine import Engine
 from nanochat.fp8 import use_fp8
 from nanochat.loss_eval import evaluate_loss
@@ -188,9 +188,7 @@ class Run:
     def finish(self, step: int, results: dict) -> dict:
         """Record the results of a run that came to its last step; returns run.json."""
         plan, flags, progress = self.setup.recipe.plan, self.setup.recipe.flags, self.progress
-        own = {"train_loss": progress.get_smooth_loss(), "train_sec": progress.elapsed_sec, "step": step,
-               "tokens": step * plan.batch_tokens, "peak_memory_bytes": get_peak_memory_bytes(self.setup.device),
-               "num_jumps": progress.num_jumps}
+        own = {**progress.get_results(), "step": step, "tokens": step * plan.batch_tokens}
         self.log.update(results=own | results, wall_sec=time.perf_counter() - flags.start_time)
         self.log.close("finished" if step == plan.num_iterations else "stopped")
         return self.log.info
