@@ -13,7 +13,8 @@ DEPTH=${DEPTH:-2}                        # layers
 SEQ_LEN=${SEQ_LEN:-512}                  # context in tokens
 VOCAB_SIZE=${VOCAB_SIZE:-2048}           # of 8,192 the head alone would be three quarters of a step
 RATIO=${RATIO:-10}                       # tokens of the base model per parameter of its matrices and head; deeper ones
-                                         # have more parameters: DEPTH=4 RATIO=1 takes 3 times as long (estimate)
+                                         # have more parameters: DEPTH=3 RATIO=1.75 takes 17 minutes, DEPTH=4 RATIO=1
+                                         # about as long (estimate)
 DATA=${DATA:-python-docs}                # a source of nanochat.dataset, or a data set that is there; with a network
                                          # climbmix (web pages, 0.2 GB) or tinystories (0.3 GB) teach English
 NUM_SHARDS=${NUM_SHARDS:-}               # training shards to download; empty: as many as the base model reads
