@@ -223,8 +223,9 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
     if rows.config.num_experts:
         decide(decisions, "experts' products", *moe.describe_products(device, dtype))
     if rows.config.middle_layer == rows.config.n_layer - 1:
-        decide(decisions, "backout", "of the last layer", "as this model was begun; where its factor passes 1 the sign "
-               "of the output turns, and what was learned is lost: a new model of one or two layers has no backout")
+        decide(decisions, "backout", "of the last layer", "where a step moves its factor past 1 the sign of the output "
+               "turns, and what was learned is lost; new models of one or two layers have none, as with "
+               "--knobs backout_layer=-1")
     # a CPU's measured peak is that of the whole process, with Python and all libraries
     loaded_bytes = devices.get_peak_memory_bytes(device) if device.type == "cpu" else 0
     is_one_trunk = "trunk" in (wanted.compile, kept.get("compile") if wanted.compile == "auto" else "")

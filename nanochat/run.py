@@ -190,10 +190,12 @@ class TakenStep:
     flops:      float | None = None   # where its rows are shorter than the context
 
 
-# How far a loss is above the running mean when it has jumped: in nats, and in root mean squares of its changes from
-# step to step, twice in a row; or in nats at once. A fault that turned the model's sign made 1 to 14 (dev/LOG.md, "A
-# loss that jumps"); odd text makes up to 1.3 in one step
-JUMP_NATS, JUMP_CHANGES, JUMP_NATS_AT_ONCE = 0.5, 4.0, 3.0
+# How far a loss is above the running mean when it has jumped, in nats and in root mean squares (RMS) of its changes
+# from step to step: twice in a row, or at once. A fault that turned the model's sign made 14 nats, 47 and 82 RMS; odd
+# text in healthy runs up to 11 (dev/LOG.md, "A loss that jumps")
+JUMP_NATS, JUMP_RMS = 0.5, 4.0
+JUMP_NATS_AT_ONCE, JUMP_RMS_AT_ONCE = 3.0, 16.0
+JUMP_STEPS = 20    # from which the mean and the changes are known
 
 
 class Progress:
@@ -206,16 +208,18 @@ class Progress:
     def __init__(self, plan: Plan, peak_flops: float | None, device: "torch.device", state: dict | None = None):
         self.plan, self.peak_flops, self.device = plan, peak_flops, device
         self.loss_ema, self.num_losses, self.elapsed_sec, self.num_skipped = 0.0, 0, 0.0, 0
-        self.last_loss, self.change_ema, self.num_jumps = None, 0.0, 0    # squared change of the loss in a step
-        self.peak = None    # [mean before it, what a jump exceeds] where the last loss may be a jump's first
+        # Squared changes of the loss from step to step, and their number; what the next loss is compared with, if the
+        # last one may have been a jump's first: [mean before it, bound]
+        self.last_loss, self.change_ema, self.num_changes, self.suspected, self.num_jumps = None, 0.0, 0, None, 0
         vars(self).update(state or {})
         self.recent_sec: list[float] = []
         self.end_time = -math.inf   # when the last step's figures were there
 
     def get_state(self) -> dict:
         """The state that a continued run starts from."""
-        return {key: vars(self)[key] for key in ("loss_ema", "num_losses", "elapsed_sec", "num_skipped", "last_loss",
-                                                 "change_ema", "num_jumps", "peak")}
+        return {key: vars(self)[key] for key in (
+            "loss_ema", "num_losses", "elapsed_sec", "num_skipped", "last_loss", "change_ema", "num_changes",
+            "suspected", "num_jumps")}
 
     def update(self, stats: "StepStats", step_sec: float, flops: float | None = None) -> dict:
         """The values to log for a step; flops: those of the step, where its rows are shorter than the context."""
@@ -223,7 +227,7 @@ class Progress:
             self.num_skipped += 1
         else:
             if self.last_loss is not None:
-                self.find_jump(stats.loss)
+                self.num_changes += 1
                 self.change_ema = 0.9 * self.change_ema + 0.1 * (stats.loss - self.last_loss)**2
             self.last_loss = stats.loss
             self.num_losses += 1
@@ -234,21 +238,27 @@ class Progress:
         values = asdict(stats)
         routing = values.pop("routing")
         return {**values, **routing, "loss_smooth": self.get_smooth_loss(), "num_skipped": self.num_skipped,
-                "num_jumps": self.num_jumps,
-                "step_ms": step_sec * 1e3, "tokens_per_sec": self.plan.batch_tokens / step_sec,
+                "num_jumps": self.num_jumps, "step_ms": step_sec * 1e3,
+                "tokens_per_sec": self.plan.batch_tokens / step_sec,
                 "mfu_pct": 100 * (flops / step_sec / self.peak_flops) if self.peak_flops else None,
                 "elapsed_sec": self.elapsed_sec, "peak_memory_bytes": devices.get_peak_memory_bytes(self.device)}
 
-    def find_jump(self, loss: float) -> None:
-        """Count a jump where this step's loss is very far above those before it, or this one and the last are far."""
-        mean = self.get_smooth_loss()
-        if self.peak:
-            self.num_jumps, self.peak = self.num_jumps + (loss > self.peak[1]), None
-        elif self.num_losses >= 20 and loss > mean + JUMP_NATS_AT_ONCE:
-            self.num_jumps += 1
-        elif self.num_losses >= 20:
-            least = mean + max(JUMP_NATS, JUMP_CHANGES * math.sqrt(self.change_ema))
-            self.peak = [mean, least] if loss > least else None
+    def find_jump(self, loss: float) -> float | None:
+        """The mean before a jump where this step's loss is one: very far above it at once, or far above it as the last
+        loss was. For the next step, before `update`. A jump's own change raises the bound for some 20 steps after it,
+        so that it counts once."""
+        mean, suspected, self.suspected = self.get_smooth_loss(), self.suspected, None
+        if suspected:
+            has_jumped, mean = loss > suspected[1], suspected[0]
+        elif self.num_changes < JUMP_STEPS:
+            return None
+        else:
+            rms = math.sqrt(self.change_ema / (1 - 0.9**self.num_changes))
+            has_jumped = loss > mean + max(JUMP_NATS_AT_ONCE, JUMP_RMS_AT_ONCE * rms)
+            bound = mean + max(JUMP_NATS, JUMP_RMS * rms)
+            self.suspected = [mean, bound] if loss > bound and not has_jumped else None
+        self.num_jumps += has_jumped
+        return mean if has_jumped else None
 
     def measure_sec(self, begin_time: float) -> float:
         """Seconds of a step whose figures are there now: since it was begun, or since the end of the one before, where
@@ -309,13 +319,14 @@ class StepLog:
         if taken:
             stats = taken.stats.read()
             stats.check_finite(taken.step - 1)
-            jumps, before = self.progress.num_jumps, (self.progress.peak or [self.progress.get_smooth_loss()])[0]
+            before = None if stats.skipped else self.progress.find_jump(stats.loss)
             values = self.progress.update(stats, self.progress.measure_sec(taken.begin_time), taken.flops)
             values |= taken.values
             self.write(taken.step, values, self.progress.format_line(taken.step, values))
-            if self.progress.num_jumps > jumps:
+            if before is not None:
                 print0(f"warning: the loss has jumped from {before:.3f} to {stats.loss:.3f}; where it stays so high, "
-                       "what was learned is lost, and --resume STEP goes back")
+                       "what was learned is lost. From a checkpoint before it, --resume STEP --allow-mismatch with a "
+                       "lower learning rate goes another way")
 
     def finish_after_error(self) -> None:
         """Log the last step though the one after it failed, if its figures are there soon. They never come where the

@@ -2,7 +2,7 @@
 # From nothing to a chat model of your own, with a report card: text -> tokenizer -> base -> mid -> chat.
 #
 # Hardware  2 CPU cores and 4 GB of memory, no GPU, no account, nothing downloaded but the Python packages
-# Time      measured 8 min 10 s on two cores with bf16 units (.41 TFLOP/s): set-up 56 s, text and tokenizer 32, base
+# Time      measured 8 min 10 s on two cores with bf16 units (.41 TFLOP/s): set-up 47 s, text and tokenizer 32, base
 #           model 4 min 24 s with compiling, midtraining 113 s. With AVX2 alone 20 min 43 s
 # Cost      none
 # Expect    1.181 bits per byte on held-out text (bigram bytes 3.758, unigram 4.739); of 300 held-out problems each:
@@ -33,11 +33,12 @@ RL_EXTRA=${RL_EXTRA:-}                   # more flags for chat_rl alone
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 refuse_steps
 
-# Seconds by the header; those of training grow about as the depth squared, the base model's with its tokens too
-size=$(( DEPTH * DEPTH ))
-begin_chain "$NAME" text 25 tokenizer 15 base $(( 50 + $(count_tokens) / 230 * size / 1000 )) loss 20 \
-    mid $(( ${MID_SECONDS:-16} * size )) ${SFT_TASKS:+sft $(( 6 * size ))} ${RL_TASKS:+rl $(( 2 * size ))} \
-    eval $(( 10 + 2 * size )) report 5
+# Seconds, as two slow cores with bf16 units took at depth 2 and 3; training's by the parameters of matrices and head
+thousands=$(( $(RATIO=1 count_tokens) / 1000 ))
+begin_chain "$NAME" text 25 tokenizer 10 base $(( 60 + $(count_tokens) / 1000 * thousands / 26000 )) \
+    loss $(( 15 + thousands / 220 )) mid $(( ${MID_SECONDS:-100} * (thousands + 250) / 900 )) \
+    ${SFT_TASKS:+sft $(( 40 * (thousands + 250) / 900 ))} ${RL_TASKS:+rl $(( 12 * (thousands + 250) / 900 ))} \
+    eval $(( 10 + thousands / 150 )) report 5
 stage text
 fetch_data "$DATA" --depth "$DEPTH" --max-seq-len "$SEQ_LEN" --vocab-size "$VOCAB_SIZE" \
     --target-param-data-ratio "$RATIO"

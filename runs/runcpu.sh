@@ -10,7 +10,7 @@
 # DEPTH, SEQ_LEN, VOCAB_SIZE, RATIO, DATA, NAME and EXTRA are those of runs/quickstart.sh.
 export DEPTH=${DEPTH:-6} RATIO=${RATIO:-1.2} NAME=${NAME:-runcpu}
 export MID_TASKS=${MID_TASKS:-Arithmetic:12000 SimpleSpelling:60000 SpellingBee:20000 Identity:1500:3 PythonDocs}
-export MID_SECONDS=19    # of these, as the header has it, at depth 1
+export MID_SECONDS=150    # of these at depth 2, by their number beside the quickstart's
 export SFT_TASKS=${SFT_TASKS-Arithmetic:3000 SimpleSpelling:25000 SpellingBee:4000 Identity:1500:2 PythonDocs}
 export RL_TASKS=${RL_TASKS-SimpleSpelling:320}    # 16 questions a step
 exec bash "$(dirname "${BASH_SOURCE[0]}")/quickstart.sh"
