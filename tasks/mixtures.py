@@ -10,13 +10,14 @@ from tasks.common import Task, TaskMixture
 from tasks.customjson import VAL_ONE_IN, CustomJSON, RowAccount
 
 # Each entry is NAME[:COUNT[:WEIGHT]], as --tasks takes them. 'mid' and 'sft' are those of the public record (January
-# 2026), 'sft-direct' that of SFT straight from the base model (July 2026); 'quickstart' needs no download.
+# 2026), 'sft-direct' that of SFT straight from the base model (July 2026); 'quickstart', that of runs/quickstart.sh,
+# needs no download.
 MIXTURES = {
     "mid":        ("SmolTalk", "MMLU", "GSM8K", "Identity:1000:2", "SimpleSpelling:200000", "SpellingBee:80000"),
     "sft":        ("ARC-Easy", "ARC-Challenge", "GSM8K", "SmolTalk:10000", "Identity:1000", "SimpleSpelling:300",
                    "SpellingBee:300"),
     "sft-direct": ("SmolTalk", "MMLU::3", "GSM8K::4", "Identity:1000:2", "SimpleSpelling:200000", "SpellingBee:80000"),
-    "quickstart": ("Identity:1500", "Arithmetic:6000", "SpellingBee:3000", "SimpleSpelling:4000", "PythonDocs"),
+    "quickstart": ("Arithmetic:8000", "SimpleSpelling:40000", "SpellingBee:16000", "Identity:1500:3", "PythonDocs"),
     "none":       (),   # a person's own conversations alone
 }
 GENERATED = ("SpellingBee", "SimpleSpelling", "Arithmetic", "Identity")   # of any size

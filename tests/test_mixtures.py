@@ -1,6 +1,8 @@
 """Mixtures: what a person may name, what is held out, and what is said where something is missing."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +36,11 @@ def test_every_mixture_names_tasks_that_exist():
         names = [parse_entry(entry)[0] for entry in entries]
         assert len(names) == len(set(names))
     assert {parse_entry(entry)[0] for entry in MIXTURES["quickstart"]} <= {*GENERATED, "PythonDocs"}
+
+
+def test_quickstart_by_hand_has_the_recipes_tasks():
+    recipe = (Path(__file__).parents[1] / "runs" / "quickstart.sh").read_text()
+    assert re.search(r"^MID_TASKS=\$\{MID_TASKS:-(.*)\}$", recipe, re.MULTILINE)[1].split() == [*MIXTURES["quickstart"]]
 
 
 def test_counts_weights_and_held_out_conversations(tmp_path):
