@@ -200,12 +200,12 @@ def test_skipped_steps_are_no_part_of_a_jump():
 def test_the_warning_says_from_where_and_to_what(tmp_path, capsys):
     log = RunLog(tmp_path, {}, Ranks())
     steps = StepLog(log, make_progress(), first_step=0, predicted_bytes=None)
-    for i, loss in enumerate([*[2.0, 2.2] * 20, 4.0, 3.5, 9.0]):
-        steps.add(take_step(i + 1, None, loss=loss))
+    for i, loss in enumerate([*[2.0, 2.2] * 20, 4.0, 0.0, 3.5, 9.0]):
+        steps.add(take_step(i + 1, None, loss=loss, skipped="" if loss else "no targets"))
     log.close("finished")
     lines = [line.partition(";")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert lines == ["warning: the loss has jumped from 2.105 to 3.500"]    # 9 is within the changes since
-    assert [line["num_jumps"] for line in read_metrics(tmp_path)][-4:] == [0, 0, 1, 1]
+    assert [line["num_jumps"] for line in read_metrics(tmp_path)][-4:] == [0, 0, 1, 1]    # not where the step was skipped
     assert steps.progress.get_results()["num_jumps"] == 1
 
 
@@ -225,9 +225,9 @@ def test_a_continued_run_sees_the_same_jumps(end):
     assert learn(older, make_losses(0.8)[-30:]) == []    # of before there was such a rule: it knows no changes yet
 
 
-def take_step(step, copied, loss=2.0):
+def take_step(step, copied, loss=2.0, skipped=""):
     """A step whose loss was scaled by 4."""
-    stats = PendingStats(torch.tensor((4 * loss, 0.5)), copied, 4.0, 9, "")
+    stats = PendingStats(torch.tensor((4 * loss, 0.5)), copied, 4.0, 9, skipped)
     return TakenStep(step, time.perf_counter(), stats, {"lr_frac": 1.0, "epoch": 0})
 
 
