@@ -2,8 +2,8 @@
 # From nothing to a chat model of your own, with a report card: text -> tokenizer -> base -> mid -> chat.
 #
 # Hardware  2 CPU cores and 4 GB of memory, no GPU, no account, nothing downloaded but the Python packages
-# Time      measured 8 min 10 s on two cores with bf16 units (.41 TFLOP/s): set-up 47 s, text and tokenizer 32, base
-#           model 4 min 24 s with compiling, midtraining 113 s. With AVX2 alone 20 min 43 s
+# Time      measured 7 min 40 s on two cores with bf16 units (.41 TFLOP/s): set-up 61 s, text and tokenizer 31, base
+#           model 4 min 4 s with compiling, midtraining 93 s. With AVX2 alone 20 min 43 s
 # Cost      none
 # Expect    1.181 bits per byte on held-out text (bigram bytes 3.758, unigram 4.739); of 300 held-out problems each:
 #           Arithmetic 100%, SimpleSpelling 95%, SpellingBee 98%, Identity 90%; with seed 43 1.184, 100, 93, 97, 78%
