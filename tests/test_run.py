@@ -188,7 +188,7 @@ def test_mixtures_of_easy_and_odd_rows_make_few_jumps():
     generator = torch.Generator().manual_seed(5)
     hard = torch.rand(3000, generator=generator) < 0.08
     losses = [3.0 + 2 * torch.rand((), generator=generator).item() if is_hard else 0.05 for is_hard in hard]
-    assert len(learn(make_progress(), losses)) < 10    # of 246 such steps; 199 are by 3 nats alone
+    assert len(learn(make_progress(), losses)) < 10    # of 246 such steps; 201 are by 3 nats alone
 
 
 def test_skipped_steps_are_no_part_of_a_jump():
