@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from dev.figures import COLORS, FAINT, add_out, make_panels, save_figure, styled
-from dev.timing import add_device_args, choose_device, print_rows, time_in_turn
-from nanochat.common import UserError, print0, run_script
+from dev.timing import choose_device, print_rows, time_in_turn
+from nanochat.common import UserError, add_compute_flags, print0, run_script
 from nanochat.flash_attention import flash_attn
 
 READ_BYTES = {"cpu": 2**28}    # of the tensor that is read to measure the rate; 2**30 on an accelerator
@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--cache-tokens", type=int, default=2048, help="tokens in each row's cache, the new one included")
     add("--prompt-tokens", type=int, default=512, help="tokens of the prompt that is prefilled, one row")
     add("--rounds", type=int, default=15)
-    add_device_args(parser)
+    add_compute_flags(parser)
     add_out(parser)
     return parser.parse_args(argv)
 

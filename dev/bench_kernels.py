@@ -48,8 +48,8 @@ from dev.kernel_ops import (
     run,
 )
 from dev.kernels import Registry
-from dev.timing import add_device_args, print_table, sample_in_turn, sample_on_cuda
-from nanochat.common import UserError, get_base_dir, is_out_of_memory, print0, run_script, write_json
+from dev.timing import print_table, sample_in_turn, sample_on_cuda
+from nanochat.common import UserError, add_compute_flags, get_base_dir, is_out_of_memory, print0, run_script, write_json
 from nanochat.compilation import choose_compile, set_compile_kernels
 from nanochat.devices import find_gpu, get_compute_dtype, get_environment, get_peak_flops, init_compute, synchronize
 from nanochat.scaling import make_config
@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--vocab-size", type=int, default=32768)
     add("--toy", action="store_true", help="toy sizes, to see that all of it works")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="variants by torch.compile")
-    add_device_args(parser)
+    add_compute_flags(parser)
     add("--out", type=Path, help="folder for kernels.json and pictures (default: kernels, in the base folder)")
     return parser.parse_args(argv)
 

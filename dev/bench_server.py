@@ -34,9 +34,9 @@ from urllib.parse import urlsplit
 import requests
 import torch
 
-from dev.timing import add_device_args, make_random_model, print_rows
+from dev.timing import make_random_model, print_rows
 from nanochat.checkpoint_manager import save_checkpoint
-from nanochat.common import UserError, run_script
+from nanochat.common import UserError, add_compute_flags, run_script
 from nanochat.scaling import make_config
 from nanochat.server_engines import compute_percentiles
 from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max-tokens", type=int, default=128, help="length of an answer")
     add("--workers", type=int, default=1, help="engine processes")
     add("--compile", action="store_true", help="as chat_web --compile")
-    add_device_args(parser)
+    add_compute_flags(parser)
     args = parser.parse_args(argv)
     if args.clients < 2:
         raise UserError("--clients must be 2 or more: one alone is measured anyway")
@@ -112,8 +112,8 @@ def main(argv: list[str] | None = None) -> dict:
 def start_server(args: argparse.Namespace, folder: str) -> Iterator[str]:
     """The address of scripts.chat_web, which serves the model in this base folder meanwhile."""
     command = ["env", f"NANOCHAT_BASE_DIR={folder}", sys.executable, "-m", "scripts.chat_web", "-i", "sft",
-               "-p", "0", "-d", args.dtype, "--workers", str(args.workers), "--max-rows", str(args.clients)]
-    command += ["--device-type", args.device_type] if args.device_type else []
+               "-p", "0", "-d", args.dtype, "--device-type", args.device_type, "--workers", str(args.workers),
+               "--max-rows", str(args.clients)]
     command += ["--compile"] if args.compile else []
     server = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
     try:

@@ -43,7 +43,7 @@ from dev.gpu_setup import (
     time_limit,
 )
 from dev.gpu_steps import check_backends, check_resume, check_saves, check_steps
-from nanochat.common import Ranks, UserError, exit_with, run_script
+from nanochat.common import Ranks, UserError, add_compute_flags, exit_with, run_script
 from nanochat.compilation import choose_compile, set_compile_kernels
 from nanochat.devices import get_compute_dtype, get_environment, init_compute
 from nanochat.flash_attention import choose_backend
@@ -76,8 +76,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--toy", "--tiny", dest="tiny", action="store_true", help="toy sizes")
     add("--data", help="a source or folder that nanochat.dataset made (default: synthetic tokens)")
     add("--tokenizer", default="default", help="name of the tokenizer for --data")
-    add("--device-type", default="", help="cuda, cpu, xpu (default: the best that is there)")
-    add("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
+    add_compute_flags(parser)
     add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: where it works, but not with --toy")
     args = parser.parse_args(argv)
     parts = [args.part] if args.part else list(PARTS)
@@ -97,7 +96,7 @@ def main(argv: list[str] | None = None) -> dict:
         print_results(results, path)
         return results
     device, _ = init_compute(args.device_type)
-    if device.type == "cpu" and not args.tiny and not args.device_type:
+    if device.type == "cpu" and not args.tiny and args.device_type == "auto":
         raise UserError("torch finds no GPU here, and a CPU takes hours at these sizes; --toy runs the same code there")
     args.out.mkdir(parents=True, exist_ok=True)
     setup, decisions = make_setup(args, device)

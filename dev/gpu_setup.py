@@ -117,10 +117,10 @@ class Setup:
     def make_batch(self, num_rows: int, step: int = 0) -> Batch:
         """The rows of a step, on the CPU as a loader gives them; after the last row the first follows."""
         index = (torch.arange(num_rows) + step * num_rows) % len(self.rows)
-        rows = self.rows[index]
+        parts = [part.contiguous() for part in (self.rows[index, :-1], self.rows[index, 1:])]
         if self.device.type == "cuda":
-            rows = rows.pin_memory()
-        return Batch(rows[:, :-1], rows[:, 1:], None)
+            parts = [part.pin_memory() for part in parts]
+        return Batch(*parts, None)
 
 
 def compile_tuned(model: GPT) -> None:

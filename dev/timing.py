@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from nanochat.common import write_json
+from nanochat.common import add_compute_flags, json_file, write_json
 from nanochat.compilation import set_compile_kernels
 from nanochat.devices import get_compute_dtype, init_compute, synchronize
 from nanochat.flash_attention import choose_backend
@@ -25,19 +25,13 @@ BUSY_CORES = 0.15  # cores that other processes may use during a measurement; on
 # The device and the model
 
 
-def add_device_args(parser: argparse.ArgumentParser) -> None:
-    """The flags that choose_device reads."""
-    parser.add_argument("--dtype", default="auto", help="auto, bfloat16, float16 or float32")
-    parser.add_argument("--device-type", default="", help="cuda, cpu, mps, xpu (default: the best there is)")
-
-
 def add_step_args(parser: argparse.ArgumentParser) -> None:
     """The flags that make_training and choose_device read, of the benchmarks of whole steps."""
     parser.add_argument("--max-seq-len", type=int, default=512, help="context in tokens")
     parser.add_argument("--rows", type=int, default=8, help="rows of a step")
     parser.add_argument("--compile", choices=("on", "off"), default="on")
-    parser.add_argument("--json", type=Path, help="file for the table, too")
-    add_device_args(parser)
+    parser.add_argument("--json", type=json_file, help="file for the table, too")
+    add_compute_flags(parser)
 
 
 def choose_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype, str]:

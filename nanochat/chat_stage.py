@@ -5,7 +5,6 @@ rates, and prints what it changes.
 """
 
 import argparse
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 
 from nanochat.checkpoint_manager import Checkpoint, find_saved, load_run_tokenizer
 from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, add_words_flag, count_rows
-from nanochat.common import Ranks, UserError, print0
+from nanochat.common import Ranks, print0
 from nanochat.config import estimate_flops, read_config
 from nanochat.dataloader import ConversationGroups, Epoch, ValidationBatches, count_epoch, validation_conversations
 from nanochat.optim import MuonAdamW
@@ -140,9 +139,6 @@ def make_recipe(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run
                 ranks: Ranks) -> tuple[ConversationGroups, Epoch, Recipe]:
     """The conversations, what an epoch of them is, and how they are learned from. Collective."""
     source, mixture = settings.source, settings.mixture
-    if not 0 < settings.init_lr_frac < math.inf or not 0 <= settings.warmdown_ratio <= 1:
-        raise UserError(f"--init-lr-frac {settings.init_lr_frac:g} must be above 0 and --warmdown-ratio "
-                        f"{settings.warmdown_ratio:g} from 0 to 1")
     saved, tokenizer = find_saved(stage.name, run_dir, flags.resume), load_run_tokenizer(source.meta)
     config, before = read_config(source.meta["model_config"]), source.meta["identity"]
     T = config.sequence_len

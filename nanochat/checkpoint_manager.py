@@ -34,6 +34,7 @@ from torch import Tensor
 from nanochat import common, devices
 from nanochat.common import Ranks, UserError, any_rank, gather, get_base_dir, get_ranks, print0
 from nanochat.config import GPTConfig, read_config
+from nanochat.flash_attention import choose_backend
 from nanochat.gpt import GPT
 from nanochat.tokenizer import get_tokenizer
 
@@ -46,7 +47,7 @@ FORMAT_VERSION = 1   # raised when an older nanochat couldn't read the files
 def get_run_dir(stage: str, tag: str) -> Path:
     """The folder of one run: $NANOCHAT_BASE_DIR/runs/<stage>/<tag>."""
     if not tag or Path(tag).name != tag or tag.startswith("."):
-        raise UserError(f"--model-tag {tag!r} must be a plain folder name, such as d12")
+        raise UserError(f"the tag {tag!r} must be a plain folder name, such as d12")
     return get_base_dir() / "runs" / stage / tag
 
 
@@ -227,7 +228,7 @@ def locked_run(run_dir: Path) -> Iterator[None]:
         with common.file_lock(run_dir).acquire(blocking=False) if is_first else contextlib.nullcontext():
             yield
     except filelock.Timeout:
-        raise UserError(f"another process trains in {run_dir}; wait for it, or use another --model-tag") from None
+        raise UserError(f"another process trains in {run_dir}; wait for it, or use another tag") from None
 
 
 def find_last_stage(tag: str | None) -> str:
@@ -314,11 +315,13 @@ def add_model_flags(parser: argparse.ArgumentParser, **stage) -> None:
 
 def load_for(stage: str | None, tag: str | None, step: int | None, dtype: str,
              device_type: str) -> tuple[GPT, object, dict, str]:
-    """load_model for the values of these flags and of common.add_compute_flags', with device and dtype in words."""
+    """load_model for the values of these flags and of common.add_compute_flags', with device, dtype and attention in
+    words. Collective."""
     device, _ = devices.init_compute(device_type)
     compute_dtype, reason = devices.get_compute_dtype(dtype, device)
     model, tokenizer, meta = load_model(stage or find_last_stage(tag), device, tag=tag, step=step, dtype=compute_dtype)
-    return model, tokenizer, meta, f"on {device} in {compute_dtype} ({reason})"
+    backend, _ = choose_backend(device, compute_dtype, model.config)
+    return model, tokenizer, meta, f"on {device} in {compute_dtype} ({reason}), attention {backend}"
 
 
 def load_weights(model: GPT, run_dir: Path, step: int) -> None:

@@ -3,6 +3,7 @@ compilation, fp8, micro-batch. Each choice is printed, recorded in run.json, and
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +38,16 @@ OUTCOME_FLAGS = {"data", "tokenizer", "preset", "depth", "aspect_ratio", "head_d
 LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")    # later stages take over the base run's
 
 
+# The least and the most of a flag's number, where a stage has it and it is given
+FINITE, POSITIVE = sys.float_info.max, math.ulp(0.0)
+FLAG_RANGES = (
+    dict.fromkeys(("eval_tokens", "stop_at", "core_metric_max_per_task", "max_new_tokens", "sample_rows",
+                   "eval_examples", "eval_samples"), (1, math.inf))
+    | dict.fromkeys((*LR_NAMES, "weight_decay", "warmup_steps"), (0, FINITE))
+    | dict.fromkeys(("warmdown_ratio", "final_lr_frac"), (0, 1))
+    | {"init_lr_frac": (POSITIVE, FINITE), "save_every_minutes": (0, math.inf), "seed": (0, 2**63 - 1)})
+
+
 def take_identity(flags: dict[str, object]) -> dict[str, object]:
     """The flags that resume compares by value."""
     return {name: value for name, value in flags.items() if name not in FREE_FLAGS | OUTCOME_FLAGS}
@@ -68,7 +79,8 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
     # machine
     common.add_compute_flags(parser)
     add("--compile", choices=("auto", "on", "trunk", "off"), default="auto",
-        help="on: each block; trunk: all blocks as one, which starts more slowly (default: %(default)s, off or on)")
+        help="on: each block; trunk: all blocks as one, which starts more slowly; auto: off or on, by the run's length "
+             "(default: %(default)s)")
     add("--attention", default="auto", help="auto, or one backend of nanochat.flash_attention")
     add("--fp8", choices=("auto", "on", "off"), default="auto",
         help="compute in 8 bits what reads normed activations, on NVIDIA GPUs of compute capability 8.9 or more (a CPU "
@@ -130,9 +142,13 @@ class StageFlags:
 def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[str] | None) -> StageFlags:
     """The parsed flags as values; numbers that mean nothing are refused."""
     given = vars(args)
-    for name, least in (("seed", 0), ("eval_tokens", 1), ("stop_at", 1)):
-        if given.get(name) is not None and given[name] < least:
-            raise UserError(f"--{name.replace('_', '-')} {given[name]} must be at least {least}")
+    for name, (least, most) in FLAG_RANGES.items():
+        value = given.get(name)
+        if value is not None and not least <= value <= most:    # nan is in no range
+            bounds = "above 0" if least == POSITIVE else f"at least {least}"
+            bounds += {math.inf: "", FINITE: " and finite"}.get(most, f" and at most {most}")
+            said = f"{value:g}" if isinstance(value, float) else value
+            raise UserError(f"--{name.replace('_', '-')} {said} must be {bounds}")
     return StageFlags(
         given, {name: parser.get_default(name) for name in given}, sys.argv if argv is None else argv,
         SaveRules(args.save_every, args.save_every_minutes, args.keep_last, args.keep_every),

@@ -49,6 +49,14 @@ int_or_never = functools.partial(int_or_word, word="never")    # steps between e
 int_or_all = functools.partial(int_or_word, word="all")        # the largest number of something
 
 
+def json_file(text: str) -> Path:
+    """The type of the flag --json of programs that measure: a fault is told before the minutes, not after them."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--json {path} must be a file in a folder that is there")
+    return path
+
+
 def add_compute_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of each script that computes with a model."""
     parser.add_argument("--device-type", default="auto", help="cuda, cpu, mps, xpu; auto: the best that is there")

@@ -16,7 +16,8 @@ ROPE_LENGTHS = 10             # of the rotary table, in contexts: chats may outg
 OLDER = {"key_offset": 0.0}   # knobs added later, by the value of the models saved before them
 GONE = {"bigram_rows": 0}     # knobs taken out, by the value of the models that can still be read
 # The least that a number of a model may be, where that isn't 0
-LEAST = {"backout_layer": -1, "rope_base": 1} | dict.fromkeys(("backout_init", "resid_init", "x0_init"), -math.inf)
+LEAST = {"vocab_size": 1, "backout_layer": -1, "rope_base": 1} | dict.fromkeys(
+    ("backout_init", "resid_init", "x0_init"), -math.inf)
 
 
 @dataclass(frozen=True)

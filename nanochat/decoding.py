@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nanochat.common import is_out_of_memory, print0
+from nanochat.common import get_first_line, is_out_of_memory, print0
 from nanochat.compilation import choose_compile, pause_collector
 from nanochat.gpt import GPT, Linear
 from nanochat.kv_cache import KVCache, add_unused_token
@@ -151,7 +151,7 @@ def can_pack(dtype: torch.dtype) -> bool:
             return True
         reason = "its results are wrong"
     except (RuntimeError, AttributeError) as error:  # no oneDNN in this build, or not for this CPU
-        reason = str(error).splitlines()[0][:100]
+        reason = get_first_line(error)[:100]
     print0(f"decoding with torch's own products: packed {dtype} weights don't work here ({reason})")
     return False
 

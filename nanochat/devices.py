@@ -74,6 +74,10 @@ def init_compute(device_type: str = "auto", deterministic: bool = False) -> tupl
     elif is_cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+        # On Hopper and Blackwell F.scaled_dot_product_attention takes cuDNN first, which makes a plan for each new
+        # shape, and each token decoded has one: .44 s each on a B200 (FunASR, issue 3704). On Blackwell it spoils
+        # generation with fewer than 8 key/value heads (pytorch, issue 193893)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if ranks.world_size > 1 and not dist.is_initialized():
         if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
             raise UserError(f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} not, where the ranks meet; "
@@ -286,6 +290,16 @@ CPU_MFU = 0.5    # compiled, of the measured matmul rate: 51-61% at depths 4 and
 def find_gpu(name: str) -> tuple[str, float, float] | None:
     """The line of GPUS for a device's name as its driver gives it, or as a person does."""
     return next((line for line in GPUS if re.search(rf"\b{line[0]}\b(?!.*laptop)", name.lower())), None)
+
+
+# Rent of one GPU, US dollars per hour: assumptions, rounded from list prices of 2026
+GPU_PRICES = (("b300", 6.0), ("b200", 5.0), ("h200", 3.5), ("h100", 3.0), ("a100", 1.8), ("l40s", 1.0), ("4090", 0.5),
+              ("t4", 0.35))
+
+
+def find_gpu_price(name: str) -> tuple[str, float] | None:
+    """The line of GPU_PRICES for a device's name; CPUs and all others have no price unless a person gives one."""
+    return next((line for line in GPU_PRICES if re.search(rf"\b{line[0]}\b", name.lower())), None)
 
 
 def expect_mfu(gpu: str, depth: int) -> tuple[float, str]:

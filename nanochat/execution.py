@@ -26,6 +26,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -253,6 +254,7 @@ OPERATORS = {
     ast.Div:  operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod:  operator.mod,
 }
 ODD_NUMBER = re.compile(r"[0-9]_|\b0[xXbBoO]")
+WARNINGS_LOCK = threading.Lock()    # tasks are read in threads
 THOUSANDS_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
 
@@ -271,7 +273,7 @@ def calculate(expression: str) -> str | None:
     if not set("'\"") & set(expression):  # a comma inside a string is a character to count
         expression = THOUSANDS_COMMA.sub("", expression)
     try:
-        with warnings.catch_warnings():
+        with WARNINGS_LOCK, warnings.catch_warnings():    # whose state is the whole process's
             warnings.simplefilter("ignore")  # the parser's, about text such as 1or 2
             tree = ast.parse(expression.strip(), mode="eval")
         value = _evaluate(tree.body, depth=0)

@@ -175,6 +175,9 @@ def probe_backend(name: str, device: torch.device, dtype: torch.dtype, config: G
                 error = ((a.float().cpu() - e).norm() / e.norm()).item()
                 if not error < PROBE_TOLERANCE:
                     return False, f"its {label} is off by {error:.2g} at window {window}"
+        if name in ("fa3", "fa2"):    # a compiled step traces them, by code of theirs that finds shapes alone
+            traced = torch.compile(_TRAIN_CALLS[name], backend="aot_eager", dynamic=False)
+            _run_probe(traced, values, device, dtype, window)
     except Exception as error:  # a probe's purpose is to find out what goes wrong, whatever it is
         return False, f"{type(error).__name__}: {get_first_line(error)[:200]}"
     return True, "agrees with fp32" + (f", {load_fa3()[1]}" if name == "fa3" else "")
@@ -300,7 +303,7 @@ def load_fa3() -> tuple[ModuleType | None, str]:
         return None, "needs an NVIDIA GPU"
     hub = f"{FA3_KERNEL} version {FA3_KERNEL_VERSION} of the kernels hub"
     reasons = []
-    for place, find in ((FA3_PACKAGE, lambda: importlib.import_module(FA3_PACKAGE)), (hub, _fetch_kernel)):
+    for place, find in ((FA3_PACKAGE, _import_package), (hub, _fetch_kernel)):
         try:
             module = find()
         except Exception as error:  # a broken library, a hub out of reach: each raises another type
@@ -312,6 +315,12 @@ def load_fa3() -> tuple[ModuleType | None, str]:
             return module, ", ".join([f"from {place}", *(f"since {reason}" for reason in reasons)])
         reasons.append(f"{place} has no {missing[0]}")
     return None, ", ".join(reasons)
+
+
+def _import_package() -> ModuleType:
+    if torch.cuda.get_device_capability()[0] not in (8, 9):    # it ends the process where a kernel doesn't start
+        raise UserError("is for Ampere and Hopper GPUs")
+    return importlib.import_module(FA3_PACKAGE)
 
 
 def _fetch_kernel() -> ModuleType:

@@ -39,7 +39,6 @@ from nanochat.loss_eval import (
     score_options,
 )
 
-PACKAGE = "lm_eval"
 MAX_GEN_TOKENS = 256      # of an answer, where a task doesn't say: the harness's own
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")    # the first counts
 CORE_PREFIX = "core_"     # of the tasks' names in the harness

@@ -29,11 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.common import print0, sum_over_ranks
+from nanochat.common import get_first_line, print0, sum_over_ranks
 from nanochat.config import GPTConfig
-from nanochat.memory import HISTOGRAM_BINS
+from nanochat.memory import HISTOGRAM_BINS as NUM_BINS  # of the histogram of r
 
-NUM_BINS = HISTOGRAM_BINS    # of the histogram of r
 FEW_ROWS = 64       # so many at most gather a matrix each where there are no grouped products, and need no buckets
 NATS = 1_000_000    # entropy is summed in whole millionths, since whole numbers add up alike in any order
 
@@ -182,7 +181,9 @@ def describe_products(device: torch.device, dtype: torch.dtype) -> tuple[str, st
     if prefers_few_shapes(torch.empty(FEW_ROWS + 1, 1, dtype=dtype, device=device)):
         return "bucketed", f"in {dtype} a CPU makes a kernel for each number of rows: experts have few numbers"
     reason = probe_grouped(device.type, dtype)
-    return ("padded", f"torch's grouped products don't serve: {reason}") if reason else ("grouped", "torch has them")
+    if reason:
+        return "padded", f"torch's grouped products don't serve: {reason}"
+    return "grouped", "torch has them" + (", on this GPU one after the other" if waits_for_counts(device) else "")
 
 
 def prefers_few_shapes(x: Tensor) -> bool:
@@ -235,9 +236,21 @@ def find_rows(ends: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def can_group(*operands: Tensor) -> bool:
-    """Whether torch's grouped product takes them: rows of a multiple of 16 bytes, and see probe_grouped."""
+    """Whether torch's grouped product takes them: rows of a multiple of 16 bytes, and see probe_grouped; few rows not
+    where it waits."""
+    if len(operands[0]) <= FEW_ROWS and waits_for_counts(operands[0].device):
+        return False
     is_aligned = all(t.size(-1) * t.element_size() % 16 == 0 for t in operands)
     return is_aligned and probe_grouped(operands[0].device.type, operands[0].dtype) == ""
+
+
+@functools.cache
+def waits_for_counts(device: torch.device) -> bool:
+    """Whether torch's grouped product reads the experts' counts on the host, which waits for the GPU and can't be
+    captured, and multiplies one by one: on all NVIDIA GPUs but those of compute capability 9 and 10 (torch's
+    GroupedBlas.cpp, 2.10 to 2.13)."""
+    is_nvidia = device.type == "cuda" and not torch.version.hip
+    return is_nvidia and torch.cuda.get_device_capability(device)[0] not in (9, 10)
 
 
 @functools.cache
@@ -257,7 +270,7 @@ def probe_grouped(device_type: str, dtype: torch.dtype) -> str:
             return ""
         reason = "its results are wrong"
     except (RuntimeError, AttributeError, ValueError) as error:
-        reason = (str(error).splitlines() or [""])[0][:100]
+        reason = get_first_line(error)[:100]
     if dtype != torch.float64:    # which nobody trains in
         print0(f"experts multiply one by one or in padded batches: grouped {dtype} products don't work here ({reason})")
     return reason

@@ -276,7 +276,8 @@ class MuonAdamW(torch.optim.Optimizer):
         lr, mu, beta2, decay = as_scalars([lr, group["momentum"], group["beta2"], group["weight_decay"]])
         if skips_idle:
             is_used = grad.flatten(1).abs().amax(1)[:, None, None] > 0    # (n, 1, 1)
-            lr, mu, beta2 = (torch.where(is_used, value.to(own), unmoved)
+            # filled on the GPU itself: to copy a number there waits for all that is queued
+            lr, mu, beta2 = (torch.where(is_used, own.new_full((), value.item()), unmoved)
                              for value, unmoved in ((lr, 0.0), (mu, 1.0), (beta2, 1.0)))
         muon_update(own, grad, momentum, second_moment, group["ns_steps"], self.matmul_dtype or own.dtype,
                     lr, mu, beta2, decay, group.get("rule", MuonRule()))

@@ -27,6 +27,7 @@ if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, 
     prepare_process()
 
 from nanochat.common import UserError, get_base_dir, get_ranks, print0, run_script, write_json
+from nanochat.devices import find_gpu_price
 from nanochat.ledger import build_leaderboard, find_fault, make_entry
 from nanochat.report_render import (
     Card,
@@ -49,10 +50,6 @@ STAGES = {"base": "BASE", "mid": "MID", "sft": "SFT", "rl": "RL"}  # in the orde
 SECTION_ORDER = ("tok_train", "tok_eval", "base_train", "base_loss", "base_eval", "mid", "chat_sft", "sft", "chat_rl",
                  "rl", "chat_eval", "lm_eval")
 MAX_EVAL_ROWS = 12    # in the table of a run's evaluations
-# Rent of one GPU, US dollars per hour: assumptions, rounded from list prices of 2026. CPUs and GPUs not listed here
-# have no price unless --price-per-hour gives one.
-GPU_PRICES = (("b300", 6.0), ("b200", 5.0), ("h200", 3.5), ("h100", 3.0), ("a100", 1.8), ("l40s", 1.0), ("4090", 0.5),
-              ("t4", 0.35))
 AUTHOR_FIELDS = ("name", "affiliation", "url")    # of an entry of the ledger
 REPO_DIR = Path(__file__).resolve().parents[1]
 
@@ -146,7 +143,7 @@ def read_run(run_dir: Path) -> RunFiles:
 def build_card(base_dir: Path, price_per_hour: float | None) -> Card:
     """The card of all sections and runs below `base_dir`.
 
-    price_per_hour: of the machine, US dollars; None takes GPU_PRICES for the runs' hardware
+    price_per_hour: of the machine, US dollars; None: as find_gpu_price has it for the runs' hardware
     """
     saved = {path.stem: read_json(path) for path in sorted((base_dir / "report").glob("*.json"))}
     runs = {path.parent.relative_to(base_dir).as_posix(): read_json(path)
@@ -315,9 +312,8 @@ def find_price(environments: list[dict], price_per_hour: float | None) -> tuple[
     if len(machines) != 1:
         return None, "give --price-per-hour, for " + ("several machines were used" if machines else "no run says where")
     gpu, num_gpus = machines.pop()
-    for key, price in GPU_PRICES if gpu else ():
-        if re.search(rf"\b{key}\b", str(gpu).lower()):
-            return price * num_gpus, f"assumed for {num_gpus} x {key} (another: --price-per-hour)"
+    if found := find_gpu_price(str(gpu)):
+        return found[1] * num_gpus, f"assumed for {num_gpus} x {found[0]} (another: --price-per-hour)"
     return None, f"give --price-per-hour, for no price is known for {gpu or 'a CPU'}"
 
 

@@ -2,7 +2,7 @@
 
     a step: Q questions x S answers, sampled by the model as it is, the calculator in the loop
       -> reward of each by its task -> advantage = reward - mean of the question's answers
-      -> PolicyBatch: target -1 on what the model didn't sample, weight = advantage -> train.train_step
+      -> PolicyBatch: target -1 on what the model didn't sample, weight = advantage -> train.take_step
 
 REINFORCE (Williams 1992) with the group's mean as baseline (GRPO, arXiv 2402.03300), as pared down since: no division
 by the group's standard deviation, which favours questions that are too easy or too hard, and none by an answer's own
@@ -228,6 +228,7 @@ class Rollouts:
     num_questions:   int     # of a step, all ranks together
     ranks:           Ranks
     length_multiple: int
+    longest_prompt:  int     # in tokens, of held-out questions as well, which the engine answers in evaluations
     num_tokens:      int = 0                               # that have been learned from
     stats:           dict = field(default_factory=dict)    # of the last step, all ranks together but for times
     sample:          dict = field(default_factory=dict)    # the first of its answers
@@ -249,8 +250,8 @@ class Rollouts:
         sequence from the start.
         """
         if self.engine is None:
-            longest = max(len(question.prompt) for question in self.questions) + self.sampling.max_new_tokens
-            self.engine = Engine(model, self.tokenizer, self.sampling.sample_rows, cache_tokens=longest)
+            self.engine = Engine(model, self.tokenizer, self.sampling.sample_rows,
+                                 cache_tokens=self.longest_prompt + self.sampling.max_new_tokens)
         else:
             self.engine.refresh(model)
         try:

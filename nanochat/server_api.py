@@ -371,14 +371,20 @@ class ChatFormat:
                 "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in prompts)}}
 
 
+def spell(token: dict) -> str:
+    """A token as a key: its text, or as OpenAI writes parts of a character, which would all look alike."""
+    is_text = bytes(token["bytes"]) == token["token"].encode("utf-8")
+    return token["token"] if is_text else "bytes:" + "".join(f"\\x{byte:02x}" for byte in token["bytes"])
+
+
 class TextFormat(ChatFormat):
     """An answer of POST /v1/completions."""
     id_prefix, name, chunk_name, first_delta = "cmpl-", "text_completion", "text_completion", None
 
     def format_choice(self, choice: Choice, delta: dict | None = None) -> dict:
-        columns = {"tokens": [token["token"] for token in choice.logprobs],
+        columns = {"tokens": [spell(token) for token in choice.logprobs],
                    "token_logprobs": [token["logprob"] for token in choice.logprobs],
-                   "top_logprobs": [{top["token"]: top["logprob"] for top in token["top_logprobs"]}
+                   "top_logprobs": [{spell(top): top["logprob"] for top in token["top_logprobs"]}
                                     for token in choice.logprobs], "text_offset": list(choice.offsets)}
         return {"index": choice.index, "text": choice.content if delta is None else delta.get("content", ""),
                 "logprobs": columns if self.with_logprobs else None,

@@ -39,6 +39,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, count_cpus, end_process
 from nanochat.devices import find_device_type, get_compute_dtype, init_compute
 from nanochat.engine import Engine, Event, Request
+from nanochat.flash_attention import choose_backend
 
 PULSE_SEC = 1.0               # between two heartbeats of an engine
 MAX_STEP_SEC = 300            # a longer step counts as endless and stops the heartbeat; assumption: prefilling 512
@@ -93,12 +94,13 @@ def run_process(worker_idx: int, settings: EngineSettings, connection: Connectio
             torch.set_num_threads(max(1, count_cpus() // settings.num_workers))
         dtype, reason = get_compute_dtype(settings.dtype, device)
         model, tokenizer, _ = load_model(settings.stage, device, tag=settings.tag, step=settings.step, dtype=dtype)
+        backend, _ = choose_backend(device, dtype, model.config)
         engine = Engine(model, tokenizer, max_rows=settings.max_rows, kept_rows=settings.max_rows,
                         compile=settings.compile)
     except UserError as error:
         connection.send(("failure", str(error)))
         return
-    run_engine(engine, connection, f"{device} in {str(dtype).removeprefix('torch.')} ({reason})")
+    run_engine(engine, connection, f"{device} in {str(dtype).removeprefix('torch.')} ({reason}), attention {backend}")
     end_process()  # Python's own exit takes seconds to tear torch down, and the server waits
 
 
@@ -277,6 +279,8 @@ class EngineWorker:
             self.failure = f"engine {self.worker_idx} can't be started ({error.strerror})"
             return
         self.failure = None
+        if self.pool.closed.is_set():    # since the engine was begun: nobody would tell it to end
+            self.process.kill()
         reader = threading.Thread(target=self._read, args=(connection,), name=f"reader-{self.worker_idx}", daemon=True)
         reader.start()
         silent_sec, num_seen = 0.0, self.num_messages

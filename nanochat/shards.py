@@ -22,6 +22,7 @@ from nanochat.common import (
     expand_home,
     file_lock,
     get_base_dir,
+    get_first_line,
     hash_file,
     print0,
     sync_folder,
@@ -172,7 +173,7 @@ def reading_parquet() -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise CorruptFile(f"not readable as parquet: {str(error).splitlines()[0]}") from None
+        raise CorruptFile(f"not readable as parquet: {get_first_line(error)}") from None
 
 
 @contextlib.contextmanager

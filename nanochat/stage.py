@@ -107,7 +107,7 @@ def prepare_run(recipe: Recipe, device: torch.device, ranks: Ranks) -> Setup | N
         decisions += compare_with_saved(saved | {"identity": identity}, meta, take_identity(flags.defaults), run_dir,
                                         flags.allow_mismatch)
         if first_step >= plan.num_iterations and read_info(run_dir).get("status") == "finished":
-            print0(f"the run in {run_dir} is finished; --resume none or another --model-tag starts a new one")
+            print0(f"the run in {run_dir} is finished; --resume none or another tag (later --out-tag) starts a new one")
             return None
     last_step = min(flags.stop_at or plan.num_iterations, plan.num_iterations)
     if last_step < first_step:
@@ -186,7 +186,8 @@ class Run:
         signal.end()
 
     def finish(self, step: int, results: dict) -> dict:
-        """Record the results of a run that came to its last step; returns run.json."""
+        """Record the results of a run that came to its last step, when that is on disk; returns run.json."""
+        self.saver.wait()
         plan, flags, progress = self.setup.recipe.plan, self.setup.recipe.flags, self.progress
         own = {**progress.get_results(), "step": step, "tokens": step * plan.batch_tokens}
         self.log.update(results=own | results, wall_sec=time.perf_counter() - flags.start_time)

@@ -2,9 +2,12 @@
 # The longer laptop run: the quickstart's chain with a deeper model, more text, SFT and RL.
 #
 # Hardware  2 CPU cores with bf16 units, 6 GB of memory
-# Time      about an hour, by estimate: 40 minutes for the base model (18.4 M tokens), 20 for the rest
+# Time      measured 52 min 16 s on two cores with bf16 units (.41 TFLOP/s): base model 38 min 7 s (18.4 M tokens),
+#           midtraining 7 min 48 s, SFT 2 min 42 s, RL 30 s; three times that without bf16, by estimate
 # Cost      nothing
-# Expect    not measured yet
+# Expect    0.944 bits per byte on held-out text; of 300 held-out problems each, after midtraining, SFT, RL: Arithmetic
+#           100, 100, 100%, SimpleSpelling 97, 98, 98%, SpellingBee 100, 100, 100%, Identity 85, 73, 79% (twelve
+#           questions in many wordings, so that one is 8 points)
 #
 # DEPTH, SEQ_LEN, VOCAB_SIZE, RATIO, DATA, NAME and EXTRA are those of runs/quickstart.sh.
 export DEPTH=${DEPTH:-4} RATIO=${RATIO:-5} NAME=${NAME:-runcpu}

@@ -85,10 +85,12 @@ def main(argv: list[str] | None = None) -> dict:
 
 def find_training_data(asked: str | None, trained_on: dict) -> ShardList:
     """The shards that the model was trained on; UserError for other shards of the same name."""
+    if trained_on["hash"] is None and not asked:
+        raise UserError("this model was imported, so nobody knows its data; name data to evaluate it on, with --data")
     folder = trained_on.get("folder", "")
     there = (Path(folder) / "manifest.json").is_file()
     shards = load_shards(asked or (folder if there else trained_on["name"]), train_files=trained_on.get("train_files"))
-    if trained_on["hash"] not in (None, shards.hash):    # None: an import, of which nobody knows
+    if trained_on["hash"] not in (None, shards.hash):
         raise UserError(f"the model was trained on data {trained_on['name']} {trained_on['hash']}, but {shards.name} "
                         f"in {shards.val.parent} is {shards.hash}; name the folder of the old data with --data")
     return shards

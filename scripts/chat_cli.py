@@ -19,7 +19,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nanochat.checkpoint_manager import add_model_flags, load_for
@@ -109,8 +109,10 @@ class ChatSession:
         self.turns: list[Turn] = []
         self.num_dropped = 0          # turns that were dropped from the last prompt
 
-    def ask(self, question: str, max_tokens: int, **fields_of_request) -> Iterator[Event]:
-        """The answer, token by token; closing it early keeps the tokens so far. UserError at the first event."""
+    def ask(self, question: str, max_tokens: int, is_cut: Callable[[], bool] = lambda: False,
+            **fields_of_request) -> Iterator[Event]:
+        """The answer, token by token, until it is cut; closing it early keeps the tokens so far, too. UserError at the
+        first event."""
         prompt, self.num_dropped = self.build_prompt(question, max_tokens)
         max_tokens = min(max_tokens, self.context_tokens - len(prompt))
         request_id = self.engine.submit(Request(prompt, max_tokens=max_tokens, **fields_of_request))
@@ -118,7 +120,7 @@ class ChatSession:
         turn, parts = self.turns[-1], []
         turn.answers, turn.tokens = [{"role": "assistant", "content": parts}], []
         try:
-            while self.engine.has_work():
+            while self.engine.has_work() and not is_cut():    # a long prompt is read in steps without events
                 for event in self.engine.step():
                     if event.token not in self.engine.end_tokens:
                         turn.tokens.append(event.token)
@@ -201,14 +203,6 @@ class CtrlC:
             raise KeyboardInterrupt
         self.was_pressed = True
 
-    def cut(self, events: Iterator[Event]) -> Iterator[Event]:
-        """The events up to Ctrl-C."""
-        self.was_pressed = False
-        for event in events:
-            yield event
-            if self.was_pressed:
-                return
-
 
 def read_messages(lines: Iterator[str | None], interactive: bool) -> Iterator[tuple[str, bool]]:
     """(message, whether it may be a command) per line; lines between quotes are one message, None discards it."""
@@ -272,8 +266,9 @@ def open_history() -> Iterator[None]:
 def show_answer(session: ChatSession, chat: dict, text: str, ctrl_c: CtrlC) -> None:
     """Print an answer as it is generated, up to its end or to Ctrl-C."""
     num_dropped = session.num_dropped
-    with contextlib.closing(session.ask(text, **chat)) as events:
-        for piece in format_answer(ctrl_c.cut(events), session.engine.chat_tokens, sys.stdout.isatty()):
+    ctrl_c.was_pressed = False
+    with contextlib.closing(session.ask(text, is_cut=lambda: ctrl_c.was_pressed, **chat)) as events:
+        for piece in format_answer(events, session.engine.chat_tokens, sys.stdout.isatty()):
             print(piece, end="", flush=True)
     print(flush=True)
     if session.num_dropped > num_dropped:

@@ -32,7 +32,6 @@ from nanochat.common import (
     run_script,
     write_json,
 )
-from nanochat.flash_attention import choose_backend
 from nanochat.report import write_section
 from tasks.catalog import CHATCORE_TASKS
 
@@ -63,9 +62,8 @@ def main(argv: list[str] | None = None) -> dict:
     check_task_names(args.task_name)
     settings = ChatSettings(args.num_samples, args.temperature, args.top_k, args.max_new_tokens)
     model, tokenizer, meta, place = load_for(args.source, args.model_tag, args.step, args.dtype, args.device_type)
-    backend, _ = choose_backend(model.get_device(), model.compute_dtype, model.config)
     run_dir, step = Path(meta["run_dir"]), meta["step"]
-    print0(f"{args.source} model {run_dir.name}, step {step}, {place}, attention {backend}")
+    print0(f"{args.source} model {run_dir.name}, step {step}, {place}")
 
     # Other weights or settings give other answers, so each combination has records of its own
     made_with = {"model": meta["files"][MODEL_NAME], "dtype": str(model.compute_dtype).removeprefix("torch."),

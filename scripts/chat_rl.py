@@ -10,7 +10,6 @@ command again continues a run that was stopped or killed. State: $NANOCHAT_BASE_
 """
 
 import argparse
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -81,14 +80,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     # Eager by default: each length of rows is compiled anew, and most of a step is sampling
     parser.set_defaults(compile="off")
     args = parser.parse_args(argv)
-    flags = read_flags(args, parser, argv)
-    for flag, value in (("--max-new-tokens", args.max_new_tokens), ("--sample-rows", args.sample_rows),
-                        ("--eval-examples", args.eval_examples), ("--eval-samples", args.eval_samples)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} {value} must be at least 1")
-    if not 0 < args.init_lr_frac < math.inf:
-        raise UserError(f"--init-lr-frac {args.init_lr_frac:g} must be above 0")
-    return args, flags
+    return args, read_flags(args, parser, argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -100,7 +92,7 @@ def main(argv: list[str] | None = None) -> dict:
         recipe, questions, held_out = make_recipe(args, flags, source, run_dir, device, ranks)
         setup = prepare_run(recipe, device, ranks)
         if setup:
-            rollouts = make_rollouts(args, setup, questions)
+            rollouts = make_rollouts(args, setup, questions, held_out)
             run = begin_run(setup, make_state(setup, keep_matrices), rollouts)
             print0(f"begun with {source.stage} {source.run_dir.name}, step {source.step}: its model and "
                    f"x{args.init_lr_frac:g} of its learning rates, falling to 0; only the blocks' matrices learn\n"
@@ -200,7 +192,7 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, source: Checkpoint,
                         "ranks")
     data = {"name": ", ".join(args.tasks), "hash": hash_conversations([q.conversation for q in questions]),
             "questions": len(questions)}
-    longest = max(len(question.prompt) for question in questions) + max_new_tokens - 1
+    longest = find_longest_prompt(questions) + max_new_tokens - 1
     sample_rows = args.sample_rows or (saved and saved.meta.get("sample_rows")) or \
         SAMPLE_ROWS.get(device.type, DEFAULT_SAMPLE_ROWS)
     return Recipe(
@@ -210,16 +202,24 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, source: Checkpoint,
         rows_per_step=args.examples_per_step * args.num_samples, lrs={name: before[name] for name in LR_NAMES},
         data=data, identity={"source": source.describe(), "data": data, "max_new_tokens": max_new_tokens},
         notes={"sample_rows": sample_rows},
-        beside_bytes=count_engine_bytes(config, sample_rows, longest + 1) if device.type == "cuda" else 0,
+        beside_bytes=0 if device.type != "cuda" else count_engine_bytes(
+            config, sample_rows, find_longest_prompt(questions + held_out) + max_new_tokens),
         rule=before.get("rule", "july26")), questions, held_out
 
 
-def make_rollouts(args: argparse.Namespace, setup: Setup, questions: list[Question]) -> Rollouts:
+def find_longest_prompt(questions: list[Question]) -> int:
+    """In tokens."""
+    return max(len(question.prompt) for question in questions)
+
+
+def make_rollouts(args: argparse.Namespace, setup: Setup, questions: list[Question],
+                  held_out: list[Question]) -> Rollouts:
     """What stands in for a loader: the model's own answers."""
     recipe = setup.recipe
     sampling = Sampling(args.num_samples, recipe.identity["max_new_tokens"], args.seed, recipe.notes["sample_rows"])
     return Rollouts(questions, recipe.tokenizer, sampling, args.examples_per_step, setup.ranks,
                     get_length_multiple(setup.device, setup.choices.machine.is_compiled),
+                    find_longest_prompt(questions + held_out),
                     **(recipe.get_saved("loader") or {}))
 
 

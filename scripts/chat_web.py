@@ -24,7 +24,13 @@ from pathlib import Path
 
 import uvicorn
 
-from nanochat.checkpoint_manager import add_model_flags, find_checkpoint, find_last_stage, load_run_tokenizer
+from nanochat.checkpoint_manager import (
+    add_model_flags,
+    find_checkpoint,
+    find_last_stage,
+    get_step_name,
+    load_run_tokenizer,
+)
 from nanochat.common import UserError, add_compute_flags, let_threads_spin, print0, run_script
 from nanochat.server import ServerSettings, log_line, make_app
 from nanochat.server_api import MAX_TEMPERATURE, MAX_TOP_K, Limits
@@ -104,8 +110,9 @@ def main(argv: list[str] | None = None) -> dict:
                         args.max_answer_tokens, args.max_choices)
         settings = ServerSettings(
             f"{stage}/{tag}", stage, found.meta["model_config"]["sequence_len"], args.temperature, args.top_k,
-            args.max_tokens, args.request_timeout, limits, created=int((found.run_dir / "latest").stat().st_mtime),
-            api_key=api_key, cors_origins=tuple(args.cors_origin), log_contents=args.log_contents,
+            args.max_tokens, args.request_timeout, limits,
+            created=int((found.run_dir / get_step_name(step)).stat().st_mtime), api_key=api_key,
+            cors_origins=tuple(args.cors_origin), log_contents=args.log_contents,
             hosts=(*LOCAL_HOSTS, url_host.lower()) if is_local and api_key is None else ())
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # ends the engines, too, even while they load
         hang_up = getattr(signal, "SIGHUP", None)              # not on Windows

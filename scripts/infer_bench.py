@@ -15,16 +15,16 @@ by one.
 import argparse
 import time
 from collections import deque
-from pathlib import Path
 from statistics import median, quantiles
 
 import torch
 
 from nanochat.checkpoint_manager import add_model_flags, build_model, load_model
-from nanochat.common import UserError, add_compute_flags, print0, run_script, write_json
+from nanochat.common import UserError, add_compute_flags, json_file, print0, run_script, write_json
 from nanochat.config import GPTConfig, count_params
 from nanochat.devices import get_compute_dtype, get_peak_flops, get_peak_memory_bytes, init_compute, synchronize
 from nanochat.engine import Engine, Request
+from nanochat.flash_attention import choose_backend
 from nanochat.gpt import GPT
 from nanochat.scaling import make_config
 
@@ -47,10 +47,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max-tokens", type=int, default=128, help="length of each answer")
     add("--compile", action="store_true", help="decode with a compiled step, on a CPU; compiling isn't timed")
     add("--compare-single", action="store_true", help="samples of one prompt, at once and one by one, too")
-    add("--json", help="write the figures here, too")
+    add("--json", type=json_file, help="write the figures here, too")
     args = parser.parse_args(argv)
     if min(args.rows) < 1 or args.prompt_tokens < 2 or args.max_tokens < 2:
         raise UserError("--rows must be at least 1, --prompt-tokens and --max-tokens at least 2")
+    if not args.source and (args.model_tag or args.step is not None):
+        raise UserError("-g and -s name a trained model, of a stage; add -i base, or the stage that it is of")
     return args
 
 
@@ -59,14 +61,15 @@ def main(argv: list[str] | None = None) -> dict:
     device, _ = init_compute(args.device_type)
     dtype, reason = get_compute_dtype(args.dtype, device)
     model, tokenizer = make_model(args, device, dtype)
+    backend, _ = choose_backend(device, dtype, model.config)
     if args.prompt_tokens + args.max_tokens > len(model.cos):
         raise UserError(f"--prompt-tokens {args.prompt_tokens} --max-tokens {args.max_tokens} exceed the "
                         f"{len(model.cos)} positions of this model")
     peak_flops, peak_source = get_peak_flops(device, dtype)
     machine = {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
                "read_bytes_per_sec": measure_read_rate(device), "peak_flops": peak_flops, "peak_source": peak_source}
-    print0(f"{device.type}, {machine['threads']} threads, {machine['dtype']} ({reason}); memory is read at "
-           f"{machine['read_bytes_per_sec'] / 1e9:.1f} GB/s"
+    print0(f"{device.type}, {machine['threads']} threads, {machine['dtype']} ({reason}), attention {backend}; memory "
+           f"is read at {machine['read_bytes_per_sec'] / 1e9:.1f} GB/s"
            + (f", {peak_source} {peak_flops / 1e12:.2f} TFLOP/s" if peak_flops else f"; {peak_source}"))
     print0(f"{'rows':>5}{'prefill tok/s':>15}{'of limit':>10}{'decode tok/s':>14}{'of limit':>10}{'first ms':>10}"
            f"{'token ms p50':>14}{'p95':>8}{'p99':>8}{'peak MiB':>10}")
@@ -81,7 +84,7 @@ def main(argv: list[str] | None = None) -> dict:
             print0(f"{num_rows} samples of one prompt at once are {ratio:.1f} times as fast as one by one")
     report = machine | {"model_config": vars(model.config), "results": results}
     if args.json:
-        write_json(Path(args.json), report)
+        write_json(args.json, report)
     return report
 
 

@@ -27,7 +27,6 @@ from nanochat.memory import GIB, Machine, Memory, get_usable_frac, rows_or_auto
 from nanochat.presets import add_plan_args, apply_preset, find_preset, find_rule, list_typed, parse_knobs
 from nanochat.scaling import FINAL_LR_FRAC, WARMDOWN_RATIO, WEIGHT_DECAY, Plan, make_config, make_plan
 
-DOLLARS_PER_GPU_HOUR = 3.0    # of an H100 on the market, $24 an hour for a node of eight
 CHARS_PER_TOKEN = 5           # of a 32K vocabulary; assumption, none was counted. Smaller vocabularies have fewer
 SPARE_DATA = 1.05             # shards for each one of the estimate, since text that runs out is repeated
 MAX_DEPTH = 64                # of the search for a budget
@@ -69,7 +68,7 @@ class Hardware:
     num_gpus:    int
     peak_flops:  float    # of one GPU, dense bf16
     memory_gib:  float    # of one GPU
-    dollars:     float    # per GPU and hour
+    dollars:     float | None    # per GPU and hour
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Estimate:
     mfu:            float
     mfu_source:     str
     hours:          float
-    dollars:        float
+    dollars:        float | None    # None: no price is known
     num_shards:     int
     network:        StepTime | None    # where a fabric is named
 
@@ -108,7 +107,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--fabric", help=f"adds what a network costs each step: {', '.join(FABRICS)}, or MICROSECONDS:MEGABYTES_PER_"
         "SECOND; between all GPUs, or between nodes in which NVLink connects them")
     add("--nodes", type=int, default=1, help="machines that the GPUs are in, as many in each (default: %(default)s)")
-    add("--price", type=float, default=DOLLARS_PER_GPU_HOUR, help="dollars per GPU hour (default: %(default)s)")
+    add("--price", type=float, help="dollars per GPU hour (default: as assumed for the GPU, where it has a price)")
     # model and horizon
     add_plan_args(parser)
     add("--vocab-size", type=int, default=32768, help="tokens of the tokenizer")
@@ -133,7 +132,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value not in (None, "auto") and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value:g} must be a positive number")
-    if not 0 <= args.price < math.inf:
+    if args.price is not None and not 0 <= args.price < math.inf:
         raise UserError(f"--price {args.price:g} must be dollars per GPU hour, 0 or more")
     if args.preset and (args.recipe or args.max_hours or args.max_cost):
         raise UserError("--preset says what to train: leave out --recipe and the budgets (--max-hours, --max-cost)")
@@ -195,8 +194,11 @@ def choose_hardware(args: argparse.Namespace) -> tuple[Hardware, Machine]:
         raise UserError(f"--gpu {args.gpu} is not in the table; add --tflops (dense bf16 TFLOP/s of one) and --gb (its "
                         f"memory), or choose one of {known}")
     name, peak_flops, memory_gib = gpu or (args.gpu.lower(), None, None)
+    price = devices.find_gpu_price(name) if args.price is None else (name, args.price)
+    if args.max_cost and price is None:
+        raise UserError(f"--max-cost needs --price, dollars per GPU hour, for no price is known for {name}")
     hardware = Hardware(name, args.nproc, args.tflops * 1e12 if args.tflops else peak_flops, args.gb or memory_gib,
-                        args.price)
+                        price and price[1])
     is_cpu, dtype, attention = name == "cpu", args.dtype, args.attention
     if dtype == "auto":
         dtype = "float16" if name in WITHOUT_BF16 else "bfloat16"
@@ -241,7 +243,7 @@ def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, machi
     hours += sum(network.exposed_sec.values()) * plan.num_iterations / 3600 if network else 0.0
     return Estimate(config, plan, fits, micro_rows, rows // micro_rows, predicted,
                     count_hardware_flops(config, plan, hardware.num_gpus, rule.has_muon), mfu, source, hours,
-                    hours * hardware.num_gpus * hardware.dollars,
+                    None if hardware.dollars is None else hours * hardware.num_gpus * hardware.dollars,
                     count_shards(plan.total_tokens, "climbmix"), network)
 
 
@@ -283,15 +285,16 @@ def find_deepest(args: argparse.Namespace, hardware: Hardware, machine: Machine)
         return estimate_run(args, MAX_DEPTH, hardware, machine)  # raises: no depth can take these flags
     max_hours, max_dollars = args.max_hours or math.inf, args.max_cost or math.inf
     within = [estimate for estimate in estimates
-              if estimate.fits and estimate.hours <= max_hours and estimate.dollars <= max_dollars]
+              if estimate.fits and estimate.hours <= max_hours and (estimate.dollars or 0.0) <= max_dollars]
     if within:
         return within[-1]
     shallowest = estimates[0]
     limits = [text.format(most) for text, most in (("{:g} hours", args.max_hours), ("${:g}", args.max_cost)) if most]
     raise UserError(f"no depth trains within {' and '.join(limits)} on {hardware.num_gpus} {hardware.name}: depth "
-                    f"{shallowest.config.n_layer} takes {format_hours(shallowest.hours)}, "
-                    f"{format_dollars(shallowest.dollars)} and {shallowest.memory.peak / GIB:.1f} GiB on each; allow "
-                    "more, or shorten the run with --target-param-data-ratio")
+                    f"{shallowest.config.n_layer} takes {format_hours(shallowest.hours)}"
+                    f"{'' if shallowest.dollars is None else ', ' + format_dollars(shallowest.dollars)} and "
+                    f"{shallowest.memory.peak / GIB:.1f} GiB on each; allow more, or shorten the run with "
+                    "--target-param-data-ratio")
 
 
 def count_active(config: GPTConfig) -> int:
@@ -365,7 +368,8 @@ def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine,
     for label, show in NETWORK_ROWS if estimates[0].network else ():
         add(label, lambda e, show=show: show(e.network))
     add("time", lambda e: format_hours(e.hours))
-    add(f"cost at ${hardware.dollars:g} per GPU hour", lambda e: format_dollars(e.dollars))
+    if hardware.dollars is not None:
+        add(f"cost at ${hardware.dollars:g} per GPU hour", lambda e: format_dollars(e.dollars))
     add_published("published time, on 8 H100 in fp8", lambda run: f"{run.minutes:.1f} min")
     add_published("published CORE", lambda run: f"{run.core:.4f}")
     print0(f"{hardware.num_gpus} x {hardware.name}, {hardware.peak_flops / 1e12:g} TFLOP/s and "

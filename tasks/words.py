@@ -7,6 +7,7 @@ Without a name the words depend on what earlier commands left on this machine. S
 data everywhere, with a network or without, names its dataset: `--words NAME` of the stages and of scripts.chat_eval.
 """
 
+import argparse
 import gzip
 import re
 import zlib
@@ -110,6 +111,7 @@ def check_list(path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     path = get_base_dir() / LIST_NAME
     with file_lock(path):
         if find_list() is None:

@@ -68,6 +68,13 @@ def test_what_was_stopped_stays():
         "<|bos|><|user_start|>slow<|user_end|><|assistant_start|>tick tick <|assistant_end|><|user_start|>So?")
 
 
+def test_a_prompt_that_is_read_in_steps_can_be_stopped():
+    session = make_session()
+    session.engine.step, steps = lambda: steps.append(1) or [], []
+    assert list(session.ask("Hi", max_tokens=9, is_cut=lambda: len(steps) == 3)) == [] and len(steps) == 3
+    assert not session.engine.has_work()
+
+
 def test_saved_conversations_are_training_data_and_can_be_loaded(tmp_path):
     session = make_session()
     session.system = "Be brief."

@@ -21,6 +21,7 @@ import pytest
 import requests
 
 from dev import bench_server
+from nanochat.checkpoint_manager import get_step_name
 from nanochat.common import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPTConfig
@@ -215,10 +216,12 @@ def test_flags_reach_the_server(base_dir, monkeypatch):
     monkeypatch.setattr(chat_web, "serve", lambda *_: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     limits = Limits(max_messages=1, max_message_chars=2, max_conversation_chars=3, max_answer_tokens=4, max_choices=5)
+    os.utime(base_dir / "runs" / "rl" / "toy" / get_step_name(3), (1000, 1000))    # the checkpoint's time
     argv = [word for name, value in vars(limits).items() for word in (f"--{name.replace('_', '-')}", str(value))]
     for host, hosts in (("127.0.0.2", {"127.0.0.1", "localhost", "[::1]", "127.0.0.2"}), ("0.0.0.0", set())):
         chat_web.main(["-i", "rl", "-p", "0", "-m", "3", "--host", host, *argv])
         assert served[-1].limits == limits and served[-1].max_tokens == 3 and set(served[-1].hosts) == hosts
+        assert served[-1].created == 1000
 
 
 def test_flags_reach_the_engine(base_dir, monkeypatch):

@@ -340,7 +340,7 @@ def test_most_recent_run_is_found():
 
 @pytest.mark.parametrize("tag", ["", ".", "..", "a/b", "/tmp", ".hidden", "d4/"])
 def test_tag_must_be_a_folder_name(tag):
-    with pytest.raises(UserError, match="--model-tag .* must be a plain folder name"):
+    with pytest.raises(UserError, match="the tag .* must be a plain folder name"):
         get_run_dir("base", tag)
 
 

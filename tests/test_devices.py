@@ -213,7 +213,7 @@ def test_environment_is_json_and_knows_this_machine(tmp_path):
 
 
 def test_ranks_on_gpus_have_both_backends(monkeypatch, tmp_path):
-    groups = []
+    groups, switches = [], []
     for name, value in (("NANOCHAT_BASE_DIR", str(tmp_path)), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(devices, "get_ranks", lambda: Ranks(1, 1, 2))
@@ -221,10 +221,12 @@ def test_ranks_on_gpus_have_both_backends(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(devices, "check_gpus", lambda device: None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switches.append)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: groups.append((backend, options)))
     devices.init_compute("cuda")
     (backend, options), = groups
     assert backend == "cpu:gloo,cuda:nccl" and options["device_id"] == torch.device("cuda", 1)
+    assert switches == [False]    # cuDNN's attention would plan anew for each token
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """The calculator: what it computes, and everything it must refuse in no time."""
 
+import ast
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -67,3 +70,21 @@ def test_result_is_short():
     # the longest that an integer and a float within the bounds can be
     for expression in (f"-{MAX_MAGNITUDE}", "-1/3e17", "-1e17/3"):
         assert len(calculate(expression)) <= 20
+
+
+def test_threads_leave_warnings_as_they_were(monkeypatch):
+    """Tasks are read in threads, and what Python hides of its warnings is the whole process's: interleaved, two calls
+    would hide all of them for good."""
+    parse, inside, most = ast.parse, [], []
+
+    def parse_slowly(*args, **kwargs):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.002)
+        inside.pop()
+        return parse(*args, **kwargs)
+    monkeypatch.setattr(ast, "parse", parse_slowly)
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(calculate, ["2 + 2"] * 40)) == {"4"}
+    assert max(most) == 1 and warnings.filters == before

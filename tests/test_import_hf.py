@@ -209,6 +209,8 @@ def test_training_goes_on(tmp_path_factory, monkeypatch, capsys):
     assert chat_cli.main([*chat, "-p", "1 + 2?", "--max-tokens", "4"])["num_tokens"] > 0
     result = chat_eval.main([*chat, "-a", "Arithmetic", "-x", "2", "-m", "8", "--words", "toy"])
     assert result["tasks"]["Arithmetic"]["num_problems"] == 2
+    with pytest.raises(UserError, match="was imported, so nobody knows its data; name data to .* --data"):
+        base_loss.main(["-g", "third", "--device-type", "cpu"])
     losses = base_loss.main(["-i", "base", "-g", "third", "--data", "toy", "--eval-tokens", "512", "--device-type",
                              "cpu", "--dtype", "float32"])
     assert 0 < losses["val_bpb"] < 9

@@ -401,6 +401,7 @@ def test_plan_for_a_budget_takes_the_deepest_that_meets_it():
     (["--max-cost", "0.0001"], "no depth trains within .0.0001 on 1 h100: depth 1 takes .* allow more, or shorten"),
     (["--max-hours", "1", "--gpu", "wonder", "--tflops", "100", "--gb", "0.1"], r"no depth .* and [\d.]+ GiB on each"),
     (["--depth", "4", "--max-cost", "5"], "--depth and a budget"),
+    (["--max-cost", "5", "--gpu", "cpu", "--tflops", "1", "--gb", "8"], "--max-cost needs --price, .* for cpu"),
     (["--recipe", "d22", "--vocab-size", "9"], "--recipe says what to train: leave out --vocab-size"),
     (["--recipe", "d22", "--max-cost", "5"], "--recipe and a budget"),
     (["--nproc", "3", "--total-batch-size", "1048576"],
@@ -421,7 +422,9 @@ def test_plan_refuses_in_one_sentence(argv, message):
 
 def test_plan_says_what_its_memory_was_compared_with(capsys):
     plan.main(["--depth", "4", "--gpu", "cpu", "--tflops", "1", "--gb", "8"])
-    assert "predicted, compared with tensors counted one by one; the process grows" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "predicted, compared with tensors counted one by one; the process grows" in told
+    assert "cost at" not in told    # nobody knows what a CPU costs
     plan.main(["--depth", "4"])
     assert "predicted, not yet compared with a GPU." in capsys.readouterr().out
 

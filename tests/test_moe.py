@@ -78,6 +78,25 @@ def test_expert_without_tokens_has_no_gradient():
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-11, atol=1e-11, msg=name)
 
 
+@pytest.mark.parametrize(("capability", "grouped"), [((8, 0), [128]), ((12, 0), [128]), ((9, 0), [8, 128])])
+def test_few_rows_are_not_grouped_where_that_waits_for_the_gpu(capability, grouped, monkeypatch):
+    """A decoding step could not be captured there; many rows, as of training, are grouped all the same."""
+    sizes = []
+
+    def group(x, weight, offs):
+        sizes.append(len(x))
+        return x.new_zeros(len(x), weight.size(2))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    waits = moe.waits_for_counts.__wrapped__(torch.device("cuda"))
+    monkeypatch.setattr(moe, "waits_for_counts", lambda device: waits)
+    monkeypatch.setattr(moe, "probe_grouped", lambda *_: "")
+    monkeypatch.setattr(moe.F, "grouped_mm", group, raising=False)
+    for num_rows in (8, 128):
+        moe.grouped_product(torch.ones(num_rows, 32), torch.ones(2, 32, 16), torch.tensor([3, num_rows]))
+    assert sizes == grouped
+    assert ("one after the other" in moe.describe_products(torch.device("cpu"), torch.float32)[1]) == waits
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_grouped_products_are_those_of_each_expert(dtype):
     """torch's own where this machine has them, with experts of no rows at either end and in the middle."""

@@ -291,10 +291,21 @@ def test_answers_of_the_engine(base_dir):
 def test_an_engine_keeps_no_cache_after_an_error(byte_tokenizer):
     """Such as memory that runs out, or an answer that a task can't grade."""
     question = Question("a", SimpleNamespace(reward=lambda *answer: 1 / 0), {}, [1, 2, 3])
-    rollouts = Rollouts([question], byte_tokenizer, Sampling(2, 4, seed=0, sample_rows=2), 1, Ranks(), 1)
+    rollouts = Rollouts([question], byte_tokenizer, Sampling(2, 4, seed=0, sample_rows=2), 1, Ranks(), 1, 9)
     with pytest.raises(ZeroDivisionError), rollouts.refreshed_engine(make_model()) as engine:
         write_answers(engine, [question], 2, 4, 1.0, seed=0)
     assert engine.cache is None and engine.rows == []
+    assert engine.cache_tokens == 9 + 4    # of the longest prompt, which may be a held-out one
+
+
+def test_the_engine_has_room_for_held_out_questions_too():
+    asked, held_out = ([Question("a", None, {}, [1] * length) for length in lengths] for lengths in ((3, 5), (8, 2)))
+    recipe = SimpleNamespace(identity={"max_new_tokens": 4}, notes={"sample_rows": 2}, tokenizer=None,
+                             get_saved=lambda name: None)
+    setup = SimpleNamespace(recipe=recipe, ranks=Ranks(), device=torch.device("cpu"),
+                            choices=SimpleNamespace(machine=SimpleNamespace(is_compiled=False)))
+    args = SimpleNamespace(num_samples=2, seed=0, examples_per_step=1)
+    assert chat_rl.make_rollouts(args, setup, asked, held_out).longest_prompt == 8
 
 
 def test_long_questions_are_left_out(byte_tokenizer):
@@ -397,7 +408,7 @@ def test_reward_rises(base_dir):
     optimizer = keep_matrices(model.setup_optimizer(weight_decay=0.0))
     questions = make_questions({"Vowels": Vowels()}, tokenizer, 99)
     sampling = Sampling(num_samples=16, max_new_tokens=6, seed=42, sample_rows=64)
-    rollouts = Rollouts(questions[:20], tokenizer, sampling, 4, Ranks(), length_multiple=16)
+    rollouts = Rollouts(questions[:20], tokenizer, sampling, 4, Ranks(), length_multiple=16, longest_prompt=99)
     rewards, entropies = [], []
     for step in range(22):
         set_schedules(optimizer, step, 44, init_lr_frac=1.0, warmdown_ratio=1.0)

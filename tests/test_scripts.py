@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import gc
 import json
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import choices, dataset, report
+from nanochat import checkpoint_manager, choices, dataset, report
 from nanochat import train as training
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, count_cpus
@@ -148,7 +149,7 @@ def test_base_loss_refuses_other_data_of_the_same_name(base_dir, whole):
 
 def test_finished_run_says_so(whole, capsys):
     assert train("whole") == whole
-    assert "is finished; --resume none or another --model-tag starts a new one" in capsys.readouterr().out
+    assert "is finished; --resume none or another tag (later --out-tag) starts a new one" in capsys.readouterr().out
 
 
 def test_resume_none_keeps_the_old_run(base_dir):
@@ -331,6 +332,17 @@ def test_out_of_memory_twice_saves_and_stops(base_dir):
     assert_same_runs(result["run_dir"], train("like_it", "--device-batch-size", "4")["run_dir"])
 
 
+def test_a_run_whose_last_save_fails_has_not_finished(base_dir, monkeypatch):
+    """Else a later stage would begin with an older step without a word."""
+    def fail(run_dir, step, meta):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(checkpoint_manager, "publish", fail)
+    with pytest.raises(OSError, match="No space left"):
+        train("full", "--save-every", "never")
+    info = read_info(base_dir / "runs" / "base" / "full")
+    assert info["status"] == "failed" and "No space left" in info["reason"] and "results" not in info
+
+
 def test_out_of_memory_with_one_row_stops(base_dir):
     with out_of_memory_at(5), pytest.raises(UserError, match="--device-batch-size 1: .*; train a smaller model or"):
         train("one_row", "--device-batch-size", "1", "--resume", "none")
@@ -429,14 +441,23 @@ def test_differing_plan_is_told_by_its_numbers(whole):
     (["--head-dim", "15"],                     "--head-dim 15 "),
     (["--max-seq-len", "0"],                   "--max-seq-len 0"),
     (["--num-iterations", "0"],                "--num-iterations 0 must be at least 1"),
-    (["--model-tag", "a/b"],                   "--model-tag 'a/b' must be a plain folder name"),
+    (["--model-tag", "a/b"],                   "the tag 'a/b' must be a plain folder name"),
     (["--resume", "5"],                        "there is no checkpoint of step 5"),
     (["--dtype", "int8"],                      "--dtype int8 is not one of"),
     (["--device-type", "quantum"],             "--device-type quantum can't be used here"),
     (["--attention", "magic"],                 "--attention magic is not one of"),
     (["--packing", "stream", "--long-docs", "crop"], "--packing stream doesn't go with --long-docs crop"),
-    (["--seed", "-1"],                         "--seed -1"),
-    (["--eval-tokens", "-5"],                  "--eval-tokens -5"),
+    (["--seed", "-1"],                         "--seed -1 must be at least 0"),
+    (["--seed", str(2**64)],                   f"--seed {2**64} must be at least 0 and at most {2**63 - 1}"),
+    (["--eval-tokens", "-5"],                  "--eval-tokens -5 must be at least 1"),
+    (["--matrix-lr", "-0.02"],                 "--matrix-lr -0.02 must be at least 0 and finite"),
+    (["--embedding-lr", "inf"],                "--embedding-lr inf must be at least 0 and finite"),
+    (["--weight-decay", "nan"],                "--weight-decay nan must be at least 0"),
+    (["--warmdown-ratio", "nan"],              "--warmdown-ratio nan must be at least 0 and at most 1"),
+    (["--final-lr-frac", "1.5"],               "--final-lr-frac 1.5 must be at least 0 and at most 1"),
+    (["--warmup-steps", "-3"],                 "--warmup-steps -3 must be at least 0"),
+    (["--save-every-minutes", "-1"],           "--save-every-minutes -1 must be at least 0"),
+    (["--core-metric-max-per-task", "0"],      "--core-metric-max-per-task 0 must be at least 1"),
     (["--seq-len-warmup", "16"],               "--seq-len-warmup 16 must be START:STEPS"),
     (["--seq-len-warmup", "48:5"],             "START must be the context of 64 tokens halved once or more, 32, 16"),
     (["--seq-len-warmup", "16:21"],            "--seq-len-warmup 16:21 is longer than the run of 20 steps"),

@@ -198,6 +198,15 @@ def test_logprobs(client):
             for offset in choice["logprobs"]["text_offset"]] == list(range(12))
 
 
+def test_parts_of_a_character_have_a_name_each(client, engine):
+    """They all decode to the same character, so a dictionary by text would hold one of them."""
+    engine.script = "日".encode()
+    found = client.post(TEXT, json={"prompt": "x", "logprobs": 5}).json()["choices"][0]["logprobs"]
+    assert found["tokens"] == ["bytes:\\xe6", "bytes:\\x97", "bytes:\\xa5"]
+    for token, logprob, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
+        assert len(top) == 5 and top[token] == logprob == pytest.approx(0, abs=1e-3)
+
+
 def test_tool_calls_are_shown_apart(client, engine):
     engine.script = [*b"It is ", PYTHON_START, *b"34*27", PYTHON_END, *b"918!"]
     body = {"messages": QUESTION, "max_tokens": 40}

@@ -198,3 +198,22 @@ def test_hung_engine_is_replaced(tmp_path, monkeypatch):
     pool.close()
     assert [line for line in lines if line["event"] == "engine_lost"] == [
         {"event": "engine_lost", "worker": 0, "failure": "no sign of life for 5 s", "exit_code": -signal.SIGKILL}]
+
+
+def test_an_engine_that_starts_while_the_pool_closes_is_killed():
+    """Nobody would tell it to end: the pool knew only the one before it."""
+    ours, theirs = multiprocessing.Pipe()
+    killed = []
+
+    def kill():
+        killed.append(True)
+        theirs.close()
+
+    def start_engine(worker_idx):
+        pool.closed.set()
+        return ours, SimpleNamespace(kill=kill, join=lambda timeout: None)
+    pool = EnginePool(start_engine, 1, 1, 8, lambda **_: None)
+    thread = threading.Thread(target=pool.workers[0]._run_engine, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert killed and not thread.is_alive()

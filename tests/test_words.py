@@ -110,3 +110,11 @@ def test_damaged_list(offline_base):
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"{path} .*delete it"):
             load_words()
+
+
+def test_flags_are_read_before_anything_is_downloaded(monkeypatch):
+    monkeypatch.setattr(words_module, "download_all", lambda *_: pytest.fail("downloads"))
+    for argv, code in ((["--help"], 0), (["--nmae", "mine"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            words_module.main(argv)
+        assert ended.value.code == code
