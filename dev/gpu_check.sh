@@ -12,6 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=python3
 if [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
 export PYTHONUNBUFFERED=1
+export CUBLAS_WORKSPACE_CONFIG=${CUBLAS_WORKSPACE_CONFIG:-:4096:8}    # read once; a resumed run is compared bit for bit
 
 missing=$("$python" -c 'import importlib.util as util
 print(*[name for name in ("torch", "filelock", "safetensors", "tiktoken") if util.find_spec(name) is None])')

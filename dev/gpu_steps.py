@@ -1,7 +1,6 @@
 """Whole training steps on this device: speed, memory, time by phase and kernel, exact resume, cost of a save."""
 
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -377,7 +376,6 @@ def deterministic(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)    # with warn_only attention would only warn, and not repeat
     try:
         with forced_backend("sdpa"):

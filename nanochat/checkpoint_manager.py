@@ -34,7 +34,7 @@ from torch import Tensor
 from nanochat import common, devices
 from nanochat.common import Ranks, UserError, any_rank, gather, get_base_dir, get_ranks, print0
 from nanochat.config import GPTConfig, read_config
-from nanochat.flash_attention import choose_backend
+from nanochat.flash_attention import choose_for_inference
 from nanochat.gpt import GPT
 from nanochat.tokenizer import get_tokenizer
 
@@ -320,7 +320,7 @@ def load_for(stage: str | None, tag: str | None, step: int | None, dtype: str,
     device, _ = devices.init_compute(device_type)
     compute_dtype, reason = devices.get_compute_dtype(dtype, device)
     model, tokenizer, meta = load_model(stage or find_last_stage(tag), device, tag=tag, step=step, dtype=compute_dtype)
-    backend, _ = choose_backend(device, compute_dtype, model.config)
+    backend = choose_for_inference(device, compute_dtype, model.config)
     return model, tokenizer, meta, f"on {device} in {compute_dtype} ({reason}), attention {backend}"
 
 

@@ -43,9 +43,10 @@ FINITE, POSITIVE = sys.float_info.max, math.ulp(0.0)
 FLAG_RANGES = (
     dict.fromkeys(("eval_tokens", "stop_at", "core_metric_max_per_task", "max_new_tokens", "sample_rows",
                    "eval_examples", "eval_samples"), (1, math.inf))
-    | dict.fromkeys((*LR_NAMES, "weight_decay", "warmup_steps"), (0, FINITE))
+    | dict.fromkeys((*LR_NAMES, "weight_decay"), (0, FINITE))
     | dict.fromkeys(("warmdown_ratio", "final_lr_frac"), (0, 1))
-    | {"init_lr_frac": (POSITIVE, FINITE), "save_every_minutes": (0, math.inf), "seed": (0, 2**63 - 1)})
+    | {"init_lr_frac": (POSITIVE, FINITE), "save_every_minutes": (0, math.inf), "warmup_steps": (0, math.inf),
+       "seed": (0, 2**63 - 1)})
 
 
 def take_identity(flags: dict[str, object]) -> dict[str, object]:
@@ -68,7 +69,7 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
     add("--eval-every", type=int_or_never, default=eval_every, help="steps between evaluations, or never")
     add("--sample-every", type=int_or_never, default=sample_every, help="steps between samples, or never")
     add("--save-every", type=int_or_never, help="steps between checkpoints; never: by time and at the end only")
-    add("--save-every-minutes", type=float, default=20, help="minutes between checkpoints")
+    add("--save-every-minutes", type=float, default=20, help="minutes between checkpoints; inf: never by time")
     add("--keep-last", type=int_or_all, default=2, help="newest checkpoints to keep, or all")
     add("--keep-every", type=int_or_never, help="keep also the checkpoints of every so many steps, or never")
     add("--resume", default="auto", help="auto: continue if this tag has a run; none: start anew; or a step")
@@ -223,7 +224,8 @@ def choose_how(wanted: Wanted, rows: StepRows, num_flops: float, device: torch.d
     # the backward pass of fa3 and flex doesn't repeat bit for bit; fa2's should (by torch's source), not shown yet
     auto = "sdpa" if wanted.deterministic and device.type == "cuda" else "auto"
     attention = choose("attention", lambda name: choose_backend(
-        device, dtype, rows.config, rows.T, wanted=auto if name == "auto" else name))
+        device, dtype, rows.config, rows.T, wanted=auto if name == "auto" else name,
+        is_traced=wanted.compile != "off"))
     peak_flops = decide(decisions, "peak FLOP/s of one device", *get_peak_flops(device, dtype))
     peak_flops = peak_flops and peak_flops * world_size
     eager_sec = num_flops / (EAGER_MFU * peak_flops) if peak_flops else None

@@ -241,7 +241,7 @@ class CompiledStep:
             if is_out_of_memory(error):
                 raise
             self.works = False
-            print0(f"decoding eagerly: the step can't be compiled ({(str(error).splitlines() or [''])[0][:200]})")
+            print0(f"decoding eagerly: the step can't be compiled ({get_first_line(error)[:200]})")
             return run_eagerly(self.model, idx, cache)
 
     def _compute(self, idx: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, last_ids: Tensor) -> Tensor:
@@ -293,7 +293,7 @@ class GraphedStep:
             except RuntimeError as error:
                 self.works = False
                 self.graphs.clear()
-                reason = (str(error).splitlines() or [""])[0][:200]
+                reason = get_first_line(error)[:200]
                 print0(f"decoding eagerly: a CUDA graph can't be captured ({reason})")
                 return run_eagerly(self.model, idx, cache)
         graph = self.graphs[num_rows]

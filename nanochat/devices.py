@@ -299,7 +299,7 @@ GPU_PRICES = (("b300", 6.0), ("b200", 5.0), ("h200", 3.5), ("h100", 3.0), ("a100
 
 def find_gpu_price(name: str) -> tuple[str, float] | None:
     """The line of GPU_PRICES for a device's name; CPUs and all others have no price unless a person gives one."""
-    return next((line for line in GPU_PRICES if re.search(rf"\b{line[0]}\b", name.lower())), None)
+    return next((line for line in GPU_PRICES if re.search(rf"\b{line[0]}\b(?!.*laptop)", name.lower())), None)
 
 
 def expect_mfu(gpu: str, depth: int) -> tuple[float, str]:

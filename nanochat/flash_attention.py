@@ -8,14 +8,17 @@
     sdpa   torch's own attention, everywhere; a window is cut into chunks, so no T x T mask exists
 
 A backend counts as there only when its output and gradients on the real device, with the model's own heads, agree with
-fp32: `choose_backend` probes them in that order. Until it is called, and in any dtype or device that the others can't
-take, sdpa serves. fa3, fa2 and flex have never run on a GPU of ours: a CPU checks their masks, shapes and choice only.
+fp32, and torch.compile can trace it: `choose_backend` probes them in that order. Until it is called, and in any dtype
+or device that the others can't take, sdpa serves. fa3, fa2 and flex have never run on a GPU of ours: a CPU checks their
+masks, shapes and choice only.
 
 B rows, T tokens, H query heads, Hk key/value heads, D head dim. A window (N, 0) sees itself and the N tokens before it.
 """
 
+import contextlib
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
@@ -24,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.common import UserError, gather, get_first_line, get_ranks, print0
+from nanochat.common import UserError, file_lock, gather, get_base_dir, get_first_line, get_ranks, print0
 from nanochat.config import GPTConfig
 from nanochat.memory import list_query_blocks
 
@@ -36,6 +39,7 @@ FA3_PACKAGE = "flash_attn_interface"     # of the wheel flash-attn-3 on torch's 
 FA3_KERNEL, FA3_KERNEL_VERSION = "kernels-community/flash-attn3", 1
 # What a library built for another torch says when it is loaded
 ABI_ERRORS = ("undefined symbol", "Symbol not found", "cannot open shared object file", "DLL load failed")
+NUM_CACHE_PROBES = 4    # tokens that fa3 reads beside a cache, in its probe
 PROBE_TOLERANCE = 0.03  # relative error of bf16 or fp16 attention against fp32; a wrong mask or layout gives over 0.3
 
 FLEX_BLOCK = 128                   # flex works on whole blocks of so many queries
@@ -74,9 +78,7 @@ def flash_attn_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tens
     if cache_seqlens is None:
         cache_seqlens = torch.zeros(q.size(0), dtype=torch.int32, device=q.device)
     if uses_fa3(q):
-        out = _fa3_module.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=cache_seqlens,
-                                                  causal=True, window_size=(window_size[0], 0))
-        return out[0] if isinstance(out, tuple) else out
+        return _fa3_with_cache(q, k_cache, v_cache, k, v, cache_seqlens, window_size[0])
     T = q.size(1)
     positions = find_positions(cache_seqlens if k is not None else cache_seqlens - T, T, k_cache.size(1))
     if k is not None:
@@ -106,19 +108,31 @@ def _backend_of(q: Tensor) -> str:
     return backend
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype, config: GPTConfig,
-                   num_tokens: int | None = None, *, wanted: str = "auto") -> tuple[str, str]:
+def choose_for_inference(device: torch.device, dtype: torch.dtype, config: GPTConfig) -> str:
+    """The backend for a model that doesn't learn: with a cache it is fa3's or torch's own, without one also fa2. What
+    the probes say goes to stderr, since stdout is for answers. Collective."""
+    if device.type != "cuda":
+        return "sdpa"
+    with contextlib.redirect_stdout(sys.stderr):
+        return choose_backend(device, dtype, config, backends=("fa3", "fa2", "sdpa"), is_traced=False)[0]
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, config: GPTConfig, num_tokens: int | None = None, *,
+                   wanted: str = "auto", backends: Sequence[str] = BACKENDS,
+                   is_traced: bool = True) -> tuple[str, str]:
     """Use the first backend that passes its probe on every rank, or the wanted one; returns its name and why. All ranks
     get the same, or the same error. Collective.
 
     config:     the model, whose heads are probed
     num_tokens: the length of the sequences to train on, if it is known
+    backends:   those to choose from, the best first
+    is_traced:  whether torch.compile is to trace it as well
     """
     if wanted != "auto" and wanted not in BACKENDS:
         raise UserError(f"--attention {wanted} is not one of auto, {', '.join(BACKENDS)}")
     reasons = []
-    for name in BACKENDS if wanted == "auto" else (wanted,):
-        found = probe_on_ranks(name, device, dtype, config, num_tokens)
+    for name in backends if wanted == "auto" else (wanted,):
+        found = probe_on_ranks(name, device, dtype, config, num_tokens, is_traced)
         failed = {rank: reason for rank, (works, reason) in found.items() if not works}
         if not failed:
             _chosen[device.type] = name
@@ -128,8 +142,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, config: GPTConfig,
     raise UserError(f"no attention backend works here: {'; '.join(reasons)}")
 
 
-def probe_on_ranks(name: str, device: torch.device, dtype: torch.dtype, config: GPTConfig,
-                   num_tokens: int | None) -> dict[int, tuple[bool | None, str]]:
+def probe_on_ranks(name: str, device: torch.device, dtype: torch.dtype, config: GPTConfig, num_tokens: int | None,
+                   is_traced: bool) -> dict[int, tuple[bool | None, str]]:
     """Rank -> what `probe_backend` finds there; only the ranks that go first where one of these fails. Collective.
 
     The first rank of each machine goes first. The others find on the disk what it has fetched from the hub or compiled;
@@ -138,7 +152,7 @@ def probe_on_ranks(name: str, device: torch.device, dtype: torch.dtype, config: 
     ranks, mine, found = get_ranks(), None, {}
     for is_turn in (ranks.local_rank == 0, ranks.local_rank > 0):
         if is_turn:
-            mine = probe_backend(name, device, dtype, config, num_tokens)
+            mine = probe_backend(name, device, dtype, config, num_tokens, is_traced)
         found = {rank: answer for rank, answer in enumerate(gather(mine)) if answer}
         if not all(works for works, _ in found.values()):
             break
@@ -152,8 +166,9 @@ def probe_report(device: torch.device, dtype: torch.dtype,
 
 
 def probe_backend(name: str, device: torch.device, dtype: torch.dtype, config: GPTConfig,
-                  num_tokens: int | None = None) -> tuple[bool | None, str]:
-    """Does this backend compute attention here? Compares output and gradients, windowed and not, with fp32.
+                  num_tokens: int | None = None, is_traced: bool = True) -> tuple[bool | None, str]:
+    """Does this backend compute attention here? Compares output and gradients, windowed and not, with fp32, and fa3's
+    output with a cache, too; fa3 and fa2 are also traced as torch.compile does, without compiling.
 
     The model's own heads and dtype are probed: whether a GPU's shared memory suffices for a kernel depends on them.
     Returns None in place of False where the backend isn't installed or isn't for this device.
@@ -171,15 +186,23 @@ def probe_backend(name: str, device: torch.device, dtype: torch.dtype, config: G
         for window in (-1, 128):
             expected = _run_probe(plain_attention, values, torch.device("cpu"), torch.float32, window)
             actual = _run_probe(_TRAIN_CALLS[name], values, device, dtype, window)
-            for label, a, e in zip(("output", "dq", "dk", "dv"), actual, expected, strict=True):
+            labels = ["output", "dq", "dk", "dv"]
+            if name == "fa3":
+                labels.append("output with a cache")
+                actual += (_run_cache_probe(values, device, dtype, window),)
+                expected += (expected[0][:, -NUM_CACHE_PROBES:],)
+            for label, a, e in zip(labels, actual, expected, strict=True):
                 error = ((a.float().cpu() - e).norm() / e.norm()).item()
                 if not error < PROBE_TOLERANCE:
                     return False, f"its {label} is off by {error:.2g} at window {window}"
-        if name in ("fa3", "fa2"):    # a compiled step traces them, by code of theirs that finds shapes alone
-            traced = torch.compile(_TRAIN_CALLS[name], backend="aot_eager", dynamic=False)
-            _run_probe(traced, values, device, dtype, window)
     except Exception as error:  # a probe's purpose is to find out what goes wrong, whatever it is
         return False, f"{type(error).__name__}: {get_first_line(error)[:200]}"
+    if is_traced and name in ("fa3", "fa2"):    # by code of theirs that finds shapes alone
+        try:
+            traced = torch.compile(_TRAIN_CALLS[name], backend="aot_eager", dynamic=False)
+            _run_probe(traced, values, device, dtype, window)
+        except Exception as error:
+            return False, f"torch.compile can't trace it: {type(error).__name__}: {get_first_line(error)[:200]}"
     return True, "agrees with fp32" + (f", {load_fa3()[1]}" if name == "fa3" else "")
 
 
@@ -203,6 +226,16 @@ def _find_obstacle(name: str, device: torch.device, dtype: torch.dtype, num_toke
     if name == "flex" and (num_tokens or 0) % FLEX_BLOCK:
         return f"needs a context of a multiple of {FLEX_BLOCK}"
     return ""
+
+
+def _run_cache_probe(values: list[Tensor], device: torch.device, dtype: torch.dtype, window: int) -> Tensor:
+    """fa3's output for the last tokens, on a cache that holds all before them."""
+    q, k, v, _ = (t.to(device, dtype) for t in values)
+    parts = q.size(1) - NUM_CACHE_PROBES, NUM_CACHE_PROBES
+    (_, q), (old_k, k), (old_v, v) = (t.split(parts, dim=1) for t in (q, k, v))
+    caches = [torch.cat((old, torch.zeros_like(new)), dim=1) for old, new in ((old_k, k), (old_v, v))]
+    lengths = torch.full((len(q),), old_k.size(1), dtype=torch.int32, device=device)
+    return _fa3_with_cache(q, *caches, k, v, lengths, window)
 
 
 def _run_probe(call: Callable, values: list[Tensor], device: torch.device, dtype: torch.dtype, window: int):
@@ -283,6 +316,13 @@ def _fa3(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
+def _fa3_with_cache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, lengths: Tensor,
+                    window: int) -> Tensor:
+    out = _fa3_module.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=lengths, causal=True,
+                                              window_size=(window, 0))
+    return out[0] if isinstance(out, tuple) else out
+
+
 def _fa2(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """By the operator under F.scaled_dot_product_attention, which offers no windows itself.
 
@@ -327,8 +367,9 @@ def _fetch_kernel() -> ModuleType:
     if torch.cuda.get_device_capability() != (9, 0):  # others have fa2 without a download
         raise UserError("is for Hopper GPUs")
     from kernels import get_kernel
-    print0(f"loading {FA3_KERNEL} from the kernels hub ...")
-    return get_kernel(FA3_KERNEL, version=FA3_KERNEL_VERSION)
+    with file_lock(get_base_dir() / "kernels_hub"):    # a server's engines all start at once
+        print0(f"loading {FA3_KERNEL} from the kernels hub ...")
+        return get_kernel(FA3_KERNEL, version=FA3_KERNEL_VERSION)
 
 
 def _explain_failure(error: Exception) -> str:

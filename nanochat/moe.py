@@ -33,7 +33,7 @@ from nanochat.common import get_first_line, print0, sum_over_ranks
 from nanochat.config import GPTConfig
 from nanochat.memory import HISTOGRAM_BINS as NUM_BINS  # of the histogram of r
 
-FEW_ROWS = 64       # so many at most gather a matrix each where there are no grouped products, and need no buckets
+FEW_ROWS = 64       # so many at most gather a matrix each where grouped products lack or wait, and need no buckets
 NATS = 1_000_000    # entropy is summed in whole millionths, since whole numbers add up alike in any order
 
 
@@ -162,7 +162,7 @@ def grouped_outer(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
 
 
 def padded_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """grouped_product where torch has none: by experts padded to one length, or by each row's own matrix."""
+    """grouped_product where torch has none, or one that waits: experts padded to one length, or each row's matrix."""
     if len(x) <= FEW_ROWS:    # reads no other expert's matrix, and nothing back from a GPU
         expert_of = torch.searchsorted(ends, torch.arange(len(x), device=x.device), right=True)    # (M,)
         return torch.bmm(x.unsqueeze(1), weight[expert_of]).squeeze(1)

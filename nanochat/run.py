@@ -382,7 +382,8 @@ def compare_with_saved(saved: dict, meta: dict, defaults: dict, run_dir: Path, a
     sides = describe_differences(defaults | saved["identity"], meta["identity"])
     if sides and not allow_mismatch:
         raise UserError(f"the run in {run_dir} can't continue with other settings ({sides}); go back to the saved "
-                        "ones, start anew with --resume none or another tag (later --out-tag), or add --allow-mismatch")
+                        "ones, start anew with --resume none or another "
+                        f"{'--model-tag' if run_dir.parent.name == 'base' else '--out-tag'}, or add --allow-mismatch")
     changes = [("settings that don't match", "--allow-mismatch", sides)]
     for key in ("git_revision", "python", "packages"):  # warned, not refused: another revision may be another model
         sides = describe_differences({key: saved.get("environment", {}).get(key)}, {key: meta["environment"][key]})

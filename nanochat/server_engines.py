@@ -39,7 +39,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, count_cpus, end_process
 from nanochat.devices import find_device_type, get_compute_dtype, init_compute
 from nanochat.engine import Engine, Event, Request
-from nanochat.flash_attention import choose_backend
+from nanochat.flash_attention import choose_for_inference
 
 PULSE_SEC = 1.0               # between two heartbeats of an engine
 MAX_STEP_SEC = 300            # a longer step counts as endless and stops the heartbeat; assumption: prefilling 512
@@ -94,7 +94,7 @@ def run_process(worker_idx: int, settings: EngineSettings, connection: Connectio
             torch.set_num_threads(max(1, count_cpus() // settings.num_workers))
         dtype, reason = get_compute_dtype(settings.dtype, device)
         model, tokenizer, _ = load_model(settings.stage, device, tag=settings.tag, step=settings.step, dtype=dtype)
-        backend, _ = choose_backend(device, dtype, model.config)
+        backend = choose_for_inference(device, dtype, model.config)
         engine = Engine(model, tokenizer, max_rows=settings.max_rows, kept_rows=settings.max_rows,
                         compile=settings.compile)
     except UserError as error:
@@ -237,7 +237,7 @@ class EngineWorker:
         self.pool, self.worker_idx = pool, worker_idx
         self.answers: dict[int, Answer] = {}       # of the unfinished requests, by request id
         self.connection: Connection | None = None  # None while there is no engine
-        self.description = ""                      # device and dtype
+        self.description = ""                      # device, dtype and attention
         self.failure: str | None = None            # reason why the last engine could not be loaded
         self.num_restarts = 0
         self.num_messages = 0                      # of all its engines

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The longer laptop run: the quickstart's chain with a deeper model, more text, SFT and RL.
 #
-# Hardware  2 CPU cores with bf16 units, 6 GB of memory
+# Hardware  2 CPU cores with bf16 units, 4 GB of memory
 # Time      measured 52 min 16 s on two cores with bf16 units (.41 TFLOP/s): base model 38 min 7 s (18.4 M tokens),
 #           midtraining 7 min 48 s, SFT 2 min 42 s, RL 30 s; three times that without bf16, by estimate
 # Cost      nothing

@@ -40,7 +40,7 @@ from nanochat.common import (
 )
 from nanochat.devices import get_compute_dtype, init_compute
 from nanochat.download import CorruptFile, Job, download_all
-from nanochat.flash_attention import choose_backend
+from nanochat.flash_attention import choose_for_inference
 from nanochat.loss_eval import (
     BUNDLE_URL,
     NUM_CORE_TASKS,
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> dict:
         print0(f"{args.hf_path}, context {model.config.sequence_len}, on {device} in {dtype} ({reason})")
     else:
         model, tokenizer, meta = load_model("base", device, tag=args.model_tag, step=args.step, dtype=dtype)
-        backend, _ = choose_backend(device, dtype, model.config)
+        backend = choose_for_inference(device, dtype, model.config)
         folder, step, weights = Path(meta["run_dir"]), meta["step"], meta["files"][MODEL_NAME]
         name, path = folder.name, folder / f"core_{step:06d}.json"
         print0(f"{name}, step {step}, on {device} in {dtype} ({reason}), attention {backend}")

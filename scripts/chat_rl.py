@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> dict:
         recipe, questions, held_out = make_recipe(args, flags, source, run_dir, device, ranks)
         setup = prepare_run(recipe, device, ranks)
         if setup:
-            rollouts = make_rollouts(args, setup, questions, held_out)
+            rollouts = make_rollouts(args, setup, questions, held_out if flags.eval_every else [])
             run = begin_run(setup, make_state(setup, keep_matrices), rollouts)
             print0(f"begun with {source.stage} {source.run_dir.name}, step {source.step}: its model and "
                    f"x{args.init_lr_frac:g} of its learning rates, falling to 0; only the blocks' matrices learn\n"
@@ -193,6 +193,7 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, source: Checkpoint,
     data = {"name": ", ".join(args.tasks), "hash": hash_conversations([q.conversation for q in questions]),
             "questions": len(questions)}
     longest = find_longest_prompt(questions) + max_new_tokens - 1
+    answered = find_longest_prompt(questions + (held_out if flags.eval_every else [])) + max_new_tokens
     sample_rows = args.sample_rows or (saved and saved.meta.get("sample_rows")) or \
         SAMPLE_ROWS.get(device.type, DEFAULT_SAMPLE_ROWS)
     return Recipe(
@@ -202,8 +203,7 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, source: Checkpoint,
         rows_per_step=args.examples_per_step * args.num_samples, lrs={name: before[name] for name in LR_NAMES},
         data=data, identity={"source": source.describe(), "data": data, "max_new_tokens": max_new_tokens},
         notes={"sample_rows": sample_rows},
-        beside_bytes=0 if device.type != "cuda" else count_engine_bytes(
-            config, sample_rows, find_longest_prompt(questions + held_out) + max_new_tokens),
+        beside_bytes=count_engine_bytes(config, sample_rows, answered) if device.type == "cuda" else 0,
         rule=before.get("rule", "july26")), questions, held_out
 
 

@@ -24,7 +24,7 @@ from nanochat.common import UserError, add_compute_flags, json_file, print0, run
 from nanochat.config import GPTConfig, count_params
 from nanochat.devices import get_compute_dtype, get_peak_flops, get_peak_memory_bytes, init_compute, synchronize
 from nanochat.engine import Engine, Request
-from nanochat.flash_attention import choose_backend
+from nanochat.flash_attention import choose_for_inference
 from nanochat.gpt import GPT
 from nanochat.scaling import make_config
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict:
     device, _ = init_compute(args.device_type)
     dtype, reason = get_compute_dtype(args.dtype, device)
     model, tokenizer = make_model(args, device, dtype)
-    backend, _ = choose_backend(device, dtype, model.config)
+    backend = choose_for_inference(device, dtype, model.config)
     if args.prompt_tokens + args.max_tokens > len(model.cos):
         raise UserError(f"--prompt-tokens {args.prompt_tokens} --max-tokens {args.max_tokens} exceed the "
                         f"{len(model.cos)} positions of this model")

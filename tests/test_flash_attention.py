@@ -1,5 +1,6 @@
 """Every attention backend that a CPU can run against the definition, and the definition against loops."""
 
+import functools
 import math
 import sys
 import threading
@@ -385,6 +386,25 @@ def test_all_ranks_refuse_a_wanted_backend_that_one_lacks(on_ranks):
 # Backends of GPUs, with stand-ins for their packages and kernels
 
 
+def trace(call, *, backend, dynamic):
+    """A stand-in for torch.compile."""
+    def traced(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            return call(*args)
+    return traced
+
+
+def test_a_probe_traces_both_passes():
+    values = [torch.randn(2, 128, 2, 32) for _ in range(4)]
+    traced = torch.compile(flash_attention._TRAIN_CALLS["sdpa"], backend="aot_eager", dynamic=False)
+    for window in (-1, 32):
+        run = functools.partial(flash_attention._run_probe, values=values, device=CPU, dtype=torch.bfloat16,
+                                window=window)
+        for ours, theirs in zip(run(traced), run(flash_attention._TRAIN_CALLS["sdpa"]), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+
+
 @pytest.fixture
 def hopper(forget_choice, monkeypatch):
     """A Hopper GPU that has FlashAttention 2 only, and on which nothing runs: probes compute on the CPU."""
@@ -392,6 +412,10 @@ def hopper(forget_choice, monkeypatch):
     run_probe = flash_attention._run_probe
     monkeypatch.setattr(flash_attention, "_run_probe", lambda call, values, device, dtype, window: run_probe(
         call, values, CPU, dtype, window))
+    run_cache_probe = flash_attention._run_cache_probe
+    monkeypatch.setattr(flash_attention, "_run_cache_probe", lambda values, device, dtype, window: run_cache_probe(
+        values, CPU, dtype, window))
+    monkeypatch.setattr(torch, "compile", trace)    # torch's own asks for the GPU
     monkeypatch.setattr(flash_attention, "_fa3_module", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -413,7 +437,14 @@ def make_fa3(**changes) -> SimpleNamespace:
     def flash_attn_func(q, k, v, causal, window_size):
         assert causal and window_size in ((-1, -1), (128, 0))
         return plain_attention(q, k, v, window_size[0]), None
-    return SimpleNamespace(**{"flash_attn_func": flash_attn_func, "flash_attn_with_kvcache": None, **changes})
+
+    def flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, causal, window_size):
+        length, = set(cache_seqlens.tolist())
+        whole = [torch.cat((cache[:, :length], new), dim=1) for cache, new in ((k_cache, k), (v_cache, v))]
+        q = torch.cat((q.new_zeros(len(q), length, *q.shape[2:]), q), dim=1)
+        return plain_attention(q, *whole, window_size[0])[:, length:]
+    return SimpleNamespace(**{"flash_attn_func": flash_attn_func, "flash_attn_with_kvcache": flash_attn_with_kvcache,
+                              **changes})
 
 
 def make_hub(answer) -> SimpleNamespace:
@@ -498,6 +529,43 @@ def test_an_fa3_that_computes_something_else_is_passed_over(hopper):
         flash_attn_func=lambda q, k, v, causal, window_size: plain_attention(q, k, v, -1)))
     name, reason = choose_backend(CUDA, torch.bfloat16, CONFIG)
     assert name == "fa2" and "fa3: its output is off by" in reason and "at window 128" in reason
+
+
+def test_an_fa3_whose_cache_is_wrong_is_passed_over(hopper):
+    """A server has no other call of it."""
+    right = make_fa3().flash_attn_with_kvcache
+    hopper.setitem(sys.modules, "flash_attn_interface", make_fa3(
+        flash_attn_with_kvcache=lambda q, *caches, window_size, **more: right(q, *caches, window_size=(-1, 0), **more)))
+    name, reason = choose_backend(CUDA, torch.bfloat16, CONFIG)
+    assert name == "fa2" and "fa3: its output with a cache is off by" in reason and "at window 128" in reason
+
+
+def test_what_torch_compile_can_not_trace_is_passed_over_where_it_compiles(hopper):
+    """The hub's build once lacked a file that only its code for shapes reads."""
+    def attend(q, k, v, causal, window_size):
+        if torch.compiler.is_compiling():
+            raise ModuleNotFoundError("No module named 'flash_attn_config'")
+        return plain_attention(q, k, v, window_size[0])
+    hopper.setitem(sys.modules, "flash_attn_interface", make_fa3(flash_attn_func=attend))
+    name, reason = choose_backend(CUDA, torch.bfloat16, CONFIG)
+    assert name == "fa2" and "fa3: torch.compile can't trace it: " in reason and "flash_attn_config" in reason
+    assert choose_backend(CUDA, torch.bfloat16, CONFIG, is_traced=False)[0] == "fa3"
+
+
+@pytest.mark.parametrize("capability", [(10, 0), (12, 0), (7, 5)])
+def test_an_installed_fa3_is_not_loaded_where_it_would_end_the_process(capability, hopper):
+    hopper.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    hopper.setitem(sys.modules, "flash_attn_interface", make_fa3(flash_attn_func=lambda *_, **__: pytest.fail("ran")))
+    assert "flash_attn_interface is for Ampere and Hopper GPUs" in choose_backend(CUDA, torch.bfloat16, CONFIG)[1]
+
+
+def test_a_model_that_only_answers_says_nothing_on_stdout(hopper, capsys):
+    assert flash_attention.choose_for_inference(CPU, torch.bfloat16, CONFIG) == "sdpa"    # without a probe
+    hopper.setattr(torch, "compile", lambda *_, **__: pytest.fail("traced"))
+    hopper.setitem(sys.modules, "flash_attn_interface", make_fa3())
+    assert flash_attention.choose_for_inference(CUDA, torch.bfloat16, CONFIG) == "fa3"
+    said = capsys.readouterr()
+    assert said.out == "" and "probing attention: fa3" in said.err
 
 
 @pytest.mark.parametrize(("change", "name", "reason"), [

@@ -149,7 +149,7 @@ def test_base_loss_refuses_other_data_of_the_same_name(base_dir, whole):
 
 def test_finished_run_says_so(whole, capsys):
     assert train("whole") == whole
-    assert "is finished; --resume none or another tag (later --out-tag) starts a new one" in capsys.readouterr().out
+    assert "is finished; --resume none or another --model-tag starts a new one" in capsys.readouterr().out
 
 
 def test_resume_none_keeps_the_old_run(base_dir):
@@ -334,9 +334,13 @@ def test_out_of_memory_twice_saves_and_stops(base_dir):
 
 def test_a_run_whose_last_save_fails_has_not_finished(base_dir, monkeypatch):
     """Else a later stage would begin with an older step without a word."""
-    def fail(run_dir, step, meta):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(checkpoint_manager, "publish", fail)
+    publish = checkpoint_manager.publish
+
+    def fail_at_the_end(run_dir, step, meta):
+        if step == NUM_STEPS:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        publish(run_dir, step, meta)
+    monkeypatch.setattr(checkpoint_manager, "publish", fail_at_the_end)
     with pytest.raises(OSError, match="No space left"):
         train("full", "--save-every", "never")
     info = read_info(base_dir / "runs" / "base" / "full")
@@ -455,7 +459,7 @@ def test_differing_plan_is_told_by_its_numbers(whole):
     (["--weight-decay", "nan"],                "--weight-decay nan must be at least 0"),
     (["--warmdown-ratio", "nan"],              "--warmdown-ratio nan must be at least 0 and at most 1"),
     (["--final-lr-frac", "1.5"],               "--final-lr-frac 1.5 must be at least 0 and at most 1"),
-    (["--warmup-steps", "-3"],                 "--warmup-steps -3 must be at least 0"),
+    (["--warmup-steps", "-3"],                 "--warmup-steps -3 must be at least 0$"),
     (["--save-every-minutes", "-1"],           "--save-every-minutes -1 must be at least 0"),
     (["--core-metric-max-per-task", "0"],      "--core-metric-max-per-task 0 must be at least 1"),
     (["--seq-len-warmup", "16"],               "--seq-len-warmup 16 must be START:STEPS"),
