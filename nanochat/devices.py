@@ -74,10 +74,6 @@ def init_compute(device_type: str = "auto", deterministic: bool = False) -> tupl
     elif is_cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        # On Hopper and Blackwell F.scaled_dot_product_attention takes cuDNN first, which makes a plan for each new
-        # shape, and each token decoded has one: .44 s each on a B200 (FunASR, issue 3704). On Blackwell it spoils
-        # generation with fewer than 8 key/value heads (pytorch, issue 193893)
-        torch.backends.cuda.enable_cudnn_sdp(False)
     if ranks.world_size > 1 and not dist.is_initialized():
         if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
             raise UserError(f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} not, where the ranks meet; "
@@ -88,6 +84,10 @@ def init_compute(device_type: str = "auto", deterministic: bool = False) -> tupl
                                 timeout=get_collective_timeout())
     if is_cuda:
         check_gpus(device)
+        # On Hopper and Blackwell F.scaled_dot_product_attention takes cuDNN first, which makes a plan for each new
+        # shape, and each token decoded has one: .44 s each on a B200 (FunASR, issue 3704). There it also spoils what
+        # some models write (pytorch, issue 193893)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device, ranks
 
 
