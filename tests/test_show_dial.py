@@ -59,13 +59,13 @@ def test_a_seed_that_one_batch_alone_has_moves_nothing(tmp_path, capsys):
 
 
 def test_the_measured_points_are_near_the_rule(tmp_path):
-    """Within a factor of 1.5 of the batch, so that the constant can't move away from its evidence unseen."""
+    """Within a factor of 1.6 of the batch, so that the constant can't move away from its evidence unseen."""
     found = show_dial.main(["--out", str(tmp_path)])
     best = {cell: value for cell, value in found["best"].items() if value is not None}
     assert len(best) >= 3
     for (depth, tokens), batch in best.items():
         rule = math.log2(get_best_batch(tokens, show_dial.REFERENCE_TOKENS))
-        assert abs(rule - batch) < math.log2(1.5), (depth, tokens)
+        assert abs(rule - batch) < math.log2(1.6), (depth, tokens)
 
 
 @pytest.mark.parametrize("text", [
