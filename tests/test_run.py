@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -359,17 +360,20 @@ def test_second_ctrl_c_stops_at_once(monkeypatch):
 # Identity
 
 
-def compare(saved, current, defaults=None, allow_mismatch=False, revision="a"):
+def compare(saved, current, defaults=None, allow_mismatch=False, revision="a", stage="base"):
     environment = {"git_revision": "a", "python": "3", "packages": {"torch": "2"}}
     return compare_with_saved({"identity": saved, "environment": environment},
                               {"identity": current, "environment": environment | {"git_revision": revision}},
-                              defaults or {}, "runs/base/d2", allow_mismatch)
+                              defaults or {}, Path("runs") / stage / "d2", allow_mismatch)
 
 
 def test_other_settings_are_refused_with_both_sides():
     assert compare({"seed": 1, "more": 2}, {"seed": 1}) == []
     with pytest.raises(UserError, match=r"seed: saved 1, now 2; data: saved None, now x\).*--resume none"):
         compare({"seed": 1}, {"seed": 2, "data": "x"})
+    for stage, flag in (("base", "--model-tag"), ("sft", "--out-tag")):    # which names the run's own folder
+        with pytest.raises(UserError, match=f"start anew with --resume none or another {flag}, or add"):
+            compare({"seed": 1}, {"seed": 2}, stage=stage)
     assert compare({"seed": 1}, {"seed": 2}, allow_mismatch=True, revision="b") == [
         {"what": "settings that don't match", "value": "seed: saved 1, now 2", "why": "--allow-mismatch"},
         {"what": "another version", "value": "git_revision: saved a, now b", "why": "the run goes on with it"}]
