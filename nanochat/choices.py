@@ -45,7 +45,7 @@ FLAG_RANGES = (
                    "eval_examples", "eval_samples"), (1, math.inf))
     | dict.fromkeys((*LR_NAMES, "weight_decay"), (0, FINITE))
     | dict.fromkeys(("warmdown_ratio", "final_lr_frac"), (0, 1))
-    | {"init_lr_frac": (POSITIVE, FINITE), "save_every_minutes": (0, math.inf), "warmup_steps": (0, math.inf),
+    | {"init_lr_frac": (POSITIVE, FINITE), "save_every_minutes": (0, FINITE), "warmup_steps": (0, math.inf),
        "seed": (0, 2**63 - 1)})
 
 
@@ -69,7 +69,7 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
     add("--eval-every", type=int_or_never, default=eval_every, help="steps between evaluations, or never")
     add("--sample-every", type=int_or_never, default=sample_every, help="steps between samples, or never")
     add("--save-every", type=int_or_never, help="steps between checkpoints; never: by time and at the end only")
-    add("--save-every-minutes", type=float, default=20, help="minutes between checkpoints; inf: never by time")
+    add("--save-every-minutes", type=float, default=20, help="minutes between checkpoints")
     add("--keep-last", type=int_or_all, default=2, help="newest checkpoints to keep, or all")
     add("--keep-every", type=int_or_never, help="keep also the checkpoints of every so many steps, or never")
     add("--resume", default="auto", help="auto: continue if this tag has a run; none: start anew; or a step")

@@ -228,6 +228,7 @@ def _find_obstacle(name: str, device: torch.device, dtype: torch.dtype, num_toke
     return ""
 
 
+@torch.no_grad()
 def _run_cache_probe(values: list[Tensor], device: torch.device, dtype: torch.dtype, window: int) -> Tensor:
     """fa3's output for the last tokens, on a cache that holds all before them."""
     q, k, v, _ = (t.to(device, dtype) for t in values)
