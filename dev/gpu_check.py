@@ -16,6 +16,7 @@ this process ("illegal memory access") they fail too: repeat them with --only. E
 """
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -168,7 +169,8 @@ def run_section(name: str, setup: Setup, record: Record, deadline: float) -> Non
         if check.name == "the rest":
             break
     checks.close()
-    free_memory(setup.device)
+    with contextlib.suppress(RuntimeError):    # after an error of CUDA all its calls fail, and the next checks say so
+        free_memory(setup.device)
 
 
 def run_and_exit(argv: list[str] | None) -> None:

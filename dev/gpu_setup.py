@@ -3,7 +3,7 @@
 import gc
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dev.gpu_copies import use_copies
 from nanochat import fp8
-from nanochat.common import is_out_of_memory
+from nanochat.common import get_first_line, is_out_of_memory
 from nanochat.devices import get_peak_memory_bytes
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.moe import make_balance
@@ -175,13 +175,14 @@ def guarded(name: str, device: torch.device, run: Callable[[], Check]) -> Check:
         return run()
     except (TimeUp, Exception) as error:
         check = describe_failure(name, error)
-    free_memory(device)  # here, where the error no longer holds the frames that it came through
+    with suppress(RuntimeError):
+        free_memory(device)  # here, where the error no longer holds the frames that it came through
     return check
 
 
 def describe_failure(name: str, error: BaseException) -> Check:
     """The line of a check that ended in an exception, of whatever kind."""
-    message = (str(error).strip().splitlines() or ["no message"])[0][:200]
+    message = get_first_line(error)[:200]
     if isinstance(error, TimeUp):
         return Check(name, "skipped", message)
     if is_no_memory(error):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat.common import UserError, gather, get_ranks, write_atomic
+from nanochat.common import UserError, gather, get_first_line, get_ranks, write_atomic
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
 from nanochat.loss_eval import BATCH_TOKENS, DEFAULT_BATCH_TOKENS, pad_rows
@@ -191,8 +191,8 @@ def failing_together() -> Iterator[None]:
     try:
         yield
     except (UserError, OSError, RuntimeError, MemoryError) as error:    # data, disk, memory: other tasks can go on
-        first_line = (str(error).splitlines() or ["no details"])[0]
-        reason = first_line if isinstance(error, UserError) else f"{type(error).__name__}: {first_line}"
+        reason = get_first_line(error)
+        reason = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
     if reason := next(filter(None, gather(reason)), None):
         raise UserError(reason)
 

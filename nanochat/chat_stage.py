@@ -182,8 +182,5 @@ def set_schedules(optimizer: MuonAdamW, step: int, num_iterations: int, init_lr_
     """Set learning rates and momentum for a step; returns the learning rate's factor."""
     lr_frac = init_lr_frac * get_lr_frac(step, num_iterations, warmup_steps=0, warmdown_ratio=warmdown_ratio,
                                          final_lr_frac=0)
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_frac
-        if group["kind"] == "muon":
-            group["momentum"] = get_chat_momentum(step)
+    optimizer.set_rates(lr_frac, get_chat_momentum(step))
     return lr_frac

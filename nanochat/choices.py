@@ -80,8 +80,8 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
     # machine
     common.add_compute_flags(parser)
     add("--compile", choices=("auto", "on", "trunk", "off"), default="auto",
-        help="on: each block; trunk: all blocks as one, which starts more slowly; auto: off or on, by the run's length "
-             "(default: %(default)s)")
+        help="on: each block; trunk: all blocks as one, which starts more slowly, and on several ranks sends gradients "
+             "only when all are there; auto: off or on, by the run's length (default: %(default)s)")
     add("--attention", default="auto", help="auto, or one backend of nanochat.flash_attention")
     add("--fp8", choices=("auto", "on", "off"), default="auto",
         help="compute in 8 bits what reads normed activations, on NVIDIA GPUs of compute capability 8.9 or more (a CPU "

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat.common import UserError, print0
+from nanochat.common import UserError, get_first_line, print0
 
 # Seconds of a cold compilation, and the part of an eager run that it saves: both measured at depths 4 to 6 on two cores
 # (dev/LOG.md, "The whole step, and where its time goes")
@@ -74,7 +74,7 @@ def probe_compiler(device: torch.device) -> str:
         if device.type != "cpu" or not compiles_for_this_cpu():
             compile_probe(device)
     except Exception as error:  # no compiler, no headers, a broken toolchain: each raises another type
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        return f"{type(error).__name__}: {get_first_line(error)[:200]}"
     return ""
 
 

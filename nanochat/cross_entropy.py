@@ -125,7 +125,8 @@ class _WeightedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, cap, coef, fp8):
         head = weight[:vocab_size].to(x.dtype) if fp8 is None else fp8.dequantize(x.dtype)[:vocab_size]  # (V, C)
-        nll, dx, dw = torch.empty_like(coef), torch.empty_like(x), torch.zeros_like(weight)
+        nll, dx = torch.empty_like(coef), torch.empty_like(x)
+        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # RL leaves the head as it is
         chunk_tokens = get_even_size(len(x), CHUNK_TOKENS[x.device.type])
         logits_buffer = x.new_empty(min(chunk_tokens, len(x)), vocab_size if fp8 is None else len(weight))
         for start in range(0, len(x), chunk_tokens):
@@ -153,14 +154,15 @@ class _WeightedLoss(torch.autograd.Function):
             nll[rows] = (sum_e.log() + top - target_z) * (target >= 0)
             scale = (coef[rows] * unit / sum_e)[:, None]
             dx[rows] = (u @ head) * scale
-            dw[:vocab_size] += u.T @ (x_chunk * scale).to(x.dtype)
+            if dw is not None:
+                dw[:vocab_size] += u.T @ (x_chunk * scale).to(x.dtype)
         ctx.save_for_backward(dx, dw)
         return (coef * nll).sum()
 
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx.mul_(grad), dw.mul_(grad), None, None, None, None, None
+        return dx.mul_(grad), None if dw is None else dw.mul_(grad), None, None, None, None, None
 
 
 @fused

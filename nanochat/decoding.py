@@ -276,6 +276,7 @@ class GraphedStep:
         self.graphs: dict[int, Graph] = {}  # by number of rows
         self.addresses = None               # of the cache that they were captured with
         self.pool = None                    # memory of all graphs, which never run at once
+        self.stream = None                  # on which they are captured: one, since a pool keeps memory by stream
 
     def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
         """Logits (B, V) of the next token, from (B, 1) token ids; valid until the next call."""
@@ -288,9 +289,12 @@ class GraphedStep:
             self.addresses, self.pool = addresses, None
         num_rows = min(round_up_rows(len(idx)), len(cache.cache_seqlens))
         if num_rows not in self.graphs:
+            current_stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
             try:
                 self.graphs[num_rows] = self._capture(num_rows, cache)
             except RuntimeError as error:
+                if current_stream is not None:    # which a capture that fails leaves behind
+                    torch.cuda.set_stream(current_stream)
                 self.works = False
                 self.graphs.clear()
                 reason = get_first_line(error)[:200]
@@ -305,14 +309,14 @@ class GraphedStep:
     def _capture(self, num_rows: int, cache: KVCache) -> Graph:
         idx = cache.cache_seqlens.new_zeros(num_rows, 1, dtype=torch.long)
         num_live = cache.cache_seqlens.new_zeros(())  # while no row is live, no run leaves a trace
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream, graph = self.stream or torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             for _ in range(GRAPH_WARMUP_STEPS):
                 compute_step(self.model, idx, num_live, cache)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         # Records, computes nothing; another thread may use CUDA meanwhile, as one that prepares batches does
-        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             logits = compute_step(self.model, idx, num_live, cache)
         self.pool = graph.pool()
         return Graph(graph, idx, num_live, logits)

@@ -63,9 +63,13 @@ def init_compute(device_type: str = "auto", deterministic: bool = False) -> tupl
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     device = get_device(device_type, ranks)
-    # compiled kernels stay with the rest of the state: /tmp, torch's choice, doesn't outlive a reboot
-    compiled_dir = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or get_base_dir() / "compiled")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(find_plain_path(compiled_dir))
+    # Compiled kernels stay with the rest of the state: /tmp, torch's choice, doesn't outlive a reboot. But not those of
+    # several nodes: the base folder's disk is theirs together, and slow for thousands of small files
+    chosen_dir = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if chosen_dir or count_local_ranks() == ranks.world_size:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(find_plain_path(Path(chosen_dir or get_base_dir() / "compiled")))
+    else:
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
     is_cuda = device.type == "cuda"
     if device.type == "cpu":
         keep_freed_memory()
@@ -499,6 +503,7 @@ def explain_unusable(driver: Driver, torch_cuda: str | None, visible: str | None
 GPU_ERRORS = {    # a part of CUDA's message -> what it means for a person
     "no kernel image": "this torch has no kernels for it; rm -r .venv && bash runs/setup.sh picks a build that has",
     "busy or unavailable": "another process has it for itself alone (nvidia-smi shows which, and the compute mode)",
+    "operation not supported": "a virtual GPU, perhaps, on which memory can't grow in place: set PYTORCH_ALLOC_CONF=",
     "out of memory": "its memory is full; nvidia-smi shows who uses it, and CUDA_VISIBLE_DEVICES names another GPU",
 }
 

@@ -368,7 +368,10 @@ def write_card(source: Source, form: str, dtype: str) -> str:
              "tokenizer": f"{meta['tokenizer']['name']} ({meta['tokenizer']['hash']})"}
     for path in sorted((get_base_dir() / "report").glob("*.json")):
         section = read_json(path)
-        if is_last and section.get("run") == run_dir.relative_to(get_base_dir()).as_posix():
+        is_its_own = section.get("run") == run_dir.relative_to(get_base_dir()).as_posix() and \
+            (section.get("values") or {}).get("step", meta["step"]) == meta["step"] and \
+            str(section.get("created") or "~") >= str(info.get("ended") or "")    # not of weights that were replaced
+        if is_last and is_its_own:
             facts |= {f"{path.stem}: {name}": value for name, value in (section.get("metrics") or {}).items()}
     rows = "\n".join(f"| {name} | {format_value(name, value)} |" for name, value in facts.items() if value is not None)
     trust = ", trust_remote_code=True" if form == "custom" else ""

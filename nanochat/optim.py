@@ -274,6 +274,8 @@ class MuonAdamW(torch.optim.Optimizer):
         rows, cols = own.shape[-2:]
         lr = group["lr"] * max(1.0, rows / cols) ** 0.5  # so that outputs move as much, whatever the shape
         lr, mu, beta2, decay = as_scalars([lr, group["momentum"], group["beta2"], group["weight_decay"]])
+        if own.device.type == "mps":    # whose lerp takes no weight on the CPU before torch 2.14
+            mu, beta2 = mu.to(own.device), beta2.to(own.device)
         if skips_idle:
             is_used = grad.flatten(1).abs().amax(1)[:, None, None] > 0    # (n, 1, 1)
             # filled on the GPU itself: to copy a number there waits for all that is queued
@@ -317,6 +319,13 @@ class MuonAdamW(torch.optim.Optimizer):
                 self._gather_matrices(part, stack_padded(part.matrices, part.num_own, param))()
             elif part.is_sharded:
                 self._gather_experts(part, param[part.start:part.stop].contiguous())()
+
+    def set_rates(self, lr_frac: float, momentum: float, decay_frac: float = 1.0) -> None:
+        """The figures of the next step: the part of each learning rate and of Muon's weight decay, Muon's momentum."""
+        for group in self.param_groups:
+            group["lr"] = group["initial_lr"] * lr_frac
+            if group["kind"] == "muon":
+                group |= {"momentum": momentum, "weight_decay": group["initial_weight_decay"] * decay_frac}
 
     def get_named_state(self) -> dict[str, StateSlice]:
         """This rank's state as a checkpoint holds it: `<parameter>.<state>`, Muon's matrix by matrix, or by expert."""

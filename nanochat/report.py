@@ -16,7 +16,6 @@ import json
 import math
 import re
 import statistics
-import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, 
     from nanochat.common import prepare_process
     prepare_process()
 
-from nanochat.common import UserError, get_base_dir, get_ranks, print0, run_script, write_json
+from nanochat.common import UserError, get_base_dir, get_ranks, now, print0, run_script, write_json
 from nanochat.devices import find_gpu_price
 from nanochat.ledger import build_leaderboard, find_fault, make_entry
 from nanochat.report_render import (
@@ -67,7 +66,7 @@ def write_section(name: str, section: dict) -> None:
     if get_ranks().rank == 0:
         folder = get_base_dir() / "report"
         folder.mkdir(exist_ok=True)
-        write_json(folder / f"{name}.json", {"created": time.strftime("%Y-%m-%d %H:%M:%S")} | section)
+        write_json(folder / f"{name}.json", {"created": now()} | section)
 
 
 def write_stage_section(name: str, title: str, run_dir: Path, info: dict, metrics: dict, values: dict) -> None:
@@ -152,7 +151,7 @@ def build_card(base_dir: Path, price_per_hour: float | None) -> Card:
     if not chain:
         raise UserError(f"nothing to report yet: no section and no run in {base_dir}; start with: "
                         "bash runs/quickstart.sh")
-    sections, shown, tiles, commands, created, wall_sec = compare_stages(chain), set(), {}, {}, [], 0.0
+    sections, shown, tiles, commands, created, wall_sec = compare_stages(chain, runs), set(), {}, {}, [], 0.0
     environments: dict[str, tuple[str, dict]] = {}    # as JSON -> (the first run with it, environment)
     for record in chain:
         run_path = record.get("run") or ""
@@ -317,17 +316,27 @@ def find_price(environments: list[dict], price_per_hour: float | None) -> tuple[
     return None, f"give --price-per-hour, for no price is known for {gpu or 'a CPU'}"
 
 
-def compare_stages(records: list[dict]) -> list[Section]:
-    """One table of all metrics over the stages; where two sections of a stage state a metric, the later one counts."""
-    columns: dict[str, dict] = {stage: {} for stage in STAGES}
-    for record in records:
-        metrics = {name: value for name, value in (record.get("metrics") or {}).items() if value is not None}
-        columns.get(record.get("stage"), {}).update(metrics)
-    columns = {stage: metrics for stage, metrics in columns.items() if metrics}
+def compare_stages(records: list[dict], runs: dict[str, dict]) -> list[Section]:
+    """One table of all metrics over the stages, and over the runs where these have several names. Where two sections of
+    a run state a metric, the later one counts; one from before its training ended tells of other weights."""
+    columns: dict[tuple[str, str], dict] = {}
+    older = []
+    for stage in STAGES:
+        of_stage = [record for record in records if record.get("stage") == stage]
+        default = next((record["run"] for record in of_stage if record.get("run")), "")
+        for record in of_stage:
+            run = str(record.get("run") or default)
+            metrics = {name: value for name, value in (record.get("metrics") or {}).items() if value is not None}
+            if str(record.get("created") or "~") < str(runs.get(run, {}).get("ended") or ""):
+                older.append(str(record.get("title")))
+            elif metrics:
+                columns.setdefault((stage, run), {}).update(metrics)
     rows = [[name, *(metrics.get(name) for metrics in columns.values())]
             for name in dict.fromkeys(name for metrics in columns.values() for name in metrics)]
-    heads = ["metric", *(STAGES[stage] for stage in columns)]
-    return [Section("Stage by stage", tables=[Table("", heads, rows)])] if rows else []
+    is_one = len({Path(run).name for _, run in columns}) == 1
+    heads = ["metric", *(STAGES[stage] + ("" if is_one else f" {Path(run).name}") for stage, run in columns)]
+    notes = [f"From before the training's end, so of other weights, and left out here: {', '.join(older)}."] * bool(older)
+    return [Section("Stage by stage", tables=[Table("", heads, rows)], notes=notes)] if rows else []
 
 
 def describe_code() -> Section:

@@ -37,7 +37,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same rows on another device; from pinned memory the copy runs beside the computation."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        # Only CUDA keeps the rows until they are copied; MPS reads them later, freed or not (pytorch, issue 139550)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=torch.device(device).type == "cuda"))
 
     def cut(self, row_tokens: int) -> "Batch":
         """The same tokens as shorter rows, (B * T / row_tokens, row_tokens), for the sequence-length warm-up.

@@ -42,7 +42,9 @@ launch() {    # a module on NPROC GPUs, with its flags; torchrun, by its module'
     local module=$1
     shift
     if (( NPROC > 1 )); then
-        python -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m "$module" -- "$@"
+        # torchrun kills ranks that still save so many seconds after SIGTERM or Ctrl-C, else 30
+        TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110} \
+            python -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m "$module" -- "$@"
     else
         python -m "$module" "$@"
     fi

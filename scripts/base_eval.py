@@ -31,6 +31,7 @@ from nanochat.common import (
     add_compute_flags,
     file_lock,
     get_base_dir,
+    get_first_line,
     get_mirror_dir,
     hash_file,
     int_or_all,
@@ -237,7 +238,7 @@ def load_hf_model(path: str, device: torch.device, dtype: torch.dtype) -> tuple[
         model = transformers.AutoModelForCausalLM.from_pretrained(path, use_safetensors=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:   # transformers' errors for an unusable model
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+        reason = get_first_line(error).rstrip(". ")
         raise UserError(f"--hf-path {path} can't be loaded ({reason}); give a folder that has a model with "
                         "safetensors files, or a name on the hub") from None
     hashes = [hash_file(file) for file in sorted(Path(path).glob("*.safetensors"))]

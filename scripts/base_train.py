@@ -150,11 +150,8 @@ def set_schedules(optimizer: MuonAdamW, step: int, n: int, args: argparse.Namesp
     """Set learning rates, momentum and weight decay for a step of n; returns the learning rate's factor."""
     lr_frac = get_lr_frac(step, n, warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio,
                           final_lr_frac=args.final_lr_frac, warmdown=rule.warmdown)
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * lr_frac
-        if group["kind"] == "muon":
-            group["momentum"] = get_muon_momentum(step, n, warmdown_ratio=args.warmdown_ratio, rule=rule)
-            group["weight_decay"] = group["initial_weight_decay"] * get_weight_decay_frac(step, n, rule.decay_fall)
+    optimizer.set_rates(lr_frac, get_muon_momentum(step, n, warmdown_ratio=args.warmdown_ratio, rule=rule),
+                        get_weight_decay_frac(step, n, rule.decay_fall))
     return lr_frac
 
 

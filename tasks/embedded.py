@@ -141,16 +141,18 @@ NO_PROSE = re.compile(r">>>|::|->|:param|\*\*|__|\\|deprecated", re.IGNORECASE)
 class PythonDocs(Task):
     """What a function or class of the standard library does: the first sentence of its docstring.
 
-    The texts are those of the Python that runs; a name is in train or in test, whatever its version.
+    The texts are those of the Python that runs; a name is in train or in test, whatever its version. A sentence of
+    names in train is in no test.
     """
 
     def __init__(self, split: str, seed: int = 0, **kwargs) -> None:
         super().__init__(**kwargs)
         check_split(self, split)
-        sentences = {name: find_sentence(name, doc) for name, doc in iter_docstrings()}
-        self.seed = seed
-        self.facts = [(name, sentence) for name, sentence in sentences.items()
-                      if sentence and is_test(name) == (split == "test")]
+        sentences = {name: sentence for name, doc in iter_docstrings() if (sentence := find_sentence(name, doc))}
+        learned = {name: sentence for name, sentence in sentences.items() if not is_test(name)}
+        others = {name: sentence for name, sentence in sentences.items() if is_test(name)
+                  and sentence not in learned.values()}
+        self.seed, self.facts = seed, list((learned if split == "train" else others).items())
         if not self.facts:
             raise UserError("this Python has no docstrings; run it without -OO")
         make_rng(seed, "PythonDocs").shuffle(self.facts)    # so that a slice is about all modules

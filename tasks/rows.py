@@ -185,6 +185,6 @@ def load_from_hub(repo: str, subset: str | None, split: str, folder: Path) -> Se
     try:
         return datasets.load_dataset(repo, subset, split=split)
     except Exception as error:  # its own, those of huggingface_hub, of the HTTP client, of the file system ...
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(". ")
+        reason = get_first_line(error).rstrip(". ")
         raise UserError(f"{repo} can't be had from the hub ({reason}); connect to the network, or put "
                         f"{split}.parquet or {split}.jsonl into {folder / (subset or '')}") from None

@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 
 from nanochat import chat_stage
 from nanochat.common import UserError
+from nanochat.gpt import GPT
+from nanochat.presets import RULES, Preset
 from nanochat.run import read_metrics
+from nanochat.scaling import get_chat_momentum
 from scripts import base_train, chat_cli, chat_sft, mid_train
 from tests.data_helpers import write_lines
 from tests.helpers import (
@@ -18,6 +21,7 @@ from tests.helpers import (
     assert_stopped_after,
     hang_up_in_step,
     make_base,
+    make_model,
     out_of_memory_at,
     read_state,
     run_on_ranks,
@@ -30,11 +34,14 @@ MACHINE = ("--device-type", "cpu", "--compile", "off", "--eval-tokens", "1024", 
 TASKS = ("--tasks", "Arithmetic:90", "Identity:50")
 
 
+BASE = ("--preset", "nanochat-july26", "--data", "toy", "--depth", "2", "--aspect-ratio", "16", "--head-dim", "16",
+        "--max-seq-len", str(T), "--num-iterations", "3", "--total-batch-size", "1024", "--sample-every", "-1",
+        "--dtype", "float32", *MACHINE)
+setup = GPT.setup_optimizer
+
+
 def train_base(tag, *more):
-    return base_train.main(["--model-tag", tag, "--preset", "nanochat-july26", "--data", "toy", "--depth",
-                            "2", "--aspect-ratio", "16", "--head-dim",
-                            "16", "--max-seq-len", str(T), "--num-iterations", "3", "--total-batch-size", "1024",
-                            "--sample-every", "-1", "--dtype", "float32", *MACHINE, *more])
+    return base_train.main(["--model-tag", tag, *BASE, *more])
 
 
 def train_mid(*more):
@@ -108,6 +115,36 @@ def test_chain(base_dir, mid, sft, capsys):
     capsys.readouterr()
     answer = chat_cli.main(["-g", "toy", "-p", "Hi", "--max-tokens", "4", "--device-type", "cpu", "-d", "float32"])
     assert answer["source"] == "sft" and answer["step"] == sft["step"]
+
+
+@pytest.mark.parametrize("flags", [("--matrix-lr", "0.03"), ("--preset", "nanochat-jan26")])
+def test_each_stage_hands_its_plan_and_rule_to_the_optimizer(base_dir, monkeypatch, flags):
+    """Rates for the batch, weight decay and the kind of update; by our own rule small models have a batch of theirs."""
+    handed, tag, preset = [], f"handed{flags[0]}", "--preset" in flags
+    monkeypatch.setattr(GPT, "setup_optimizer", lambda self, **figures: handed.append(figures) or setup(self, **figures))
+    argv = [word for word in BASE if word not in ("--preset", "nanochat-july26")]
+    runs = [base_train.main(["--model-tag", tag, *argv, *flags]),
+            *(main(["-g", tag, *TASKS, "--sample-every", "-1", *MACHINE, "--stop-at", "1"])
+              for main in (mid_train.main, chat_sft.main))]
+    infos = [read_info(run["run_dir"]) for run in runs]
+    rule = RULES["jan26" if preset else Preset.rule]
+    assert [info["plan"]["lr_batch_tokens"] for info in infos] == [infos[0]["plan"]["lr_batch_tokens"]] * 3
+    assert (infos[0]["plan"]["lr_batch_tokens"] == 2**19) == preset and infos[0]["plan"]["weight_decay"] > 0
+    for figures, info, batch_lr_scale in zip(handed, infos, (*[(1024 / infos[0]["plan"]["lr_batch_tokens"])**.5] * 2, 1),
+                                             strict=True):
+        assert figures["rule"] == rule and figures["matrix_lr"] == (0.02 if preset else 0.03)
+        assert figures["batch_lr_scale"] == pytest.approx(batch_lr_scale)
+        assert figures["weight_decay"] == (infos[0]["plan"]["weight_decay"] if info is infos[0] else 0)
+        assert figures["scalar_lr"] == pytest.approx(0.5 * (infos[0]["plan"]["lr_batch_tokens"] / 2**19)**.5)
+
+
+def test_learning_rates_and_momentum_of_a_chat_stage():
+    optimizer = make_model(as_initialised=True).setup_optimizer()
+    for step, lr_frac in ((0, 0.8), (50, 0.8), (150, 0.4)):
+        assert chat_stage.set_schedules(optimizer, step, 200, init_lr_frac=0.8, warmdown_ratio=0.5) == lr_frac
+        assert all(group["lr"] == group["initial_lr"] * lr_frac for group in optimizer.param_groups)
+        assert {group["momentum"] for group in optimizer.param_groups if group["kind"] == "muon"} == {
+            get_chat_momentum(step)}
 
 
 def test_what_is_printed(mid, capsys):

@@ -235,6 +235,18 @@ def test_no_gradients_are_made_under_no_grad(reduction):
     assert (tuple(weight.shape), weight.dtype) not in recorder.tensors
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_head_that_stays_as_it_is_gets_no_gradient(reduction):
+    """As in RL, which trains the blocks' matrices alone; that of the activations is the same."""
+    x, weight, targets, factors = make_inputs()
+    expected, _ = torch.autograd.grad(reduce_fused(x, weight, targets, reduction, factors), (x, weight))
+    weight.requires_grad_(False)
+    with RecordSizes() as recorder:
+        reduce_fused(x, weight, targets, reduction, factors).backward()
+    assert torch.equal(x.grad, expected) and weight.grad is None
+    assert (tuple(weight.shape), weight.dtype) not in recorder.tensors
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_kernels_equal_eager_ones(dtype, monkeypatch):
     reason = compilation.probe_compiler(torch.device("cpu"))

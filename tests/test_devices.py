@@ -42,6 +42,19 @@ def test_half_an_environment_of_ranks(settings, message, monkeypatch, tmp_path):
         devices.init_compute("cpu")
 
 
+def test_compiled_kernels_of_several_nodes_are_not_on_their_common_disk(tmp_path, monkeypatch):
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+                        "NANOCHAT_BASE_DIR": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    devices.init_compute("cpu")
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ    # torch's own choice
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "chosen"))
+    devices.init_compute("cpu")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "chosen")
+
+
 def test_compiled_kernels_are_reached_without_blanks_and_quotes(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     plain, awkward = tmp_path / "Grüße", tmp_path / "John O'Neill"

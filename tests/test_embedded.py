@@ -49,6 +49,8 @@ def test_python_docs():
     assert len(train) > 800 and len(test) > 80
     names = [{name for name, _ in task.facts} for task in (train, test)]
     assert not names[0] & names[1]
+    sentences = [{sentence for _, sentence in task.facts} for task in (train, test)]
+    assert not sentences[0] & sentences[1]    # such as that of bytes.ljust and str.ljust
     facts = dict(train.facts + test.facts)
     assert facts["os.path.join"].startswith("Join two or more pathname components")
     assert "math.sqrt" in facts and "str.upper" in facts and "len" in facts

@@ -177,6 +177,7 @@ def set_schedules(argv, num_steps):
     figures = []
     for step in range(num_steps):
         lr_frac = base_train.set_schedules(optimizer, step, num_steps, args, rule)
+        assert all(group["lr"] == group["initial_lr"] * lr_frac for group in optimizer.param_groups)
         figures.append((lr_frac, *(muon and (muon["momentum"], muon["weight_decay"]) or ())))
     return figures
 

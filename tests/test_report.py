@@ -114,6 +114,21 @@ def test_stages_side_by_side(base_dir):
     assert "| val\\_bpb | 0.8000 | – | – |" in text  # the later in the chain, whichever was written first
 
 
+def test_other_models_and_older_weights_are_not_mixed_in(base_dir):
+    """A quickstart after another chain, and a base model that was trained again since its evaluation."""
+    for name, stage, run, created, metrics in (
+            ("base_train", "base", "runs/base/quickstart", "2026-11-21T13:00:00", {"val_bpb": 1.2}),
+            ("base_loss", "base", "runs/base/quickstart", "2026-11-21T12:00:00", {"val_bpb": 0.7}),
+            ("chat_eval_sft", "sft", "runs/sft/hour", "2026-11-20T12:00:00", {"GSM8K": 0.4})):
+        report.write_section(name, {"title": name, "stage": stage, "run": run, "created": created, "metrics": metrics})
+    write_run(base_dir, tag="quickstart", ended="2026-11-21T13:00:00")
+    text, _ = generate(base_dir)
+    table = text[text.index("## Stage by stage"):].split("\n\n")
+    assert table[1].splitlines()[0] == "| metric | BASE quickstart | SFT hour |"
+    assert "| val\\_bpb | 1.2000 | – |" in table[1] and "0.7000" not in table[1]
+    assert "so of other weights, and left out here: base\\_loss." in text
+
+
 def test_whole_chain_in_one_table(base_dir):
     """Each stage with training and evaluation sections: one row per metric, one column per stage, times added up."""
     seconds = 0

@@ -26,6 +26,14 @@ B, T, V = 8, CONFIG.sequence_len, CONFIG.vocab_size
 NUM_STEPS = 20
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cuda", True), ("mps", False), ("cpu", False)])
+def test_rows_are_copied_before_they_can_be_freed(monkeypatch, device, expected):
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: calls.append((args, kwargs)) or self)
+    Batch(torch.zeros(1, 2), torch.zeros(1, 2), None).to(torch.device(device))
+    assert calls == [((torch.device(device),), {"non_blocking": expected})] * 2
+
+
 def make_fresh(dtype=torch.float64):
     return make_model(CONFIG, dtype, as_initialised=True)
 
