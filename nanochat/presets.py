@@ -67,7 +67,8 @@ RATES = {"lm_head": "unembedding_lr", "wte": "embedding_lr", "value_embeds": "em
 QUINTIC = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),
            (2.8366, -3.0525, 1.2012))
 RULES = {
-    "nov26": OURS,
+    "dec26": OURS,
+    "nov26": TrainingRule(),    # whole queries and keys to Muon
     "july26": JULY26,    # the public record's: batch and rates by the model's size, for small models, too
     # Muon with NorMuon and cautious decay alone; no decay of what AdamW updates
     "jan26": TrainingRule(
@@ -101,11 +102,11 @@ def find_rule(name: str) -> TrainingRule:
 
 
 def choose_rule(preset: str | None, saved: dict | None) -> str:
-    """The rule of a preset, or ours; but a run that was begun by our older one keeps it. saved: its identity."""
-    rule = find_preset(preset).rule
-    if saved and rule == "nov26" and saved.get("rule", "july26") == "july26":    # at first it had no name
-        print0("rule: july26, by which this run was begun")
-        return "july26"
+    """The rule of a preset, or ours; but a run that was begun by an older one of ours keeps it. saved: its identity."""
+    rule, before = find_preset(preset).rule, saved and saved.get("rule", "july26")    # at first it had no name
+    if rule == Preset.rule and before in ("july26", "nov26"):
+        print0(f"rule: {before}, by which this run was begun")
+        return before
     return rule
 
 
@@ -133,7 +134,7 @@ class Preset:
     source: str                                  # where its figures come from
     knobs:  dict[str, object] = field(default_factory=dict)    # of GPTConfig
     shape:  dict[str, object] = field(default_factory=dict)    # of SHAPE; empty: from --depth
-    rule:   str = "nov26"                                      # of RULES
+    rule:   str = "dec26"                                      # of RULES
     flags:  dict[str, object] = field(default_factory=dict)    # of scripts.base_train and scripts.plan
 
 

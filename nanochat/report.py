@@ -335,7 +335,8 @@ def compare_stages(records: list[dict], runs: dict[str, dict]) -> list[Section]:
             for name in dict.fromkeys(name for metrics in columns.values() for name in metrics)]
     is_one = len({Path(run).name for _, run in columns}) == 1
     heads = ["metric", *(STAGES[stage] + ("" if is_one else f" {Path(run).name}") for stage, run in columns)]
-    notes = [f"From before the training's end, so of other weights, and left out here: {', '.join(older)}."] * bool(older)
+    notes = [f"From before the training's end, so of other weights, and left out here: {', '.join(older)}."] if older \
+        else []
     return [Section("Stage by stage", tables=[Table("", heads, rows)], notes=notes)] if rows else []
 
 

@@ -83,7 +83,7 @@ class TrainingRule:
         return all(group.name != "matrices" for group in self.adam)
 
 
-OURS   = TrainingRule()
+OURS   = TrainingRule(muon={"by_heads": True})
 JULY26 = TrainingRule(batch_from="size")
 
 

@@ -214,7 +214,7 @@ class Sweep:
             return
         saved = read_json(self.folder / "sweep.json", SWEEP_KEYS)
         if saved["grid"] == self.info["grid"] and get_identity(saved["flags"]) == get_identity(self.info["flags"]):
-            older = {"rule", "key_offset"} - saved.keys()
+            older = {key for key in ("rule", "key_offset") if saved.get(key) != self.info[key]}
             # Those with a checkpoint go on as they began
             if older and any(read_latest(get_run_dir("base", point.tag)) is None for point in self.points):
                 raise UserError(f"the sweep {self.args.name} was begun when the model, or batch and rates of small "
@@ -222,7 +222,7 @@ class Sweep:
                                 "or finish it with the nanochat that began it")
             self.info |= {"created": saved["created"], "failed": saved["failed"]}
             for key in older:    # nor are more points added later
-                del self.info[key]
+                self.info[key] = saved.get(key)
         elif any((get_run_dir("base", point["tag"]) / "run.json").exists() for point in saved["points"]):
             raise UserError(f"the sweep {self.args.name} has the grid {format_grid(saved)}, and this command says "
                             f"{format_grid(self.info)}; go back to that grid, or choose another --name")

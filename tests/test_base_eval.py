@@ -79,6 +79,16 @@ def test_base_eval_does_not_mix_results_of_other_settings(run, tmp_path, capsys)
     assert run("--max-per-task", "3")[1] == ["odd", "dogs", "count"] and "damaged" in capsys.readouterr().out
 
 
+def test_base_eval_does_not_take_other_weights_results(run, tmp_path):
+    """Of a run that was trained again under its tag to the same step."""
+    first, _ = run("--max-per-task", "3")
+    model, meta = make_model(CORE_CONFIG, torch.float64, seed=1), json.loads(
+        (tmp_path / "runs" / "base" / "d3" / "step_000020" / "meta.json").read_text())
+    save_checkpoint(tmp_path / "runs" / "base" / "d3", 20, model, model.setup_optimizer(),
+                    {key: meta[key] for key in ("model_config", "tokenizer")})
+    assert run("--max-per-task", "3")[1] == ["odd", "dogs", "count"]
+
+
 def test_all_items_by_a_word(run):
     everything, evaluated = run()
     assert len(evaluated) == 3 and json.loads(run.path.read_text())["core_metric"] == everything["core_metric"]

@@ -442,6 +442,17 @@ def test_script(run, hub, tmp_path, capsys, monkeypatch):
         run("-x", "4", "-m", "13")  # other settings have other records
 
 
+def test_other_weights_or_words_have_records_of_their_own(run, tmp_path, tokenizer):
+    (tmp_path / "words.txt").write_text("".join(f"{'abcdefghij'[i]}ert\n" for i in range(10)))
+    folders = [run("-x", "2", "-a", "GSM8K")["records_dir"],
+               run("-x", "2", "-a", "GSM8K", "--words", str(tmp_path / "words.txt"))["records_dir"]]
+    model = make_model(CONFIG, torch.float64, seed=1)    # trained again, to the same step
+    meta = {"model_config": vars(CONFIG), "tokenizer": {"name": "default", "hash": tokenizer.hash}}
+    save_checkpoint(tmp_path / "runs" / "sft" / "d2", 20, model, model.setup_optimizer(), meta)
+    folders.append(run("-x", "2", "-a", "GSM8K")["records_dir"])
+    assert len(set(folders)) == 3
+
+
 def test_all_problems_by_a_word():
     assert [script.parse_args(["-i", "sft", "-x", word]).max_problems for word in ("all", "-1", "7")] == [None, None, 7]
 

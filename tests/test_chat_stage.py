@@ -121,7 +121,8 @@ def test_chain(base_dir, mid, sft, capsys):
 def test_each_stage_hands_its_plan_and_rule_to_the_optimizer(base_dir, monkeypatch, flags):
     """Rates for the batch, weight decay and the kind of update; by our own rule small models have a batch of theirs."""
     handed, tag, preset = [], f"handed{flags[0]}", "--preset" in flags
-    monkeypatch.setattr(GPT, "setup_optimizer", lambda self, **figures: handed.append(figures) or setup(self, **figures))
+    monkeypatch.setattr(GPT, "setup_optimizer",
+                        lambda self, **figures: handed.append(figures) or setup(self, **figures))
     argv = [word for word in BASE if word not in ("--preset", "nanochat-july26")]
     runs = [base_train.main(["--model-tag", tag, *argv, *flags]),
             *(main(["-g", tag, *TASKS, "--sample-every", "-1", *MACHINE, "--stop-at", "1"])
@@ -130,8 +131,8 @@ def test_each_stage_hands_its_plan_and_rule_to_the_optimizer(base_dir, monkeypat
     rule = RULES["jan26" if preset else Preset.rule]
     assert [info["plan"]["lr_batch_tokens"] for info in infos] == [infos[0]["plan"]["lr_batch_tokens"]] * 3
     assert (infos[0]["plan"]["lr_batch_tokens"] == 2**19) == preset and infos[0]["plan"]["weight_decay"] > 0
-    for figures, info, batch_lr_scale in zip(handed, infos, (*[(1024 / infos[0]["plan"]["lr_batch_tokens"])**.5] * 2, 1),
-                                             strict=True):
+    for_batch = (1024 / infos[0]["plan"]["lr_batch_tokens"])**.5
+    for figures, info, batch_lr_scale in zip(handed, infos, (for_batch, for_batch, 1), strict=True):
         assert figures["rule"] == rule and figures["matrix_lr"] == (0.02 if preset else 0.03)
         assert figures["batch_lr_scale"] == pytest.approx(batch_lr_scale)
         assert figures["weight_decay"] == (infos[0]["plan"]["weight_decay"] if info is infos[0] else 0)

@@ -36,7 +36,7 @@ def take_steps(model, optimizer, num_steps, first=0):
 # Muon
 
 
-def slow_muon(param, grad, momentum, second_moment, lr):
+def slow_muon(param, grad, momentum, second_moment, lr, num_heads=1):
     """(param, momentum, second_moment) after one step of one fp64 matrix: the recipe's six steps, in its words."""
     rows, cols = param.shape
     momentum = MU * momentum + (1 - MU) * grad                                  # 1. Nesterov
@@ -44,11 +44,15 @@ def slow_muon(param, grad, momentum, second_moment, lr):
     norms = [math.sqrt(sum(x * x for x in row)) for row in X.tolist()]          # 2. MuonEq
     frobenius = math.sqrt(sum(norm * norm for norm in norms))
     X = torch.stack([X[i] * (frobenius / math.sqrt(rows) / max(norms[i], 1e-6)) for i in range(rows)])
-    X = X / (1.01 * X.norm() + 1e-6)                                            # 3. Polar Express
-    for a, b, c in POLAR_EXPRESS:
-        A = X.T @ X if rows > cols else X @ X.T
-        B = b * A + c * A @ A
-        X = a * X + (X @ B if rows > cols else B @ X)
+    heads, whole = [], X
+    for X in whole.chunk(num_heads):                                            # 3. Polar Express
+        X = X / (1.01 * X.norm() + 1e-6)
+        for a, b, c in POLAR_EXPRESS:
+            A = X.T @ X if len(X) > cols else X @ X.T
+            B = b * A + c * A @ A
+            X = a * X + (X @ B if len(X) > cols else B @ X)
+        heads.append(X)
+    X = torch.cat(heads)
     g = X * math.sqrt(min(rows, cols)) / max(float(X.norm()), 1e-6)             # 4. Muon+
     mean_square = g.square().mean(1 if rows >= cols else 0)                     # 5. NorMuon
     second_moment = BETA2 * second_moment + (1 - BETA2) * mean_square
@@ -111,6 +115,39 @@ def test_muon_equals_slow_version(shape, rule, slow_update):
             actual = params[i], momentum[i], second_moment[i].flatten()
             for ours, theirs in zip(actual, slow[i], strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (12, 5), (8, 12)])
+def test_queries_and_keys_are_orthogonalised_by_heads(shape):
+    """The first two of three matrices, in heads of 4 rows; one has a head without a gradient for a while."""
+    rng = torch.Generator().manual_seed(0)
+    params = torch.randn(3, *shape, generator=rng, dtype=torch.float64)
+    momentum, rule = torch.zeros_like(params), MuonRule(**RULES["dec26"].muon)
+    second_moment = params.new_zeros((3, shape[0], 1) if shape[0] >= shape[1] else (3, 1, shape[1]))
+    slow = [(params[i].clone(), momentum[i].clone(), second_moment[i].flatten().clone()) for i in range(3)]
+    for step in range(4):
+        grads = torch.randn(3, *shape, generator=rng, dtype=torch.float64)
+        grads[1, :4] *= step > 1
+        slow = [slow_muon(*state[:1], grad, *state[1:], LR, num_heads)
+                for state, grad, num_heads in zip(slow, grads, (shape[0] // 4, shape[0] // 4, 1), strict=True)]
+        muon_update(params, grads, momentum, second_moment, 5, torch.float64,
+                    *as_scalars([LR, MU, BETA2, DECAY]), rule, 2, 4)
+        for i in range(3):
+            for ours, theirs in zip((params[i], second_moment[i].flatten()), (slow[i][0], slow[i][2]), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)    # the eps of step 3 counts twice
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_which_matrices_have_heads(n_kv_head):
+    """Queries and keys of more heads than one, first of their shape; by older rules none."""
+    config = GPTConfig(sequence_len=16, vocab_size=64, n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=32)
+    model = make_model(config)
+    queries, keys = ([getattr(block.attn, name).weight for block in model.transformer.h] for name in ("c_q", "c_k"))
+    groups = [group for group in model.setup_optimizer(rule=RULES["dec26"]).param_groups if group["kind"] == "muon"]
+    by_head = {param for group in groups for param in group["params"][:group["num_by_head"]]}
+    assert by_head == {*queries, *(keys if n_kv_head > 1 else ())} and {group["head_dim"] for group in groups} == {8}
+    assert not any(group["num_by_head"] for group in model.setup_optimizer(rule=RULES["nov26"]).param_groups
+                   if group["kind"] == "muon")
 
 
 def test_polar_express_moves_singular_values_into_its_band():

@@ -16,7 +16,7 @@ from nanochat.engine import Engine
 from nanochat.memory import Machine, predict_memory
 from nanochat.presets import KNOBS, PRESETS, choose_knobs, find_preset, find_rule, format_knob, parse_knobs
 from nanochat.rl import keep_matrices
-from nanochat.run import read_info
+from nanochat.run import read_info, read_metrics
 from nanochat.scaling import make_plan
 from nanochat.train import train_step
 from scripts import base_train, chat_sft, plan
@@ -259,6 +259,21 @@ def test_a_run_from_before_the_rule_had_a_name_goes_on_by_july26(small):
     assert_same_runs(after["run_dir"], whole["run_dir"])
     sft = chat_sft.main([*SFT, "-g", "before"])
     assert sft["step"] == 2 and find_checkpoint("sft", "before").meta["identity"]["rule"] == "july26"
+
+
+def test_a_run_by_novembers_rule_goes_on_by_it(small, monkeypatch):
+    """Whole queries and keys to Muon; the same command, bit for bit."""
+    argv = make_preset_argv("plain", "november")[2:]
+    monkeypatch.setattr(base_train, "choose_rule", lambda preset, saved: "nov26")
+    whole = base_train.main(argv)
+    argv[1] = "goes-on"
+    base_train.main([*argv, "--stop-at", "2"])
+    monkeypatch.undo()
+    assert_same_runs(base_train.main(argv)["run_dir"], whole["run_dir"])
+    argv[1] = "december"
+    losses = [[line["loss"] for line in read_metrics(Path(run_dir)) if line["kind"] == "train"]
+              for run_dir in (base_train.main(argv)["run_dir"], whole["run_dir"])]
+    assert losses[0][0] == losses[1][0] and losses[0][-1] != losses[1][-1]
 
 
 def test_a_run_from_before_the_key_offset_goes_on_without(small, capsys):

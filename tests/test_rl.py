@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from dev import rl_curve
+from nanochat import rl
 from nanochat.chat_stage import set_schedules
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import Ranks, UserError
@@ -286,6 +287,22 @@ def test_answers_of_the_engine(base_dir):
     assert all(len(answer.tokens) == answer.num_prompt + 12 for answer in cut)
     alone = write_answers(Engine(model, tokenizer), questions[2:3], 3, 12, 1.0, seed=7)[0]  # not who else is asked
     assert [answer.tokens for answer in alone] == [answer.tokens for answer in groups[2][:3]]
+
+
+def test_answers_to_learn_from_are_the_policys_own(base_dir, monkeypatch):
+    """REINFORCE's gradient is that of the distribution that was sampled: temperature 1, all tokens."""
+    calls = []
+    monkeypatch.setattr(rl, "write_answers", lambda *args: calls.append(args) or write_answers(*args))
+    model, tokenizer, _ = load_model("sft", torch.device("cpu"))
+    questions = make_questions({"Vowels": Vowels()}, tokenizer, 99)[:2]
+    Rollouts(questions, tokenizer, Sampling(2, 4, seed=3, sample_rows=4), 2, Ranks(), 1, 99).next_step(model, 0, 4)
+    assert [args[4] for args in calls] == [1.0]
+
+
+def test_held_out_questions_are_not_those_to_learn_from(byte_tokenizer):
+    questions, held_out = chat_rl.load_questions(["Arithmetic:300"], None, 60, byte_tokenizer, 200)
+    asked = [{tuple(question.prompt) for question in some} for some in (questions, held_out)]
+    assert len(asked[0]) > 250 and len(asked[1]) > 50 and not asked[0] & asked[1]
 
 
 def test_an_engine_keeps_no_cache_after_an_error(byte_tokenizer):

@@ -26,6 +26,7 @@ from nanochat.common import UserError, count_cpus
 from nanochat.compilation import probe_compiler, set_compile_kernels
 from nanochat.gpt import GPT
 from nanochat.run import read_metrics
+from nanochat.shards import read_manifest
 from scripts import base_loss, base_train, chat_cli
 from tests.helpers import (
     REPO_DIR,
@@ -539,6 +540,22 @@ def test_fp8_at_any_resume(capsys):
     assert train("cut-eight", *in_fp8)["step"] == NUM_STEPS
     with pytest.raises(UserError, match="--fp8 on can't be had here: it goes with --dtype bfloat16 only"):
         train("eight", "--dtype", "float32")
+
+
+def test_a_run_goes_on_with_its_own_shards_after_more_have_arrived(base_dir, whole):
+    folder = base_dir / "data" / "toy"
+    before = (folder / "manifest.json").read_bytes()
+    train("grown", "--stop-at", "10")
+    try:
+        manifest = read_manifest(folder)
+        (folder / "shard_00009.parquet").write_bytes((folder / manifest.train[0].file).read_bytes())
+        later = dataclasses.replace(manifest.train[0], file="shard_00009.parquet")
+        dataclasses.replace(manifest, train=(*manifest.train, later)).save(folder)
+        assert_same_runs(train("grown")["run_dir"], whole["run_dir"])
+        assert base_loss.main(["-g", "grown", "--device-type", "cpu", "--eval-tokens", "1024"])["step"] == NUM_STEPS
+    finally:
+        (folder / "manifest.json").write_bytes(before)
+        (folder / "shard_00009.parquet").unlink()
 
 
 def test_corrupt_shard_is_named(base_dir):
