@@ -470,7 +470,7 @@ def muon_update(param: Tensor, grad: Tensor, momentum: Tensor, second_moment: Te
     if num_by_head:
         # Attention multiplies queries and keys within a head: heads that share no product needn't be orthogonal to each
         # other. 1.04 at depth 4 and 6 (dev/LOG.md, "Muon by heads"); modded-nanogpt has it for pairs of heads
-        heads = orthogonalize(_split_heads(X[:num_by_head], head_dim, rule), ns_steps, rule.coefficients)
+        heads = orthogonalize(X[:num_by_head].view(-1, head_dim, X.size(-1)), ns_steps, rule.coefficients)
         X = torch.cat((heads.view_as(X[:num_by_head]), orthogonalize(X[num_by_head:], ns_steps, rule.coefficients)))
     else:
         X = orthogonalize(X, ns_steps, rule.coefficients)
@@ -492,14 +492,6 @@ def _prepare_momentum(grad: Tensor, momentum: Tensor, mu: Tensor, matmul_dtype: 
         X = X * (rms_row_norm / sq_norms.sqrt().clamp(min=1e-6))
     norm = X.square().sum((-2, -1), keepdim=True).sqrt()
     return (X / (rule.margin * norm + rule.eps)).to(matmul_dtype)  # singular values must be below 1 for step 3
-
-
-@fused
-def _split_heads(X: Tensor, head_dim: int, rule: MuonRule) -> Tensor:
-    """(K, rows, cols) -> (K * heads, head_dim, cols), each of a Frobenius norm just under 1, or zero."""
-    heads = X.view(-1, head_dim, X.size(-1))
-    norm = heads.to(torch.promote_types(X.dtype, torch.float32)).square().sum((-2, -1), keepdim=True).sqrt()
-    return (heads / (rule.margin * norm + rule.eps)).to(X.dtype)
 
 
 def orthogonalize(X: Tensor, num_steps: int,
