@@ -23,7 +23,7 @@ import torch
 from nanochat.common import UserError, gather, get_first_line, get_ranks, write_atomic
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
-from nanochat.loss_eval import BATCH_TOKENS, DEFAULT_BATCH_TOKENS, pad_rows
+from nanochat.loss_eval import BATCH_TOKENS, DEFAULT_BATCH_TOKENS, pad_right
 from nanochat.tokenizer import RustBPETokenizer
 from tasks.catalog import CHATCORE_TASKS, GRADED_TASKS, get_task
 from tasks.common import Task
@@ -33,7 +33,7 @@ ORDER_SEED = 1337           # shuffles the problems: the first n are a fair samp
 
 
 @dataclass(frozen=True)
-class ChatSettings:
+class AnswerSettings:
     """All that an answer depends on besides the model and the problem."""
     num_samples:    int   = 1
     temperature:    float = 0.0     # 0 takes the likeliest token
@@ -56,7 +56,7 @@ class Solver:
     """A chat model that answers problems."""
     model:        GPT
     tokenizer:    RustBPETokenizer
-    settings:     ChatSettings = ChatSettings()
+    settings:     AnswerSettings = AnswerSettings()
     batch_rows:   int  = 64        # sequences at once, on each rank
     allow_unsafe: bool = False     # run programs that the model wrote even where this machine can't isolate them
     words:        str | None = None   # dataset whose words are spelled, see tasks.words.load_words
@@ -111,7 +111,7 @@ def choose_letters(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Pr
     while waiting:
         num_rows = max(1, min(solver.batch_rows, batch_tokens // len(prompts[waiting[-1]])))
         batch, waiting = waiting[-num_rows:], waiting[:-num_rows]
-        idx = pad_rows([prompts[i] for i in batch], 0, device)                               # (R, T)
+        idx = pad_right([prompts[i] for i in batch], 0, device)                               # (R, T)
         ends = torch.tensor([len(prompts[i]) - 1 for i in batch], device=device)
         # Nearly every batch has a shape of its own: compiling for each would take longer than the evaluation
         with torch.compiler.set_stance("force_eager"):

@@ -341,7 +341,7 @@ def make_batches(items: list[Item], batch_tokens: int, tail_tokens: int) -> Iter
         yield batch
 
 
-def pad_rows(rows: list[tuple[int, ...]], padding: int, device: torch.device) -> torch.Tensor:
+def pad_right(rows: list[tuple[int, ...]], padding: int, device: torch.device) -> torch.Tensor:
     """(R, T) int64: rows of tokens, padded on the right to the longest."""
     longest = max(map(len, rows))
     return torch.tensor([row + (padding,) * (longest - len(row)) for row in rows], dtype=torch.long, device=device)
@@ -351,7 +351,7 @@ def cache_prefixes(model: GPT, prefixes: list[tuple[int, ...]], row_of: list[int
     """Compute each prefix once; row r of the cache holds prefixes[row_of[r]] and has room for `num_more` tokens."""
     config, device = model.config, model.get_device()
     lengths = torch.tensor([len(prefix) for prefix in prefixes], dtype=torch.int32, device=device)
-    idx = pad_rows(prefixes, 0, device)  # (prefixes, P)
+    idx = pad_right(prefixes, 0, device)  # (prefixes, P)
     P = idx.size(1)
     cache = KVCache(len(prefixes), config.n_kv_head, P + num_more, config.head_dim, config.n_layer, device,
                     model.compute_dtype)
@@ -366,13 +366,13 @@ def score_options(model, options: list[Option]) -> list[tuple[float, bool]]:
     """For each option its mean loss per scored token, in nats, and whether each of them was the likeliest. A GPT
     computes shared prefixes once; any other model, called with (R, T) tokens for (R, T, V) logits, whole rows."""
     device = model.get_device()
-    targets = pad_rows([option.tail[1:] for option in options], -1, device)  # (R, S)
+    targets = pad_right([option.tail[1:] for option in options], -1, device)  # (R, S)
     if isinstance(model, GPT):
         row_of_prefix = {prefix: row for row, prefix in enumerate(dict.fromkeys(o.prefix for o in options))}
         cache = cache_prefixes(model, list(row_of_prefix), [row_of_prefix[o.prefix] for o in options], targets.size(1))
-        logits = model(pad_rows([option.tail[:-1] for option in options], 0, device), kv_cache=cache)  # (R, S, V)
+        logits = model(pad_right([option.tail[:-1] for option in options], 0, device), kv_cache=cache)  # (R, S, V)
     else:
-        logits = model(pad_rows([option.prefix + option.tail[:-1] for option in options], 0, device))  # (R, T, V)
+        logits = model(pad_right([option.prefix + option.tail[:-1] for option in options], 0, device))  # (R, T, V)
         first = torch.tensor([len(option.prefix) for option in options], device=device)
         positions = first[:, None] + torch.arange(targets.size(1), device=device)  # (R, S)
         positions = positions.clamp(max=logits.size(1) - 1)[..., None].expand(-1, -1, logits.size(2))

@@ -211,7 +211,7 @@ def count_engine_bytes(config: GPTConfig, num_rows: int, num_tokens: int) -> int
 
 
 @dataclass(frozen=True)
-class Sampling:
+class RolloutSettings:
     """How answers are sampled."""
     num_samples:     int    # to each question
     max_new_tokens:  int    # of an answer, the calculator's included
@@ -224,7 +224,7 @@ class Rollouts:
     """Asks the model each step's questions, this rank its share. Questions and answers follow from seed and step."""
     questions:       Sequence[Question]
     tokenizer:       object
-    sampling:        Sampling
+    sampling:        RolloutSettings
     num_questions:   int     # of a step, all ranks together
     ranks:           Ranks
     length_multiple: int
@@ -326,7 +326,7 @@ def add_up(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, sums, strict=True))
 
 
-def evaluate_answers(engine: Engine, questions: Sequence[Question], sampling: Sampling, ranks: Ranks) -> dict:
+def evaluate_answers(engine: Engine, questions: Sequence[Question], sampling: RolloutSettings, ranks: Ranks) -> dict:
     """Rewards on held-out questions: of greedy answers, and of samples at temperature 1. Collective.
     The samples are drawn with the same random numbers each time, so that two evaluations differ by the model alone."""
     values = {}

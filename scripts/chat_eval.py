@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from nanochat.chat_eval import ChatSettings, Solver, check_task_names, compute_chatcore, evaluate_task
+from nanochat.chat_eval import AnswerSettings, Solver, check_task_names, compute_chatcore, evaluate_task
 from nanochat.checkpoint_manager import MODEL_NAME, add_model_flags, load_for
 from nanochat.choices import add_words_flag
 from nanochat.common import (
@@ -45,10 +45,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="tasks by name (default: the six of ChatCORE)")
     add_words_flag(parser)
     add("-x", "--max-problems", type=int_or_all, help="problems of each task, or all (default: all)")
-    add("-t", "--temperature", type=float, default=ChatSettings.temperature, help="0 takes the likeliest token")
-    add("-k", "--top-k", type=int, default=ChatSettings.top_k, help="sample among the k likeliest tokens; 0 = all")
-    add("-n", "--num-samples", type=int, default=ChatSettings.num_samples, help="answers to each problem")
-    add("-m", "--max-new-tokens", type=int, default=ChatSettings.max_new_tokens, help="of an answer, in tokens")
+    add("-t", "--temperature", type=float, default=AnswerSettings.temperature, help="0 takes the likeliest token")
+    add("-k", "--top-k", type=int, default=AnswerSettings.top_k, help="sample among the k likeliest tokens; 0 = all")
+    add("-n", "--num-samples", type=int, default=AnswerSettings.num_samples, help="answers to each problem")
+    add("-m", "--max-new-tokens", type=int, default=AnswerSettings.max_new_tokens, help="of an answer, in tokens")
     add("-b", "--batch-size", type=int, default=64, help="sequences at once, on each rank")
     add("--allow-unsafe", action="store_true", help="run programs that the model wrote (HumanEval) even where this "
         "machine can't isolate them")
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     start_time = time.perf_counter()
     check_task_names(args.task_name)
-    settings = ChatSettings(args.num_samples, args.temperature, args.top_k, args.max_new_tokens)
+    settings = AnswerSettings(args.num_samples, args.temperature, args.top_k, args.max_new_tokens)
     model, tokenizer, meta, place = load_for(args.source, args.model_tag, args.step, args.dtype, args.device_type)
     run_dir, step = Path(meta["run_dir"]), meta["step"]
     print0(f"{args.source} model {run_dir.name}, step {step}, {place}")

@@ -36,7 +36,7 @@ from nanochat.rl import (
     SAMPLE_ROWS,
     Question,
     Rollouts,
-    Sampling,
+    RolloutSettings,
     count_engine_bytes,
     evaluate_answers,
     get_length_multiple,
@@ -216,7 +216,8 @@ def make_rollouts(args: argparse.Namespace, setup: Setup, questions: list[Questi
                   held_out: list[Question]) -> Rollouts:
     """What stands in for a loader: the model's own answers."""
     recipe = setup.recipe
-    sampling = Sampling(args.num_samples, recipe.identity["max_new_tokens"], args.seed, recipe.notes["sample_rows"])
+    sampling = RolloutSettings(args.num_samples, recipe.identity["max_new_tokens"], args.seed,
+                               recipe.notes["sample_rows"])
     return Rollouts(questions, recipe.tokenizer, sampling, args.examples_per_step, setup.ranks,
                     get_length_multiple(setup.device, setup.choices.machine.is_compiled),
                     find_longest_prompt(questions + held_out),

@@ -255,7 +255,8 @@ def count_shards(num_tokens: int, source: str) -> int:
 
 def count_hardware_flops(config: GPTConfig, plan: Plan, num_gpus: int, has_muon: bool = True) -> float:
     """FLOPs that the run executes. They differ from model FLOPs in the keys hidden by attention's mask (left out), the
-    scores recomputed in the backward pass (7 products a key, not 6), and Muon's orthogonalisation."""
+    scores recomputed in the backward pass (7 products a key, not 6), and Muon's orthogonalisation (of whole matrices;
+    queries and keys by heads cost a fifth of it less)."""
     flops, first_step = plan.total_flops, 0
     stages = [(stage.end_step, stage.row_tokens) for stage in plan.short_rows or ()]
     for end_step, T in [*stages, (plan.num_iterations, config.sequence_len)]:

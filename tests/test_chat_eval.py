@@ -14,7 +14,7 @@ import torch
 
 from nanochat import chat_eval
 from nanochat.chat_eval import (
-    ChatSettings,
+    AnswerSettings,
     Solver,
     check_task_names,
     choose_letters,
@@ -40,7 +40,7 @@ REAL_TASKS = REPO_DIR.parent / "shared" / "data" / "tasks"
 CONFIG = GPTConfig(sequence_len=160, vocab_size=265, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, window_pattern="SL")
 WORDS = ["apple", "banana", "cherry", "grape", "lemon", "melon", "orange", "papaya", "peach", "plum", "quince",
          "raspberry", "strawberry", "tomato", "walnut", "almond", "bread", "butter", "cheese", "garlic"]
-SHORT = ChatSettings(max_new_tokens=12)
+SHORT = AnswerSettings(max_new_tokens=12)
 
 ARC = [{"question": f"Which number is {n}?", "answerKey": "ABCD"[n % 4],
         "choices": {"text": [str(4 * (n // 4) + i) for i in range(4)], "label": list("ABCD")}} for n in range(11)]
@@ -133,7 +133,7 @@ def test_a_crop_keeps_bos_and_the_answers_place(hub, tokenizer):
 
 
 def test_answers_equal_one_at_a_time(hub, model, tokenizer):
-    settings = ChatSettings(num_samples=3, temperature=1.0, top_k=30, max_new_tokens=20)
+    settings = AnswerSettings(num_samples=3, temperature=1.0, top_k=30, max_new_tokens=20)
     problems = load_problems(get_task("GSM8K", "test"), "GSM8K", tokenizer, None)
     expected = {}
     for problem in problems:
@@ -162,7 +162,7 @@ def test_a_context_shorter_than_prompt_and_answer(hub, tokenizer, monkeypatch):
         lengths.append(len(tokens) + max_tokens)
         return Request(tokens, max_tokens, *args, **kwargs)
     monkeypatch.setattr(chat_eval, "Request", make_request)
-    chat = evaluate_chat(Solver(tiny, tokenizer, ChatSettings(max_new_tokens=40)), ("ARC-Easy", "GSM8K"))
+    chat = evaluate_chat(Solver(tiny, tokenizer, AnswerSettings(max_new_tokens=40)), ("ARC-Easy", "GSM8K"))
     assert not chat["missing"] and [task["num_problems"] for task in chat["tasks"].values()] == [11, 9]
     assert lengths == [16 + 1] * 9      # the last token is only written
 
@@ -226,7 +226,7 @@ def test_samples_are_averaged(hub, model, tokenizer, monkeypatch):
     """Of four samples one is right for each problem: pass@1 is a quarter, and always any is right."""
     monkeypatch.setattr(chat_eval, "sample_answers", lambda solver, problems: (
         (p, ["x", f"#### {p.index + 1}", "#### -1", "####"], 1) for p in problems))
-    result = evaluate_task(Solver(model, tokenizer, ChatSettings(num_samples=4, temperature=1.0)), "GSM8K")
+    result = evaluate_task(Solver(model, tokenizer, AnswerSettings(num_samples=4, temperature=1.0)), "GSM8K")
     assert (result["accuracy"], result["pass_any"], result["centered"], result["num_cut"]) == (0.25, 1.0, 0.25, 9)
     assert (result["low"], result["high"]) == wilson_interval(0.25, 9)
 
@@ -291,7 +291,7 @@ def read_lines(path: Path) -> list[dict]:
 
 @pytest.mark.parametrize("name", ["GSM8K", "ARC-Easy"])
 def test_a_killed_evaluation_goes_on(hub, model, tokenizer, tmp_path, monkeypatch, name):
-    settings = ChatSettings(num_samples=2, temperature=1.0, max_new_tokens=12) if name == "GSM8K" else SHORT
+    settings = AnswerSettings(num_samples=2, temperature=1.0, max_new_tokens=12) if name == "GSM8K" else SHORT
     expected = evaluate_task(Solver(model, tokenizer, settings), name, records_dir=tmp_path / "whole")
     real, graded = Task.grade, []
 
@@ -376,7 +376,7 @@ def test_names_are_checked_before_any_work(names, expected):
                                     {"temperature": math.nan}, {"num_samples": 2}])
 def test_settings_that_make_no_sense(values):
     with pytest.raises(UserError):
-        ChatSettings(**values)
+        AnswerSettings(**values)
 
 
 def test_two_ranks_equal_one(hub, model, tokenizer, tmp_path):

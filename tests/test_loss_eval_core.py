@@ -215,7 +215,7 @@ def test_four_times_faster_than_one_example_at_a_time():
         return scores[0][1] if item.gold is None else losses.index(min(losses)) == item.gold
 
     def score_slowly(options: list[Option]) -> list[tuple[float, bool]]:
-        logits = model(loss_eval.pad_rows([option.prefix + option.tail[:-1] for option in options], 0,
+        logits = model(loss_eval.pad_right([option.prefix + option.tail[:-1] for option in options], 0,
                                           model.get_device()))
         scores = []
         for row, option in zip(logits, options, strict=True):

@@ -24,7 +24,7 @@ from nanochat.rl import (
     Answer,
     Question,
     Rollouts,
-    Sampling,
+    RolloutSettings,
     choose_probe,
     choose_questions,
     compute_advantages,
@@ -295,7 +295,8 @@ def test_answers_to_learn_from_are_the_policys_own(base_dir, monkeypatch):
     monkeypatch.setattr(rl, "write_answers", lambda *args: calls.append(args) or write_answers(*args))
     model, tokenizer, _ = load_model("sft", torch.device("cpu"))
     questions = make_questions({"Vowels": Vowels()}, tokenizer, 99)[:2]
-    Rollouts(questions, tokenizer, Sampling(2, 4, seed=3, sample_rows=4), 2, Ranks(), 1, 99).next_step(model, 0, 4)
+    sampling = RolloutSettings(2, 4, seed=3, sample_rows=4)
+    Rollouts(questions, tokenizer, sampling, 2, Ranks(), 1, 99).next_step(model, 0, 4)
     assert [args[4] for args in calls] == [1.0]
 
 
@@ -308,7 +309,7 @@ def test_held_out_questions_are_not_those_to_learn_from(byte_tokenizer):
 def test_an_engine_keeps_no_cache_after_an_error(byte_tokenizer):
     """Such as memory that runs out, or an answer that a task can't grade."""
     question = Question("a", SimpleNamespace(reward=lambda *answer: 1 / 0), {}, [1, 2, 3])
-    rollouts = Rollouts([question], byte_tokenizer, Sampling(2, 4, seed=0, sample_rows=2), 1, Ranks(), 1, 9)
+    rollouts = Rollouts([question], byte_tokenizer, RolloutSettings(2, 4, seed=0, sample_rows=2), 1, Ranks(), 1, 9)
     with pytest.raises(ZeroDivisionError), rollouts.refreshed_engine(make_model()) as engine:
         write_answers(engine, [question], 2, 4, 1.0, seed=0)
     assert engine.cache is None and engine.rows == []
@@ -424,7 +425,7 @@ def test_reward_rises(base_dir):
         model.lm_head.weight.mul_(100)  # after a few steps it is all but zero, and it stays as it is
     optimizer = keep_matrices(model.setup_optimizer(weight_decay=0.0))
     questions = make_questions({"Vowels": Vowels()}, tokenizer, 99)
-    sampling = Sampling(num_samples=16, max_new_tokens=6, seed=42, sample_rows=64)
+    sampling = RolloutSettings(num_samples=16, max_new_tokens=6, seed=42, sample_rows=64)
     rollouts = Rollouts(questions[:20], tokenizer, sampling, 4, Ranks(), length_multiple=16, longest_prompt=99)
     rewards, entropies = [], []
     for step in range(22):

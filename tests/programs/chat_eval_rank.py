@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat import chat_eval
-from nanochat.chat_eval import ChatSettings, Solver, evaluate_task
+from nanochat.chat_eval import AnswerSettings, Solver, evaluate_task
 from nanochat.common import UserError, end_process, get_ranks
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
@@ -31,7 +31,7 @@ def get_or_fail(name, split, words):
 chat_eval.get_task = get_or_fail
 config = GPTConfig(**json.loads((folder / "config.json").read_text()))
 solver = Solver(make_model(config, torch.float64), RustBPETokenizer.from_directory(folder),
-                ChatSettings(max_new_tokens=12))
+                AnswerSettings(max_new_tokens=12))
 results = {}
 for name in ("ARC-Easy", "GSM8K", "MMLU"):
     try:
