@@ -222,7 +222,8 @@ class Sweep:
                                 "or finish it with the nanochat that began it")
             self.info |= {"created": saved["created"], "failed": saved["failed"]}
             for key in older:    # nor are more points added later
-                self.info[key] = saved.get(key)
+                del self.info[key]
+            self.info |= {key: saved[key] for key in older & saved.keys()}
         elif any((get_run_dir("base", point["tag"]) / "run.json").exists() for point in saved["points"]):
             raise UserError(f"the sweep {self.args.name} has the grid {format_grid(saved)}, and this command says "
                             f"{format_grid(self.info)}; go back to that grid, or choose another --name")

@@ -193,10 +193,11 @@ def test_a_sweep_of_older_models_has_no_new_ones_added(base_dir):
     assert len(sweep.main(argv)["runs"]) == 2
     path, run_dir = base_dir / "sweeps" / "older" / "sweep.json", get_run_dir("base", "older-depth2-num-iterations2")
     saved = json.loads(path.read_text())
-    for missing in ("rule", "key_offset"):
-        path.write_text(json.dumps({key: value for key, value in saved.items() if key != missing}))
+    without = [{key: value for key, value in saved.items() if key != missing} for missing in ("rule", "key_offset")]
+    for older in (*without, saved | {"rule": "nov26"}):
+        path.write_text(json.dumps(older))
         sweep.main(argv)
-        assert missing not in json.loads(path.read_text())    # it stays an older one
+        assert json.loads(path.read_text()) == older    # it stays an older one
         run_dir.rename(base_dir / "elsewhere")    # as if killed before its first checkpoint
         with pytest.raises(UserError, match="the sweep older was begun when the model, or batch and rates of small on"):
             sweep.main(argv)
