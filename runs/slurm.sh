@@ -25,7 +25,7 @@ NPROC=${NPROC:-8}                        # GPUs of a node
 EXTRA=${EXTRA:-}                         # more flags for scripts.base_train
 
 cd "${SLURM_SUBMIT_DIR:?this is a job script: sbatch runs/slurm.sh}" || exit 2
-source .venv/bin/activate
+source .venv/bin/activate || { echo "error: there is no .venv; run bash runs/setup.sh first" >&2; exit 2; }
 base_dir=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}
 latest=${base_dir/#\~/$HOME}/runs/base/$NAME/latest
 before=$(cat "$latest" 2> /dev/null)

@@ -285,6 +285,21 @@ def test_base_folder_of_the_recipes_is_that_of_python(tmp_path):
     assert not any(path.name.startswith("~") for path in tmp_path.rglob("*"))
 
 
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"NAME": "../data"}, "error: NAME=../data must be letters, digits and . _ -, for it names folders\n"),
+    ({"NAME": "my model"}, "error: NAME=my model must be letters"), ({"NAME": ".."}, "error: NAME=.. must be letters"),
+    ({"NPROC": "2.5"}, "error: NPROC=2.5 must be a number of GPUs"), ({"NPROC": "0"}, "error: NPROC=0 must be a n"),
+    ({"NPROC": "08"}, "error: NPROC=08 must be a number"), ({"NPROC": "x"}, "error: NPROC=x must be a number of GPUs")])
+def test_a_name_or_number_that_would_lead_astray_is_refused_at_once(settings, message, tmp_path):
+    """A NAME of another folder would have that one deleted, as the progress of a chain that begins anew."""
+    write_stub(tmp_path)
+    (tmp_path / "chains").mkdir()
+    (tmp_path / "data").mkdir()
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path)} | settings
+    result = subprocess.run(["bash", f"{tmp_path}/runs/speedrun.sh"], env=env, text=True, capture_output=True)
+    assert result.returncode == 2 and result.stderr.startswith(message) and (tmp_path / "data").is_dir()
+
+
 def test_a_chain_that_nobody_has_timed(tmp_path):
     note_commands("speedrun.sh", tmp_path, "log")
     assert "speedrun: stage 4 of 12, loss | 0 min so far" in (tmp_path / "log.out").read_text().splitlines()
