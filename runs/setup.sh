@@ -64,7 +64,8 @@ count_tokens() {    # that a laptop's base model reads, by DEPTH, VOCAB_SIZE and
 # `begin_chain NAME text 25 base 330 ...`; then each begins with `stage text`, and the last ends with `end_chain`.
 # <base dir>/chains/NAME/STAGE: the seconds of a finished stage, 0 if it was interrupted; empty until it ends.
 begin_chain() {
-    [[ $1 && $1 != */* && $1 != *[[:space:]]* && $1 != [.-]* ]] || fail "NAME=$1 must be letters, digits and . _ -, for it names folders"
+    [[ $1 && $1 != */* && $1 != *[[:space:]]* && $1 != [.-]* ]] ||
+        fail "NAME=$1 must be letters, digits and . _ -, for it names folders"
     [[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC must be a number of GPUs, 1 or more"
     chain_name=$1 chain=("${@:2}") stage_name="" chain_start=$SECONDS
     chain_dir=$base_dir/chains/$1
