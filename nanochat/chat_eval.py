@@ -191,8 +191,7 @@ def failing_together() -> Iterator[None]:
     try:
         yield
     except (UserError, OSError, RuntimeError, MemoryError) as error:    # data, disk, memory: other tasks can go on
-        reason = get_first_line(error)
-        reason = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason}"
+        reason = ("" if isinstance(error, UserError) else f"{type(error).__name__}: ") + get_first_line(error)
     if reason := next(filter(None, gather(reason)), None):
         raise UserError(reason)
 

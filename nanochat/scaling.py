@@ -56,8 +56,8 @@ ADAM_GROUPS = (
 
 @dataclass(frozen=True)
 class TrainingRule:
-    """How weights are updated, and how the figures of an update move during a run: all that no flag sets. The defaults
-    are ours; presets.py has the rules of other models of the family."""
+    """How weights are updated, and how the figures of an update move during a run: all that no flag sets. OURS is
+    the dial's; presets.py has its predecessors' and those of other models of the family."""
     adam:             tuple[AdamGroup, ...] = ADAM_GROUPS
     adam_eps:         float = 1e-10
     max_norm:         float | None = None    # to which the gradients of all AdamW groups together are clipped

@@ -60,13 +60,17 @@ count_tokens() {    # that a laptop's base model reads, by DEPTH, VOCAB_SIZE and
         'BEGIN { width = 128 * int((depth + 1) / 2); printf "%d", ratio * width * (12 * width * depth + vocab) }'
 }
 
+check_settings() {    # the NAME $1, and NPROC, before anything is fetched, made or deleted by them
+    [[ $1 && $1 != */* && $1 != *[[:space:]]* && $1 != [.-]* ]] ||
+        fail "NAME=$1 must be letters, digits and . _ -, for it names folders"
+    [[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC must be a number of GPUs, 1 or more"
+}
+
 # The chain's progress. A recipe names its stages once, each with its seconds where the header measured them (else 0):
 # `begin_chain NAME text 25 base 330 ...`; then each begins with `stage text`, and the last ends with `end_chain`.
 # <base dir>/chains/NAME/STAGE: the seconds of a finished stage, 0 if it was interrupted; empty until it ends.
 begin_chain() {
-    [[ $1 && $1 != */* && $1 != *[[:space:]]* && $1 != [.-]* ]] ||
-        fail "NAME=$1 must be letters, digits and . _ -, for it names folders"
-    [[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC must be a number of GPUs, 1 or more"
+    check_settings "$1"
     chain_name=$1 chain=("${@:2}") stage_name="" chain_start=$SECONDS
     chain_dir=$base_dir/chains/$1
     [[ -e $base_dir/runs/base/$1 ]] || rm -rf "$chain_dir"    # its runs were deleted: it begins anew

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # Other weights or settings give other answers, so each combination has records of its own
     made_with = {"model": meta["files"][MODEL_NAME], "dtype": str(model.compute_dtype).removeprefix("torch."),
-                 **asdict(settings), "words": args.words}
+                 **asdict(settings), **({"words": args.words} if args.words else {})}
     key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:8]
     records_dir = run_dir / "chat_eval" / f"{step:06d}_{key}"
     if get_ranks().rank == 0:

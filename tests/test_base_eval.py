@@ -81,7 +81,7 @@ def test_base_eval_does_not_mix_results_of_other_settings(run, tmp_path, capsys)
 
 def test_base_eval_does_not_take_other_weights_results(run, tmp_path):
     """Of a run that was trained again under its tag to the same step."""
-    first, _ = run("--max-per-task", "3")
+    run("--max-per-task", "3")
     model, meta = make_model(CORE_CONFIG, torch.float64, seed=1), json.loads(
         (tmp_path / "runs" / "base" / "d3" / "step_000020" / "meta.json").read_text())
     save_checkpoint(tmp_path / "runs" / "base" / "d3", 20, model, model.setup_optimizer(),

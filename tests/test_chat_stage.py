@@ -37,7 +37,7 @@ TASKS = ("--tasks", "Arithmetic:90", "Identity:50")
 BASE = ("--preset", "nanochat-july26", "--data", "toy", "--depth", "2", "--aspect-ratio", "16", "--head-dim", "16",
         "--max-seq-len", str(T), "--num-iterations", "3", "--total-batch-size", "1024", "--sample-every", "-1",
         "--dtype", "float32", *MACHINE)
-setup = GPT.setup_optimizer
+setup_optimizer = GPT.setup_optimizer
 
 
 def train_base(tag, *more):
@@ -122,7 +122,7 @@ def test_each_stage_hands_its_plan_and_rule_to_the_optimizer(base_dir, monkeypat
     """Rates for the batch, weight decay and the kind of update; by our own rule small models have a batch of theirs."""
     handed, tag, preset = [], f"handed{flags[0]}", "--preset" in flags
     monkeypatch.setattr(GPT, "setup_optimizer",
-                        lambda self, **figures: handed.append(figures) or setup(self, **figures))
+                        lambda self, **figures: handed.append(figures) or setup_optimizer(self, **figures))
     argv = [word for word in BASE if word not in ("--preset", "nanochat-july26")]
     runs = [base_train.main(["--model-tag", tag, *argv, *flags]),
             *(main(["-g", tag, *TASKS, "--sample-every", "-1", *MACHINE, "--stop-at", "1"])

@@ -285,18 +285,19 @@ def test_base_folder_of_the_recipes_is_that_of_python(tmp_path):
     assert not any(path.name.startswith("~") for path in tmp_path.rglob("*"))
 
 
+@pytest.mark.parametrize("recipe", ["speedrun.sh", "scaling_laws.sh"])
 @pytest.mark.parametrize(("settings", "message"), [
     ({"NAME": "../data"}, "error: NAME=../data must be letters, digits and . _ -, for it names folders\n"),
     ({"NAME": "my model"}, "error: NAME=my model must be letters"), ({"NAME": ".."}, "error: NAME=.. must be letters"),
     ({"NPROC": "2.5"}, "error: NPROC=2.5 must be a number of GPUs"), ({"NPROC": "0"}, "error: NPROC=0 must be a n"),
     ({"NPROC": "08"}, "error: NPROC=08 must be a number"), ({"NPROC": "x"}, "error: NPROC=x must be a number of GPUs")])
-def test_a_name_or_number_that_would_lead_astray_is_refused_at_once(settings, message, tmp_path):
+def test_a_name_or_number_that_would_lead_astray_is_refused_at_once(recipe, settings, message, tmp_path):
     """A NAME of another folder would have that one deleted, as the progress of a chain that begins anew."""
     write_stub(tmp_path)
     (tmp_path / "chains").mkdir()
     (tmp_path / "data").mkdir()
     env = os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path)} | settings
-    result = subprocess.run(["bash", f"{tmp_path}/runs/speedrun.sh"], env=env, text=True, capture_output=True)
+    result = subprocess.run(["bash", f"{tmp_path}/runs/{recipe}"], env=env, text=True, capture_output=True)
     assert result.returncode == 2 and result.stderr.startswith(message) and (tmp_path / "data").is_dir()
 
 
