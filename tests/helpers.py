@@ -268,9 +268,10 @@ def run_forked(function, uid=None):
             os._exit(0)
     os.close(writer)
     with open(reader) as file:
-        answer = json.load(file)
-    os.waitpid(pid, 0)
-    return answer
+        answer = file.read()
+    status = os.waitpid(pid, 0)[1]
+    assert answer, f"the fork answered nothing; its wait status is {status}"
+    return json.loads(answer)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
