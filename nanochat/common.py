@@ -452,6 +452,16 @@ def get_git_revision() -> str | None:
     return None
 
 
+def hash_code() -> str:
+    """Twelve digits of the sha256 of all code that a run may execute, so that an edit is known without git, too."""
+    digest, repo_dir = hashlib.sha256(), Path(__file__).resolve().parent.parent
+    for folder in ("nanochat", "scripts", "tasks"):
+        for path in sorted((repo_dir / folder).glob("*.py")):
+            code = path.read_bytes()
+            digest.update(f"{folder}/{path.name} {len(code)}\n".encode() + code)
+    return digest.hexdigest()[:12]
+
+
 def now() -> str:
     """The local time, to the second, with its zone."""
     return datetime.now().astimezone().isoformat(timespec="seconds")

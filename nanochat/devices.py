@@ -39,6 +39,7 @@ from nanochat.common import (
     get_git_revision,
     get_process_group,
     get_ranks,
+    hash_code,
     print0,
 )
 
@@ -348,8 +349,8 @@ def get_environment(device: torch.device) -> dict:
         properties = torch.get_device_module(device).get_device_properties(device)
         hardware |= {"gpu": properties.name, "gpu_bytes": properties.total_memory,
                      "num_gpus": torch.get_device_module(device).device_count()}
-    return {"git_revision": get_git_revision(), "python": platform.python_version(), "system": platform.platform(),
-            "packages": packages, "hardware": hardware, "host": platform.node()}
+    return {"git_revision": get_git_revision(), "code": hash_code(), "python": platform.python_version(),
+            "system": platform.platform(), "packages": packages, "hardware": hardware, "host": platform.node()}
 
 
 def get_cpu_name() -> str:

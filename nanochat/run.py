@@ -385,8 +385,10 @@ def compare_with_saved(saved: dict, meta: dict, defaults: dict, run_dir: Path, a
                         "ones, start anew with --resume none or another "
                         f"{'--model-tag' if run_dir.parent.name == 'base' else '--out-tag'}, or add --allow-mismatch")
     changes = [("settings that don't match", "--allow-mismatch", sides)]
-    for key in ("git_revision", "python", "packages"):  # warned, not refused: another revision may be another model
-        sides = describe_differences({key: saved.get("environment", {}).get(key)}, {key: meta["environment"][key]})
+    before, current = saved.get("environment", {}), meta["environment"]
+    # Warned, not refused: other code may be another model, or a fault mended. Older runs know their commit alone
+    for key in ("code" if "code" in before else "git_revision", "python", "packages"):
+        sides = describe_differences({key: before.get(key)}, {key: current[key]})
         changes.append(("another version", "the run goes on with it", sides))
     decisions = [{"what": what, "value": sides, "why": why} for what, why, sides in changes if sides]
     for decision in decisions:

@@ -339,6 +339,16 @@ def test_git_revision_says_when_files_differ(tmp_path, monkeypatch):
     assert common.get_git_revision() == revision + "+changes"
 
 
+def test_hash_of_the_code_changes_with_an_edit(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "nanochat" / "common.py"))
+    hashes = {common.hash_code()}
+    for path, text in (("nanochat/gpt.py", "a"), ("nanochat/gpt.py", "b"), ("tasks/gpt.py", "b"), ("README.md", "b")):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+        hashes.add(common.hash_code())
+    assert len(hashes) == 4    # the README is no code
+
+
 @pytest.mark.parametrize(("before", "after"), [("600", "2000"), ("300", "300"), (None, None)])
 def test_decoding_processes_spin_longer_unless_a_person_chose(monkeypatch, before, after):
     """Ours may come from the process that started this one, as from the server's benchmark."""

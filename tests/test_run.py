@@ -360,10 +360,11 @@ def test_second_ctrl_c_stops_at_once(monkeypatch):
 # Identity
 
 
-def compare(saved, current, defaults=None, allow_mismatch=False, revision="a", stage="base"):
+def compare(saved, current, defaults=None, allow_mismatch=False, revision="a", stage="base", code=("c", "c")):
     environment = {"git_revision": "a", "python": "3", "packages": {"torch": "2"}}
-    return compare_with_saved({"identity": saved, "environment": environment},
-                              {"identity": current, "environment": environment | {"git_revision": revision}},
+    before, now = ({"code": text} if text else {} for text in code)
+    return compare_with_saved({"identity": saved, "environment": environment | before},
+                              {"identity": current, "environment": environment | now | {"git_revision": revision}},
                               defaults or {}, Path("runs") / stage / "d2", allow_mismatch)
 
 
@@ -374,9 +375,16 @@ def test_other_settings_are_refused_with_both_sides():
     for stage, flag in (("base", "--model-tag"), ("sft", "--out-tag")):    # which names the run's own folder
         with pytest.raises(UserError, match=f"start anew with --resume none or another {flag}, or add"):
             compare({"seed": 1}, {"seed": 2}, stage=stage)
-    assert compare({"seed": 1}, {"seed": 2}, allow_mismatch=True, revision="b") == [
+    assert compare({"seed": 1}, {"seed": 2}, allow_mismatch=True, code=("c", "d")) == [
         {"what": "settings that don't match", "value": "seed: saved 1, now 2", "why": "--allow-mismatch"},
-        {"what": "another version", "value": "git_revision: saved a, now b", "why": "the run goes on with it"}]
+        {"what": "another version", "value": "code: saved c, now d", "why": "the run goes on with it"}]
+
+
+def test_other_code_is_told():
+    """By its files, not by the commit: that changes with a README, and an edit may not be committed."""
+    assert compare({}, {}, revision="b") == []
+    assert [decision["value"] for decision in compare({}, {}, revision="b", code=("", "d"))] == [
+        "git_revision: saved a, now b"]    # a run from before the files were known
 
 
 def test_flag_that_the_checkpoint_does_not_know_had_its_default():

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import checkpoint_manager, choices, dataset, report
+from nanochat import checkpoint_manager, choices, dataset, devices, report
 from nanochat import train as training
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import UserError, count_cpus
@@ -151,6 +151,15 @@ def test_base_loss_refuses_other_data_of_the_same_name(base_dir, whole):
 def test_finished_run_says_so(whole, capsys):
     assert train("whole") == whole
     assert "is finished; --resume none or another --model-tag starts a new one" in capsys.readouterr().out
+
+
+def test_finished_run_of_other_code_says_so(whole, capsys, monkeypatch):
+    """As after an edit of gpt.py, and the same recipe again."""
+    monkeypatch.setattr(devices, "hash_code", lambda: "0123456789ab")
+    assert train("whole") == whole
+    output = capsys.readouterr().out
+    assert "warning: another version: code: saved " in output and ", now 0123456789ab" in output
+    assert "is finished and isn't trained again; --resume none or another --model-tag" in output
 
 
 def test_resume_none_keeps_the_old_run(base_dir):
