@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from nanochat.checkpoint_manager import Checkpoint, find_saved, load_run_tokenizer
-from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, add_words_flag, count_rows
-from nanochat.common import Ranks, print0
+from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, add_words_flag, count_rows, read_flags
+from nanochat.common import Ranks, UserError, expand_home, print0
 from nanochat.config import estimate_flops, read_config
 from nanochat.dataloader import ConversationGroups, Epoch, ValidationBatches, count_epoch, validation_conversations
 from nanochat.optim import MuonAdamW
@@ -24,7 +24,7 @@ from nanochat.run import StopSignal, TakenStep, decide, read_info
 from nanochat.scaling import REFERENCE_BATCH_TOKENS, get_chat_momentum, get_lr_frac, make_chat_plan
 from nanochat.stage import Recipe, Run, Setup, begin_run, evaluate, make_state, prepare_run, print_samples
 from nanochat.train import take_step
-from tasks.mixtures import Mixture
+from tasks.mixtures import Mixture, parse_entries
 
 QUESTIONS = ("Who are you?", "What is 34 * 27?", "How many r are in strawberry?", "What is the capital of France?")
 
@@ -75,6 +75,15 @@ def add_chat_args(parser: argparse.ArgumentParser, mixtures: Iterable[str]) -> N
     add("--init-lr-frac", type=float, help="part of the base run's learning rates to begin with (default: the stage's)")
     add("--warmdown-ratio", type=float, help="part of the run over which the rates fall to 0 (default: the stage's)")
     add_stage_args(parser, eval_every=100, sample_every=100)
+
+
+def read_chat_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[str] | None) -> StageFlags:
+    """The parsed flags of these stages as values; what can't be learned from is refused."""
+    parse_entries(args.tasks or ())
+    for path in args.custom_json:
+        if not expand_home(path).is_file():
+            raise UserError(f"--custom-json {path} can't be read, there is no such file; give one that is there")
+    return read_flags(args, parser, argv)
 
 
 def run_chat_stage(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run_dir: Path, device: torch.device,

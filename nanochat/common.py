@@ -11,6 +11,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -107,6 +108,21 @@ def prepare_streams() -> None:
             setattr(sys, name, open(descriptor, "w" if number else "r", encoding="utf-8"))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def check_flags(name: str, words: list[str]) -> None:
+    """Parse the flags of a module that is to run later as a program: UserError, or argparse's own end with exit code 2,
+    where it would refuse them."""
+    module = importlib.import_module(name)
+    if not hasattr(module, "parse_args"):    # it takes none
+        return
+    program, sys.argv[0] = sys.argv[0], module.__file__    # which argparse names
+    try:
+        module.parse_args(words)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    finally:
+        sys.argv[0] = program
 
 
 def run_script(main: Callable[[list[str] | None], object]) -> None:

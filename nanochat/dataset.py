@@ -232,7 +232,8 @@ def fetch_from_hub(folder: Path, source: str, num_shards: int | None, num_worker
     failed = download_all(jobs, num_workers, shards.inspect_shard, keep, token) if jobs else {}
     if failed:
         reasons = "; ".join(f"{remote_names[name]}{' (validation)' if name == 'val.parquet' else ''}: {reason}"
-                            for name, reason in failed.items())
+                            for name, reason in [*failed.items()][:3])    # the others were printed, too
+        reasons += f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
         raise UserError(f"{len(failed)} of {len(jobs)} shards could not be fetched ({reasons}); what came is kept, "
                         f"fetch the rest with: {command}")
 

@@ -225,6 +225,7 @@ def parse_preset_args(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
     """The flags as typed, else as the preset has them, else the parser's defaults. UserError for a typed one that
     contradicts the preset."""
     args = parser.parse_args(argv)
+    parse_knobs(args.knobs)
     if args.preset is None:
         return args
     typed = list_typed(parser, argv, vars(args))

@@ -53,9 +53,6 @@ def make_questions(tasks: Mapping[str, object], tokenizer, max_prompt_tokens: in
     """The questions of tasks, one task after the other, without those whose prompt is too long."""
     questions = []
     for name, task in tasks.items():
-        if not hasattr(task, "reward"):
-            raise UserError(f"the task {name} has no reward, so there is nothing to reinforce; choose tasks that grade "
-                            "an answer, such as GSM8K, Arithmetic, SpellingBee or SimpleSpelling")
         for i in range(len(task)):
             conversation = task[i]
             prompt = tokenizer.render_for_completion(conversation)

@@ -9,5 +9,5 @@
 #
 # NPROC, PARALLEL, DEPTHS, RATIO, SEQ_LEN, VOCAB_SIZE, DATA, NUM_SHARDS, TOK_CHARS, NAME and EXTRA are those of
 # runs/scaling_laws.sh, run here without FLOP budgets. Run it again to continue.
-export NAME=${NAME:-miniseries} BUDGETS=
-exec bash "$(dirname "${BASH_SOURCE[0]}")/scaling_laws.sh"
+NAME=${NAME:-miniseries} BUDGETS=${BUDGETS-}
+source "$(dirname "${BASH_SOURCE[0]}")/scaling_laws.sh"

@@ -12,6 +12,6 @@
 #
 # The variables are those of runs/speedrun.sh, and EXPERTS. Run it again to continue where it stopped.
 EXPERTS=${EXPERTS-num_experts=8 top_k=1 moe_every=2}    # knobs of the model (nanochat/config.py); empty: a dense one
-export NPROC=${NPROC:-1} DEPTH=${DEPTH:-12} RATIO=${RATIO:-20} NAME=${NAME:-moe}
-export EXTRA="${EXPERTS:+--knobs $EXPERTS} ${EXTRA-}"
-exec bash "$(dirname "${BASH_SOURCE[0]}")/speedrun.sh"
+NPROC=${NPROC:-1} DEPTH=${DEPTH:-12} RATIO=${RATIO:-20} NAME=${NAME:-moe}
+model_flags=${EXPERTS:+--knobs $EXPERTS}
+source "$(dirname "${BASH_SOURCE[0]}")/speedrun.sh"

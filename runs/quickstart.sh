@@ -31,12 +31,11 @@ CHAT_EXTRA=${CHAT_EXTRA:-}               # more flags for mid_train, chat_sft an
 RL_EXTRA=${RL_EXTRA:-}                   # more flags for chat_rl alone
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-refuse_steps
 
 # Seconds, as two slow cores with bf16 units took at depth 2 and 3; training's by the parameters of matrices and head
 thousands=$(( $(RATIO=1 count_tokens) / 1000 ))
 begin_chain "$NAME" text 25 tokenizer 10 base $(( 60 + $(count_tokens) / 1000 * thousands / 26000 )) \
-    loss $(( 15 + thousands / 220 )) mid $(( ${MID_SECONDS:-100} * (thousands + 250) / 900 )) \
+    loss $(( 15 + thousands / 220 )) mid $(( ${mid_seconds:-100} * (thousands + 250) / 900 )) \
     ${SFT_TASKS:+sft $(( 40 * (thousands + 250) / 900 ))} ${RL_TASKS:+rl $(( 12 * (thousands + 250) / 900 ))} \
     eval $(( 10 + thousands / 150 )) report 5
 stage text

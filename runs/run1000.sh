@@ -11,5 +11,5 @@
 # 38 at 12, which takes a third more memory and time whenever it answers, here in RL and evaluation and ever after.
 #
 # The variables are those of runs/speedrun.sh. Run it again to continue where it stopped.
-export DEPTH=${DEPTH:-34} RATIO=${RATIO:-20} NAME=${NAME:-run1000}
-exec bash "$(dirname "${BASH_SOURCE[0]}")/speedrun.sh"
+DEPTH=${DEPTH:-34} RATIO=${RATIO:-20} NAME=${NAME:-run1000}
+source "$(dirname "${BASH_SOURCE[0]}")/speedrun.sh"

@@ -10,9 +10,9 @@
 #           questions in many wordings, so that one is 8 points)
 #
 # DEPTH, SEQ_LEN, VOCAB_SIZE, RATIO, DATA, NAME and EXTRA are those of runs/quickstart.sh.
-export DEPTH=${DEPTH:-4} RATIO=${RATIO:-5} NAME=${NAME:-runcpu}
-export MID_TASKS=${MID_TASKS:-Arithmetic:12000 SimpleSpelling:60000 SpellingBee:20000 Identity:1500:3 PythonDocs}
-export MID_SECONDS=150    # of these at depth 2, by their number beside the quickstart's
-export SFT_TASKS=${SFT_TASKS-Arithmetic:3000 SimpleSpelling:25000 SpellingBee:4000 Identity:1500:2 PythonDocs}
-export RL_TASKS=${RL_TASKS-SimpleSpelling:320}    # 16 questions a step
-exec bash "$(dirname "${BASH_SOURCE[0]}")/quickstart.sh"
+DEPTH=${DEPTH:-4} RATIO=${RATIO:-5} NAME=${NAME:-runcpu}
+MID_TASKS=${MID_TASKS:-Arithmetic:12000 SimpleSpelling:60000 SpellingBee:20000 Identity:1500:3 PythonDocs}
+mid_seconds=150    # of these at depth 2, by their number beside the quickstart's
+SFT_TASKS=${SFT_TASKS-Arithmetic:3000 SimpleSpelling:25000 SpellingBee:4000 Identity:1500:2 PythonDocs}
+RL_TASKS=${RL_TASKS-SimpleSpelling:320}    # 16 questions a step
+source "$(dirname "${BASH_SOURCE[0]}")/quickstart.sh"

@@ -26,8 +26,9 @@ EXTRA=${EXTRA:-}                         # more flags for scripts.base_train
 
 cd "${SLURM_SUBMIT_DIR:?this is a job script: sbatch runs/slurm.sh}" || exit 2
 source .venv/bin/activate || { echo "error: there is no .venv; run bash runs/setup.sh first" >&2; exit 2; }
-base_dir=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}
-latest=${base_dir/#\~/$HOME}/runs/base/$NAME/latest
+source runs/recipe.sh
+check_settings "$NAME"
+latest=$base_dir/runs/base/$NAME/latest
 before=$(cat "$latest" 2> /dev/null)
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110  # torchrun kills ranks that still save so many seconds after SIGTERM, else 30
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -52,7 +52,7 @@ python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-char
 python -m scripts.tok_eval --data "$DATA" --name "$NAME"
 stage base
 launch scripts.base_train --data "$DATA" --tokenizer "$NAME" --model-tag "$NAME" --run "$RUN" --depth "$DEPTH" \
-    --max-seq-len "$SEQ_LEN" --target-param-data-ratio "$RATIO" $RECIPE_FLAGS $EXTRA
+    --max-seq-len "$SEQ_LEN" --target-param-data-ratio "$RATIO" $RECIPE_FLAGS ${model_flags:-} $EXTRA
 stage loss
 launch scripts.base_loss --model-tag "$NAME"
 stage core

@@ -53,14 +53,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--allow-unsafe", action="store_true", help="run programs that the model wrote (HumanEval) even where this "
         "machine can't isolate them")
     add("--fresh", action="store_true", help="evaluate again what has been evaluated before")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_task_names(args.task_name)
+    make_settings(args)
+    return args
+
+
+def make_settings(args: argparse.Namespace) -> AnswerSettings:
+    """How answers are sampled; UserError for settings that give none."""
+    return AnswerSettings(args.num_samples, args.temperature, args.top_k, args.max_new_tokens)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    start_time = time.perf_counter()
-    check_task_names(args.task_name)
-    settings = AnswerSettings(args.num_samples, args.temperature, args.top_k, args.max_new_tokens)
+    start_time, settings = time.perf_counter(), make_settings(args)
     model, tokenizer, meta, place = load_for(args.source, args.model_tag, args.step, args.dtype, args.device_type)
     run_dir, step = Path(meta["run_dir"]), meta["step"]
     print0(f"{args.source} model {run_dir.name}, step {step}, {place}")

@@ -48,7 +48,8 @@ from nanochat.run import StopSignal, read_info
 from nanochat.scaling import make_rl_plan
 from nanochat.stage import Recipe, Run, Setup, begin_run, make_state, prepare_run
 from nanochat.train import take_step
-from tasks.mixtures import GENERATED, make_task, parse_entry
+from tasks.catalog import REWARD_TASKS
+from tasks.mixtures import GENERATED, make_task, parse_entries
 
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
@@ -80,6 +81,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     # Eager by default: each length of rows is compiled anew, and most of a step is sampling
     parser.set_defaults(compile="off")
     args = parser.parse_args(argv)
+    parse_tasks(args.tasks)
     return args, read_flags(args, parser, argv)
 
 
@@ -144,14 +146,23 @@ def train(run: Run, held_out: list[Question], args: argparse.Namespace) -> dict:
 # Beginning
 
 
+def parse_tasks(entries: list[str]) -> dict[str, int | None]:
+    """Entries NAME[:COUNT] as {name: count}."""
+    parsed = parse_entries(entries)
+    for name, (_, weight) in parsed.items():
+        if weight != 1:
+            raise UserError(f"--tasks {name} has a WEIGHT, which RL doesn't know; give NAME or NAME:COUNT")
+        if name not in REWARD_TASKS:
+            raise UserError(f"the task {name} has no reward, so there is nothing to reinforce; choose from "
+                            f"{', '.join(REWARD_TASKS)}")
+    return {name: count for name, (count, _) in parsed.items()}
+
+
 def load_questions(entries: list[str], words: str | None, num_held_out: int, tokenizer,
                    max_prompt_tokens: int) -> tuple[list[Question], list[Question]]:
     """The questions to learn from, and so many of each task that are held out."""
     train, held_out = {}, {}
-    for entry in entries:
-        name, count, weight = parse_entry(entry)
-        if weight != 1 or name in train:
-            raise UserError(f"--tasks {entry}: name each task once, as NAME or NAME:COUNT")
+    for name, count in parse_tasks(entries).items():
         train[name] = make_task(name, "train", count, words)
         held_out[name] = make_task(name, "test", num_held_out if name in GENERATED else None, words)
     questions, tested = (make_questions(tasks, tokenizer, max_prompt_tokens) for tasks in (train, held_out))

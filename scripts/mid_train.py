@@ -10,9 +10,9 @@ command again continues a run that was stopped or killed. State: $NANOCHAT_BASE_
 
 import argparse
 
-from nanochat.chat_stage import MIDTRAINING, ChatSettings, add_chat_args, run_chat_stage
+from nanochat.chat_stage import MIDTRAINING, ChatSettings, add_chat_args, read_chat_flags, run_chat_stage
 from nanochat.checkpoint_manager import find_checkpoint, get_run_dir, locked_run
-from nanochat.choices import StageFlags, read_flags
+from nanochat.choices import StageFlags
 from nanochat.common import run_script
 from nanochat.devices import init_compute
 from tasks.mixtures import MIXTURES, make_mixture
@@ -23,7 +23,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     add_chat_args(parser, MIXTURES)
     parser.set_defaults(mixture="mid", init_lr_frac=1.0, warmdown_ratio=0.2)
     args = parser.parse_args(argv)
-    return args, read_flags(args, parser, argv)
+    return args, read_chat_flags(args, parser, argv)
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -28,7 +28,17 @@ import torch
 
 from nanochat.checkpoint_manager import get_run_dir, locked_run, read_latest
 from nanochat.choices import FREE_FLAGS
-from nanochat.common import UserError, file_lock, get_base_dir, get_worker_env, now, print0, run_script, write_json
+from nanochat.common import (
+    UserError,
+    check_flags,
+    file_lock,
+    get_base_dir,
+    get_worker_env,
+    now,
+    print0,
+    run_script,
+    write_json,
+)
 from nanochat.config import GPTConfig, estimate_flops
 from nanochat.presets import Preset
 from nanochat.report import RunFiles, read_json, read_run
@@ -61,7 +71,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--name", required=True, help="of the sweep, the first part of its runs' tags")
     add("--grid", nargs="+", required=True, metavar="FLAG=VALUE,VALUE", help="flags of scripts.base_train to combine")
-    return parse_run_args(parser, argv)
+    args = parse_run_args(parser, argv)
+    args.grid = parse_grid(args.grid, args.flags)
+    check_flags("scripts.base_train", args.flags)
+    return args
 
 
 def parse_run_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
@@ -77,8 +90,7 @@ def parse_run_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> a
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    grid = parse_grid(args.grid, args.flags)
-    with open_sweep(make_points(args.name, grid, args.flags), grid, args) as sweep:
+    with open_sweep(make_points(args.name, args.grid, args.flags), args.grid, args) as sweep:
         sweep.run()
         return sweep.summarize()
 
@@ -88,6 +100,8 @@ def open_sweep(points: list[Point], grid: dict[str, list[str]], args: argparse.N
     """A sweep that no other process runs. grid: what a continued sweep must have as before
     args: name, flags (of scripts.base_train, the same in all runs), parallel, nproc, retry_failed"""
     check_counts(parallel=args.parallel, nproc=args.nproc)
+    for point in points:    # a mistake ends the sweep here, not each of its runs
+        check_flags("scripts.base_train", point.flags)
     num_gpus = torch.cuda.device_count()
     if 0 < num_gpus < args.parallel * args.nproc:
         raise UserError(f"--parallel {args.parallel} --nproc {args.nproc} needs {args.parallel * args.nproc} GPUs, and "

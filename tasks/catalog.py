@@ -27,6 +27,7 @@ TASKS = {
 }
 CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")   # ChatCORE's
 SPELLING_TASKS = ("SpellingBee", "SimpleSpelling")
+REWARD_TASKS = ["GSM8K", "Arithmetic", *SPELLING_TASKS]    # whose answers have a reward, for RL
 GRADED_TASKS = tuple(name for name in TASKS if name != "SmolTalk")   # whose answers can be graded
 
 

@@ -45,11 +45,7 @@ def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = (), words
     words: the dataset whose words are spelled, see tasks.words.load_words
     """
     train, val, weights, parts, accounts = [], [], [], {}, []
-    for entry in entries:
-        name, count, weight = parse_entry(entry)
-        if name in parts:
-            raise UserError(f"--tasks names {name} twice; name it once, with a WEIGHT to use it more often, such as "
-                            f"{name}:{count or ''}:2")
+    for name, (count, weight) in parse_entries(entries).items():
         try:
             train.append(make_task(name, "train", count, words))
             val.append(make_task(name, VAL_SPLITS.get(name, "test"), min(count or MAX_VAL_GENERATED, MAX_VAL_GENERATED)
@@ -75,6 +71,20 @@ def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = (), words
     if unused := [name for name, num in zip(parts, mixture.counts, strict=True) if not num]:
         raise UserError(f"of {unused[0]} nothing would be used; give it a larger COUNT or WEIGHT")
     return Mixture(mixture, TaskMixture(val), parts, accounts)
+
+
+def parse_entries(entries: Sequence[str]) -> dict[str, tuple[int | None, float]]:
+    """Entries NAME[:COUNT[:WEIGHT]] as {name: (count, weight)}; UserError for unknown tasks and for repeats."""
+    parsed: dict[str, tuple[int | None, float]] = {}
+    for entry in entries:
+        name, count, weight = parse_entry(entry)
+        if name not in TASKS:
+            raise UserError(f"--tasks {entry}: there is no task {name!r}; choose from {', '.join(TASKS)}")
+        if name in parsed:
+            raise UserError(f"--tasks names {name} twice; name it once, with a WEIGHT to use it more often, such as "
+                            f"{name}:{count or ''}:2")
+        parsed[name] = count, weight
+    return parsed
 
 
 def parse_entry(entry: str) -> tuple[str, int | None, float]:

@@ -333,7 +333,7 @@ def test_no_answer_at_all(mid, tmp_path):
     (train_mid, ["-g", "nowhere"],               "there is no base run 'nowhere'; .* has .*toy"),
     (train_sft, ["-g", "nowhere"],               "there is no mid run 'nowhere'"),
     (train_mid, ["--model-step", "7"],           "there is no checkpoint of step 7 in .*; it has 3"),
-    (train_mid, ["--tasks", "GSM9K"],            "there is no task 'GSM9K'; choose one of"),
+    (train_mid, ["--tasks", "GSM9K"],            "there is no task 'GSM9K'; choose from"),
     (train_mid, ["--custom-json", "absent.jsonl"], "absent.jsonl can't be read"),
     (train_mid, ["--num-epochs", "0"],           "--num-epochs 0 must be at least 1"),
     (train_mid, ["--num-iterations", "0"],       "--num-iterations 0 must be at least 1"),

@@ -77,7 +77,7 @@ def test_missing_tasks_are_named(tmp_path, monkeypatch):
     (folder / "train.jsonl").write_text('{"question": "1+1?"}\n')
     with pytest.raises(UserError, match="GSM8K: .*train.jsonl has no column 'answer'.*--mixture quickstart"):
         make_mixture(["GSM8K"])
-    with pytest.raises(UserError, match="there is no task 'GSM9K'; choose one of ARC-Easy"):
+    with pytest.raises(UserError, match="there is no task 'GSM9K'; choose from ARC-Easy"):
         make_mixture(["GSM9K"])
     with pytest.raises(UserError, match="nothing to learn from: name some --tasks"):
         make_mixture([])

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -180,9 +181,12 @@ def test_nothing_newer_than_python_310_is_used():
 FAKE_PYTHON = """#!/bin/bash
 case "$*" in
     "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && echo venv >> calls ;;
-    "-m pip install"*) echo "pip ${*:4}" >> calls; [[ ! -f pip_fails ]] || { cat pip_fails; exit 1; } ;;
+    "-m pip install"*)
+        echo "pip ${*:4}" >> calls
+        sleep "${PIP_SEC:-0}"
+        [[ ! -f pip_fails ]] || { cat pip_fails; exit 1; } ;;
     *urllib*) [[ -f index_answers ]] ;;
-    *version_info* | "-m nanochat.devices") exec "$REAL_PYTHON" "$@" ;;
+    *version_info* | *fcntl* | "-m nanochat.devices") exec "$REAL_PYTHON" "$@" ;;
     --version) echo "Python 3.99.0" ;;
 esac
 """
@@ -192,7 +196,8 @@ esac
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tmp_path = tmp_path / "John O'Neill's café"
     (tmp_path / "runs").mkdir(parents=True)
-    shutil.copy(REPO_DIR / "runs" / "setup.sh", tmp_path / "runs")
+    for name in ("setup.sh", "recipe.sh"):
+        shutil.copy(REPO_DIR / "runs" / name, tmp_path / "runs")
     (tmp_path / "nanochat").mkdir()
     for name in ("devices.py", "common.py"):
         shutil.copy(REPO_DIR / "nanochat" / name, tmp_path / "nanochat")
@@ -205,7 +210,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tools = tmp_path / "tools"  # no uv and no nvidia-smi, whatever this machine has
     tools.mkdir()
     for name in ("bash", "mkdir", "cp", "mv", "rm", "cat", "cmp", "head", "tail", "grep", "tr", "wc", "uname",
-                 "dirname"):
+                 "dirname", "sleep"):
         (tools / name).symlink_to(shutil.which(name))
     monkeypatch.setenv("PATH", str(tools))
     monkeypatch.setenv("PYTHON", str(fake))
@@ -234,6 +239,20 @@ def test_set_up_once(checkout):
     assert (done.returncode, done.stdout, calls) == (0, "", [])
     (checkout / get_lock_name()).write_text("torch==2.1\n")
     assert set_up(checkout)[1] == ["pip torch==2.1", f"pip -r {get_lock_name()}"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's CPU index is for Linux")
+def test_a_second_set_up_waits_for_the_first(checkout, monkeypatch):
+    """Else it would take the first one's half of an environment for an interrupted one, and delete it."""
+    monkeypatch.setenv("PIP_SEC", "2")
+    with subprocess.Popen(["bash", checkout / "runs" / "setup.sh"]) as first:
+        while not (checkout / ".venv" / "setup.log").exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        second = subprocess.run(["bash", checkout / "runs" / "setup.sh"], capture_output=True, text=True, timeout=60)
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert second.stdout == "set-up: waiting for another one in this folder\n"
+    assert (checkout / "calls").read_text().splitlines() == ["venv", "pip torch==2.0", f"pip -r {get_lock_name()}"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's CPU index is for Linux")

@@ -508,8 +508,8 @@ def test_settings_of_a_run_are_kept(whole):
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["-a", "Identity"],            "the task Identity has no reward"),
-    (["-a", "GSM9K"],               "there is no task 'GSM9K'; choose one of"),
-    (["-a", "Vowels", "Vowels"],    "name each task once"),
+    (["-a", "GSM9K"],               "there is no task 'GSM9K'; choose from"),
+    (["-a", "Vowels", "Vowels"],    "--tasks names Vowels twice"),
     (["-g", "nowhere"],             "there is no sft run 'nowhere'; .* has toy"),
     (["-i", "mid"],                 "there is no mid run 'toy'"),
     (["--num-samples", "1"],        "--num-samples 1 must be at least 2: an answer is compared"),

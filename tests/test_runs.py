@@ -48,8 +48,17 @@ def base_dir(tmp_path, monkeypatch):
     return base_dir
 
 
+def list_settings(name):
+    """What a recipe reads from the environment, in its own file or in the one that it sources."""
+    text = (REPO_DIR / "runs" / name).read_text(encoding="utf-8")
+    own = set(re.findall(r"\b([A-Z_]+)=\$\{\1[:-]", text))
+    other = re.search(r'^source .*/(\w+\.sh)"$', text, re.MULTILINE)[1]
+    return own if other == "setup.sh" else own | list_settings(other)
+
+
 def start_recipe(name, base_dir, **settings):
-    env = use_warm_python(os.environ | TOY | {"NANOCHAT_BASE_DIR": str(base_dir), "OMP_NUM_THREADS": "1"} | settings)
+    toy = {key: value for key, value in TOY.items() if key in list_settings(name)}
+    env = use_warm_python(os.environ | toy | {"NANOCHAT_BASE_DIR": str(base_dir), "OMP_NUM_THREADS": "1"} | settings)
     return subprocess.Popen(["bash", str(REPO_DIR / "runs" / name)], env=env, text=True, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -84,26 +93,41 @@ def write_hub(folder, source):
         write_shard(folder / hub.repo / name, iter(texts))
 
 
-def call_setup(function, **settings):
-    """A function of runs/setup.sh alone: the file itself would set up."""
-    text = (REPO_DIR / "runs" / "setup.sh").read_text(encoding="utf-8")
-    functions = "".join(text[text.index(f"{name}() {{"):].split("\n}\n")[0] + "\n}\n" for name in ("fail", function))
-    return subprocess.run(["bash", "-c", f"{functions}\n{function}"], env={"PATH": os.environ["PATH"], **settings},
-                          text=True, capture_output=True)
+def call(function, **settings):
+    """A function of runs/recipe.sh alone."""
+    return subprocess.run(["bash", "-c", f"source runs/recipe.sh; {function}"], cwd=REPO_DIR, text=True,
+                          env={"PATH": os.environ["PATH"], "HOME": "/", **settings}, capture_output=True)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 6, 7])
 def test_tokens_of_a_laptop_recipe(depth):
     config = make_config(depth, vocab_size=8192, sequence_len=512)
-    counted = call_setup("count_tokens", DEPTH=str(depth), VOCAB_SIZE="8192", RATIO="0.5")
+    counted = call("count_tokens", DEPTH=str(depth), VOCAB_SIZE="8192", RATIO="0.5")
     gates = (config.n_layer + 1) // 2 * config.ve_gate_channels * config.n_kv_head    # too few to count
     assert 2 * int(counted.stdout) == pytest.approx(count_scaling_params(config), abs=gates + 1)
 
 
-def test_settings_of_older_recipes_are_refused():
-    refused = call_setup("refuse_steps", NUM_ITERATIONS="300")
-    assert refused.returncode == 2 and "NUM_ITERATIONS and BATCH_TOKENS are no settings any more" in refused.stderr
-    assert call_setup("refuse_steps").returncode == 0
+@pytest.mark.parametrize(("recipe", "settings", "message"), [
+    ("quickstart.sh", {"BATCH_TOKENS": "4096"}, "error: BATCH_TOKENS=4096 is no setting of quickstart.sh; unset it, or "),
+    ("quickstart.sh", {"EXPERTS": "num_experts=8"}, "error: EXPERTS=num_experts=8 is no setting of quickstart.sh"),
+    ("run1000.sh", {"NUM_ITERATIONS": "9"}, "error: NUM_ITERATIONS=9 is no setting of run1000.sh; unset it, or set on"),
+    ("runcpu.sh", {"EXTRA": "--dept"}, "base_train.py: error: argument --depth: expected one argument"),
+    ("quickstart.sh", {"MID_TASKS": "Arithmetik"}, "error: scripts.mid_train: --tasks Arithmetik: there is no task "),
+    ("quickstart.sh", {"CHAT_EXTRA": "--custom-json x.json"}, "error: scripts.mid_train: --custom-json x.json can't be"),
+    ("speedrun.sh", {"RL_TASKS": "MMLU"}, "error: scripts.chat_rl: the task MMLU has no reward"),
+    ("moe.sh", {"SFT_EXTRA": "--epochs 2"}, "chat_sft.py: error: unrecognized arguments: --epochs 2"),
+    ("moe.sh", {"EXTRA": "--knobs smeer=off"}, "error: scripts.base_train: --knobs smeer=off: there is no knob"),
+    ("miniseries.sh", {"EXTRA": "--epochs 2"}, "error: unrecognized arguments: --epochs 2"),
+    ("marin.sh", {"EXTRA": "--epochs 2"}, "base_train.py: error: unrecognized arguments: --epochs 2")])
+def test_wrong_settings_end_a_recipe_before_its_first_stage(recipe, settings, message, tmp_path):
+    """Those that it doesn't read, and those that its last stage would refuse, started in whatever folder."""
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path / "base")} | settings
+    if "NPROC" in list_settings(recipe):
+        env |= {"NPROC": "1"}
+    done = subprocess.run(["bash", os.path.relpath(REPO_DIR / "runs" / recipe, tmp_path)], cwd=tmp_path, text=True,
+                          env=use_warm_python(env), capture_output=True)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1] and not done.stdout
+    assert not (tmp_path / "base").exists()
 
 
 @pytest.mark.parametrize(("recipe", "data"), [
@@ -219,10 +243,12 @@ def test_moe_at_toy_size(base_dir, tmp_path):
 
 
 def write_stub(tmp_path):
-    """runs/, without the set-up."""
+    """runs/, without the set-up and the check of all commands."""
     shutil.copytree(REPO_DIR / "runs", tmp_path / "runs", dirs_exist_ok=True)
     setup = (REPO_DIR / "runs" / "setup.sh").read_text()
-    (tmp_path / "runs" / "setup.sh").write_text(setup.replace("\nset_up\n", "\n"))
+    (tmp_path / "runs" / "setup.sh").write_text(setup.replace("|| set_up\n", "|| true\n"))
+    recipe = (REPO_DIR / "runs" / "recipe.sh").read_text()
+    (tmp_path / "runs" / "recipe.sh").write_text(f"{recipe}\ncheck_commands() {{ :; }}\n")
 
 
 def note_commands(recipe, tmp_path, name, **settings):
@@ -230,9 +256,11 @@ def note_commands(recipe, tmp_path, name, **settings):
     write_stub(tmp_path)
     (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/{name}"\necho 7\n')
     (tmp_path / "python").chmod(0o755)
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NANOCHAT_BASE_DIR": str(tmp_path), "NPROC": "1"}
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NANOCHAT_BASE_DIR": str(tmp_path)} | settings
+    if "NPROC" in list_settings(recipe):
+        env |= {"NPROC": "1"}
     with open(tmp_path / f"{name}.out", "w", encoding="utf-8") as output:
-        subprocess.run(["bash", f"{tmp_path}/runs/{recipe}"], env=env | settings, stdout=output, check=True)
+        subprocess.run(["bash", f"{tmp_path}/runs/{recipe}"], env=env, stdout=output, check=True)
     return (tmp_path / name).read_text().splitlines()
 
 
@@ -308,7 +336,8 @@ def test_a_chain_that_nobody_has_timed(tmp_path):
 
 @pytest.mark.parametrize("recipe", ["quickstart.sh", "speedrun.sh", "scaling_laws.sh"])
 def test_only_a_download_is_planned(recipe, tmp_path):
-    commands = {data: note_commands(recipe, tmp_path, data, **TOY | {"DATA": data}) for data in ("climbmix", "own")}
+    toy = {key: value for key, value in TOY.items() if key in list_settings(recipe)}
+    commands = {data: note_commands(recipe, tmp_path, data, **toy | {"DATA": data}) for data in ("climbmix", "own")}
     assert commands["climbmix"][0].startswith("-m scripts.plan ") and " --shards" in commands["climbmix"][0]
     assert commands["climbmix"][1] == "-m nanochat.dataset --source climbmix -n 7 -w 8"
     assert commands["own"][0].startswith("-m scripts.tok_train --data own ")

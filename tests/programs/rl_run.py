@@ -3,7 +3,7 @@
 import sys
 
 from scripts import chat_rl
-from tasks.catalog import TASKS
+from tasks.catalog import REWARD_TASKS, TASKS
 from tasks.common import Task
 
 
@@ -29,6 +29,7 @@ class Flat(Vowels):
 
 
 def train(tag, *more):
+    REWARD_TASKS.extend(["Vowels", "Flat"])
     TASKS["Vowels"], TASKS["Flat"] = lambda split, **kwargs: Vowels(**kwargs), lambda split, **kwargs: Flat(**kwargs)
     return chat_rl.main(["-g", "toy", "--out-tag", tag, "-a", "Vowels", "--examples-per-step", "4", "--num-samples",
                          "4", "--max-new-tokens", "8", "--num-iterations", "6", "--eval-every", "3",

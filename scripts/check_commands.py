@@ -1,0 +1,32 @@
+"""Parse the flags of commands that are to run later, so that a mistake in the last stage of a chain is told before the
+first one. The recipes of runs/ do that with all of theirs.
+
+    printf '%s\\0' 4 -m scripts.chat_sft --tasks GSM8K | python -m scripts.check_commands
+
+Reads from stdin, of each command the number of its words and the words, each ended by a NUL. What only the stage itself
+can know, as whether its data is there, stays to be told by it.
+"""
+
+import sys
+from collections.abc import Iterator
+from itertools import islice
+
+from nanochat.common import check_flags, run_script
+
+
+def main(argv: list[str] | None = None) -> dict:
+    commands = list(read_commands(sys.stdin.buffer.read()))
+    for _, name, *words in commands:    # -m NAME ...
+        check_flags(name, words)
+    return {"num_commands": len(commands)}
+
+
+def read_commands(noted: bytes) -> Iterator[list[str]]:
+    """The words of each command."""
+    fields = iter(noted.decode(errors="surrogateescape").split("\0")[:-1])
+    for num in fields:
+        yield list(islice(fields, int(num)))
+
+
+if __name__ == "__main__":
+    run_script(main)
