@@ -26,6 +26,7 @@ NAME=${NAME:-offline}                    # of the data, the tokenizer and the ru
 SFT_TASKS=${SFT_TASKS:-GSM8K MMLU SpellingBee:4000 SimpleSpelling:16000}    # beside the folder's conversations
 EVAL_TASKS=${EVAL_TASKS:-GSM8K MMLU ARC-Easy SpellingBee SimpleSpelling HumanEval}
 NUM_PROBLEMS=${NUM_PROBLEMS:-200}        # held-out problems of each task, and items of each task of CORE
+DEVICE=${DEVICE:-auto}                   # or cpu, where there is a GPU that torch can't use
 EXTRA=${EXTRA:-}                         # more flags for scripts.base_train
 SFT_EXTRA=${SFT_EXTRA:-}                 # more flags for scripts.chat_sft
 CHAT_EVAL_EXTRA=${CHAT_EVAL_EXTRA:-}     # more flags for scripts.chat_eval
@@ -77,20 +78,20 @@ python -m scripts.tok_train --data "$NAME" --vocab-size "$VOCAB_SIZE" --name "$N
 python -m scripts.tok_eval --data "$NAME" --name "$NAME"
 stage base
 python -m scripts.base_train --data "$NAME" --tokenizer "$NAME" --model-tag "$NAME" --depth "$DEPTH" \
-    --max-seq-len "$SEQ_LEN" --target-param-data-ratio "$RATIO" $EXTRA
+    --max-seq-len "$SEQ_LEN" --target-param-data-ratio "$RATIO" --device-type "$DEVICE" $EXTRA
 stage loss
-python -m scripts.base_loss --model-tag "$NAME"
+python -m scripts.base_loss --model-tag "$NAME" --device-type "$DEVICE"
 if [[ $core ]]; then
     stage core
     python -m scripts.base_eval --model-tag "$NAME" --max-per-task "$NUM_PROBLEMS" \
-        --bundle "$NANOCHAT_MIRROR_DIR/eval_bundle"
+        --bundle "$NANOCHAT_MIRROR_DIR/eval_bundle" --device-type "$DEVICE"
 fi
 stage sft
 python -m scripts.chat_sft -i base --model-tag "$NAME" --tasks $SFT_TASKS ${words:+--words "$NAME"} \
-    --custom-json "$DATA_DIR/sft/chat_train.jsonl.gz" --eval-tokens 65536 $SFT_EXTRA
+    --custom-json "$DATA_DIR/sft/chat_train.jsonl.gz" --eval-tokens 65536 --device-type "$DEVICE" $SFT_EXTRA
 stage eval
-python -m scripts.chat_eval --source sft --model-tag "$NAME" --task-name $EVAL_TASKS ${words:+--words "$NAME"} -x "$NUM_PROBLEMS" \
-    $CHAT_EVAL_EXTRA
+python -m scripts.chat_eval --source sft --model-tag "$NAME" --task-name $EVAL_TASKS ${words:+--words "$NAME"} \
+    -x "$NUM_PROBLEMS" --device-type "$DEVICE" $CHAT_EVAL_EXTRA
 stage report
 python -m nanochat.report generate
 end_chain

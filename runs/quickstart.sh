@@ -25,6 +25,7 @@ SFT_TASKS=${SFT_TASKS:-}                 # empty: no SFT, no RL. After this midt
 RL_TASKS=${RL_TASKS:-}                   # problems show; runs/runcpu.sh has both
 EVAL_TASKS=${EVAL_TASKS:-Arithmetic SimpleSpelling SpellingBee Identity PythonDocs}
 NUM_PROBLEMS=${NUM_PROBLEMS:-300}        # held-out problems of each task
+DEVICE=${DEVICE:-auto}                   # or cpu, where there is a GPU that torch can't use
 WORDS=${WORDS-$DATA}                     # dataset whose words are spelled; empty: those that an older chain took
 EXTRA=${EXTRA:-}                         # more flags for scripts.base_train
 CHAT_EXTRA=${CHAT_EXTRA:-}               # more flags for mid_train, chat_sft and chat_rl
@@ -46,28 +47,30 @@ python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-char
 python -m scripts.tok_eval --data "$DATA" --name "$NAME"
 stage base
 python -m scripts.base_train --data "$DATA" --tokenizer "$NAME" --model-tag "$NAME" --depth "$DEPTH" \
-    --max-seq-len "$SEQ_LEN" --target-param-data-ratio "$RATIO" --eval-every 150 --eval-tokens 131072 $EXTRA
+    --max-seq-len "$SEQ_LEN" --target-param-data-ratio "$RATIO" --eval-every 150 --eval-tokens 131072 \
+    --device-type "$DEVICE" $EXTRA
 stage loss
-python -m scripts.base_loss --model-tag "$NAME" --eval-tokens 262144
+python -m scripts.base_loss --model-tag "$NAME" --eval-tokens 262144 --device-type "$DEVICE"
 stage mid
 python -m scripts.mid_train --model-tag "$NAME" --tasks $MID_TASKS ${WORDS:+--words "$WORDS"} --warmdown-ratio 0.7 \
-    --eval-every 500 --eval-tokens 65536 $CHAT_EXTRA
+    --eval-every 500 --eval-tokens 65536 --device-type "$DEVICE" $CHAT_EXTRA
 last=mid
 if [[ $SFT_TASKS ]]; then
     last=sft
     stage sft
     python -m scripts.chat_sft --model-tag "$NAME" --tasks $SFT_TASKS ${WORDS:+--words "$WORDS"} --eval-tokens 65536 \
-        $CHAT_EXTRA
+        --device-type "$DEVICE" $CHAT_EXTRA
 fi
 if [[ $RL_TASKS ]]; then
     stage rl
     python -m scripts.chat_rl -i "$last" --model-tag "$NAME" --tasks $RL_TASKS \
-        ${WORDS:+--words "$WORDS"} --max-new-tokens 48 --eval-every never --sample-every never $CHAT_EXTRA $RL_EXTRA
+        ${WORDS:+--words "$WORDS"} --max-new-tokens 48 --eval-every never --sample-every never \
+        --device-type "$DEVICE" $CHAT_EXTRA $RL_EXTRA
 fi
 stage eval
 for source in mid ${SFT_TASKS:+sft} ${RL_TASKS:+rl}; do
     python -m scripts.chat_eval --source "$source" --model-tag "$NAME" --task-name $EVAL_TASKS \
-        ${WORDS:+--words "$WORDS"} -x "$NUM_PROBLEMS"
+        ${WORDS:+--words "$WORDS"} -x "$NUM_PROBLEMS" --device-type "$DEVICE"
 done
 stage report
 python -m nanochat.report generate

@@ -9,7 +9,7 @@
 #           100, 100, 100%, SimpleSpelling 97, 98, 98%, SpellingBee 100, 100, 100%, Identity 85, 73, 79% (twelve
 #           questions in many wordings, so that one is 8 points)
 #
-# DEPTH, SEQ_LEN, VOCAB_SIZE, RATIO, DATA, NAME and EXTRA are those of runs/quickstart.sh.
+# The variables are those of runs/quickstart.sh. Run it again to continue where it stopped.
 DEPTH=${DEPTH:-4} RATIO=${RATIO:-5} NAME=${NAME:-runcpu}
 MID_TASKS=${MID_TASKS:-Arithmetic:12000 SimpleSpelling:60000 SpellingBee:20000 Identity:1500:3 PythonDocs}
 mid_seconds=150    # of these at depth 2, by their number beside the quickstart's

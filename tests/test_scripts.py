@@ -159,7 +159,7 @@ def test_finished_run_of_other_code_says_so(whole, capsys, monkeypatch):
     assert train("whole") == whole
     output = capsys.readouterr().out
     assert "warning: another version: code: saved " in output and ", now 0123456789ab" in output
-    assert "is finished and isn't trained again; --resume none or another --model-tag" in output
+    assert "is finished and stays as it is; --resume none or another --model-tag" in output
 
 
 def test_resume_none_keeps_the_old_run(base_dir):
