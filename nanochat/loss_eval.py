@@ -397,7 +397,7 @@ def count_correct(model, items: list[Item]) -> tuple[int, int]:
     return by_mean, by_sum
 
 
-def evaluate_task(model, tokenizer, task: CoreTask, max_per_task: int | None = None) -> dict:
+def score_task(model, tokenizer, task: CoreTask, max_per_task: int | None = None) -> dict:
     """{accuracy, centered, num_items} of one task. Collective: all ranks call it, each answers its share of items."""
     accuracy, _ = evaluate_rules(model, tokenizer, task, max_per_task)
     return {"accuracy": accuracy, "centered": task.center(accuracy), "num_items": len(task.choose_rows(max_per_task))}
@@ -440,7 +440,7 @@ def evaluate_core(model, tokenizer, *, max_per_task: int | None = None, bundle_d
     bundle_dir:   default $NANOCHAT_BASE_DIR/eval_bundle
     """
     tasks = load_tasks(bundle_dir)
-    return compute_core({task.label: evaluate_task(model, tokenizer, task, max_per_task) for task in tasks})
+    return compute_core({task.label: score_task(model, tokenizer, task, max_per_task) for task in tasks})
 
 
 def log_core(model, tokenizer, log: RunLog, step: int, max_per_task: int | None) -> dict:

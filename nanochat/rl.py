@@ -83,7 +83,7 @@ def take_share(num: int, ranks: Ranks) -> range:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Rollout:
     """A sampled answer to a question, and its reward."""
     tokens:       list[int]   # prompt and answer, with the end token where it came to one
     masks:        list[int]   # 1: sampled; 0: the prompt, and what the calculator put in
@@ -94,7 +94,7 @@ class Answer:
 
 
 def write_answers(engine: Engine, questions: Sequence[Question], num_samples: int, max_new_tokens: int,
-                  temperature: float, seed: int) -> list[list[Answer]]:
+                  temperature: float, seed: int) -> list[list[Rollout]]:
     """`num_samples` answers to each question; question i has the seed `seed` + i."""
     results = engine.generate_many([question.prompt for question in questions], num_samples, max_new_tokens,
                                    temperature, seed=seed)
@@ -104,7 +104,7 @@ def write_answers(engine: Engine, questions: Sequence[Question], num_samples: in
         for tokens, mask in zip(rows, masks, strict=True):
             has_end, num_prompt = tokens[-1] in engine.end_tokens, len(question.prompt)
             text = engine.tokenizer.decode(tokens[num_prompt:-1] if has_end else tokens[num_prompt:])
-            groups[-1].append(Answer(tokens, mask, num_prompt, text,
+            groups[-1].append(Rollout(tokens, mask, num_prompt, text,
                                      float(question.task.reward(question.conversation, text)), not has_end))
     return groups
 
@@ -140,7 +140,7 @@ class PolicyBatch(Batch):
                 yield micro.map(operator.itemgetter((slice(None), tokens)))
 
 
-def make_batch(answers: Sequence[Answer], advantages: Sequence[float], length_multiple: int) -> PolicyBatch:
+def make_batch(answers: Sequence[Rollout], advantages: Sequence[float], length_multiple: int) -> PolicyBatch:
     """The rows of answers: those with an advantage first, the longest first, so that few micro-batches are long."""
     order = sorted(range(len(answers)), key=lambda i: (advantages[i] == 0, -len(answers[i].tokens), i))
     T = round_up(max(len(answer.tokens) for answer in answers) - 1, length_multiple)
@@ -158,7 +158,7 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def choose_probe(groups: Sequence[Sequence[Answer]]) -> list[Answer]:
+def choose_probe(groups: Sequence[Sequence[Rollout]]) -> list[Rollout]:
     """One answer to each question, up to PROBE_TOKENS: a fair sample of the step at a fraction of its cost."""
     firsts = [group[0] for group in groups]
     totals = list(itertools.accumulate(sum(answer.masks) for answer in firsts))
@@ -289,7 +289,7 @@ class Rollouts:
         return {**self.stats, "tokens": self.num_tokens, "tokens_per_sec": row_tokens / step_sec,
                 "train_tokens_per_sec": row_tokens / train_sec, "mfu_pct": None}
 
-    def _count(self, groups: list[list[Answer]], sample_sec: float) -> None:
+    def _count(self, groups: list[list[Rollout]], sample_sec: float) -> None:
         """Set `stats`."""
         answers = sum(groups, [])
         sums = add_up({
@@ -310,7 +310,7 @@ class Rollouts:
             "sample_tokens_per_sec": sums["answer_tokens"] / sample_sec}
 
 
-def sum_pass_at(groups: Sequence[Sequence[Answer]], num_samples: int) -> dict[str, float]:
+def sum_pass_at(groups: Sequence[Sequence[Rollout]], num_samples: int) -> dict[str, float]:
     """For each k that so many samples allow, pass@k summed over the questions; a reward of 1 is a pass."""
     num_passed = [sum(answer.reward >= 1 for answer in group) for group in groups]
     return {f"pass_at_{k}": sum(compute_pass_at(num_samples, n, k) for n in num_passed)

@@ -107,8 +107,8 @@ def prepare_run(recipe: Recipe, device: torch.device, ranks: Ranks) -> Setup | N
         decisions += compare_with_saved(saved | {"identity": identity}, meta, take_identity(flags.defaults), run_dir,
                                         flags.allow_mismatch)
         if first_step >= plan.num_iterations and read_info(run_dir).get("status") == "finished":
-            print0(f"the run in {run_dir} is finished{' and stays as it is' if decisions else ''}; --resume none or another "
-                   f"{'--model-tag' if recipe.stage == 'base' else '--out-tag'} starts a new one")
+            print0(f"the run in {run_dir} is finished{' and stays as it is' if decisions else ''}; --resume none or "
+                   f"another {'--model-tag' if recipe.stage == 'base' else '--out-tag'} starts a new one")
             return None
     last_step = min(flags.stop_at or plan.num_iterations, plan.num_iterations)
     if last_step < first_step:

@@ -47,9 +47,9 @@ from nanochat.loss_eval import (
     NUM_CORE_TASKS,
     CoreTask,
     compute_core,
-    evaluate_task,
     find_bundle,
     load_tasks,
+    score_task,
 )
 from nanochat.report import write_section
 
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict:
         task_start = time.perf_counter()
         is_new = task.label not in results
         if is_new:
-            results[task.label] = evaluate_task(model, tokenizer, task, args.max_per_task)
+            results[task.label] = score_task(model, tokenizer, task, args.max_per_task)
             if ranks.rank == 0:
                 write_json(path, {"settings": settings, "tasks": results})
         took = f"{time.perf_counter() - task_start:8.1f}" if is_new else "  before"

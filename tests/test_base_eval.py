@@ -12,7 +12,7 @@ import torch
 
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError
-from nanochat.loss_eval import evaluate_core, evaluate_task, load_tasks
+from nanochat.loss_eval import evaluate_core, load_tasks, score_task
 from scripts import base_eval
 from scripts.base_eval import HFModel, HFTokenizer, load_hf_model, make_slug
 from tests.eval_helpers import CORE_CONFIG, TASKS, make_tokenizer, write_bundle
@@ -37,13 +37,13 @@ def run(tmp_path, monkeypatch):
         if task.label == run.fail_at:
             raise KeyboardInterrupt
         evaluated.append(task.label)
-        return evaluate_task(model, tokenizer, task, max_per_task)
+        return score_task(model, tokenizer, task, max_per_task)
 
     def run(*flags: str) -> tuple[dict, list[str]]:
         evaluated.clear()
         return base_eval.main(["--device-type", "cpu", "--dtype", "float64", *flags]), evaluated.copy()
     run.fail_at, run.path = None, tmp_path / "runs" / "base" / "d3" / "core_000020.json"
-    monkeypatch.setattr(base_eval, "evaluate_task", count)
+    monkeypatch.setattr(base_eval, "score_task", count)
     return run
 
 
@@ -191,7 +191,7 @@ def test_same_answers_as_our_own_model(stand_in, base_dir):
 
 
 def test_goes_on_where_it_was_stopped(stand_in, base_dir, monkeypatch):
-    real, done = base_eval.evaluate_task, []
+    real, done = base_eval.score_task, []
 
     def stop_at_third(model, tokenizer, task, max_per_task):
         if len(done) == 2:
@@ -199,11 +199,11 @@ def test_goes_on_where_it_was_stopped(stand_in, base_dir, monkeypatch):
         done.append(task.label)
         return real(model, tokenizer, task, max_per_task)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(base_eval, "evaluate_task", stop_at_third)
+        patch.setattr(base_eval, "score_task", stop_at_third)
         run_hf("--hf-path", "a/b", "--max-per-task", "3")
     saved = json.loads((base_dir / "core_hf" / "a_b.json").read_text())
     assert list(saved["tasks"]) == ["odd", "dogs"] and saved["settings"]["model"] == "abc"
-    monkeypatch.setattr(base_eval, "evaluate_task", lambda model, tokenizer, task, max_per_task: (
+    monkeypatch.setattr(base_eval, "score_task", lambda model, tokenizer, task, max_per_task: (
         done.append(task.label) or real(model, tokenizer, task, max_per_task)))
     assert run_hf("--hf-path", "a/b", "--max-per-task", "3")["num_tasks"] == 3 and done == ["odd", "dogs", "count"]
 

@@ -15,7 +15,7 @@ from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import UserError
 from nanochat.export import Source, export_model
 from nanochat.harness import Harness, compare_core, evaluate, load_tasks, make_core_row, make_lm, write_core_tasks
-from nanochat.loss_eval import choose_shots, evaluate_rules, evaluate_task, render_prompts
+from nanochat.loss_eval import choose_shots, evaluate_rules, render_prompts, score_task
 from nanochat.loss_eval import load_tasks as load_core_tasks
 from scripts import lm_eval as script
 from tests.eval_helpers import CORE_CONFIG, make_tokenizer, write_bundle
@@ -228,7 +228,7 @@ def test_why_numbers_differ(tmp_path):
     alike = [row | {"context_options": [context + " the" for context in row["context_options"]]} for row in dogs.rows]
     row = compare_core(model, TOKENIZER, replace(dogs, rows=alike[:4] + dogs.rows[4:]), None, {"acc,none": 2.0})
     assert row["why"].endswith("4 of 9 with other tokens where context and ending meet")
-    accuracy = evaluate_task(model, TOKENIZER, dogs)["accuracy"]
+    accuracy = score_task(model, TOKENIZER, dogs)["accuracy"]
     assert compare_core(model, TOKENIZER, dogs, None, {"acc,none": accuracy})["why"] == "same"
 
 
@@ -403,7 +403,7 @@ def test_script(run, tmp_path, model, capsys):
     rows = {row["task"]: row for row in result["core"]}
     for task in load_core_tasks():
         row, values = rows[task.label], result["results"][f"core_{task.label}"]
-        assert row["CORE"] == evaluate_task(model, TOKENIZER, task, 6)["accuracy"] and row["acc"] == values["acc,none"]
+        assert row["CORE"] == score_task(model, TOKENIZER, task, 6)["accuracy"] and row["acc"] == values["acc,none"]
         assert row["items"] == 6
     assert rows["dogs"]["why"] == "same"
     core = sum(task.center(rows[task.label]["CORE"]) for task in load_core_tasks()) / 3

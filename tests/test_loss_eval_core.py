@@ -22,12 +22,12 @@ from nanochat.loss_eval import (
     Option,
     choose_shots,
     evaluate_core,
-    evaluate_task,
     load_tasks,
     log_core,
     make_batches,
     make_item,
     render_prompts,
+    score_task,
 )
 from nanochat.tokenizer import RustBPETokenizer
 from tests.eval_helpers import BOS, CORE_CONFIG, LM_ROWS, MC_ROWS, SCHEMA_ROWS, make_tokenizer, write_bundle
@@ -125,7 +125,7 @@ def evaluate_with_details(model, tokenizer, task: CoreTask, max_per_task: int, m
         return scores
     with monkeypatch.context() as patch:
         patch.setattr(loss_eval, "score_options", spy)
-        return evaluate_task(model, tokenizer, task, max_per_task)["accuracy"], seen
+        return score_task(model, tokenizer, task, max_per_task)["accuracy"], seen
 
 
 def check_against_slow(model, tokenizer, tasks: list[CoreTask], max_per_task: int, monkeypatch) -> None:
@@ -189,7 +189,7 @@ def test_a_shared_prefix_is_computed_once(tokenizer, tmp_path, monkeypatch):
         num_tokens += idx.numel()
         return real(idx, kv_cache)
     monkeypatch.setattr(model, "forward_trunk", count)
-    evaluate_task(model, tokenizer, task)
+    score_task(model, tokenizer, task)
     longest = [max(len(tokenizer.encode(text)) for text in render_prompts(task, row, choose_shots(task, rows, i)))
                for rows in [task.choose_rows(None)] for i, row in enumerate(rows)]
     assert num_tokens < 1.7 * sum(longest)  # three whole rows an item would be 3 times as many
@@ -331,7 +331,7 @@ def test_batches_keep_the_limits_and_every_item():
 
 
 def is_right(tokenizer, model, kind: str, row: dict, **task_values) -> bool:
-    return evaluate_task(model, tokenizer, make_task(kind, [row], **task_values))["accuracy"] == 1
+    return score_task(model, tokenizer, make_task(kind, [row], **task_values))["accuracy"] == 1
 
 
 def test_the_mean_decides_not_the_sum(tokenizer):
@@ -400,7 +400,7 @@ def test_fewer_items_than_shots(tokenizer, tmp_path):
 
 def test_the_model_stays_in_its_mode(tokenizer):
     model = make_model(CORE_CONFIG, torch.float64).train()
-    evaluate_task(model, tokenizer, make_task("language_modeling", LM_ROWS), 2)
+    score_task(model, tokenizer, make_task("language_modeling", LM_ROWS), 2)
     assert model.training and all(param.grad is None for param in model.parameters())
 
 

@@ -21,8 +21,8 @@ from nanochat.decoding import make_cache
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig, Linear
 from nanochat.rl import (
-    Answer,
     Question,
+    Rollout,
     Rollouts,
     RolloutSettings,
     choose_probe,
@@ -104,9 +104,9 @@ def test_pass_at_k(num_samples, num_passed, k, expected):
 
 
 # A finished answer with a tool call (12 and 13 are the calculator's), one that was cut short, one like its group
-ENDED = Answer([1, 2, 3, 10, 11, 12, 13, 9], [0, 0, 0, 1, 1, 0, 0, 1], 3, "", 1.0, False)
-CUT = Answer([1, 4, 20, 21], [0, 0, 1, 1], 2, "", 0.0, True)
-EVEN = Answer([1, 5, 6, 7, 30, 9], [0, 0, 0, 0, 1, 1], 4, "", 1.0, False)
+ENDED = Rollout([1, 2, 3, 10, 11, 12, 13, 9], [0, 0, 0, 1, 1, 0, 0, 1], 3, "", 1.0, False)
+CUT = Rollout([1, 4, 20, 21], [0, 0, 1, 1], 2, "", 0.0, True)
+EVEN = Rollout([1, 5, 6, 7, 30, 9], [0, 0, 0, 0, 1, 1], 4, "", 1.0, False)
 
 
 def test_rows_targets_and_weights():
@@ -194,7 +194,7 @@ def test_divergence():
 
 
 def test_probe_is_an_answer_to_each_question_while_there_is_room():
-    long = Answer([1] + [5] * 700, [0] + [1] * 700, 1, "", 0.0, True)
+    long = Rollout([1] + [5] * 700, [0] + [1] * 700, 1, "", 0.0, True)
     assert choose_probe([[ENDED, CUT], [CUT, ENDED]]) == [ENDED, CUT]
     assert choose_probe([[long], [CUT], [long], [CUT]]) == [long, CUT]
     assert choose_probe([[replace(long, masks=[1] * 2000)], [CUT]])[0].masks == [1] * 2000
