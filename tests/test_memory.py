@@ -27,6 +27,7 @@ from nanochat.memory import (
     read_cgroup_bytes,
     rows_or_auto,
 )
+from nanochat.presets import RULES
 from nanochat.scaling import make_config
 from nanochat.train import Batch, train_step
 from scripts import plan
@@ -40,10 +41,10 @@ def make(depth, vocab_size=1000, sequence_len=256, window_pattern="SSSL", **shap
                        **{"head_dim": 64, **shape})
 
 
-def check_trace(config, T, rows, machine, num_micro, tolerance):
+def check_trace(config, T, rows, machine, num_micro, tolerance, rule="july26"):
     """The peaks of each phase of the model's own step."""
     predicted = join_phases(predict_memory(config, T, rows, machine, num_micro))
-    for phase, num_bytes in trace_step(config, T, rows, machine, num_micro).items():
+    for phase, num_bytes in trace_step(config, T, rows, machine, num_micro, RULES[rule]).items():
         assert predicted[phase] == pytest.approx(num_bytes, rel=tolerance), phase
 
 
@@ -97,6 +98,12 @@ def test_prediction_meets_knobs_of_the_model(depth, knobs, T, rows, num_micro, d
 ], ids=lambda value: f"d{value.n_layer}" if isinstance(value, GPTConfig) else str(value))
 def test_prediction_meets_the_model_of_odd_shapes(config, T, rows, num_micro, dtype, attention):
     check_trace(config, T, rows, Machine(dtype, attention, False, "cpu"), num_micro, tolerance=0.1)
+
+
+@pytest.mark.parametrize("rule", ["nov26", "dec26"])
+def test_heads_take_no_more_memory_than_whole_matrices(rule):
+    """Where Muon's update is the worst of a step, half of its square matrices queries and keys."""
+    check_trace(make(4, 300, 128, "L"), 128, 1, Machine("float32", "sdpa", False, "cpu"), 1, tolerance=0.01, rule=rule)
 
 
 @pytest.mark.parametrize("world_size", [1, 6, 8])
