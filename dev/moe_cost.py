@@ -37,7 +37,7 @@ class Timed:
     @property
     def muon_flops(self) -> float:
         """Of a step."""
-        return sum(math.prod(shape[:-2]) * count_muon_flops(shape[-2:]) for shape in list_muon(self.config))
+        return sum(count_muon_flops(*shape[-2:], math.prod(shape[:-2])) for shape in list_muon(self.config))
 
     @property
     def copied_bytes(self) -> float:

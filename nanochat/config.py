@@ -175,6 +175,11 @@ def list_matrices(config: GPTConfig, layer: int) -> list[tuple[int, int]]:
     return [*attention, *gate, *mlp]
 
 
+def list_by_head(config: GPTConfig, layer: int) -> list[tuple[int, int]]:
+    """Of these, queries and keys of several heads, which Muon may orthogonalise head by head."""
+    return [shape for shape in list_matrices(config, layer)[:2] if shape[0] > config.head_dim]
+
+
 def count_params(config: GPTConfig) -> dict[str, int]:
     """Parameters by part, with the padded vocabulary. Of a mixture of experts the transformer's matrices are the active
     ones, which compute for a token; `inactive_experts` are the others, in the total alone."""

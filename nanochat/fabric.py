@@ -153,10 +153,12 @@ def list_params(config: GPTConfig, machine: Machine) -> list[Param]:
     return params + [Param("gates", (1, SMEAR_GATE_CHANNELS), -2, master)] * config.smear
 
 
-def count_muon_flops(shape: tuple[int, ...]) -> float:
-    """FLOPs of the orthogonalisation of a matrix."""
-    short, long = sorted(shape)
-    return MUON_STEPS * (4 * short**2 * long + 2 * short**3)
+def count_muon_flops(rows: int, cols: int, num: int = 1, num_by_head: int = 0, head_dim: int = 1) -> int:
+    """FLOPs of the orthogonalisation of `num` matrices, `num_by_head` of them in heads of `head_dim` rows."""
+    def count(rows: int) -> int:    # of three products in each iteration: A = X X^T, A^2, B X
+        short, long = sorted((rows, cols))
+        return MUON_STEPS * (4 * short**2 * long + 2 * short**3)
+    return (num - num_by_head) * count(rows) + num_by_head * (rows // head_dim) * count(head_dim)
 
 
 def list_parts(params: list[Param], machine: Machine, rule: TrainingRule, has_bf16_gathers: bool) -> list[Part]:
@@ -176,11 +178,11 @@ def list_parts(params: list[Param], machine: Machine, rule: TrainingRule, has_bf
         size = machine.act_bytes if is_narrow else machine.master_bytes
         if len(shape) == 2:
             own = -(-len(members) // n)
-            parts.append(Part(members, True, True, own, own * count_muon_flops(shape),
+            parts.append(Part(members, True, True, own, count_muon_flops(*shape, own),
                               own * n * math.prod(shape) * size))
         for i in members if len(shape) == 3 else ():
             own = count_own_rows(shape[0], math.prod(shape[1:]), n)
-            parts.append(Part([i], False, own < shape[0], own, own * count_muon_flops(shape[1:]),
+            parts.append(Part([i], False, own < shape[0], own, count_muon_flops(*shape[1:], own),
                               math.prod(shape) * size))
     return parts
 

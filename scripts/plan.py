@@ -16,16 +16,17 @@ import argparse
 import contextlib
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
 from nanochat import devices, memory
 from nanochat.common import UserError, print0, run_script
-from nanochat.config import GPTConfig, count_params, estimate_flops
+from nanochat.config import GPTConfig, count_params, estimate_flops, list_by_head
 from nanochat.corpus import HUB_SOURCES
 from nanochat.fabric import FABRICS, Network, StepTime, count_muon_flops, find_fabric, predict_step
 from nanochat.memory import GIB, Machine, Memory, get_usable_frac, rows_or_auto
 from nanochat.presets import add_plan_args, apply_preset, find_preset, find_rule, list_typed, parse_knobs
-from nanochat.scaling import FINAL_LR_FRAC, WARMDOWN_RATIO, WEIGHT_DECAY, Plan, make_config, make_plan
+from nanochat.scaling import FINAL_LR_FRAC, WARMDOWN_RATIO, WEIGHT_DECAY, Plan, TrainingRule, make_config, make_plan
 
 CHARS_PER_TOKEN = 5           # of a 32K vocabulary; assumption, none was counted. Smaller vocabularies have fewer
 SPARE_DATA = 1.05             # shards for each one of the estimate, since text that runs out is repeated
@@ -242,7 +243,7 @@ def estimate_run(args: argparse.Namespace, depth: int, hardware: Hardware, machi
         micro_rows * T, rows // micro_rows, rule=rule)
     hours += sum(network.exposed_sec.values()) * plan.num_iterations / 3600 if network else 0.0
     return Estimate(config, plan, fits, micro_rows, rows // micro_rows, predicted,
-                    count_hardware_flops(config, plan, hardware.num_gpus, rule.has_muon), mfu, source, hours,
+                    count_hardware_flops(config, plan, hardware.num_gpus, rule), mfu, source, hours,
                     None if hardware.dollars is None else hours * hardware.num_gpus * hardware.dollars,
                     count_shards(plan.total_tokens, "climbmix"), network)
 
@@ -253,10 +254,9 @@ def count_shards(num_tokens: int, source: str) -> int:
     return min(math.ceil(SPARE_DATA * num_tokens * CHARS_PER_TOKEN / hub.shard_chars), len(hub.train))
 
 
-def count_hardware_flops(config: GPTConfig, plan: Plan, num_gpus: int, has_muon: bool = True) -> float:
+def count_hardware_flops(config: GPTConfig, plan: Plan, num_gpus: int, rule: TrainingRule) -> float:
     """FLOPs that the run executes. They differ from model FLOPs in the keys hidden by attention's mask (left out), the
-    scores recomputed in the backward pass (7 products a key, not 6), and Muon's orthogonalisation (of whole matrices;
-    queries and keys by heads cost a fifth of it less)."""
+    scores recomputed in the backward pass (7 products a key, not 6), and Muon's orthogonalisation."""
     flops, first_step = plan.total_flops, 0
     stages = [(stage.end_step, stage.row_tokens) for stage in plan.short_rows or ()]
     for end_step, T in [*stages, (plan.num_iterations, config.sequence_len)]:
@@ -267,13 +267,18 @@ def count_hardware_flops(config: GPTConfig, plan: Plan, num_gpus: int, has_muon:
         model_keys = sum(min(config.window(layer), T) for layer in range(config.n_layer))
         per_token = config.n_head * config.head_dim * (14 * keys - 12 * model_keys)
         flops, first_step = flops + per_token * (end_step - first_step) * plan.batch_tokens, end_step
-    muon = 0
-    matrices = [(shape, -(-num // num_gpus) * num_gpus) for shape, num in memory.count_shapes(config).items()]
-    for E, *shape in (shape for layer in range(config.n_layer) for shape in memory.list_experts(config, layer)):
-        matrices.append((shape, memory.count_own_rows(E, math.prod(shape), num_gpus) * num_gpus))
-    for shape, num in matrices if has_muon else ():    # padding included
-        muon += num * count_muon_flops(shape)
-    return flops + muon * plan.num_iterations
+    return flops + count_update_flops(config, num_gpus, rule) * plan.num_iterations
+
+
+def count_update_flops(config: GPTConfig, num_gpus: int, rule: TrainingRule) -> int:
+    """FLOPs of Muon's orthogonalisation in a step, on all GPUs together, padding included."""
+    layers, flops = range(config.n_layer), 0
+    by_head = Counter(shape for layer in layers for shape in list_by_head(config, layer) if rule.muon.get("by_heads"))
+    for shape, num in memory.count_shapes(config).items():
+        flops += count_muon_flops(*shape, -(-num // num_gpus) * num_gpus, by_head[shape], config.head_dim)
+    for E, *shape in (shape for layer in layers for shape in memory.list_experts(config, layer)):
+        flops += count_muon_flops(*shape, memory.count_own_rows(E, math.prod(shape), num_gpus) * num_gpus)
+    return flops * rule.has_muon
 
 
 def find_deepest(args: argparse.Namespace, hardware: Hardware, machine: Machine) -> Estimate:

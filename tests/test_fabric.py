@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 
 from dev import fabric as laboratory
 from dev import fabric_predict, links
@@ -108,6 +109,29 @@ def test_flops_of_the_layers_are_the_models(knobs):
             events = list_step(config, Machine(loss=loss), 100, num_micro)
             model = sum(event.amount for event in events if event.kind == "compute" and event.phase != "update")
             assert model == pytest.approx(100 * num_micro * estimate_flops(config), rel=1e-5)
+
+
+def count_update(config, rule, rank, num_ranks):
+    """FLOPs of a rank's update, as torch counts them: Muon's products alone."""
+    dist.init_process_group("fake", rank=rank, world_size=num_ranks)
+    try:
+        optimizer = GPT(config).setup_optimizer(rule=rule)
+        with FlopCounterMode(display=False) as counter:
+            optimizer.step()
+        return counter.get_total_flops()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("rule", "num_ranks", "knobs"), [
+    ("dec26", 1, {}), ("dec26", 4, {}), ("dec26", 4, {"num_experts": 4, "n_kv_head": 1}), ("nov26", 4, {}),
+    ("adam",  4, {})])
+def test_update_flops_are_those_that_torch_counts(rule, num_ranks, knobs):
+    """Queries and keys by heads, where the rule has it; the padding of some ranks included."""
+    config = make_config(3, vocab_size=1000, sequence_len=16, aspect_ratio=16, head_dim=16, **knobs)
+    counted = [count_update(config, RULES[rule], rank, num_ranks) for rank in range(num_ranks)]
+    assert plan.count_update_flops(config, num_ranks, RULES[rule]) == sum(counted)
+    assert any(counted) == RULES[rule].has_muon
 
 
 # ---------------------------------------------------------------------------------------------------------------------
