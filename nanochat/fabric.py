@@ -6,20 +6,25 @@
 
 alpha is the latency of a hop, beta the bytes per second of a link in each direction. `list_step` is the order of
 train.queue_step and optim.MuonAdamW; tests/test_fabric.py runs these on ranks that send nothing and compares what they
-start and wait for, in order and in bytes. No torch, so that scripts.plan answers at once; dev/fabric.py measures links,
-and compares predicted steps with measured ones. Predicted for GPUs, measured on CPUs only.
+start and wait for, in order and in bytes. dev/fabric.py measures links, and compares predicted steps with measured
+ones. Predicted for GPUs, measured on CPUs only.
 """
+
+from __future__ import annotations
 
 import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from nanochat.common import UserError
-from nanochat.config import SMEAR_GATE_CHANNELS, GPTConfig, list_matrices
-from nanochat.memory import HISTOGRAM_BINS, Machine, count_own_rows, list_experts
+from nanochat.config import GPTConfig, list_matrices
+from nanochat.memory import HISTOGRAM_BINS, Machine
 from nanochat.scaling import OURS, TrainingRule
+
+if TYPE_CHECKING:
+    from nanochat.optim import MuonAdamW, Part
 
 MUON_STEPS = 5         # of the orthogonalisation
 ADAM_FLOPS = 1000      # that take as long as the update of one element, which waits for memory; assumption, not studied
@@ -113,44 +118,22 @@ class Event(NamedTuple):
     is_host: bool = False    # between the ranks' Python: on a GPU it isn't queued behind the gradients
 
 
-class Param(NamedTuple):
-    """A parameter as the optimizer sees it."""
-    group: str                # as in scaling.AdamGroup; "matrices" are Muon's
-    shape: tuple[int, ...]
-    layer: int                # whose backward pass reaches it; below 0: that of the embedding
-    size:  int                # bytes of an element
+def make_meta_optimizer(config: GPTConfig, machine: Machine, rule: TrainingRule) -> MuonAdamW:
+    """The last rank's, which has the fewest heads and so the longest update, of parameters that take no memory."""
+    import torch  # here, not above, so that scripts.plan answers at once where no network is named
+
+    from nanochat.gpt import GPT
+    with torch.device("meta"):
+        model = GPT(config, getattr(torch, machine.dtype))
+    optimizer = model.setup_optimizer(rule=rule)
+    optimizer.divide(machine.world_size - 1, machine.world_size)
+    return optimizer
 
 
-@dataclass
-class Part:
-    """As in optim.py: a parameter of AdamW or of experts, or all Muon matrices of one shape."""
-    params:     list[int]     # places in the list of parameters
-    is_stacked: bool
-    is_sharded: bool
-    num_own:    int
-    flops:      float         # of the update of this rank's rows or matrices
-    gathered:   int           # bytes of the whole that is gathered
-    messages:   list[object] = field(default_factory=list)
-
-
-def list_params(config: GPTConfig, machine: Machine) -> list[Param]:
-    """All parameters, in the order in which the backward pass reaches them."""
-    V, C, L = config.padded_vocab_size, config.n_embd, config.n_layer
-    master, embed = machine.master_bytes, machine.embed_bytes
-    params = [Param("lm_head", (V, C), L, master)]
-    for layer in reversed(range(L)):
-        params += [Param("matrices", shape, layer, master) for shape in list_matrices(config, layer)]
-        if config.has_experts(layer):
-            params.append(Param("routers", (config.num_experts, C), layer, master))
-            params += [Param("matrices", shape, layer, master) for shape in list_experts(config, layer)]
-        if config.has_value_embed(layer):
-            params.append(Param("value_embeds", (V, config.kv_dim), layer, embed))
-    scalars = (("resid_lambdas", L, config.resid_init is not None), ("x0_lambdas", L, config.x0_init is not None),
-               ("gates", 1, config.smear), ("gates", 1, config.middle_layer is not None))
-    params += [Param(group, (num,), -1, master) for group, num, is_there in scalars if is_there]
-    params.append(Param("wte", (V, C), -1, embed))
-    # the first of its group
-    return params + [Param("gates", (1, SMEAR_GATE_CHANNELS), -2, master)] * config.smear
+def find_layer(name: str, config: GPTConfig) -> int:
+    """The layer whose backward pass reaches a parameter: as layer L the head, -1 what is before the blocks."""
+    numbers = [int(word) for word in name.split(".") if word.isdecimal()]
+    return numbers[0] if numbers else config.n_layer if name == "lm_head.weight" else -1
 
 
 def count_muon_flops(rows: int, cols: int, num: int = 1, num_by_head: int = 0, head_dim: int = 1) -> int:
@@ -161,41 +144,28 @@ def count_muon_flops(rows: int, cols: int, num: int = 1, num_by_head: int = 0, h
     return (num - num_by_head) * count(rows) + num_by_head * (rows // head_dim) * count(head_dim)
 
 
-def list_parts(params: list[Param], machine: Machine, rule: TrainingRule, has_bf16_gathers: bool) -> list[Part]:
-    """The optimizer's parts, in the order in which it updates them."""
-    n, parts = machine.world_size, []
-    forward = sorted(range(len(params)), key=lambda i: params[i].layer)
-    for row in rule.groups:
-        for i in (i for i in forward if params[i].group == row.name):
-            rows, numel = params[i].shape[0], math.prod(params[i].shape)
-            own = count_own_rows(rows, numel // rows, n)
-            parts.append(Part([i], False, own < rows, own, ADAM_FLOPS * numel * own / rows, numel * params[i].size))
-    by_shape: dict[tuple[int, ...], list[int]] = {}
-    for i in (i for i in forward if params[i].group == "matrices" and rule.has_muon):
-        by_shape.setdefault(params[i].shape, []).append(i)
-    is_narrow = machine.dtype == "bfloat16" and has_bf16_gathers
-    for shape, members in sorted(by_shape.items()):
-        size = machine.act_bytes if is_narrow else machine.master_bytes
-        if len(shape) == 2:
-            own = -(-len(members) // n)
-            parts.append(Part(members, True, True, own, count_muon_flops(*shape, own),
-                              own * n * math.prod(shape) * size))
-        for i in members if len(shape) == 3 else ():
-            own = count_own_rows(shape[0], math.prod(shape[1:]), n)
-            parts.append(Part([i], False, own < shape[0], own, count_muon_flops(*shape[1:], own),
-                              math.prod(shape) * size))
-    return parts
+def count_update(part: Part, optimizer: MuonAdamW, has_bf16_gathers: bool) -> tuple[float, int]:
+    """FLOPs of the update of a part on its rank, and bytes of the whole that is gathered."""
+    param, group = part.params[0], part.group
+    if group["kind"] == "adamw":
+        return ADAM_FLOPS * param.numel() * part.num_own / len(param), param.nbytes
+    rows, cols = param.shape[-2:]
+    num = part.num_own * optimizer.world_size if part.is_stacked else len(param)
+    dtype = has_bf16_gathers and optimizer.matmul_dtype or param.dtype
+    return (count_muon_flops(rows, cols, part.num_own, part.num_by_head, group["head_dim"]),
+            num * rows * cols * dtype.itemsize)
 
 
 def list_step(config: GPTConfig, machine: Machine, micro_tokens: int, num_micro: int = 1, rule: TrainingRule = OURS,
               reduces_in_backward: bool = True, has_bf16_gathers: bool = True) -> list[Event]:
-    """What one rank does in a step of num_micro micro-batches, in order.
+    """What the last rank does in a step of num_micro micro-batches, in order.
 
     reduces_in_backward, has_bf16_gathers: False is what the step would cost without them
     """
     n, master = machine.world_size, machine.master_bytes
-    params = list_params(config, machine)
-    parts = list_parts(params, machine, rule, has_bf16_gathers)
+    optimizer = make_meta_optimizer(config, machine, rule)
+    layers = {key: find_layer(name, config) for key, name in optimizer.names.items()}
+    sent: dict[int, list[object]] = {id(part): [] for part in optimizer.parts}
     events, keys = [], itertools.count()
 
     def start(kind: str, phase: str, num_bytes: int, is_host: bool = False) -> object:
@@ -215,29 +185,30 @@ def list_step(config: GPTConfig, machine: Machine, micro_tokens: int, num_micro:
     # the fused loss makes the head's gradients with the logits
     in_forward = loss if machine.loss == "fused" else loss / 3
     events.append(Event("compute", "forward", (num_micro - 1) * (total + loss) + total / 3 + in_forward))
-    left = [piece for part in parts for piece in _cut(part, params, n)] if n > 1 else []
-    left.sort(key=lambda piece: piece[0])
+    left = [(min(layers[id(param)] for param in piece.params), piece) for piece in optimizer.pieces if n > 1]
     for layer in [config.n_layer, *reversed(range(config.n_layer)), -1]:
         events.append(Event("compute", "backward", flops[layer] * 2 / 3 if layer in flops else
                             loss - in_forward if layer >= 0 else 0))
-        while left and (layer < 0 or reduces_in_backward and params[left[0][0]].layer >= layer):
-            _, part, num_bytes = left.pop(0)
-            part.messages.append(start("reduce_scatter" if part.is_sharded else "all_reduce", "backward", num_bytes))
+        while left and (layer < 0 or reduces_in_backward and left[0][0] >= layer):
+            part = left.pop(0)[1].part
+            num_bytes = part.params[0].nbytes * (n if part.is_stacked else 1)
+            sent[id(part)].append(start("reduce_scatter" if part.is_sharded else "all_reduce", "backward", num_bytes))
     all_reduce("backward", 4, is_host=True)       # whether a rank ran out of memory
 
     def all_reduce_norm() -> None:
-        for part in parts:
-            wait("update", *part.messages)
-            part.messages.clear()
+        for messages in sent.values():
+            wait("update", *messages)
+            messages.clear()
         all_reduce("update", master)
     for _ in range((machine.dtype == "float16") + 2 * bool(rule.max_norm)):
         all_reduce_norm()
     gathers = []
-    for part in parts:
-        wait("update", *part.messages)
-        events.append(Event("compute", "update", part.flops))
+    for part in optimizer.parts:
+        wait("update", *sent[id(part)])
+        update_flops, num_bytes = count_update(part, optimizer, has_bf16_gathers)
+        events.append(Event("compute", "update", update_flops))
         if n > 1 and part.is_sharded:
-            gathers.append(start("all_gather", "update", part.gathered))
+            gathers.append(start("all_gather", "update", num_bytes))
     if not rule.max_norm:
         all_reduce("update", master)              # the norm of the gradients
     wait("update", *gathers)
@@ -246,14 +217,6 @@ def list_step(config: GPTConfig, machine: Machine, micro_tokens: int, num_micro:
     if config.top_k < config.num_experts and num_moe:
         all_reduce("update", num_moe * (config.num_experts * (HISTOGRAM_BINS + 1) + 2) * 8)
     return events
-
-
-def _cut(part: Part, params: list[Param], n: int) -> list[tuple[int, Part, int]]:
-    """The pieces that a part is reduced in: the place of the last gradient of each, and its bytes."""
-    num = n if part.is_stacked else 1
-    pieces = [part.params[i:i + num] for i in range(0, len(part.params), num)]
-    first = params[part.params[0]]
-    return [(max(piece), part, num * math.prod(first.shape) * first.size) for piece in pieces]
 
 
 def count_layer_flops(config: GPTConfig, num_tokens: int) -> dict[int, float]:

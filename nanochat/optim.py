@@ -64,16 +64,17 @@ all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gath
 @dataclass
 class Part:
     """The unit of reduction and update: a parameter of AdamW or of experts, or all other Muon matrices of one shape."""
-    group:      dict
-    params:     list[nn.Parameter]
-    is_stacked: bool                     # whether it is those matrices
-    is_sharded: bool
-    num_own:    int                      # rows, or matrices of this rank's stack, missing ones included
-    start:      int                      # this rank's rows, or experts, of the parameter
-    stop:       int
-    matrices:   list[nn.Parameter]       # where they are stacked: those of this rank
-    grad:       Tensor | None = None     # of this rank's rows or matrices, summed over the ranks
-    messages:   list[tuple[dist.Work, Tensor]] = field(default_factory=list)  # under way; their inputs are kept alive
+    group:       dict
+    params:      list[nn.Parameter]
+    is_stacked:  bool                     # whether it is those matrices
+    is_sharded:  bool
+    num_own:     int                      # rows, or matrices of this rank's stack, missing ones included
+    start:       int                      # this rank's rows, or experts, of the parameter
+    stop:        int
+    matrices:    list[nn.Parameter]       # where they are stacked: those of this rank
+    num_by_head: int                      # and how many of them, the first ones, are orthogonalised by heads
+    grad:        Tensor | None = None     # of this rank's rows or matrices, summed over the ranks
+    messages:    list[tuple[dist.Work, Tensor]] = field(default_factory=list)  # under way; their inputs are kept alive
 
     def wait(self) -> Tensor:
         """This rank's gradient, once it is reduced."""
@@ -120,7 +121,11 @@ class MuonAdamW(torch.optim.Optimizer):
             group["initial_lr"], group["initial_weight_decay"] = group["lr"], group["weight_decay"]
         super().__init__(groups, defaults={})
         self.names, self.matmul_dtype, self.num_steps = names or {}, matmul_dtype, 0
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.divide(*((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)))
+
+    def divide(self, rank: int, world_size: int) -> None:
+        """Divide the work among so many ranks; this is one of them (or, in fabric.py, would be)."""
+        self.rank, self.world_size = rank, world_size
         self.parts: list[Part] = []
         for group in self.param_groups:
             is_stacked = group["kind"] == "muon" and group["params"][0].dim() == 2
@@ -130,8 +135,9 @@ class MuonAdamW(torch.optim.Optimizer):
                     count_own_rows(num, params[0].numel() // num, self.world_size)
                 is_sharded = is_stacked or num_own < num
                 start = min(self.rank * num_own, num) if is_sharded else 0
+                matrices = params[self.rank::self.world_size] if is_stacked else []
                 self.parts.append(Part(group, params, is_stacked, is_sharded, num_own, start, min(start + num_own, num),
-                                       params[self.rank::self.world_size] if is_stacked else []))
+                                       matrices, len(params[self.rank:group.get("num_by_head", 0):self.world_size])))
         self.pieces = [piece for part in self.parts for piece in self._cut(part)]
         # All ranks must send in one order; the best one is that in which gradients come
         place = {key: place for place, key in enumerate(self.names)}
@@ -251,8 +257,7 @@ class MuonAdamW(torch.optim.Optimizer):
         grad, is_sent = part.wait(), part.is_sharded and self.world_size > 1
         if part.is_stacked:
             own = stack_padded(part.matrices, part.num_own, params[0])  # (n, rows, cols)
-            num_by_head = len(part.params[self.rank:group.get("num_by_head", 0):self.world_size])
-            self._update_matrices(group, own, grad, *state, num_by_head=num_by_head)
+            self._update_matrices(group, own, grad, *state, num_by_head=part.num_by_head)
             copy_all(part.matrices, own)
             return self._gather_matrices(part, own.to(self.matmul_dtype or own.dtype)) if is_sent else None
         own = params[0][part.start:part.stop]

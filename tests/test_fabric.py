@@ -70,6 +70,8 @@ def record_step(config, machine, rule, num_micro):
     (4,    {"num_experts": 8, "moe_every": 2},   "bfloat16", "july26", 1),
     (4,    {"num_experts": 6, "top_k": 3},       "float32",  "july26", 1),    # nor the experts
     (2,    {"num_experts": 2, "top_k": 2},       "float32",  "july26", 1),    # nothing to balance
+    (4,    {},                                   "bfloat16", "dec26",  1),    # in which queries and keys come first
+    (4,    {"n_kv_head": 1},                     "bfloat16", "dec26",  1),
     (4,    {},                                   "bfloat16", "jan26",  1),
     (4,    {},                                   "float32",  "marin",  1),    # clips
     (4,    {},                                   "float32",  "adam",   1),
@@ -126,12 +128,15 @@ def count_update(config, rule, rank, num_ranks):
 @pytest.mark.parametrize(("rule", "num_ranks", "knobs"), [
     ("dec26", 1, {}), ("dec26", 4, {}), ("dec26", 4, {"num_experts": 4, "n_kv_head": 1}), ("nov26", 4, {}),
     ("adam",  4, {})])
-def test_update_flops_are_those_that_torch_counts(rule, num_ranks, knobs):
-    """Queries and keys by heads, where the rule has it; the padding of some ranks included."""
+def test_update_flops_are_those_that_torch_counts(rule, num_ranks, knobs, monkeypatch):
+    """Queries and keys by heads, where the rule has it; padding included. A step waits for the slowest rank."""
     config = make_config(3, vocab_size=1000, sequence_len=16, aspect_ratio=16, head_dim=16, **knobs)
     counted = [count_update(config, RULES[rule], rank, num_ranks) for rank in range(num_ranks)]
     assert plan.count_update_flops(config, num_ranks, RULES[rule]) == sum(counted)
     assert any(counted) == RULES[rule].has_muon
+    monkeypatch.setattr("nanochat.fabric.ADAM_FLOPS", 0)
+    events = list_step(config, Machine("float32", world_size=num_ranks), 16, rule=RULES[rule])
+    assert sum(event.amount for event in events if event.kind == "compute" and event.phase == "update") == max(counted)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
