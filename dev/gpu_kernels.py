@@ -164,9 +164,12 @@ def check_optimizer(setup: Setup) -> Iterator[Check]:
         shape = {"V": setup.sizes.vocab_size, "C": 64}
         yield guarded(name, setup.device, lambda name=name, shape=shape, dtype=dtype: _check_update(
             setup, name, "adamw_update", shape, dtype))
-    for K, rows, cols in setup.sizes.matrices:
-        name = f"muon {K}x{rows}x{cols}"
-        shape = {"K": K, "rows": rows, "cols": cols}
+    shapes = {f"muon {K}x{rows}x{cols}": {"K": K, "rows": rows, "cols": cols}
+              for K, rows, cols in setup.sizes.matrices}
+    # As queries and keys are: no GPU has run these yet
+    shapes |= {f"{name}, half by heads": shape | {"num_by_head": shape["K"] // 2, "head_dim": setup.sizes.head_dim}
+               for name, shape in shapes.items() if shape["rows"] == shape["cols"]}
+    for name, shape in shapes.items():
         yield guarded(name, setup.device, lambda name=name, shape=shape: _check_update(
             setup, name, "muon_update", shape, setup.dtype))
 

@@ -1,12 +1,14 @@
 """The optimizer in the kernel bench: Muon's orthogonalisation alone, its whole update, AdamW's.
 
-K matrices of one shape (rows, cols) in a stack; V vocabulary, C channels.
+K matrices of one shape (rows, cols) in a stack; V vocabulary, C channels. Queries and keys are there whole, as older
+rules have them, and by heads, as today's: those shapes have run on CPUs only, no GPU has seen them yet.
 """
 
 import torch
 from torch import Tensor
 
 from dev.kernel_ops import Inputs, Operation, Scale, Setting, Shape, Variant, is_compiled, with_kernels
+from nanochat.fabric import count_muon_flops
 from nanochat.optim import POLAR_EXPRESS, MuonRule, adamw_update, as_scalars, list_state, muon_update, orthogonalize
 
 # By the activations' dtype; with fp16 all parameters are fp32. Orthogonalisation in tf32 and bf16 is inexact by design:
@@ -19,10 +21,18 @@ NUM_STEPS = len(POLAR_EXPRESS)
 
 
 def list_stacks(scale: Scale) -> dict[str, Shape]:
-    """The matrices of the blocks, by shape."""
+    """The matrices of the blocks, by shape, and the heads of their queries and keys."""
     C, hidden, L = scale.config.n_embd, scale.config.hidden_dim, scale.config.n_layer
-    return {"square": {"K": 4 * L, "rows": C, "cols": C}, "c_fc": {"K": L, "rows": hidden, "cols": C},
-            "c_proj": {"K": L, "rows": C, "cols": hidden}}
+    return {"square": {"K": 4 * L, "rows": C, "cols": C},
+            "heads": {"K": 2 * L * scale.config.n_head, "rows": scale.config.head_dim, "cols": C},
+            "c_fc": {"K": L, "rows": hidden, "cols": C}, "c_proj": {"K": L, "rows": C, "cols": hidden}}
+
+
+def list_updates(scale: Scale) -> dict[str, Shape]:
+    """The same matrices; the heads are those of half of the square ones."""
+    stacks = list_stacks(scale)
+    by_heads = {"num_by_head": 2 * scale.config.n_layer, "head_dim": scale.config.head_dim}
+    return stacks | {"heads": stacks["square"] | by_heads}
 
 
 def make_stack(shape: Shape, setting: Setting) -> Inputs:
@@ -37,15 +47,17 @@ def get_storage_dtype(setting: Setting) -> torch.dtype:
 
 
 def make_muon_inputs(shape: Shape, setting: Setting) -> Inputs:
-    """State as in the first steps: a row and a whole matrix without a gradient."""
+    """State as in the first steps: a row, a whole matrix and, where there are heads, one of them without a gradient."""
     size = shape["K"], shape["rows"], shape["cols"]
     param, grad = torch.randn(2, *size, device=setting.device)
     grad[0] = 0
     grad[-1, 0] = 0
+    heads = {name: shape.get(name, 0) for name in ("num_by_head", "head_dim")}
+    grad[1:2, :heads["head_dim"]] = 0
     state = {name: torch.zeros(state_size, device=setting.device)
              for name, state_size in list_state("muon", size).items()}
     return {"param": 0.02 * param, "gradient": grad, **state, "matmul_dtype": get_storage_dtype(setting),
-            **name_scalars(MUON_RATES)}
+            **name_scalars(MUON_RATES), **heads}
 
 
 def name_scalars(rates: dict[str, float]) -> dict[str, Tensor]:
@@ -66,9 +78,8 @@ def make_adamw_inputs(shape: Shape, setting: Setting) -> Inputs:
 
 
 def count_orthogonalize_flops(shape: Shape) -> int:
-    """Of three products in each iteration: A = X X^T, A^2, B X."""
-    short, long = sorted((shape["rows"], shape["cols"]))
-    return shape["K"] * NUM_STEPS * (4 * short**2 * long + 2 * short**3)
+    return count_muon_flops(shape["rows"], shape["cols"], shape["K"], shape.get("num_by_head", 0),
+                            shape.get("head_dim", 1))
 
 
 def orthogonalize_stack(X: Tensor) -> Tensor:
@@ -88,9 +99,9 @@ def iterate(X: Tensor) -> Tensor:
 
 
 def update_muon(param: Tensor, gradient: Tensor, momentum: Tensor, second_moment: Tensor, matmul_dtype: torch.dtype,
-                lr: Tensor, mu: Tensor, beta2: Tensor, weight_decay: Tensor) -> None:
+                lr: Tensor, mu: Tensor, beta2: Tensor, weight_decay: Tensor, num_by_head: int, head_dim: int) -> None:
     muon_update(param, gradient, momentum, second_moment, NUM_STEPS, matmul_dtype, lr, mu, beta2, weight_decay,
-                MuonRule())
+                MuonRule(), num_by_head, head_dim)
 
 
 def update_adamw(*args: Tensor) -> None:
@@ -102,8 +113,9 @@ OPERATIONS = (
               list_stacks, make_stack, iterate, count_orthogonalize_flops, MUON_TOLERANCES,
               (Variant("one by one", orthogonalize_each), Variant("stacked", orthogonalize_stack))),
     Operation("muon_update", "optimizer", "(param (K, rows, cols), gradient, momentum, second_moment, matmul_dtype, "
-              "lr, mu, beta2, weight_decay): one step in place, rates are 0-d tensors",
-              list_stacks, make_muon_inputs, with_kernels(update_muon, False), count_orthogonalize_flops,
+              "lr, mu, beta2, weight_decay, num_by_head, head_dim): one step in place, rates are 0-d tensors, the "
+              "first num_by_head matrices have heads of head_dim rows",
+              list_updates, make_muon_inputs, with_kernels(update_muon, False), count_orthogonalize_flops,
               MUON_TOLERANCES,
               (Variant("ours", with_kernels(update_muon, False)),
                Variant("ours, compiled", with_kernels(update_muon), is_compiled)),

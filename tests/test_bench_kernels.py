@@ -128,14 +128,16 @@ def test_counts_of_a_product_are_exact():
     assert count_bytes(operation, shape, inputs, expected) == 2 * (256 * 64 + 256 * 64 + 256 * 256)
 
 
-@pytest.mark.parametrize("name", ["linear", "linear_cross_entropy", "moe", "orthogonalize"])
-def test_flops_are_those_that_torch_counts(name):
+@pytest.mark.parametrize(("name", "label"), [
+    ("linear", None), ("linear_cross_entropy", None), ("moe", None), ("orthogonalize", "square"),
+    ("orthogonalize", "heads"), ("muon_update", "square"), ("muon_update", "heads"), ("muon_update", "c_fc")])
+def test_flops_are_those_that_torch_counts(name, label):
     """Of a variant that computes nothing twice, with those of the backward pass."""
     from torch.utils.flop_counter import FlopCounterMode
     operation = OPERATIONS[name]
-    shape, inputs, _ = prepare(operation)
-    call = {"moe": kernel_training.run_each_expert, "linear_cross_entropy": kernel_training.lose_plainly}.get(
-        name, operation.variants[-1].call)
+    shape, inputs, _ = prepare(operation, label=label)
+    call = {"moe": kernel_training.run_each_expert, "linear_cross_entropy": kernel_training.lose_plainly,
+            "muon_update": operation.definition}.get(name, operation.variants[-1].call)
     with FlopCounterMode(display=False) as counter:
         run(operation, call, inputs)
     assert counter.get_total_flops() == operation.count_flops(shape)
