@@ -281,21 +281,18 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
     if window < 0:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    # Cut into chunks as long as the window: a query then sees keys of its own chunk and of the one before only, so
-    # each chunk is a small dense attention of c queries on 2c keys, and the chunks are independent rows of a batch
+    # Cut into chunks as long as the window: a query then sees keys of its own chunk and of the one before only. The
+    # first chunk sees itself alone; each other is a small dense attention of c queries on 2c keys, and these are
+    # independent rows of a batch under one mask
     B, H, T, D = q.shape
     c = max(window, 1)
-    num_chunks = -(-T // c)
-    if T % c:
-        q, k, v = (F.pad(t, (0, 0, 0, num_chunks * c - T)) for t in (q, k, v))
-    q = q.reshape(B * H, num_chunks, c, D)
-    k, v = (F.pad(t, (0, 0, c, 0)).unfold(2, 2 * c, c).transpose(-1, -2).reshape(B * H, num_chunks, 2 * c, D)
-            for t in (k, v))
-    mask = _window_mask(c, 2 * c, window, q.device)
-    first = mask & (torch.arange(2 * c, device=q.device) >= c)  # the first chunk has none before it
-    mask = torch.stack([first] + [mask] * (num_chunks - 1))[None]  # (1, chunks, c, 2c)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return y.reshape(B, H, num_chunks * c, D)[:, :, :T].transpose(1, 2)
+    num_others = -(-T // c) - 1
+    q, k, v = (F.pad(t, (0, 0, 0, (num_others + 1) * c - T)).contiguous() for t in (q, k, v))
+    first = F.scaled_dot_product_attention(q[:, :, :c], k[:, :, :c], v[:, :, :c], is_causal=True)
+    q = q[:, :, c:].view(B * H, num_others, c, D)
+    k, v = (t.unfold(2, 2 * c, c).transpose(-1, -2).view(B * H, num_others, 2 * c, D) for t in (k, v))
+    others = F.scaled_dot_product_attention(q, k, v, attn_mask=_window_mask(c, 2 * c, window, q.device))
+    return torch.cat((first, others.reshape(B, H, num_others * c, D)), dim=2)[:, :, :T].transpose(1, 2)
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:

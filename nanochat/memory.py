@@ -348,9 +348,9 @@ def count_attention_bytes(config: GPTConfig, layer: int, rows: int, T: int, mach
         return rows * (4 * a * C * T + H * pair_bytes) + mask
     if machine.attention == "sdpa" and is_windowed:
         chunk = max(window, 1)
-        padded = -(-T // chunk) * chunk  # queries and output; keys and values are padded by one chunk more
-        copies = a * C * (2 * padded + 2 * (padded + chunk) + T)
-        return rows * (copies + machine.master_bytes * H * padded) + a * padded * 2 * chunk  # and the mask
+        padded = -(-T // chunk) * chunk
+        copies = a * C * 5 * padded  # queries, keys, values; the output in two parts and whole
+        return rows * (copies + machine.master_bytes * H * padded) + a * chunk * 2 * chunk  # and the mask
     kv_dim = C if machine.attention == "sdpa" else config.kv_dim  # sdpa repeats shared key/value heads
     return rows * T * (2 * a * (C + kv_dim) + machine.master_bytes * H)
 

@@ -208,7 +208,7 @@ def test_sdpa_makes_no_square_mask_for_a_window():
     assert plain.largest >= 2048**2  # the recorder sees what it should
     with LargestTensor() as windowed:
         flash_attention._sdpa(q, k, v, 512).sum().backward()
-    assert windowed.largest < 2048**2
+    assert windowed.largest <= 2 * 512**2    # the mask of one chunk, which all share
 
 
 # ---------------------------------------------------------------------------------------------------------------------
