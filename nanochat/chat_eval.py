@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat.common import UserError, gather, get_first_line, get_ranks, write_atomic
+from nanochat.common import UserError, failing_together, gather, get_ranks, write_atomic
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
 from nanochat.loss_eval import BATCH_TOKENS, DEFAULT_BATCH_TOKENS, pad_right
@@ -28,6 +28,7 @@ from nanochat.tokenizer import RustBPETokenizer
 from tasks.catalog import CHATCORE_TASKS, GRADED_TASKS, get_task
 from tasks.common import Task
 
+FAILURES = (UserError, OSError, RuntimeError, MemoryError)    # of data, disk, memory, after which other tasks can go on
 CHOICE_BASELINE = 0.25      # accuracy of guessing one of four letters; that of writing an answer by chance is 0
 ORDER_SEED = 1337           # shuffles the problems: the first n are a fair sample, and part of any larger one
 
@@ -184,18 +185,6 @@ def write_records(records_dir: Path, name: str, records: list[dict]) -> None:
         path.unlink()
 
 
-@contextlib.contextmanager
-def failing_together() -> Iterator[None]:
-    """A failure on one rank raises UserError on all, so that none waits forever. Collective at its end."""
-    reason = None
-    try:
-        yield
-    except (UserError, OSError, RuntimeError, MemoryError) as error:    # data, disk, memory: other tasks can go on
-        reason = ("" if isinstance(error, UserError) else f"{type(error).__name__}: ") + get_first_line(error)
-    if reason := next(filter(None, gather(reason)), None):
-        raise UserError(reason)
-
-
 def evaluate_task(solver: Solver, name: str, max_problems: int | None = None, records_dir: Path | None = None) -> dict:
     """{accuracy, low, high, centered, num_problems, num_cut, pass_any} of one task. Collective: all ranks call it.
 
@@ -209,7 +198,7 @@ def evaluate_task(solver: Solver, name: str, max_problems: int | None = None, re
         raise UserError(f"{'all' if max_problems is None else max_problems} problems in batches of {solver.batch_rows} "
                         "leave nothing to evaluate; give at least 1 of each")
     ranks, records = get_ranks(), {}
-    with failing_together():
+    with failing_together(*FAILURES):
         task = get_task(name, "test", solver.words)
         problems = load_problems(task, name, solver.tokenizer, max_problems)
         if records_dir and ranks.rank == 0:
@@ -221,7 +210,7 @@ def evaluate_task(solver: Solver, name: str, max_problems: int | None = None, re
     mine = [problem for problem in problems if (problem.index, problem.id) not in records][ranks.rank::ranks.world_size]
     solved, was_training = [], solver.model.training
     solver.model.eval()
-    with failing_together(), contextlib.ExitStack() as stack:
+    with failing_together(*FAILURES), contextlib.ExitStack() as stack:
         stack.callback(solver.model.train, was_training)
         path = records_dir and records_dir / f"{name}.part{ranks.rank}.jsonl"
         part = path and stack.enter_context(open(path, "w", encoding="utf-8"))

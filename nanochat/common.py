@@ -424,6 +424,19 @@ def gather(value: object, group=None) -> list:
     return values
 
 
+@contextlib.contextmanager
+def failing_together(*errors: type[BaseException]) -> Iterator[None]:
+    """One of these errors on one rank raises UserError on all, so that none waits forever. Collective at its end, and
+    nothing within may be."""
+    reason = None
+    try:
+        yield
+    except errors as error:
+        reason = ("" if isinstance(error, UserError) else f"{type(error).__name__}: ") + get_first_line(error)
+    if reason := next(filter(None, gather(reason)), None):
+        raise UserError(reason)
+
+
 def print0(*values: object) -> None:
     """Print on rank 0 only, at once and in one piece, since the thread that writes checkpoints prints too."""
     if get_ranks().rank > 0:

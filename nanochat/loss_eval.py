@@ -35,7 +35,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from nanochat.common import UserError, file_lock, get_base_dir, get_ranks, print0, sum_over_ranks
+from nanochat.common import UserError, failing_together, file_lock, get_base_dir, get_ranks, print0, sum_over_ranks
 from nanochat.gpt import GPT
 from nanochat.kv_cache import NO_TOKEN, KVCache
 from nanochat.run import RunLog
@@ -51,6 +51,7 @@ ROW_FIELDS = {              # what a row of each kind must have
 OPTIONS_FIELD = {"multiple_choice": "choices", "schema": "context_options"}
 DATA_SEED, SHOT_SEED = 1337, 1234   # the published metric's: other seeds give other items and other shots
 
+FAILURES = (UserError, OSError, torch.OutOfMemoryError)    # after which a run can go on
 WINDOW_ITEMS = 256          # items that are tokenized at a time, then sorted by length (assumption, not studied)
 PREFILL_TOKENS = 256        # tokens of a prefix in one pass: short passes skip more of the masked keys
 # Tokens of one batch, prefixes and tails of all its rows, and of its tails alone, whose logits are V wide; by device
@@ -415,14 +416,16 @@ def evaluate_rules(model, tokenizer, task: CoreTask, max_per_task: int | None = 
     batch_tokens = BATCH_TOKENS.get(device.type, DEFAULT_BATCH_TOKENS) if isinstance(model, GPT) else tail_tokens
     num_correct, was_training = torch.zeros(2, dtype=torch.int64), model.training
     model.eval()
-    # Nearly every batch has a shape of its own: compiling for each would take longer than the evaluation
-    with torch.compiler.set_stance("force_eager"):
-        for start in range(0, len(mine), WINDOW_ITEMS):
-            indices = mine[start:start + WINDOW_ITEMS]
-            items = make_items(task, tokenizer, rows, indices, model.config.sequence_len)
-            for batch in make_batches(items, batch_tokens, tail_tokens):
-                num_correct += torch.tensor(count_correct(model, batch))
-    model.train(was_training)
+    try:
+        # Nearly every batch has a shape of its own: compiling for each would take longer than the evaluation
+        with failing_together(*FAILURES), torch.compiler.set_stance("force_eager"):
+            for start in range(0, len(mine), WINDOW_ITEMS):
+                indices = mine[start:start + WINDOW_ITEMS]
+                items = make_items(task, tokenizer, rows, indices, model.config.sequence_len)
+                for batch in make_batches(items, batch_tokens, tail_tokens):
+                    num_correct += torch.tensor(count_correct(model, batch))
+    finally:
+        model.train(was_training)    # a run goes on where its evaluation failed
     by_mean, by_sum = sum_over_ranks(num_correct.to(device)).tolist()
     return by_mean / len(rows), by_sum / len(rows)
 
@@ -439,7 +442,8 @@ def evaluate_core(model, tokenizer, *, max_per_task: int | None = None, bundle_d
     max_per_task: items of each task at most, also as shots; None = all
     bundle_dir:   default $NANOCHAT_BASE_DIR/eval_bundle
     """
-    tasks = load_tasks(bundle_dir)
+    with failing_together(*FAILURES):
+        tasks = load_tasks(bundle_dir)
     return compute_core({task.label: score_task(model, tokenizer, task, max_per_task) for task in tasks})
 
 

@@ -404,6 +404,25 @@ def test_the_model_stays_in_its_mode(tokenizer):
     assert model.training and all(param.grad is None for param in model.parameters())
 
 
+def test_the_model_stays_in_its_mode_where_a_task_fails(tokenizer, monkeypatch):
+    """Else a run that goes on without CORE would have the balance of its experts frozen."""
+    model = make_model(CORE_CONFIG, torch.float64).train()
+    monkeypatch.setattr(loss_eval, "count_correct", lambda *args: open("/nowhere/shard"))
+    with pytest.raises(UserError, match="FileNotFoundError: .*nowhere"):
+        score_task(model, tokenizer, make_task("language_modeling", LM_ROWS))
+    assert model.training
+
+
+def test_what_fails_on_one_rank_fails_on_all(tokenizer, tmp_path):
+    """Where nodes have disks of their own, one may lack the tasks; the others must not wait for it."""
+    tokenizer.save(tmp_path)
+    write_bundle(tmp_path / "bundle")
+    (tmp_path / "lacks_bundle").touch()    # rank 1
+    run_program_on_ranks("core_eval_rank", tmp_path)
+    errors = [json.loads((tmp_path / f"core_{rank}.json").read_text()) for rank in range(2)]
+    assert errors[0] == errors[1] and "nowhere" in errors[0]
+
+
 def test_two_ranks_equal_one(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     bundle_dir = write_bundle(tmp_path / "bundle")
