@@ -27,7 +27,7 @@ from pathlib import Path
 from dev.ablation_table import SAVED_KEYS, SLOPE_FRAC, write_table
 from nanochat.checkpoint_manager import get_run_dir
 from nanochat.choices import FREE_FLAGS, MACHINE_FLAGS
-from nanochat.common import Ranks, UserError, get_base_dir, now, run_script, write_json
+from nanochat.common import Parser, Ranks, UserError, get_base_dir, now, run_script, write_json
 from nanochat.config import count_params
 from nanochat.presets import HORIZON, PLAIN, format_knob, parse_knobs
 from nanochat.report import read_json
@@ -64,7 +64,7 @@ FEATURES = {
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--name", required=True, help="of the ablation, the first part of its runs' tags")
     add("--mode", choices=("drop", "add"))

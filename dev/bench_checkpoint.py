@@ -21,7 +21,7 @@ import torch
 
 from dev.timing import add_step_args, choose_device, make_training, print_rows, read_cpu_seconds
 from nanochat.checkpoint_manager import Checkpointer, SaveRules, build_model, restore
-from nanochat.common import get_base_dir, run_script
+from nanochat.common import Parser, get_base_dir, run_script
 from nanochat.devices import synchronize
 from nanochat.gpt import GPTConfig
 from nanochat.scaling import make_config
@@ -29,7 +29,7 @@ from nanochat.train import train_step
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--depth", type=int, nargs="+", default=[4, 6, 12])
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--steps", type=int, default=4, help="ordinary steps that are timed; their median counts")

@@ -18,14 +18,14 @@ from matplotlib.ticker import FuncFormatter
 
 from dev.figures import COLORS, FAINT, add_out, make_panels, save_figure, styled
 from dev.timing import choose_device, print_rows, time_in_turn
-from nanochat.common import UserError, add_compute_flags, print0, run_script
+from nanochat.common import Parser, UserError, add_compute_flags, print0, run_script
 from nanochat.flash_attention import flash_attn
 
 READ_BYTES = {"cpu": 2**28}    # of the tensor that is read to measure the rate; 2**30 on an accelerator
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--query-heads", type=int, default=64)
     add("--groups", type=int, nargs="+", help="key/value heads (default: powers of two, and as many as query heads)")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dev.timing import print_rows
-from nanochat.common import Ranks, UserError, count_cpus, run_script
+from nanochat.common import Parser, Ranks, UserError, count_cpus, run_script
 from nanochat.dataloader import RowOrder, TextGroups, TrainLoader
 from nanochat.packing import PackStats, cut_documents, pack_documents, place_best_fit
 from nanochat.shards import ShardList, load_shards, read_group
@@ -103,7 +103,7 @@ def measure_loader(shards: ShardList, tokenizer, T: int, num_threads: int, step_
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--data", default="python-docs", help="a dataset's name, or a folder of parquet files")
     parser.add_argument("--tables-dir", help="folder with cl100k_base.tiktoken; without it the trained tokenizer")
     parser.add_argument("--num-groups", type=int, default=24, help="row groups to measure packing on")

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_iter
 from dev.gpu_setup import Check, Setup, free_memory, judge
 from dev.timing import make_training, print_rows, print_table
 from nanochat import flash_attention
-from nanochat.common import exit_with, run_script
+from nanochat.common import Parser, exit_with, run_script
 from nanochat.config import GPTConfig
 from nanochat.cross_entropy import LOSSES
 from nanochat.devices import COMPUTE_DTYPES, get_peak_memory_bytes, init_compute
@@ -78,7 +78,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--depth", type=int, nargs="+", default=[4, 8, 12, 20])
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--max-seq-len", type=int, default=2048, help="context in tokens")

@@ -36,7 +36,7 @@ import torch
 
 from dev.timing import make_random_model, print_rows
 from nanochat.checkpoint_manager import save_checkpoint
-from nanochat.common import UserError, add_compute_flags, run_script
+from nanochat.common import Parser, UserError, add_compute_flags, run_script
 from nanochat.scaling import make_config
 from nanochat.server_engines import compute_percentiles
 from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer
@@ -47,7 +47,7 @@ CONTENT = re.compile(rb'"content": ?"[^"]')    # text in a chunk of the stream
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--depth", type=int, default=12)
     add("--vocab-size", type=int, default=32768)

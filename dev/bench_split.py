@@ -16,7 +16,7 @@ import time
 import rustbpe
 
 from dev.timing import print_rows
-from nanochat.common import run_script
+from nanochat.common import Parser, run_script
 from nanochat.tokenizer import SPLIT_PATTERNS, RustBPETokenizer
 
 NUM_WORDS = 4000
@@ -88,7 +88,7 @@ def measure(texts: dict[str, list[str]], held_out: dict[str, list[str]], vocab_s
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of each language's vocabulary")
     parser.add_argument("--num-chars", type=int, default=400_000, help="characters of each language")
     parser.add_argument("--rounds", type=int, default=3, help="runs of which the fastest counts")

@@ -16,7 +16,7 @@ import time
 import torch
 
 from dev.timing import add_step_args, choose_device, make_random_batch, make_training, print_rows, time_in_turn
-from nanochat.common import run_script
+from nanochat.common import Parser, run_script
 from nanochat.devices import get_peak_memory_bytes, synchronize
 from nanochat.moe import make_balance
 from nanochat.presets import parse_knobs
@@ -27,7 +27,7 @@ MATMUL_SIZE = {"cpu": 2048}  # of the matrices whose product measures the machin
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--depth", type=int, nargs="+", default=[4, 6])
     parser.add_argument("--vocab-size", type=int, nargs="+", default=[4096, 32768])
     parser.add_argument("--variant", nargs="+", default=[], metavar="KNOBS", help="knobs of further models, in quotes")

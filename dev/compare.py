@@ -23,7 +23,7 @@ import numpy as np
 from dev.figures import draw_comparison, make_folder, save_png
 from dev.timing import print_table
 from nanochat.choices import FREE_FLAGS, MACHINE_FLAGS
-from nanochat.common import UserError, get_base_dir, print0, run_script, write_json
+from nanochat.common import Parser, UserError, get_base_dir, print0, run_script, write_json
 from nanochat.report import read_run
 from nanochat.report_render import format_rows
 
@@ -50,7 +50,7 @@ class Run:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="tag or folder of a run; the first is the base")
     parser.add_argument("--metric", choices=METRICS, default="val_bpb")
     parser.add_argument("--out", type=Path, help="folder to write to")

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from dev.links import Wire, run_ranks, shaped_namespaces, stopped_by_sigterm, warn_of_cores
 from dev.timing import make_training, print_rows
 from nanochat import optim
-from nanochat.common import UserError, gather, get_ranks, json_file, print0, run_script, write_json
+from nanochat.common import Parser, UserError, gather, get_ranks, json_file, print0, run_script, write_json
 from nanochat.config import GPTConfig
 from nanochat.cross_entropy import LossScaler
 from nanochat.devices import COMPUTE_DTYPES, init_compute, synchronize
@@ -41,7 +41,7 @@ TOLERANCE = 0.15
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="measure | inject | predict")
 
     def add_command(name: str, words: str) -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import requests
 
-from nanochat.common import UserError, hash_file, print0, run_script, write_atomic
+from nanochat.common import Parser, UserError, hash_file, print0, run_script, write_atomic
 from nanochat.conversations import parse_conversation
 from nanochat.download import PASSING_STATUS, describe_error, read_retry_after
 from tasks.common import make_rng
@@ -214,7 +214,7 @@ def read_text(flag: str, path: Path) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the .jsonl file to write; must not exist")
     parser.add_argument("--num", type=int, default=500, help="conversations (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other conversations (%(default)s)")

@@ -18,7 +18,7 @@ import numpy as np
 
 from dev.timing import print_table
 from nanochat.checkpoint_manager import get_run_dir
-from nanochat.common import UserError, print0, run_script
+from nanochat.common import Parser, UserError, print0, run_script
 from nanochat.config import GPTConfig, read_config
 from nanochat.fabric import count_muon_flops
 from nanochat.memory import list_muon
@@ -47,7 +47,7 @@ class Timed:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("tags", nargs="+", help="runs")
     return parser.parse_args(argv)
 

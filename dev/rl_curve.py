@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 
 from dev.figures import COLORS, make_panels, save_png, styled
 from nanochat.checkpoint_manager import get_run_dir
-from nanochat.common import UserError, print0, run_script
+from nanochat.common import Parser, UserError, print0, run_script
 from nanochat.run import read_metrics
 
 SMOOTH_STEPS = 10  # each point of a curve is a mean over as many steps
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("tags", nargs="+", help="runs of scripts.chat_rl")
     parser.add_argument("--out", type=Path, default=Path("rl_curve.png"), help="the figure (default: %(default)s)")
     return parser.parse_args(argv)

@@ -19,12 +19,12 @@ from dev.figures import draw_isoflops, draw_laws, draw_parametric, format_flops,
 from dev.laws import INTERVAL_PCT, MIN_PARAMETRIC_RUNS, Law, ParametricLaw, fit_law, fit_parametric
 from dev.results import CONVENTIONS, MAIN_CONVENTION, group_budgets, load_results
 from dev.timing import print_table
-from nanochat.common import now, print0, run_script, write_atomic, write_json
+from nanochat.common import Parser, now, print0, run_script, write_atomic, write_json
 from nanochat.report_render import Section, Table, format_count, format_rows, html_page, html_section, html_values
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("results", type=Path, help="folder of runs, or a CSV file")
     parser.add_argument("--out", type=Path, help="folder to write to (default: laws, beside the results)")
     return parser.parse_args(argv)

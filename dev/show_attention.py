@@ -21,7 +21,7 @@ from torch import Tensor
 from dev.figures import FAINT, add_out, make_panels, save_figure, styled
 from dev.timing import print_rows
 from nanochat.checkpoint_manager import add_model_flags, load_for
-from nanochat.common import UserError, print0, run_script
+from nanochat.common import Parser, UserError, print0, run_script
 from nanochat.flash_attention import _expand_heads, _window_mask, flash_attn
 
 MAX_ERROR = 1e-5          # of weights @ values, relative to the attention's output; fp32 rounding is under 1e-6
@@ -39,10 +39,10 @@ class LayerAttention:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add_model_flags(parser)
-    add("-p", "--prompt", required=True, help="the text; bos is put before it")
+    add("-p", "--prompt", type=str, required=True, help="the text; bos is put before it")
     add("--layers", type=int, nargs="+", help="layers to draw (default: all)")
     add_out(parser)
     return parser.parse_args(argv)

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from dev.figures import COLORS, FAINT, INK, MARKERS, add_out, make_panels, save_figure, styled
 from dev.timing import print_table
-from nanochat.common import UserError, print0, run_script
+from nanochat.common import Parser, UserError, print0, run_script
 from nanochat.scaling import (
     REFERENCE_BATCH_TOKENS,
     REFERENCE_DEPTH,
@@ -51,7 +51,7 @@ class Cell(NamedTuple):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("points", nargs="?", type=Path, default=POINTS, help="CSV file (default: the measured points)")
     add_out(parser)
     return parser.parse_args(argv)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from dev.figures import COLORS, add_out, make_panels, save_figure, styled
 from dev.timing import print_table
 from nanochat.checkpoint_manager import get_run_dir
-from nanochat.common import UserError, run_script
+from nanochat.common import Parser, UserError, run_script
 from nanochat.run import ROUTING_FIGURES, read_info, read_metrics
 
 # Title and figures of a panel; the second one is dashed
@@ -26,7 +26,7 @@ PANELS = (("coefficient of variation of the load", ("moe_load_cv", "moe_worst_lo
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("tags", nargs="+", help="runs")
     parser.add_argument("--stage", choices=("base", "mid", "sft"), default="base", help="of the runs")
     add_out(parser)

@@ -37,12 +37,12 @@ from dev.figures import (
 from dev.laws import INTERVAL_PCT, PowerLaw, draw_noise, fit_parametric, fit_power_law
 from dev.results import CONVENTIONS, MAIN_CONVENTION, Results, group_near, load_results
 from dev.timing import print_table
-from nanochat.common import UserError, print0, run_script
+from nanochat.common import Parser, UserError, print0, run_script
 from nanochat.report_render import format_count
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("results", type=Path, help="folder of a sweep or of runs, or a CSV file")
     parser.add_argument("--counting", choices=CONVENTIONS, default=MAIN_CONVENTION, help="which parameters count")
     add_out(parser)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dev.bench_memory import LiveBytes, fake_step, list_kept
 from dev.figures import FAINT, INK, add_out, make_panels, save_figure, styled
 from dev.timing import print_table
-from nanochat.common import UserError, print0, run_script
+from nanochat.common import Parser, UserError, print0, run_script
 from nanochat.config import GPTConfig
 from nanochat.cross_entropy import LOSSES
 from nanochat.devices import COMPUTE_DTYPES
@@ -126,7 +126,7 @@ class StepRecorder(LiveBytes):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--max-seq-len", type=int, default=512, help="context in tokens")

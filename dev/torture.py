@@ -46,7 +46,7 @@ from nanochat.checkpoint_manager import (
     read_latest,
     verify_files,
 )
-from nanochat.common import UserError, exit_with, get_base_dir, run_script
+from nanochat.common import Parser, UserError, exit_with, get_base_dir, run_script
 from nanochat.run import read_metrics
 from scripts import base_train, tok_train
 
@@ -85,7 +85,7 @@ class Fault(Exception):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="of each series")
     parser.add_argument("--series", nargs="+", choices=SERIES, default=SERIES)
     parser.add_argument("--ranks", type=int, default=2, choices=WORLD_SIZES,

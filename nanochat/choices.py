@@ -39,14 +39,13 @@ LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")    # lat
 
 
 # The least and the most of a flag's number, where a stage has it and it is given
-FINITE, POSITIVE = sys.float_info.max, math.ulp(0.0)
+POSITIVE = math.ulp(0.0)
 FLAG_RANGES = (
-    dict.fromkeys(("eval_tokens", "stop_at", "core_metric_max_per_task", "max_new_tokens", "sample_rows",
-                   "eval_examples", "eval_samples"), (1, math.inf))
-    | dict.fromkeys((*LR_NAMES, "weight_decay"), (0, FINITE))
+    dict.fromkeys((*LR_NAMES, "weight_decay", "save_every_minutes", "warmup_steps", "seed"), (0, math.inf))
+    | dict.fromkeys(("eval_tokens", "stop_at", "core_metric_max_per_task", "max_new_tokens"), (1, math.inf))
+    | dict.fromkeys(("sample_rows", "eval_examples", "eval_samples"), (1, 10**6))
     | dict.fromkeys(("warmdown_ratio", "final_lr_frac"), (0, 1))
-    | {"init_lr_frac": (POSITIVE, FINITE), "save_every_minutes": (0, FINITE), "warmup_steps": (0, math.inf),
-       "seed": (0, 2**63 - 1)})
+    | {"init_lr_frac": (POSITIVE, math.inf)})
 
 
 def take_identity(flags: dict[str, object]) -> dict[str, object]:
@@ -145,9 +144,9 @@ def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: 
     given = vars(args)
     for name, (least, most) in FLAG_RANGES.items():
         value = given.get(name)
-        if value is not None and not least <= value <= most:    # nan is in no range
+        if value is not None and not least <= value <= most:
             bounds = "above 0" if least == POSITIVE else f"at least {least}"
-            bounds += {math.inf: "", FINITE: " and finite"}.get(most, f" and at most {most}")
+            bounds += "" if most == math.inf else f" and at most {most}"
             said = f"{value:g}" if isinstance(value, float) else value
             raise UserError(f"--{name.replace('_', '-')} {said} must be {bounds}")
     return StageFlags(

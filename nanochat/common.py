@@ -14,13 +14,15 @@ import hashlib
 import importlib
 import io
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -36,6 +38,45 @@ NVIDIA_DIR = Path("/proc/driver/nvidia")    # there where NVIDIA's driver is loa
 
 class UserError(Exception):
     """A person's mistake. The message is one sentence: what is wrong, where, and what to do instead."""
+
+
+def take_text(text: str) -> str:
+    """What a person typed; a value that is blank is mostly a variable of the shell that isn't set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the value is empty; give one, or leave the flag out")
+    return text
+
+
+def take_number(kind: type, text: str) -> float:
+    """A number that is finite and, as a whole one, of 64 bits."""
+    number = kind(text)    # ValueError: argparse says which flag and value
+    if not -2**63 <= number < 2**63 if kind is int else not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text[:40]} must be a " + (
+            "number of 64 bits" if kind is int else "finite number"))
+    return number
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, by whose flags each script refuses empty values and numbers out of reach. A flag that may be empty
+    has `type=str`."""
+
+    def __init__(self, **settings):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | settings)
+        self.register("type", None, take_text)
+        self.register("type", Path, lambda text: Path(take_text(text)))
+        for kind in (int, float):
+            self.register("type", kind, functools.partial(take_number, kind))
+
+    def add_subparsers(self, **settings):
+        commands = super().add_subparsers(**settings)
+        commands.type = str    # all that follows a command is its value: that of each flag is checked in its turn
+        return commands
+
+    def refuse_unused(self, args: argparse.Namespace, names: Iterable[str], beside: str) -> None:
+        """UserError for a flag of these that isn't as by default: `beside` another one it would be dropped."""
+        for name in names:
+            if getattr(args, name) != self.get_default(name):
+                raise UserError(f"--{name.replace('_', '-')} means nothing beside {beside}; leave one of them out")
 
 
 def int_or_word(text: str, word: str) -> int | None:
@@ -183,6 +224,8 @@ def explain_ending(error: BaseException) -> tuple[int, str] | None:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
             return 2, f"error: no permission for {error.filename} ({error.strerror}); change it, or set " \
                       "NANOCHAT_BASE_DIR to a folder that you can write to"
+        if error.errno == errno.ENAMETOOLONG and error.filename:
+            return 2, f"error: the name {printable(error.filename)} is too long for the disk; choose a shorter one"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {error.filename}" if error.filename else ""
             return 2, f"error: the disk is full{where}; what was saved before is intact, free some space and run again"
@@ -246,6 +289,19 @@ def expand_home(path: str | Path, remedy: str = "give it without ~") -> Path:
         return Path(path).expanduser()
     except RuntimeError:  # HOME is not set, and the user has no entry in the system's list
         raise UserError(f"the home folder in {path} isn't known on this system; set HOME, or {remedy}") from None
+
+
+MAX_NAME_BYTES = 180                            # disks take 255, and files beside a folder have its name and more
+RESERVED_ENDS = (".new", ".old", ".tmp", ".lock")   # of what is beside a folder: made aside, moved aside, its lock
+
+
+def check_name(name: str, what: str) -> None:
+    """UserError for a name that can't be a folder's. what: it is of"""
+    if not name or Path(name).name != name or name.startswith(".") or name.endswith(RESERVED_ENDS) or \
+            len(os.fsencode(name)) > MAX_NAME_BYTES or any(unicodedata.category(char) == "Cc" for char in name):
+        raise UserError(f"{what} {name[:MAX_NAME_BYTES]!r} must be a plain folder name, such as d12: at most "
+                        f"{MAX_NAME_BYTES} bytes, no control characters, no . at its beginning and none of "
+                        f"{', '.join(RESERVED_ENDS)} at its end")
 
 
 def get_base_dir() -> Path:

@@ -36,7 +36,7 @@ if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, 
     prepare_process()
 
 from nanochat import common, corpus, devices, shards
-from nanochat.common import UserError, get_base_dir, print0, printable, timed
+from nanochat.common import Parser, UserError, get_base_dir, print0, printable, timed
 from nanochat.corpus import HUB_SOURCES
 from nanochat.download import CorruptFile, Job, download_all
 from nanochat.shards import Manifest, Shard, load_shards, read_manifest, rebuilt_folder, write_shard, write_shards
@@ -239,7 +239,7 @@ def fetch_from_hub(folder: Path, source: str, num_shards: int | None, num_worker
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--source", choices=shards.SOURCES, help="default: climbmix on a machine with a GPU, else python-docs")
     add("--name", help="folder under <base dir>/data (default: the source's name)")
@@ -264,10 +264,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"{flag} {value} is out of range; give a positive number")
     if args.source == "files" and args.path is None:
         raise UserError("--source files needs --path FOLDER, the folder with your texts")
-    if args.name is not None and (Path(args.name).name != args.name or
-                                  args.name.endswith(("..", ".new", ".old", ".lock")) or not args.name):
-        raise UserError(f"--name {args.name!r} must be a plain folder name, made under {get_base_dir() / 'data'}; it "
-                        "can't end in .new, .old or .lock, the names of a folder while it is made")
+    if args.name is not None:
+        common.check_name(args.name, "--name")
     return args
 
 

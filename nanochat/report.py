@@ -25,7 +25,7 @@ if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, 
     from nanochat.common import prepare_process
     prepare_process()
 
-from nanochat.common import UserError, get_base_dir, get_ranks, now, print0, run_script, write_json
+from nanochat.common import Parser, UserError, get_base_dir, get_ranks, now, print0, run_script, write_json
 from nanochat.devices import find_gpu_price
 from nanochat.ledger import build_leaderboard, find_fault, make_entry
 from nanochat.report_render import (
@@ -399,7 +399,7 @@ def write_ledger(base_dir: Path, tags: Sequence[str], author: dict[str, str | No
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m nanochat.report", description="The report card of a chain of runs")
+    parser = Parser(prog="python -m nanochat.report", description="The report card of a chain of runs")
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="write report.md and report.html")
     generate.add_argument("--out", type=Path, help="folder to write to (default: report/ in the base folder)")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from nanochat.checkpoint_manager import add_model_flags, load_for
 from nanochat.common import (
+    Parser,
     Ranks,
     UserError,
     add_compute_flags,
@@ -40,7 +41,7 @@ FIT_CHARS = 20_000_000                           # of training text that the byt
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add_model_flags(parser, choices=("base",), default="base", help="stage of the model (%(default)s)")
     add_compute_flags(parser)

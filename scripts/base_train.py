@@ -13,7 +13,7 @@ from pathlib import Path
 from nanochat import scaling
 from nanochat.checkpoint_manager import find_saved, get_run_dir, locked_run
 from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, count_rows, read_flags
-from nanochat.common import Ranks, int_or_all, int_or_never, run_script
+from nanochat.common import Parser, Ranks, int_or_all, int_or_never, run_script
 from nanochat.config import estimate_flops
 from nanochat.dataloader import TextGroups, ValidationBatches, validation_batches
 from nanochat.dataset import default_source
@@ -34,7 +34,7 @@ SAMPLE_PROMPTS = ("The capital of France is", "If yesterday was Friday, then tom
 
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--model-tag", help="folder of the run (default: d<depth>, <preset> or <preset>-d<depth>)")
     add("--data", help="a source or a folder that nanochat.dataset made (default: climbmix on a GPU, else python-docs)")

@@ -23,6 +23,7 @@ from nanochat.chat_eval import AnswerSettings, Solver, check_task_names, compute
 from nanochat.checkpoint_manager import MODEL_NAME, add_model_flags, load_for
 from nanochat.choices import add_words_flag
 from nanochat.common import (
+    Parser,
     UserError,
     add_compute_flags,
     get_base_dir,
@@ -37,7 +38,7 @@ from tasks.catalog import CHATCORE_TASKS
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add_model_flags(parser, help="stage of the model", required=True)
     add_compute_flags(parser)

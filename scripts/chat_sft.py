@@ -13,7 +13,7 @@ import argparse
 from nanochat.chat_stage import SFT, ChatSettings, add_chat_args, read_chat_flags, run_chat_stage
 from nanochat.checkpoint_manager import find_checkpoint, get_run_dir, locked_run
 from nanochat.choices import StageFlags
-from nanochat.common import run_script
+from nanochat.common import Parser, run_script
 from nanochat.devices import init_compute
 from tasks.mixtures import MIXTURES, make_mixture
 
@@ -23,7 +23,7 @@ DEFAULTS = {"mid":  {"mixture": "sft",        "init_lr_frac": 0.02, "warmdown_ra
 
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("-i", "--source", choices=tuple(DEFAULTS), default="mid",
                         help="stage of the model to begin with (default: %(default)s)")
     add_chat_args(parser, MIXTURES)

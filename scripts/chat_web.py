@@ -31,7 +31,7 @@ from nanochat.checkpoint_manager import (
     get_step_name,
     load_run_tokenizer,
 )
-from nanochat.common import UserError, add_compute_flags, let_threads_spin, print0, run_script
+from nanochat.common import Parser, UserError, add_compute_flags, let_threads_spin, print0, run_script
 from nanochat.server import ServerSettings, log_line, make_app
 from nanochat.server_api import MAX_TEMPERATURE, MAX_TOP_K, Limits
 from nanochat.server_engines import EnginePool, EngineSettings, start_process
@@ -40,7 +40,7 @@ LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")    # names of this machine in 
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add_model_flags(parser)
     add_compute_flags(parser)

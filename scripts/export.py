@@ -25,7 +25,7 @@ import requests
 import torch
 
 from nanochat.checkpoint_manager import add_model_flags, load_for
-from nanochat.common import UserError, expand_home, print0, run_script
+from nanochat.common import Parser, UserError, expand_home, print0, run_script
 from nanochat.export import DTYPES, FORMATS, GGUF_NAME, Source, choose_format, export_model
 
 QUESTION = {"messages": [{"role": "user", "content": "Why is the sky blue? Count to 12, then say it in one sentence."}]}
@@ -33,7 +33,7 @@ CHECK_TOKENS = 32    # of greedy text
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add_model_flags(parser)
     add("--out", required=True, help="folder to write")

@@ -13,12 +13,12 @@ import argparse
 import shlex
 
 from nanochat.checkpoint_manager import STAGES
-from nanochat.common import expand_home, print0, run_script
+from nanochat.common import Parser, expand_home, print0, run_script
 from nanochat.import_hf import list_train_flags, read_folder, save_import
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("folder", help="folder with config.json, tokenizer.json and safetensors")
     add("-g", "--model-tag", help="folder of the new run (default: the name of the folder that is read)")

@@ -21,6 +21,7 @@ from statistics import mean
 
 from nanochat.checkpoint_manager import MODEL_NAME, add_model_flags, load_for
 from nanochat.common import (
+    Parser,
     UserError,
     add_compute_flags,
     expand_home,
@@ -40,7 +41,7 @@ SETTINGS = ("lm_eval", "model", "dtype", "limit", "num_fewshot", "chat", "core_t
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add_model_flags(parser)
     add_compute_flags(parser)

@@ -13,13 +13,13 @@ import argparse
 from nanochat.chat_stage import MIDTRAINING, ChatSettings, add_chat_args, read_chat_flags, run_chat_stage
 from nanochat.checkpoint_manager import find_checkpoint, get_run_dir, locked_run
 from nanochat.choices import StageFlags
-from nanochat.common import run_script
+from nanochat.common import Parser, run_script
 from nanochat.devices import init_compute
 from tasks.mixtures import MIXTURES, make_mixture
 
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add_chat_args(parser, MIXTURES)
     parser.set_defaults(mixture="mid", init_lr_frac=1.0, warmdown_ratio=0.2)
     args = parser.parse_args(argv)

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from nanochat.common import UserError, now, print0, run_script, write_json
+from nanochat.common import Parser, UserError, now, print0, run_script, write_json
 from nanochat.report import write_section
 from nanochat.shards import iter_documents, load_shards
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer, get_tokenizer_dir
@@ -100,7 +100,7 @@ TEXTS = {"news": NEWS, "code": CODE, "maths": MATHS, "Korean": KOREAN, "Hindi": 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     tables_dir = Path(tempfile.gettempdir()) / "data-gym-cache"     # where tiktoken keeps what it has downloaded
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--name", default="default", help="folder under <base dir>/tokenizer (%(default)s)")
     parser.add_argument("--data", help="dataset by name or folder (what the tokenizer was trained on)")
     parser.add_argument("--max-chars", type=int, default=1_000_000, help="characters of train and of val (%(default)s)")

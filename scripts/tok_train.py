@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import UserError, now, print0, run_script, write_json
+from nanochat.common import Parser, UserError, now, print0, run_script, write_json
 from nanochat.dataset import default_source
 from nanochat.report import write_section
 from nanochat.shards import iter_documents, load_shards, rebuilt_folder, sole_writer
@@ -25,7 +25,7 @@ MAX_VOCAB_SIZE = 2**24   # far above any in use, and what the trainer can count
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--data", help="dataset by name, or a folder of shards (climbmix on a GPU, else python-docs)")
     parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="characters to learn from (%(default)s)")
     parser.add_argument("--doc-cap", type=int, default=10_000, help="characters used of one document (%(default)s)")

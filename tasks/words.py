@@ -7,7 +7,6 @@ Without a name the words depend on what earlier commands left on this machine. S
 data everywhere, with a network or without, names its dataset: `--words NAME` of the stages and of scripts.chat_eval.
 """
 
-import argparse
 import gzip
 import re
 import zlib
@@ -19,7 +18,7 @@ if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, 
     from nanochat.common import prepare_process
     prepare_process()
 
-from nanochat.common import UserError, file_lock, get_base_dir, get_mirror_dir, print0, run_script, write_atomic
+from nanochat.common import Parser, UserError, file_lock, get_base_dir, get_mirror_dir, print0, run_script, write_atomic
 from nanochat.download import CorruptFile, Job, download_all
 from nanochat.shards import iter_documents, load_shards
 from tasks.embedded import iter_docstrings
@@ -111,7 +110,7 @@ def check_list(path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    Parser(description=__doc__).parse_args(argv)
     path = get_base_dir() / LIST_NAME
     with file_lock(path):
         if find_list() is None:

@@ -24,6 +24,33 @@ from tests.helpers import run_forked, run_program, start_script
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What is typed
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--name", ""],       "argument --name: the value is empty; give one, or leave the flag out"),
+    (["--name", " "],      "argument --name: the value is empty"),
+    (["--name="],          "argument --name: the value is empty"),
+    (["--path", ""],       "argument --path: the value is empty"),
+    (["--list", "a", ""],  "argument --list: the value is empty"),
+    (["--count", "x"],     "argument --count: invalid int value: 'x'"),
+    (["--count", "9223372036854775808"], "argument --count: 9223372036854775808 must be a number of 64 bits"),
+    (["--rate", "1e400"],  "argument --rate: 1e400 must be a finite number"),
+    (["--rate", "nan"],    "argument --rate: nan must be a finite number")])
+@pytest.mark.parametrize("command", [[], ["sub"]])
+def test_empty_values_and_numbers_out_of_reach_are_refused(command, words, message, capsys):
+    parser = common.Parser()
+    inner = parser.add_subparsers().add_parser("sub") if command else parser
+    for flag, settings in (("name", {}), ("path", {"type": Path}), ("list", {"nargs": "+"}), ("count", {"type": int}),
+                           ("rate", {"type": float}), ("text", {"type": str})):
+        inner.add_argument(f"--{flag}", **settings)
+    assert parser.parse_args([*command, "--text", "", "--path", " x", "--rate=-2"]).path == Path(" x")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args([*command, *words])
+    assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # How a script ends
 
 ENDINGS = {  # of tests/programs/script_ending.py -> exit code, what stderr says, whether there is a traceback
@@ -79,6 +106,7 @@ def test_memory_that_a_smaller_step_may_fit(error, expected):
 @pytest.mark.parametrize(("error", "message"), [
     (OSError(errno.ENOSPC, "No space left on device", "model.bin"),
      "error: the disk is full while writing model.bin; what was saved before is intact"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), f"error: the name {'x' * 300} is too long"),
     (torch.OutOfMemoryError("Tried to allocate 2 GiB\nmore"),
      "error: out of memory (Tried to allocate 2 GiB); set a smaller --device-batch-size, where the "
              "script has it, or take a smaller model\n")])

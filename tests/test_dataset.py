@@ -452,6 +452,8 @@ def test_exit_codes(hub, base_dir, texts):
     (["--source", "climbmix", "-n", "0"], "--num-shards 0 is out of range"),
     (["--source", "climbmix", "-n", "6543"], "6,542 training shards"),
     (["--source", "python-docs", "--name", "../up"], "plain folder name"),
+    (["--source", "python-docs", "--name", "x" * 300], "plain folder name"),
+    (["--source", "python-docs", "--name", "up.lock"], "plain folder name"),
 ])
 def test_flags_that_do_not_fit(base_dir, words, message):
     with pytest.raises(UserError, match=message):

@@ -515,7 +515,7 @@ def test_settings_of_a_run_are_kept(whole):
     (["--num-samples", "1"],        "--num-samples 1 must be at least 2: an answer is compared"),
     (["--examples-per-step", "0"],  "--examples-per-step 0 must be at least 1"),
     (["--eval-samples", "0"],       "--eval-samples 0 must be at least 1"),
-    (["--init-lr-frac", "nan"],     "--init-lr-frac nan must be above 0"),
+    (["--eval-examples", str(10**9)], "--eval-examples 1000000000 must be at least 1 and at most 1000000"),
     (["--max-new-tokens", "128"],   "--max-new-tokens 128 leaves no room for a question in a context of 128"),
     (["--max-new-tokens", "124"],   "no question of Vowels has at most 5 tokens"),
     (["--device-batch-size", "3"],  "--device-batch-size 3 must divide the 16 rows"),
