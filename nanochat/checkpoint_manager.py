@@ -46,8 +46,7 @@ FORMAT_VERSION = 1   # raised when an older nanochat couldn't read the files
 
 def get_run_dir(stage: str, tag: str) -> Path:
     """The folder of one run: $NANOCHAT_BASE_DIR/runs/<stage>/<tag>."""
-    if not tag or Path(tag).name != tag or tag.startswith("."):
-        raise UserError(f"the tag {tag!r} must be a plain folder name, such as d12")
+    common.check_name(tag, "the tag")
     return get_base_dir() / "runs" / stage / tag
 
 

@@ -25,6 +25,7 @@ from nanochat.common import (
     get_first_line,
     hash_file,
     print0,
+    printable,
     sync_folder,
     write_json,
 )
@@ -122,8 +123,8 @@ def find_folder(name_or_folder: str) -> Path:
         raise UserError(f"{name_or_folder} has no manifest.json; make shards of its texts with: python -m "
                         f"nanochat.dataset --source files --path {name_or_folder} --name NAME, then use that NAME")
     source = name_or_folder if name_or_folder in SOURCES else "files --path FOLDER --name " + Path(name_or_folder).name
-    raise UserError(f"there is no data {name_or_folder!r} ({named}); make it with: python -m nanochat.dataset "
-                    f"--source {source}")
+    raise UserError(f"there is no data {name_or_folder!r} ({printable(named)}); make it with: python -m "
+                    f"nanochat.dataset --source {printable(source)}")
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -16,7 +16,7 @@ import safetensors.torch
 import tiktoken
 import torch
 
-from nanochat.common import UserError, get_base_dir, write_atomic, write_json
+from nanochat.common import UserError, check_name, get_base_dir, write_atomic, write_json
 from nanochat.conversations import (
     PARTS,
     SEPARATOR,
@@ -267,9 +267,9 @@ class RustBPETokenizer:
 
 def get_tokenizer_dir(name: str = "default") -> Path:
     """The folder of the tokenizer `name`, existing or not."""
-    if not re.fullmatch(r"\w[\w.-]*", name) or name.endswith((".old", ".new", ".lock")):  # see shards.rebuilt_folder
-        raise UserError(f"{name!r} can't name a tokenizer: use letters, digits, '.', '_' and '-', no folder, and no "
-                        ".old, .new or .lock at its end")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"{name!r} can't name a tokenizer: use letters, digits, '.', '_' and '-', and no folder")
+    check_name(name, "the tokenizer")
     return get_base_dir() / "tokenizer" / name
 
 

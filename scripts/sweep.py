@@ -29,6 +29,7 @@ import torch
 from nanochat.checkpoint_manager import get_run_dir, locked_run, read_latest
 from nanochat.choices import FREE_FLAGS
 from nanochat.common import (
+    Parser,
     UserError,
     check_flags,
     file_lock,
@@ -67,7 +68,7 @@ class Worker:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--name", required=True, help="of the sweep, the first part of its runs' tags")
     add("--grid", nargs="+", required=True, metavar="FLAG=VALUE,VALUE", help="flags of scripts.base_train to combine")
@@ -106,7 +107,8 @@ def open_sweep(points: list[Point], grid: dict[str, list[str]], args: argparse.N
     if 0 < num_gpus < args.parallel * args.nproc:
         raise UserError(f"--parallel {args.parallel} --nproc {args.nproc} needs {args.parallel * args.nproc} GPUs, and "
                         f"there are {num_gpus}")
-    get_run_dir("base", args.name)  # refuses names that can't be a folder
+    for name in (args.name, *(point.tag for point in points)):
+        get_run_dir("base", name)  # refuses names that can't be a folder
     folder = get_base_dir() / "sweeps" / args.name
     try:
         with file_lock(folder).acquire(blocking=False):

@@ -338,7 +338,7 @@ def test_most_recent_run_is_found():
     assert find_checkpoint("base").run_dir.name == "new" and find_checkpoint("base", "old").run_dir.name == "old"
 
 
-@pytest.mark.parametrize("tag", ["", ".", "..", "a/b", "/tmp", ".hidden", "d4/"])
+@pytest.mark.parametrize("tag", ["", ".", "..", "a/b", "/tmp", ".hidden", "d4/", "x" * 181, "é" * 91, "d.lock", "a\nb"])
 def test_tag_must_be_a_folder_name(tag):
     with pytest.raises(UserError, match="the tag .* must be a plain folder name"):
         get_run_dir("base", tag)

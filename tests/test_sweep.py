@@ -172,6 +172,7 @@ def test_flags_of_a_command_line():
     (["--grid", "data=a/b,a_b"], "would have the same name"),
     (["--grid", "depth=1", "--parallel", "0"], "--parallel 0 must be at least 1"),
     (["--name", "a/b", "--grid", "depth=1"], "must be a plain folder name"),
+    (["--name", "x" * 175, "--grid", "depth=1"], "must be a plain folder name"),
 ])
 def test_refusals(argv, message):
     with pytest.raises(UserError, match=message):

@@ -335,6 +335,9 @@ def test_absent_tokenizer(base_dir):
         get_tokenizer("mine")
     with pytest.raises(UserError, match="can't name a tokenizer"):
         get_tokenizer("../elsewhere")
+    for name in ("x" * 300, "mine.lock"):
+        with pytest.raises(UserError, match="must be a plain folder name"):
+            get_tokenizer(name)
 
 
 def test_token_bytes(tokenizer, base_dir):
