@@ -22,6 +22,7 @@ MIXTURES = {
 }
 GENERATED = ("SpellingBee", "SimpleSpelling", "Arithmetic", "Identity")   # of any size
 VAL_SPLITS = {"MMLU": "validation", "ARC-Easy": "validation", "ARC-Challenge": "validation"}   # of others: test
+MAX_CONVERSATIONS = 10**7   # of a task, repeats included; beyond any data set that is there
 MAX_VAL_GENERATED = 1000    # held-out conversations of a generated task
 
 
@@ -54,6 +55,8 @@ def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = (), words
             raise UserError(f"{name}: {error}; or choose what there is with --tasks, or --mixture quickstart, which "
                             "needs no download") from None
         weights.append(weight)
+        if (num := weight * len(train[-1])) > MAX_CONVERSATIONS:
+            raise UserError(f"--tasks {entry} is {num:.3g} conversations; use at most {MAX_CONVERSATIONS:,} of a task")
         parts[name] = f"{len(train[-1])} x{weight:g}"
     for path in custom_paths:
         whole, name = CustomJSON(path), Path(path).name
@@ -94,6 +97,8 @@ def parse_entry(entry: str) -> tuple[str, int | None, float]:
         parsed = name, int(count) if count else None, float(weight or 1)
         if entry.count(":") > 2 or (count and int(count) < 1) or not 0 < parsed[2] < float("inf"):
             raise ValueError
+        if count and int(count) > MAX_CONVERSATIONS:
+            raise UserError(f"--tasks {entry} asks for too many; COUNT may be up to {MAX_CONVERSATIONS:,}")
     except ValueError:
         raise UserError(f"--tasks {entry} isn't NAME[:COUNT[:WEIGHT]], such as GSM8K, SmolTalk:10000 or "
                         "MMLU::3") from None

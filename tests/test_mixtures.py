@@ -31,6 +31,12 @@ def test_bad_entries(entry):
         make_mixture([entry])
 
 
+@pytest.mark.parametrize("entry", ["Arithmetic:100000000000000000000", "Arithmetic:20:1e300", "Arithmetic:20:1e6"])
+def test_more_conversations_than_can_be_used(entry):
+    with pytest.raises(UserError, match=f"--tasks {entry} .* 10,000,000"):
+        make_mixture([entry])
+
+
 def test_every_mixture_names_tasks_that_exist():
     for entries in MIXTURES.values():
         names = [parse_entry(entry)[0] for entry in entries]
