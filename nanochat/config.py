@@ -18,6 +18,9 @@ GONE = {"bigram_rows": 0}     # knobs taken out, by the value of the models that
 # The least that a number of a model may be, where that isn't 0
 LEAST = {"vocab_size": 1, "backout_layer": -1, "rope_base": 1} | dict.fromkeys(
     ("backout_init", "resid_init", "x0_init"), -math.inf)
+# The most, beyond any model that could be trained; counting such parameters would take for ever
+MOST = {"n_layer": 1000} | dict.fromkeys(("sequence_len", "vocab_size", "n_head", "n_kv_head", "n_embd", "attn_dim",
+                                          "mlp_dim", "num_experts"), 2**24)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class GPTConfig:
                 if isinstance(number, int | float) and not (math.isfinite(number) and number >= least):
                     raise UserError(f"a model's {name} can't be {number:g}; it must be a finite number" +
                                     (f" of at least {least}" if math.isfinite(least) else ""))
+                if name in MOST and number > MOST[name]:
+                    raise UserError(f"a model's {name} can't be {number:,}; it must be at most {MOST[name]:,}")
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise UserError(f"--window-pattern {self.window_pattern!r} must be made of the letters S and L, as in SSSL")
         if self.query_dim % self.n_head or self.n_head % self.n_kv_head or (self.query_dim // self.n_head) % 2:

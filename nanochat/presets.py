@@ -208,10 +208,11 @@ def add_plan_args(parser: argparse.ArgumentParser) -> None:
     add("--head-dim", type=int, default=128, help="channels of an attention head")
     add("--max-seq-len", type=int, default=2048, help="context in tokens")
     add("--window-pattern", type=str.upper, default="SSSL", help="windows, tiled over the layers: L whole, S a quarter")
-    # horizon: the first that is given
-    add("--num-iterations", type=int, help="optimizer steps")
-    add("--target-flops", type=float, help="training FLOPs")
-    add("--target-param-data-ratio", type=float, default=12, help="tokens per scaling parameter")
+    # horizon
+    add("--num-iterations", type=int, help="optimizer steps, instead of a horizon by the ratio")
+    add("--target-flops", type=float, help="training FLOPs, instead of a horizon by the ratio")
+    add("--target-param-data-ratio", type=float, default=12, help="tokens per scaling parameter; beside another "
+        "horizon it sets batch and weight decay alone")
     add("--seq-len-warmup", metavar="START:STEPS", help="rows of START tokens, doubled until they are whole after so "
         "many steps (default: whole from the first)")
 
@@ -248,7 +249,7 @@ def apply_preset(name: str, typed: dict[str, object], known: Sequence[str]) -> d
     def refuse(sets: str, flag: str) -> None:
         raise UserError(f"--preset {name} sets {sets}; leave {flag} out, or the preset")
     for flag in ("depth", "aspect_ratio", "head_dim") if preset.shape else ():
-        if typed.get(flag):
+        if flag in typed:
             refuse("{n_layer} layers of {n_embd} channels in {n_head} heads".format(**preset.shape),
                    f"--{flag.replace('_', '-')} {typed[flag]}")
     for flag, value in preset.flags.items():

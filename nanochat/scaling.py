@@ -17,6 +17,7 @@ REFERENCE_DEPTH = 12               # depth at which batch size, learning rates a
 REFERENCE_RATIO = 12               # its tokens per scaling parameter
 REFERENCE_BATCH_TOKENS = 2**19     # and its batch
 BATCH_EXPONENT = 0.383             # optimal batch ~ tokens^0.383 (arXiv 2505.13738)
+MAX_STEPS, MAX_BATCH_TOKENS = 10**9, 2**32    # beyond any run
 SMALL_TOKENS, SMALL_BATCH_TOKENS = 10e6, 7168    # at a small budget (dev/LOG.md, "The dial where budgets are small")
 
 # Learning rates at the reference batch and, for the first two, at 768 channels; ADAM_GROUPS has the groups
@@ -187,7 +188,8 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
               seq_len_warmup: str | None = None, rule: TrainingRule = OURS) -> Plan:
     """Horizon, batch and hyper-parameter scales of a pretraining run.
 
-    The horizon is the first given of num_iterations, target_flops, target_param_data_ratio (tokens per scaling param).
+    The horizon is num_iterations or target_flops, else target_param_data_ratio (tokens per scaling param), from which
+    batch and weight decay follow even where another is given.
     A batch that isn't given is rounded to a multiple of step_multiple, all ranks' rows.
 
     For models smaller than the reference it is the best for the horizon's tokens, or for the ratio's where only the
@@ -195,9 +197,12 @@ def make_plan(config: GPTConfig, flops_per_token: float, *, num_iterations: int 
     above, they follow the root of the batch. For larger models, and by a rule whose batch is from "size", that of the
     public record holds: the batch follows from the size alone, rates follow the root of the batch everywhere.
     """
-    for flag, value in (("--target-param-data-ratio", target_param_data_ratio), ("--target-flops", target_flops)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise UserError(f"{flag} {value:g} must be a positive number")
+    for flag, value, most in (("--target-param-data-ratio", target_param_data_ratio, 1e6),
+                              ("--target-flops", target_flops, 1e30)):
+        if value is not None and not 0 < value <= most:
+            raise UserError(f"{flag} {value:g} must be a positive number of at most {most:g}")
+    if num_iterations is not None and target_flops is not None:
+        raise UserError("--num-iterations and --target-flops are two horizons; give one of them")
     check_counts(num_iterations=num_iterations, total_batch_size=batch_tokens)
     horizon = "iterations" if num_iterations else "flops" if target_flops is not None else "ratio"
     reference = make_config(REFERENCE_DEPTH, vocab_size=config.vocab_size, sequence_len=config.sequence_len,
@@ -271,7 +276,11 @@ def check_counts(**counts: int | None) -> None:
 
 def _fill_plan(config: GPTConfig, flops_per_token: float, *, weight_decay: float = 0.0, **decided) -> Plan:
     """A plan with the totals that follow from what was decided."""
-    total_tokens = decided["num_iterations"] * decided["batch_tokens"]
+    num_steps, batch_tokens = decided["num_iterations"], decided["batch_tokens"]
+    if num_steps > MAX_STEPS or batch_tokens > MAX_BATCH_TOKENS:
+        raise UserError(f"a run of {num_steps:,} steps of {batch_tokens:,} tokens is out of reach; it may have "
+                        f"{MAX_STEPS:,} steps of {MAX_BATCH_TOKENS:,} tokens")
+    total_tokens = num_steps * batch_tokens
     saved_flops = count_saved_flops(decided.get("short_rows"), flops_per_token, decided["batch_tokens"])
     return Plan(flops_per_token=flops_per_token, total_tokens=total_tokens, weight_decay=weight_decay,
                 total_flops=flops_per_token * total_tokens - saved_flops,

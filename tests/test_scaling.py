@@ -150,16 +150,32 @@ def test_plans_of_the_public_record():
         assert plan.target_tokens * plan.flops_per_token == pytest.approx(flops, rel=0.02), depth
 
 
-def test_order_of_precedence():
-    by_all = plan_depth(12, num_iterations=77, target_flops=1e18, target_param_data_ratio=8.0)
-    by_two = plan_depth(12, target_flops=1e18, target_param_data_ratio=8.0)
-    assert (by_all.horizon, by_all.num_iterations, by_two.horizon) == ("iterations", 77, "flops")
+def test_one_horizon():
+    """Steps or FLOPs go before the ratio, and exclude each other."""
+    by_steps = plan_depth(12, num_iterations=77, target_param_data_ratio=8.0)
+    by_flops = plan_depth(12, target_flops=1e18, target_param_data_ratio=8.0)
+    assert (by_steps.horizon, by_steps.num_iterations, by_flops.horizon) == ("iterations", 77, "flops")
     # by the public record's rule batch and decay come from ratio * params, whatever decides the horizon
-    by_all = plan_depth(12, num_iterations=77, target_flops=1e18, target_param_data_ratio=8.0, rule=JULY26)
-    by_two = plan_depth(12, target_flops=1e18, target_param_data_ratio=8.0, rule=JULY26)
+    by_steps = plan_depth(12, num_iterations=77, target_param_data_ratio=8.0, rule=JULY26)
+    by_flops = plan_depth(12, target_flops=1e18, target_param_data_ratio=8.0, rule=JULY26)
     by_ratio = plan_depth(12, target_param_data_ratio=8.0, rule=JULY26)
-    assert by_ratio.batch_tokens == by_all.batch_tokens == by_two.batch_tokens
-    assert by_ratio.weight_decay == by_all.weight_decay == by_two.weight_decay
+    assert by_ratio.batch_tokens == by_steps.batch_tokens == by_flops.batch_tokens
+    assert by_ratio.weight_decay == by_steps.weight_decay == by_flops.weight_decay
+    with pytest.raises(UserError, match="--num-iterations and --target-flops are two horizons"):
+        plan_depth(12, num_iterations=77, target_flops=1e18)
+
+
+@pytest.mark.parametrize(("depth", "settings", "message"), [
+    (1_000_000, {},                                 "n_layer can't be 1,000,000; it must be at most 1,000"),
+    (1,         {"target_flops": 1e300},            "--target-flops 1e.300 must be a positive number of at most 1e.30"),
+    (1,         {"target_param_data_ratio": 1e300}, "--target-param-data-ratio 1e.300 must be .* at most 1e.06"),
+    (1,         {"num_iterations": 10**18},         "a run of 1,000,000,000,000,000,000 steps .* is out of reach"),
+    (1,         {"num_iterations": 1, "batch_tokens": 2**62}, "4,611,686,018,427,387,904 tokens is out of reach"),
+])
+def test_runs_out_of_reach(depth, settings, message):
+    """They would be planned for ever, or overflow."""
+    with pytest.raises(UserError, match=message):
+        plan_depth(depth, **settings)
 
 
 def test_flops_are_rounded_to_steps_and_ratios_down():
