@@ -49,7 +49,16 @@ from dev.kernel_ops import (
 )
 from dev.kernels import Registry
 from dev.timing import print_table, sample_in_turn, sample_on_cuda
-from nanochat.common import UserError, add_compute_flags, get_base_dir, is_out_of_memory, print0, run_script, write_json
+from nanochat.common import (
+    Parser,
+    UserError,
+    add_compute_flags,
+    get_base_dir,
+    is_out_of_memory,
+    print0,
+    run_script,
+    write_json,
+)
 from nanochat.compilation import choose_compile, set_compile_kernels
 from nanochat.devices import find_gpu, get_compute_dtype, get_environment, get_peak_flops, init_compute, synchronize
 from nanochat.scaling import make_config
@@ -83,7 +92,7 @@ class Roof:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--op", nargs="+", metavar="NAME", help="operations (default: all)")
     add("--only", nargs="+", metavar="NAME", help="variants, by name (default: all)")
@@ -97,7 +106,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", choices=("auto", "on", "off"), default="auto", help="variants by torch.compile")
     add_compute_flags(parser)
     add("--out", type=Path, help="folder for kernels.json and pictures (default: kernels, in the base folder)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.toy:
+        parser.refuse_unused(args, ("vocab_size",), "--toy")
+    return args
 
 
 def main(argv: list[str] | None = None) -> dict:

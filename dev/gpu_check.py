@@ -44,7 +44,7 @@ from dev.gpu_setup import (
     time_limit,
 )
 from dev.gpu_steps import check_backends, check_resume, check_saves, check_steps
-from nanochat.common import Ranks, UserError, add_compute_flags, exit_with, run_script
+from nanochat.common import Parser, Ranks, UserError, add_compute_flags, exit_with, run_script
 from nanochat.compilation import choose_compile, set_compile_kernels
 from nanochat.devices import get_compute_dtype, get_environment, init_compute
 from nanochat.flash_attention import choose_backend
@@ -65,7 +65,7 @@ CHECK_SEC = 240     # of a check, so that one that hangs leaves time for the oth
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("part", type=int, nargs="?", choices=list(PARTS), help="the sections of that command (default: all)")
     add("--only", nargs="+", choices=list(SECTIONS), help="sections to run")
@@ -80,6 +80,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add_compute_flags(parser)
     add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: where it works, but not with --toy")
     args = parser.parse_args(argv)
+    if args.only and args.part:
+        raise UserError(f"{args.part} and --only name sections twice; give one of them")
     parts = [args.part] if args.part else list(PARTS)
     args.only = args.only or [name for part in parts for name in PARTS[part]]
     args.budget_sec = PART_SEC * len(parts) if args.budget_sec is None else args.budget_sec

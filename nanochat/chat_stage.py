@@ -63,15 +63,17 @@ def add_chat_args(parser: argparse.ArgumentParser, mixtures: Iterable[str]) -> N
     add("-s", "--model-step", type=int, help="its checkpoint (default: the latest)")
     add("--out-tag", help="folder of this run (default: the tag of the run that it begins with)")
     # conversations
-    add("--mixture", choices=mixtures, help="tasks to learn from, see tasks/mixtures.py (default: the stage's)")
-    add("--tasks", nargs="+", metavar="NAME[:COUNT[:WEIGHT]]", help="instead of a mixture: these tasks, of each COUNT "
-        "conversations (default: all), each used WEIGHT times (default: once)")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--mixture", choices=mixtures, help="tasks to learn from, see tasks/mixtures.py (default: the stage's)")
+    either("--tasks", nargs="+", metavar="NAME[:COUNT[:WEIGHT]]", help="instead of a mixture: these tasks, of each "
+        "COUNT conversations (default: all), each used WEIGHT times (default: once)")
     add_words_flag(parser)
     add("--custom-json", action="append", default=[], metavar="FILE", help="your own conversations as well: a .jsonl, "
         ".json, .csv, .tsv or .parquet file, see tasks/customjson.py; may be repeated")
     # horizon and learning rates
-    add("--num-epochs", type=int, default=1, help="times that each conversation is learned from")
-    add("--num-iterations", type=int, help="optimizer steps, instead of whole epochs")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--num-epochs", type=int, default=1, help="times that each conversation is learned from")
+    either("--num-iterations", type=int, help="optimizer steps, instead of whole epochs")
     add("--init-lr-frac", type=float, help="part of the base run's learning rates to begin with (default: the stage's)")
     add("--warmdown-ratio", type=float, help="part of the run over which the rates fall to 0 (default: the stage's)")
     add_stage_args(parser, eval_every=100, sample_every=100)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from nanochat.checkpoint_manager import MODEL_NAME, add_model_flags, load_model
 from nanochat.common import (
+    Parser,
     Ranks,
     UserError,
     add_compute_flags,
@@ -57,7 +58,7 @@ DEFAULT_CONTEXT = 2048   # of a Hugging Face model whose configuration names non
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add_model_flags(parser, choices=("base",), default="base", help="stage of the model (%(default)s)")
     add_compute_flags(parser)
@@ -66,7 +67,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--bundle", type=Path, help="folder with the tasks (default: eval_bundle in the base folder)")
     add("--fetch", action="store_true", help="only download the tasks to the base folder, where they aren't there")
     add("--fresh", action="store_true", help="evaluate again what has been evaluated before")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.hf_path:
+        parser.refuse_unused(args, ("model_tag", "step"), "--hf-path")
+    if args.fetch:
+        parser.refuse_unused(args, ("model_tag", "step", "hf_path", "max_per_task", "bundle", "fresh"), "--fetch")
+    return args
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -26,7 +26,7 @@ from nanochat.checkpoint_manager import (
     locked_run,
 )
 from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, add_words_flag, read_flags
-from nanochat.common import Ranks, UserError, print0, run_script
+from nanochat.common import Parser, Ranks, UserError, print0, run_script
 from nanochat.config import estimate_flops, read_config
 from nanochat.dataloader import hash_conversations
 from nanochat.devices import init_compute
@@ -53,7 +53,7 @@ from tasks.mixtures import GENERATED, make_task, parse_entries
 
 
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("-i", "--source", choices=("sft", "mid"), default="sft",
         help="stage of the model to begin with (default: %(default)s)")
@@ -71,8 +71,9 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     add("--sample-rows", type=int, help="answers that a rank samples at once; fewer take less memory (default: "
         f"{SAMPLE_ROWS['cpu']} on a CPU, else {DEFAULT_SAMPLE_ROWS})")
     # horizon and learning rates
-    add("--num-epochs", type=int, default=1, help="times that each question is asked")
-    add("--num-iterations", type=int, help="optimizer steps, instead of whole epochs")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--num-epochs", type=int, default=1, help="times that each question is asked")
+    either("--num-iterations", type=int, help="optimizer steps, instead of whole epochs")
     add("--init-lr-frac", type=float, default=0.05, help="part of the source's learning rate, without its own such "
         "part, to begin with; it falls to 0")
     add("--eval-examples", type=int, default=200, help="held-out questions of each task in an evaluation")

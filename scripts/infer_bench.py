@@ -20,7 +20,7 @@ from statistics import median, quantiles
 import torch
 
 from nanochat.checkpoint_manager import add_model_flags, build_model, load_model
-from nanochat.common import UserError, add_compute_flags, json_file, print0, run_script, write_json
+from nanochat.common import Parser, UserError, add_compute_flags, json_file, print0, run_script, write_json
 from nanochat.config import GPTConfig, count_params
 from nanochat.devices import get_compute_dtype, get_peak_flops, get_peak_memory_bytes, init_compute, synchronize
 from nanochat.engine import Engine, Request
@@ -35,7 +35,7 @@ WARMUP_TOKENS = 4       # of each row, before anything is timed
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--depth", type=int, default=4, help="of a model with random weights")
     add("--vocab-size", type=int, default=32768)
@@ -53,6 +53,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--rows must be at least 1, --prompt-tokens and --max-tokens at least 2")
     if not args.source and (args.model_tag or args.step is not None):
         raise UserError("-g and -s name a trained model, of a stage; add -i base, or the stage that it is of")
+    if args.source:
+        parser.refuse_unused(args, ("depth", "vocab_size", "max_seq_len"), "--source, a trained model")
     return args
 
 

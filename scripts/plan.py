@@ -20,7 +20,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
 from nanochat import devices, memory
-from nanochat.common import UserError, print0, run_script
+from nanochat.common import Parser, UserError, print0, run_script
 from nanochat.config import GPTConfig, count_params, estimate_flops, list_by_head
 from nanochat.corpus import HUB_SOURCES
 from nanochat.fabric import FABRICS, Network, StepTime, count_muon_flops, find_fabric, predict_step
@@ -91,7 +91,7 @@ class Estimate:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--depth", type=int, nargs="+", help="layers; several are shown side by side (default: 20)")
     add("--recipe", choices=RECIPES, nargs="+", help="instead of --depth: recipes of runs/speedrun.sh, side by side")
@@ -139,6 +139,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--preset says what to train: leave out --recipe and the budgets (--max-hours, --max-cost)")
     if args.nodes > 1 and not args.fabric:
         raise UserError(f"--nodes {args.nodes} says nothing without --fabric, what connects them; add --fabric ib")
+    if args.preset and all(find_preset(name).shape for name in args.preset):
+        parser.refuse_unused(args, ("depth",), "a --preset that has a shape of its own")
     args.typed = list_typed(parser, argv, vars(args))
     if args.depth and (args.max_hours or args.max_cost):
         raise UserError("--depth and a budget (--max-hours, --max-cost) exclude each other: a budget chooses the depth")

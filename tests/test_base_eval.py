@@ -104,6 +104,12 @@ def test_base_eval_says_what_is_missing(run, tmp_path):
         run("--bundle", str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("words", [["--hf-path", "x", "-g", "d4"], ["--fetch", "--fresh"]])
+def test_flags_that_would_be_dropped(words):
+    with pytest.raises(UserError, match="means nothing beside --(hf-path|fetch); leave one of them out"):
+        base_eval.main(words)
+
+
 def test_base_eval_fetches_the_bundle(tmp_path, monkeypatch):
     """From a folder that stands in for the network: whole or not at all, and only where there is none."""
     base_dir, mirror_dir = tmp_path / "base", tmp_path / "mirror"

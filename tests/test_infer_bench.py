@@ -64,6 +64,7 @@ def test_trained_model(tmp_path):
 @pytest.mark.parametrize(("argv", "message"), [
     (["--rows", "0"], "--rows must be at least 1"),
     (["--max-tokens", "1"], "at least 2"),
+    (["-i", "base"], "--vocab-size means nothing beside --source"),
     (["-g", "d12"], "-g and -s name a trained model, of a stage; add -i base"),
     (["--json", "/nowhere/at-all.json"], "--json /nowhere/at-all.json must be a file in a folder that is there"),
     (["--depth", "1", "--max-seq-len", "64", "--prompt-tokens", "600"], "exceed the 640 positions"),
