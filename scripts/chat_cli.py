@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nanochat.checkpoint_manager import add_model_flags, load_for
-from nanochat.common import UserError, add_compute_flags, expand_home, get_base_dir, run_script, write_atomic
+from nanochat.common import Parser, UserError, add_compute_flags, expand_home, get_base_dir, run_script, write_atomic
 from nanochat.conversations import (
     OPENAI,
     Turn,
@@ -50,13 +50,13 @@ CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add_model_flags(parser)
     add_compute_flags(parser)
     add("-t", "--temperature", type=float, default=0.6, help="0 = greedy")
     add("-k", "--top-k", type=int, default=50, help="sample among the k likeliest tokens; 0 = all tokens")
-    add("-p", "--prompt", help="answer this and end")
+    add("-p", "--prompt", type=str, help="answer this and end")
     add("--max-tokens", type=int, default=256, help="length of an answer in tokens, at most")
     add("--seed", type=int, default=42, help="seed of the first answer; each further answer adds 1")
     return parser.parse_args(argv)
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> dict:
     session = ChatSession(Engine(model, tokenizer), model.config.sequence_len, is_base=stage == "base")
     chat = {"temperature": args.temperature, "top_k": args.top_k, "max_tokens": args.max_tokens, "seed": args.seed}
     interactive = args.prompt is None and sys.stdin.isatty()
-    say(f"{stage} model, step {meta['step']}, {place}")
+    say(f"{stage} model {Path(meta['run_dir']).name}, step {meta['step']}, {place}")
     if interactive:
         say("/help lists the commands; anything else goes to the model")
 

@@ -29,7 +29,7 @@ def use_model(monkeypatch, tmp_path):
     """Make chat_cli load the scripted model, of whatever stage."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr(checkpoint_manager, "load_model", lambda stage, *args, **options: (
-        ScriptedModel(), BYTE_TOKENIZER, {"stage": stage, "step": 7}))
+        ScriptedModel(), BYTE_TOKENIZER, {"stage": stage, "step": 7, "run_dir": "d4"}))
 
 
 def make_base_model():
@@ -42,7 +42,7 @@ def test_base_model_continues_a_prompt(monkeypatch, tmp_path, capsys):
     model = make_base_model()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr(checkpoint_manager, "load_model", lambda stage, *args, **options: (
-        model, BYTE_TOKENIZER, {"stage": stage, "step": 7}))
+        model, BYTE_TOKENIZER, {"stage": stage, "step": 7, "run_dir": "d4"}))
     for text in ("Once", ""):
         result = chat_cli.main(["-p", text, "-t", "0", "--max-tokens", "20", "-d", "float32"])
         expected = list(model.generate([256, *text.encode()], 20, temperature=0))
@@ -70,6 +70,7 @@ def test_the_last_stage_is_loaded(monkeypatch, tmp_path, capsys):
     assert find_last_stage(None) == "sft" and find_last_stage("d4") == "base"
     result = chat_cli.main(["-g", "d4", "-s", "3", "-p", "Hi", "-t", "0", "--max-tokens", "5", "-d", "float32"])
     assert result["source"] == "base" and result["num_tokens"] == 5
+    assert capsys.readouterr().err.startswith("base model d4, step 3, on cpu in torch.float32")
 
 
 def test_without_a_model_says_what_is_missing(monkeypatch, tmp_path):

@@ -9,5 +9,5 @@ from tests.helpers import BYTE_TOKENIZER
 from tests.server_helpers import ScriptedModel
 
 checkpoint_manager.load_model = lambda stage, *args, **options: (
-    ScriptedModel(step_sec=0.01), BYTE_TOKENIZER, {"stage": stage, "step": 7})
+    ScriptedModel(step_sec=0.01), BYTE_TOKENIZER, {"stage": stage, "step": 7, "run_dir": "d4"})
 run_script(lambda _: chat_cli.main(sys.argv[1:]))
