@@ -24,7 +24,7 @@ from nanochat.checkpoint_manager import Checkpointer, SaveRules, build_model, re
 from nanochat.common import Parser, get_base_dir, run_script
 from nanochat.devices import synchronize
 from nanochat.gpt import GPTConfig
-from nanochat.scaling import make_config
+from nanochat.scaling import check_counts, make_config
 from nanochat.train import train_step
 
 
@@ -34,7 +34,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=32768)
     parser.add_argument("--steps", type=int, default=4, help="ordinary steps that are timed; their median counts")
     add_step_args(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_counts(rows=args.rows, steps=args.steps)
+    return args
 
 
 def main(argv: list[str] | None = None) -> dict:

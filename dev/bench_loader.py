@@ -18,6 +18,7 @@ from dev.timing import print_rows
 from nanochat.common import Parser, Ranks, UserError, count_cpus, run_script
 from nanochat.dataloader import RowOrder, TextGroups, TrainLoader
 from nanochat.packing import PackStats, cut_documents, pack_documents, place_best_fit
+from nanochat.scaling import check_counts
 from nanochat.shards import ShardList, load_shards, read_group
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer
 
@@ -110,7 +111,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="timings of which the best counts")
     parser.add_argument("--num-threads", type=int, default=1, help="of the loader")
     parser.add_argument("--step-ms", type=float, default=100.0, help="length of a training step to wait beside")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_counts(num_groups=args.num_groups, repeats=args.repeats, num_threads=args.num_threads)
+    return args
 
 
 def main(argv: list[str] | None = None) -> dict:

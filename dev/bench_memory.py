@@ -36,7 +36,7 @@ from nanochat.fp8 import use_fp8
 from nanochat.gpt import GPT
 from nanochat.memory import GIB, Machine, Memory, get_usable_frac, measure_free_bytes, predict_memory
 from nanochat.optim import MuonAdamW
-from nanochat.scaling import JULY26, TrainingRule, make_config
+from nanochat.scaling import JULY26, TrainingRule, check_counts, make_config
 from nanochat.train import Batch, add_gradients, train_step
 
 TOLERANCE = 0.10    # relative error of a prediction that passes on a GPU
@@ -91,7 +91,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resident", action="store_true", help="of the first --depth, by each loss")
     parser.add_argument("--compile", choices=("on", "off"), default="on", help="with --resident")
     parser.add_argument("--resident-of", choices=LOSSES, help=argparse.SUPPRESS)  # in a process of its own
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_counts(rows=args.rows, num_micro=args.num_micro, world_size=args.world_size)
+    return args
 
 
 def main(argv: list[str] | None = None) -> dict:

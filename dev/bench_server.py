@@ -62,8 +62,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="as chat_web --compile")
     add_compute_flags(parser)
     args = parser.parse_args(argv)
-    if args.clients < 2:
-        raise UserError("--clients must be 2 or more: one alone is measured anyway")
+    if not 2 <= args.clients <= 10_000:
+        raise UserError("--clients must be from 2, as one alone is measured anyway, to 10,000")
     if min(args.requests, args.workers, args.max_tokens, args.prompt_tokens) < 1:
         raise UserError("--requests, --workers, --max-tokens and --prompt-tokens must be 1 or more")
     typed = [name for name in (*OWN_FLAGS, "api_key") if getattr(args, name) != parser.get_default(name)]

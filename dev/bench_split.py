@@ -16,7 +16,8 @@ import time
 import rustbpe
 
 from dev.timing import print_rows
-from nanochat.common import Parser, run_script
+from nanochat.common import Parser, UserError, run_script
+from nanochat.scaling import check_counts
 from nanochat.tokenizer import SPLIT_PATTERNS, RustBPETokenizer
 
 NUM_WORDS = 4000
@@ -92,7 +93,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of each language's vocabulary")
     parser.add_argument("--num-chars", type=int, default=400_000, help="characters of each language")
     parser.add_argument("--rounds", type=int, default=3, help="runs of which the fastest counts")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_counts(num_chars=args.num_chars, rounds=args.rounds)
+    if args.num_chars > 10**9:
+        raise UserError(f"--num-chars {args.num_chars} must be at most {10**9}: texts are made in memory")
+    return args
 
 
 def main(argv: list[str] | None = None) -> dict:

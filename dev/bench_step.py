@@ -20,7 +20,7 @@ from nanochat.common import Parser, run_script
 from nanochat.devices import get_peak_memory_bytes, synchronize
 from nanochat.moe import make_balance
 from nanochat.presets import parse_knobs
-from nanochat.scaling import make_config
+from nanochat.scaling import check_counts, make_config
 from nanochat.train import train_step
 
 MATMUL_SIZE = {"cpu": 2048}  # of the matrices whose product measures the machine's rate; 8192 on an accelerator
@@ -33,7 +33,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--variant", nargs="+", default=[], metavar="KNOBS", help="knobs of further models, in quotes")
     parser.add_argument("--rounds", type=int, default=15)
     add_step_args(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_counts(rows=args.rows, rounds=args.rounds)
+    return args
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat import optim
-from nanochat.common import UserError, count_cpus, print0
+from nanochat.common import MAX_PROCESSES, UserError, count_cpus, print0
 from nanochat.devices import synchronize
 from nanochat.fabric import Event, Network
 
@@ -117,6 +117,8 @@ def run_ranks(argv: Sequence[str], num_ranks: int, before: Sequence[Sequence[str
     """Run `python -m` with these words, --here and --json FILE once for each rank, on this machine; returns rank 0's
     JSON.
     before: words before each rank's command"""
+    if num_ranks > MAX_PROCESSES:
+        raise UserError(f"--ranks {num_ranks} are too many for one machine; start at most {MAX_PROCESSES}")
     with tempfile.TemporaryDirectory() as folder:
         path, port, ranks = Path(folder) / "result.json", choose_port(), []
         for rank in range(num_ranks):

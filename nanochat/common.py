@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 
+MAX_PROCESSES = 1024    # that a script may start side by side
 NVIDIA_DIR = Path("/proc/driver/nvidia")    # there where NVIDIA's driver is loaded
 
 
@@ -43,7 +44,7 @@ class UserError(Exception):
 def take_text(text: str) -> str:
     """What a person typed; a value that is blank is mostly a variable of the shell that isn't set."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("the value is empty; give one, or leave the flag out")
+        raise argparse.ArgumentTypeError("the value is empty; give one or leave it out")
     return text
 
 
@@ -224,8 +225,9 @@ def explain_ending(error: BaseException) -> tuple[int, str] | None:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
             return 2, f"error: no permission for {error.filename} ({error.strerror}); change it, or set " \
                       "NANOCHAT_BASE_DIR to a folder that you can write to"
-        if error.errno == errno.ENAMETOOLONG and error.filename:
-            return 2, f"error: the name {printable(error.filename)} is too long for the disk; choose a shorter one"
+        if error.errno in (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP) and error.filename:
+            return 2, f"error: {printable(error.filename2 or error.filename)} can't be used ({error.strerror}); name " \
+                      "another one"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {error.filename}" if error.filename else ""
             return 2, f"error: the disk is full{where}; what was saved before is intact, free some space and run again"

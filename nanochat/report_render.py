@@ -131,7 +131,7 @@ def write_files(out: Path, texts: dict[str, str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
             write_atomic(out / name, text)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"the report can't be written to {out} ({error.strerror}); "
                         "choose a folder with --out") from None
 

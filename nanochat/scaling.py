@@ -267,11 +267,12 @@ def get_batch_lr_scale(batch_tokens: float, lr_batch_tokens: float = REFERENCE_B
     return math.sqrt(batch_tokens / lr_batch_tokens)
 
 
-def check_counts(**counts: int | None) -> None:
-    """Refuse a number below 1; each is named as its flag."""
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+def check_counts(**counts: int | list[int] | None) -> None:
+    """Refuse numbers below 1; each is named as its flag."""
+    for name, values in counts.items():
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
 def _fill_plan(config: GPTConfig, flops_per_token: float, *, weight_decay: float = 0.0, **decided) -> Plan:

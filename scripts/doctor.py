@@ -44,7 +44,8 @@ class Finding:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m scripts.doctor", description="Is this machine ready to train?")
+    make_parser = common.Parser if common else argparse.ArgumentParser
+    parser = make_parser(prog="python -m scripts.doctor", description="Is this machine ready to train?")
     parser.add_argument("--quick", action="store_true", help="skip the trial of torch.compile, 10-60 s")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     parser.add_argument("--device-type", default="auto", help="cuda, cpu, mps, xpu; auto: the best that is there")

@@ -29,6 +29,7 @@ import torch
 from nanochat.checkpoint_manager import get_run_dir, locked_run, read_latest
 from nanochat.choices import FREE_FLAGS
 from nanochat.common import (
+    MAX_PROCESSES,
     Parser,
     UserError,
     check_flags,
@@ -101,6 +102,9 @@ def open_sweep(points: list[Point], grid: dict[str, list[str]], args: argparse.N
     """A sweep that no other process runs. grid: what a continued sweep must have as before
     args: name, flags (of scripts.base_train, the same in all runs), parallel, nproc, retry_failed"""
     check_counts(parallel=args.parallel, nproc=args.nproc)
+    if args.parallel * args.nproc > MAX_PROCESSES:
+        raise UserError(f"--parallel {args.parallel} --nproc {args.nproc} would be {args.parallel * args.nproc} "
+                        f"processes; start at most {MAX_PROCESSES}")
     for point in points:    # a mistake ends the sweep here, not each of its runs
         check_flags("scripts.base_train", point.flags)
     num_gpus = torch.cuda.device_count()
@@ -192,7 +196,7 @@ def estimate_run_flops(words: list[str]) -> float:
                              **{name: int(value) for name, value in read("aspect_ratio", "head_dim").items()})
         return make_plan(config, estimate_flops(config), batch_tokens=read("total_batch_size").get("total_batch_size"),
                          **read("num_iterations", "target_flops", "target_param_data_ratio")).total_flops
-    except (LookupError, ValueError, UserError):  # no depth, or a value that base_train will refuse
+    except (LookupError, ValueError, OverflowError, UserError):  # no depth, or a value that base_train will refuse
         return 1.0
 
 

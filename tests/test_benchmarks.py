@@ -15,6 +15,18 @@ from nanochat.common import UserError
 from nanochat.tokenizer import SPLIT_PATTERNS
 
 
+@pytest.mark.parametrize(("module", "words", "message"), [
+    (bench_checkpoint, ["--steps", "0"],          "--steps 0 must be at least 1"),
+    (bench_loader,     ["--repeats", "0"],        "--repeats 0 must be at least 1"),
+    (bench_memory,     ["--num-micro", "1", "0"], "--num-micro 0 must be at least 1"),
+    (bench_server,     ["--clients", "99999"],    "--clients must be from 2, .* to 10,000"),
+    (bench_split,      ["--num-chars", "0"],      "--num-chars 0 must be at least 1"),
+    (bench_step,       ["--rounds", "0"],         "--rounds 0 must be at least 1")])
+def test_numbers_out_of_reach_are_refused(module, words, message):
+    with pytest.raises(UserError, match=message):
+        module.parse_args(words)
+
+
 @pytest.mark.parametrize("module", [bench_checkpoint, bench_kernels, bench_loader, bench_server, bench_split,
                                     bench_step])
 def test_help(module, capsys):

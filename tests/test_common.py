@@ -28,7 +28,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--name", ""],       "argument --name: the value is empty; give one, or leave the flag out"),
+    (["--name", ""],       "argument --name: the value is empty; give one or leave it out"),
     (["--name", " "],      "argument --name: the value is empty"),
     (["--name="],          "argument --name: the value is empty"),
     (["--path", ""],       "argument --path: the value is empty"),
@@ -106,7 +106,8 @@ def test_memory_that_a_smaller_step_may_fit(error, expected):
 @pytest.mark.parametrize(("error", "message"), [
     (OSError(errno.ENOSPC, "No space left on device", "model.bin"),
      "error: the disk is full while writing model.bin; what was saved before is intact"),
-    (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), f"error: the name {'x' * 300} is too long"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "x"), "error: x can't be used (File name too long)"),
+    (IsADirectoryError(errno.EISDIR, "Is a directory", "a.tmp", None, "a"), "error: a can't be used (Is a directory)"),
     (torch.OutOfMemoryError("Tried to allocate 2 GiB\nmore"),
      "error: out of memory (Tried to allocate 2 GiB); set a smaller --device-batch-size, where the "
              "script has it, or take a smaller model\n")])

@@ -171,6 +171,8 @@ def test_flags_of_a_command_line():
     (["--grid", "depth=1,2", "--", "--depth", "4"], "--depth is in the grid and behind --"),
     (["--grid", "data=a/b,a_b"], "would have the same name"),
     (["--grid", "depth=1", "--parallel", "0"], "--parallel 0 must be at least 1"),
+    (["--grid", "depth=1", "--parallel", "9999"], "--parallel 9999 --nproc 1 would be 9999 processes; start at most"),
+    (["--grid", "depth=x", "max-seq-len=1e400", "--parallel", "0"], "--parallel 0 must be at least 1"),
     (["--name", "a/b", "--grid", "depth=1"], "must be a plain folder name"),
     (["--name", "x" * 175, "--grid", "depth=1"], "must be a plain folder name"),
 ])
