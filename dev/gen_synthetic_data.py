@@ -230,9 +230,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bad := next((pair for pair in args.set if not re.match(r"\w+=", pair)), None):
         raise UserError(f"--set {bad} is not KEY=VALUE; write for example --set city=Oslo")
-    for flag in ("num", "num_workers"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} is too small; give at least 1")
+    for flag, most in (("num", 10**7), ("num_workers", 1000)):
+        if not 1 <= getattr(args, flag) <= most:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)} must be from 1 to {most:,}")
     if args.endpoint and not (args.model and args.about):
         raise UserError("--endpoint needs --model NAME and --about FILE")
     if args.endpoint and (args.name or args.author or args.set or args.templates):

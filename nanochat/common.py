@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 
-MAX_PROCESSES = 1024    # that a script may start side by side
+MAX_PROCESSES, MAX_ROWS = 1024, 2**16    # that a script may start side by side; that an engine may decode at once
 NVIDIA_DIR = Path("/proc/driver/nvidia")    # there where NVIDIA's driver is loaded
 
 
@@ -94,7 +94,7 @@ int_or_all = functools.partial(int_or_word, word="all")        # the largest num
 
 def json_file(text: str) -> Path:
     """The type of the flag --json of programs that measure: a fault is told before the minutes, not after them."""
-    path = Path(text)
+    path = Path(take_text(text))
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"--json {path} must be a file in a folder that is there")
     return path
@@ -225,7 +225,8 @@ def explain_ending(error: BaseException) -> tuple[int, str] | None:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
             return 2, f"error: no permission for {error.filename} ({error.strerror}); change it, or set " \
                       "NANOCHAT_BASE_DIR to a folder that you can write to"
-        if error.errno in (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP) and error.filename:
+        if error.errno in (errno.ENAMETOOLONG, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ELOOP) and \
+                error.filename:
             return 2, f"error: {printable(error.filename2 or error.filename)} can't be used ({error.strerror}); name " \
                       "another one"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -238,7 +239,8 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed, so that a smaller step may fit. CUDA's allocator has its own type of error, which
     the compiler wraps into another; other allocators and CUDA's libraries are known by their text only. NCCL may lack
     memory, too, but no step can follow: its communicator is broken."""
-    texts = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    texts = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+             "Storage size calculation overflowed")
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or \
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts) and not is_collective_error(error)
 

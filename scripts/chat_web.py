@@ -31,7 +31,16 @@ from nanochat.checkpoint_manager import (
     get_step_name,
     load_run_tokenizer,
 )
-from nanochat.common import MAX_PROCESSES, Parser, UserError, add_compute_flags, let_threads_spin, print0, run_script
+from nanochat.common import (
+    MAX_PROCESSES,
+    MAX_ROWS,
+    Parser,
+    UserError,
+    add_compute_flags,
+    let_threads_spin,
+    print0,
+    run_script,
+)
 from nanochat.server import ServerSettings, log_line, make_app
 from nanochat.server_api import MAX_TEMPERATURE, MAX_TOP_K, Limits
 from nanochat.server_engines import EnginePool, EngineSettings, start_process
@@ -80,8 +89,9 @@ def check_args(args: argparse.Namespace) -> None:
     if min(args.max_messages, args.max_message_chars, args.max_conversation_chars, args.max_choices) < 1:
         raise UserError("--max-messages, --max-message-chars, --max-conversation-chars and --max-choices must be 1 or "
                         "more")
-    if not 1 <= args.workers <= MAX_PROCESSES or args.max_rows < 1 or args.queue < 0:
-        raise UserError(f"--workers must be from 1 to {MAX_PROCESSES}, --max-rows 1 or more, --queue 0 or more")
+    if not 1 <= args.workers <= MAX_PROCESSES or not 1 <= args.max_rows <= MAX_ROWS or args.queue < 0:
+        raise UserError(f"--workers must be from 1 to {MAX_PROCESSES}, --max-rows from 1 to {MAX_ROWS}, --queue 0 or "
+                        "more")
     if not 0 < args.request_timeout < float("inf") or args.drain_seconds < 0:
         raise UserError("--request-timeout must be above 0, --drain-seconds 0 or more")
     if not 0 <= args.port <= 65535:

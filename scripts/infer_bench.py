@@ -20,7 +20,7 @@ from statistics import median, quantiles
 import torch
 
 from nanochat.checkpoint_manager import add_model_flags, build_model, load_model
-from nanochat.common import Parser, UserError, add_compute_flags, json_file, print0, run_script, write_json
+from nanochat.common import MAX_ROWS, Parser, UserError, add_compute_flags, json_file, print0, run_script, write_json
 from nanochat.config import GPTConfig, count_params
 from nanochat.devices import get_compute_dtype, get_peak_flops, get_peak_memory_bytes, init_compute, synchronize
 from nanochat.engine import Engine, Request
@@ -49,8 +49,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--compare-single", action="store_true", help="samples of one prompt, at once and one by one, too")
     add("--json", type=json_file, help="write the figures here, too")
     args = parser.parse_args(argv)
-    if min(args.rows) < 1 or args.prompt_tokens < 2 or args.max_tokens < 2:
-        raise UserError("--rows must be at least 1, --prompt-tokens and --max-tokens at least 2")
+    if not 1 <= min(args.rows) <= max(args.rows) <= MAX_ROWS or args.prompt_tokens < 2 or args.max_tokens < 2:
+        raise UserError(f"--rows must be from 1 to {MAX_ROWS}, --prompt-tokens and --max-tokens at least 2")
     if not args.source and (args.model_tag or args.step is not None):
         raise UserError("-g and -s name a trained model, of a stage; add -i base, or the stage that it is of")
     if args.source:

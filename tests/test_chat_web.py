@@ -208,6 +208,12 @@ def test_bad_hosts_end_with_one_sentence(host):
         chat_web.open_socket(host, 0)
 
 
+@pytest.mark.parametrize("words", [["--workers", "99999"], ["--max-rows", "99999999"], ["--max-rows", "0"]])
+def test_numbers_out_of_reach_are_refused(words):
+    with pytest.raises(UserError, match="--workers must be from 1 to 1024, --max-rows from 1 to 65536"):
+        chat_web.parse_args(words)
+
+
 def test_flags_reach_the_server(base_dir, monkeypatch):
     served = []
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))

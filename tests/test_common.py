@@ -94,6 +94,7 @@ Cuda failure 2 'out of memory'"""
     (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"), True),
     (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported asynchronously"), True),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+    (RuntimeError("Storage size calculation overflowed with sizes=[9223372036854775807, 2049]"), True),
     (torch.distributed.DistBackendError(NCCL_MEMORY), False),
     (torch.distributed.DistError("a socket's peer said: out of memory"), False),
     (RuntimeError("NCCL Error 2: unhandled system error: out of memory"), False),

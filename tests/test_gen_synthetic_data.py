@@ -126,7 +126,7 @@ def test_templates_that_are_none(tmp_path, content):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["--num", "0"], "--num 0 is too small"), (["--set", "city"], "--set city is not KEY=VALUE"),
+    (["--num", "0"], "--num 0 must be from 1 to 10,000,000"), (["--set", "city"], "--set city is not KEY=VALUE"),
     (["--endpoint", "http://x"], "needs --model NAME and --about FILE"), (["--model", "m"], "add --endpoint"),
     (["--endpoint", "http://x", "--model", "m", "--about", "a", "--name", "b"], "say it in --about"),
     (["--endpoint", "http://x", "--model", "m", "--about", "none.md"], "--about none.md can't be read"),

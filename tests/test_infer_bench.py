@@ -62,7 +62,8 @@ def test_trained_model(tmp_path):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["--rows", "0"], "--rows must be at least 1"),
+    (["--rows", "0"], "--rows must be from 1 to 65536"),
+    (["--rows", "1", "99999999"], "--rows must be from 1 to 65536"),
     (["--max-tokens", "1"], "at least 2"),
     (["-i", "base"], "--vocab-size means nothing beside --source"),
     (["-g", "d12"], "-g and -s name a trained model, of a stage; add -i base"),
