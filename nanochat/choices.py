@@ -279,6 +279,9 @@ def choose_micro_rows(wanted: Wanted, rows: StepRows, machine: Machine, free_byt
         why = "largest that fits"
     needed_bytes, free, warning = rows.predict(chosen, machine), "unknown", ""
     if free_bytes is not None:
+        if needed_bytes > 10 * (free_bytes + 8 * GIB):    # no error of the prediction, and no swap, makes up for that
+            raise UserError(f"a step needs {needed_bytes / GIB:,.0f} GiB with {chosen} rows at a time, and "
+                            f"{free_bytes / GIB:,.0f} GiB are free; take a smaller model, or fewer or shorter rows")
         free, warning = f"{free_bytes / GIB:.2f} GiB", " and may not fit" if needed_bytes > free_bytes else ""
     return chosen, (f"{why}: {needed_bytes / GIB:.2f} GiB predicted, {free} free{warning}; "
                     f"{rows.num // chosen} a step")

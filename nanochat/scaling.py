@@ -17,7 +17,7 @@ REFERENCE_DEPTH = 12               # depth at which batch size, learning rates a
 REFERENCE_RATIO = 12               # its tokens per scaling parameter
 REFERENCE_BATCH_TOKENS = 2**19     # and its batch
 BATCH_EXPONENT = 0.383             # optimal batch ~ tokens^0.383 (arXiv 2505.13738)
-MAX_STEPS, MAX_BATCH_TOKENS = 10**9, 2**32    # beyond any run
+MAX_STEPS, MAX_BATCH_TOKENS = 10**9, 2**28    # beyond any run
 SMALL_TOKENS, SMALL_BATCH_TOKENS = 10e6, 7168    # at a small budget (dev/LOG.md, "The dial where budgets are small")
 
 # Learning rates at the reference batch and, for the first two, at 768 channels; ADAM_GROUPS has the groups

@@ -49,7 +49,8 @@ class PublishedRun:
     source:                  str
 
 
-RECIPE_FLAGS = ("depth", "target_param_data_ratio", "vocab_size", "total_batch_size")    # that this script has as well
+# That this script has as well
+RECIPE_FLAGS = ("depth", "num_iterations", "target_flops", "target_param_data_ratio", "vocab_size", "total_batch_size")
 RECIPES = {
     # Commit a825e63
     "d24": PublishedRun(24, 8, 32768, None, WARMDOWN_RATIO, FINAL_LR_FRAC, 99.0, 0.2626,

@@ -52,6 +52,12 @@ def test_micro_rows_are_what_fits_and_pays():
     assert re.fullmatch(r"the fewest there are: [\d.]+ GiB predicted, 0.00 GiB free and may not fit; 8 a step", why)
 
 
+def test_a_model_far_beyond_the_memory_is_refused():
+    rows = StepRows(make_config(100, vocab_size=512, sequence_len=512), 512, 8)
+    with pytest.raises(UserError, match="a step needs [0-9,]+ GiB with 1 rows at a time, and 1 GiB are free"):
+        choose_micro_rows(Wanted(), rows, MACHINE, GIB)
+
+
 def test_micro_rows_that_are_asked_for_or_kept():
     assert choose(3, 12, 100 * GIB)[1].startswith("asked for: ")
     assert "and may not fit; 4 a step" in choose(3, 12, MIB, kept=4)[1]

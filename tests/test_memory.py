@@ -411,6 +411,7 @@ def test_plan_for_a_budget_takes_the_deepest_that_meets_it():
     (["--max-cost", "5", "--gpu", "cpu", "--tflops", "1", "--gb", "8"], "--max-cost needs --price, .* for cpu"),
     (["--recipe", "d22", "--vocab-size", "9"], "--recipe says what to train: leave out --vocab-size"),
     (["--recipe", "d22", "--max-cost", "5"], "--recipe and a budget"),
+    (["--recipe", "d22", "--target-flops", "1e18"], "--recipe says what to train: leave out --target-flops"),
     (["--nproc", "3", "--total-batch-size", "1048576"],
      "a step of 1048576 tokens at depth 20 must be a multiple of 6144"),
     (["--device-batch-size", "7"], "--device-batch-size 7 must divide the 512 rows"),
