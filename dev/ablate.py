@@ -248,7 +248,7 @@ def parse_features(args: argparse.Namespace) -> list[str]:
     if args.variant and not args.features:
         args.mode = args.mode or "drop"
     for flag in ("mode", "features", "depth"):
-        if getattr(args, flag) in (None, "") and not (flag == "features" and args.variant and args.mode == "drop"):
+        if getattr(args, flag) is None and not (flag == "features" and args.variant and args.mode == "drop"):
             raise UserError(f"--{flag} is missing; --mode drop or add, --features (or --variant) and --depth say what "
                             "to train")
     if not args.features:

@@ -175,7 +175,7 @@ def test_mistakes_end_with_one_sentence(base_dir, monkeypatch, tmp_path):
                          (["-s", "99"], "no checkpoint of step 99"), (["--host", "nowhere.invalid"], "can't listen"),
                          (["-p", "70000"], "--port"), (["-t", "3"], "--temperature"), (["--workers", "0"], "--workers"),
                          (["--max-choices", "0"], "--max-choices"), (["-m", "5000"], "--max-answer-tokens"),
-                         (["--api-key", ""], "one word"), (["--api-key-file", str(tmp_path / "no")], "can't be read")):
+                         (["--api-key", "é"], "one word"), (["--api-key-file", str(tmp_path / "no")], "can't be read")):
         with pytest.raises(UserError, match=reason):
             chat_web.main(argv)
 
