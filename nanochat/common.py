@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import filelock
@@ -72,6 +72,9 @@ class Parser(argparse.ArgumentParser):
         commands = super().add_subparsers(**settings)
         commands.type = str    # all that follows a command is its value: that of each flag is checked in its turn
         return commands
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")    # not all flags, above a sentence of one
 
     def refuse_unused(self, args: argparse.Namespace, names: Iterable[str], beside: str) -> None:
         """UserError for a flag of these that isn't as by default: `beside` another one it would be dropped."""

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 
-from nanochat.common import check_flags, run_script
+from nanochat.common import Parser, check_flags, run_script
 
 
 def main(argv: list[str] | None = None) -> dict:
+    Parser(description=__doc__).parse_args(argv)
     commands = list(read_commands(sys.stdin.buffer.read()))
     for _, name, *words in commands:    # -m NAME ...
         check_flags(name, words)

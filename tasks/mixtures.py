@@ -56,7 +56,7 @@ def make_mixture(entries: Sequence[str], custom_paths: Sequence[str] = (), words
                             "needs no download") from None
         weights.append(weight)
         if (num := weight * len(train[-1])) > MAX_CONVERSATIONS:
-            raise UserError(f"--tasks {entry} is {num:.3g} conversations; use at most {MAX_CONVERSATIONS:,} of a task")
+            raise UserError(f"--tasks {name} is {num:.3g} conversations; use at most {MAX_CONVERSATIONS:,} of a task")
         parts[name] = f"{len(train[-1])} x{weight:g}"
     for path in custom_paths:
         whole, name = CustomJSON(path), Path(path).name

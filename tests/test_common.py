@@ -369,6 +369,13 @@ def test_git_revision_says_when_files_differ(tmp_path, monkeypatch):
     assert common.get_git_revision() == revision + "+changes"
 
 
+def test_a_wrong_flag_is_one_sentence(capsys):
+    with pytest.raises(SystemExit) as ending:
+        common.Parser(prog="train").parse_args(["--magic"])
+    assert ending.value.code == 2
+    assert capsys.readouterr().err == "train: error: unrecognized arguments: --magic; see --help\n"
+
+
 def test_hash_of_the_code_changes_with_an_edit(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "__file__", str(tmp_path / "nanochat" / "common.py"))
     hashes = {common.hash_code()}
