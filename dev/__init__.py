@@ -1,5 +1,5 @@
 """The laboratory: results of sweeps, figures, benchmarks, checks. The process is prepared before torch loads."""
 
-from nanochat.common import prepare_process
+from nanochat.command_line import prepare_process
 
 prepare_process()

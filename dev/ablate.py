@@ -27,7 +27,8 @@ from pathlib import Path
 from dev.ablation_table import SAVED_KEYS, SLOPE_FRAC, write_table
 from nanochat.checkpoint_manager import get_run_dir
 from nanochat.choices import FREE_FLAGS, MACHINE_FLAGS
-from nanochat.common import Parser, Ranks, UserError, get_base_dir, now, run_script, write_json
+from nanochat.command_line import Parser, run_script
+from nanochat.common import Ranks, UserError, get_base_dir, now, write_json
 from nanochat.config import count_params
 from nanochat.presets import HORIZON, PLAIN, format_knob, parse_knobs
 from nanochat.report import read_json

@@ -21,7 +21,8 @@ import torch
 
 from dev.timing import add_step_args, choose_device, make_training, print_rows, read_cpu_seconds
 from nanochat.checkpoint_manager import Checkpointer, SaveRules, build_model, restore
-from nanochat.common import Parser, get_base_dir, run_script
+from nanochat.command_line import Parser, run_script
+from nanochat.common import get_base_dir
 from nanochat.devices import synchronize
 from nanochat.gpt import GPTConfig
 from nanochat.scaling import check_counts, make_config

@@ -18,7 +18,8 @@ from matplotlib.ticker import FuncFormatter
 
 from dev.figures import COLORS, FAINT, add_out, make_panels, save_figure, styled
 from dev.timing import choose_device, print_rows, time_in_turn
-from nanochat.common import Parser, UserError, add_compute_flags, print0, run_script
+from nanochat.command_line import Parser, add_compute_flags, run_script
+from nanochat.common import UserError, print0
 from nanochat.flash_attention import flash_attn
 
 READ_BYTES = {"cpu": 2**28}    # of the tensor that is read to measure the rate; 2**30 on an accelerator

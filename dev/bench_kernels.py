@@ -49,16 +49,8 @@ from dev.kernel_ops import (
 )
 from dev.kernels import Registry
 from dev.timing import print_table, sample_in_turn, sample_on_cuda
-from nanochat.common import (
-    Parser,
-    UserError,
-    add_compute_flags,
-    get_base_dir,
-    is_out_of_memory,
-    print0,
-    run_script,
-    write_json,
-)
+from nanochat.command_line import Parser, add_compute_flags, run_script
+from nanochat.common import UserError, get_base_dir, is_out_of_memory, print0, write_json
 from nanochat.compilation import choose_compile, set_compile_kernels
 from nanochat.devices import find_gpu, get_compute_dtype, get_environment, get_peak_flops, init_compute, synchronize
 from nanochat.scaling import make_config

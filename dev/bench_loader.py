@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from dev.timing import print_rows
-from nanochat.common import Parser, Ranks, UserError, count_cpus, run_script
+from nanochat.command_line import Parser, run_script
+from nanochat.common import Ranks, UserError, count_cpus
 from nanochat.dataloader import RowOrder, TextGroups, TrainLoader
 from nanochat.packing import PackStats, cut_documents, pack_documents, place_best_fit
 from nanochat.scaling import check_counts

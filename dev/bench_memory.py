@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_iter
 from dev.gpu_setup import Check, Setup, free_memory, judge
 from dev.timing import make_training, print_rows, print_table
 from nanochat import flash_attention
-from nanochat.common import Parser, exit_with, run_script
+from nanochat.command_line import Parser, exit_with, run_script
 from nanochat.config import GPTConfig
 from nanochat.cross_entropy import LOSSES
 from nanochat.devices import COMPUTE_DTYPES, get_peak_memory_bytes, init_compute

@@ -36,7 +36,8 @@ import torch
 
 from dev.timing import make_random_model, print_rows
 from nanochat.checkpoint_manager import save_checkpoint
-from nanochat.common import Parser, UserError, add_compute_flags, run_script
+from nanochat.command_line import Parser, add_compute_flags, run_script
+from nanochat.common import UserError
 from nanochat.scaling import make_config
 from nanochat.server_engines import compute_percentiles
 from nanochat.tokenizer import NUM_BYTES, SPECIAL_TOKENS, SPLIT_PATTERN, RustBPETokenizer

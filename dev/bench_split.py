@@ -16,7 +16,8 @@ import time
 import rustbpe
 
 from dev.timing import print_rows
-from nanochat.common import Parser, UserError, run_script
+from nanochat.command_line import Parser, run_script
+from nanochat.common import UserError
 from nanochat.scaling import check_counts
 from nanochat.tokenizer import SPLIT_PATTERNS, RustBPETokenizer
 

@@ -16,7 +16,7 @@ import time
 import torch
 
 from dev.timing import add_step_args, choose_device, make_random_batch, make_training, print_rows, time_in_turn
-from nanochat.common import Parser, run_script
+from nanochat.command_line import Parser, run_script
 from nanochat.devices import get_peak_memory_bytes, synchronize
 from nanochat.moe import make_balance
 from nanochat.presets import parse_knobs

@@ -23,7 +23,8 @@ import numpy as np
 from dev.figures import draw_comparison, make_folder, save_png
 from dev.timing import print_table
 from nanochat.choices import FREE_FLAGS, MACHINE_FLAGS
-from nanochat.common import Parser, UserError, get_base_dir, print0, run_script, write_json
+from nanochat.command_line import Parser, run_script
+from nanochat.common import UserError, get_base_dir, print0, write_json
 from nanochat.report import read_run
 from nanochat.report_render import format_rows
 

@@ -26,7 +26,8 @@ import torch.distributed as dist
 from dev.links import Wire, run_ranks, shaped_namespaces, stopped_by_sigterm, warn_of_cores
 from dev.timing import make_training, print_rows
 from nanochat import optim
-from nanochat.common import Parser, UserError, gather, get_ranks, json_file, print0, run_script, write_json
+from nanochat.command_line import Parser, json_file, run_script
+from nanochat.common import UserError, gather, get_ranks, print0, write_json
 from nanochat.config import GPTConfig
 from nanochat.cross_entropy import LossScaler
 from nanochat.devices import COMPUTE_DTYPES, init_compute, synchronize

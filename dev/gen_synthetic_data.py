@@ -19,7 +19,8 @@ from pathlib import Path
 
 import requests
 
-from nanochat.common import Parser, UserError, hash_file, print0, run_script, write_atomic
+from nanochat.command_line import Parser, run_script
+from nanochat.common import UserError, hash_file, print0, write_atomic
 from nanochat.conversations import parse_conversation
 from nanochat.download import PASSING_STATUS, describe_error, read_retry_after
 from tasks.common import make_rng

@@ -44,7 +44,8 @@ from dev.gpu_setup import (
     time_limit,
 )
 from dev.gpu_steps import check_backends, check_resume, check_saves, check_steps
-from nanochat.common import Parser, Ranks, UserError, add_compute_flags, exit_with, run_script
+from nanochat.command_line import Parser, add_compute_flags, exit_with, run_script
+from nanochat.common import Ranks, UserError
 from nanochat.compilation import choose_compile, set_compile_kernels
 from nanochat.devices import get_compute_dtype, get_environment, init_compute
 from nanochat.flash_attention import choose_backend

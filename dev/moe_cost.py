@@ -18,7 +18,8 @@ import numpy as np
 
 from dev.timing import print_table
 from nanochat.checkpoint_manager import get_run_dir
-from nanochat.common import Parser, UserError, print0, run_script
+from nanochat.command_line import Parser, run_script
+from nanochat.common import UserError, print0
 from nanochat.config import GPTConfig, read_config
 from nanochat.fabric import count_muon_flops
 from nanochat.memory import list_muon

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from dev.figures import COLORS, make_panels, save_png, styled
 from nanochat.checkpoint_manager import get_run_dir
-from nanochat.common import Parser, UserError, print0, run_script
+from nanochat.command_line import Parser, run_script
+from nanochat.common import UserError, print0
 from nanochat.run import read_metrics
 
 SMOOTH_STEPS = 10  # each point of a curve is a mean over as many steps

@@ -19,7 +19,8 @@ from dev.figures import draw_isoflops, draw_laws, draw_parametric, format_flops,
 from dev.laws import INTERVAL_PCT, MIN_PARAMETRIC_RUNS, Law, ParametricLaw, fit_law, fit_parametric
 from dev.results import CONVENTIONS, MAIN_CONVENTION, group_budgets, load_results
 from dev.timing import print_table
-from nanochat.common import Parser, now, print0, run_script, write_atomic, write_json
+from nanochat.command_line import Parser, run_script
+from nanochat.common import now, print0, write_atomic, write_json
 from nanochat.report_render import Section, Table, format_count, format_rows, html_page, html_section, html_values
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from dev.figures import FAINT, add_out, make_panels, save_figure, styled
 from dev.timing import print_rows
 from nanochat.checkpoint_manager import add_model_flags, load_for
-from nanochat.common import Parser, UserError, print0, run_script
+from nanochat.command_line import Parser, run_script
+from nanochat.common import UserError, print0
 from nanochat.flash_attention import _expand_heads, _window_mask, flash_attn
 
 MAX_ERROR = 1e-5          # of weights @ values, relative to the attention's output; fp32 rounding is under 1e-6

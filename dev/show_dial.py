@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 
 from dev.figures import COLORS, FAINT, INK, MARKERS, add_out, make_panels, save_figure, styled
 from dev.timing import print_table
-from nanochat.common import Parser, UserError, print0, run_script
+from nanochat.command_line import Parser, run_script
+from nanochat.common import UserError, print0
 from nanochat.scaling import (
     REFERENCE_BATCH_TOKENS,
     REFERENCE_DEPTH,

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from dev.figures import COLORS, add_out, make_panels, save_figure, styled
 from dev.timing import print_table
 from nanochat.checkpoint_manager import get_run_dir
-from nanochat.common import Parser, UserError, run_script
+from nanochat.command_line import Parser, run_script
+from nanochat.common import UserError
 from nanochat.run import ROUTING_FIGURES, read_info, read_metrics
 
 # Title and figures of a panel; the second one is dashed

@@ -37,7 +37,8 @@ from dev.figures import (
 from dev.laws import INTERVAL_PCT, PowerLaw, draw_noise, fit_parametric, fit_power_law
 from dev.results import CONVENTIONS, MAIN_CONVENTION, Results, group_near, load_results
 from dev.timing import print_table
-from nanochat.common import Parser, UserError, print0, run_script
+from nanochat.command_line import Parser, run_script
+from nanochat.common import UserError, print0
 from nanochat.report_render import format_count
 
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from dev.bench_memory import LiveBytes, fake_step, list_kept
 from dev.figures import FAINT, INK, add_out, make_panels, save_figure, styled
 from dev.timing import print_table
-from nanochat.common import Parser, UserError, print0, run_script
+from nanochat.command_line import Parser, run_script
+from nanochat.common import UserError, print0
 from nanochat.config import GPTConfig
 from nanochat.cross_entropy import LOSSES
 from nanochat.devices import COMPUTE_DTYPES

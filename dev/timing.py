@@ -10,7 +10,8 @@ from statistics import median
 
 import torch
 
-from nanochat.common import add_compute_flags, json_file, write_json
+from nanochat.command_line import add_compute_flags, json_file
+from nanochat.common import write_json
 from nanochat.compilation import set_compile_kernels
 from nanochat.devices import get_compute_dtype, init_compute, synchronize
 from nanochat.flash_attention import choose_backend

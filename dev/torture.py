@@ -46,7 +46,8 @@ from nanochat.checkpoint_manager import (
     read_latest,
     verify_files,
 )
-from nanochat.common import Parser, UserError, exit_with, get_base_dir, run_script
+from nanochat.command_line import Parser, exit_with, run_script
+from nanochat.common import UserError, get_base_dir
 from nanochat.run import read_metrics
 from scripts import base_train, tok_train
 

@@ -314,8 +314,8 @@ def add_model_flags(parser: argparse.ArgumentParser, **stage) -> None:
 
 def load_for(stage: str | None, tag: str | None, step: int | None, dtype: str,
              device_type: str) -> tuple[GPT, object, dict, str]:
-    """load_model for the values of these flags and of common.add_compute_flags', with device, dtype and attention in
-    words. Collective."""
+    """load_model for the values of these flags and of add_compute_flags', with device, dtype and attention in words.
+    Collective."""
     device, _ = devices.init_compute(device_type)
     compute_dtype, reason = devices.get_compute_dtype(dtype, device)
     model, tokenizer, meta = load_model(stage or find_last_stage(tag), device, tag=tag, step=step, dtype=compute_dtype)

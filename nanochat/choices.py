@@ -13,7 +13,8 @@ import torch
 
 from nanochat import common, devices, memory, moe
 from nanochat.checkpoint_manager import Checkpoint, SaveRules
-from nanochat.common import UserError, gather, int_or_all, int_or_never
+from nanochat.command_line import add_compute_flags, int_or_all, int_or_never
+from nanochat.common import UserError, gather
 from nanochat.compilation import choose_compile
 from nanochat.cross_entropy import LOSSES
 from nanochat.devices import get_peak_flops
@@ -77,7 +78,7 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
     add("--allow-mismatch", action="store_true",
         help="go on though tokenizer, data or settings aren't those of the saved run (recorded in run.json)")
     # machine
-    common.add_compute_flags(parser)
+    add_compute_flags(parser)
     add("--compile", choices=("auto", "on", "trunk", "off"), default="auto",
         help="on: each block; trunk: all blocks as one, which starts more slowly, and on several ranks sends gradients "
              "only when all are there; auto: off or on, by the run's length (default: %(default)s)")

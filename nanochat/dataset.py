@@ -32,11 +32,12 @@ from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, so that Ctrl-C ends in one sentence
-    from nanochat.common import prepare_process
+    from nanochat.command_line import prepare_process
     prepare_process()
 
 from nanochat import common, corpus, devices, shards
-from nanochat.common import Parser, UserError, get_base_dir, print0, printable, timed
+from nanochat.command_line import Parser, run_script
+from nanochat.common import UserError, get_base_dir, print0, printable, timed
 from nanochat.corpus import HUB_SOURCES
 from nanochat.download import CorruptFile, Job, download_all
 from nanochat.shards import Manifest, Shard, load_shards, read_manifest, rebuilt_folder, write_shard, write_shards
@@ -305,4 +306,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    run_script(main)

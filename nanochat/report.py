@@ -22,10 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, so that Ctrl-C ends in one sentence
-    from nanochat.common import prepare_process
+    from nanochat.command_line import prepare_process
     prepare_process()
 
-from nanochat.common import Parser, UserError, get_base_dir, get_ranks, now, print0, run_script, write_json
+from nanochat.command_line import Parser, run_script
+from nanochat.common import UserError, get_base_dir, get_ranks, now, print0, write_json
 from nanochat.devices import find_gpu_price
 from nanochat.ledger import build_leaderboard, find_fault, make_entry
 from nanochat.report_render import (

@@ -36,7 +36,8 @@ from statistics import median, quantiles
 import torch
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import UserError, count_cpus, end_process
+from nanochat.command_line import end_process
+from nanochat.common import UserError, count_cpus
 from nanochat.devices import find_device_type, get_compute_dtype, init_compute
 from nanochat.engine import Engine, Event, Request
 from nanochat.flash_attention import choose_for_inference

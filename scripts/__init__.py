@@ -1,5 +1,5 @@
 """The command lines. A process is prepared here, before a script loads torch."""
 
-from nanochat.common import prepare_process
+from nanochat.command_line import prepare_process
 
 prepare_process()

@@ -25,19 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from nanochat.checkpoint_manager import MODEL_NAME, add_model_flags, load_model
+from nanochat.command_line import Parser, add_compute_flags, int_or_all, run_script
 from nanochat.common import (
-    Parser,
     Ranks,
     UserError,
-    add_compute_flags,
     file_lock,
     get_base_dir,
     get_first_line,
     get_mirror_dir,
     hash_file,
-    int_or_all,
     print0,
-    run_script,
     write_json,
 )
 from nanochat.devices import get_compute_dtype, init_compute

@@ -14,18 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanochat.checkpoint_manager import add_model_flags, load_for
-from nanochat.common import (
-    Parser,
-    Ranks,
-    UserError,
-    add_compute_flags,
-    get_base_dir,
-    get_ranks,
-    print0,
-    run_script,
-    timed,
-    write_json,
-)
+from nanochat.command_line import Parser, add_compute_flags, run_script
+from nanochat.common import Ranks, UserError, get_base_dir, get_ranks, print0, timed, write_json
 from nanochat.dataloader import ValidationBatches, validation_batches
 from nanochat.engine import Engine
 from nanochat.loss_eval import compute_byte_bpb, evaluate_loss

@@ -13,7 +13,8 @@ from pathlib import Path
 from nanochat import scaling
 from nanochat.checkpoint_manager import find_saved, get_run_dir, locked_run
 from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, count_rows, read_flags
-from nanochat.common import Parser, Ranks, int_or_all, int_or_never, run_script
+from nanochat.command_line import Parser, int_or_all, int_or_never, run_script
+from nanochat.common import Ranks
 from nanochat.config import estimate_flops
 from nanochat.dataloader import TextGroups, ValidationBatches, validation_batches
 from nanochat.dataset import default_source

@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nanochat.checkpoint_manager import add_model_flags, load_for
-from nanochat.common import Parser, UserError, add_compute_flags, expand_home, get_base_dir, run_script, write_atomic
+from nanochat.command_line import Parser, add_compute_flags, run_script
+from nanochat.common import UserError, expand_home, get_base_dir, write_atomic
 from nanochat.conversations import (
     OPENAI,
     Turn,

@@ -22,17 +22,8 @@ from pathlib import Path
 from nanochat.chat_eval import AnswerSettings, Solver, check_task_names, compute_chatcore, evaluate_task
 from nanochat.checkpoint_manager import MODEL_NAME, add_model_flags, load_for
 from nanochat.choices import add_words_flag
-from nanochat.common import (
-    Parser,
-    UserError,
-    add_compute_flags,
-    get_base_dir,
-    get_ranks,
-    int_or_all,
-    print0,
-    run_script,
-    write_json,
-)
+from nanochat.command_line import Parser, add_compute_flags, int_or_all, run_script
+from nanochat.common import UserError, get_base_dir, get_ranks, print0, write_json
 from nanochat.report import write_section
 from tasks.catalog import CHATCORE_TASKS
 

@@ -26,7 +26,8 @@ from nanochat.checkpoint_manager import (
     locked_run,
 )
 from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, add_words_flag, read_flags
-from nanochat.common import Parser, Ranks, UserError, print0, run_script
+from nanochat.command_line import Parser, run_script
+from nanochat.common import Ranks, UserError, print0
 from nanochat.config import estimate_flops, read_config
 from nanochat.dataloader import hash_conversations
 from nanochat.devices import init_compute

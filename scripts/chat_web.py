@@ -31,16 +31,8 @@ from nanochat.checkpoint_manager import (
     get_step_name,
     load_run_tokenizer,
 )
-from nanochat.common import (
-    MAX_PROCESSES,
-    MAX_ROWS,
-    Parser,
-    UserError,
-    add_compute_flags,
-    let_threads_spin,
-    print0,
-    run_script,
-)
+from nanochat.command_line import Parser, add_compute_flags, let_threads_spin, run_script
+from nanochat.common import MAX_PROCESSES, MAX_ROWS, UserError, print0
 from nanochat.server import ServerSettings, log_line, make_app
 from nanochat.server_api import MAX_TEMPERATURE, MAX_TOP_K, Limits
 from nanochat.server_engines import EnginePool, EngineSettings, start_process

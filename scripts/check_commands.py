@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 
-from nanochat.common import Parser, check_flags, run_script
+from nanochat.command_line import Parser, check_flags, run_script
 
 
 def main(argv: list[str] | None = None) -> dict:

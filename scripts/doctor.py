@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 try:
-    from nanochat import common, devices
+    from nanochat import command_line, common, devices
 except Exception:    # a half-installed package may raise any error
-    common = None
+    command_line = common = None
 
 PACKAGES = ("torch", "numpy", "tiktoken", "rustbpe", "pyarrow", "datasets", "safetensors", "requests", "filelock",
             "yaml", "matplotlib", "fastapi", "starlette", "pydantic", "uvicorn")
@@ -44,7 +44,7 @@ class Finding:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    make_parser = common.Parser if common else argparse.ArgumentParser
+    make_parser = command_line.Parser if command_line else argparse.ArgumentParser
     parser = make_parser(prog="python -m scripts.doctor", description="Is this machine ready to train?")
     parser.add_argument("--quick", action="store_true", help="skip the trial of torch.compile, 10-60 s")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")

@@ -25,7 +25,8 @@ import requests
 import torch
 
 from nanochat.checkpoint_manager import add_model_flags, load_for
-from nanochat.common import Parser, UserError, expand_home, print0, run_script
+from nanochat.command_line import Parser, run_script
+from nanochat.common import UserError, expand_home, print0
 from nanochat.export import DTYPES, FORMATS, GGUF_NAME, Source, choose_format, export_model
 
 QUESTION = {"messages": [{"role": "user", "content": "Why is the sky blue? Count to 12, then say it in one sentence."}]}

@@ -13,7 +13,8 @@ import argparse
 import shlex
 
 from nanochat.checkpoint_manager import STAGES
-from nanochat.common import Parser, expand_home, print0, run_script
+from nanochat.command_line import Parser, run_script
+from nanochat.common import expand_home, print0
 from nanochat.import_hf import list_train_flags, read_folder, save_import
 
 

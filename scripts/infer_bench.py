@@ -20,7 +20,8 @@ from statistics import median, quantiles
 import torch
 
 from nanochat.checkpoint_manager import add_model_flags, build_model, load_model
-from nanochat.common import MAX_ROWS, Parser, UserError, add_compute_flags, json_file, print0, run_script, write_json
+from nanochat.command_line import Parser, add_compute_flags, json_file, run_script
+from nanochat.common import MAX_ROWS, UserError, print0, write_json
 from nanochat.config import GPTConfig, count_params
 from nanochat.devices import get_compute_dtype, get_peak_flops, get_peak_memory_bytes, init_compute, synchronize
 from nanochat.engine import Engine, Request

@@ -20,18 +20,8 @@ from pathlib import Path
 from statistics import mean
 
 from nanochat.checkpoint_manager import MODEL_NAME, add_model_flags, load_for
-from nanochat.common import (
-    Parser,
-    UserError,
-    add_compute_flags,
-    expand_home,
-    get_base_dir,
-    get_ranks,
-    int_or_all,
-    print0,
-    run_script,
-    write_json,
-)
+from nanochat.command_line import Parser, add_compute_flags, int_or_all, run_script
+from nanochat.common import UserError, expand_home, get_base_dir, get_ranks, print0, write_json
 from nanochat.harness import CORE_PREFIX, compare_core, evaluate, import_package, load_tasks, make_lm, write_core_tasks
 from nanochat.loss_eval import load_tasks as load_core_tasks
 from nanochat.report import write_section

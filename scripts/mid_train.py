@@ -13,7 +13,7 @@ import argparse
 from nanochat.chat_stage import MIDTRAINING, ChatSettings, add_chat_args, read_chat_flags, run_chat_stage
 from nanochat.checkpoint_manager import find_checkpoint, get_run_dir, locked_run
 from nanochat.choices import StageFlags
-from nanochat.common import Parser, run_script
+from nanochat.command_line import Parser, run_script
 from nanochat.devices import init_compute
 from tasks.mixtures import MIXTURES, make_mixture
 

@@ -20,7 +20,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
 from nanochat import devices, memory
-from nanochat.common import Parser, UserError, print0, run_script
+from nanochat.command_line import Parser, run_script
+from nanochat.common import UserError, print0
 from nanochat.config import GPTConfig, count_params, estimate_flops, list_by_head
 from nanochat.corpus import HUB_SOURCES
 from nanochat.fabric import FABRICS, Network, StepTime, count_muon_flops, find_fabric, predict_step

@@ -28,19 +28,8 @@ import torch
 
 from nanochat.checkpoint_manager import get_run_dir, locked_run, read_latest
 from nanochat.choices import FREE_FLAGS
-from nanochat.common import (
-    MAX_PROCESSES,
-    Parser,
-    UserError,
-    check_flags,
-    file_lock,
-    get_base_dir,
-    get_worker_env,
-    now,
-    print0,
-    run_script,
-    write_json,
-)
+from nanochat.command_line import Parser, check_flags, run_script
+from nanochat.common import MAX_PROCESSES, UserError, file_lock, get_base_dir, get_worker_env, now, print0, write_json
 from nanochat.config import GPTConfig, estimate_flops
 from nanochat.presets import Preset
 from nanochat.report import RunFiles, read_json, read_run

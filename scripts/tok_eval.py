@@ -11,7 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from nanochat.common import Parser, UserError, now, print0, run_script, write_json
+from nanochat.command_line import Parser, run_script
+from nanochat.common import UserError, now, print0, write_json
 from nanochat.report import write_section
 from nanochat.shards import iter_documents, load_shards
 from nanochat.tokenizer import RustBPETokenizer, get_tokenizer, get_tokenizer_dir

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.common import Parser, UserError, now, print0, run_script, write_json
+from nanochat.command_line import Parser, run_script
+from nanochat.common import UserError, now, print0, write_json
 from nanochat.dataset import default_source
 from nanochat.report import write_section
 from nanochat.shards import iter_documents, load_shards, rebuilt_folder, sole_writer

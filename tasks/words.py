@@ -15,10 +15,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, so that Ctrl-C ends in one sentence
-    from nanochat.common import prepare_process
+    from nanochat.command_line import prepare_process
     prepare_process()
 
-from nanochat.common import Parser, UserError, file_lock, get_base_dir, get_mirror_dir, print0, run_script, write_atomic
+from nanochat.command_line import Parser, run_script
+from nanochat.common import UserError, file_lock, get_base_dir, get_mirror_dir, print0, write_atomic
 from nanochat.download import CorruptFile, Job, download_all
 from nanochat.shards import iter_documents, load_shards
 from tasks.embedded import iter_docstrings

@@ -23,7 +23,8 @@ from nanochat.checkpoint_manager import (
     restore,
     save_checkpoint,
 )
-from nanochat.common import Ranks, UserError, get_base_dir, run_script
+from nanochat.command_line import run_script
+from nanochat.common import Ranks, UserError, get_base_dir
 from nanochat.run import RunLog, read_info, read_metrics
 from tests.helpers import (
     BYTE_TOKENIZER,

@@ -17,7 +17,8 @@ import time
 import pytest
 
 from nanochat import corpus, dataset
-from nanochat.common import UserError, run_script
+from nanochat.command_line import run_script
+from nanochat.common import UserError
 from nanochat.corpus import Package
 from nanochat.shards import iter_documents, load_shards
 from nanochat.tokenizer import get_token_bytes, get_tokenizer

@@ -8,7 +8,8 @@ import torch
 
 from nanochat import decoding, engine
 from nanochat.choices import FREE_FLAGS, OUTCOME_FLAGS, count_rows, take_identity
-from nanochat.common import Ranks, UserError, int_or_all, int_or_never
+from nanochat.command_line import int_or_all, int_or_never
+from nanochat.common import Ranks, UserError
 from nanochat.stage import print_samples
 from scripts import base_train, chat_rl, chat_sft, mid_train
 from tests.helpers import BYTE_TOKENIZER, TINY, make_model

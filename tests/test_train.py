@@ -12,7 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import Ranks, UserError, any_rank, end_process, explain_ending, gather, sum_over_ranks
+from nanochat.command_line import end_process, explain_ending
+from nanochat.common import Ranks, UserError, any_rank, gather, sum_over_ranks
 from nanochat.cross_entropy import LossScaler
 from nanochat.gpt import GPTConfig
 from nanochat.run import StepStats

@@ -3,7 +3,7 @@
 import sys
 
 from nanochat import checkpoint_manager
-from nanochat.common import run_script
+from nanochat.command_line import run_script
 from scripts import chat_cli
 from tests.helpers import BYTE_TOKENIZER
 from tests.server_helpers import ScriptedModel

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from nanochat import chat_eval
 from nanochat.chat_eval import AnswerSettings, Solver, evaluate_task
-from nanochat.common import UserError, end_process, get_ranks
+from nanochat.command_line import end_process
+from nanochat.common import UserError, get_ranks
 from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import RustBPETokenizer
 from tasks.catalog import get_task

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanochat.common import UserError, end_process, get_ranks
+from nanochat.command_line import end_process
+from nanochat.common import UserError, get_ranks
 from nanochat.loss_eval import evaluate_core
 from nanochat.tokenizer import RustBPETokenizer
 from tests.eval_helpers import CORE_CONFIG

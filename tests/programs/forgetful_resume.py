@@ -1,7 +1,7 @@
 """dev.torture with a resume that forgets the optimizer's state: the ranks are forks and inherit the fault."""
 
 from dev import torture
-from nanochat.common import run_script
+from nanochat.command_line import run_script
 from nanochat.optim import MuonAdamW
 
 

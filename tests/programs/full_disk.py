@@ -5,7 +5,7 @@ import shutil
 import sys
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat.common import run_script
+from nanochat.command_line import run_script
 from nanochat.tokenizer import get_tokenizer_dir
 from tests import helpers
 

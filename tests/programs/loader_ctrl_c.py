@@ -4,7 +4,8 @@ import sys
 import time
 from pathlib import Path
 
-from nanochat.common import Ranks, run_script
+from nanochat.command_line import run_script
+from nanochat.common import Ranks
 from nanochat.dataloader import RowOrder, TextGroups, TrainLoader
 from nanochat.shards import ShardList
 from tests.helpers import BYTE_TOKENIZER

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nanochat.common import end_process, get_ranks
+from nanochat.command_line import end_process
+from nanochat.common import get_ranks
 from nanochat.shards import ShardList
 from tests.data_helpers import make_loader
 

@@ -2,7 +2,8 @@
 
 import sys
 
-from nanochat.common import UserError, run_script
+from nanochat.command_line import run_script
+from nanochat.common import UserError
 
 
 def main(argv):

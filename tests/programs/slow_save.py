@@ -4,7 +4,7 @@ import time
 
 from nanochat import checkpoint_manager, run
 from nanochat.checkpoint_manager import Checkpointer, get_run_dir
-from nanochat.common import run_script
+from nanochat.command_line import run_script
 from tests import helpers
 
 

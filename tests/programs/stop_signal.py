@@ -4,7 +4,8 @@ import sys
 import time
 from pathlib import Path
 
-from nanochat.common import print0, run_script
+from nanochat.command_line import run_script
+from nanochat.common import print0
 from nanochat.run import StopSignal
 
 

@@ -12,7 +12,7 @@ import torch
 
 from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import Checkpointer, get_run_dir
-from nanochat.common import run_script
+from nanochat.command_line import run_script
 from nanochat.devices import init_compute
 from nanochat.train import train_step
 from tests import helpers
