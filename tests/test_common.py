@@ -19,8 +19,6 @@ from nanochat.common import Ranks, UserError
 from tasks.customjson import CustomJSON
 from tests.helpers import run_program
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Environment, files, ranks
 
