@@ -14,7 +14,7 @@ import torch
 
 from nanochat.checkpoint_manager import Checkpoint, find_saved, load_run_tokenizer
 from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, add_words_flag, count_rows, read_flags
-from nanochat.common import Ranks, UserError, expand_home, print0
+from nanochat.common import Ranks, expand_home, print0
 from nanochat.config import estimate_flops, read_config
 from nanochat.dataloader import ConversationGroups, Epoch, ValidationBatches, count_epoch, validation_conversations
 from nanochat.optim import MuonAdamW
@@ -25,6 +25,7 @@ from nanochat.scaling import REFERENCE_BATCH_TOKENS, get_chat_momentum, get_lr_f
 from nanochat.stage import Recipe, Run, Setup, begin_run, evaluate, make_state, prepare_run, print_samples
 from nanochat.train import take_step
 from tasks.mixtures import Mixture, parse_entries
+from tasks.rows import check_file
 
 QUESTIONS = ("Who are you?", "What is 34 * 27?", "How many r are in strawberry?", "What is the capital of France?")
 
@@ -83,8 +84,7 @@ def read_chat_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, a
     """The parsed flags of these stages as values; what can't be learned from is refused."""
     parse_entries(args.tasks or ())
     for path in args.custom_json:
-        if not expand_home(path).is_file():
-            raise UserError(f"--custom-json {path} can't be read, there is no such file; give one that is there")
+        check_file(expand_home(path))
     return read_flags(args, parser, argv)
 
 

@@ -46,7 +46,7 @@ FORMAT_VERSION = 1   # raised when an older nanochat couldn't read the files
 
 def get_run_dir(stage: str, tag: str) -> Path:
     """The folder of one run: $NANOCHAT_BASE_DIR/runs/<stage>/<tag>."""
-    common.check_name(tag, "the tag")
+    common.check_name(tag, "the tag", reserved=(".lock",))
     return get_base_dir() / "runs" / stage / tag
 
 
@@ -256,8 +256,6 @@ class Checkpoint:
 def find_saved(stage: str, run_dir: Path, resume: str) -> Checkpoint | None:
     """The checkpoint of a run to continue, None to start anew; `resume` is 'auto' (the latest, if any), 'none' or a
     step. The folder stays as it is until `claim_folder`, when it is clear that the run can begin."""
-    if resume not in ("auto", "none") and not resume.isdecimal():
-        raise UserError(f"--resume {resume} must be auto, none or a step")
     if resume == "none" or resume == "auto" and read_latest(run_dir) is None:
         return None
     step = find_step(run_dir, None if resume == "auto" else int(resume))

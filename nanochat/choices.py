@@ -18,7 +18,7 @@ from nanochat.common import UserError, gather
 from nanochat.compilation import choose_compile
 from nanochat.cross_entropy import LOSSES
 from nanochat.devices import get_peak_flops
-from nanochat.flash_attention import FLEX_BLOCK, choose_backend
+from nanochat.flash_attention import BACKENDS, FLEX_BLOCK, choose_backend
 from nanochat.fp8 import choose_fp8
 from nanochat.gpt import GPTConfig
 from nanochat.memory import GIB, Machine, list_divisors, measure_free_bytes
@@ -42,7 +42,8 @@ LR_NAMES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")    # lat
 # The least and the most of a flag's number, where a stage has it and it is given
 POSITIVE = math.ulp(0.0)
 FLAG_RANGES = (
-    dict.fromkeys((*LR_NAMES, "weight_decay", "save_every_minutes", "warmup_steps", "seed"), (0, math.inf))
+    dict.fromkeys(("num_iterations", "num_epochs", "total_batch_size", "examples_per_step"), (1, math.inf))
+    | dict.fromkeys((*LR_NAMES, "weight_decay", "save_every_minutes", "warmup_steps", "seed"), (0, math.inf))
     | dict.fromkeys(("eval_tokens", "stop_at", "core_metric_max_per_task", "max_new_tokens"), (1, math.inf))
     | dict.fromkeys(("sample_rows", "eval_examples", "eval_samples"), (1, 10**6))
     | dict.fromkeys(("warmdown_ratio", "final_lr_frac"), (0, 1))
@@ -141,7 +142,7 @@ class StageFlags:
 
 
 def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[str] | None) -> StageFlags:
-    """The parsed flags as values; numbers that mean nothing are refused."""
+    """The parsed flags as values; numbers and names that mean nothing are refused."""
     given = vars(args)
     for name, (least, most) in FLAG_RANGES.items():
         value = given.get(name)
@@ -150,6 +151,11 @@ def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: 
             bounds += "" if most == math.inf else f" and at most {most}"
             said = f"{value:g}" if isinstance(value, float) else value
             raise UserError(f"--{name.replace('_', '-')} {said} must be {bounds}")
+    for name, known in (("dtype", devices.COMPUTE_DTYPES), ("attention", BACKENDS)):
+        if given[name] not in ("auto", *known):
+            raise UserError(f"--{name} {given[name]} is not one of auto, {', '.join(known)}")
+    if args.resume not in ("auto", "none") and not args.resume.isdecimal():
+        raise UserError(f"--resume {args.resume} must be auto, none or a step")
     return StageFlags(
         given, {name: parser.get_default(name) for name in given}, sys.argv if argv is None else argv,
         SaveRules(args.save_every, args.save_every_minutes, args.keep_last, args.keep_every),

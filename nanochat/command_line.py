@@ -51,8 +51,8 @@ def take_number(kind: type, text: str) -> float:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, by whose flags each script refuses empty values and numbers out of reach. A flag that may be empty
-    has `type=str`."""
+    """argparse's parser, for all our programs: it refuses empty values and numbers out of reach, and says what is wrong
+    in one line. A flag whose value may be empty has `type=str`."""
 
     def __init__(self, **settings):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | settings)
@@ -235,7 +235,7 @@ def explain_ending(error: BaseException) -> tuple[int, str] | None:
             return 2, f"error: no permission for {error.filename} ({error.strerror}); change it, or set " \
                       "NANOCHAT_BASE_DIR to a folder that you can write to"
         if error.errno in (errno.ENAMETOOLONG, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ELOOP) and \
-                error.filename:
+                isinstance(error.filename, str | bytes):
             return 2, f"error: {printable(error.filename2 or error.filename)} can't be used ({error.strerror}); name " \
                       "another one"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -78,13 +78,17 @@ MAX_NAME_BYTES = 180                            # disks take 255, and files besi
 RESERVED_ENDS = (".new", ".old", ".tmp", ".lock")   # of what is beside a folder: made aside, moved aside, its lock
 
 
-def check_name(name: str, what: str) -> None:
-    """UserError for a name that can't be a folder's. what: it is of"""
-    if not name or Path(name).name != name or name.startswith(".") or name.endswith(RESERVED_ENDS) or \
+def check_name(name: str, what: str, reserved: tuple[str, ...] = RESERVED_ENDS) -> None:
+    """UserError for a name that can't be a folder's.
+
+    what:     the thing that has the name, for the message
+    reserved: ends of the names that files and folders beside it have
+    """
+    if not name or Path(name).name != name or name.startswith(".") or name.endswith(reserved) or \
             len(os.fsencode(name)) > MAX_NAME_BYTES or any(unicodedata.category(char) == "Cc" for char in name):
         raise UserError(f"{what} {name[:MAX_NAME_BYTES]!r} must be a plain folder name, such as d12: at most "
                         f"{MAX_NAME_BYTES} bytes, no control characters, no . at its beginning and none of "
-                        f"{', '.join(RESERVED_ENDS)} at its end")
+                        f"{', '.join(reserved)} at its end")
 
 
 def get_base_dir() -> Path:
@@ -258,7 +262,8 @@ def failing_together(*errors: type[BaseException]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        reason = ("" if isinstance(error, UserError) else f"{type(error).__name__}: ") + get_first_line(error)
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        reason = ("out of memory: " if is_out_of_memory(error) else kind) + get_first_line(error)
     if reason := next(filter(None, gather(reason)), None):
         raise UserError(reason)
 
@@ -311,9 +316,10 @@ def hash_code() -> str:
     """Twelve digits of the sha256 of all code that a run may execute, so that an edit is known without git, too."""
     digest, repo_dir = hashlib.sha256(), Path(__file__).resolve().parent.parent
     for folder in ("nanochat", "scripts", "tasks"):
-        for path in sorted((repo_dir / folder).glob("*.py")):
-            code = path.read_bytes()
-            digest.update(f"{folder}/{path.name} {len(code)}\n".encode() + code)
+        for path in sorted((repo_dir / folder).glob("[!.]*.py")):    # not an editor's locks and copies
+            with contextlib.suppress(OSError):
+                code = path.read_bytes()
+                digest.update(f"{folder}/{path.name} {len(code)}\n".encode() + code)
     return digest.hexdigest()[:12]
 
 

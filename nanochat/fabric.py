@@ -119,7 +119,8 @@ class Event(NamedTuple):
 
 
 def make_meta_optimizer(config: GPTConfig, machine: Machine, rule: TrainingRule) -> MuonAdamW:
-    """The last rank's, which has the fewest heads and so the longest update, of parameters that take no memory."""
+    """An optimizer over parameters that take no memory: that of the last rank, which has the fewest heads and so the
+    longest update."""
     import torch  # here, not above, so that scripts.plan answers at once where no network is named
 
     from nanochat.gpt import GPT

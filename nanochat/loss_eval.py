@@ -51,7 +51,7 @@ ROW_FIELDS = {              # what a row of each kind must have
 OPTIONS_FIELD = {"multiple_choice": "choices", "schema": "context_options"}
 DATA_SEED, SHOT_SEED = 1337, 1234   # the published metric's: other seeds give other items and other shots
 
-FAILURES = (UserError, OSError, torch.OutOfMemoryError)    # after which a run can go on
+FAILURES = (UserError, OSError, MemoryError, torch.OutOfMemoryError)    # after which a run can go on
 WINDOW_ITEMS = 256          # items that are tokenized at a time, then sorted by length (assumption, not studied)
 PREFILL_TOKENS = 256        # tokens of a prefix in one pass: short passes skip more of the masked keys
 # Tokens of one batch, prefixes and tails of all its rows, and of its tails alone, whose logits are V wide; by device
@@ -448,7 +448,7 @@ def evaluate_core(model, tokenizer, *, max_per_task: int | None = None, bundle_d
 
 
 def log_core(model, tokenizer, log: RunLog, step: int, max_per_task: int | None) -> dict:
-    """The CORE metric at a step of a run; where its data is missing the run goes on without. Collective."""
+    """The CORE metric at a step of a run; where data or memory is missing the run goes on without. Collective."""
     try:
         values = evaluate_core(model, tokenizer, max_per_task=max_per_task)
     except UserError as error:

@@ -227,6 +227,8 @@ def parse_preset_args(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
     contradicts the preset."""
     args = parser.parse_args(argv)
     parse_knobs(args.knobs)
+    if args.num_iterations is not None and args.target_flops is not None:
+        raise UserError("--num-iterations and --target-flops are two horizons; give one of them")
     if args.preset is None:
         return args
     typed = list_typed(parser, argv, vars(args))

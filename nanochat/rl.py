@@ -105,7 +105,7 @@ def write_answers(engine: Engine, questions: Sequence[Question], num_samples: in
             has_end, num_prompt = tokens[-1] in engine.end_tokens, len(question.prompt)
             text = engine.tokenizer.decode(tokens[num_prompt:-1] if has_end else tokens[num_prompt:])
             groups[-1].append(Rollout(tokens, mask, num_prompt, text,
-                                     float(question.task.reward(question.conversation, text)), not has_end))
+                                      float(question.task.reward(question.conversation, text)), not has_end))
     return groups
 
 

@@ -38,6 +38,7 @@ count_steps() {    # of a size, as marin's had
 for size in $SIZES; do count_steps "$size" > /dev/null; done    # refused now, not after the first model
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+check_recipe
 
 largest=$(tr ' ' '\n' <<< "$SIZES" | sort | tail -n 1)
 begin_chain "$NAME" text 0 tokenizer 0 $(for size in $SIZES; do echo "$size" 0; done) ledger 0    # none was timed yet

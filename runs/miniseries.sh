@@ -7,7 +7,6 @@
 # Cost      about $58 at $24 an hour for the node, likewise
 # Expect    validation bits per byte that fall with depth along a smooth curve; no figures are published for this data
 #
-# NPROC, PARALLEL, DEPTHS, RATIO, SEQ_LEN, VOCAB_SIZE, DATA, NUM_SHARDS, TOK_CHARS, NAME and EXTRA are those of
-# runs/scaling_laws.sh, run here without FLOP budgets. Run it again to continue.
+# The variables are those of runs/scaling_laws.sh, of which BUDGETS is empty here. Run it again to continue.
 NAME=${NAME:-miniseries} BUDGETS=${BUDGETS-}
 source "$(dirname "${BASH_SOURCE[0]}")/scaling_laws.sh"

@@ -40,6 +40,8 @@ done
 DATA_DIR=$(cd "$DATA_DIR" && pwd)
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+check_settings "$NAME"
+check_recipe
 
 # Links by the hub's own names, for this chain alone: a part of a test set must not pass for the whole in another one
 export NANOCHAT_MIRROR_DIR=$base_dir/mirror/$NAME HF_HUB_OFFLINE=1

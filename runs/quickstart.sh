@@ -32,6 +32,7 @@ CHAT_EXTRA=${CHAT_EXTRA:-}               # more flags for mid_train, chat_sft an
 RL_EXTRA=${RL_EXTRA:-}                   # more flags for chat_rl alone
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+check_recipe
 
 # Seconds, as two slow cores with bf16 units took at depth 2 and 3; training's by the parameters of matrices and head
 thousands=$(( $(RATIO=1 count_tokens) / 1000 ))

@@ -1,5 +1,5 @@
-# What the recipes share: how they check their settings, fetch text, start a stage, say how far they are. setup.sh reads
-# this for them.
+# What the recipes share: how they check their settings, fetch text, start a stage, say how far they are. setup.sh sources
+# this for them, slurm.sh does it itself.
 
 base_dir=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}
 base_dir=${base_dir/#\~/$HOME}    # as Python does
@@ -36,40 +36,53 @@ count_tokens() {    # that a laptop's base model reads, by DEPTH, VOCAB_SIZE and
         'BEGIN { width = 128 * int((depth + 1) / 2); printf "%d", ratio * width * (12 * width * depth + vocab) }'
 }
 
-# What a person may set, checked before anything is fetched, made or deleted by it
+# What a person may set, checked before the first stage
+
+recipes=(quickstart.sh runcpu.sh offline.sh speedrun.sh run1000.sh slurm.sh scaling_laws.sh miniseries.sh marin.sh moe.sh)
+
+check_settings() {    # the NAME $1, for folders are made and deleted by it, and NPROC
+    [[ $1 && $1 != */* && $1 != *[[:space:]]* && $1 != [.-]* && $1 != *.@(new|old|tmp|lock) && ${#1} -le 99 ]] ||
+        fail "NAME=$1 must be letters, digits and . _ -, at most 99 and no .new, .old, .tmp or .lock: it names folders"
+    [[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC must be a number of GPUs, 1 or more"
+}
 
 list_settings() {    # of recipes: the names that they take from the environment
-    grep -ohE '(^| )[A-Z_]+=\$\{[A-Z_]+[:-]' "$@" | grep -oE '^ ?[A-Z_]+' | sort -u || true
+    grep -ohE '(^| )[A-Z_]+=\$\{[A-Z_]+[:-]' "$@" | grep -oE '[A-Z_]+=' | tr -d '=' | sort -u || true
 }
 
-check_settings() {    # the NAME $1, NPROC, and that nothing was set which this recipe doesn't read
-    local file files=() name own
-    [[ $1 && $1 != */* && $1 != *[[:space:]]* && $1 != [.-]* ]] ||
-        fail "NAME=$1 must be letters, digits and . _ -, for it names folders"
-    [[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC must be a number of GPUs, 1 or more"
-    for file in "${BASH_SOURCE[@]}"; do    # the recipe, and what it sources; named as seen from where it was started
-        [[ -e $file ]] || file=runs/${file##*/}
-        [[ $file == */recipe.sh || $file == */setup.sh ]] || files+=("$file")
-    done
-    own=$(list_settings "${files[@]}" | tr -d ' ' | tr '\n' ' ')
-    for name in $(list_settings runs/*.sh) BATCH_TOKENS; do    # the last was a setting once
-        [[ ! ${!name:-} || " $own" == *" $name "* ]] ||
-            fail "$name=${!name} is no setting of ${files[${#files[@]} - 1]##*/}; unset it, or set one of ${own% }"
+refuse_foreign() {    # settings of other recipes, which would do nothing in this one ($1, and $2... that it sources)
+    local name own exported
+    own=$(list_settings "${@/#/runs/}" | tr '\n' ' ')
+    exported=$(compgen -e | tr '\n' ' ')
+    for name in $(list_settings "${recipes[@]/#/runs/}") BATCH_TOKENS; do    # the last was a setting once
+        [[ " $exported" == *" $name "* && ${!name} && " $own" != *" $name "* ]] || continue
+        case $name in
+            AUTHOR | DATA | DATA_DIR | DEVICE | NAME | NPROC | PARALLEL | RUN | SIZES | WORDS)    # others use them, too
+                echo "warning: $name=${!name} does nothing here, it is no setting of $1" >&2 ;;
+            *) fail "$name=${!name} is no setting of $1; unset it, or set one of ${own% }" ;;
+        esac
     done
 }
 
-check_commands() {    # the flags of all stages, now, not hours later: what the recipe would call is noted, and parsed
-    NOTING=1 bash "runs/${0##*/}" 3>&1 > /dev/null | python -m scripts.check_commands || exit
+check_recipe() {    # called by a recipe: foreign settings, and the flags of all its stages, now and not hours later
+    local file sources=()
+    for file in "${BASH_SOURCE[@]:1}"; do    # the recipe that has the stages; one that set its settings and sourced it
+        [[ ! -e runs/${file##*/} ]] || sources=("${file##*/}" ${sources[@]+"${sources[@]}"})
+    done
+    refuse_foreign "${sources[@]}"
+    # The recipe's file runs once more, its commands only noted. Its other lines, if there are any, run twice
+    ( note_commands; source "runs/${BASH_SOURCE[1]##*/}" ) 3>&1 > /dev/null | python -m scripts.check_commands || exit
 }
 
-note_commands() {    # in the process that only notes
+note_commands() {    # in the shell that only notes
+    noting=1
     python() { printf '%s\0' "$#" "$@" >&3; }
     launch() { python -m "$@"; }
     fetch_data() { :; }
     begin_chain() { :; }
     stage() { :; }
     end_chain() { :; }
-    check_commands() { :; }
+    check_recipe() { :; }
 }
 
 # The chain's progress. A recipe names its stages once, each with its seconds where the header measured them (else 0):
@@ -77,7 +90,6 @@ note_commands() {    # in the process that only notes
 # <base dir>/chains/NAME/STAGE: the seconds of a finished stage, 0 if it was interrupted; empty until it ends.
 begin_chain() {
     check_settings "$1"
-    check_commands
     chain_name=$1 chain=("${@:2}") stage_name="" chain_start=$SECONDS
     chain_dir=$base_dir/chains/$1
     [[ -e $base_dir/runs/base/$1 ]] || rm -rf "$chain_dir"    # its runs were deleted: it begins anew
@@ -124,4 +136,4 @@ end_chain() {
     echo "$chain_name: all $(( ${#chain[@]} / 2 )) stages done in $(( (SECONDS - chain_start) / 60 )) min"
 }
 
-[[ ! ${NOTING:-} ]] || note_commands
+[[ ! ${noting:-} ]] || note_commands

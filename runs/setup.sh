@@ -114,17 +114,21 @@ describe() {    # what the stamp says of an environment
     cat "$1" "$gpu_lock"
 }
 
-wait_for_others() {    # that set up this folder: the lock is this shell's, on the folder, until it closes it or ends
-    exec 9< .
+wait_for_others() {    # that set up this folder. The lock is this shell's, on the folder, until it closes it or ends; NFS
+    exec 9< .          # and Windows have none
     "$1" -c '
-import fcntl, sys, time
-for _ in range(20):    # one that finds all in place takes no longer
-    try:
-        sys.exit(fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB))
-    except BlockingIOError:
-        time.sleep(0.1)
-print("set-up: waiting for another one in this folder", flush=True)
-fcntl.flock(9, fcntl.LOCK_EX)' 2>/dev/null || true    # a system or a disk that knows no such lock
+import sys, time
+try:
+    import fcntl
+    for _ in range(20):    # one that finds all in place takes no longer
+        try:
+            sys.exit(fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB))
+        except BlockingIOError:
+            time.sleep(0.1)
+    print("set-up: waiting for another one in this folder", file=sys.stderr)
+    fcntl.flock(9, fcntl.LOCK_EX)
+except (ImportError, OSError):
+    pass'
 }
 
 set_up() {
@@ -165,6 +169,6 @@ set_up() {
     exec 9<&-
 }
 
-[[ ${NOTING:-} ]] || set_up
+[[ ${noting:-} ]] || set_up
 # Not `source activate`: that names the folder that .venv was made in, the wrong one once the checkout has moved
 export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"

@@ -40,8 +40,8 @@ RL_EXTRA=${RL_EXTRA:-}                   # more flags for scripts.chat_rl
 CHAT_EVAL_EXTRA=${CHAT_EVAL_EXTRA:-}     # more flags for scripts.chat_eval
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+check_recipe
 
-# No stage has been timed yet
 begin_chain "$NAME" text 0 tokenizer 0 base 0 loss 0 core 0 mid 0 mid-eval 0 sft 0 sft-eval 0 \
     ${RL_TASKS:+rl 0 rl-eval 0} report 0
 stage text

@@ -65,6 +65,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--fetch", action="store_true", help="only download the tasks to the base folder, where they aren't there")
     add("--fresh", action="store_true", help="evaluate again what has been evaluated before")
     args = parser.parse_args(argv)
+    if args.max_per_task == 0:
+        raise UserError("--max-per-task 0 must be at least 1, or all")
     if args.hf_path:
         parser.refuse_unused(args, ("model_tag", "step"), "--hf-path")
     if args.fetch:

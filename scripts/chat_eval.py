@@ -46,6 +46,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "machine can't isolate them")
     add("--fresh", action="store_true", help="evaluate again what has been evaluated before")
     args = parser.parse_args(argv)
+    for flag, value in (("--max-problems", args.max_problems), ("--batch-size", args.batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value} leaves nothing to evaluate; give at least 1")
     check_task_names(args.task_name)
     make_settings(args)
     return args

@@ -136,10 +136,16 @@ class TableRows(Sequence):
         return self.table.slice(range(len(self))[index], 1).to_pylist()[0]
 
 
+def check_file(path: Path) -> None:
+    """UserError where a person's file isn't one."""
+    if not path.is_file():    # a pipe would be waited for
+        raise UserError(f"{printable(path)} can't be read, {'it is no file' if path.exists() else 'it is not there'}; "
+                        "give a file, such as a .jsonl")
+
+
 def read_rows(path: Path) -> JsonLines | TableRows:
     """The rows of a person's file."""
-    if path.exists() and not path.is_file():    # a pipe would be waited for
-        raise UserError(f"{printable(path)} can't be read, it is no file; give a file, such as a .jsonl")
+    check_file(path)
     return TableRows([path]) if path.suffix.lower() == ".parquet" else JsonLines(path)
 
 

@@ -473,7 +473,7 @@ def test_script_when_nothing_can_be_evaluated(run, hub):
         run("-a", "MMLU", "GSM8K")
     with pytest.raises(UserError, match="there is no task 'mmlu'"):
         run("-a", "mmlu")
-    with pytest.raises(UserError, match="0 problems"):
+    with pytest.raises(UserError, match="--max-problems 0 leaves nothing"):
         run("-a", "Arithmetic", "-x", "0")
     with pytest.raises(UserError, match="there is no rl model"):
         script.main(["-i", "rl", "--device-type", "cpu"])

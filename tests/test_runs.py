@@ -113,9 +113,11 @@ def test_tokens_of_a_laptop_recipe(depth):
     ("run1000.sh", {"NUM_ITERATIONS": "9"}, "error: NUM_ITERATIONS=9 is no setting of run1000.sh; unset it, or set on"),
     ("runcpu.sh", {"EXTRA": "--dept"}, "base_train.py: error: argument --depth: expected one argument"),
     ("quickstart.sh", {"MID_TASKS": "Arithmetik"}, "error: scripts.mid_train: --tasks Arithmetik: there is no task "),
-    ("quickstart.sh", {"CHAT_EXTRA": "--custom-json x.json"}, "error: scripts.mid_train: --custom-json x.json can't "),
+    ("quickstart.sh", {"CHAT_EXTRA": "--custom-json x.json"}, "error: scripts.mid_train: x.json can't be read, it is"),
     ("speedrun.sh", {"RL_TASKS": "MMLU"}, "error: scripts.chat_rl: the task MMLU has no reward"),
     ("moe.sh", {"SFT_EXTRA": "--epochs 2"}, "chat_sft.py: error: unrecognized arguments: --epochs 2"),
+    ("speedrun.sh", {"RL_EXTRA": "--dtype int8"}, "error: scripts.chat_rl: --dtype int8 is not one of auto, "),
+    ("speedrun.sh", {"CHAT_EVAL_EXTRA": "-x 0"}, "error: scripts.chat_eval: --max-problems 0 leaves nothing"),
     ("moe.sh", {"EXTRA": "--knobs smeer=off"}, "error: scripts.base_train: --knobs smeer=off: there is no knob"),
     ("miniseries.sh", {"EXTRA": "--epochs 2"}, "error: unrecognized arguments: --epochs 2"),
     ("marin.sh", {"EXTRA": "--epochs 2"}, "base_train.py: error: unrecognized arguments: --epochs 2")])
@@ -128,6 +130,46 @@ def test_wrong_settings_end_a_recipe_before_its_first_stage(recipe, settings, me
                           env=use_warm_python(env), capture_output=True)
     assert done.returncode == 2 and message in done.stderr.splitlines()[-1] and not done.stdout
     assert not (tmp_path / "base").exists()
+
+
+def test_settings_are_known_and_others_warned_of(tmp_path):
+    """What people export for other programs ends nothing, and each name is some recipe's."""
+    commands = note_commands("quickstart.sh", tmp_path, "log", PARALLEL="4", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="300")
+    assert len(commands) == 8
+    assert (tmp_path / "log.err").read_text() == \
+        "warning: PARALLEL=4 does nothing here, it is no setting of quickstart.sh\n"
+    recipes = re.search(r"^recipes=\((.*)\)$", (REPO_DIR / "runs" / "recipe.sh").read_text(), re.MULTILINE)[1].split()
+    files = {path.name for path in (REPO_DIR / "runs").glob("*.sh")}
+    assert set(recipes) == files - {"setup.sh", "recipe.sh", "test.sh"}
+
+
+OWN_RECIPE = """
+DEPTH=$1 NPROC=1
+source "$CHECKOUT/runs/setup.sh"
+begin_chain own text 0
+stage text
+python "$CHECKOUT/tool.py" $DEPTH
+end_chain
+"""
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+    """Anywhere, with settings and commands of its own; each command runs once."""
+    write_stub(tmp_path)
+    (tmp_path / "tool.py").write_text("import sys\nprint('ran with', sys.argv[1])\n")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "own.sh").write_text(OWN_RECIPE)
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path / "base"), "CHECKOUT": str(tmp_path)}
+    done = subprocess.run(["bash", "own.sh", "4"], cwd=tmp_path / "elsewhere", env=env, text=True, capture_output=True)
+    assert done.returncode == 0 and done.stdout.count("ran with 4\n") == 1 and not done.stderr
+
+
+def test_commands_of_other_programs_are_not_checked():
+    commands = (["-m", "http.server", "x"], ["tool.py", "x"], ["-c", ""], ["-m", "scripts.tok_train", "--name", ""])
+    noted = "".join(f"{len(words)}\0" + "".join(f"{word}\0" for word in words) for words in commands)
+    done = subprocess.run([sys.executable, "-m", "scripts.check_commands"], cwd=REPO_DIR, input=noted, text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and done.stderr.startswith("tok_train.py: error: argument --name: the value is empty")
 
 
 @pytest.mark.parametrize(("recipe", "data"), [
@@ -243,12 +285,12 @@ def test_moe_at_toy_size(base_dir, tmp_path):
 
 
 def write_stub(tmp_path):
-    """runs/, without the set-up and the check of all commands."""
+    """runs/, without the set-up and what Python checks."""
     shutil.copytree(REPO_DIR / "runs", tmp_path / "runs", dirs_exist_ok=True)
     setup = (REPO_DIR / "runs" / "setup.sh").read_text()
     (tmp_path / "runs" / "setup.sh").write_text(setup.replace("|| set_up\n", "|| true\n"))
     recipe = (REPO_DIR / "runs" / "recipe.sh").read_text()
-    (tmp_path / "runs" / "recipe.sh").write_text(f"{recipe}\ncheck_commands() {{ :; }}\n")
+    (tmp_path / "runs" / "recipe.sh").write_text(recipe.replace("python -m scripts.check_commands", "cat > /dev/null"))
 
 
 def note_commands(recipe, tmp_path, name, **settings):
@@ -259,8 +301,8 @@ def note_commands(recipe, tmp_path, name, **settings):
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NANOCHAT_BASE_DIR": str(tmp_path)} | settings
     if "NPROC" in list_settings(recipe):
         env |= {"NPROC": "1"}
-    with open(tmp_path / f"{name}.out", "w", encoding="utf-8") as output:
-        subprocess.run(["bash", f"{tmp_path}/runs/{recipe}"], env=env, stdout=output, check=True)
+    with open(tmp_path / f"{name}.out", "w") as output, open(tmp_path / f"{name}.err", "w") as errors:
+        subprocess.run(["bash", f"{tmp_path}/runs/{recipe}"], env=env, stdout=output, stderr=errors, check=True)
     return (tmp_path / name).read_text().splitlines()
 
 
@@ -315,7 +357,7 @@ def test_base_folder_of_the_recipes_is_that_of_python(tmp_path):
 
 @pytest.mark.parametrize("recipe", ["speedrun.sh", "scaling_laws.sh"])
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"NAME": "../data"}, "error: NAME=../data must be letters, digits and . _ -, for it names folders\n"),
+    ({"NAME": "../data"}, "error: NAME=../data must be letters, digits and . _ -, at most 99 and no"),
     ({"NAME": "my model"}, "error: NAME=my model must be letters"), ({"NAME": ".."}, "error: NAME=.. must be letters"),
     ({"NPROC": "2.5"}, "error: NPROC=2.5 must be a number of GPUs"), ({"NPROC": "0"}, "error: NPROC=0 must be a n"),
     ({"NPROC": "08"}, "error: NPROC=08 must be a number"), ({"NPROC": "x"}, "error: NPROC=x must be a number of GPUs")])

@@ -16,7 +16,7 @@ from nanochat.common import UserError
 from nanochat.conversations import parse_conversation
 from nanochat.execution import calculate
 from tasks.arc import ARC
-from tasks.catalog import get_task
+from tasks.catalog import REWARD_TASKS, TASKS, get_task
 from tasks.common import Task, TaskMixture, extract_answer, get_reference, render_mc
 from tasks.gsm8k import GSM8K, split_calls
 from tasks.humaneval import build_program
@@ -114,6 +114,12 @@ def test_mixture_is_shuffled_by_its_seed_alone():
     assert first == again != other and sorted(first) == sorted(other)
     assert 200 < sum(text.startswith("a") for text in first[:500]) < 300
     assert list(TaskMixture(tasks, seed=1, start=10, stop=20)) == first[10:20]
+
+
+def test_tasks_with_a_reward_are_listed():
+    """RL checks its flags by the list, before anything is loaded."""
+    classes = TASKS | {"ARC-Easy": ARC, "ARC-Challenge": ARC, "MMLU": MMLU, "GSM8K": GSM8K}
+    assert {name for name, task in classes.items() if hasattr(task, "reward")} == set(REWARD_TASKS)
 
 
 @pytest.mark.parametrize("weights", [[1], [1, -1]])
