@@ -41,7 +41,8 @@ count_tokens() {    # that a laptop's base model reads, by DEPTH, VOCAB_SIZE and
 recipes=(quickstart.sh runcpu.sh offline.sh speedrun.sh run1000.sh slurm.sh scaling_laws.sh miniseries.sh marin.sh moe.sh)
 
 check_settings() {    # the NAME $1, for folders are made and deleted by it, and NPROC
-    [[ $1 && $1 != */* && $1 != *[[:space:]]* && $1 != [.-]* && $1 != *.@(new|old|tmp|lock) && ${#1} -le 99 ]] ||
+    [[ $1 && $1 != */* && $1 != *[[:space:]]* && $1 != [.-]* && ${#1} -le 99 ]] &&
+        [[ $1 != *.new && $1 != *.old && $1 != *.tmp && $1 != *.lock ]] ||
         fail "NAME=$1 must be letters, digits and . _ -, at most 99 and no .new, .old, .tmp or .lock: it names folders"
     [[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC must be a number of GPUs, 1 or more"
 }
