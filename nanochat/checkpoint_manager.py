@@ -44,9 +44,14 @@ RANGES_KEY = "row_ranges"
 FORMAT_VERSION = 1   # raised when an older nanochat couldn't read the files
 
 
+def check_tag(tag: str) -> None:
+    """UserError for a tag that can't name a run's folder."""
+    common.check_name(tag, "the tag", reserved=(".lock",))
+
+
 def get_run_dir(stage: str, tag: str) -> Path:
     """The folder of one run: $NANOCHAT_BASE_DIR/runs/<stage>/<tag>."""
-    common.check_name(tag, "the tag", reserved=(".lock",))
+    check_tag(tag)
     return get_base_dir() / "runs" / stage / tag
 
 

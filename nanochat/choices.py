@@ -151,9 +151,8 @@ def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: 
             bounds += "" if most == math.inf else f" and at most {most}"
             said = f"{value:g}" if isinstance(value, float) else value
             raise UserError(f"--{name.replace('_', '-')} {said} must be {bounds}")
-    for name, known in (("dtype", devices.COMPUTE_DTYPES), ("attention", BACKENDS)):
-        if given[name] not in ("auto", *known):
-            raise UserError(f"--{name} {given[name]} is not one of auto, {', '.join(known)}")
+    if args.attention not in ("auto", *BACKENDS):
+        raise UserError(f"--attention {args.attention} is not one of auto, {', '.join(BACKENDS)}")
     if args.resume not in ("auto", "none") and not args.resume.isdecimal():
         raise UserError(f"--resume {args.resume} must be auto, none or a step")
     return StageFlags(

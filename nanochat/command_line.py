@@ -32,6 +32,7 @@ from nanochat.common import (
     is_out_of_memory,
     printable,
 )
+from nanochat.devices import COMPUTE_DTYPES
 
 
 def take_text(text: str) -> str:
@@ -96,10 +97,17 @@ def json_file(text: str) -> Path:
     return path
 
 
+def take_dtype(text: str) -> str:
+    """The type of the flag --dtype."""
+    if text not in ("auto", *COMPUTE_DTYPES):
+        raise UserError(f"--dtype {text} is not one of auto, {', '.join(COMPUTE_DTYPES)}")
+    return text
+
+
 def add_compute_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of each script that computes with a model."""
     parser.add_argument("--device-type", default="auto", help="cuda, cpu, mps, xpu; auto: the best that is there")
-    parser.add_argument("-d", "--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
+    parser.add_argument("-d", "--dtype", type=take_dtype, default="auto", help=f"auto, {', '.join(COMPUTE_DTYPES)}")
 
 
 def check_flags(name: str, words: list[str]) -> None:

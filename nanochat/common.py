@@ -262,8 +262,7 @@ def failing_together(*errors: type[BaseException]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        reason = ("out of memory: " if is_out_of_memory(error) else kind) + get_first_line(error)
+        reason = ("" if isinstance(error, UserError) else f"{type(error).__name__}: ") + get_first_line(error)
     if reason := next(filter(None, gather(reason)), None):
         raise UserError(reason)
 

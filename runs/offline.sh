@@ -40,7 +40,6 @@ done
 DATA_DIR=$(cd "$DATA_DIR" && pwd)
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-check_settings "$NAME"
 check_recipe
 
 # Links by the hub's own names, for this chain alone: a part of a test set must not pass for the whole in another one

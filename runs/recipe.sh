@@ -40,20 +40,22 @@ count_tokens() {    # that a laptop's base model reads, by DEPTH, VOCAB_SIZE and
 
 recipes=(quickstart.sh runcpu.sh offline.sh speedrun.sh run1000.sh slurm.sh scaling_laws.sh miniseries.sh marin.sh moe.sh)
 
-check_settings() {    # the NAME $1, for folders are made and deleted by it, and NPROC
-    [[ $1 && $1 != */* && $1 != *[[:space:]]* && $1 != [.-]* && ${#1} -le 99 ]] &&
+check_name() {    # for folders are made and deleted by it
+    [[ $1 && $1 != */* && $1 != *[[:space:]]* && $1 != *[*?[]* && $1 != [.-]* && ${#1} -le 60 ]] &&
         [[ $1 != *.new && $1 != *.old && $1 != *.tmp && $1 != *.lock ]] ||
-        fail "NAME=$1 must be letters, digits and . _ -, at most 99 and no .new, .old, .tmp or .lock: it names folders"
-    [[ ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC must be a number of GPUs, 1 or more"
+        fail "NAME=$1 must be letters, digits and . _ -, at most 60 and no .new, .old, .tmp or .lock: it names folders"
 }
 
 list_settings() {    # of recipes: the names that they take from the environment
     grep -ohE '(^| )[A-Z_]+=\$\{[A-Z_]+[:-]' "$@" | grep -oE '[A-Z_]+=' | tr -d '=' | sort -u || true
 }
 
-refuse_foreign() {    # settings of other recipes, which would do nothing in this one ($1, and $2... that it sources)
+check_settings() {    # of the recipe $1, which are read by the files $2...; those of other recipes would do nothing
     local name own exported
-    own=$(list_settings "${@/#/runs/}" | tr '\n' ' ')
+    check_name "$NAME"
+    own=$(list_settings "${@:2}" | tr '\n' ' ')
+    [[ " $own" != *" NPROC "* || ${NPROC:-1} =~ ^[1-9][0-9]*$ ]] ||
+        fail "NPROC=$NPROC must be a number of GPUs, 1 or more"
     exported=$(compgen -e | tr '\n' ' ')
     for name in $(list_settings "${recipes[@]/#/runs/}") BATCH_TOKENS; do    # the last was a setting once
         [[ " $exported" == *" $name "* && ${!name} && " $own" != *" $name "* ]] || continue
@@ -65,20 +67,25 @@ refuse_foreign() {    # settings of other recipes, which would do nothing in thi
     done
 }
 
-check_recipe() {    # called by a recipe: foreign settings, and the flags of all its stages, now and not hours later
-    local file sources=()
-    for file in "${BASH_SOURCE[@]:1}"; do    # the recipe that has the stages; one that set its settings and sourced it
-        [[ ! -e runs/${file##*/} ]] || sources=("${file##*/}" ${sources[@]+"${sources[@]}"})
+# A recipe calls this before its first stage: in a subshell its file is sourced once more, in which python and launch only
+# note their words, and the flags of all of them are parsed. Commands that aren't named below would run twice
+check_recipe() {
+    local file files=()
+    for file in "${BASH_SOURCE[@]:1}"; do    # the recipe that has the stages, then one that sourced it
+        [[ $file == /* ]] || file=$OLDPWD/$file    # as it was before setup.sh changed the folder
+        files+=("$file")
     done
-    refuse_foreign "${sources[@]}"
-    # The recipe's file runs once more, its commands only noted. Its other lines, if there are any, run twice
-    ( note_commands; source "runs/${BASH_SOURCE[1]##*/}" ) 3>&1 > /dev/null | python -m scripts.check_commands || exit
+    check_settings "${files[${#files[@]} - 1]##*/}" "${files[@]}"
+    ( note_commands; source "${files[0]}"; true ) 3>&1 > /dev/null | python -m scripts.check_commands || exit
 }
 
-note_commands() {    # in the shell that only notes
-    noting=1
+note_commands() {
+    noting() { :; }    # a mark that no environment has
     python() { printf '%s\0' "$#" "$@" >&3; }
     launch() { python -m "$@"; }
+    torchrun() { :; }
+    mkdir() { :; }
+    ln() { :; }
     fetch_data() { :; }
     begin_chain() { :; }
     stage() { :; }
@@ -90,7 +97,7 @@ note_commands() {    # in the shell that only notes
 # `begin_chain NAME text 25 base 330 ...`; then each begins with `stage text`, and the last ends with `end_chain`.
 # <base dir>/chains/NAME/STAGE: the seconds of a finished stage, 0 if it was interrupted; empty until it ends.
 begin_chain() {
-    check_settings "$1"
+    check_name "$1"
     chain_name=$1 chain=("${@:2}") stage_name="" chain_start=$SECONDS
     chain_dir=$base_dir/chains/$1
     [[ -e $base_dir/runs/base/$1 ]] || rm -rf "$chain_dir"    # its runs were deleted: it begins anew
@@ -137,4 +144,4 @@ end_chain() {
     echo "$chain_name: all $(( ${#chain[@]} / 2 )) stages done in $(( (SECONDS - chain_start) / 60 )) min"
 }
 
-[[ ! ${noting:-} ]] || note_commands
+! declare -F noting > /dev/null || note_commands

@@ -23,7 +23,6 @@ EXTRA=${EXTRA:-}                         # more flags for scripts.base_train; th
 
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-check_settings "$NAME"
 check_recipe
 if [[ $BUDGETS ]]; then
     horizon="--target-flops $(tr , '\n' <<< "$BUDGETS" | sort -g | tail -n 1)"    # of the largest reader

@@ -115,18 +115,18 @@ describe() {    # what the stamp says of an environment
 }
 
 wait_for_others() {    # that set up this folder. The lock is this shell's, on the folder, until it closes it or ends; NFS
-    exec 9< .          # and Windows have none
+    exec 7< .          # and Windows have none
     "$1" -c '
 import sys, time
 try:
     import fcntl
     for _ in range(20):    # one that finds all in place takes no longer
         try:
-            sys.exit(fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            sys.exit(fcntl.flock(7, fcntl.LOCK_EX | fcntl.LOCK_NB))
         except BlockingIOError:
             time.sleep(0.1)
     print("set-up: waiting for another one in this folder", file=sys.stderr)
-    fcntl.flock(9, fcntl.LOCK_EX)
+    fcntl.flock(7, fcntl.LOCK_EX)
 except (ImportError, OSError):
     pass'
 }
@@ -166,9 +166,9 @@ set_up() {
         describe "$lock" "$build" > "$stamp"
         echo "set-up: done in $SECONDS s"
     fi
-    exec 9<&-
+    exec 7<&-
 }
 
-[[ ${noting:-} ]] || set_up
+declare -F noting > /dev/null || set_up
 # Not `source activate`: that names the folder that .venv was made in, the wrong one once the checkout has moved
 export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"

@@ -26,9 +26,8 @@ EXTRA=${EXTRA:-}                         # more flags for scripts.base_train
 
 cd "${SLURM_SUBMIT_DIR:?this is a job script: sbatch runs/slurm.sh}" || exit 2
 source .venv/bin/activate || { echo "error: there is no .venv; run bash runs/setup.sh first" >&2; exit 2; }
-source runs/recipe.sh
-check_settings "$NAME"
-refuse_foreign slurm.sh
+source runs/recipe.sh || exit 2
+check_settings slurm.sh runs/slurm.sh
 latest=$base_dir/runs/base/$NAME/latest
 before=$(cat "$latest" 2> /dev/null)
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110  # torchrun kills ranks that still save so many seconds after SIGTERM, else 30

@@ -4,7 +4,7 @@ first one. The recipes of runs/ do that with all of theirs.
     printf '%s\\0' 4 -m scripts.chat_sft --tasks GSM8K | python -m scripts.check_commands
 
 Reads from stdin, of each command the number of its words and the words, each ended by a NUL; other programs than ours
-are left out. What only the stage itself can know, as whether its data is there, stays to be told by it.
+are left out. Whether the data, the GPU or the ranks are there is told by the stage itself.
 """
 
 import sys

@@ -26,7 +26,7 @@ from pathlib import Path
 import filelock
 import torch
 
-from nanochat.checkpoint_manager import get_run_dir, locked_run, read_latest
+from nanochat.checkpoint_manager import check_tag, get_run_dir, locked_run, read_latest
 from nanochat.choices import FREE_FLAGS
 from nanochat.command_line import Parser, check_flags, run_script
 from nanochat.common import MAX_PROCESSES, UserError, file_lock, get_base_dir, get_worker_env, now, print0, write_json
@@ -64,7 +64,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--grid", nargs="+", required=True, metavar="FLAG=VALUE,VALUE", help="flags of scripts.base_train to combine")
     args = parse_run_args(parser, argv)
     args.grid = parse_grid(args.grid, args.flags)
-    check_flags("scripts.base_train", args.flags)
+    args.points = make_points(args.name, args.grid, args.flags)
+    check_sweep(args.points, args)
     return args
 
 
@@ -81,27 +82,32 @@ def parse_run_args(parser: argparse.ArgumentParser, argv: list[str] | None) -> a
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
-    with open_sweep(make_points(args.name, args.grid, args.flags), args.grid, args) as sweep:
+    with open_sweep(args.points, args.grid, args) as sweep:
         sweep.run()
         return sweep.summarize()
+
+
+def check_sweep(points: list[Point], args: argparse.Namespace) -> None:
+    """UserError, or argparse's end, where a mistake would end the sweep or each of its runs."""
+    check_counts(parallel=args.parallel, nproc=args.nproc)
+    if args.parallel * args.nproc > MAX_PROCESSES:
+        raise UserError(f"--parallel {args.parallel} --nproc {args.nproc} would be {args.parallel * args.nproc} "
+                        f"processes; start at most {MAX_PROCESSES}")
+    num_gpus = torch.cuda.device_count()
+    if 0 < num_gpus < args.parallel * args.nproc:
+        raise UserError(f"--parallel {args.parallel} --nproc {args.nproc} needs {args.parallel * args.nproc} GPUs, and "
+                        f"there are {num_gpus}")
+    for name in (args.name, *(point.tag for point in points)):
+        check_tag(name)
+    for point in points:
+        check_flags("scripts.base_train", point.flags)
 
 
 @contextlib.contextmanager
 def open_sweep(points: list[Point], grid: dict[str, list[str]], args: argparse.Namespace) -> Iterator["Sweep"]:
     """A sweep that no other process runs. grid: what a continued sweep must have as before
     args: name, flags (of scripts.base_train, the same in all runs), parallel, nproc, retry_failed"""
-    check_counts(parallel=args.parallel, nproc=args.nproc)
-    if args.parallel * args.nproc > MAX_PROCESSES:
-        raise UserError(f"--parallel {args.parallel} --nproc {args.nproc} would be {args.parallel * args.nproc} "
-                        f"processes; start at most {MAX_PROCESSES}")
-    for point in points:    # a mistake ends the sweep here, not each of its runs
-        check_flags("scripts.base_train", point.flags)
-    num_gpus = torch.cuda.device_count()
-    if 0 < num_gpus < args.parallel * args.nproc:
-        raise UserError(f"--parallel {args.parallel} --nproc {args.nproc} needs {args.parallel * args.nproc} GPUs, and "
-                        f"there are {num_gpus}")
-    for name in (args.name, *(point.tag for point in points)):
-        get_run_dir("base", name)  # refuses names that can't be a folder
+    check_sweep(points, args)
     folder = get_base_dir() / "sweeps" / args.name
     try:
         with file_lock(folder).acquire(blocking=False):

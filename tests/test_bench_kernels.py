@@ -397,7 +397,7 @@ def test_bad_plugins_are_one_sentence(tmp_path, plugin, complaint):
     (["--only", "lin"], "--only lin is not one of the variants plain; fa3; "),
     (["--plugin", "nowhere.py"], "--plugin nowhere.py: there is no such file"),
     (["--rows", "0"], "--rows 0 must be at least 1"),
-    (["--vocab-size", "0"], "--vocab-size 0 must be at least 1"),
+    (["--vocab-size", "0"], "--vocab-size means nothing beside --toy"),
     (["--depth", "0"], "no model has --depth 0"),
 ])
 def test_mistakes_are_one_sentence(words, complaint):

@@ -366,7 +366,7 @@ def test_unfinished_files_of_the_dead_go_and_a_download_goes_on(inputs, base_dir
 
 @pytest.mark.parametrize("suffix", [".new", ".old", ".lock"])
 def test_names_that_a_rebuild_would_delete(base_dir, suffix):
-    with pytest.raises(UserError, match="can't end in .new, .old or .lock"):
+    with pytest.raises(UserError, match=f"--name 'mine{suffix}' must be a plain folder name"):
         dataset.main(["--source", "python-docs", "--name", "mine" + suffix])
-    with pytest.raises(UserError, match="no .old, .new or .lock at its end"):
+    with pytest.raises(UserError, match=f"the tokenizer 'mine{suffix}' must be a plain folder name"):
         get_tokenizer("mine" + suffix)

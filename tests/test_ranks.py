@@ -391,6 +391,7 @@ def test_slurm_goes_on_only_where_it_gets_further(train, is_queued_again, tmp_pa
     run_dir = tmp_path / "base" / "runs" / "base" / "toy"
     run_dir.mkdir(parents=True)
     (run_dir / "latest").write_text("step_000001\n")
+    shutil.copytree(REPO_DIR / "runs", tmp_path / "runs")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").touch()
     (tmp_path / "bin").mkdir()

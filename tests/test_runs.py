@@ -120,6 +120,9 @@ def test_tokens_of_a_laptop_recipe(depth):
     ("speedrun.sh", {"CHAT_EVAL_EXTRA": "-x 0"}, "error: scripts.chat_eval: --max-problems 0 leaves nothing"),
     ("moe.sh", {"EXTRA": "--knobs smeer=off"}, "error: scripts.base_train: --knobs smeer=off: there is no knob"),
     ("miniseries.sh", {"EXTRA": "--epochs 2"}, "error: unrecognized arguments: --epochs 2"),
+    ("scaling_laws.sh", {"BUDGETS": "1e18,1f18"}, "base_train.py: error: argument --target-flops: invalid float value"),
+    ("scaling_laws.sh", {"PARALLEL": "0"}, "error: scripts.sweep: --parallel 0 must be at least 1"),
+    ("speedrun.sh", {"EVAL_EXTRA": "--dtype int8"}, "error: scripts.base_eval: --dtype int8 is not one of auto, "),
     ("marin.sh", {"EXTRA": "--epochs 2"}, "base_train.py: error: unrecognized arguments: --epochs 2")])
 def test_wrong_settings_end_a_recipe_before_its_first_stage(recipe, settings, message, tmp_path):
     """Those that it doesn't read, and those that its last stage would refuse, started in whatever folder."""
@@ -151,6 +154,15 @@ stage text
 python "$CHECKOUT/tool.py" $DEPTH
 end_chain
 """
+
+
+def test_a_copy_of_a_recipe_elsewhere_is_checked(tmp_path):
+    """Its own file, not the one of this name in runs/."""
+    text = (REPO_DIR / "runs" / "quickstart.sh").read_text().replace("--eval-tokens 262144", "--magic")
+    (tmp_path / "quickstart.sh").write_text(text.replace('"$(dirname "${BASH_SOURCE[0]}")', f'"{REPO_DIR}/runs'))
+    done = subprocess.run(["bash", "quickstart.sh"], cwd=tmp_path, text=True, capture_output=True,
+                          env=use_warm_python(os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path / "base")}))
+    assert done.returncode == 2 and done.stderr == "base_loss.py: error: unrecognized arguments: --magic; see --help\n"
 
 
 def test_a_recipe_of_ones_own(tmp_path):
@@ -357,7 +369,7 @@ def test_base_folder_of_the_recipes_is_that_of_python(tmp_path):
 
 @pytest.mark.parametrize("recipe", ["speedrun.sh", "scaling_laws.sh"])
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"NAME": "../data"}, "error: NAME=../data must be letters, digits and . _ -, at most 99 and no"),
+    ({"NAME": "../data"}, "error: NAME=../data must be letters, digits and . _ -, at most 60 and no"),
     ({"NAME": "my model"}, "error: NAME=my model must be letters"), ({"NAME": ".."}, "error: NAME=.. must be letters"),
     ({"NAME": "my.old"}, "error: NAME=my.old must be letters"), ({"NAME": "x" * 100}, "error: NAME=xxx"),
     ({"NPROC": "2.5"}, "error: NPROC=2.5 must be a number of GPUs"), ({"NPROC": "0"}, "error: NPROC=0 must be a n"),

@@ -457,6 +457,7 @@ def test_differing_plan_is_told_by_its_numbers(whole):
     (["--num-iterations", "0"],                "--num-iterations 0 must be at least 1"),
     (["--model-tag", "a/b"],                   "the tag 'a/b' must be a plain folder name"),
     (["--resume", "5"],                        "there is no checkpoint of step 5"),
+    (["--resume", "soon"],                     "--resume soon must be auto, none or a step"),
     (["--dtype", "int8"],                      "--dtype int8 is not one of"),
     (["--device-type", "quantum"],             "--device-type quantum can't be used here"),
     (["--attention", "magic"],                 "--attention magic is not one of"),
