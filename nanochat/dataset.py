@@ -102,13 +102,20 @@ def make_from_files(folder: Path, path: Path, text_column: str, seed: int, comma
 
 def is_done(folder: Path, settings: dict, verify: bool) -> bool:
     """Whether `folder` holds an undamaged dataset of these settings."""
-    if (folder / "manifest.json").is_file() and read_manifest(folder).settings == settings:
-        try:
-            load_shards(str(folder), verify)
-            return True
-        except UserError as error:
-            print0(f"building it again: {error}")
-    return False
+    if not (folder / "manifest.json").is_file():
+        return False
+    before, now = (made | {"versions": None} | made.get("versions", {})
+                   for made in (read_manifest(folder).settings, settings))
+    if changed := [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]:
+        print0(f"building it again: it was made with other {', '.join(changed)}; runs that began on that text will "
+               "refuse the new one")
+        return False
+    try:
+        load_shards(str(folder), verify)
+        return True
+    except UserError as error:
+        print0(f"building it again: {error}")
+        return False
 
 
 class Buckets:

@@ -265,7 +265,7 @@ def test_source_of_a_machine(names, visible, works, source, monkeypatch, capsys)
 # python-docs
 
 
-def test_python_docs_is_deterministic(tmp_path, base_dir, monkeypatch):
+def test_python_docs_is_deterministic(tmp_path, base_dir, monkeypatch, capsys):
     made = []
     for idx in range(2):
         paths = make_package(tmp_path / f"tree{idx}")
@@ -281,6 +281,7 @@ def test_python_docs_is_deterministic(tmp_path, base_dir, monkeypatch):
     monkeypatch.setattr(corpus, "find_packages", lambda: [Package("pkg", "1.1", package.root, package.paths)])
     main(["--source", "python-docs", "--name", "docs1"])
     assert (folder / "manifest.json").stat().st_ino != stamp, "other versions"
+    assert capsys.readouterr().out.count("building it again: it was made with other pkg; runs that began on") == 1
 
 
 @pytest.mark.slow
