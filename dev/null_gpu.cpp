@@ -19,9 +19,10 @@ int get_number(const char *name, int otherwise) { return getenv(name) ? atoi(get
 
 const int NUM_GPUS = get_number("NULL_GPU_COUNT", 1), CAPABILITY = get_number("NULL_GPU_CAPABILITY", 90);
 const size_t TOTAL_BYTES = size_t(get_number("NULL_GPU_GIB", 80)) << 30, PAGE = 4096;
-const int NUM_PROCESSORS = CAPABILITY >= 90 ? 132 : 108;
+const int NUM_PROCESSORS = CAPABILITY == 120 ? 170 : CAPABILITY == 100 ? 148 : CAPABILITY == 90 ? 132 :
+                           CAPABILITY == 89 ? 128 : CAPABILITY == 86 ? 82 : CAPABILITY == 80 ? 108 : 40;
 const int SHARED_BYTES = CAPABILITY >= 90 && CAPABILITY < 120 ? 232448 : CAPABILITY == 80 ? 166912 : 101376;
-const bool IS_VERBOSE = getenv("NULL_GPU_VERBOSE") != nullptr;
+const bool IS_VERBOSE = get_number("NULL_GPU_VERBOSE", 0) != 0;
 
 // Memory: the host's, which has a page only once it is written
 
@@ -33,9 +34,15 @@ std::atomic<size_t> used_bytes{0}, next_handle{4096};
 
 template <class T> void make_handle(T *handle) { *handle = reinterpret_cast<T>(next_handle += 16); }
 
+size_t count_pages(size_t num_bytes) { return (num_bytes + PAGE) / PAGE * PAGE; }    // at least one
+
 void *reserve(size_t num_bytes, Kind kind) {
-    num_bytes = (num_bytes / PAGE + 1) * PAGE;
+    num_bytes = count_pages(num_bytes);
     void *start = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (start == MAP_FAILED) {
+        fprintf(stderr, "null GPU: this machine's limits refuse %zu bytes of address space\n", num_bytes);
+        abort();
+    }
     std::lock_guard<std::mutex> lock(mutex);
     blocks[uintptr_t(start)] = {num_bytes, kind};
     return start;
@@ -60,15 +67,17 @@ Block find_block(const void *address) {
     return offset < block.num_bytes ? Block{block.num_bytes - offset, block.kind} : Block{0, PAGEABLE};
 }
 
-// Errors and captures: what a real capture refuses is refused
+// Errors and captures: a thread that captures is refused allocations, waits, questions and copies of pageable memory
 
 thread_local int last_error = 0, device = 0, num_captured = 0;
 thread_local cudaStream_t capturing = nullptr;
+thread_local bool is_invalid = false;    // the capture
 thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 template <class T = cudaError_t> T fail(cudaError_t error, const char *what) {
     fprintf(stderr, "null GPU: %s\n", what);
     last_error = error;
+    is_invalid |= error == cudaErrorStreamCaptureUnsupported;
     return T(error);
 }
 
@@ -101,8 +110,8 @@ cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes) {
 int get_attribute(int attribute) {    // by the numbers of CUdevice_attribute
     static const std::map<int, int> values = {
         {4, 64}, {5, 2147483647}, {6, 65535}, {7, 65535}, {8, 49152}, {10, 32}, {12, 65536}, {13, 1980000},
-        {16, NUM_PROCESSORS}, {36, 2619000}, {37, 5120}, {38, 50 << 20}, {39, 2048}, {75, CAPABILITY / 10},
-        {76, CAPABILITY % 10}, {81, SHARED_BYTES + 1024}, {82, 65536}, {97, SHARED_BYTES}, {106, 32}};
+        {16, NUM_PROCESSORS}, {18, 0}, {36, 2619000}, {37, 5120}, {38, 50 << 20}, {39, 2048}, {75, CAPABILITY / 10},
+        {76, CAPABILITY % 10}, {81, SHARED_BYTES + 1024}, {82, 65536}, {97, SHARED_BYTES}, {106, 32}, {132, 0}};
     if (attribute >= 1 && attribute <= 3) return 1024;
     auto found = values.find(attribute);
     return found == values.end() ? 1 : found->second;
@@ -125,8 +134,9 @@ extern "C" {
 
 cudaError_t cudaMalloc(void **start, size_t num_bytes) {
     if (auto error = refuse_in_capture("memory is asked for while a graph is captured")) return error;
-    if (used_bytes + num_bytes > TOTAL_BYTES) return cudaError_t(last_error = cudaErrorMemoryAllocation);
-    used_bytes += (num_bytes / PAGE + 1) * PAGE;
+    if (used_bytes + count_pages(num_bytes) > TOTAL_BYTES)
+        return cudaError_t(last_error = cudaErrorMemoryAllocation);
+    used_bytes += count_pages(num_bytes);
     *start = reserve(num_bytes, DEVICE);
     OK;
 }
@@ -192,7 +202,11 @@ cudaError_t cudaMemset(void *start, int value, size_t num_bytes) {
 }
 
 cudaError_t cudaGetDevice(int *number) { *number = device; OK; }
-cudaError_t cudaSetDevice(int number) { device = number; OK; }
+cudaError_t cudaSetDevice(int number) {
+    if (number < 0 || number >= NUM_GPUS) return fail(cudaErrorInvalidDevice, "a GPU that isn't there");
+    device = number;
+    OK;
+}
 cudaError_t cudaGetDeviceCount(int *count) { *count = NUM_GPUS; OK; }
 cudaError_t cudaGetLastError() { cudaError_t error = cudaError_t(last_error); last_error = 0; return error; }
 cudaError_t cudaPeekAtLastError() { return cudaError_t(last_error); }
@@ -253,12 +267,15 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent_t) { *ms = 1;
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     if (!stream) return fail(cudaErrorStreamCaptureUnsupported, "a capture of the default stream");
     capturing = stream;
+    is_invalid = false;
     num_captured = 0;
     OK;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) {
-    announce("a graph", num_captured);
     capturing = nullptr;
+    *graph = nullptr;
+    if (is_invalid) return cudaErrorStreamCaptureInvalidated;
+    announce("a graph", num_captured);
     make_handle(graph);
     OK;
 }
@@ -306,7 +323,9 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, 
                                              cudaDriverEntryPointQueryResult *result) {
     *function = dlsym(RTLD_DEFAULT, name);
     if (result) *result = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
-    return *function ? cudaSuccess : fail(cudaErrorSymbolNotFound, name);
+    if (*function) OK;
+    if (IS_VERBOSE) fprintf(stderr, "null GPU: the driver has no %s\n", name);    // torch can do without some
+    return cudaErrorSymbolNotFound;
 }
 NOTHING(cudaEventDestroy) NOTHING(cudaEventRecord) NOTHING(cudaEventRecordWithFlags) NOTHING(cudaFuncSetAttribute)
 NOTHING(cudaGraphDestroy) NOTHING(cudaGraphExecDestroy) NOTHING(cudaGraphLaunch) NOTHING(cudaMemcpyToSymbol)
@@ -390,8 +409,8 @@ int cuModuleLoadData(void **module, const void *) { make_handle(module); return 
 int cuModuleGetFunction(void **function, void *, const char *) { make_handle(function); return 0; }
 int cuFuncGetAttribute(int *value, int attribute, void *) { *value = attribute == 0 ? 1024 : 0; return 0; }
 int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *count, ...) { *count = 2; return 0; }
-int cuLaunchKernel(void *, unsigned x, unsigned y, unsigned z, unsigned a, unsigned b, unsigned c, unsigned shared_bytes,
-                   ...) {
+int cuLaunchKernel(void *, unsigned x, unsigned y, unsigned z, unsigned a, unsigned b, unsigned c,
+                   unsigned shared_bytes, ...) {
     return launch({x, y, z}, {a, b, c}, shared_bytes);
 }
 int cuLaunchKernelEx(const unsigned *config, ...) {    // grid, block, shared memory
@@ -400,7 +419,7 @@ int cuLaunchKernelEx(const unsigned *config, ...) {    // grid, block, shared me
 int cuMemGetAllocationGranularity(size_t *num_bytes, ...) { *num_bytes = 2 << 20; return 0; }
 int cuMemAddressReserve(void **start, size_t num_bytes, ...) { *start = reserve(num_bytes, DEVICE); return 0; }
 int cuMemAddressFree(void *start, size_t num_bytes) {
-    used_bytes += (num_bytes / PAGE + 1) * PAGE;    // which release takes off; cuMemRelease has counted them already
+    used_bytes += count_pages(num_bytes);    // which release takes off; cuMemRelease has taken off what was in use
     release(start);
     return 0;
 }
@@ -417,6 +436,10 @@ int cuGetProcAddress_v2(const char *name, void **function, int, size_t, int *res
     return *function ? 0 : 500;
 }
 NOTHING(cuInit) NOTHING(cuCtxSetCurrent) NOTHING(cuModuleUnload) NOTHING(cuFuncSetAttribute) NOTHING(cuMemMap)
-NOTHING(cuMemSetAccess) NOTHING(cuFuncSetCacheConfig)
+NOTHING(cuMemSetAccess) NOTHING(cuFuncSetCacheConfig) NOTHING(cuMemExportToShareableHandle)
+NOTHING(cuMemImportFromShareableHandle) NOTHING(cuMemsetD32Async) NOTHING(cuStreamWriteValue32)
+NOTHING(cuMulticastAddDevice) NOTHING(cuMulticastBindMem) NOTHING(cuMulticastCreate) NOTHING(cuMulticastUnbind)
+NOTHING(cuMemRetainAllocationHandle) NOTHING(cuTensorMapEncodeTiled)
+NOTHING(cuMemGetAllocationPropertiesFromHandle)
 
 }  // extern "C"
