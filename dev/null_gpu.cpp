@@ -401,9 +401,11 @@ int cuDeviceGetUuid(void *uuid, int which) { memset(uuid, which, 16); return 0; 
 int cuDevicePrimaryCtxGetState(int, unsigned *flags, int *is_active) { *flags = 0; *is_active = 1; return 0; }
 int cuDevicePrimaryCtxRetain(void **context, int) { make_handle(context); return 0; }
 int cuCtxGetCurrent(void **context) { make_handle(context); return 0; }
+int cuCtxGetLimit(size_t *value, int) { *value = 1 << 20; return 0; }
 int cuCtxGetDevice(int *number) { *number = device; return 0; }
 int cuGetErrorString(int, const char **text) { *text = "of the null GPU"; return 0; }
 int cuGetErrorName(int, const char **text) { *text = "of the null GPU"; return 0; }
+int cuPointerGetAttribute(const void **value, int, const void *address) { *value = address; return 0; }
 int cuModuleLoad(void **module, const char *) { make_handle(module); return 0; }
 int cuModuleLoadData(void **module, const void *) { make_handle(module); return 0; }
 int cuModuleGetFunction(void **function, void *, const char *) { make_handle(function); return 0; }
@@ -435,7 +437,8 @@ int cuGetProcAddress_v2(const char *name, void **function, int, size_t, int *res
     if (result) *result = *function ? 0 : 1;
     return *function ? 0 : 500;
 }
-NOTHING(cuInit) NOTHING(cuCtxSetCurrent) NOTHING(cuModuleUnload) NOTHING(cuFuncSetAttribute) NOTHING(cuMemMap)
+NOTHING(cuInit) NOTHING(cuCtxSetCurrent) NOTHING(cuCtxSetLimit)
+NOTHING(cuModuleUnload) NOTHING(cuFuncSetAttribute) NOTHING(cuMemMap)
 NOTHING(cuMemSetAccess) NOTHING(cuFuncSetCacheConfig) NOTHING(cuMemExportToShareableHandle)
 NOTHING(cuMemImportFromShareableHandle) NOTHING(cuMemsetD32Async) NOTHING(cuStreamWriteValue32)
 NOTHING(cuMulticastAddDevice) NOTHING(cuMulticastBindMem) NOTHING(cuMulticastCreate) NOTHING(cuMulticastUnbind)
