@@ -2,6 +2,7 @@
 on it takes a CUDA build, which no test has."""
 
 import importlib
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -35,8 +36,11 @@ def test_what_lacks_is_said_in_a_sentence(tmp_path, monkeypatch):
         null_gpu.build(tmp_path)
     for name in ("crt", "cccl"):
         (tmp_path / "nvidia" / "cu13" / "include" / name).mkdir(parents=True)
+    if shutil.which("g++"):    # whose headers are empty here
+        with pytest.raises(UserError, match="can't compile null_gpu.cpp"):
+            null_gpu.build(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="g\\+\\+"):
+    with pytest.raises(UserError, match="isn't there"):
         null_gpu.build(tmp_path)
 
 
