@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,33 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path, new: Path, old: Path) -> Iterator[Path]:
+    """An empty folder `new`, beside `folder`, that takes its place on success; until then `folder` stays whole.
+    A kill between the two renames leaves it at `old`, from where restore_folder brings it back."""
+    new.mkdir()
+    try:
+        yield new
+        sync_folder(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        restore_folder(folder, new, old)
+
+
+def restore_folder(folder: Path, new: Path, old: Path) -> None:
+    """Remove what replaced_folder left; what was there before comes back if nothing has taken its place."""
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in (new, old):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nanochat.choices import LR_NAMES
-from nanochat.common import UserError, get_base_dir, sync_folder, write_atomic, write_json
+from nanochat.common import UserError, get_base_dir, replaced_folder, restore_folder, write_atomic, write_json
 from nanochat.config import SMEAR_GATE_CHANNELS
 from nanochat.gpt import GPT, NORM_EPS, norm
 from nanochat.report import read_json, read_run
@@ -312,11 +312,10 @@ def export_model(source: Source, out: Path, form: str, dtype: str, force: bool =
 def replace_folder(source: Source, out: Path, form: str, dtype: str, force: bool) -> None:
     """Write the folder beside `out`, and put it there once it is whole."""
     new, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
-    clear_up(out, new, old)    # after an export that was killed
+    restore_folder(out, new, old)    # after an export that was killed
     if out.exists() and not (out / MARK_NAME).is_file() and not force:
         raise UserError(f"{out} exists and is no export of nanochat's; name another folder, or replace it with --force")
-    new.mkdir()
-    try:
+    with replaced_folder(out, new, old):
         if form == "gguf":
             write_gguf(new, source, dtype)
         else:
@@ -327,13 +326,6 @@ def replace_folder(source: Source, out: Path, form: str, dtype: str, force: bool
                                      "run": Path(meta["run_dir"]).name, "tokenizer": meta["tokenizer"],
                                      "model_config": asdict(source.model.config),
                                      "identity": pick_identity(meta)})
-        sync_folder(new)
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
-        sync_folder(out.parent)
-    finally:
-        clear_up(out, new, old)
 
 
 def pick_identity(meta: dict) -> dict:
@@ -342,17 +334,6 @@ def pick_identity(meta: dict) -> dict:
     identity = meta.get("identity") or {}
     return {name: value for name, value in identity.items()
             if meta["stage"] == "base" or name in ("plan", "rule", *LR_NAMES)}
-
-
-def clear_up(out: Path, new: Path, old: Path) -> None:
-    """Remove what an export left beside `out`; what was there before comes back if nothing has taken its place."""
-    if old.exists() and not out.exists():
-        old.rename(out)
-    for path in (new, old):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def write_card(source: Source, form: str, dtype: str) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import math
-import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,8 @@ from nanochat.common import (
     hash_file,
     print0,
     printable,
-    sync_folder,
+    replaced_folder,
+    restore_folder,
     write_json,
 )
 from nanochat.download import CorruptFile, put_in_place
@@ -291,12 +291,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 def clear_leftovers(folder: Path) -> None:
     """Restore a folder that `rebuilt_folder` had moved aside, and delete unfinished files, but not a download's .part:
     the next download continues it."""
-    new, old = aside(folder)
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    for leftover in (new, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+    restore_folder(folder, *aside(folder))
     for leftover in (*folder.glob("*.tmp"), *folder.glob("*.copy")):
         leftover.unlink()
 
@@ -306,18 +301,7 @@ def aside(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
 
 
-@contextlib.contextmanager
-def rebuilt_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder that replaces `folder` on success; until then the old one stays whole. Only within
-    `sole_writer(folder)`, which also repairs what a kill in here leaves."""
-    new, old = aside(folder)
-    new.mkdir()
-    try:
-        yield new
-        sync_folder(new)
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        sync_folder(folder.parent)
-    finally:
-        clear_leftovers(folder)  # where it stopped between the two renames, the old folder comes back
+def rebuilt_folder(folder: Path) -> contextlib.AbstractContextManager[Path]:
+    """common.replaced_folder under the names of `aside`. Only within `sole_writer(folder)`, which also repairs what a
+    kill in here leaves."""
+    return replaced_folder(folder, *aside(folder))
