@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--variant", nargs="+", action="extend", default=[], metavar="'NAME: FLAGS'",
         help="the full model with FLAGS, too; with variants, --mode and --features may be left out")
     add("--depth", type=int, help="layers of the model")
-    add("--seeds", type=int, default=3, help="runs of each model, with the seeds 1, 2, ... (default: %(default)s)")
+    add("--seeds", type=int, default=3, help="runs of each model, with the seeds 1, 2, ...")
     add("--target-flops", type=float, help="training FLOPs of each run")
     add("--tokens", type=float, help="tokens of the full model; the others' FLOPs are the same")
     add("--only-table", action="store_true", help="make the table again and train nothing")

@@ -23,7 +23,7 @@ SMOOTH_STEPS = 10  # each point of a curve is a mean over as many steps
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("tags", nargs="+", help="runs of scripts.chat_rl")
-    parser.add_argument("--out", type=Path, default=Path("rl_curve.png"), help="the figure (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("rl_curve.png"), help="the figure")
     return parser.parse_args(argv)
 
 

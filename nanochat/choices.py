@@ -59,13 +59,13 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
     """The flags that every stage has; has_rows: it learns from rows of data, and is evaluated on them."""
     add = parser.add_argument
     add("--run", default="none", help="log to wandb under this name (default: %(default)s, no wandb)")
-    add("--seed", type=int, default=42)
+    add("--seed", type=int, default=42, help="of all that is random")
     if has_rows:
         add("--total-batch-size", type=int, help="tokens of a step, all ranks together (default: chosen)")
         add("--eval-tokens", type=int, help="tokens of a validation loss (default: chosen)")
     add("--device-batch-size", type=memory.rows_or_auto, default="auto", metavar="ROWS",
         help="rows of a forward pass; auto: the largest micro-batch that is predicted to fit, up to the size beyond "
-             "which more rows gain nothing (default: %(default)s)")
+             "which more rows gain nothing")
     # evaluation and saving
     add("--eval-every", type=int_or_never, default=eval_every, help="steps between evaluations, or never")
     add("--sample-every", type=int_or_never, default=sample_every, help="steps between samples, or never")
@@ -82,7 +82,7 @@ def add_stage_args(parser: argparse.ArgumentParser, eval_every: int, sample_ever
     add_compute_flags(parser)
     add("--compile", choices=("auto", "on", "trunk", "off"), default="auto",
         help="on: each block; trunk: all blocks as one, which starts more slowly, and on several ranks sends gradients "
-             "only when all are there; auto: off or on, by the run's length (default: %(default)s)")
+             "only when all are there; auto: off or on, by the run's length")
     add("--attention", default="auto", help="auto, or one backend of nanochat.flash_attention")
     add("--fp8", choices=("auto", "on", "off"), default="auto",
         help="compute in 8 bits what reads normed activations, on NVIDIA GPUs of compute capability 8.9 or more (a CPU "

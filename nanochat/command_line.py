@@ -51,12 +51,23 @@ def take_number(kind: type, text: str) -> float:
     return number
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        """The help of a flag and its default, where it has one and the help doesn't speak of it."""
+        default = getattr(action.type, "keywords", {}).get("word") if action.default is None else action.default
+        is_none = default is None or default is False or default in ([], argparse.SUPPRESS)
+        if is_none or not action.option_strings or "default" in action.help:
+            return action.help
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        return f"{action.help} (default: {shown.replace('%', '%%')})"
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, for all our programs: it refuses empty values and numbers out of reach, and says what is wrong
-    in one line. A flag whose value may be empty has `type=str`."""
+    """argparse's parser, for all our programs: it refuses empty values and numbers out of reach, says what is wrong in
+    one line, and shows each flag's default. A flag whose value may be empty has `type=str`."""
 
     def __init__(self, **settings):
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | settings)
+        super().__init__(**{"formatter_class": HelpFormatter} | settings)
         self.register("type", None, take_text)
         self.register("type", Path, lambda text: Path(take_text(text)))
         for kind in (int, float):

@@ -253,10 +253,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--name", help="folder under <base dir>/data (default: the source's name)")
     add("-n", "--num-shards", type=int, help="hub sources: training shards to have at least (default: as many as the "
         f"last time, at first {DEFAULT_NUM_SHARDS} or all there are)")
-    add("-w", "--num-workers", type=int, help=f"hub sources: downloads at once (default {DEFAULT_NUM_WORKERS})")
+    add("-w", "--num-workers", type=int, help=f"hub sources: downloads at once (default: {DEFAULT_NUM_WORKERS})")
     add("--path", type=Path, help="files: the folder to read")
-    add("--text-column", help="files: field or column with the texts (default text)")
-    add("--seed", type=int, help=f"python-docs, files: of the shuffle (default {DEFAULT_SEED})")
+    add("--text-column", help="files: field or column with the texts (default: text)")
+    add("--seed", type=int, help=f"python-docs, files: of the shuffle (default: {DEFAULT_SEED})")
     add("--verify", action="store_true", help="check every sha256, make damaged shards again")
     args = parser.parse_args(argv)
     if not args.source:

@@ -57,7 +57,7 @@ DEFAULT_CONTEXT = 2048   # of a Hugging Face model whose configuration names non
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add_model_flags(parser, choices=("base",), default="base", help="stage of the model (%(default)s)")
+    add_model_flags(parser, choices=("base",), default="base", help="stage of the model")
     add_compute_flags(parser)
     add("--hf-path", help="evaluate this Hugging Face model instead: a folder, or a name on the hub")
     add("--max-per-task", type=int_or_all, help="items of each task, or all (default: all)")

@@ -33,10 +33,10 @@ FIT_CHARS = 20_000_000                           # of training text that the byt
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add_model_flags(parser, choices=("base",), default="base", help="stage of the model (%(default)s)")
+    add_model_flags(parser, choices=("base",), default="base", help="stage of the model")
     add_compute_flags(parser)
     add("--data", help="folder or name of the text that the model was trained on (default: as then)")
-    add("--eval-tokens", type=int, default=2**19, help="tokens of each split, rounded up to whole rows (%(default)s)")
+    add("--eval-tokens", type=int, default=2**19, help="tokens of each split, rounded up to whole rows")
     add("--device-batch-size", type=int, help=f"rows of a forward pass (default: {BATCH_TOKENS} tokens)")
     args = parser.parse_args(argv)
     for flag, value in (("--eval-tokens", args.eval_tokens), ("--device-batch-size", args.device_batch_size)):

@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("-i", "--source", choices=("sft", "mid"), default="sft",
-        help="stage of the model to begin with (default: %(default)s)")
+        help="stage of the model to begin with")
     add("-g", "--model-tag", help="run to begin with (default: the latest)")
     add("-s", "--model-step", type=int, help="its checkpoint (default: the latest)")
     add("--out-tag", help="folder of this run (default: the tag of the run that it begins with)")

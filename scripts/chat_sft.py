@@ -25,7 +25,7 @@ DEFAULTS = {"mid":  {"mixture": "sft",        "init_lr_frac": 0.02, "warmdown_ra
 def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     parser = Parser(description=__doc__)
     parser.add_argument("-i", "--source", choices=tuple(DEFAULTS), default="mid",
-                        help="stage of the model to begin with (default: %(default)s)")
+                        help="stage of the model to begin with")
     add_chat_args(parser, MIXTURES)
     args = parser.parse_args(argv)
     for name, value in DEFAULTS[args.source].items():

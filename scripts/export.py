@@ -38,8 +38,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add_model_flags(parser)
     add("--out", required=True, help="folder to write")
-    add("--format", choices=("auto", *FORMATS), default="auto", help="(default: %(default)s)")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: %(default)s)")
+    add("--format", choices=("auto", *FORMATS), default="auto", help="auto: qwen3 where that can be, else custom")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")
     add("--check", action="store_true", help="load the result in what is installed here, and compare")
     add("--force", action="store_true", help="replace the folder, whatever it holds")
     return parser.parse_args(argv)

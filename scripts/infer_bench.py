@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--depth", type=int, default=4, help="of a model with random weights")
-    add("--vocab-size", type=int, default=32768)
+    add("--vocab-size", type=int, default=32768, help="of a model with random weights")
     add("--max-seq-len", type=int, default=2048, help="context in tokens")
     add_model_flags(parser, help="a trained model of this stage instead")
     add_compute_flags(parser)

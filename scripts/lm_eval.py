@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--limit", type=int_or_all, help="items of each task, or all (default: all)")
     add("--num-fewshot", type=int, help="solved examples before each question (default: the task's)")
     add("--apply-chat-template", action="store_true", help="ask as in a conversation, as chat models are used")
-    add("--batch-size", type=int, default=64, help="rows at once, at most (%(default)s)")
+    add("--batch-size", type=int, default=64, help="rows at once, at most")
     args = parser.parse_args(argv)
     args.tasks = [name for word in args.tasks for name in word.split(",") if name]
     for flag, value in (("--limit", args.limit), ("--batch-size", args.batch_size)):

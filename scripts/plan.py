@@ -102,14 +102,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--max-hours", type=float, help="instead of --depth: the deepest model that trains in so many hours")
     add("--max-cost", type=float, help="instead of --depth: the deepest model that trains for so many dollars")
     # hardware
-    add("--gpu", default="h100", help="name of the GPU, or cpu (default: %(default)s)")
+    add("--gpu", default="h100", help="name of the GPU, or cpu")
     add("--nproc", type=int, default=1, help="number of GPUs, a process each")
     add("--tflops", type=float, help="dense bf16 TFLOP/s of one GPU (default: from the table)")
     add("--gb", type=float, help="memory of one GPU in GiB (default: from the table)")
     add("--mfu", type=float, help="model FLOP/s in percent of the peak (default: as published)")
     add("--fabric", help=f"adds what a network costs each step: {', '.join(FABRICS)}, or MICROSECONDS:MEGABYTES_PER_"
         "SECOND; between all GPUs, or between nodes in which NVLink connects them")
-    add("--nodes", type=int, default=1, help="machines that the GPUs are in, as many in each (default: %(default)s)")
+    add("--nodes", type=int, default=1, help="machines that the GPUs are in, as many in each")
     add("--price", type=float, help="dollars per GPU hour (default: as assumed for the GPU, where it has a price)")
     # model and horizon
     add_plan_args(parser)
@@ -119,10 +119,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--total-batch-size", type=int, help="tokens of a step, all GPUs together (default: from the horizon)")
     # computation
     add("--device-batch-size", type=rows_or_auto, default="auto", metavar="ROWS",
-        help="rows of a micro-batch; auto: the largest that fits, as training chooses it (default: %(default)s)")
+        help="rows of a micro-batch; auto: the largest that fits, as training chooses it")
     add("--dtype", default="auto", help="auto, bfloat16, float16, float32 or float64")
-    add("--attention", choices=("auto", "fa3", "fa2", "flex", "blocks", "sdpa"), default="auto")
-    add("--compile", choices=("on", "off"), default="on")
+    add("--attention", choices=("auto", "fa3", "fa2", "flex", "blocks", "sdpa"), default="auto",
+        help="the backend, as training names it; auto: as expected on the GPU")
+    add("--compile", choices=("on", "off"), default="on", help="off: a step keeps more in memory")
     add("--loss", choices=("fused", "plain"), default="fused", help="plain keeps the logits of a whole micro-batch")
     add("--fp8", choices=("on", "off"), default="off", help="in memory alone: what it saves in time isn't measured yet")
     output = parser.add_mutually_exclusive_group()

@@ -102,10 +102,10 @@ TEXTS = {"news": NEWS, "code": CODE, "maths": MATHS, "Korean": KOREAN, "Hindi": 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     tables_dir = Path(tempfile.gettempdir()) / "data-gym-cache"     # where tiktoken keeps what it has downloaded
     parser = Parser(description=__doc__)
-    parser.add_argument("--name", default="default", help="folder under <base dir>/tokenizer (%(default)s)")
-    parser.add_argument("--data", help="dataset by name or folder (what the tokenizer was trained on)")
-    parser.add_argument("--max-chars", type=int, default=1_000_000, help="characters of train and of val (%(default)s)")
-    parser.add_argument("--tables", type=Path, default=tables_dir, help="folder of the reference tables (%(default)s)")
+    parser.add_argument("--name", default="default", help="folder under <base dir>/tokenizer")
+    parser.add_argument("--data", help="dataset by name or folder (default: what the tokenizer was trained on)")
+    parser.add_argument("--max-chars", type=int, default=1_000_000, help="characters of train and of val")
+    parser.add_argument("--tables", type=Path, default=tables_dir, help="folder of the reference tables")
     args = parser.parse_args(argv)
     if args.max_chars < 1:
         raise UserError(f"--max-chars {args.max_chars} leaves no text to measure; give at least 1")

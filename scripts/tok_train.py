@@ -27,15 +27,16 @@ MAX_VOCAB_SIZE = 2**24   # far above any in use, and what the trainer can count
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("--data", help="dataset by name, or a folder of shards (climbmix on a GPU, else python-docs)")
-    parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="characters to learn from (%(default)s)")
-    parser.add_argument("--doc-cap", type=int, default=10_000, help="characters used of one document (%(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens, specials included (%(default)s)")
+    parser.add_argument("--data",
+                        help="dataset by name, or a folder of shards (default: climbmix on a GPU, else python-docs)")
+    parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="characters to learn from")
+    parser.add_argument("--doc-cap", type=int, default=10_000, help="characters used of one document")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens, specials included")
     parser.add_argument("--split-pattern", choices=SPLIT_PATTERNS, default=DEFAULT_PATTERN,
-                        help="how text is cut into words, which no token spans (%(default)s); marks: as nanochat, but "
+                        help="how text is cut into words, which no token spans; marks: as nanochat, but "
                              "combining marks stay with their letters, for Hindi, Thai, vocalised Arabic and the like; "
                              "llama3, qwen2, qwen35 (keeps marks too): what other engines know by these names")
-    parser.add_argument("--name", default="default", help="folder under <base dir>/tokenizer (%(default)s)")
+    parser.add_argument("--name", default="default", help="folder under <base dir>/tokenizer")
     parser.add_argument("--force", action="store_true", help="replace a tokenizer that other text or settings made")
     args = parser.parse_args(argv)
     if args.vocab_size > MAX_VOCAB_SIZE:

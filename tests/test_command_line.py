@@ -49,6 +49,22 @@ def test_a_wrong_flag_is_one_sentence(capsys):
     assert capsys.readouterr().err == "train: error: unrecognized arguments: --magic; see --help\n"
 
 
+@pytest.mark.parametrize(("settings", "shown"), [
+    ({"help": "layers", "type": int, "default": 20}, "layers (default: 20)"),
+    ({"help": "share", "type": float, "default": 0.0}, "share (default: 0.0)"),
+    ({"help": "steps", "type": command_line.int_or_never}, "steps (default: never)"),
+    ({"help": "items", "type": command_line.int_or_all, "default": 500}, "items (default: 500)"),
+    ({"help": "rows", "nargs": "+", "default": [1, 8]}, "rows (default: 1 8)"),
+    ({"help": "part", "default": "5%"}, "part (default: 5%)"),
+    ({"help": "tag (default: the latest)"}, "tag (default: the latest)"),
+    ({"help": "tag"}, "tag"),
+    ({"help": "go on", "action": "store_true"}, "go on")])
+def test_help_shows_the_default(settings, shown):
+    parser = command_line.Parser(prog="train", add_help=False)
+    parser.add_argument("-x", **settings)
+    assert " ".join(parser.format_help().split()).endswith(f" {shown}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # How a script ends
 
