@@ -49,8 +49,8 @@ def find_fault(run: "RunFiles") -> str:
 # An entry
 
 
-def make_entry(run: "RunFiles", author: dict[str, str | None]) -> dict:
-    """The run_info of a run without a fault.
+def make_entry(tag: str, run: "RunFiles", author: dict[str, str | None]) -> dict:
+    """The run_info of a run without a fault, whose folder is `tag`: of a run that was set aside, not its own tag.
 
     model_flops is marin's count and training_flops ours; the key of the bits per byte names the set that they were
     measured on. wandb_run_link is null: a run doesn't record its address.
@@ -59,7 +59,7 @@ def make_entry(run: "RunFiles", author: dict[str, str | None]) -> dict:
     config, data, environment = read_config(info["model_config"]), info.get("data") or {}, info.get("environment") or {}
     model_flops, hardware_flops = count_model_flops(config, plan), measure_hardware_flops(run)
     return {
-        "run": info.get("tag"),
+        "run": tag,
         "author": author,
         "description": describe_model(config, info["args"]),
         "command": format_command(info["argv"]) if info.get("argv") else None,

@@ -6,8 +6,8 @@
                                             what marin's leaderboard asks of a run, and a leaderboard of all runs here
 
 Scripts leave sections behind with `write_section`. A section that names its run is completed from the run's run.json
-and metrics.jsonl. A stage whose newest run has no section yet, because it trains or was stopped, is shown from its
-files alone. This module gathers what is shown; report_render.py turns it into text.
+and metrics.jsonl. Of a stage none of whose runs has a section yet, because the first trains or was stopped, the
+newest run is shown from its files alone. This module gathers what is shown; report_render.py turns it into text.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, so that Ctrl-C ends in one sentence
@@ -97,6 +98,14 @@ def read_json(path: Path, keys: Sequence[str] = ()) -> dict:
     if problems:
         raise UserError(f"{path} is damaged ({', '.join(problems)}); delete it, or repeat the command that wrote it")
     return value
+
+
+def read_time(text: str | None, missing: float = 0.0) -> float:
+    """Seconds since 1970 of a time in our files; machines that share a base folder may have different zones."""
+    try:
+        return datetime.fromisoformat(str(text)).timestamp()
+    except ValueError:
+        return missing
 
 
 @dataclass(frozen=True)
@@ -190,20 +199,20 @@ def build_card(base_dir: Path, price_per_hour: float | None) -> Card:
     sections[-1].notes.append(f"Cost: {why}." if price is None else f"Cost: at ${price:,.2f} per hour, {why}.")
     if commands:
         sections.append(Section("Commands", code="\n".join(commands)))
-    return Card(max(map(str, filter(None, created)), default=""), tiles, sections)
+    return Card(max(map(str, filter(None, created)), default="", key=read_time), tiles, sections)
 
 
 def choose_chain(saved: dict[str, dict], runs: dict[str, dict]) -> list[dict]:
     """Sections in reading order: the saved ones, and one for each other stage's newest run."""
-    def place(item: tuple[str, dict]) -> tuple[int, int, str]:
+    def place(item: tuple[str, dict]) -> tuple[int, int, float]:
         name, section = item
         rank = next((10 * i for i, prefix in enumerate(SECTION_ORDER, 1) if name.startswith(prefix)), 1000)
         stage = {stage: i for i, stage in enumerate(STAGES, 1)}.get(section.get("stage"), 0)    # 0: comes first
-        return section.get("order", rank), stage, str(section.get("created"))
+        return section.get("order", rank), stage, read_time(section.get("created"), math.inf)
 
     run_paths = [section.get("run") or "" for section in saved.values()]
     told_stages = {path.split("/")[1] for path in run_paths if path.count("/") == 2}
-    newest = {path.split("/")[1]: path for path in sorted(runs, key=lambda path: str(runs[path].get("created")))}
+    newest = {path.split("/")[1]: path for path in sorted(runs, key=lambda path: read_time(runs[path].get("created")))}
     untold = {f"{stage}_train, not saved": {
         "title": f"{STAGES.get(stage, stage)} {runs[path].get('tag', '')} ({runs[path].get('status', 'unknown')})",
         "run": path} for stage, path in newest.items() if stage not in told_stages}
@@ -319,16 +328,21 @@ def find_price(environments: list[dict], price_per_hour: float | None) -> tuple[
 
 def compare_stages(records: list[dict], runs: dict[str, dict]) -> list[Section]:
     """One table of all metrics over the stages, and over the runs where these have several names. Where two sections of
-    a run state a metric, the later one counts; one from before its training ended tells of other weights."""
+    a run state a metric, the later one counts; one of an earlier step, or from before the training's end, tells of
+    other weights."""
     columns: dict[tuple[str, str], dict] = {}
     older = []
     for stage in STAGES:
         of_stage = [record for record in records if record.get("stage") == stage]
         default = next((record["run"] for record in of_stage if record.get("run")), "")
         for record in of_stage:
-            run = str(record.get("run") or default)
+            values = record.get("values") or {}
+            run = str(record.get("run") or values.get("model") or default)
+            info = runs.get(run, {})
+            last_step = (info.get("results") or {}).get("step")
+            is_early = last_step is not None and values.get("step", last_step) != last_step
             metrics = {name: value for name, value in (record.get("metrics") or {}).items() if value is not None}
-            if str(record.get("created") or "~") < str(runs.get(run, {}).get("ended") or ""):
+            if is_early or read_time(record.get("created"), math.inf) < read_time(info.get("ended")):
                 older.append(str(record.get("title")))
             elif metrics:
                 columns.setdefault((stage, run), {}).update(metrics)
@@ -336,8 +350,7 @@ def compare_stages(records: list[dict], runs: dict[str, dict]) -> list[Section]:
             for name in dict.fromkeys(name for metrics in columns.values() for name in metrics)]
     is_one = len({Path(run).name for _, run in columns}) == 1
     heads = ["metric", *(STAGES[stage] + ("" if is_one else f" {Path(run).name}") for stage, run in columns)]
-    notes = [f"From before the training's end, so of other weights, and left out here: {', '.join(older)}."] if older \
-        else []
+    notes = [f"Of weights from before the training's end, and left out here: {', '.join(older)}."] if older else []
     return [Section("Stage by stage", tables=[Table("", heads, rows)], notes=notes)] if rows else []
 
 
@@ -380,7 +393,7 @@ def write_ledger(base_dir: Path, tags: Sequence[str], author: dict[str, str | No
         except UserError as error:    # a damaged run.json
             fault = str(error)
         if not fault:
-            entries[tag] = make_entry(run, author)
+            entries[tag] = make_entry(tag, run, author)
         else:
             left_out[tag if stage == "base" else f"{stage}/{tag}"] = fault
     for tag in tags:

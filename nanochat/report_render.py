@@ -99,8 +99,8 @@ def format_command(argv: list) -> str:
 
 
 def scale_value(value: float, units: tuple[tuple[float, str], ...], digits: int) -> str:
-    """A value in the largest unit that it reaches, else in the smallest."""
-    size, unit = next((pair for pair in units if abs(value) >= pair[0]), units[-1])
+    """A value in the largest unit that it reaches, rounded to these digits, else in the smallest."""
+    size, unit = next((pair for pair in units if float(f"{abs(value):.{digits}g}") >= pair[0]), units[-1])
     return f"{value / size:,.{digits}g} {unit}".rstrip()
 
 

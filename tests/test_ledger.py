@@ -107,6 +107,15 @@ def test_an_entry_names_its_set_rule_and_command(base_dir):
     assert "secret" not in json.dumps(entry) and entry["wandb_run_link"] is None
 
 
+def test_a_run_that_was_set_aside_has_its_folders_name(base_dir):
+    write_run(base_dir, "d4")
+    write_run(base_dir, "d4~1", **{"bpb": 1.1})
+    info = base_dir / "runs" / "base" / "d4~1" / "run.json"
+    info.write_text(info.read_text().replace('"tag": "d4~1"', '"tag": "d4"'))
+    entries, board = make_ledger()
+    assert set(entries) == {"d4", "d4~1"} and "d4\\~1" in board
+
+
 def test_a_run_continued_on_other_devices(base_dir):
     """The first half on one device, the second on four, four times as fast: as many device seconds."""
     write_run(base_dir, "d4", seconds=8.0)

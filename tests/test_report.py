@@ -126,7 +126,36 @@ def test_other_models_and_older_weights_are_not_mixed_in(base_dir):
     table = text[text.index("## Stage by stage"):].split("\n\n")
     assert table[1].splitlines()[0] == "| metric | BASE quickstart | SFT hour |"
     assert "| val\\_bpb | 1.2000 | – |" in table[1] and "0.7000" not in table[1]
-    assert "so of other weights, and left out here: base\\_loss." in text
+    assert "Of weights from before the training's end, and left out here: base\\_loss." in text
+
+
+def test_evaluations_tell_of_the_model_and_the_step_that_they_name(base_dir):
+    """Answers of another model of the stage, which name it beside its run, and the loss of an early step."""
+    for tag, stage in (("a", "sft"), ("b", "sft"), ("d4", "base")):
+        write_run(base_dir, stage, tag, ended="2026-11-21T13:00:00+00:00", results={"step": 120})
+    for name, stage, run, values, metrics in (
+            ("sft", "sft", "runs/sft/b", {}, {"val_bpb": 0.5}),
+            ("chat_eval_sft", "sft", "", {"model": "runs/sft/a", "step": 120}, {"Identity": 0.25}),
+            ("base_train", "base", "runs/base/d4", {"steps": 120}, {"val_bpb": 1.2}),
+            ("base_loss", "base", "runs/base/d4", {"step": 60}, {"val_bpb": 1.5})):
+        report.write_section(name, {"title": name, "stage": stage, "run": run, "created": "2026-11-21T14:00:00+00:00",
+                                    "values": values, "metrics": metrics})
+    text, _ = generate(base_dir)
+    table = text[text.index("## Stage by stage"):].split("\n\n")
+    assert table[1].splitlines() == ["| metric | BASE d4 | SFT b | SFT a |", "| --- | --- | --- | --- |",
+                                     "| val\\_bpb | 1.2000 | 0.5000 | – |", "| Identity | – | – | 0.2500 |"]
+    assert "and left out here: base\\_loss." in text
+
+
+@pytest.mark.parametrize(("created", "is_older"), [
+    ("2026-11-21T10:30:00+00:00", False),    # half an hour after the end, on a machine that runs in UTC
+    ("2026-11-21T09:30:00+00:00", True),
+    ("2026-11-21T13:30:00+03:00", False)])
+def test_times_of_machines_in_other_zones_are_compared(base_dir, created, is_older):
+    run = write_run(base_dir, ended="2026-11-21T12:00:00+02:00")
+    report.write_section("base_loss", {"title": "loss", "stage": "base", "run": run, "created": created,
+                                       "metrics": {"val_bpb": 0.7}})
+    assert ("| val\\_bpb | 0.7000 |" not in generate(base_dir)[0]) == is_older
 
 
 def test_whole_chain_in_one_table(base_dir):

@@ -11,11 +11,18 @@ from nanochat.report_render import (
     draw_curve,
     escape_markdown,
     fence,
+    format_count,
     format_label,
     format_value,
     make_ticks,
     smooth,
 )
+
+
+@pytest.mark.parametrize(("count", "shown"), [
+    (0, "0"), (999, "999"), (1234, "1.23 K"), (999_499, "999 K"), (999_817_216, "1 B"), (-2.5e6, "-2.5 M")])
+def test_format_count(count, shown):
+    assert format_count(count) == shown
 
 
 def test_fence_and_escape():
