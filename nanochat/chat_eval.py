@@ -86,8 +86,8 @@ def load_problems(task: Task, name: str, tokenizer, max_problems: int | None) ->
     order, problems = list(range(len(task))), []
     random.Random(ORDER_SEED).shuffle(order)
     for index in order[:max_problems]:
+        conversation = task[index]
         try:
-            conversation = task[index]
             content = json.dumps(conversation, sort_keys=True)
             prompt = tokenizer.render_for_completion(conversation)
         except (LookupError, TypeError, ValueError, AttributeError) as error:

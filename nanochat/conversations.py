@@ -147,7 +147,9 @@ def spell_call(name: str, arguments: str | dict) -> str:
             values = []
         if len(values) == 1 and isinstance(values[0], str):
             return values[0]
-    return f"{name}({arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)})"
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False, default=str)    # of parquet: dates
+    return f"{name}({arguments})"
 
 
 def read_text(message: dict, index: int) -> str:

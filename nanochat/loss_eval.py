@@ -255,8 +255,8 @@ def check_row(row: dict, kind: str) -> dict:
         gold, options = checked["gold"], checked[options_field]
         if not isinstance(options, list):
             raise ValueError(f"{options_field} is no list")
-        if gold not in range(len(options)):
-            raise ValueError(f"gold is {gold!r:.60}, but there are {len(options)} options")
+        if type(gold) is not int or gold not in range(len(options)):
+            raise ValueError(f"gold is {gold!r:.60}, but there are {len(options)} options, counted from 0")
     return {name: value if name == "gold" else list(map(to_text, value)) if name == options_field else to_text(value)
             for name, value in checked.items()}
 

@@ -55,7 +55,10 @@ def make_questions(tasks: Mapping[str, object], tokenizer, max_prompt_tokens: in
     for name, task in tasks.items():
         for i in range(len(task)):
             conversation = task[i]
-            prompt = tokenizer.render_for_completion(conversation)
+            try:
+                prompt = tokenizer.render_for_completion(conversation)
+            except ValueError as error:    # conversations.ConversationError, or a text that isn't one
+                raise UserError(f"question {i} of {name} can't be asked ({error}); fetch its data again") from None
             if len(prompt) <= max_prompt_tokens:
                 questions.append(Question(name, task, conversation, prompt))
     if not questions:

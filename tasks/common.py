@@ -62,7 +62,13 @@ class Task:
         return len(self._used())
 
     def __getitem__(self, index: int) -> dict:
-        return self.get_example(self._used()[index])
+        """A conversation; UserError where its row is damaged."""
+        place = self._used()[index]
+        try:
+            return self.get_example(place)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            name, reason = type(self).__name__, f"{type(error).__name__}: {error}"
+            raise UserError(f"example {place} of {name} can't be used ({reason}); fetch its data again") from None
 
 
 class GeneratedTask(Task):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from datetime import date
 
 import pytest
 
@@ -93,6 +94,11 @@ def test_every_order_of_roles_is_a_conversation(messages, learned, prompt):
 
 def test_half_a_character_is_replaced():
     assert parse_messages([user("a \ud83d \ude00\ud83d\ude00")]) == [user("a \ufffd \ufffd\U0001f600")]
+
+
+def test_arguments_of_a_parquet_file_may_hold_dates():
+    messages = [user("a"), assistant(None, tool_calls=[call("get", {"day": date(2026, 1, 2)})])]
+    assert 'get({"day": "2026-01-02"})' in str(parse_conversation({"messages": messages}))
 
 
 @pytest.mark.parametrize(("messages", "reason"), [

@@ -477,6 +477,7 @@ ODD_DATA = "eval_data/group/odd.jsonl"
     (ODD_DATA, '"Is 2 odd?"', '"Is 2 od', "task odd, line 3 of .*odd.jsonl, is damaged"),
     (ODD_DATA, '"query": "Is 1 odd?", ', "", "task odd, line 2 of .*'query' is missing"),
     (ODD_DATA, '"gold": 2', '"gold": 3', "task odd, line 2 of .*gold is 3, but there are 3 options"),
+    (ODD_DATA, '"gold": 2', '"gold": 2.0', "task odd, line 2 of .*gold is 2.0, but there are 3 options"),
     (ODD_DATA, '["no", "yes, it is", "yes"]', '"yes"', "line 1 of .*choices is no list"),
     (ODD_DATA, '"Is 0 odd?"', "null", "line 1 of .*None is no text"),
     (ODD_DATA, '{"query": "Is 0', '["', "line 1 of "),

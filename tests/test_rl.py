@@ -326,6 +326,16 @@ def test_the_engine_has_room_for_held_out_questions_too():
     assert chat_rl.make_rollouts(args, setup, asked, held_out).longest_prompt == 8
 
 
+def test_a_damaged_question_is_one_sentence(byte_tokenizer):
+    task = Vowels()
+    task.get_example = lambda index: {"messages": [{"role": "user", "content": None if index else "a"}, {}]}
+    with pytest.raises(UserError, match="question 0 of Vowels can't be asked .*fetch its data again"):
+        make_questions({"Vowels": task}, byte_tokenizer, 99)
+    task.get_example = lambda index: {}["answer"]
+    with pytest.raises(UserError, match="example 0 of Vowels can't be used .KeyError: 'answer'.; fetch its data again"):
+        make_questions({"Vowels": task}, byte_tokenizer, 99)
+
+
 def test_long_questions_are_left_out(byte_tokenizer):
     task = Vowels()
     lengths = [len(byte_tokenizer.render_for_completion(task[i])) for i in range(30)]
@@ -404,6 +414,9 @@ def test_run(base_dir, whole, capsys):
 def test_curve(whole, tmp_path, base_dir):
     rl_curve.main(["whole", "whole", "--out", str(tmp_path / "curve.png")])
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file can't be made .*; choose another"):
+        rl_curve.main(["whole", "--out", str(tmp_path / "file" / "curve.png")])
     with pytest.raises(UserError, match="nowhere holds no steps of RL"):
         rl_curve.main(["nowhere"])
 
