@@ -13,7 +13,6 @@ reported, and the evaluation goes on with the others.
 import argparse
 import hashlib
 import json
-import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -72,8 +71,9 @@ def main(argv: list[str] | None = None) -> dict:
     key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:8]
     records_dir = run_dir / "chat_eval" / f"{step:06d}_{key}"
     if get_ranks().rank == 0:
-        if args.fresh:
-            shutil.rmtree(records_dir, ignore_errors=True)
+        for name in args.task_name if args.fresh else ():    # what other tasks have answered stays
+            for path in (records_dir / f"{name}.jsonl", *records_dir.glob(f"{name}.part*.jsonl")):
+                path.unlink(missing_ok=True)
         records_dir.mkdir(parents=True, exist_ok=True)
         write_json(records_dir / "settings.json", made_with)
     solver = Solver(model, tokenizer, settings, args.batch_size, args.allow_unsafe, args.words)

@@ -345,7 +345,7 @@ def test_missing_and_damaged_data_cost_their_task_only(hub, model, tokenizer):
     assert list(chat["tasks"]) == ["ARC-Easy", "SpellingBee"] and chat["is_partial"] and model.training
     assert "put test.parquet or test.jsonl into" in chat["missing"]["MMLU"]
     assert "no column 'answer'" in chat["missing"]["GSM8K"]
-    assert "problem 1 of ARC-Challenge can't be used (ValueError: 'Z'" in chat["missing"]["ARC-Challenge"]
+    assert "example 1 of ARC can't be used (ValueError: 'Z'" in chat["missing"]["ARC-Challenge"]
     model.eval()
 
 
@@ -437,7 +437,9 @@ def test_script(run, hub, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(chat_eval, "solve", lambda *args: pytest.fail("it was evaluated before"))
     assert run("-x", "4") == result
     with pytest.raises(pytest.fail.Exception):
-        run("-x", "4", "--fresh")
+        run("-x", "4", "--fresh", "-a", "ARC-Easy")
+    records_dir = Path(result["records_dir"])
+    assert not (records_dir / "ARC-Easy.jsonl").exists() and read_lines(records_dir / "GSM8K.jsonl") == records
     with pytest.raises(pytest.fail.Exception):
         run("-x", "4", "-m", "13")  # other settings have other records
 
