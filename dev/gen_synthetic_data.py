@@ -24,7 +24,7 @@ from nanochat.common import UserError, hash_file, print0, write_atomic
 from nanochat.conversations import parse_conversation
 from nanochat.download import PASSING_STATUS, describe_error, read_retry_after
 from tasks.common import make_rng
-from tasks.embedded import DEFAULT_FIELDS, IDENTITY, Template, make_conversation
+from tasks.embedded import DEFAULT_FIELDS, Template, choose_questions, make_conversation
 
 TIMEOUT_SECONDS = (10, 300)     # to connect, and for an answer
 BACKOFF_SECONDS = 1.0           # doubles with each failure in a row
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> dict:
         fields = DEFAULT_FIELDS | named | dict(pair.split("=", 1) for pair in args.set)
         if blank := next((key for key, value in fields.items() if not value.strip()), None):
             raise UserError(f"{{{{{blank}}}}} would be filled with nothing; give it a value")
-        templates = read_templates(args.templates, fields) if args.templates else list(IDENTITY)
+        templates = read_templates(args.templates, fields) if args.templates else choose_questions("train")
         conversations = fill_templates(templates, fields, args.num, args.seed)
     lines = [json.dumps({"messages": parse_conversation(row)}, ensure_ascii=False) + "\n" for row in conversations]
     write_atomic(args.out, "".join(lines))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from dev.figures import COLORS, make_panels, save_png, styled
+from dev.figures import COLORS, make_folder, make_panels, save_png, styled
 from nanochat.checkpoint_manager import get_run_dir
 from nanochat.command_line import Parser, run_script
 from nanochat.common import UserError, print0
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> dict:
     for tag, lines in runs.items():
         if not any(line["kind"] == "train" for line in lines):
             raise UserError(f"{get_run_dir('rl', tag)} holds no steps of RL; name runs of scripts.chat_rl")
-    save_png(draw_rewards(runs), args.out)
+    save_png(draw_rewards(runs), make_folder(args.out.parent) / args.out.name)
     print0(f"{args.out}: {len(runs)} runs")
     return {"out": str(args.out)}
 

@@ -80,14 +80,18 @@ class Identity(GeneratedTask):
         """fields: who it is, by default DEFAULT_FIELDS"""
         super().__init__(split, size, seed, **kwargs)
         self.fields = DEFAULT_FIELDS | (fields or {})
-        self.templates = [(questions[-1:] if split == "test" else questions[:-1], answers)
-                          for questions, answers in IDENTITY]
+        self.templates = choose_questions(split)
 
     def get_example(self, index: int) -> dict:
         return make_conversation(self.templates, self.fields, make_rng(self.seed, "Identity", self.split, index))
 
     def evaluate(self, conversation: dict, answer: str) -> bool:
         return all(text.lower() in answer.lower() for text in conversation["expected"])
+
+
+def choose_questions(split: str) -> list[Template]:
+    """IDENTITY with the questions of a split: the last of each is for tests alone."""
+    return [(questions[-1:] if split == "test" else questions[:-1], answers) for questions, answers in IDENTITY]
 
 
 def make_conversation(templates: Sequence[Template], fields: dict[str, str], rng: Random) -> dict:

@@ -14,6 +14,7 @@ from dev import gen_synthetic_data
 from dev.gen_synthetic_data import main
 from nanochat.common import UserError
 from tasks.customjson import CustomJSON
+from tasks.embedded import Identity
 
 GOOD = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada."}]}
 
@@ -95,6 +96,15 @@ def test_identity_templates(tmp_path):
     assert (tmp_path / "again.jsonl").read_text() == text != (tmp_path / "other.jsonl").read_text()
     with pytest.raises(UserError, match="there already"):
         main(["--out", str(tmp_path / "me.jsonl"), *argv])
+
+
+def test_no_question_of_the_test_split_is_written(tmp_path):
+    main(["--out", str(tmp_path / "me.jsonl"), "--num", "500"])
+    asked = {message["content"].lower().rstrip("?.!") for row in read(tmp_path) for message in row["messages"]
+             if message["role"] == "user"}
+    tested = {message["content"].lower().rstrip("?.!") for conversation in Identity("test", 300)
+              for message in conversation["messages"] if message["role"] == "user"}
+    assert len(asked) > 50 and len(tested) > 5 and not asked & tested
 
 
 def test_own_templates(tmp_path):
