@@ -311,11 +311,13 @@ def expect_mfu(gpu: str, depth: int) -> tuple[float, str]:
     """MFU to expect of a compiled run, and what it rests on; `gpu` may be 'cpu'."""
     if gpu == "cpu":
         return CPU_MFU, "measured at depths 4 and 6 on a 2-core machine: 51-61% of its matmul rate"
-    depth = min(max(depth, PUBLISHED_MFU[0][0]), PUBLISHED_MFU[-1][0])  # beyond the table its nearest end
+    smallest, largest = PUBLISHED_MFU[0][0], PUBLISHED_MFU[-1][0]
+    too_small = f"; depth {depth} will reach less" if depth < smallest else ""
+    depth = min(max(depth, smallest), largest)  # beyond the table its nearest end
     (d0, mfu0), (d1, mfu1) = next(pair for pair in itertools.pairwise(PUBLISHED_MFU) if depth <= pair[1][0])
     mfu = mfu0 + (mfu1 - mfu0) * (depth - d0) / (d1 - d0)
     source = "published for 8 H100 in bf16: " + ", ".join(f"{100 * m:.0f}% at depth {d}" for d, m in PUBLISHED_MFU)
-    return mfu, source + ("" if gpu == "h100" else f"; assumed to hold on {gpu} as well, not measured there")
+    return mfu, source + too_small + ("" if gpu == "h100" else f"; assumed to hold on {gpu}, not measured there")
 
 
 def get_peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:

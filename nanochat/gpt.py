@@ -54,7 +54,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def offset_keys(k: Tensor, num_pairs: int, first: Tensor | None) -> Tensor:
-    """Keys (B, T, Hk, D) of which so many pairs of channels, the slowest to turn, are those of the token before.
+    """Keys (B, T, Hk, D) whose `num_pairs` slowest-turning pairs of channels come from the token before.
 
     first: (B, 1, Hk, D) has these pairs for the first key; None: zeros
     """

@@ -10,7 +10,7 @@ The formulas count what gpt.py, cross_entropy.py and optim.py allocate. The peak
 
 They need no torch, so that scripts.plan answers at once. tests/test_memory.py runs the model's own step on fake tensors
 at full size and fails where the formulas are off by more than 2%: change the model, and it says which ones to mend.
-Not compared with a GPU's allocator yet; dev.bench_memory's check_memory does that on one.
+Not compared with a GPU's allocator yet; `bash dev/gpu_check.sh --only memory` does that on one.
 """
 
 from __future__ import annotations

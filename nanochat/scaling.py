@@ -1,9 +1,10 @@
 """Depth -> every other number: model shape, horizon, batch size, learning rates, and their schedules. Pure functions.
 
-Figures and formulas are those of nanochat's public record (January-July 2026), with the papers named beside them; other
-models of the family have a TrainingRule of their own (presets.py). In the record a depth-24 model of GPT-2's
-CORE score (0.2565) took 3.04 hours on 8 H100 at first and 1.65 at last: batches of 1M tokens made 2.76 hours of 2.91;
-tuned rates, betas, decay, initial weights and RoPE base 1.80 of 2.02.
+Figures and formulas are those of nanochat's public record (January-July 2026), with the papers named beside them, but
+Muon by heads (dev/LOG.md, "Muon by heads") and the batch of small budgets, which we measured; other models of the
+family have a TrainingRule of their own (presets.py). In the record a depth-24 model of GPT-2's CORE score (0.2565) took
+3.04 hours on 8 H100 at first and 1.65 at last: batches of 1M tokens cut 2.91 hours to 2.76; tuned rates, betas, decay,
+initial weights and RoPE base 2.02 to 1.80.
 """
 
 import math

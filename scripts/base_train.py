@@ -112,7 +112,7 @@ def train(run: Run, val_batches: ValidationBatches, args: argparse.Namespace) ->
             lr_frac = set_schedules(state.optimizer, step, plan.num_iterations, args, find_rule(recipe.rule))
             row_tokens = plan.get_row_tokens(step, recipe.T)
             stats = take_step(state, run.loader.next_step().cut(row_tokens), step, log, stop)
-            if stats is None:  # out of memory twice: save the steps before, and stop
+            if stats is None:  # out of memory, and no smaller micro-batch to try: save, and stop
                 run.loader.give_back()
                 continue
             step += 1

@@ -4,9 +4,10 @@
     python -m scripts.chat_rl -a Arithmetic:2000 SpellingBee:500 # tasks that need no download
     torchrun --nproc_per_node=8 -m scripts.chat_rl -i mid        # straight from a midtrained model, on 8 GPUs
 
-Begins with that run's weights and learning rate, but not with its optimizer state, and trains the blocks' matrices
-alone. Each step asks some questions, has each answered several times, and learns from all the answers at once. The same
-command again continues a run that was stopped or killed. State: $NANOCHAT_BASE_DIR/runs/rl/<tag>/.
+Begins with the weights and learning rate of the run that --source and --model-tag name, but not with its optimizer
+state, and trains the blocks' matrices alone. Each step asks some questions, has each answered several times, and learns
+from all the answers at once. The same command again continues a run that was stopped or killed. State:
+$NANOCHAT_BASE_DIR/runs/rl/<tag>/.
 """
 
 import argparse

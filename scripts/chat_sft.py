@@ -4,8 +4,9 @@
     python -m scripts.chat_sft -i base                      # straight from a base model
     python -m scripts.chat_sft --tasks GSM8K ARC-Easy --custom-json mine.jsonl
 
-Begins with that run's weights, optimizer state and settings, and goes through the conversations once. The same
-command again continues a run that was stopped or killed. State: $NANOCHAT_BASE_DIR/runs/sft/<tag>/.
+Begins with the weights, optimizer state and settings of the run that --source and --model-tag name, and goes through
+the conversations once. The same command again continues a run that was stopped or killed. State:
+$NANOCHAT_BASE_DIR/runs/sft/<tag>/.
 """
 
 import argparse
