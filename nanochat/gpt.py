@@ -11,7 +11,8 @@ To change the model, change it here: decoding.py compiles or captures this code,
 Each trick says what it is for, where it comes from, and what it gained in the public record, nanochat's log of 2026
 (github.com/karpathy/nanochat, and its leaderboard), by the date of the entry; hours are those that 8 H100 take to
 GPT-2's CORE. Weights are fp32 and cast to the activations' dtype where they are used. Embeddings are stored in the
-compute dtype, bf16 without an fp32 master, which swallows small updates: loss-neutral there (2026-08-22).
+compute dtype, bf16 without an fp32 master, which swallows small updates: loss-neutral there (2026-08-22) at a rate of
+.3, but at .001 most updates are lost (fp32_embeds keeps them).
 """
 
 import functools
@@ -195,7 +196,7 @@ class GPT(nn.Module):
         self.config = config
         master = torch.float64 if dtype == torch.float64 else torch.float32
         # fp16's range is too small for embeddings that Adam updates, so they stay masters there
-        embed = master if dtype == torch.float16 else dtype
+        embed = master if dtype == torch.float16 or config.fp32_embeds else dtype
         C, V, L = config.n_embd, config.padded_vocab_size, config.n_layer
         self.compute_dtype = dtype
         self.loss = "fused"  # of training: a key of cross_entropy.LOSSES

@@ -74,10 +74,6 @@ class Machine:
         return max(4, self.act_bytes)
 
     @property
-    def embed_bytes(self) -> int:    # of the embeddings, which live in the compute dtype unless that is fp16
-        return self.master_bytes if self.dtype == "float16" else self.act_bytes
-
-    @property
     def cast_bytes(self) -> int:     # of the copy that a linear layer makes of its weight; 0 where it needs none
         return self.act_bytes if self.act_bytes < self.master_bytes else 0
 
@@ -167,7 +163,7 @@ def list_usage(config: GPTConfig, T: int, rows: int, machine: Machine,
         parts.subtract(blocks[layer])
         num_bytes = sum(map(math.prod, list_weights(config, layer))) * machine.master_bytes
         if config.has_value_embed(layer):
-            num_bytes += config.padded_vocab_size * config.kv_dim * machine.embed_bytes
+            num_bytes += config.padded_vocab_size * config.kv_dim * get_embed_bytes(config, machine)
         parts["gradients"] += round(num_bytes * ((num_micro == 1) + share))
     add("backward", "embed")
     parts = {**parts, **dict.fromkeys([*ACTIVATIONS, "workspace"], 0), "gradients": gradients}
@@ -445,7 +441,8 @@ def count_optimizer_bytes(config: GPTConfig, machine: Machine) -> int:
 
 def list_adamw(config: GPTConfig, machine: Machine) -> list[tuple[int, int, int]]:
     """Bytes of each AdamW parameter, of the part that one rank updates, and of an element; the few scalars as one."""
-    V, C, master, embed = config.padded_vocab_size, config.n_embd, machine.master_bytes, machine.embed_bytes
+    V, C, master, embed = (config.padded_vocab_size, config.n_embd, machine.master_bytes,
+                           get_embed_bytes(config, machine))
     num_ve = sum(map(config.has_value_embed, range(config.n_layer)))
     num_moe = sum(map(config.has_experts, range(config.n_layer)))
     params = [(V, C, master), (V, C, embed), *[(V, config.kv_dim, embed)] * num_ve,
@@ -455,6 +452,11 @@ def list_adamw(config: GPTConfig, machine: Machine) -> list[tuple[int, int, int]
         params += [(*shape, master) for shape, num in count_shapes(config).items() for _ in range(num)]
     return [(rows * cols * size, count_own_rows(rows, cols, machine.world_size) * cols * size, size)
             for rows, cols, size in params]
+
+
+def get_embed_bytes(config: GPTConfig, machine: Machine) -> int:
+    """Of an element of the embeddings, which live in the compute dtype unless that is fp16 or a knob says otherwise."""
+    return machine.master_bytes if machine.dtype == "float16" or config.fp32_embeds else machine.act_bytes
 
 
 def count_own_rows(num_rows: int, num_cols: int, world_size: int) -> int:

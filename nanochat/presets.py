@@ -182,7 +182,7 @@ PRESETS = {
     # warm-up at once: 48,000 of 50,000 steps
     "arcadium-200m": Preset("arcadium's dense model of 200 M", PLAIN | {
         "attn_dim": 4096, "mlp_dim": 2048, "mlp_act": "swiglu", "qk_scale": 0.0, "resid_init": None,
-        "embed_norm": False, "fc_init": 1.0},
+        "embed_norm": False, "fp32_embeds": True, "fc_init": 1.0},
         {"n_layer": 16, "n_head": 32, "n_kv_head": 32, "n_embd": 512}, "adam", make_flags(
         (1e-3, 1e-3, 1e-3, 1e-3), 0.0, (2000, 0.96, 0.1), "L", max_seq_len=1024, vocab_size=50_257,
         total_batch_size=32 * 1024, num_iterations=50_000)),

@@ -134,11 +134,14 @@ def test_init_distributions():
                                    "backout_lambda"} == set(params)
 
 
-@pytest.mark.parametrize(("dtype", "embed_dtype", "master_dtype"), [
-    (torch.float64, torch.float64, torch.float64), (torch.float32, torch.float32, torch.float32),
-    (torch.bfloat16, torch.bfloat16, torch.float32), (torch.float16, torch.float32, torch.float32)])
-def test_storage_dtypes(dtype, embed_dtype, master_dtype):
-    model = make_tiny(dtype)
+@pytest.mark.parametrize(("dtype", "knobs", "embed_dtype", "master_dtype"), [
+    (torch.float64,  {},                    torch.float64,  torch.float64),
+    (torch.float32,  {},                    torch.float32,  torch.float32),
+    (torch.bfloat16, {},                    torch.bfloat16, torch.float32),
+    (torch.bfloat16, {"fp32_embeds": True}, torch.float32,  torch.float32),
+    (torch.float16,  {},                    torch.float32,  torch.float32)])
+def test_storage_dtypes(dtype, knobs, embed_dtype, master_dtype):
+    model = make_tiny(dtype, **knobs)
     for name, param in model.named_parameters():
         assert param.dtype == (embed_dtype if "wte" in name or "embed" in name else master_dtype), name
     assert model.cos.dtype == model.sin.dtype == dtype

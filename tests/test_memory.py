@@ -68,6 +68,7 @@ def test_prediction_meets_the_model_at_full_size(depth, rows, num_micro, dtype, 
 
 
 @pytest.mark.parametrize(("depth", "knobs", "T", "rows", "num_micro", "dtype", "world_size"), [
+    (4,  {"fp32_embeds": True},               512,  8, 2, "bfloat16", 1),
     (4,  {"num_experts": 8},                  512,  8, 1, "bfloat16", 1),
     (4,  {"num_experts": 16, "top_k": 2},     512,  4, 2, "float32",  1),
     (12, {"num_experts": 8, "moe_every": 2},  2048, 4, 1, "bfloat16", 8),
@@ -108,7 +109,7 @@ def test_heads_take_no_more_memory_than_whole_matrices(rule):
 
 @pytest.mark.parametrize("world_size", [1, 6, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("knobs", [{}, {"num_experts": 8, "top_k": 2}])
+@pytest.mark.parametrize("knobs", [{}, {"fp32_embeds": True}, {"num_experts": 8, "top_k": 2}])
 def test_optimizer_state_is_the_optimizers(world_size, dtype, knobs):
     config, machine = make(3, **knobs), Machine(dtype, "sdpa", False, "cpu", world_size)
     with fake_step(config, machine) as (_, optimizer):
