@@ -76,7 +76,7 @@ def expand_home(path: str | Path, remedy: str = "give it without ~") -> Path:
 
 
 MAX_NAME_BYTES = 180                            # disks take 255, and files beside a folder have its name and more
-RESERVED_ENDS = (".new", ".old", ".tmp", ".lock")   # of what is beside a folder: made aside, moved aside, its lock
+RESERVED_ENDS = (".tmp", ".lock")               # of what is beside a folder: unfinished files, its lock
 
 
 def check_name(name: str, what: str, reserved: tuple[str, ...] = RESERVED_ENDS) -> None:
@@ -105,7 +105,10 @@ def get_base_dir() -> Path:
 
 def get_hub() -> tuple[str, str | None]:
     """Where Hugging Face files are fetched from ($HF_ENDPOINT, a mirror) and the person's token ($HF_TOKEN), if any."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"), os.environ.get("HF_TOKEN") or None
+    token = (os.environ.get("HF_TOKEN") or "").strip()    # a file that it came from ends in a newline
+    if not (token.isascii() and token.isprintable()):
+        raise UserError("HF_TOKEN holds characters that no token has; set it again, or unset it")    # but never shown
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"), token or None
 
 
 def get_worker_env(worker: int, num_workers: int, num_gpus: int) -> dict[str, str]:
@@ -122,7 +125,7 @@ def get_worker_env(worker: int, num_workers: int, num_gpus: int) -> dict[str, st
 def get_collective_timeout() -> timedelta:
     """How long a rank waits for the others before it gives up: $NANOCHAT_TIMEOUT_SEC, by default half an hour."""
     seconds = os.environ.get("NANOCHAT_TIMEOUT_SEC") or "1800"
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OverflowError):
         if float(seconds) > 0:
             return timedelta(seconds=float(seconds))
     raise UserError(f"NANOCHAT_TIMEOUT_SEC={seconds} must be a number of seconds")
@@ -160,9 +163,11 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replaced_folder(folder: Path, new: Path, old: Path) -> Iterator[Path]:
-    """An empty folder `new`, beside `folder`, that takes its place on success; until then `folder` stays whole.
-    A kill between the two renames leaves it at `old`, from where restore_folder brings it back."""
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `folder` on success; until then the old one stays whole. A kill between
+    the two renames leaves it under its name of `aside`, from where restore_folder brings it back."""
+    folder = Path(os.path.realpath(folder))    # a link, such as to a larger disk, stays
+    new, old = aside(folder)
     new.mkdir()
     try:
         yield new
@@ -172,18 +177,30 @@ def replaced_folder(folder: Path, new: Path, old: Path) -> Iterator[Path]:
         new.rename(folder)
         sync_folder(folder.parent)
     finally:
-        restore_folder(folder, new, old)
+        restore_folder(folder)
 
 
-def restore_folder(folder: Path, new: Path, old: Path) -> None:
+def restore_folder(folder: Path) -> None:
     """Remove what replaced_folder left; what was there before comes back if nothing has taken its place."""
+    folder = Path(os.path.realpath(folder))
+    new, old = aside(folder)
     if old.exists() and not folder.exists():
         old.rename(folder)
-    for leftover in (new, old):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink(missing_ok=True)
+    for leftover in filter(os.path.lexists, (new, old)):
+        remove_tree(leftover)
+
+
+def aside(folder: Path) -> tuple[Path, Path]:
+    """Where replaced_folder has the new and the old folder; a person's backup may be NAME.old."""
+    return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder and all in it, a file, or a link but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def write_json(path: Path, value: object) -> None:

@@ -26,6 +26,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
@@ -37,11 +38,11 @@ if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, 
 
 from nanochat import common, corpus, devices, shards
 from nanochat.command_line import Parser, run_script
-from nanochat.common import UserError, get_base_dir, print0, printable, timed
+from nanochat.common import UserError, get_base_dir, print0, printable, replaced_folder, timed
 from nanochat.corpus import HUB_SOURCES
 from nanochat.download import CorruptFile, Job, download_all
-from nanochat.shards import Manifest, Shard, load_shards, read_manifest, rebuilt_folder, write_shard, write_shards
-from nanochat.text_files import Account, LeftOut, TextFile, find_text_files, quote, read_documents
+from nanochat.shards import Manifest, Shard, load_shards, read_manifest, write_shard, write_shards
+from nanochat.text_files import Account, LeftOut, TextFile, find_text_files, list_names, quote, read_documents
 
 # Sources that are built here: python-docs and files
 
@@ -64,7 +65,7 @@ def make_python_docs(folder: Path, seed: int, command: str, verify: bool) -> Non
                 "versions": {package.name: package.version for package in packages}}
     if is_done(folder, settings, verify):
         return
-    with timed("collecting Python's documentation and sources"), rebuilt_folder(folder) as new:
+    with timed("collecting Python's documentation and sources"), replaced_folder(folder) as new:
         train, val = ([text for _, text in sorted((order_key(text.encode(), seed), text) for text in side)]
                       for side in corpus.build_python_docs(packages))
         train_shards, val_shard = write_shards(new, train), write_shard(new / "val.parquet", iter(val))
@@ -83,7 +84,7 @@ def make_from_files(folder: Path, path: Path, text_column: str, seed: int, comma
         settings["left_out"] = hashlib.sha256(json.dumps(left_out).encode()).hexdigest()
     if is_done(folder, settings, verify):
         return
-    with timed(f"reading {len(files)} files of {printable(path)}"), rebuilt_folder(folder) as new:
+    with timed(f"reading {len(files)} files of {printable(path)}"), replaced_folder(folder) as new:
         num_buckets = min(MAX_BUCKETS, 1 + sum(file.num_bytes for file in files) // BUCKET_BYTES)
         with Buckets(new, num_buckets, seed) as buckets:
             for file in files:
@@ -282,11 +283,23 @@ def default_source(device_type: str = "auto") -> str:
     return "climbmix" if device_type != "cpu" and devices.has_gpu() else "python-docs"
 
 
+def refuse_other_files(folder: Path) -> None:
+    """UserError where the data would take the place of files that aren't a dataset's."""
+    if not folder.is_dir() or (folder / "manifest.json").is_file():
+        return
+    if others := sorted(name for name in os.listdir(folder) if not re.match(r"(shard_\d+|val)\.parquet", name)):
+        names = list_names(map(printable, others))
+        raise UserError(f"{printable(folder)} holds files that aren't nanochat's ({names}); choose another --name, or "
+                        "move them elsewhere")
+
+
 def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     source, folder = args.source, get_base_dir() / "data" / (args.name or args.source)
     command = f"python -m nanochat.dataset --source {source}" + (f" --name {quote(args.name)}" if args.name else "")
     seed = DEFAULT_SEED if args.seed is None else args.seed
+    if source not in HUB_SOURCES:
+        refuse_other_files(folder)
     with shards.sole_writer(folder):
         if (folder / "manifest.json").is_file() and (made_from := read_manifest(folder).source) != source:
             raise UserError(f"{folder} holds data from {made_from}; choose another --name for {source}")
@@ -295,6 +308,9 @@ def main(argv: list[str] | None = None) -> dict:
                            args.verify)
         elif source == "files":
             path = Path(os.path.realpath(common.expand_home(args.path)))    # resolve() fails for a link to itself
+            if path.is_relative_to(os.path.realpath(folder)):
+                raise UserError(f"--path {printable(path)} is where the data would be written; choose another --name, "
+                                "or put the texts elsewhere")
             text_column = args.text_column or "text"
             command += f" --path {quote(path)} --text-column {quote(text_column)} --seed {seed}"
             make_from_files(folder, path, text_column, seed, command, args.verify)

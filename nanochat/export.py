@@ -311,11 +311,10 @@ def export_model(source: Source, out: Path, form: str, dtype: str, force: bool =
 
 def replace_folder(source: Source, out: Path, form: str, dtype: str, force: bool) -> None:
     """Write the folder beside `out`, and put it there once it is whole."""
-    new, old = out.with_name(f".{out.name}.new"), out.with_name(f".{out.name}.old")
-    restore_folder(out, new, old)    # after an export that was killed
+    restore_folder(out)    # after an export that was killed
     if out.exists() and not (out / MARK_NAME).is_file() and not force:
         raise UserError(f"{out} exists and is no export of nanochat's; name another folder, or replace it with --force")
-    with replaced_folder(out, new, old):
+    with replaced_folder(out) as new:
         if form == "gguf":
             write_gguf(new, source, dtype)
         else:

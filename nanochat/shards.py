@@ -25,7 +25,6 @@ from nanochat.common import (
     hash_file,
     print0,
     printable,
-    replaced_folder,
     restore_folder,
     write_json,
 )
@@ -289,19 +288,8 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Restore a folder that `rebuilt_folder` had moved aside, and delete unfinished files, but not a download's .part:
+    """Restore a folder that `replaced_folder` had moved aside, and delete unfinished files, but not a download's .part:
     the next download continues it."""
-    restore_folder(folder, *aside(folder))
+    restore_folder(folder)
     for leftover in (*folder.glob("*.tmp"), *folder.glob("*.copy")):
         leftover.unlink()
-
-
-def aside(folder: Path) -> tuple[Path, Path]:
-    """The temporary names of `rebuilt_folder` for the new and the old folder. No dataset's name may end like these."""
-    return folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-
-
-def rebuilt_folder(folder: Path) -> contextlib.AbstractContextManager[Path]:
-    """common.replaced_folder under the names of `aside`. Only within `sole_writer(folder)`, which also repairs what a
-    kill in here leaves."""
-    return replaced_folder(folder, *aside(folder))

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.command_line import Parser, run_script
-from nanochat.common import UserError, now, print0, write_json
+from nanochat.common import UserError, now, print0, replaced_folder, write_json
 from nanochat.dataset import default_source
 from nanochat.report import write_section
-from nanochat.shards import iter_documents, load_shards, rebuilt_folder, sole_writer
+from nanochat.shards import iter_documents, load_shards, sole_writer
 from nanochat.tokenizer import SPLIT_PATTERNS, RustBPETokenizer, get_tokenizer_dir
 
 PROGRESS_SECONDS = 5.0
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict:
         training = {"tokenizer_hash": tokenizer.hash, "made_from": made_from, "data": shards.name,
                     "data_folder": str(shards.train[0].parent), "num_documents": counter.documents,
                     "num_chars": counter.chars, "train_seconds": round(time.perf_counter() - start, 2)}
-        with rebuilt_folder(directory) as new:
+        with replaced_folder(directory) as new:
             tokenizer.save(new)
             write_json(new / "training.json", training)
     report_tokenizer(training, args.name, sys.argv if argv is None else argv)

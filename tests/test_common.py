@@ -37,6 +37,13 @@ def test_base_dir(tmp_path, monkeypatch):
         common.get_base_dir()
 
 
+@pytest.mark.parametrize("seconds", ["inf", "nan", "0", "soon", "1e300"])
+def test_a_timeout_that_is_none(seconds, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_TIMEOUT_SEC", seconds)
+    with pytest.raises(UserError, match=f"NANOCHAT_TIMEOUT_SEC={seconds} must be a number of seconds"):
+        common.get_collective_timeout()
+
+
 def test_user_without_a_home(monkeypatch):
     """As in a container that is started with any user's id."""
     def find_nobody(uid):

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,42 @@ def texts(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files
+
+
+def test_a_persons_own_files_are_not_replaced(texts, base_dir):
+    folder = base_dir / "data" / "mine"
+    shutil.copytree(texts, folder)
+    before = sorted(os.listdir(folder))
+    for path in (folder, texts):
+        with pytest.raises(UserError, match="mine holds files that aren't nanochat's .*choose another --name"):
+            make_files(path)
+    assert sorted(os.listdir(folder)) == before
+    shutil.rmtree(folder)
+    make_files(texts)
+    with pytest.raises(UserError, match="is where the data would be written; choose another --name"):
+        make_files(folder)
+
+
+def test_backups_beside_the_data_stay(texts, base_dir):
+    folder = Path(make_files(texts)["folder"])
+    for name in ("mine.old", "mine.new"):
+        shutil.copytree(folder, folder.with_name(name))
+    (texts / "more.txt").write_text("One more document.")
+    make_files(texts)
+    assert {path.name for path in folder.parent.iterdir()} >= {"mine", "mine.old", "mine.new"}
+    shutil.rmtree(folder)
+    make_files(texts)
+    assert (folder.parent / "mine.old").is_dir()
+
+
+def test_data_on_another_disk_stays_there(texts, base_dir, tmp_path):
+    folder = Path(make_files(texts)["folder"])
+    folder.rename(tmp_path / "big")
+    folder.symlink_to(tmp_path / "big")
+    (texts / "more.txt").write_text("One more document.")
+    made = make_files(texts)
+    assert folder.is_symlink() and load_shards(str(tmp_path / "big")).hash == made["hash"]
+    assert not [path for path in (*tmp_path.iterdir(), *folder.parent.iterdir()) if path.name.startswith(".")]
 
 
 def test_files_content(texts, base_dir, capsys):
@@ -316,6 +353,16 @@ def hub(monkeypatch):
 
 def fetch_shards(*extra):
     return main(["--source", "climbmix", "-w", "2", *extra])
+
+
+def test_token_with_a_newline_and_one_that_is_none(hub, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "secret\n")    # as a mounted file has it
+    fetch_shards("-n", "1")
+    assert all(request["Authorization"] == "Bearer secret" for request in hub.requests)
+    monkeypatch.setenv("HF_TOKEN", "secr\u2026et")
+    with pytest.raises(UserError, match="HF_TOKEN holds characters that no token has") as error:
+        fetch_shards("-n", "2")
+    assert "secr" not in str(error.value) + capsys.readouterr().out
 
 
 def test_hub_download_and_growth(hub, base_dir, monkeypatch):

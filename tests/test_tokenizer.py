@@ -564,7 +564,7 @@ def test_tok_train_recovers_what_a_crash_moved_aside(data_dir):
     flags = ["--data", "tiny", "--vocab-size", "400"]
     training = tok_train.main(flags)
     folder = data_dir.parents[1] / "tokenizer" / "default"
-    folder.rename(folder.with_name("default.old"))
+    folder.rename(folder.with_name(".default.old"))
     assert tok_train.main(flags) == training
 
 
