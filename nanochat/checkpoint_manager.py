@@ -40,6 +40,7 @@ from nanochat.tokenizer import get_tokenizer
 
 STAGES = ("base", "mid", "sft", "rl")
 META_NAME, MODEL_NAME = "meta.json", "model.safetensors"
+ABANDONED_NAME = "abandoned"    # an empty file in a checkpoint from which a person went back
 RANGES_KEY = "row_ranges"
 FORMAT_VERSION = 1   # raised when an older nanochat couldn't read the files
 
@@ -217,11 +218,26 @@ def claim_folder(run_dir: Path, step: int | None) -> None:
         return
     if step is not None:
         common.write_atomic(run_dir / "latest", get_step_name(step) + "\n")
+        (run_dir / get_step_name(step) / ABANDONED_NAME).unlink(missing_ok=True)
+        abandon_steps(run_dir, step)
     elif (run_dir / "latest").exists() or list_steps(run_dir):
         names = (run_dir.with_name(f"{run_dir.name}~{i}") for i in range(1, 10**6))
         kept = next(path for path in names if not path.exists())
         run_dir.rename(kept)
         print0(f"the earlier run was kept as {kept}")
+
+
+def abandon_steps(run_dir: Path, step: int) -> None:
+    """Mark the checkpoints after `step`, from which a person went back, and keep the log that leads to them."""
+    later = [later for later in list_kept_steps(run_dir) if later > step]
+    if not later:
+        return
+    log_path, kept_path = run_dir / "metrics.jsonl", run_dir / f"metrics_abandoned_{later[-1]:06d}.jsonl"
+    if log_path.is_file():
+        shutil.copyfile(log_path, kept_path)
+        print0(f"left behind: the checkpoints after step {step}, up to {later[-1]}; their log is kept as {kept_path}")
+    for abandoned in later:
+        (run_dir / get_step_name(abandoned) / ABANDONED_NAME).touch()
 
 
 @contextlib.contextmanager
@@ -370,6 +386,11 @@ def list_steps(run_dir: Path) -> list[int]:
                   if path.parent.name.removeprefix("step_").isdigit())
 
 
+def list_kept_steps(run_dir: Path) -> list[int]:
+    """Of these, the ones that no person has abandoned by going back to an earlier one."""
+    return [step for step in list_steps(run_dir) if not (run_dir / get_step_name(step) / ABANDONED_NAME).exists()]
+
+
 def read_latest(run_dir: Path) -> int | None:
     """The step that `latest` names, or None in a folder without checkpoints."""
     steps = list_steps(run_dir)
@@ -433,12 +454,15 @@ def write_files(folder: Path, files: dict[str, tuple[dict[str, Tensor], dict]]) 
 
 def remove_old_checkpoints(run_dir: Path, keep_last: int | None, keep_every: int | None = None) -> None:
     """Delete all but the newest `keep_last` steps (None: all) and the multiples of `keep_every`, up to the one that
-    `latest` names; later ones were abandoned by a person who went back, and stay for that person to delete."""
+    `latest` names. Those that a person abandoned by going back stay, for that person to delete."""
     latest = read_latest(run_dir)
-    steps = [step for step in list_steps(run_dir) if latest is None or step <= latest]
+    steps = [step for step in list_kept_steps(run_dir) if latest is None or step <= latest]
     for step in steps[:-keep_last] if keep_last else []:
         if not keep_every or step % keep_every:
-            shutil.rmtree(run_dir / get_step_name(step))
+            try:
+                common.remove_tree(run_dir / get_step_name(step))
+            except OSError as error:    # the run is worth more than the room
+                print0(f"warning: the old checkpoint {run_dir / get_step_name(step)} can't be deleted ({error})")
 
 
 def load_meta(run_dir: Path, step: int) -> dict:

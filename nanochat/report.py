@@ -183,7 +183,8 @@ def build_card(base_dir: Path, price_per_hour: float | None) -> Card:
             section.notes.append(f"{run_path} isn't there any more, so its curve and settings are missing here")
         shown.add(run_path)    # a run belongs to the first section that names it
         # the time of an evaluation, in its own section, and the time of the run where the run is shown
-        run_sec = max(run.info.get("wall_sec") or 0.0, run.get_last("train", "elapsed_sec") or 0.0)
+        run_sec = max(run.info.get("wall_sec") or 0.0, run.info.get("earlier_sec") or 0.0,
+                      run.get_last("train", "elapsed_sec") or 0.0)
         wall_sec += (record.get("wall_sec") or 0.0) + run_sec
         sections += [section, *describe_data(run.info.get("data") or {})]
         created += [record.get("created"), run.info.get("created")]

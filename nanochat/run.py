@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 class RunLog:
     """run.json (what the run is) and metrics.jsonl (what happened, one line per event); wandb too when a name is given.
-    Only rank 0 writes. A log that is reopened at a step drops the lines of later steps: they are written again."""
+    Only rank 0 writes. A log that is reopened at a step drops the lines of later steps, which are written again."""
 
     def __init__(self, run_dir: Path, info: dict, ranks: Ranks, *, resume_step: int | None = None,
                  wandb_name: str | None = None):
@@ -36,15 +36,21 @@ class RunLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         if wandb_name:
             self.wandb = init_wandb(wandb_name, info, run_dir)
-        metrics_path = run_dir / "metrics.jsonl"
+        lines = []
         if resume_step is not None:
             self.info = continue_info(info, run_dir, resume_step)
-            # the step's own training line stands; its evaluations come after the checkpoint and are done again
-            kept = [line for line in read_metrics(run_dir) if line["step"] < resume_step or
-                    (line["step"] == resume_step and line["kind"] == "train")]
-            common.write_atomic(metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.file = open(metrics_path, "a" if resume_step is not None else "w", buffering=1, encoding="utf-8")
+            lines = [line for line in read_metrics(run_dir) if line["step"] <= resume_step]
+        self._start_file(lines)
+        # Evaluations of the step come after its checkpoint, and some are done again
+        self.repeatable = {(line["kind"], line["step"]) for line in lines
+                           if line["step"] == resume_step and line["kind"] != "train"}
         self.update(status="running")
+
+    def _start_file(self, lines: list[dict]) -> None:
+        """metrics.jsonl with these lines, to add others to."""
+        path = self.run_dir / "metrics.jsonl"
+        common.write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
+        self.file = open(path, "a", buffering=1, encoding="utf-8")
 
     def update(self, **info) -> None:
         """Change entries of run.json."""
@@ -60,6 +66,11 @@ class RunLog:
         """Add a line to metrics.jsonl; units are in the keys."""
         if not self.active:
             return
+        if (kind, step) in self.repeatable:
+            self.repeatable.remove((kind, step))
+            self.file.close()
+            lines = read_metrics(self.run_dir)
+            self._start_file([line for line in lines if (line["kind"], line["step"]) != (kind, step)])
         # the gradient norm of a skipped fp16 step is infinite, for which JSON has no number
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in values.items()}
@@ -107,7 +118,9 @@ def continue_info(info: dict, run_dir: Path, step: int) -> dict:
         return info
     own_keys = ("created", "argv", "decisions", "predicted", "environment")
     part = {"step": step, **{key: info[key] for key in own_keys if key in info}}
+    last_sec = max((line.get("elapsed_sec") or 0.0 for line in read_metrics(run_dir)), default=0.0)
     return {**info, **{key: before[key] for key in own_keys if key in before},
+            "earlier_sec": max(before.get("wall_sec") or 0.0, last_sec),    # of a killed part its training's
             "resumed": [*before.get("resumed", []), part]}
 
 
@@ -122,12 +135,18 @@ def read_metrics(run_dir: Path) -> list[dict]:
     return lines
 
 
-def init_wandb(name: str, info: dict, run_dir: Path):
-    """A wandb run, resumed when this run was logged there before. wandb is optional: it is imported here only."""
+def import_wandb(name: str):
+    """The module, which is optional; UserError where it is missing."""
     try:
         import wandb
     except ImportError:
         raise UserError(f"--run {name} needs wandb, which isn't installed: pip install wandb, or drop --run") from None
+    return wandb
+
+
+def init_wandb(name: str, info: dict, run_dir: Path):
+    """A wandb run, resumed when this run was logged there before."""
+    wandb = import_wandb(name)
     id_path = run_dir / "wandb_id"
     if not id_path.exists():
         common.write_atomic(id_path, wandb.util.generate_id())

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat import checkpoint_manager
+from nanochat import checkpoint_manager, common
 from nanochat.checkpoint_manager import (
     Checkpointer,
     SaveRules,
@@ -374,3 +374,40 @@ def test_going_back_makes_the_later_steps_another_run():
     assert read_latest(run_dir) == find_saved("base", run_dir, "auto").step == 1
     remove_old_checkpoints(run_dir, 1)
     assert list_steps(run_dir) == [1, 2, 3]  # the abandoned ones are the person's to delete
+
+
+def test_what_was_left_behind_neither_counts_nor_goes(capsys):
+    """After a jump of the loss: back to 1, on to 4, while 2 and 3 are of the branch that jumped."""
+    run_dir = save_run(steps=(1, 2, 3))
+    (run_dir / "metrics.jsonl").write_text("of the first branch")
+    claim_folder(run_dir, 1)
+    kept = run_dir / "metrics_abandoned_000003.jsonl"
+    assert "left behind: the checkpoints after step 1, up to 3" in capsys.readouterr().out
+    assert kept.read_text() == "of the first branch"
+    save_run(steps=(4,), keep_last=2)
+    assert list_steps(run_dir) == [1, 2, 3, 4]
+    save_run(steps=(5,), keep_last=2)
+    assert list_steps(run_dir) == [2, 3, 4, 5]
+    (run_dir / "metrics.jsonl").write_text("of the second branch")
+    claim_folder(run_dir, 5)    # continued as ever
+    assert kept.read_text() == "of the first branch" and not list(run_dir.glob("*_000005.jsonl"))
+    claim_folder(run_dir, 3)    # and the other branch after all: it counts again, the second one no more
+    save_run(steps=(6,), keep_last=1)
+    assert list_steps(run_dir) == [2, 4, 5, 6]
+    assert (run_dir / "metrics_abandoned_000005.jsonl").read_text() == "of the second branch"
+
+
+def test_old_checkpoints_on_another_disk_or_busy_do_not_end_the_run(tmp_path, capsys, monkeypatch):
+    run_dir = save_run(steps=(1, 2))
+    moved = (run_dir / "step_000001").rename(tmp_path / "moved")
+    (run_dir / "step_000001").symlink_to(moved)
+    remove_old_checkpoints(run_dir, 1)
+    assert list_steps(run_dir) == [2] and (moved / "meta.json").exists()
+    save_run(steps=(3,))
+    monkeypatch.setattr(common.shutil, "rmtree", refuse_busy)
+    remove_old_checkpoints(run_dir, 1)
+    assert list_steps(run_dir) == [2, 3] and "step_000002 can't be deleted" in capsys.readouterr().out
+
+
+def refuse_busy(path):
+    raise OSError(errno.EBUSY, "Device or resource busy", str(path))

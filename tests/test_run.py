@@ -49,6 +49,34 @@ def test_log_keeps_what_a_resumed_run_will_not_write_again(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path) if line["kind"] == "eval"] == [2]
 
 
+@pytest.mark.parametrize("is_repeated", [False, True])
+def test_log_keeps_the_evaluation_of_the_last_step_unless_it_is_made_again(tmp_path, is_repeated):
+    """A run that was stopped at a step where no evaluation is due evaluates there, once."""
+    log = RunLog(tmp_path, {}, Ranks())
+    for kind in ("train", "eval", "sample"):
+        log.write(kind, 5, value=1)
+    log.close("stopped")
+    log = RunLog(tmp_path, {}, Ranks(), resume_step=5)
+    if is_repeated:
+        log.write("eval", 5, value=2)
+        log.write("sample", 5, value=2)
+        log.write("sample", 5, value=3)
+    log.write("train", 6, value=4)
+    log.close("finished")
+    lines = [(line["kind"], line["step"], line["value"]) for line in read_metrics(tmp_path)]
+    made = [("eval", 5, 2), ("sample", 5, 2), ("sample", 5, 3)] if is_repeated else [("eval", 5, 1), ("sample", 5, 1)]
+    assert lines == [("train", 5, 1), *made, ("train", 6, 4)]
+
+
+@pytest.mark.parametrize(("ending", "earlier_sec"), [({"wall_sec": 9.0}, 9.0), ({}, 7.0)])
+def test_continued_runs_know_what_the_parts_before_took(tmp_path, ending, earlier_sec):
+    log = RunLog(tmp_path, {}, Ranks())
+    log.write("train", 1, elapsed_sec=7.0)
+    log.update(**ending)    # a killed run has none
+    log.close("stopped")
+    assert RunLog(tmp_path, {}, Ranks(), resume_step=1).info["earlier_sec"] == earlier_sec
+
+
 def test_log_of_a_resumed_run_tells_what_was_predicted_when_it_began(tmp_path):
     """And what each part after that decided and predicted, such as with half the rows."""
     RunLog(tmp_path, {"predicted": 10, "decisions": ["a"], "params": 1}, Ranks()).close("stopped")

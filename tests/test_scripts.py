@@ -162,6 +162,16 @@ def test_finished_run_of_other_code_says_so(whole, capsys, monkeypatch):
     assert "is finished and stays as it is; --resume none or another --model-tag" in output
 
 
+def test_a_run_that_can_not_begin_leaves_the_folder_as_it_was(base_dir, monkeypatch):
+    """wandb is asked for, and missing."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run_dir = Path(train("as_it_was", "--stop-at", "3", "--save-every", "2")["run_dir"])
+    for words in (["--resume", "2"], ["--resume", "none"]):
+        with pytest.raises(UserError, match="--run x needs wandb"):
+            train("as_it_was", "--stop-at", "4", "--run", "x", *words)
+        assert (run_dir / "latest").read_text() == "step_000003\n" and not run_dir.with_name("as_it_was~1").exists()
+
+
 def test_resume_none_keeps_the_old_run(base_dir):
     first = train("twice", "--stop-at", "3")
     second = train("twice", "--stop-at", "2", "--resume", "none")
