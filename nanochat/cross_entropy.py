@@ -148,7 +148,7 @@ class _WeightedLoss(torch.autograd.Function):
             else:
                 sum_e, top = map(torch.cat, zip(*(_shifted_exp(piece) for piece in pieces), strict=True))
             u = logits  # now e, times its slope
-            unit = sum_e if cap and x.dtype == torch.float16 else torch.ones_like(sum_e)  # what u was divided by
+            unit = sum_e if x.dtype == torch.float16 else torch.ones_like(sum_e)  # what u was divided by
             target_u = ((target_z - top).exp() - sum_e) / unit * slope
             u[torch.arange(len(u), device=u.device), index[:, 0]] = target_u.to(u.dtype)
             nll[rows] = (sum_e.log() + top - target_z) * (target >= 0)
@@ -183,12 +183,16 @@ def _softcap_exp(logits: Tensor, cap: float) -> Tensor:
 
 @fused
 def _shifted_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Without a softcap: replace (n, V) logits by e = exp(z - max z) in place; the sums of e and the maxima, (n,)."""
+    """Without a softcap: replace (n, V) logits by e = exp(z - max z) in place; the sums of e and the maxima, (n,).
+
+    fp16 can't hold the gradient at the target, e minus the sum, of a vocabulary over 65,504: divided as above.
+    """
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     top = z.amax(-1)
     e = torch.exp(z - top[:, None])
-    logits.copy_(e)
-    return e.sum(-1), top
+    sum_e = e.sum(-1)
+    logits.copy_(e / sum_e[:, None] if logits.dtype == torch.float16 else e)
+    return sum_e, top
 
 
 @fused

@@ -131,8 +131,10 @@ def choose_fp8(wanted: str, device: torch.device, dtype: torch.dtype, config: GP
     if wanted != "on":
         return False, "asked for" if wanted == "off" else "auto: no GPU has shown yet that it pays; --fp8 on tries it"
     reason = find_obstacle(device) if dtype == torch.bfloat16 else "it goes with --dtype bfloat16 only"
-    if config.n_embd % 16 or config.kv_dim % 16:
-        reason = f"{config.n_embd} channels and {config.kv_dim} of keys must be multiples of 16"
+    sizes = {"channels": config.n_embd, "of queries": config.query_dim, "of keys": config.kv_dim,
+             "of the MLP": config.hidden_dim}
+    if odd := [f"{size} {name}" for name, size in sizes.items() if size % 16]:
+        reason = f"{', '.join(odd)} must be multiples of 16"
     if reason:
         raise UserError(f"--fp8 on can't be had here: {reason}; --fp8 off goes without")
     return True, "asked for" if device.type != "cpu" else "asked for; slow on a CPU, where it only shows the loss"

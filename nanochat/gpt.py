@@ -298,7 +298,9 @@ class GPT(nn.Module):
 
     def compile_trunk(self) -> None:
         """Compile all but the head as one graph, in which one block's last addition and the next one's mix are one
-        kernel (flex breaks the graph at each layer). Starting takes longer with each layer. Not run on a GPU yet."""
+        kernel (flex breaks the graph at each layer). Starting takes longer with each layer. Not run on a GPU yet: there
+        the gradients of the embeddings should become sums by atomics in tables of fp32 (torch 2.13's lowering), which
+        don't repeat bit for bit and which memory.py doesn't count."""
         self.is_trunk_compiled = True
 
     def setup_optimizer(self, **figures) -> MuonAdamW:

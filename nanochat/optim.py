@@ -248,7 +248,7 @@ class MuonAdamW(torch.optim.Optimizer):
         grad_norm, norm = self.get_grad_norm(), self.get_grad_norm(parts)
         factor = (parts[0].group["max_norm"] / norm).clamp(max=1.0)
         for part in parts:
-            part.grad.mul_(factor)
+            part.wait().mul_(factor)    # the norm is rank 0's to measure, where all ranks hold the gradient
         return grad_norm
 
     def _update(self, part: Part) -> Callable[[], None] | None:

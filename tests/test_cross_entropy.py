@@ -108,6 +108,18 @@ def test_low_precision_is_as_near_the_truth_as_the_plain_version(cap, dtype, red
     assert all(ours <= 2 * theirs + rounding for ours, theirs in zip(fused, plain, strict=True)), (fused, plain)
 
 
+@pytest.mark.parametrize("cap", [15.0, 0.0])
+def test_fp16_holds_the_gradients_of_a_vocabulary_beyond_its_range(cap):
+    """As marin's of 128,256: at the start all logits are alike, and their exponentials sum to its size."""
+    x = torch.randn(4, 8).half().requires_grad_()
+    weight, targets = (torch.randn(70_000, 8) * 1e-3).requires_grad_(), torch.tensor([0, 1, 69_999, -1])
+    grads = torch.autograd.grad(linear_cross_entropy(x, weight, targets, 70_000, cap=cap) * 64, (x, weight))
+    x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    expected = torch.autograd.grad(plain_cross_entropy(x64, weight64, targets, 70_000, cap=cap) * 64, (x64, weight64))
+    for grad, wanted in zip(grads, expected, strict=True):
+        assert (grad.double() - wanted).norm() < 0.01 * wanted.norm()
+
+
 def test_inputs_of_any_leading_shape():
     x, weight, targets, factors = make_inputs(12)
     flat = linear_cross_entropy(x, weight, targets, V, reduction="none")

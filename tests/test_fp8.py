@@ -341,8 +341,9 @@ def test_off_unless_asked_for():
     ("mps",  torch.bfloat16, CONFIG,                                      "it needs an NVIDIA GPU"),
     ("cpu",  torch.float16,  CONFIG,                                      "it goes with --dtype bfloat16 only"),
     ("cpu",  torch.float32,  CONFIG,                                      "it goes with --dtype bfloat16 only"),
-    ("cpu",  torch.bfloat16, replace(CONFIG, n_head=5, n_kv_head=5, n_embd=40), "40 channels .* multiples of 16"),
-    ("cpu",  torch.bfloat16, replace(CONFIG, n_head=16),                  "and 8 of keys must be multiples of 16"),
+    ("cpu",  torch.bfloat16, replace(CONFIG, n_head=5, n_kv_head=5, n_embd=40), "40 channels, 40 of queries"),
+    ("cpu",  torch.bfloat16, replace(CONFIG, n_head=16),                  "8 of keys must be multiples of 16"),
+    ("cpu",  torch.bfloat16, replace(CONFIG, mlp_dim=200),                "200 of the MLP must be multiples of 16"),
 ])
 def test_refused_in_one_sentence(device, dtype, config, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -369,6 +370,20 @@ def test_clipping_equals_torch(grad_size):
         norm = optimizer.step()
         assert norm.item() == pytest.approx(torch.cat([grad.flatten() for grad in grads]).norm().item(), rel=1e-6)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7), step
+
+
+def test_clipping_waits_for_the_sum_over_the_ranks():
+    """A rank other than the first doesn't measure what all hold, and may still wait for it when it clips."""
+    model = make_fresh()
+    optimizer = model.setup_optimizer(rule=RULES["marin"])
+    optimizer.rank, waited = 1, []
+    parts = [part for part in optimizer.parts if part.group.get("max_norm")]
+    for part in optimizer.parts:
+        part.grad = torch.ones_like(part.params[0])
+    for part in parts:
+        part.messages.append((SimpleNamespace(wait=lambda part=part: waited.append(part)), part.grad))
+    optimizer._clip(parts)
+    assert len(waited) == len(parts) > 1
 
 
 def test_rates_that_a_person_chose_reach_their_groups():

@@ -106,6 +106,7 @@ def test_wrong_knobs_are_named(words, message):
 
 @pytest.mark.parametrize(("knobs", "message"), [
     ({"mlp_act": "gelu"}, "mlp_act=gelu is not one of relu2, swiglu"),
+    ({"softcap": 100.0}, "softcap can't be 100.0; it must be at most 64"),
     ({"key_offset": 1.5}, "key_offset=1.5 must be at most 1"), ({"rope_fraction": 0.0}, "above 0 and at most 1"),
     ({"backout_layer": 4}, "is no layer of 4"),
     ({"linear_init": "zero"}, "not one of uniform, normal"),
