@@ -22,7 +22,7 @@ from nanochat.flash_attention import BACKENDS, FLEX_BLOCK, choose_backend
 from nanochat.fp8 import choose_fp8
 from nanochat.gpt import GPTConfig
 from nanochat.memory import GIB, Machine, list_divisors, measure_free_bytes
-from nanochat.run import decide
+from nanochat.run import decide, import_wandb
 from nanochat.scaling import Plan
 
 # Each flag is part of a run's identity, which a continued run must have as before, unless it stands in FREE_FLAGS
@@ -155,12 +155,15 @@ def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: 
         raise UserError(f"--attention {args.attention} is not one of auto, {', '.join(BACKENDS)}")
     if args.resume not in ("auto", "none") and not args.resume.isdecimal():
         raise UserError(f"--resume {args.resume} must be auto, none or a step")
+    wandb_name = None if args.run in ("none", "dummy") else args.run
+    if wandb_name:
+        import_wandb(wandb_name)    # now, while nothing on disk has changed
     return StageFlags(
         given, {name: parser.get_default(name) for name in given}, sys.argv if argv is None else argv,
         SaveRules(args.save_every, args.save_every_minutes, args.keep_last, args.keep_every),
         Wanted(args.dtype, args.attention, args.compile, args.fp8, args.loss, args.device_batch_size,
                args.deterministic),
-        None if args.run in ("none", "dummy") else args.run,
+        wandb_name,
         **{f.name: given[f.name] for f in fields(StageFlags) if f.name in given})
 
 

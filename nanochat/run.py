@@ -28,9 +28,11 @@ class RunLog:
     Only rank 0 writes. A log that is reopened at a step drops the lines of later steps, which are written again."""
 
     def __init__(self, run_dir: Path, info: dict, ranks: Ranks, *, resume_step: int | None = None,
-                 wandb_name: str | None = None):
+                 wandb_name: str | None = None, start_time: float | None = None):
+        """start_time: of the program, by perf_counter; None: now"""
         self.run_dir, self.active, self.info, self.wandb = run_dir, ranks.rank == 0, info, None
         self.steps: StepLog | None = None   # which may owe the last step's line
+        self.start_time = time.perf_counter() if start_time is None else start_time
         if not self.active:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -89,8 +91,9 @@ class RunLog:
             self.close("failed")
 
     def close(self, status: str) -> None:
-        """Record how the run ended: 'finished', 'stopped' or 'failed'."""
-        self.update(status=status, ended=now())
+        """Record how the run ended, 'finished', 'stopped' or 'failed', and the seconds that all its parts took."""
+        wall_sec = self.info.get("earlier_sec", 0.0) + time.perf_counter() - self.start_time
+        self.update(status=status, ended=now(), wall_sec=wall_sec)
         if self.active:
             self.file.close()
             if self.wandb:
@@ -136,7 +139,7 @@ def read_metrics(run_dir: Path) -> list[dict]:
 
 
 def import_wandb(name: str):
-    """The module, which is optional; UserError where it is missing."""
+    """The module, which is optional: it is imported here only."""
     try:
         import wandb
     except ImportError:

@@ -27,17 +27,7 @@ from nanochat.loss_eval import evaluate_loss
 from nanochat.moe import make_balance
 from nanochat.optim import MuonAdamW
 from nanochat.presets import find_rule
-from nanochat.run import (
-    STOP_SIGNALS,
-    Progress,
-    RunLog,
-    StepLog,
-    StopSignal,
-    check_ranks,
-    compare_with_saved,
-    import_wandb,
-    read_info,
-)
+from nanochat.run import STOP_SIGNALS, Progress, RunLog, StepLog, StopSignal, check_ranks, compare_with_saved, read_info
 from nanochat.scaling import REFERENCE_BATCH_TOKENS, Plan, get_batch_lr_scale
 from nanochat.tokenizer import RustBPETokenizer
 from nanochat.train import TrainState
@@ -193,20 +183,15 @@ class Run:
         self.saver.wait()
         if not signal.error:  # whose reason is there already
             self.log.update(reason=STOP_SIGNALS.get(signal.signum, "the signal of another rank"))
-        self.log.update(wall_sec=self.measure_wall_sec())
         self.log.close("stopped")
         signal.end()
-
-    def measure_wall_sec(self) -> float:
-        """Seconds that the run took from its programs' starts, those before it was continued included."""
-        return self.log.info.get("earlier_sec", 0.0) + time.perf_counter() - self.setup.recipe.flags.start_time
 
     def finish(self, step: int, results: dict) -> dict:
         """Record the results of a run that came to its last step, when that is on disk; returns run.json."""
         self.saver.wait()
         plan, progress = self.setup.recipe.plan, self.progress
         own = {**progress.get_results(), "step": step, "tokens": step * plan.batch_tokens}
-        self.log.update(results=own | results, wall_sec=self.measure_wall_sec())
+        self.log.update(results=own | results)
         self.log.close("finished" if step == plan.num_iterations else "stopped")
         return self.log.info
 
@@ -223,10 +208,9 @@ def begin_run(setup: Setup, state: TrainState, loader) -> Run:
             "num_devices": setup.ranks.world_size, **({"source": recipe.source.describe()} if recipe.source else {})}
     saver = Checkpointer(recipe.run_dir, flags.saving, last_step=setup.last_step, saved_step=resume_step)
     saver.check_disk(state.model, state.optimizer)
-    if flags.wandb_name:
-        import_wandb(flags.wandb_name)
     checkpoints.claim_folder(recipe.run_dir, resume_step)
-    log = RunLog(recipe.run_dir, info, setup.ranks, resume_step=resume_step, wandb_name=flags.wandb_name)
+    log = RunLog(recipe.run_dir, info, setup.ranks, resume_step=resume_step, wandb_name=flags.wandb_name,
+                 start_time=flags.start_time)
     print0(f"model: depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, context "
            f"{config.sequence_len}, vocabulary {config.vocab_size:,}: {describe_params(params)}\n"
            f"plan: {plan.num_iterations:,} steps of {plan.batch_tokens:,} tokens = {plan.total_tokens:,} (horizon by "

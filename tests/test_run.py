@@ -68,13 +68,16 @@ def test_log_keeps_the_evaluation_of_the_last_step_unless_it_is_made_again(tmp_p
     assert lines == [("train", 5, 1), *made, ("train", 6, 4)]
 
 
-@pytest.mark.parametrize(("ending", "earlier_sec"), [({"wall_sec": 9.0}, 9.0), ({}, 7.0)])
-def test_continued_runs_know_what_the_parts_before_took(tmp_path, ending, earlier_sec):
-    log = RunLog(tmp_path, {}, Ranks())
-    log.write("train", 1, elapsed_sec=7.0)
-    log.update(**ending)    # a killed run has none
-    log.close("stopped")
-    assert RunLog(tmp_path, {}, Ranks(), resume_step=1).info["earlier_sec"] == earlier_sec
+@pytest.mark.parametrize(("is_killed", "earlier_sec"), [(False, 90), (True, 70)])
+def test_continued_runs_know_what_the_parts_before_took(tmp_path, is_killed, earlier_sec):
+    log = RunLog(tmp_path, {}, Ranks(), start_time=time.perf_counter() - 90)
+    log.write("train", 1, elapsed_sec=70.0)
+    if not is_killed:
+        log.close("stopped")
+    log = RunLog(tmp_path, {}, Ranks(), resume_step=1, start_time=time.perf_counter() - 30)
+    assert log.info["earlier_sec"] == pytest.approx(earlier_sec, abs=5)
+    log.close("finished")
+    assert log.info["wall_sec"] == pytest.approx(earlier_sec + 30, abs=5)
 
 
 def test_log_of_a_resumed_run_tells_what_was_predicted_when_it_began(tmp_path):

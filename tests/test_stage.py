@@ -1,6 +1,7 @@
 """What the stages share: which flags are a run's identity, words as values, how many rows a step has, samples."""
 
 import argparse
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -38,7 +39,8 @@ def test_every_flag_is_identity_unless_it_is_listed():
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_words_and_their_old_spellings(name):
+def test_words_and_their_old_spellings(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", object())
     words = "--run none --eval-every never --sample-every never --save-every never --keep-last all --keep-every never"
     old = "--run dummy --eval-every -1 --sample-every -1 --save-every -1 --keep-last -1 --keep-every -1"
     flags, same = (STAGES[name].parse_args(text.split())[1] for text in (words, old))
