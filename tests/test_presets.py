@@ -329,6 +329,16 @@ def test_rules_of_checkpoints(small):
         chat_sft.main([*SFT, "-g", "old"])
 
 
+def test_arcadiums_embeddings_learn_in_bf16():
+    """Adam moves each by .001 at first, and bf16 has no number as near to one of .8."""
+    model, batch = make_model(make_preset_config("arcadium-200m"), torch.bfloat16, as_initialised=True), make_batch(1)
+    table = model.transformer.wte.weight
+    before = table[batch.inputs.unique()].detach().clone()
+    flags = find_preset("arcadium-200m").flags
+    train_step(model, model.setup_optimizer(rule=find_rule("adam"), embedding_lr=flags["embedding_lr"]), batch, 4)
+    assert (table[batch.inputs.unique()] != before).float().mean() > 0.9
+
+
 def test_matrices_that_adam_trained_are_what_rl_trains():
     model = make_model(make_preset_config("arcadium-200m"), as_initialised=True)
     optimizer = keep_matrices(model.setup_optimizer(rule=find_rule("adam")))
