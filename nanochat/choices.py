@@ -22,8 +22,9 @@ from nanochat.flash_attention import BACKENDS, FLEX_BLOCK, choose_backend
 from nanochat.fp8 import choose_fp8
 from nanochat.gpt import GPTConfig
 from nanochat.memory import GIB, Machine, list_divisors, measure_free_bytes
+from nanochat.presets import choose_knobs
 from nanochat.run import decide, import_wandb
-from nanochat.scaling import Plan
+from nanochat.scaling import Plan, make_config, make_short_rows
 
 # Each flag is part of a run's identity, which a continued run must have as before, unless it stands in FREE_FLAGS
 MACHINE_FLAGS = {"device_type", "dtype", "fp8", "attention", "compile", "device_batch_size", "sample_rows"}  # rounding
@@ -45,9 +46,10 @@ FLAG_RANGES = (
     dict.fromkeys(("num_iterations", "num_epochs", "total_batch_size", "examples_per_step"), (1, math.inf))
     | dict.fromkeys((*LR_NAMES, "weight_decay", "save_every_minutes", "warmup_steps", "seed"), (0, math.inf))
     | dict.fromkeys(("eval_tokens", "stop_at", "core_metric_max_per_task", "max_new_tokens"), (1, math.inf))
+    | dict.fromkeys(("device_batch_size", "keep_last"), (1, math.inf))
     | dict.fromkeys(("sample_rows", "eval_examples", "eval_samples"), (1, 10**6))
     | dict.fromkeys(("warmdown_ratio", "final_lr_frac"), (0, 1))
-    | {"init_lr_frac": (POSITIVE, math.inf)})
+    | dict.fromkeys(("init_lr_frac", "target_flops", "target_param_data_ratio"), (POSITIVE, math.inf)))
 
 
 def take_identity(flags: dict[str, object]) -> dict[str, object]:
@@ -140,13 +142,28 @@ class StageFlags:
     eval_tokens:      int | None = None    # None: chosen by device
     start_time:       float = field(default_factory=time.perf_counter)    # when the flags were read
 
+    def check_together(self) -> None:
+        """Refuse a base model that can't be, for flags that are all there: parsing may be asked of a part of them. A
+        vocabulary stands in until the tokenizer is there."""
+        given = self.given
+        if "depth" not in given:
+            return
+        config = make_config(given["depth"], vocab_size=GPTConfig.vocab_size, sequence_len=given["max_seq_len"],
+                             aspect_ratio=given["aspect_ratio"], head_dim=given["head_dim"],
+                             window_pattern=given["window_pattern"],
+                             **choose_knobs(given["preset"], given["knobs"], None))
+        if given["seq_len_warmup"] is not None:
+            make_short_rows(given["seq_len_warmup"], config)
+        if self.total_batch_size is not None:
+            count_rows(self.total_batch_size, config.sequence_len, 1)
+
 
 def read_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, argv: list[str] | None) -> StageFlags:
     """The parsed flags as values; numbers and names that mean nothing are refused."""
     given = vars(args)
     for name, (least, most) in FLAG_RANGES.items():
         value = given.get(name)
-        if value is not None and not least <= value <= most:
+        if value not in (None, "auto") and not least <= value <= most:
             bounds = "above 0" if least == POSITIVE else f"at least {least}"
             bounds += "" if most == math.inf else f" and at most {most}"
             said = f"{value:g}" if isinstance(value, float) else value

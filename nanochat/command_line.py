@@ -115,9 +115,22 @@ def take_dtype(text: str) -> str:
     return text
 
 
+def take_device_type(text: str) -> str:
+    """The type of the flag --device-type: a name that torch knows; whether it has such a device here is told later."""
+    if take_text(text) == "auto":
+        return text
+    import torch
+    try:
+        torch.device(text)
+    except RuntimeError as error:
+        raise UserError(f"--device-type {text} can't be used here: {get_first_line(error)}") from None
+    return text
+
+
 def add_compute_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of each script that computes with a model."""
-    parser.add_argument("--device-type", default="auto", help="cuda, cpu, mps, xpu; auto: the best that is there")
+    parser.add_argument("--device-type", type=take_device_type, default="auto",
+                        help="cuda, cpu, mps, xpu; auto: the best that is there")
     parser.add_argument("-d", "--dtype", type=take_dtype, default="auto", help=f"auto, {', '.join(COMPUTE_DTYPES)}")
 
 
@@ -129,7 +142,9 @@ def check_flags(name: str, words: list[str]) -> None:
         return
     program, sys.argv[0] = sys.argv[0], module.__file__    # which argparse names
     try:
-        module.parse_args(words)
+        parsed = module.parse_args(words)
+        if isinstance(parsed, tuple):    # of a training stage: its arguments, and the same as choices.StageFlags
+            parsed[1].check_together()
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     finally:

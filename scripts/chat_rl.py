@@ -29,7 +29,7 @@ from nanochat.checkpoint_manager import (
 from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, add_words_flag, read_flags
 from nanochat.command_line import Parser, run_script
 from nanochat.common import Ranks, UserError, print0
-from nanochat.config import estimate_flops, read_config
+from nanochat.config import GPTConfig, estimate_flops, read_config
 from nanochat.dataloader import hash_conversations
 from nanochat.devices import init_compute
 from nanochat.report import write_stage_section
@@ -85,7 +85,12 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     parser.set_defaults(compile="off")
     args = parser.parse_args(argv)
     parse_tasks(args.tasks)
-    return args, read_flags(args, parser, argv)
+    flags = read_flags(args, parser, argv)
+    # What no plan can have is refused now; a model and a single question stand in until they are there
+    make_rl_plan(GPTConfig(), 1.0, num_questions=1, num_epochs=args.num_epochs, num_iterations=args.num_iterations,
+                 examples_per_step=args.examples_per_step, num_samples=args.num_samples,
+                 max_new_tokens=args.max_new_tokens or 1, batch_lr_scale=1.0)
+    return args, flags
 
 
 def main(argv: list[str] | None = None) -> dict:

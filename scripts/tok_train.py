@@ -18,7 +18,7 @@ from nanochat.common import UserError, now, print0, replaced_folder, write_json
 from nanochat.dataset import default_source
 from nanochat.report import write_section
 from nanochat.shards import iter_documents, load_shards, sole_writer
-from nanochat.tokenizer import SPLIT_PATTERNS, RustBPETokenizer, get_tokenizer_dir
+from nanochat.tokenizer import MIN_VOCAB_SIZE, SPLIT_PATTERNS, RustBPETokenizer, get_tokenizer_dir
 
 PROGRESS_SECONDS = 5.0
 DEFAULT_PATTERN = "nanochat"
@@ -39,8 +39,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", default="default", help="folder under <base dir>/tokenizer")
     parser.add_argument("--force", action="store_true", help="replace a tokenizer that other text or settings made")
     args = parser.parse_args(argv)
-    if args.vocab_size > MAX_VOCAB_SIZE:
-        raise UserError(f"--vocab-size {args.vocab_size} is out of reach; ask for at most {MAX_VOCAB_SIZE}")
+    if not MIN_VOCAB_SIZE <= args.vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(f"--vocab-size {args.vocab_size} is out of reach; ask for {MIN_VOCAB_SIZE} to "
+                        f"{MAX_VOCAB_SIZE} tokens")
     for flag, value in (("--max-chars", args.max_chars), ("--doc-cap", args.doc_cap)):
         if value < 1:
             raise UserError(f"{flag} {value} leaves no text to learn from; give at least 1")

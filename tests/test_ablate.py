@@ -340,7 +340,7 @@ def test_a_slope_of_noise_and_runs_without_a_log(base_dir):
     (["--features", "smear", "--", *TOY, "--model-ta", "x"], "--model-tag is set by the ablation itself"),
     (["--features", "smear", "--", *TOY, "--eval-every", "never"], "--eval-every never would leave nothing"),
     (["--features", "smear", "--", *TOY, "--knobs", "smear=off"], "smear changes nothing of this model, or it is off"),
-    (["--features", "smear", "--target-flops", "0"], "--target-flops 0 must be a positive number"),
+    (["--features", "smear", "--target-flops", "0"], "--target-flops 0 must be above 0"),
     (["--features", "smear", "--tokens", "-3"], "--tokens -3 must be a positive number"),
     (["--features", "smear", "--", *TOY, "--preset", "plain"], "--preset plain has all parts of its model; leave it"),
     (["--features", "smear", "--", *TOY, "--resume-from", "3"], "--resume-from-step is set by the ablation itself"),

@@ -65,6 +65,37 @@ def test_help_shows_the_default(settings, shown):
     assert " ".join(parser.format_help().split()).endswith(f" {shown}")
 
 
+@pytest.mark.parametrize(("name", "words", "message"), [
+    ("tok_train",  "--vocab-size 200",               "--vocab-size 200 is out of reach; ask for 266 to 16777216"),
+    ("tok_train",  "--vocab-size -5",                "--vocab-size -5 is out of reach"),
+    ("base_train", "--depth 0",                      "no model has --depth 0 "),
+    ("base_train", "--max-seq-len 0",                "no model has .* --max-seq-len 0: all must be at least 1"),
+    ("base_train", "--head-dim 3",                   "no model has .* --head-dim 3 .* the head dim even"),
+    ("base_train", "--window-pattern XYZ",           "--window-pattern 'XYZ' must be made of the letters S and L"),
+    ("base_train", "--knobs top_k=2",                "--knobs top_k=2 goes with num_experts"),
+    ("base_train", "--target-param-data-ratio 0",    "--target-param-data-ratio 0 must be above 0"),
+    ("base_train", "--target-flops -1",              "--target-flops -1 must be above 0"),
+    ("base_train", "--seq-len-warmup 7:x",           "--seq-len-warmup 7:x must be START:STEPS"),
+    ("base_train", "--seq-len-warmup 300:9",         "--seq-len-warmup 300:9: START must be the context of 20"),
+    ("base_train", "--total-batch-size 1000",        "--total-batch-size 1000 must be a multiple of 2048"),
+    ("base_train", "--device-batch-size 0",          "--device-batch-size 0 must be at least 1"),
+    ("mid_train",  "--keep-last 0",                  "--keep-last 0 must be at least 1"),
+    ("chat_sft",   "--device-type foo",              "--device-type foo can't be used here: "),
+    ("chat_rl",    "--num-samples 1",                "--num-samples 1 must be at least 2: an answer is compared"),
+    ("chat_rl",    "--examples-per-step 2000000000", "a run of 1 steps of 32,000,000,000 tokens is out of reach"),
+    ("chat_eval",  "-i sft --device-type foo",       "--device-type foo can't be used here: ")])
+def test_flags_that_no_data_could_make_good_are_refused_before_a_stage_runs(name, words, message):
+    with pytest.raises(UserError, match=f"scripts.{name}: {message}"):
+        command_line.check_flags(f"scripts.{name}", words.split())
+
+
+@pytest.mark.parametrize("words", [
+    "--preset arcadium-200m --seq-len-warmup 512:100", "--preset marin-150m --max-seq-len 64 --device-type cuda:1",
+    "--depth 1 --device-batch-size auto --keep-last all --device-type xpu", "--target-flops 1"])
+def test_flags_whose_use_depends_on_data_or_device_pass(words):
+    command_line.check_flags("scripts.base_train", words.split())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # How a script ends
 

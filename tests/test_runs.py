@@ -116,6 +116,7 @@ def test_tokens_of_a_laptop_recipe(depth):
     ("quickstart.sh", {"CHAT_EXTRA": "--custom-json x.json"}, "error: scripts.mid_train: x.json can't be read, it is"),
     ("speedrun.sh", {"RL_TASKS": "MMLU"}, "error: scripts.chat_rl: the task MMLU has no reward"),
     ("moe.sh", {"SFT_EXTRA": "--epochs 2"}, "chat_sft.py: error: unrecognized arguments: --epochs 2"),
+    ("speedrun.sh", {"RL_EXTRA": "--num-samples 1"}, "error: scripts.chat_rl: --num-samples 1 must be at least 2: an"),
     ("speedrun.sh", {"RL_EXTRA": "--dtype int8"}, "error: scripts.chat_rl: --dtype int8 is not one of auto, "),
     ("speedrun.sh", {"CHAT_EVAL_EXTRA": "-x 0"}, "error: scripts.chat_eval: --max-problems 0 leaves nothing"),
     ("moe.sh", {"EXTRA": "--knobs smeer=off"}, "error: scripts.base_train: --knobs smeer=off: there is no knob"),

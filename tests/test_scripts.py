@@ -458,7 +458,7 @@ def test_differing_plan_is_told_by_its_numbers(whole):
     (["--total-batch-size", "0"],              "--total-batch-size 0 "),
     (["--total-batch-size", "-512"],           "--total-batch-size -512 "),
     (["--device-batch-size", "3"],             "--device-batch-size 3 must divide the 8 rows"),
-    (["--device-batch-size", "0"],             "--device-batch-size 0 must divide"),
+    (["--device-batch-size", "0"],             "--device-batch-size 0 must be at least 1"),
     (["--window-pattern", "SXL"],              "--window-pattern 'SXL' must be made of the letters S and L"),
     (["--window-pattern", ""],                 "--window-pattern '' must be made of"),
     (["--depth", "0"],                         "--depth 0 "),

@@ -102,13 +102,13 @@ def test_sigterm_ends_the_runs_in_order():
 
 
 class FakeRun:
-    """A process that has ended: depth 0 failed, others finished."""
+    """A process that has ended: depth 3 failed, others finished."""
     pid = os.getpid()
 
     def __init__(self, command, stdout, **options):
         tag, depth = (command[command.index("--model-tag") + i] for i in (1, 2))
-        self.returncode = 2 if depth == "--depth=0" else 0
-        stdout.write(b"loading\nerror: no model has --depth 0\n" if self.returncode else b"done\n")
+        self.returncode = 2 if depth == "--depth=3" else 0
+        stdout.write(b"loading\nerror: out of memory\n" if self.returncode else b"done\n")
         if not self.returncode:
             get_run_dir("base", tag).mkdir(parents=True)
             info = {"status": "finished", "argv": ["base_train.py", *command[command.index("--model-tag"):]]}
@@ -122,33 +122,33 @@ def test_failed_runs_are_recorded_skipped_and_retried(base_dir, capsys, monkeypa
     commands = []
     monkeypatch.setattr(sweep.subprocess, "Popen", lambda command, **options: commands.append(command) or
                         FakeRun(command, **options))
-    argv = ["--name", "bad", "--grid", "depth=0,1", "--", *TOY]
+    argv = ["--name", "bad", "--grid", "depth=3,4", "--", *TOY]
     results = sweep.main(argv)
     assert [run["status"] for run in results["runs"]] == ["failed", "finished"] and len(commands) == 2
-    assert results["failed"] == {"bad-depth0": "exit code 2 (error: no model has --depth 0)"}
+    assert results["failed"] == {"bad-depth3": "exit code 2 (error: out of memory)"}
     assert "--retry-failed" in capsys.readouterr().out
     assert sweep.main(argv)["failed"] == results["failed"] and len(commands) == 2
     assert sweep.main(["--retry-failed", *argv])["failed"] == results["failed"]
-    assert len(commands) == 3 and "bad-depth0" in commands[2]
+    assert len(commands) == 3 and "bad-depth3" in commands[2]
     sweep.main(["--name", "wide", "--grid", "depth=1", "--nproc", "2", "--", *TOY])
     assert "torch.distributed.run" in commands[3] and "--nproc-per-node=2" in commands[3]
-    with pytest.raises(UserError, match=r"bad-depth0 is left out: exit code 2 \(error: no model has --depth 0\)\."):
+    with pytest.raises(UserError, match=r"bad-depth3 is left out: exit code 2 \(error: out of memory\)\."):
         load_results(base_dir / "sweeps" / "bad")
 
 
 def test_a_retry_that_fails_early_does_not_repeat_the_reason_before(monkeypatch):
     monkeypatch.setattr(sweep.subprocess, "Popen", FakeRun)
-    run_dir = get_run_dir("base", "again-depth0")
+    run_dir = get_run_dir("base", "again-depth3")
     run_dir.mkdir(parents=True)
     (run_dir / "run.json").write_text(json.dumps({"status": "failed", "reason": "the loss is nan"}))
-    failed = sweep.main(["--name", "again", "--grid", "depth=0,1"])["failed"]
-    assert failed == {"again-depth0": "exit code 2 (error: no model has --depth 0)"}
+    failed = sweep.main(["--name", "again", "--grid", "depth=3,4"])["failed"]
+    assert failed == {"again-depth3": "exit code 2 (error: out of memory)"}
 
 
 def test_sweep_of_failures_only_says_so_and_its_grid_can_be_corrected(monkeypatch):
     monkeypatch.setattr(sweep.subprocess, "Popen", FakeRun)
     with pytest.raises(UserError, match="all 1 runs of the sweep typo failed; .*logs has what they printed"):
-        sweep.main(["--name", "typo", "--grid", "depth=0"])
+        sweep.main(["--name", "typo", "--grid", "depth=3"])
     assert not sweep.main(["--name", "typo", "--grid", "depth=5"])["failed"]
 
 
@@ -170,6 +170,7 @@ def test_flags_of_a_command_line():
     (["--grid", "depth=1,2", "--", "--resume-from", "3"], "--resume-from-step is set by the sweep"),
     (["--grid", "depth=1,2", "--", "--depth", "4"], "--depth is in the grid and behind --"),
     (["--grid", "data=a/b,a_b"], "would have the same name"),
+    (["--grid", "depth=1,0"], "scripts.base_train: no model has --depth 0"),
     (["--grid", "depth=1", "--parallel", "0"], "--parallel 0 must be at least 1"),
     (["--grid", "depth=1", "--parallel", "9999"], "--parallel 9999 --nproc 1 would be 9999 processes; start at most"),
     (["--grid", "depth=x", "max-seq-len=1e400", "--parallel", "0"], "--parallel 0 must be at least 1"),
