@@ -41,7 +41,7 @@ count_tokens() {    # that a laptop's base model reads, by DEPTH, VOCAB_SIZE and
 recipes=(quickstart.sh runcpu.sh offline.sh speedrun.sh run1000.sh slurm.sh scaling_laws.sh miniseries.sh marin.sh moe.sh)
 
 check_name() {    # for folders are made and deleted by it
-    [[ $1 && $1 != */* && $1 != *[[:space:]]* && $1 != *[*?[]* && $1 != [.-]* && ${#1} -le 60 ]] &&
+    [[ $1 =~ ^[[:alnum:]_][[:alnum:]._-]*$ && ${#1} -le 60 ]] &&
         [[ $1 != *.new && $1 != *.old && $1 != *.tmp && $1 != *.lock ]] ||
         fail "NAME=$1 must be letters, digits and . _ -, at most 60 and no .new, .old, .tmp or .lock: it names folders"
 }

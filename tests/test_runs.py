@@ -372,6 +372,7 @@ def test_base_folder_of_the_recipes_is_that_of_python(tmp_path):
 @pytest.mark.parametrize(("settings", "message"), [
     ({"NAME": "../data"}, "error: NAME=../data must be letters, digits and . _ -, at most 60 and no"),
     ({"NAME": "my model"}, "error: NAME=my model must be letters"), ({"NAME": ".."}, "error: NAME=.. must be letters"),
+    ({"NAME": "a+b"}, "error: NAME=a+b must be letters"),
     ({"NAME": "my.old"}, "error: NAME=my.old must be letters"), ({"NAME": "x" * 100}, "error: NAME=xxx"),
     ({"NPROC": "2.5"}, "error: NPROC=2.5 must be a number of GPUs"), ({"NPROC": "0"}, "error: NPROC=0 must be a n"),
     ({"NPROC": "08"}, "error: NPROC=08 must be a number"), ({"NPROC": "x"}, "error: NPROC=x must be a number of GPUs")])
