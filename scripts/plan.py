@@ -355,8 +355,10 @@ def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine,
     add("tokens of a step", lambda e: f"{e.plan.batch_tokens:,}")
     add_published("warm-down, part of the run", lambda run: f"{run.warmdown_ratio:.0%}")
     add_published("final learning rate, of the peak", lambda run: f"{run.final_lr_frac:.0%}")
-    for k, stage in enumerate(estimates[0].plan.short_rows or ()):
-        add(f"steps until rows are longer than {stage.row_tokens}", lambda e, k=k: f"{e.plan.short_rows[k].end_step:,}")
+    # Runs of other contexts have other lengths of short rows
+    ends = [{stage.row_tokens: f"{stage.end_step:,}" for stage in e.plan.short_rows or ()} for e in estimates]
+    for row_tokens in sorted(set().union(*ends)):
+        rows.append((f"steps until rows are longer than {row_tokens}", [steps.get(row_tokens, "-") for steps in ends]))
     add("rows of a micro-batch (--device-batch-size)", lambda e: str(e.micro_rows))
     add("micro-batches of a step (gradient accumulation)", lambda e: str(e.num_micro))
     add("climbmix shards to download", lambda e: f"{e.num_shards:,}")

@@ -404,6 +404,12 @@ def test_plan_for_a_budget_takes_the_deepest_that_meets_it():
     assert plan.main(["--max-cost", cost])["runs"][0]["config"]["n_layer"] == 6
 
 
+def test_plans_side_by_side_have_the_short_rows_of_each_context(capsys):
+    plan.main(["--preset", "marin-150m", "arcadium-200m", "--seq-len-warmup", "512:100"])    # 2,048 and 1,024 tokens
+    assert [line.split()[-3:] for line in capsys.readouterr().out.splitlines() if "rows are longer" in line] == [
+        ["512", "50", "100"], ["1024", "100", "-"]]
+
+
 @pytest.mark.parametrize(("argv", "message"), [
     (["--gpu", "wonder"], "--gpu wonder is not in the table; add --tflops .* and --gb"),
     (["--max-cost", "0.0001"], "no depth trains within .0.0001 on 1 h100: depth 1 takes .* allow more, or shorten"),
