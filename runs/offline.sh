@@ -45,24 +45,30 @@ check_recipe
 # Links by the hub's own names, for this chain alone: a part of a test set must not pass for the whole in another one
 export NANOCHAT_MIRROR_DIR=$base_dir/mirror/$NAME HF_HUB_OFFLINE=1
 
-link() {    # where the hub has a file, and the names that it may have in the folder
-    local place=$NANOCHAT_MIRROR_DIR/$1 suffix=${1#"${1%%.*}"} name path
-    shift
+link() {    # for SFT on the task $1, where the hub has a file, and the names that it may have in the folder
+    local task=$1 place=$NANOCHAT_MIRROR_DIR/$2 suffix=${2#"${2%%.*}"} name path entry
+    shift 2
     for name in "$@"; do
         for path in "$DATA_DIR/$name$suffix" "$DATA_DIR/${name}_dev$suffix"; do
             [[ -e $path ]] && mkdir -p "$(dirname "$place")" && ln -sfn "$path" "$place" && return
         done
     done
+    for entry in $SFT_TASKS; do    # now, not after the base model
+        [[ ${entry%%:*} != "$task" ]] ||
+            fail "DATA_DIR=$DATA_DIR has no $1$suffix, which SFT on $task needs; add it, or set SFT_TASKS without $task"
+    done
     echo "not there: $DATA_DIR/$1$suffix"
 }
 
-for split in train test; do link openai/gsm8k/main/$split.jsonl.gz tasks/gsm8k_$split; done
-for split in validation test; do link cais/mmlu/all/$split.jsonl.gz tasks/mmlu_$split; done
-link cais/mmlu/auxiliary_train/train.jsonl.gz tasks/mmlu_train tasks/mc_train_4choice
-for split in train validation test; do link allenai/ai2_arc/ARC-Easy/$split.jsonl.gz tasks/arc_easy_$split; done
-link openai/openai_humaneval/openai_humaneval/test.jsonl.gz tasks/humaneval_test tasks/humaneval
-link dwyl/english-words/words_alpha.txt.gz tasks/words_alpha
-link eval_bundle.zip core/eval_bundle
+for split in train test; do link GSM8K openai/gsm8k/main/$split.jsonl.gz tasks/gsm8k_$split; done
+link MMLU cais/mmlu/auxiliary_train/train.jsonl.gz tasks/mmlu_train tasks/mc_train_4choice
+link MMLU cais/mmlu/all/validation.jsonl.gz tasks/mmlu_validation
+link "" cais/mmlu/all/test.jsonl.gz tasks/mmlu_test
+for split in train validation; do link ARC-Easy allenai/ai2_arc/ARC-Easy/$split.jsonl.gz tasks/arc_easy_$split; done
+link "" allenai/ai2_arc/ARC-Easy/test.jsonl.gz tasks/arc_easy_test
+link "" openai/openai_humaneval/openai_humaneval/test.jsonl.gz tasks/humaneval_test tasks/humaneval
+link "" dwyl/english-words/words_alpha.txt.gz tasks/words_alpha
+link "" eval_bundle.zip core/eval_bundle
 core="" words=own
 [[ ! -e $NANOCHAT_MIRROR_DIR/eval_bundle.zip ]] || core="core 150"
 [[ ! -e $NANOCHAT_MIRROR_DIR/dwyl/english-words/words_alpha.txt.gz ]] || words=""    # but those of the folder's list

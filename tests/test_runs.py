@@ -517,6 +517,38 @@ def test_offline_says_at_once_what_its_folder_lacks(missing, tmp_path):
     assert done.returncode == 2 and f"DATA_DIR={tmp_path} has no {missing}; see the top of" in done.stderr
 
 
+def write_empty_folder(folder, missing):
+    """Names of the layout that offline.sh reads, but one; none of ARC-Easy."""
+    for part in ("pretrain", "sft/chat_train.jsonl.gz", "tasks"):
+        (folder / part).mkdir(parents=True)
+    names = {"gsm8k_train": "gsm8k_train", "gsm8k_test": "gsm8k_test_dev", "mmlu_train": "mc_train_4choice",
+             "mmlu_validation": "mmlu_validation", "mmlu_test": "mmlu_test"}
+    for name in names.keys() - {missing}:
+        (folder / "tasks" / f"{names[name]}.jsonl.gz").touch()
+
+
+@pytest.mark.parametrize(("missing", "task"), [("gsm8k_train", "GSM8K"), ("gsm8k_test", "GSM8K"),
+                                               ("mmlu_train", "MMLU"), ("mmlu_validation", "MMLU")])
+def test_offline_says_at_once_what_sft_on_a_task_lacks(missing, task, tmp_path):
+    write_empty_folder(tmp_path / "folder", missing)
+    write_stub(tmp_path)
+    env = os.environ | {"DATA_DIR": str(tmp_path / "folder"), "NANOCHAT_BASE_DIR": str(tmp_path / "base")}
+    done = subprocess.run(["bash", f"{tmp_path}/runs/offline.sh"], env=env, text=True, capture_output=True)
+    assert done.returncode == 2 and done.stderr == (
+        f"error: DATA_DIR={tmp_path}/folder has no tasks/{missing}.jsonl.gz, which SFT on {task} needs; add it, or set "
+        f"SFT_TASKS without {task}\n")
+    assert not (tmp_path / "base").exists()
+
+
+@pytest.mark.parametrize(("missing", "settings"), [("mmlu_test", {}), ("arc_easy_train", {}),
+                                                   ("gsm8k_train", {"SFT_TASKS": "MMLU:9 SpellingBee:9"})])
+def test_what_an_evaluation_lacks_ends_no_offline_chain(missing, settings, tmp_path):
+    write_empty_folder(tmp_path / "folder", missing)
+    commands = note_commands("offline.sh", tmp_path, "log", DATA_DIR=str(tmp_path / "folder"), **settings)
+    assert f"not there: {tmp_path}/folder/tasks/{missing}.jsonl.gz" in (tmp_path / "log.out").read_text().splitlines()
+    assert any("scripts.chat_sft" in command for command in commands)
+
+
 @pytest.mark.slow
 def test_offline(base_dir, tmp_path):
     write_folder(tmp_path / "folder")
