@@ -33,7 +33,7 @@ else
 fi
 fetch_data "$DATA" --depth ${DEPTHS//,/ } $horizon --max-seq-len "$SEQ_LEN" --vocab-size "$VOCAB_SIZE"
 python -m scripts.tok_train --data "$DATA" --vocab-size "$VOCAB_SIZE" --max-chars "$TOK_CHARS" --name "$NAME"
-python -m scripts.sweep --name "$NAME" --grid $grid --parallel "$PARALLEL" --nproc "$(( NPROC > 1 ? NPROC : 1 ))" -- \
+python -m scripts.sweep --name "$NAME" --grid $grid --parallel "$PARALLEL" --nproc "$NPROC" -- \
     --data "$DATA" --tokenizer "$NAME" --max-seq-len "$SEQ_LEN" $flags --sample-every never --keep-last 1 $EXTRA
 if [[ $BUDGETS ]]; then
     python -m dev.scaling_laws "$base_dir/sweeps/$NAME"
