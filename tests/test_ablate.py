@@ -319,7 +319,7 @@ def test_a_slope_of_noise_and_runs_without_a_log(base_dir):
     (["--features", "smear", "--variant", "a: --help"], "--variant a: scripts.base_train doesn't take --help"),
     (["--features", "smear", "--variant", "a: --preset plain"], "--variant a: --preset plain has all parts"),
     (["--features", "smear", "--variant", "x0: --matrix-lr 1"], "--variant x0: a model or feature of this name is"),
-    (["--features", "smear", "--variant", "a: --save-every 7 --run hello"], "a changes nothing of this model"),
+    (["--features", "smear", "--variant", "a: --save-every 7 --keep-last 3"], "a changes nothing of this model"),
     (["--features", "smear", "--variant", "a: --eval-tokens 9"], "--variant a: --eval-tokens is the same for all"),
     (["--features", "smear", "--nproc", "3", "--variant", "a: --total-batch-size 32"], "32"),
     (["--features", "smear", "--variant", "a: --total-batch-size 33"], "--variant a: --total-batch-size 33 must be"),
