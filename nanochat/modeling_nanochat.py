@@ -49,6 +49,17 @@ def offset_keys(k, num_pairs, before, is_first):
     return torch.cat((fast, last), dim=-1).flatten(-2), flat
 
 
+def attend_eagerly(module, q, k, v, mask, scaling, **kwargs):
+    """Attention written out, which transformers leaves to each model: (B, T, H, D), and the weights (B, H, T, S).
+
+    k, v: (B, Hk, S, D) of all tokens so far; mask: added to the scores, as transformers makes it for "eager"
+    """
+    k, v = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (k, v))    # (B, H, S, D)
+    scores = q @ k.transpose(2, 3) * scaling
+    weights = F.softmax(scores if mask is None else scores + mask, dim=-1, dtype=torch.float32).to(q.dtype)
+    return (weights @ v).transpose(1, 2), weights
+
+
 class NanochatAttention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -80,7 +91,9 @@ class NanochatAttention(nn.Module):
             k, slow_keys[i] = offset_keys(k, config.key_offset_pairs[i], slow_keys[i], is_first)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
+        attend = attend_eagerly
+        if config._attn_implementation != "eager":
+            attend = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
         y, _ = attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, sliding_window=self.sliding_window,
                       **kwargs)    # (B, T, H, D)
         return self.o_proj(y.reshape(B, T, -1))

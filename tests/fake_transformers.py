@@ -61,12 +61,15 @@ class Output:
 
 
 def create_mask(config, inputs_embeds, attention_mask, position_ids, cache, window=None):
-    """(B or 1, 1, T, past + T), True where a query sees a key."""
+    """(B or 1, 1, T, past + T), True where a query sees a key; for "eager", 0 there and the lowest number elsewhere."""
     T = inputs_embeds.size(1)
     keys = torch.arange(T + (cache.get_seq_length() if cache is not None else 0))
     distances = keys[-T:, None] - keys
     mask = (distances >= 0) & (distances < (window or len(keys)))
-    return mask[None, None] if attention_mask is None else mask & attention_mask.bool()[:, None, None]
+    mask = mask[None, None] if attention_mask is None else mask & attention_mask.bool()[:, None, None]
+    if config._attn_implementation == "eager":
+        return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    return mask
 
 
 def create_sliding_mask(config, **settings):

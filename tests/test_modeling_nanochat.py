@@ -45,6 +45,17 @@ def test_logits_are_those_of_the_model(modeling, name):
     assert (more.logits[0, 0] - logits[0, 30]).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize("name", ["short windows", "plain"])
+@torch.inference_mode()
+def test_eager_attention_gives_the_same_logits(modeling, name):
+    source = make_source(CONFIGS[name])
+    theirs, ids = build(modeling, source), torch.tensor([make_prompt(60), make_prompt(60, seed=1)])
+    theirs.config._attn_implementation = "eager"
+    first = theirs(ids[:, :59])
+    last = theirs(ids[:, 59:], cache=first.cache)
+    assert (torch.cat((first.logits, last.logits), dim=1) - source.model(ids)).abs().max() < 2e-5
+
+
 @torch.inference_mode()
 def test_last_logits_alone(modeling):
     theirs, ids = build(modeling, make_source(CONFIG)), torch.tensor([make_prompt(9)])
@@ -86,6 +97,9 @@ def test_model_in_transformers(tmp_path, monkeypatch, name):
     theirs.eval()
     ids, length = torch.tensor([make_prompt(60)]), 20
     assert (theirs(ids).logits - source.model(ids)).abs().max() < 2e-5
+    theirs.set_attn_implementation("eager")
+    assert (theirs(ids).logits - source.model(ids)).abs().max() < 2e-5
+    theirs.set_attn_implementation("sdpa")
 
     rows = torch.stack((ids[0, :length], torch.cat((torch.full((8,), 5), ids[0, :length - 8]))))
     settings = {"attention_mask": torch.arange(length) >= torch.tensor([[0], [8]]), "do_sample": False,
