@@ -177,6 +177,10 @@ class NanochatModel(NanochatPreTrainedModel):
         config = self.config
         if config._attn_implementation == "vllm":
             raise NotImplementedError("vLLM gives a model no previous token, which smear and key offset need")
+        # Beside such layers transformers takes a static cache for one without empty slots, and attention would see them
+        if getattr(cache, "is_compileable", False):
+            raise ValueError("smear and key offset need a cache that grows; leave out cache_implementation, or let it "
+                             "be \"dynamic\"")
         L, has_past = config.num_hidden_layers, cache is not None and cache.get_seq_length() > 0
         layers = [i for i, num_pairs in enumerate(config.key_offset_pairs) if num_pairs]
         if has_past and len(cache.layers) != L + 1 + len(layers):

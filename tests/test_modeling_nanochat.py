@@ -1,5 +1,7 @@
 """The modeling file that exports carry: gpt.py's logits in every model, cached, padded; in transformers itself, too."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -77,6 +79,10 @@ def test_what_the_smear_needs_is_asked_for(modeling):
     del cache.layers[CONFIG.n_layer:]
     with pytest.raises(ValueError, match="lacks the ids of its tokens"):
         theirs(ids, cache=cache)
+    cache = theirs(ids).cache
+    cache.is_compileable = True    # as transformers' static caches are
+    with pytest.raises(ValueError, match="need a cache that grows"):
+        theirs(ids[:, :1], cache=cache)
     theirs.config._attn_implementation = "vllm"
     with pytest.raises(NotImplementedError, match="vLLM gives a model no previous token"):
         theirs(ids)
@@ -113,3 +119,6 @@ def test_model_in_transformers(tmp_path, monkeypatch, name):
     settings["attention_mask"] = settings["attention_mask"][:1]
     guessed = theirs.generate(rows[:1], **settings, prompt_lookup_num_tokens=3)
     assert guessed[0, length:].tolist() == expected[0]
+    with pytest.raises(ValueError, match="need a cache that grows") if theirs.model.looks_back else nullcontext():
+        static = theirs.generate(rows[:1], **settings, cache_implementation="static")
+        assert static[0, length:].tolist() == expected[0]
