@@ -112,6 +112,7 @@ class ChatTokens:
         self.python_start, self.python_end = find("<|python_start|>"), find("<|python_end|>")
         self.output_start, self.output_end = find("<|output_start|>"), find("<|output_end|>")
         self.end_tokens = frozenset((find("<|assistant_end|>"), tokenizer.get_bos_token_id()))
+        self.special_tokens = frozenset(tokenizer.get_special_tokens().values())
 
 
 class TextStream:
@@ -206,7 +207,7 @@ class Generation:
             self.part, text = "text", stream.flush()
             if part == "python":
                 result = calculate(self.tokenizer.decode(self.tokens[self.call_start:-1]))
-        elif not starts and token not in chat.end_tokens:
+        elif token not in chat.special_tokens:    # no text, even where the engine doesn't act on it
             text = stream.feed(token)
         if token in chat.end_tokens:
             self.finish_reason = "stop"

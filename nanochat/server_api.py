@@ -272,7 +272,6 @@ class Choice:
     def __init__(self, index: int, tokenizer, echo: str = ""):
         """echo: the prompt's text, where the answer's is to follow it"""
         self.index, self.tokenizer = index, tokenizer
-        self.special_tokens = frozenset(tokenizer.get_special_tokens().values())
         self.chat_tokens = ChatTokens(tokenizer)
         self.content = echo               # visible text, without tool calls
         self.parts: list[dict] = []       # as in a conversation
@@ -298,7 +297,7 @@ class Choice:
             if not (self.deltas and "content" in self.deltas[-1]):
                 self.deltas.append({"content": ""})
             self.deltas[-1]["content"] += event.text
-        if event.logprobs and event.part == "text" and event.token not in self.special_tokens:
+        if event.logprobs and event.part == "text" and event.token not in self.chat_tokens.special_tokens:
             self.logprobs.append(self._describe_token(event.token, event.logprobs.chosen) | {
                 "top_logprobs": [self._describe_token(*pair) for pair in event.logprobs.likeliest]})
             self.offsets.append(num_chars)

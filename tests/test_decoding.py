@@ -21,7 +21,7 @@ from tests.server_helpers import serving
 
 # GPT.generate neither ends rows nor calls tools
 NO_CHAT_TOKENS = SimpleNamespace(python_start=None, python_end=None, output_start=None, output_end=None,
-                                 end_tokens=frozenset())
+                                 end_tokens=frozenset(), special_tokens=frozenset())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 NUM_POSITIONS = 640
 # The naive way neither ends rows nor calls tools
 NO_CHAT_TOKENS = SimpleNamespace(python_start=None, python_end=None, output_start=None, output_end=None,
-                                 end_tokens=frozenset())
+                                 end_tokens=frozenset(), special_tokens=frozenset())
 
 
 @pytest.fixture

@@ -41,6 +41,16 @@ def test_what_is_no_call_gets_no_output(call):
     assert BYTE_TOKENIZER.decode(generation.tokens[3:]) == call and all(event.mask for event in events)
 
 
+@pytest.mark.parametrize("text,shown,calls", [
+    ("Hi <|user_start|>foo<|python_end|>.", "Hi foo.", ""), ("<|user_end|>naïve<|assistant_start|>", "naïve", ""),
+    ("a<|python_start|>1+<|user_end|>1<|python_end|>b", "ab", "1+1")])
+def test_stray_special_tokens_have_no_text(text, shown, calls):
+    generation, events = generate(text)
+    assert "".join(event.text for event in events if event.part == "text") == shown
+    assert "".join(event.text for event in events if event.part == "python") == calls
+    assert BYTE_TOKENIZER.decode(generation.tokens[3:]) == text and len(events) == len(generation.tokens) - 3
+
+
 @pytest.mark.parametrize("text,max_length,stop,shown,reason", [
     ("Hi<|assistant_end|>", 100, (), "Hi", "stop"), ("Hi<|bos|>", 100, (), "Hi", "stop"),
     ("Hello", 7, (), "Hell", "length"), ("one two", 100, ("wo", " t"), "one", "stop"),

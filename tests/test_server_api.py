@@ -198,6 +198,13 @@ def test_logprobs(client):
             for offset in choice["logprobs"]["text_offset"]] == list(range(12))
 
 
+def test_stray_special_token_is_neither_text_nor_logprob(client, engine):
+    engine.script = [*b"Hi ", BYTE_TOKENIZER.encode_special("<|user_start|>"), *b"foo", PYTHON_END, *b"."]
+    choice = client.post(CHAT, json={"messages": QUESTION, "logprobs": True}).json()["choices"][0]
+    assert choice["message"]["content"] == "Hi foo."
+    assert "".join(token["token"] for token in choice["logprobs"]["content"]) == "Hi foo."
+
+
 def test_parts_of_a_character_have_a_name_each(client, engine):
     """They all decode to the same character, so a dictionary by text would hold one of them."""
     engine.script = "日".encode()
