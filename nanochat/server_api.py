@@ -383,7 +383,8 @@ class TextFormat(ChatFormat):
     def format_choice(self, choice: Choice, delta: dict | None = None) -> dict:
         columns = {"tokens": [spell(token) for token in choice.logprobs],
                    "token_logprobs": [token["logprob"] for token in choice.logprobs],
-                   "top_logprobs": [{spell(top): top["logprob"] for top in token["top_logprobs"]}
+                   # OpenAI's, too, has the sampled token beside the likeliest
+                   "top_logprobs": [{spell(top): top["logprob"] for top in (*token["top_logprobs"], token)}
                                     for token in choice.logprobs], "text_offset": list(choice.offsets)}
         return {"index": choice.index, "text": choice.content if delta is None else delta.get("content", ""),
                 "logprobs": columns if self.with_logprobs else None,

@@ -198,6 +198,17 @@ def test_logprobs(client):
             for offset in choice["logprobs"]["text_offset"]] == list(range(12))
 
 
+def test_completions_top_logprobs_hold_the_sampled_token():
+    """As OpenAI's do: beside the likeliest, where it isn't one of them."""
+    body = {"prompt": "x", "temperature": 2, "top_k": 0, "seed": 1, "max_tokens": 12}
+    with serving(Engine(make_model(CONFIG), BYTE_TOKENIZER)) as client:
+        for num_likeliest in (0, 2):
+            found = client.post(TEXT, json=body | {"logprobs": num_likeliest}).json()["choices"][0]["logprobs"]
+            tops = found["top_logprobs"]
+            assert [top[token] for token, top in zip(found["tokens"], tops, strict=True)] == found["token_logprobs"]
+            assert max(map(len, tops)) == num_likeliest + 1
+
+
 def test_stray_special_token_is_neither_text_nor_logprob(client, engine):
     engine.script = [*b"Hi ", BYTE_TOKENIZER.encode_special("<|user_start|>"), *b"foo", PYTHON_END, *b"."]
     choice = client.post(CHAT, json={"messages": QUESTION, "logprobs": True}).json()["choices"][0]
