@@ -195,8 +195,20 @@ def read_custom(settings: dict, state: State) -> tuple[dict, State]:
     return knobs, state | {name: torch.tensor(value).view(-1) for name, value in numbers.items() if value is not None}
 
 
+def refuse_other_attention(settings: dict) -> None:
+    """ValueError where the config.json asks for rotary angles or windows that our model, of the same tensors, lacks."""
+    for name in ("rope_parameters", "rope_scaling"):    # the second in older files, some with "type"
+        rope = dict(settings.get(name) or {})    # which fails for no object
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind != "default":
+            raise ValueError(f"its {name} scale the rotary angles, of type {kind}")
+    if settings.get("use_sliding_window"):
+        raise ValueError("it uses a sliding window")
+
+
 def unfold_qwen3(settings: dict, state: State) -> tuple[dict, State]:
     """Knobs and state of what export.fold_qwen3 wrote; ValueError for any other Qwen3, whose norms have weights."""
+    refuse_other_attention(settings)
     norms = {name: state.pop(name) for name in list(state) if "norm" in name}
     scales = {name: weight for name, weight in norms.items() if name.endswith(("q_norm.weight", "k_norm.weight"))}
     for name, weight in norms.items():
@@ -224,6 +236,7 @@ def unfold_qwen3(settings: dict, state: State) -> tuple[dict, State]:
 
 def read_2025(settings: dict, state: State) -> tuple[dict, State]:
     """The model of late 2025: that of January without value embeddings, lambdas and short windows."""
+    refuse_other_attention(settings)
     theta = (settings.get("rope_parameters") or settings).get("rope_theta", 10_000.0)
     knobs = {"ve_gate_channels": 0, "resid_init": None, "x0_init": None, "rope_base": theta,
              "softcap": settings.get("final_logit_softcapping", 15.0) or 0.0}

@@ -129,6 +129,22 @@ def test_published_model_of_2025(byte_base):
     assert read_folder(byte_base / "mlx").stage == "sft"
 
 
+@pytest.mark.parametrize(("setting", "message"), [
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}}, "of type linear"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "of type yarn"), ({"rope_scaling": "x"}, "isn't one of this"),
+    ({"use_sliding_window": True, "sliding_window": 32}, "it uses a sliding window")])
+def test_other_attention_over_the_same_tensors_is_refused(byte_base, setting, message):
+    folders = [write_2025(byte_base / "published", make_model(OLD)), export_toy(byte_base, PLAIN, "qwen3")[1]]
+    for folder in folders:
+        path = folder / "config.json"
+        settings = json.loads(path.read_text())
+        path.write_text(json.dumps(settings | {"rope_scaling": None, "use_sliding_window": False}))
+        read_folder(folder)
+        path.write_text(json.dumps(settings | setting))
+        with pytest.raises(UserError, match=message):
+            read_folder(folder)
+
+
 @pytest.mark.engines
 @torch.inference_mode()
 def test_nanochat_of_transformers(byte_base):
