@@ -318,8 +318,9 @@ def add_routes(app: FastAPI, service: Service) -> None:
     stream, whole = {"text/event-stream": {}}, {"application/json": {}}
     settings, page = service.settings, load_page()
     description = {"id": settings.model_name, "object": "model", "created": settings.created, "owned_by": "nanochat",
-                   "stage": settings.stage, "context_tokens": settings.context_tokens,  # these four: extensions
-                   "max_tokens": settings.max_tokens, "limits": asdict(settings.limits)}
+                   "stage": settings.stage, "context_tokens": settings.context_tokens,  # these five: extensions
+                   "max_tokens": settings.max_tokens, "limits": asdict(settings.limits),
+                   "defaults": {name: getattr(settings, name) for name in ("temperature", "top_k", "max_tokens")}}
 
     @app.post("/v1/chat/completions", responses=errors | {200: {"content": whole | stream}})
     async def chat_completions(body: api.ChatRequest, http: Request):

@@ -33,6 +33,7 @@ class StandIn(ThreadingHTTPServer):
         self.requests, self.hung_up = [], threading.Event()
         self.refusals = []  # (status, headers, message) of the next requests
         self.key, self.has_policy = None, True
+        self.model, self.more = "d4 sft", {}    # what is served, and the rest of its description
         self.answer = lambda request: [*split_words(f"You said: {request['messages'][-1]['content']}"), finish()]
 
 
@@ -52,7 +53,8 @@ class StandInHandler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/v1/models":
-            self.reply_json({"object": "list", "data": [{"id": "d4 sft", "object": "model"}]})
+            model = {"id": self.server.model, "object": "model", **self.server.more}
+            self.reply_json({"object": "list", "data": [model]})
         else:
             page = load_page()
             policy = ("Content-Security-Policy", page.headers["Content-Security-Policy"])

@@ -395,6 +395,61 @@ def test_settings_are_sent_and_kept(page, stand_in):
     assert page.run("settings.temperature") == 0.25
 
 
+def test_the_servers_defaults_hold_until_a_person_chooses(page, stand_in):
+    stand_in.more = {"defaults": {"temperature": 0.0, "top_k": 5, "max_tokens": 33}}
+    page.reload()
+    page.wait_for_text("#model", "d4 sft")
+    page.click("#open-settings")
+    assert page.run("document.querySelector('[name=top_k]').value") == "5"
+    page.run("document.querySelector('[name=top_k]').select()")
+    page.type("7")
+    page.click("#settings button", "Done")
+    stand_in.more = {"defaults": {"temperature": 1.0, "top_k": 6, "max_tokens": 44}}    # started again otherwise
+    page.reload()
+    page.wait_for_text("#model", "d4 sft")
+    page.say("Hello")
+    page.wait_for_answer()
+    assert {name: stand_in.requests[0][name] for name in ("temperature", "top_k", "max_tokens")} == {
+        "temperature": 1, "top_k": 7, "max_tokens": 44}
+
+
+def test_server_that_was_started_again_with_another_model(page, stand_in):
+    page.wait_for_text("#model", "d4 sft")
+    stand_in.model, stand_in.refusals = "d6 sft", [(404, [], "this server has 'd6 sft' only")]
+    page.say("Hello")
+    page.wait_for_text(".error span", "The server refused this: this server has 'd6 sft' only")
+    page.click(".error button", "Try again")
+    assert page.wait_for_answer() == "You said: Hello"
+    assert [request["model"] for request in stand_in.requests] == ["d4 sft", "d6 sft"]
+    assert page.text("#model") == "d6 sft"
+
+
+def test_another_tab_takes_nothing_from_the_reader(page, stand_in):
+    """What an event of the storage tells: another conversation there, or this one, has changed."""
+    def tell(chat_id, **changes):
+        page.run(f"""(() => {{
+            const chat = {{...current, ...{json.dumps({"id": chat_id, **changes})}}};
+            localStorage.setItem(CHAT_PREFIX + chat.id, JSON.stringify(chat));
+            dispatchEvent(new StorageEvent("storage", {{key: CHAT_PREFIX + chat.id}}));
+        }})()""")
+    stand_in.answer = lambda request: [*(content(f"line {i}\n\n") for i in range(100)), finish()]
+    page.say("Write")
+    page.wait_for_answer()
+    chat_id = page.run("current.id")
+    page.run("document.getElementById('scroller').scrollTop = 200")
+    page.wait("!document.getElementById('latest').hidden")
+    tell(chat_id, title="Renamed")
+    page.wait_for_text("#title", "Renamed")
+    assert page.run("document.getElementById('scroller').scrollTop") == 200
+    page.run("document.getElementById('scroller').scrollTop = 0")
+    page.click(".user button", "Edit")
+    page.type(" and more")
+    tell("other", title="Other")
+    page.wait("document.getElementById('list').innerText.includes('Other')")
+    tell(chat_id, title="Again")
+    assert page.run("document.querySelector('.editor textarea').value") == "Write and more"
+
+
 def test_keyboard_alone(page, stand_in):
     page.press("?")  # the message box has the focus: it is only a character there
     page.type("a")
@@ -423,6 +478,9 @@ def test_keyboard_alone(page, stand_in):
     page.press("Escape")
     page.press("/")
     assert page.run("document.activeElement.id") == "input" and page.run("document.activeElement.value") == ""
+    page.run("document.querySelector('.skip').focus()")
+    page.press("Enter")
+    assert page.run("document.activeElement.id") == "input" and page.count(".message") == 2    # and still the same one
 
 
 def test_screen_reader(page, stand_in):
