@@ -204,7 +204,8 @@ def make_message(rng):
         {"role": "user", "content": [{"type": "text", "text": text}, {"type": "text", "text": "more"}]},
         {"role": "system", "content": rng.choice(("", None))},
         {"role": "assistant", "content": text} | rng.choice(({}, {"weight": 0}, {"weight": 1})),
-        {"role": "assistant", "content": parts},
+        {"role": "assistant", "content": parts} | rng.choice(({}, {}, {"tool_calls": [{"function": call}]})),
+        {"role": "assistant", "content": rng.choice((None, "", text)), "refusal": "No."},
         {"role": "assistant", "content": rng.choice((None, "", text)), "tool_calls": [{"function": call}]},
         {"role": "tool", "content": rng.choice((text, [{"type": "text", "text": text}]))}))
 
