@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict:
     lines = type_lines(ctrl_c) if interactive else (line.rstrip("\n") for line in sys.stdin)
     num_answers = num_tokens = 0
     for text, may_command in [(args.prompt, False)] if args.prompt is not None else read_messages(lines, interactive):
-        if may_command and text.strip() == "/quit":
+        if may_command and re.fullmatch(r"/quit(\s.*)?", text.strip()):
             break
         try:
             if may_command and (command := re.fullmatch(r"/(\w+)(?:\s+(.*))?", text.strip())):

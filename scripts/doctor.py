@@ -10,8 +10,10 @@ import argparse
 import contextlib
 import importlib
 import json
+import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -320,3 +322,6 @@ if __name__ == "__main__":
         sys.exit(0 if main()["ready"] else 2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:    # the reader of our output has ended, as in `... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # for what is still to be flushed
+        sys.exit(128 + signal.SIGPIPE)

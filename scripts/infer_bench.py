@@ -149,18 +149,23 @@ def measure(engine: Engine, num_rows: int, args: argparse.Namespace) -> dict:
     requests = make_requests(config, num_rows, args, first=1000)
     start = last = time.perf_counter()
     first_times: dict[int, float] = {}
+    num_ended = 0
     step_secs: deque[float] = deque()
     for request in requests:
         engine.submit(request)
     while engine.has_work():
-        was_decoding = len(first_times) == num_rows
+        are_all_decoding = len(first_times) == num_rows and not num_ended
         events = engine.step()
         now = time.perf_counter()
         for event in events:
             first_times.setdefault(event.request_id, now - start)
-        if was_decoding:
+            num_ended += event.finish_reason is not None
+        if are_all_decoding:
             step_secs.append(now - last)
         last = now
+    if not step_secs:
+        raise UserError(f"{num_rows} rows never decode together: the first ones end before the last ones' prompts of "
+                        f"{args.prompt_tokens} tokens are read; set a larger --max-tokens, or fewer --rows")
     percentiles = quantiles(step_secs, n=100, method="inclusive") if len(step_secs) > 1 else list(step_secs) * 99
     prefill_sec = max(first_times.values())  # and one token of each row, at least
     return {"rows": num_rows, "wall_sec": last - start, "first_token_ms": median(first_times.values()) * 1e3,
@@ -188,7 +193,8 @@ def compute_limits(config: GPTConfig, result: dict, args: argparse.Namespace, ma
     """What memory and arithmetic allow, and the fractions of it that were reached."""
     counts = count_params(config)
     element_bytes = getattr(torch, machine["dtype"]).itemsize
-    cache_element_bytes = max(element_bytes, 4) if machine["device"] == "cpu" else element_bytes
+    # the eager step on a CPU keeps its cache in fp32 (decoding.py)
+    cache_element_bytes = max(element_bytes, 4) if machine["device"] == "cpu" and not args.compile else element_bytes
     length = args.prompt_tokens + args.max_tokens // 2
     keys_seen = sum(min(config.window(layer) + 1, length) for layer in range(config.n_layer))
     row_bytes = 2 * keys_seen * config.n_kv_head * config.head_dim * cache_element_bytes

@@ -88,6 +88,11 @@ def test_what_the_model_no_longer_sees_is_told(use_model, monkeypatch, capsys):
                                     "it no longer sees the oldest turn"]
 
 
+def test_quit_with_more_words_leaves_too(use_model, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/quit now\nHello\n"))
+    assert chat_cli.main(["-i", "sft"])["num_answers"] == 0
+
+
 @pytest.mark.parametrize(("lines", "message"), [
     ("/nonsense", "no command /nonsense"), ("/temperature hot", "number of 0 or more"), ("/save", "name of a file"),
     ("/load nowhere", "can't be read"), ("/new york", "takes nothing"), ('"""\nno end', "ends within a message")])

@@ -158,6 +158,12 @@ def test_base_folder_that_cannot_be_made(tmp_path):
     assert "FAIL  disk" in done.stdout and "set NANOCHAT_BASE_DIR" in done.stdout and "ok    attention" in done.stdout
 
 
+def test_reader_that_ends_early(base_dir):
+    done = subprocess.run(f"{sys.executable} -m scripts.doctor --quick --device-type cpu | head -1", shell=True,
+                          cwd=REPO_DIR, capture_output=True, text=True)
+    assert done.stdout.startswith("ok    python") and not done.stderr
+
+
 def test_missing_and_broken_packages(tmp_path):
     (tmp_path / "torch.py").write_text('raise ModuleNotFoundError("No module named torch")')
     (tmp_path / "rustbpe.py").write_text('raise OSError("librust.so: file too short")')

@@ -1,6 +1,7 @@
 """The benchmark of decoding runs, for random weights and for a trained model; its figures are for a person to read."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,22 @@ def test_random_weights(tmp_path, capsys):
         assert result["decode_limit_tokens_per_sec"] == pytest.approx(min(read_limit, flops_limit))
         assert result["prefill_limit_tokens_per_sec"] == pytest.approx(1e12 / (2 * (12 * 128**2 + 12)))
     assert "of limit" in capsys.readouterr().out
+
+
+def test_rows_that_never_decode_together_are_refused():
+    with pytest.raises(UserError, match="6 rows never decode together: .* set a larger --max-tokens, or fewer --rows"):
+        infer_bench.main(["--depth", "1", "--vocab-size", "128", "--max-seq-len", "1024", "--rows", "6",
+                          "--prompt-tokens", "900", "--max-tokens", "2", "--dtype", "float32", "--device-type", "cpu"])
+
+
+@pytest.mark.parametrize(("dtype", "is_compiled", "element_bytes"), [
+    ("bfloat16", False, 4), ("bfloat16", True, 2), ("float32", True, 4)])
+def test_cache_that_is_read(dtype, is_compiled, element_bytes):
+    config, args = GPTConfig(sequence_len=64), SimpleNamespace(prompt_tokens=8, max_tokens=4, compile=is_compiled)
+    machine = {"dtype": dtype, "device": "cpu", "read_bytes_per_sec": 1.0, "peak_flops": None}
+    result = {"rows": 1, "decode_tokens_per_sec": 1.0, "prefill_tokens_per_sec": 1.0}
+    limits = infer_bench.compute_limits(config, result, args, machine)
+    assert limits["cache_bytes_per_row"] == 2 * 12 * 10 * 768 * element_bytes
 
 
 @pytest.mark.slow
