@@ -212,14 +212,15 @@ def find_step(run_dir: Path, step: int | None = None) -> int:
     return step
 
 
-def claim_folder(run_dir: Path, step: int | None) -> None:
-    """Make the folder ready: an earlier run there is kept under another name, or its steps after `step` abandoned."""
+def claim_folder(run_dir: Path, step: int | None, is_asked_for: bool = True) -> None:
+    """Make the folder ready: an earlier run there is kept under another name, or its steps after `step` abandoned, if a
+    person asked for that step; else a kill came between a checkpoint and the name of the latest."""
     if get_ranks().rank > 0:
         return
     if step is not None:
         common.write_atomic(run_dir / "latest", get_step_name(step) + "\n")
-        (run_dir / get_step_name(step) / ABANDONED_NAME).unlink(missing_ok=True)
-        abandon_steps(run_dir, step)
+        if is_asked_for:
+            abandon_steps(run_dir, step)
     elif (run_dir / "latest").exists() or list_steps(run_dir):
         names = (run_dir.with_name(f"{run_dir.name}~{i}") for i in range(1, 10**6))
         kept = next(path for path in names if not path.exists())
@@ -228,14 +229,17 @@ def claim_folder(run_dir: Path, step: int | None) -> None:
 
 
 def abandon_steps(run_dir: Path, step: int) -> None:
-    """Mark the checkpoints after `step`, from which a person went back, and keep the log that leads to them."""
+    """Mark the checkpoints after `step`, from which a person went back, and keep the log that leads to them; so, too,
+    where the step itself was marked, and the person takes up that branch again."""
     later = [later for later in list_kept_steps(run_dir) if later > step]
-    if not later:
-        return
-    log_path, kept_path = run_dir / "metrics.jsonl", run_dir / f"metrics_abandoned_{later[-1]:06d}.jsonl"
-    if log_path.is_file():
+    mark, log_path = run_dir / get_step_name(step) / ABANDONED_NAME, run_dir / "metrics.jsonl"
+    if (later or mark.exists()) and log_path.is_file():
+        names = (f"metrics_abandoned_{max(later, default=step):06d}{end}.jsonl"
+                 for end in ("", *(f"~{i}" for i in range(1, 10**6))))
+        kept_path = next(path for name in names if not (path := run_dir / name).exists())
         shutil.copyfile(log_path, kept_path)
-        print0(f"left behind: the checkpoints after step {step}, up to {later[-1]}; their log is kept as {kept_path}")
+        print0(f"going back to step {step}: the log of what came after it is kept as {kept_path}")
+    mark.unlink(missing_ok=True)
     for abandoned in later:
         (run_dir / get_step_name(abandoned) / ABANDONED_NAME).touch()
 

@@ -13,14 +13,13 @@ SMEAR_GATE_CHANNELS = 24      # channels that gate the smear
 VOCAB_MULTIPLE = 64           # the vocabulary is padded to this, for the matrix units
 MLP_MATRICES = {"relu2": 2, "swiglu": 3}    # by activation
 ROPE_LENGTHS = 10             # of the rotary table, in contexts: chats may outgrow the training context
-OLDER = {"key_offset": 0.0}   # knobs added later, by the value of the models saved before them
+OLDER = {"key_offset": 0.0, "fp32_embeds": False}    # knobs added later, by the value of the models saved before them
 GONE = {"bigram_rows": 0}     # knobs taken out, by the value of the models that can still be read
 # The least that a number of a model may be, where that isn't 0
 LEAST = {"vocab_size": 1, "backout_layer": -1, "rope_base": 1} | dict.fromkeys(
     ("backout_init", "resid_init", "x0_init"), -math.inf)
-# The most, beyond any model that could be trained; counting such parameters would take for ever. exp of the softcap,
-# summed over a vocabulary, must fit fp32
-MOST = {"n_layer": 1000, "softcap": 64} | dict.fromkeys(
+# The most, beyond any model that could be trained; counting such parameters would take for ever
+MOST = {"n_layer": 1000} | dict.fromkeys(
     ("sequence_len", "vocab_size", "n_head", "n_kv_head", "n_embd", "attn_dim", "mlp_dim", "num_experts"), 2**24)
 
 

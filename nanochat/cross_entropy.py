@@ -25,6 +25,8 @@ from nanochat.compilation import fused
 from nanochat.config import GPTConfig
 from nanochat.memory import CHUNK_TOKENS, CPU_EXP_TOKENS, get_even_size
 
+MAX_FUSED_CAP = 64.0    # whose exp, summed over a vocabulary, fits fp32
+
 
 def softcap(logits: Tensor, cap: float = GPTConfig.softcap) -> Tensor:
     """cap tanh(logits / cap), in at least fp32; a cap of 0 is none.
@@ -89,7 +91,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
                          reduction: str = "mean", weights: Tensor | None = None, fp8=None) -> Tensor:
     """The fused loss: head, softcap and cross-entropy a chunk of tokens at a time."""
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if needs_grad and reduction == "none":  # no stage learns from it; the fused gradients need the coefficients
+    # No stage learns from "none", and the fused gradients need the coefficients; exp of a large cap overflows fp32
+    if needs_grad and (reduction == "none" or cap > MAX_FUSED_CAP):
         return plain_cross_entropy(x, weight, targets, vocab_size, cap=cap, reduction=reduction, weights=weights,
                                    fp8=fp8)
     coef = _make_coefficients(targets, reduction, weights, torch.promote_types(x.dtype, torch.float32))

@@ -113,15 +113,16 @@ def choose_rule(preset: str | None, saved: dict | None) -> str:
 def choose_knobs(preset: str | None, words: Sequence[str], saved: dict | None) -> dict[str, object]:
     """Shape and knobs of a preset and of --knobs; a run that began before there were some of them keeps their older
     values. saved: its checkpoint's meta"""
-    chosen = find_preset(preset)
-    knobs, before = chosen.shape | chosen.knobs | parse_knobs(words), saved and saved["model_config"]
+    chosen, typed, before = find_preset(preset), parse_knobs(words), saved and saved["model_config"]
+    knobs = chosen.shape | chosen.knobs | typed
     older = {knob: value for knob, value in OLDER.items()
-             if before is not None and knob not in knobs and before.get(knob, value) == value}
+             if before is not None and knob not in typed and before.get(knob, value) == value
+             and value != knobs.get(knob, getattr(GPTConfig, knob))}
     if older:
         print0(" ".join(f"{knob}={format_knob(value)}" for knob, value in older.items()) + ": as this run was begun")
     if before is not None and before.get("backout_layer") is None:
-        older = {"backout_layer": None} | older    # of one or two layers the last, as at first
-    return older | knobs
+        knobs = {"backout_layer": None} | knobs    # of one or two layers the last, as at first
+    return knobs | older
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -123,7 +123,8 @@ def continue_info(info: dict, run_dir: Path, step: int) -> dict:
     part = {"step": step, **{key: info[key] for key in own_keys if key in info}}
     last_sec = max((line.get("elapsed_sec") or 0.0 for line in read_metrics(run_dir)), default=0.0)
     return {**info, **{key: before[key] for key in own_keys if key in before},
-            "earlier_sec": max(before.get("wall_sec") or 0.0, last_sec),    # of a killed part its training's
+            # A killed part leaves its training's seconds alone
+            "earlier_sec": max(before.get("wall_sec") or 0.0, before.get("earlier_sec") or 0.0, last_sec),
             "resumed": [*before.get("resumed", []), part]}
 
 

@@ -208,7 +208,7 @@ def begin_run(setup: Setup, state: TrainState, loader) -> Run:
             "num_devices": setup.ranks.world_size, **({"source": recipe.source.describe()} if recipe.source else {})}
     saver = Checkpointer(recipe.run_dir, flags.saving, last_step=setup.last_step, saved_step=resume_step)
     saver.check_disk(state.model, state.optimizer)
-    checkpoints.claim_folder(recipe.run_dir, resume_step)
+    checkpoints.claim_folder(recipe.run_dir, resume_step, is_asked_for=flags.resume != "auto")
     log = RunLog(recipe.run_dir, info, setup.ranks, resume_step=resume_step, wandb_name=flags.wandb_name,
                  start_time=flags.start_time)
     print0(f"model: depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, context "

@@ -382,14 +382,15 @@ def test_what_was_left_behind_neither_counts_nor_goes(capsys):
     (run_dir / "metrics.jsonl").write_text("of the first branch")
     claim_folder(run_dir, 1)
     kept = run_dir / "metrics_abandoned_000003.jsonl"
-    assert "left behind: the checkpoints after step 1, up to 3" in capsys.readouterr().out
+    assert "going back to step 1: the log of what came after it is kept as" in capsys.readouterr().out
     assert kept.read_text() == "of the first branch"
     save_run(steps=(4,), keep_last=2)
     assert list_steps(run_dir) == [1, 2, 3, 4]
     save_run(steps=(5,), keep_last=2)
     assert list_steps(run_dir) == [2, 3, 4, 5]
     (run_dir / "metrics.jsonl").write_text("of the second branch")
-    claim_folder(run_dir, 5)    # continued as ever
+    claim_folder(run_dir, 5, is_asked_for=False)    # continued as ever
+    claim_folder(run_dir, 4, is_asked_for=False)    # as a kill leaves it before `latest` is written
     assert kept.read_text() == "of the first branch" and not list(run_dir.glob("*_000005.jsonl"))
     claim_folder(run_dir, 3)    # and the other branch after all: it counts again, the second one no more
     save_run(steps=(6,), keep_last=1)

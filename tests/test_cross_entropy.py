@@ -120,6 +120,15 @@ def test_fp16_holds_the_gradients_of_a_vocabulary_beyond_its_range(cap):
         assert (grad.double() - wanted).norm() < 0.01 * wanted.norm()
 
 
+def test_a_cap_whose_exp_overflows_is_computed_plainly():
+    x = (torch.randn(4, 8) * 1000).requires_grad_()
+    weight, targets = torch.randn(V, 8, requires_grad=True), torch.tensor([0, 1, 2, -1])
+    grads = torch.autograd.grad(linear_cross_entropy(x, weight, targets, V, cap=100.0), (x, weight))
+    expected = torch.autograd.grad(plain_cross_entropy(x, weight, targets, V, cap=100.0), (x, weight))
+    torch.testing.assert_close(grads, expected)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
 def test_inputs_of_any_leading_shape():
     x, weight, targets, factors = make_inputs(12)
     flat = linear_cross_entropy(x, weight, targets, V, reduction="none")

@@ -364,8 +364,8 @@ def test_unfinished_files_of_the_dead_go_and_a_download_goes_on(inputs, base_dir
     assert "bytes=5000-" in [request.get("Range") for request in inputs.requests]
 
 
-@pytest.mark.parametrize("suffix", [".new", ".old", ".lock"])
-def test_names_that_a_rebuild_would_delete(base_dir, suffix):
+@pytest.mark.parametrize("suffix", [".tmp", ".lock"])
+def test_names_of_what_is_beside_a_folder(base_dir, suffix):
     with pytest.raises(UserError, match=f"--name 'mine{suffix}' must be a plain folder name"):
         dataset.main(["--source", "python-docs", "--name", "mine" + suffix])
     with pytest.raises(UserError, match=f"the tokenizer 'mine{suffix}' must be a plain folder name"):

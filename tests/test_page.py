@@ -402,7 +402,7 @@ def test_the_servers_defaults_hold_until_a_person_chooses(page, stand_in):
     page.click("#open-settings")
     assert page.run("document.querySelector('[name=top_k]').value") == "5"
     page.run("document.querySelector('[name=top_k]').select()")
-    page.type("7")
+    page.type("50")    # which is the page's own default
     page.click("#settings button", "Done")
     stand_in.more = {"defaults": {"temperature": 1.0, "top_k": 6, "max_tokens": 44}}    # started again otherwise
     page.reload()
@@ -410,7 +410,7 @@ def test_the_servers_defaults_hold_until_a_person_chooses(page, stand_in):
     page.say("Hello")
     page.wait_for_answer()
     assert {name: stand_in.requests[0][name] for name in ("temperature", "top_k", "max_tokens")} == {
-        "temperature": 1, "top_k": 7, "max_tokens": 44}
+        "temperature": 1, "top_k": 50, "max_tokens": 44}
 
 
 def test_server_that_was_started_again_with_another_model(page, stand_in):

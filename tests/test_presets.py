@@ -106,7 +106,6 @@ def test_wrong_knobs_are_named(words, message):
 
 @pytest.mark.parametrize(("knobs", "message"), [
     ({"mlp_act": "gelu"}, "mlp_act=gelu is not one of relu2, swiglu"),
-    ({"softcap": 100.0}, "softcap can't be 100.0; it must be at most 64"),
     ({"key_offset": 1.5}, "key_offset=1.5 must be at most 1"), ({"rope_fraction": 0.0}, "above 0 and at most 1"),
     ({"backout_layer": 4}, "is no layer of 4"),
     ({"linear_init": "zero"}, "not one of uniform, normal"),
@@ -290,6 +289,15 @@ def test_a_run_from_before_the_key_offset_goes_on_without(small, capsys):
         after = base_train.main([*argv, *more])
         assert "key_offset=0.0: as this run was begun\n" in capsys.readouterr().out
     assert_same_runs(after["run_dir"], whole["run_dir"])
+
+
+def test_an_arcadium_from_before_its_embeddings_were_fp32_goes_on(small, capsys):
+    argv = make_preset_argv("arcadium-200m", "bf16-embeds")
+    before = base_train.main([*argv, "--knobs", "fp32_embeds=off", "--stop-at", "2"])
+    edit_meta(before["run_dir"], lambda meta: meta["model_config"].pop("fp32_embeds"))
+    for more in (["--stop-at", "3"], []):
+        base_train.main([*argv, *more])
+        assert "fp32_embeds=off: as this run was begun\n" in capsys.readouterr().out
 
 
 def test_a_run_that_began_with_backout_of_the_last_layer_keeps_it():
