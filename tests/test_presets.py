@@ -291,9 +291,11 @@ def test_a_run_from_before_the_key_offset_goes_on_without(small, capsys):
     assert_same_runs(after["run_dir"], whole["run_dir"])
 
 
-def test_an_arcadium_from_before_its_embeddings_were_fp32_goes_on(small, capsys):
-    argv = make_preset_argv("arcadium-200m", "bf16-embeds")
-    before = base_train.main([*argv, "--knobs", "fp32_embeds=off", "--stop-at", "2"])
+def test_an_arcadium_from_before_its_embeddings_were_fp32_goes_on(small, capsys, monkeypatch):
+    argv, preset = make_preset_argv("arcadium-200m", "bf16-embeds"), PRESETS["arcadium-200m"]
+    monkeypatch.setitem(PRESETS, "arcadium-200m", replace(preset, knobs=preset.knobs | {"fp32_embeds": False}))
+    before = base_train.main([*argv, "--stop-at", "2"])
+    monkeypatch.undo()
     edit_meta(before["run_dir"], lambda meta: meta["model_config"].pop("fp32_embeds"))
     for more in (["--stop-at", "3"], []):
         base_train.main([*argv, *more])
