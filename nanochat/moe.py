@@ -15,8 +15,8 @@ Dispatch: rows are sorted by expert, each expert multiplies its own in one group
 token is dropped. All copies are gathers, forward and backward, so that results repeat bit for bit; torch's own gradient
 of an index adds with atomics on GPUs. The copies are the price, by estimate 42 C bytes per token and layer with k = 1
 and 76 C with k = 2: a tenth to a fifth of a layer's time on a GPU. On a CPU experts win in seconds with 20 tokens for
-each parameter at depth 2, where 8 are even, and with 8 at depth 4 (two seeds; dev/LOG.md, "Depth 4 with experts"); on a
-GPU that was not measured.
+each parameter at depth 2, where 8 are even, and with 8 at depth 4 (two seeds; dev/LOG.md, "Depth 4 with
+experts, a second"); on a GPU that was not measured.
 
 Balance: Quantile Balancing (Kimi K3's report, section 2.3.3; since 2026 marin's and torchtitan's) has no rate to tune.
 Expert j is chosen by token i if and only if r_ij = alpha_i - s_ij < bias_j, with alpha_i the (k+1)-th largest s + bias.
