@@ -218,9 +218,10 @@ def claim_folder(run_dir: Path, step: int | None, is_asked_for: bool = True) -> 
     if get_ranks().rank > 0:
         return
     if step is not None:
-        common.write_atomic(run_dir / "latest", get_step_name(step) + "\n")
-        if is_asked_for:
+        if is_asked_for:    # before `latest` is written: a kill in between leaves a mark too many, not one too few
             abandon_steps(run_dir, step)
+        common.write_atomic(run_dir / "latest", get_step_name(step) + "\n")
+        (run_dir / get_step_name(step) / ABANDONED_NAME).unlink(missing_ok=True)
     elif (run_dir / "latest").exists() or list_steps(run_dir):
         names = (run_dir.with_name(f"{run_dir.name}~{i}") for i in range(1, 10**6))
         kept = next(path for path in names if not path.exists())
@@ -239,7 +240,6 @@ def abandon_steps(run_dir: Path, step: int) -> None:
         kept_path = next(path for name in names if not (path := run_dir / name).exists())
         shutil.copyfile(log_path, kept_path)
         print0(f"going back to step {step}: the log of what came after it is kept as {kept_path}")
-    mark.unlink(missing_ok=True)
     for abandoned in later:
         (run_dir / get_step_name(abandoned) / ABANDONED_NAME).touch()
 

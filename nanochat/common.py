@@ -166,7 +166,10 @@ def sync_folder(folder: Path) -> None:
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """An empty folder that takes the place of `folder` on success; until then the old one stays whole. A kill between
     the two renames leaves it under its name of `aside`, from where restore_folder brings it back."""
-    folder = Path(os.path.realpath(folder))    # a link, such as to a larger disk, stays
+    link, folder = folder, Path(os.path.realpath(folder))    # a link, such as to a larger disk, stays
+    if not folder.parent.is_dir():
+        raise UserError(f"{printable(link)} leads to {printable(folder)}, which isn't there; mount its disk, or remove "
+                        "the link")
     new, old = aside(folder)
     new.mkdir()
     try:

@@ -95,6 +95,13 @@ def test_data_on_another_disk_stays_there(texts, base_dir, tmp_path):
     assert not [path for path in (*tmp_path.iterdir(), *folder.parent.iterdir()) if path.name.startswith(".")]
 
 
+def test_link_to_a_disk_that_is_not_there(texts, base_dir, tmp_path):
+    (base_dir / "data").mkdir(parents=True)
+    (base_dir / "data" / "mine").symlink_to(tmp_path / "gone" / "mine")
+    with pytest.raises(UserError, match="mine leads to .*gone/mine, which isn't there; mount its disk"):
+        make_files(texts)
+
+
 def test_files_content(texts, base_dir, capsys):
     result = make_files(texts)
     assert "left out 2 of 3,003 documents" in capsys.readouterr().out

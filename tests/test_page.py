@@ -413,6 +413,15 @@ def test_the_servers_defaults_hold_until_a_person_chooses(page, stand_in):
         "temperature": 1, "top_k": 50, "max_tokens": 44}
 
 
+@pytest.mark.parametrize("kept", ['"foo"', "5", "[]", "null", "{"])
+def test_settings_that_are_none(page, stand_in, kept):
+    page.run(f"localStorage.setItem('nanochat.settings', {json.dumps(kept)})")
+    page.reload()
+    page.say("Hello")
+    page.wait_for_answer()
+    assert stand_in.requests[0]["temperature"] == 0.6
+
+
 def test_server_that_was_started_again_with_another_model(page, stand_in):
     page.wait_for_text("#model", "d4 sft")
     stand_in.model, stand_in.refusals = "d6 sft", [(404, [], "this server has 'd6 sft' only")]
