@@ -187,6 +187,70 @@ def test_two_conversations_at_once_rename_delete_and_undo(page, stand_in):
     page.wait_for_count(".message", 2)
 
 
+def write_elsewhere(page, chat):
+    """What another tab saves, as this one sees it."""
+    page.run(f"""(() => {{
+        const key = "nanochat.chat." + {json.dumps(chat["id"])};
+        localStorage.setItem(key, {json.dumps(json.dumps(chat))});
+        dispatchEvent(new StorageEvent("storage", {{key}}));
+    }})()""")
+
+
+OTHER = {"id": "other", "title": "Elsewhere", "updated": 1, "messages": [{"role": "user", "text": "x"}]}
+
+
+def test_another_tab_does_not_disturb(page):
+    page.say("Helo")
+    page.wait_for_answer()
+    chat = page.run("current")
+    page.run("document.querySelector('.user [aria-label=\"Edit and resend\"]').click()")
+    page.type(" again")
+    write_elsewhere(page, OTHER)
+    write_elsewhere(page, chat | {"title": "Renamed"})
+    assert page.run("document.activeElement.value") == "Helo again"
+    assert page.run("[...document.querySelectorAll('#list .open')].map((node) => node.innerText)") == [
+        "Renamed", "Elsewhere"]
+    page.press("Escape")
+    assert page.text("#title") == "Renamed" and page.run("document.activeElement.ariaLabel") == "Edit and resend"
+    page.run("document.querySelector('.user [aria-label=\"Edit and resend\"]').click()")
+    page.type(" you")
+    write_elsewhere(page, chat | {"title": "Once more"})
+    page.press("Enter")
+    assert page.wait_for_answer() == "You said: Helo you" and page.text("#title") == "Once more"
+    page.click("#list .current [title=Rename]")
+    page.type("Half a na")
+    write_elsewhere(page, OTHER | {"title": "Elsewhere again"})
+    write_elsewhere(page, chat | {"messages": [*chat["messages"], {"role": "user", "text": "more"}]})
+    assert page.run("document.activeElement.value") == "Half a na"
+    page.type("me")
+    page.press("Enter")
+    assert page.text("#title") == "Half a name" and "Elsewhere again" in page.text("#list")
+    page.reload()
+    page.wait_for_count(".message", 3)
+
+
+def test_another_tab_does_not_move_the_reader(page, stand_in):
+    stand_in.answer = lambda request: [content("line\n\n" * 200), finish()]
+    page.say("Write")
+    page.wait_for_answer()
+    page.run("window.scroller = document.getElementById('scroller')")
+    page.wait("lastTop > 1000")    # at the end
+    page.wait("(scroller.scrollTo(0, 500), !following)")
+    write_elsewhere(page, OTHER)
+    write_elsewhere(page, page.run("current"))
+    assert page.run("scroller.scrollTop") == 500
+
+
+def test_answer_that_comes_in_another_tab(page):
+    answer = {"role": "assistant", "parts": [{"type": "text", "text": "half"}], "finish": None}
+    write_elsewhere(page, OTHER | {"messages": [*OTHER["messages"], answer]})
+    page.click("#list .open", "Elsewhere")
+    assert page.text(".assistant .body") == "half" and page.text(".assistant .extras") == ""
+    answer |= {"finish": "stop", "parts": [{"type": "text", "text": "half and whole"}]}
+    write_elsewhere(page, OTHER | {"messages": [*OTHER["messages"], answer]})
+    assert page.text(".assistant .body") == "half and whole" and "Regenerate" in page.text(".assistant .extras")
+
+
 def test_tool_calls_are_chips_in_the_text_and_go_back_in_parts(page, stand_in):
     stand_in.answer = lambda request: [content("That is "), tool("call", "34*27"), 0.3, tool("output", "918"),
                                        content(".\n\nSo **918**."), finish()]
