@@ -83,6 +83,11 @@ class Part:
         self.messages.clear()
         return self.grad
 
+    def get_own(self) -> Tensor:
+        """This rank's rows or experts where they lie, or a stack of its matrices, (num_own, rows, columns)."""
+        param = self.params[0]
+        return stack_padded(self.matrices, self.num_own, param) if self.is_stacked else param[self.start:self.stop]
+
 
 @dataclass
 class Piece:
@@ -253,33 +258,35 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _update(self, part: Part) -> Callable[[], None] | None:
         """Update this rank's rows or matrices; returns the end of their gather, None where nothing is sent."""
-        params, group, state = part.params, part.group, self._get_state(part).values()
-        grad, is_sent = part.wait(), part.is_sharded and self.world_size > 1
+        group, state, is_sent = part.group, self._get_state(part).values(), part.is_sharded and self.world_size > 1
+        grad, own = part.wait(), part.get_own()
+        if group["kind"] == "adamw":
+            param = part.params[0]
+            update = adamw_update if param.numel() >= SMALL_PARAM else adamw_update.__wrapped__
+            update(own, grad, *state,
+                   *as_scalars([group["lr"], *group["betas"], group["eps"], group["weight_decay"], self.num_steps]))
+            if not is_sent:
+                return None
+            own = own.clone()  # gloo doesn't promise to gather in place
+            work = all_gather(param.data, own, async_op=True)
+            return lambda own=own: work.wait()  # the gather reads `own`
         if part.is_stacked:
-            own = stack_padded(part.matrices, part.num_own, params[0])  # (n, rows, cols)
             self._update_matrices(group, own, grad, *state, num_by_head=part.num_by_head)
             copy_all(part.matrices, own)
-            return self._gather_matrices(part, own.to(self.matmul_dtype or own.dtype)) if is_sent else None
-        own = params[0][part.start:part.stop]
-        if group["kind"] == "muon":
+        else:
             size = count_slice(len(own), own[0].nbytes)
             for some in zip(*(tensor.split(size) for tensor in (own, grad, *state)), strict=True):
                 self._update_matrices(group, *some, skips_idle=True)
-            return self._gather_experts(part, own.to(self.matmul_dtype or own.dtype)) if is_sent else None
-        update = adamw_update if params[0].numel() >= SMALL_PARAM else adamw_update.__wrapped__
-        update(own, grad, *state,
-               *as_scalars([group["lr"], *group["betas"], group["eps"], group["weight_decay"], self.num_steps]))
-        if not is_sent:
-            return None
-        own = own.clone()  # gloo doesn't promise to gather in place
-        work = all_gather(params[0].data, own, async_op=True)
-        return lambda own=own: work.wait()  # the gather reads `own`
+        return self._gather(part, own.to(self.matmul_dtype or own.dtype)) if is_sent else None
 
     def _update_matrices(self, group: dict, own: Tensor, grad: Tensor, momentum: Tensor, second_moment: Tensor,
                          num_by_head: int = 0, skips_idle: bool = False) -> None:
-        """Muon's step on a stack, in place. num_by_head: matrices, the first ones, that are orthogonalised by heads.
-        skips_idle: a matrix without a gradient, an expert without a token, stays
-        bit for bit where it is, and so does its state: what momentum is left would move it by a whole step."""
+        """Muon's step on a stack, in place.
+
+        num_by_head: matrices, the first ones, that are orthogonalised by heads
+        skips_idle:  a matrix without a gradient, an expert without a token, stays bit for bit where it is, and so does
+                     its state: what momentum is left would move it by a whole step
+        """
         rows, cols = own.shape[-2:]
         lr = group["lr"] * max(1.0, rows / cols) ** 0.5  # so that outputs move as much, whatever the shape
         lr, mu, beta2, decay = as_scalars([lr, group["momentum"], group["beta2"], group["weight_decay"]])
@@ -293,41 +300,28 @@ class MuonAdamW(torch.optim.Optimizer):
         muon_update(own, grad, momentum, second_moment, group["ns_steps"], self.matmul_dtype or own.dtype,
                     lr, mu, beta2, decay, group.get("rule", MuonRule()), num_by_head, group.get("head_dim", 0))
 
-    def _gather_experts(self, part: Part, own: Tensor) -> Callable[[], None]:
-        """Start to send this rank's experts to all others; returns what waits for theirs and stores them."""
-        param = part.params[0]
-        whole = own.new_empty(param.shape)
+    def _gather(self, part: Part, own: Tensor) -> Callable[[], None]:
+        """Start to send this rank's stack of matrices, or its experts, to all others; returns what waits for theirs and
+        stores them."""
+        whole = own.new_empty(len(own) * self.world_size, *own.shape[1:])
         work = all_gather(whole, own, async_op=True)
 
         def finish(own: Tensor = own) -> None:  # kept alive while the gather reads it
             work.wait()
-            for others in (slice(0, part.start), slice(part.stop, None)):
-                param[others].copy_(whole[others])
-        return finish
-
-    def _gather_matrices(self, part: Part, own: Tensor) -> Callable[[], None]:
-        """Start to send this rank's stack of matrices to all others; returns what waits for theirs and stores them."""
-        whole = own.new_empty(part.num_own * self.world_size, *own.shape[1:])
-        work = all_gather(whole, own, async_op=True)
-
-        def finish(own: Tensor = own) -> None:  # kept alive while the gather reads it
-            work.wait()
-            for rank, stack in enumerate(whole.view(self.world_size, *own.shape)):
-                if rank != self.rank:
-                    copy_all(part.params[rank::self.world_size], stack)
+            for rank, theirs in enumerate(whole.split(len(own))):
+                if rank != self.rank and part.is_stacked:
+                    copy_all(part.params[rank::self.world_size], theirs)
+                elif rank != self.rank:
+                    part.params[0][rank * len(own):(rank + 1) * len(own)].copy_(theirs)
         return finish
 
     @torch.no_grad()
     def gather_masters(self) -> None:
         """Give every rank all matrices as their owners have them; a checkpoint holds these. Collective."""
         for part in self.parts if self.world_size > 1 else ():
-            param = part.params[0]
-            if part.group["kind"] != "muon" or param.dtype == (self.matmul_dtype or param.dtype):
-                continue
-            if part.is_stacked:
-                self._gather_matrices(part, stack_padded(part.matrices, part.num_own, param))()
-            elif part.is_sharded:
-                self._gather_experts(part, param[part.start:part.stop].contiguous())()
+            dtype = part.params[0].dtype
+            if part.group["kind"] == "muon" and part.is_sharded and dtype != (self.matmul_dtype or dtype):
+                self._gather(part, part.get_own())()
 
     def set_rates(self, lr_frac: float, momentum: float, decay_frac: float = 1.0) -> None:
         """The figures of the next step: the part of each learning rate and of Muon's weight decay, Muon's momentum."""
