@@ -6,17 +6,22 @@ rates, and prints what it changes.
 
 import argparse
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from nanochat.checkpoint_manager import Checkpoint, find_saved, load_run_tokenizer
+from nanochat.checkpoint_manager import (
+    Checkpoint,
+    find_checkpoint,
+    find_saved,
+    get_run_dir,
+    load_run_tokenizer,
+    locked_run,
+)
 from nanochat.choices import LR_NAMES, StageFlags, add_stage_args, add_words_flag, count_rows, read_flags
 from nanochat.common import Ranks, expand_home, print0
 from nanochat.config import estimate_flops, read_config
 from nanochat.dataloader import ConversationGroups, Epoch, ValidationBatches, count_epoch, validation_conversations
+from nanochat.devices import init_compute
 from nanochat.optim import MuonAdamW
 from nanochat.presets import find_rule
 from nanochat.report import write_stage_section
@@ -24,7 +29,7 @@ from nanochat.run import StopSignal, TakenStep, decide, read_info
 from nanochat.scaling import REFERENCE_BATCH_TOKENS, get_chat_momentum, get_lr_frac, make_chat_plan
 from nanochat.stage import Recipe, Run, Setup, begin_run, evaluate, make_state, prepare_run, print_samples
 from nanochat.train import take_step
-from tasks.mixtures import Mixture, parse_entries
+from tasks.mixtures import MIXTURES, Mixture, make_mixture, parse_entries
 from tasks.rows import check_file
 
 QUESTIONS = ("Who are you?", "What is 34 * 27?", "How many r are in strawberry?", "What is the capital of France?")
@@ -57,7 +62,7 @@ class ChatSettings:
     warmdown_ratio: float          # part of the run over which the rates fall to 0
 
 
-def add_chat_args(parser: argparse.ArgumentParser, mixtures: Iterable[str]) -> None:
+def add_chat_args(parser: argparse.ArgumentParser) -> None:
     """The flags of the stages that learn from conversations, with those that every stage has."""
     add = parser.add_argument
     add("-g", "--model-tag", help="run to begin with (default: the latest)")
@@ -65,7 +70,7 @@ def add_chat_args(parser: argparse.ArgumentParser, mixtures: Iterable[str]) -> N
     add("--out-tag", help="folder of this run (default: the tag of the run that it begins with)")
     # conversations
     either = parser.add_mutually_exclusive_group().add_argument
-    either("--mixture", choices=mixtures, help="tasks to learn from, see tasks/mixtures.py (default: the stage's)")
+    either("--mixture", choices=MIXTURES, help="tasks to learn from, see tasks/mixtures.py (default: the stage's)")
     either("--tasks", nargs="+", metavar="NAME[:COUNT[:WEIGHT]]", help="instead of a mixture: these tasks, of each "
         "COUNT conversations (default: all), each used WEIGHT times (default: once)")
     add_words_flag(parser)
@@ -88,27 +93,34 @@ def read_chat_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, a
     return read_flags(args, parser, argv)
 
 
-def run_chat_stage(stage: ChatStage, settings: ChatSettings, flags: StageFlags, run_dir: Path, device: torch.device,
-                   ranks: Ranks) -> dict:
-    """Begin or continue a run of a stage, write its section of the report, and return its results. Collective."""
-    groups, epoch, recipe = make_recipe(stage, settings, flags, run_dir, ranks)
-    setup = prepare_run(recipe, device, ranks)
-    if setup:
-        describe_changes(setup, settings)
-        loader = setup.make_loader(groups, num_lanes=1,
-                                   num_epochs=settings.num_epochs if recipe.plan.horizon == "epochs" else None)
-        val_batches = validation_conversations(settings.mixture.name, settings.mixture.val, recipe.tokenizer, recipe.T,
-                                               setup.count_eval_rows(), ranks)
-        run = begin_run(setup, make_state(setup), loader)
-        if setup.first_step == 0:
-            run.log.write("data", 0, **epoch.describe())
-        info = train(run, val_batches, settings, epoch)
-    else:
-        info = read_info(run_dir)
-    write_stage_section(stage.section, stage.title, run_dir, info,
-                        metrics={"chat bpb": info["results"].get("val_bpb")},
-                        values={"conversations": info["results"]["num_conversations"]})
-    return {"run_dir": str(run_dir), **info["results"]}
+def run_chat_stage(stage: ChatStage, source_stage: str, args: argparse.Namespace, flags: StageFlags) -> dict:
+    """Begin or continue a run of a stage, as its flags say; writes its section of the report, and returns its results.
+    Collective."""
+    device, ranks = init_compute(args.device_type, args.deterministic)
+    source = find_checkpoint(source_stage, args.model_tag, args.model_step)
+    run_dir = get_run_dir(stage.name, args.out_tag or source.run_dir.name)
+    with locked_run(run_dir):
+        mixture = make_mixture(args.tasks or MIXTURES[args.mixture], args.custom_json, args.words)
+        settings = ChatSettings(source, mixture, args.num_epochs, args.num_iterations, args.init_lr_frac,
+                                args.warmdown_ratio)
+        groups, epoch, recipe = make_recipe(stage, settings, flags, run_dir, ranks)
+        setup = prepare_run(recipe, device, ranks)
+        if setup:
+            describe_changes(setup, settings)
+            loader = setup.make_loader(groups, num_lanes=1,
+                                       num_epochs=settings.num_epochs if recipe.plan.horizon == "epochs" else None)
+            val_batches = validation_conversations(mixture.name, mixture.val, recipe.tokenizer, recipe.T,
+                                                   setup.count_eval_rows(), ranks)
+            run = begin_run(setup, make_state(setup), loader)
+            if setup.first_step == 0:
+                run.log.write("data", 0, **epoch.describe())
+            info = train(run, val_batches, settings, epoch)
+        else:
+            info = read_info(run_dir)
+        write_stage_section(stage.section, stage.title, run_dir, info,
+                            metrics={"chat bpb": info["results"].get("val_bpb")},
+                            values={"conversations": info["results"]["num_conversations"]})
+        return {"run_dir": str(run_dir), **info["results"]}
 
 
 def train(run: Run, val_batches: ValidationBatches | None, settings: ChatSettings, epoch: Epoch) -> dict:
