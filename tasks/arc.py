@@ -1,13 +1,11 @@
 """ARC: multiple-choice questions of natural science from school exams (arXiv 1803.05457), an easy and a hard set."""
 
-from tasks.common import Task, get_reference, make_choice_conversation
+from tasks.common import ChoiceTask, make_choice_conversation
 from tasks.rows import load_rows
 
 
-class ARC(Task):
+class ARC(ChoiceTask):
     """subset: ARC-Easy or ARC-Challenge; split: train, validation or test."""
-
-    eval_type = "categorical"
 
     def __init__(self, subset: str, split: str, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -18,6 +16,3 @@ class ARC(Task):
         # some rows count their choices 1 2 3 4 where most have A B C D: ours are always letters
         answer_idx = list(row["choices"]["label"]).index(row["answerKey"])
         return make_choice_conversation(row["question"], row["choices"]["text"], answer_idx)
-
-    def evaluate(self, conversation: dict, answer: str) -> bool:
-        return answer.strip() == get_reference(conversation)

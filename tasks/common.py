@@ -83,6 +83,15 @@ class GeneratedTask(Task):
         return self.size
 
 
+class ChoiceTask(Task):
+    """A task of multiple-choice questions, of which the letter alone is right."""
+
+    eval_type = "categorical"
+
+    def evaluate(self, conversation: dict, answer: str) -> bool:
+        return answer.strip() == get_reference(conversation)
+
+
 class TaskMixture(Task):
     """Tasks shuffled into one list; the order depends on the seed and the tasks' lengths alone.
 

@@ -1,15 +1,13 @@
 """MMLU: multiple-choice questions in 57 subjects (arXiv 2009.03300); auxiliary_train holds others to learn from."""
 
-from tasks.common import Task, get_reference, make_choice_conversation
+from tasks.common import ChoiceTask, make_choice_conversation
 from tasks.rows import check_columns, load_rows
 
 COLUMNS = ("question", "subject", "choices", "answer")
 
 
-class MMLU(Task):
+class MMLU(ChoiceTask):
     """subset: all, auxiliary_train or a subject; split: dev, validation or test, of auxiliary_train only train."""
-
-    eval_type = "categorical"
 
     def __init__(self, subset: str, split: str, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -23,6 +21,3 @@ class MMLU(Task):
     def get_example(self, index: int) -> dict:
         row = self._row(index)
         return make_choice_conversation(row["question"], row["choices"], row["answer"]) | {"subject": row["subject"]}
-
-    def evaluate(self, conversation: dict, answer: str) -> bool:
-        return answer.strip() == get_reference(conversation)
