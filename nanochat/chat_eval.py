@@ -23,7 +23,7 @@ import torch
 from nanochat.common import UserError, failing_together, gather, get_ranks, write_atomic
 from nanochat.engine import Engine, Request
 from nanochat.gpt import GPT
-from nanochat.loss_eval import BATCH_TOKENS, DEFAULT_BATCH_TOKENS, pad_right
+from nanochat.loss_eval import BATCH_TOKENS, pad_right
 from nanochat.tokenizer import RustBPETokenizer
 from tasks.catalog import CHATCORE_TASKS, GRADED_TASKS, get_task
 from tasks.common import Task
@@ -106,11 +106,10 @@ def crop_prompt(prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
 def choose_letters(solver: Solver, problems: list[Problem]) -> Iterator[tuple[Problem, list[str], int]]:
     """Each problem with the likeliest of its letters, as sample_answers. Problems of similar length share a batch."""
     model, device = solver.model, solver.model.get_device()
-    batch_tokens = BATCH_TOKENS.get(device.type, DEFAULT_BATCH_TOKENS)
     prompts = [crop_prompt(problem.prompt, model.config.sequence_len) for problem in problems]
     waiting = sorted(range(len(problems)), key=lambda i: len(prompts[i]))   # the longest come first, from the end
     while waiting:
-        num_rows = max(1, min(solver.batch_rows, batch_tokens // len(prompts[waiting[-1]])))
+        num_rows = max(1, min(solver.batch_rows, BATCH_TOKENS[device.type] // len(prompts[waiting[-1]])))
         batch, waiting = waiting[-num_rows:], waiting[:-num_rows]
         idx = pad_right([prompts[i] for i in batch], 0, device)                               # (R, T)
         ends = torch.tensor([len(prompts[i]) - 1 for i in batch], device=device)

@@ -25,8 +25,6 @@ from nanochat.common import UserError, timed, write_atomic
 from nanochat.engine import Engine, Request
 from nanochat.loss_eval import (
     BATCH_TOKENS,
-    DEFAULT_BATCH_TOKENS,
-    DEFAULT_TAIL_TOKENS,
     TAIL_TOKENS,
     CoreTask,
     Item,
@@ -134,9 +132,8 @@ class Harness:
         items = [Item(options[i:i + self.batch_size], None) for options in map(list, same.values())
                  for i in range(0, len(options), self.batch_size)]
         device, scores = self.model.get_device().type, {}
-        limits = BATCH_TOKENS.get(device, DEFAULT_BATCH_TOKENS), TAIL_TOKENS.get(device, DEFAULT_TAIL_TOKENS)
         with timed(f"scoring {len(pairs):,} texts"), torch.compiler.set_stance("force_eager"):
-            for batch in make_batches(items, *limits):
+            for batch in make_batches(items, BATCH_TOKENS[device], TAIL_TOKENS[device]):
                 options = [option for item in batch for option in item.options]
                 for i in range(0, len(options), self.batch_size):
                     part = options[i:i + self.batch_size]

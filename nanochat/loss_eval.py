@@ -25,6 +25,7 @@ import random
 import shutil
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,8 @@ FAILURES = (UserError, OSError, MemoryError, torch.OutOfMemoryError)    # after 
 WINDOW_ITEMS = 256          # items that are tokenized at a time, then sorted by length (assumption, not studied)
 PREFILL_TOKENS = 256        # tokens of a prefix in one pass: short passes skip more of the masked keys
 # Tokens of one batch, prefixes and tails of all its rows, and of its tails alone, whose logits are V wide; by device
-BATCH_TOKENS, DEFAULT_BATCH_TOKENS = {"cpu": 8192}, 2**16
-TAIL_TOKENS, DEFAULT_TAIL_TOKENS = {"cpu": 1024}, 8192
+BATCH_TOKENS = defaultdict(lambda: 2**16, cpu=8192)
+TAIL_TOKENS  = defaultdict(lambda: 8192, cpu=1024)
 
 
 # Bits per byte
@@ -412,8 +413,8 @@ def evaluate_rules(model, tokenizer, task: CoreTask, max_per_task: int | None = 
     ranks = get_ranks()
     device, rows = model.get_device(), task.choose_rows(max_per_task)
     mine = list(range(ranks.rank, len(rows), ranks.world_size))
-    tail_tokens = TAIL_TOKENS.get(device.type, DEFAULT_TAIL_TOKENS)
-    batch_tokens = BATCH_TOKENS.get(device.type, DEFAULT_BATCH_TOKENS) if isinstance(model, GPT) else tail_tokens
+    tail_tokens = TAIL_TOKENS[device.type]
+    batch_tokens = BATCH_TOKENS[device.type] if isinstance(model, GPT) else tail_tokens
     num_correct, was_training = torch.zeros(2, dtype=torch.int64), model.training
     model.eval()
     try:

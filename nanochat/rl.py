@@ -19,6 +19,7 @@ import itertools
 import math
 import operator
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -36,8 +37,7 @@ from nanochat.train import Batch
 
 PASS_AT = (1, 4, 16)       # k of pass@k
 PROBE_TOKENS = 1024        # whose distributions are compared before and after a step; at least those of one answer
-SAMPLE_ROWS = {"cpu": 64}  # answers that are sampled at once by default, by device
-DEFAULT_SAMPLE_ROWS = 256
+SAMPLE_ROWS = defaultdict(lambda: 256, cpu=64)    # answers that are sampled at once by default, by device
 
 
 @dataclass(frozen=True)

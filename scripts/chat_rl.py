@@ -34,7 +34,6 @@ from nanochat.dataloader import hash_conversations
 from nanochat.devices import init_compute
 from nanochat.report import write_stage_section
 from nanochat.rl import (
-    DEFAULT_SAMPLE_ROWS,
     SAMPLE_ROWS,
     Question,
     Rollouts,
@@ -71,7 +70,7 @@ def parse_args(argv: list[str] | None) -> tuple[argparse.Namespace, StageFlags]:
     add("--max-new-tokens", type=int, help="tokens of an answer, the calculator's included (default: 256, but at most "
         "half of the context)")
     add("--sample-rows", type=int, help="answers that a rank samples at once; fewer take less memory (default: "
-        f"{SAMPLE_ROWS['cpu']} on a CPU, else {DEFAULT_SAMPLE_ROWS})")
+        f"{SAMPLE_ROWS['cpu']} on a CPU, else {SAMPLE_ROWS['cuda']})")
     # horizon and learning rates
     either = parser.add_mutually_exclusive_group().add_argument
     either("--num-epochs", type=int, default=1, help="times that each question is asked")
@@ -213,8 +212,7 @@ def make_recipe(args: argparse.Namespace, flags: StageFlags, source: Checkpoint,
             "questions": len(questions)}
     longest = find_longest_prompt(questions) + max_new_tokens - 1
     answered = find_longest_prompt(questions + (held_out if flags.eval_every else [])) + max_new_tokens
-    sample_rows = args.sample_rows or (saved and saved.meta.get("sample_rows")) or \
-        SAMPLE_ROWS.get(device.type, DEFAULT_SAMPLE_ROWS)
+    sample_rows = args.sample_rows or (saved and saved.meta.get("sample_rows")) or SAMPLE_ROWS[device.type]
     return Recipe(
         "rl", run_dir, flags, saved, source=source, tokenizer=tokenizer,
         tokenizer_name=source.meta["tokenizer"]["name"], config=config, plan=plan,
