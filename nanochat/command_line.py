@@ -32,7 +32,7 @@ from nanochat.common import (
     is_out_of_memory,
     printable,
 )
-from nanochat.devices import COMPUTE_DTYPES
+from nanochat.devices import COMPUTE_DTYPES, check_dtype
 
 
 def take_text(text: str) -> str:
@@ -108,13 +108,6 @@ def json_file(text: str) -> Path:
     return path
 
 
-def take_dtype(text: str) -> str:
-    """The type of the flag --dtype."""
-    if text not in ("auto", *COMPUTE_DTYPES):
-        raise UserError(f"--dtype {text} is not one of auto, {', '.join(COMPUTE_DTYPES)}")
-    return text
-
-
 def take_device_type(text: str) -> str:
     """The type of the flag --device-type: a name that torch knows; whether it has such a device here is told later."""
     if take_text(text) == "auto":
@@ -131,7 +124,7 @@ def add_compute_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of each script that computes with a model."""
     parser.add_argument("--device-type", type=take_device_type, default="auto",
                         help="cuda, cpu, mps, xpu; auto: the best that is there")
-    parser.add_argument("-d", "--dtype", type=take_dtype, default="auto", help=f"auto, {', '.join(COMPUTE_DTYPES)}")
+    parser.add_argument("-d", "--dtype", type=check_dtype, default="auto", help=f"auto, {', '.join(COMPUTE_DTYPES)}")
 
 
 def check_flags(name: str, words: list[str]) -> None:

@@ -206,6 +206,13 @@ def has_bf16_units(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0) or bool(torch.version.hip)
 
 
+def check_dtype(name: str) -> str:
+    """The type of the flag --dtype."""
+    if name not in ("auto", *COMPUTE_DTYPES):
+        raise UserError(f"--dtype {name} is not one of auto, {', '.join(COMPUTE_DTYPES)}")
+    return name
+
+
 def get_compute_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The activations' dtype for `name` ('auto' or a key of COMPUTE_DTYPES) and one sentence on why. Collective: ranks
     may measure differently, and a model in two dtypes would be evaluated as if it were one, so rank 0's counts."""
@@ -215,8 +222,7 @@ def get_compute_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str
 def _find_compute_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     import torch
     if name != "auto":
-        if name not in COMPUTE_DTYPES:
-            raise UserError(f"--dtype {name} is not one of auto, {', '.join(COMPUTE_DTYPES)}")
+        check_dtype(name)
         if name == "bfloat16" and device.type == "cuda" and not has_bf16_units(device):
             return torch.bfloat16, "asked for, though the GPU has no bf16 matrix units and emulates them slowly"
         if name == "bfloat16" and device.type == "cpu" and (gain := measure_bf16_gain()) < 0.7:
@@ -292,19 +298,15 @@ PUBLISHED_MFU = ((12, 0.41), (18, 0.46), (24, 0.50))
 CPU_MFU = 0.5    # compiled, of the measured matmul rate: 51-61% at depths 4 and 6 (dev/LOG.md, "The whole step")
 
 
-def find_gpu(name: str) -> tuple[str, float, float] | None:
-    """The line of GPUS for a device's name as its driver gives it, or as a person does."""
-    return next((line for line in GPUS if re.search(rf"\b{line[0]}\b(?!.*laptop)", name.lower())), None)
-
-
-# Rent of one GPU, US dollars per hour: assumptions, rounded from list prices of 2026
+# Rent of one GPU, US dollars per hour: assumptions, rounded from list prices of 2026. CPUs and all other GPUs have no
+# price unless a person gives one
 GPU_PRICES = (("b300", 6.0), ("b200", 5.0), ("h200", 3.5), ("h100", 3.0), ("a100", 1.8), ("l40s", 1.0), ("4090", 0.5),
               ("t4", 0.35))
 
 
-def find_gpu_price(name: str) -> tuple[str, float] | None:
-    """The line of GPU_PRICES for a device's name; CPUs and all others have no price unless a person gives one."""
-    return next((line for line in GPU_PRICES if re.search(rf"\b{line[0]}\b(?!.*laptop)", name.lower())), None)
+def find_gpu(name: str, table: tuple[tuple, ...] = GPUS) -> tuple | None:
+    """The line of GPUS, or of GPU_PRICES, for a device's name as its driver gives it, or as a person does."""
+    return next((line for line in table if re.search(rf"\b{line[0]}\b(?!.*laptop)", name.lower())), None)
 
 
 def expect_mfu(gpu: str, depth: int) -> tuple[float, str]:

@@ -28,7 +28,7 @@ if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, 
 
 from nanochat.command_line import Parser, run_script
 from nanochat.common import UserError, get_base_dir, get_ranks, now, print0, write_json
-from nanochat.devices import find_gpu_price
+from nanochat.devices import GPU_PRICES, find_gpu
 from nanochat.ledger import build_leaderboard, find_fault, make_entry
 from nanochat.report_render import (
     Card,
@@ -152,7 +152,7 @@ def read_run(run_dir: Path) -> RunFiles:
 def build_card(base_dir: Path, price_per_hour: float | None) -> Card:
     """The card of all sections and runs below `base_dir`.
 
-    price_per_hour: of the machine, US dollars; None: as find_gpu_price has it for the runs' hardware
+    price_per_hour: of the machine, US dollars; None: as GPU_PRICES has it for the runs' hardware
     """
     saved = {path.stem: read_json(path) for path in sorted((base_dir / "report").glob("*.json"))}
     runs = {path.parent.relative_to(base_dir).as_posix(): read_json(path)
@@ -322,7 +322,7 @@ def find_price(environments: list[dict], price_per_hour: float | None) -> tuple[
     if len(machines) != 1:
         return None, "give --price-per-hour, for " + ("several machines were used" if machines else "no run says where")
     gpu, num_gpus = machines.pop()
-    if found := find_gpu_price(str(gpu)):
+    if found := find_gpu(str(gpu), GPU_PRICES):
         return found[1] * num_gpus, f"assumed for {num_gpus} x {found[0]} (another: --price-per-hour)"
     return None, f"give --price-per-hour, for no price is known for {gpu or 'a CPU'}"
 

@@ -200,7 +200,7 @@ def choose_hardware(args: argparse.Namespace) -> tuple[Hardware, Machine]:
         raise UserError(f"--gpu {args.gpu} is not in the table; add --tflops (dense bf16 TFLOP/s of one) and --gb (its "
                         f"memory), or choose one of {known}")
     name, peak_flops, memory_gib = gpu or (args.gpu.lower(), None, None)
-    price = devices.find_gpu_price(name) if args.price is None else (name, args.price)
+    price = devices.find_gpu(name, devices.GPU_PRICES) if args.price is None else (name, args.price)
     if args.max_cost and price is None:
         raise UserError(f"--max-cost needs --price, dollars per GPU hour, for no price is known for {name}")
     hardware = Hardware(name, args.nproc, args.tflops * 1e12 if args.tflops else peak_flops, args.gb or memory_gib,
