@@ -347,7 +347,7 @@ def get_warmdown(it: int, n: int, ratio: float) -> float:
 
 
 def get_muon_momentum(it: int, n: int, *, warmdown_ratio: float = WARMDOWN_RATIO,
-                      rule: TrainingRule = JULY26) -> float:
+                      rule: TrainingRule = OURS) -> float:
     """Muon's momentum: up over some hundred steps (fewer in a short run), then down while the learning rate decays.
 
     The ramps are modded-nanogpt's. Why they help, a guess: early gradients turn fast, and so outdate an average.

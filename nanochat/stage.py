@@ -51,8 +51,8 @@ class Recipe:
     data:           dict                 # its record in run.json: name, hash, ...
     identity:       dict                 # of the data and the source, beside tokenizer, model, plan and flags
     notes:          dict                 # what checkpoints keep for the stage's own use
+    rule:           str                  # of presets.RULES, by which it is trained
     beside_bytes:   int = 0              # that the stage keeps beside a step
-    rule:           str = "july26"       # of presets.RULES, by which it is trained
 
     def get_saved(self, key: str) -> object:
         """An entry of the checkpoint's meta.json; None in a new run."""
