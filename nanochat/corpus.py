@@ -91,7 +91,7 @@ def find_packages() -> list[Package]:
                               choose_paths(str(path) for path in dist.files or ()))
         queue += [re.match(r"[\w.-]+", line)[0] for line in dist.requires or () if "extra ==" not in line]
     stdlib = Path(sysconfig.get_path("stdlib"))
-    python = Package("python", platform.python_version(), stdlib, choose_paths(list_files(stdlib, SKIPPED_FOLDERS)))
+    python = Package("python", platform.python_version(), stdlib, choose_paths(list_files(stdlib)))
     return [python, *(found[name] for name in sorted(found))]
 
 
@@ -108,11 +108,11 @@ def choose_paths(paths: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(filter(is_wanted, (path.replace("\\", "/") for path in paths))))
 
 
-def list_files(root: Path, skipped_folders: Iterable[str] = ()) -> list[str]:
-    """All files below `root` as sorted relative paths, without hidden ones and `skipped_folders`."""
+def list_files(root: Path) -> list[str]:
+    """All files below `root` as sorted relative paths, without hidden ones and SKIPPED_FOLDERS."""
     paths = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in skipped_folders and not name.startswith(".")]
+        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS and not name.startswith(".")]
         paths += [Path(folder, name).relative_to(root).as_posix() for name in names if not name.startswith(".")]
     return sorted(paths)
 

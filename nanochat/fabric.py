@@ -195,14 +195,11 @@ def list_step(config: GPTConfig, machine: Machine, micro_tokens: int, num_micro:
             num_bytes = part.params[0].nbytes * (n if part.is_stacked else 1)
             sent[id(part)].append(start("reduce_scatter" if part.is_sharded else "all_reduce", "backward", num_bytes))
     all_reduce("backward", 4, is_host=True)       # whether a rank ran out of memory
-
-    def all_reduce_norm() -> None:
+    for _ in range((machine.dtype == "float16") + 2 * bool(rule.max_norm)):    # norms that come before the update
         for messages in sent.values():
             wait("update", *messages)
             messages.clear()
         all_reduce("update", master)
-    for _ in range((machine.dtype == "float16") + 2 * bool(rule.max_norm)):
-        all_reduce_norm()
     gathers = []
     for part in optimizer.parts:
         wait("update", *sent[id(part)])

@@ -143,9 +143,8 @@ def measure(engine: Engine, num_rows: int, args: argparse.Namespace) -> dict:
     """One batch from its prompts to the end of its answers, all submitted at once."""
     config = engine.model.config
     for _ in range(2):  # the first run takes the memory that the second one uses
-        for _ in engine.generate_many([request.tokens for request in make_requests(config, num_rows, args, 0)],
-                                      max_tokens=WARMUP_TOKENS):
-            pass
+        engine.generate_many([request.tokens for request in make_requests(config, num_rows, args, 0)],
+                             max_tokens=WARMUP_TOKENS)
     requests = make_requests(config, num_rows, args, first=1000)
     start = last = time.perf_counter()
     first_times: dict[int, float] = {}
