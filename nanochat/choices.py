@@ -16,11 +16,11 @@ from nanochat.checkpoint_manager import Checkpoint, SaveRules
 from nanochat.command_line import add_compute_flags, int_or_all, int_or_never
 from nanochat.common import UserError, gather
 from nanochat.compilation import choose_compile
+from nanochat.config import GPTConfig
 from nanochat.cross_entropy import LOSSES
 from nanochat.devices import get_peak_flops
 from nanochat.flash_attention import BACKENDS, FLEX_BLOCK, choose_backend
 from nanochat.fp8 import choose_fp8
-from nanochat.gpt import GPTConfig
 from nanochat.memory import GIB, Machine, list_divisors, measure_free_bytes
 from nanochat.presets import choose_knobs
 from nanochat.run import decide, import_wandb

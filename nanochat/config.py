@@ -206,9 +206,14 @@ def count_params(config: GPTConfig) -> dict[str, int]:
     return counts | {"total": sum(counts.values())}
 
 
+def count_active(counts: dict[str, int]) -> int:
+    """All parameters but those of experts that a token doesn't use."""
+    return counts["total"] - counts.get("inactive_experts", 0)
+
+
 def describe_params(counts: dict[str, int]) -> str:
     """For people: '36,700,196 parameters', of a mixture of experts the active ones, too."""
-    active = counts["total"] - counts.get("inactive_experts", 0)
+    active = count_active(counts)
     return f"{active:,} active parameters of {counts['total']:,}" if active < counts["total"] else \
         f"{active:,} parameters"
 

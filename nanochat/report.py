@@ -28,6 +28,7 @@ if __name__ == "__main__":    # as scripts/__init__.py: before torch is loaded, 
 
 from nanochat.command_line import Parser, run_script
 from nanochat.common import UserError, get_base_dir, get_ranks, now, print0, write_json
+from nanochat.config import count_active
 from nanochat.devices import GPU_PRICES, find_gpu
 from nanochat.ledger import build_leaderboard, find_fault, make_entry
 from nanochat.report_render import (
@@ -75,8 +76,7 @@ def write_stage_section(name: str, title: str, run_dir: Path, info: dict, metric
     """Leave the section of a training stage, from its run.json.
     metrics: compared with other stages'; values: shown after those that all stages have"""
     plan, params, results, source = info["plan"], info["params"], info["results"], info.get("source")
-    inactive = params.get("inactive_experts", 0)
-    active = {"active parameters": params["total"] - inactive} if inactive else {}
+    active = {"active parameters": count_active(params)} if "inactive_experts" in params else {}
     jumps = {"steps in which the loss jumped": results["num_jumps"]} if results.get("num_jumps") else {}
     begun = {"begun with": f"{source['stage']} {source['tag']}, step {source['step']}"} if source else {}
     write_section(name, {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanochat.common import UserError
-from nanochat.config import GPTConfig, count_params, estimate_flops
+from nanochat.config import GPTConfig, count_active, count_params, estimate_flops
 
 REFERENCE_DEPTH = 12               # depth at which batch size, learning rates and weight decay were tuned
 REFERENCE_RATIO = 12               # its tokens per scaling parameter
@@ -107,7 +107,7 @@ def count_scaling_params(config: GPTConfig, counts_all: bool = False) -> int:
     """The parameter count that horizons are multiples of: transformer matrices and lm_head, or all but the scalars; of
     a mixture of experts those that are active for a token."""
     counts = count_params(config)
-    return counts["total"] - counts["scalars"] - counts.get("inactive_experts", 0) if counts_all else \
+    return count_active(counts) - counts["scalars"] if counts_all else \
         counts["transformer_matrices"] + counts["lm_head"]
 
 

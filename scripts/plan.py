@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from nanochat import devices, memory
 from nanochat.command_line import Parser, run_script
 from nanochat.common import UserError, print0
-from nanochat.config import GPTConfig, count_params, estimate_flops, list_by_head
+from nanochat.config import GPTConfig, count_active, count_params, estimate_flops, list_by_head
 from nanochat.corpus import HUB_SOURCES
 from nanochat.fabric import FABRICS, Network, StepTime, count_muon_flops, find_fabric, predict_step
 from nanochat.memory import GIB, Machine, Memory, get_usable_frac, rows_or_auto
@@ -308,12 +308,6 @@ def find_deepest(args: argparse.Namespace, hardware: Hardware, machine: Machine)
                     "--target-param-data-ratio")
 
 
-def count_active(config: GPTConfig) -> int:
-    """Parameters without the experts that a token doesn't use."""
-    counts = count_params(config)
-    return counts["total"] - counts.get("inactive_experts", 0)
-
-
 def format_ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.1f} ms"
 
@@ -348,7 +342,7 @@ def print_table(estimates: list[Estimate], hardware: Hardware, machine: Machine,
     add("vocabulary", lambda e: f"{e.config.vocab_size:,}")
     add("parameters", lambda e: f"{count_params(e.config)['total'] / 1e6:,.1f} M")
     if any(e.config.num_experts for e in estimates):
-        add("  active for a token", lambda e: f"{count_active(e.config) / 1e6:,.1f} M")
+        add("  active for a token", lambda e: f"{count_active(count_params(e.config)) / 1e6:,.1f} M")
     add("training tokens", lambda e: f"{e.plan.total_tokens / 1e9:,.3f} B")
     add("tokens per scaling parameter", lambda e: f"{e.plan.tokens_per_param:.2f}")
     add("steps", lambda e: f"{e.plan.num_iterations:,}")
