@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nanochat import checkpoint_manager, common
 from nanochat.checkpoint_manager import (
@@ -43,6 +44,7 @@ from tests.helpers import (
     make_meta,
     make_model,
     make_trained,
+    run_on_ranks,
     run_program,
     save_run,
     start_script,
@@ -231,6 +233,35 @@ def test_when_a_save_is_due(monkeypatch):
     assert list_due(Checkpointer(run_dir, SaveRules(every=4), last_step=9, saved_step=4), 4, evals=(6,)) == [8, 9]
     assert list_due(Checkpointer(run_dir, last_step=20, saved_step=2), 2, evals=(3,), stops=(2, 5)) == [5]
     assert list_due(Checkpointer(run_dir, SaveRules(every_minutes=0), last_step=20), 0) == list(range(10))
+
+
+def test_a_save_is_due_so_many_minutes_after_the_last_one(monkeypatch):
+    now_sec, run_dir = [0], get_run_dir("base", "d2")
+    monkeypatch.setattr(checkpoint_manager, "time", SimpleNamespace(monotonic=lambda: now_sec[0]))
+    model, optimizer = make_trained()
+    saver, due = Checkpointer(run_dir, SaveRules(every_minutes=20), last_step=99), []
+    for step in range(1, 60):    # each takes a minute
+        now_sec[0] += 60
+        if saver.due(step, stopping=False, evaluating=False)[0]:
+            saver.save(step, model, optimizer, make_meta(optimizer))
+            due.append(step)
+    saver.wait()
+    assert due == [21, 42]
+
+
+def ask_when_due():
+    """What a rank is told at four steps: at 2 one rank's clock alone is late, at 3 the other alone is to stop."""
+    saver, told = Checkpointer(get_run_dir("base", "d2"), SaveRules(every_minutes=20)), []
+    for step in range(1, 5):
+        saver.last_save_time = time.monotonic() - 7200 * (step == 2 and dist.get_rank() == 0)
+        told.append(saver.due(step, stopping=step == 3 and dist.get_rank() == 1, evaluating=False))
+    return told
+
+
+def test_ranks_save_and_stop_together(tmp_path):
+    """A signal may reach one rank alone, and their clocks differ: the others would wait for it in the next step."""
+    ((first, second),) = run_on_ranks([(2, ask_when_due, ())], tmp_path)
+    assert first == second == [[False, False], [True, False], [True, True], [False, False]]
 
 
 def test_second_ctrl_c_does_not_wait_for_a_save():

@@ -4,14 +4,16 @@ import copy
 import math
 import random
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import compute_byte_bpb, evaluate_bpb, evaluate_loss
 from nanochat.train import Batch
-from tests.helpers import make_model
+from tests.helpers import make_model, run_on_ranks
 
 CONFIG = GPTConfig(sequence_len=16, vocab_size=100, n_layer=2, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L")
 SPECIAL_IDS = (90, 99)
@@ -90,6 +92,24 @@ def test_num_tokens_is_rounded_down_to_whole_batches(model, num_tokens, num_batc
     batches, token_bytes = make_batches(), make_token_bytes()  # of 3 x 16 tokens
     expected = evaluate_loss(model, batches[:num_batches], token_bytes)
     assert evaluate_loss(model, batches, token_bytes, num_tokens) == expected
+
+
+def evaluate_share(num_tokens):
+    """What a rank finds that has its share of each batch."""
+    rows = slice(dist.get_rank(), None, dist.get_world_size())
+    batches = [batch.map(lambda tensor: tensor[rows]) for batch in make_batches(rows=4)]
+    return asdict(evaluate_loss(make_model(CONFIG, torch.float64), batches, make_token_bytes(), num_tokens))
+
+
+def test_all_ranks_find_the_loss_of_all_rows(model, tmp_path):
+    """And stop together, after as many tokens of all of them."""
+    limits = (None, 130)    # the second has room for two of the five batches of 4 x 16 tokens
+    results = run_on_ranks([(2, evaluate_share, (limit,)) for limit in limits], tmp_path)
+    for limit, shares in zip(limits, results, strict=True):
+        expected = evaluate_loss(model, make_batches(rows=4), make_token_bytes(), limit)
+        for share in shares:
+            assert (share["num_bytes"], share["num_tokens"]) == (expected.num_bytes, expected.num_tokens)
+            assert share["nats"] == pytest.approx(expected.nats, rel=1e-12)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -100,6 +100,18 @@ def take_steps_alone(num_steps):
     return {name: bias.tolist() for name, bias in get_biases(model).items()}
 
 
+def round_experts():
+    """Which experts a rank has rounded to bf16 after two steps; all of them as a checkpoint has them."""
+    model = make_model(MOE, torch.bfloat16, as_initialised=True)
+    optimizer, up = model.setup_optimizer(), model.transformer.h[0].mlp.up.weight
+    rows = slice(dist.get_rank(), None, dist.get_world_size())
+    for step in range(2):
+        train_step(model, optimizer, make_batch(step).map(lambda tensor: tensor[rows]), 8)
+    is_rounded = [torch.equal(matrix, matrix.bfloat16().float()) for matrix in up]
+    optimizer.gather_masters()
+    return {"is_rounded": is_rounded, "up": up.tolist()}
+
+
 def elastic(tag, *more):
     train_base(tag, *more)
 
@@ -109,7 +121,7 @@ def ranks(base_dir, tmp_path_factory):
     """All that runs on several ranks, started once."""
     jobs = [(1, take_steps, (4, 8)), (2, take_steps, (4, 8)), (3, take_steps, (4, 3)), (2, take_steps_alone, (4,)),
             (2, elastic, ("two",)), (2, elastic, ("2to1", "--stop-at", "5")), (1, elastic, ("2to1",)),
-            (1, elastic, ("1to2", "--stop-at", "5")), (2, elastic, ("1to2",))]
+            (1, elastic, ("1to2", "--stop-at", "5")), (2, elastic, ("1to2",)), (2, round_experts, ())]
     return run_on_ranks(jobs, tmp_path_factory.mktemp("results"))
 
 
@@ -250,6 +262,14 @@ def test_any_number_of_ranks_goes_on(ranks, base_dir, tag):
     losses, expected = ([line["loss"] for line in read_metrics(base_dir / "runs" / "base" / run) if
                          line["kind"] == "train"] for run in (tag, "toy"))
     assert losses == pytest.approx(expected, abs=1e-9)
+
+
+def test_checkpoints_have_the_experts_of_all_ranks_in_fp32(ranks):
+    """In bf16 a rank has the others' experts rounded, as its forward pass does, but never its own."""
+    first, second = ranks[-1]
+    assert first["is_rounded"] == [False] * 4 + [True] * 4 and second["is_rounded"] == [True] * 4 + [False] * 4
+    assert first["up"] == second["up"]
+    assert not any(torch.equal(matrix, matrix.bfloat16().float()) for matrix in torch.tensor(first["up"]))
 
 
 def test_step_that_ran_out_of_memory_counts_once(base_dir):

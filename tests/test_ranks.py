@@ -233,8 +233,8 @@ def test_each_rank_keeps_its_share_of_the_state(stepped):
 # Runs that go from one number of ranks to another
 
 
-def read_losses(run_dir):
-    return [line["loss"] for line in read_metrics(run_dir) if line["kind"] == "train"]
+def read_losses(run_dir, kind="train", key="loss"):
+    return [line[key] for line in read_metrics(run_dir) if line["kind"] == kind]
 
 
 @pytest.mark.parametrize("name", PRESET_NAMES)
@@ -249,7 +249,9 @@ def test_every_number_of_ranks_makes_the_same_run(runs, run, tolerance):
     whole = read_state(runs / f"{run.split('-')[0]}-1")
     losses = read_losses(runs / run)
     assert len(losses) == NUM_STEPS
-    assert losses == pytest.approx(read_losses(runs / f"{run.split('-')[0]}-1"), abs=tolerance)
+    for kind, key in (("train", "loss"), ("eval", "val_bpb"), ("eval", "val_bytes")):
+        alone = read_losses(runs / f"{run.split('-')[0]}-1", kind, key)
+        assert read_losses(runs / run, kind, key) == pytest.approx(alone, abs=tolerance) and alone
     assert read_state(runs / run)["loader"]["lanes"] == whole["loader"]["lanes"]
 
 
