@@ -64,6 +64,18 @@ def test_killed_at_any_call_leaves_a_whole_checkpoint(saved_step):
     assert lines[0]["step"] == 2 and lines[-1] == {"n": len(lines) - 1, "status": 0, "step": saved_step}
 
 
+def test_files_are_on_the_disk_before_they_have_their_names(monkeypatch):
+    """A power cut may undo what isn't synced: the files and their folder before the rename, then its new name, and only
+    then `latest`, which leads to it."""
+    events, fsync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(os.fstat(file).st_ino) or fsync(file))
+    monkeypatch.setattr(os, "rename", lambda *paths: events.append("rename") or rename(*paths))
+    run_dir = save_run(steps=(1,))
+    folder, place = run_dir / "step_000001", events.index("rename")
+    assert {path.stat().st_ino for path in (folder, *folder.iterdir())} <= set(events[:place])
+    assert events[place + 1:] == [path.stat().st_ino for path in (run_dir, run_dir / "latest", run_dir)]
+
+
 def test_leftovers_of_a_kill_are_passed_over():
     run_dir = save_run(steps=(1,))
     shutil.copytree(run_dir / "step_000001", run_dir / "step_000007.tmp")
