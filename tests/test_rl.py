@@ -47,6 +47,7 @@ from nanochat.train import Batch, train_step
 from scripts import base_train, chat_cli, chat_rl, chat_sft
 from tasks.arithmetic import Arithmetic
 from tests.helpers import (
+    BYTE_TOKENIZER,
     PER_PROCESS_KEYS,
     assert_stopped_after,
     hang_up_in_step,
@@ -201,6 +202,67 @@ def test_probe_is_an_answer_to_each_question_while_there_is_room():
     assert choose_probe([[replace(long, masks=[1] * 2000)], [CUT]])[0].masks == [1] * 2000
 
 
+def make_scripted(monkeypatch, answers):
+    """`write_answers` that gives answers[temperature][a question's prompt]; returns its calls."""
+    calls = []
+
+    def write(engine, questions, num_samples, max_new_tokens, temperature, seed):
+        calls.append((num_samples, temperature, [seed + i for i in range(len(questions))]))
+        return [answers[temperature][question.prompt[0]] for question in questions]
+    monkeypatch.setattr(rl, "write_answers", write)
+    return calls
+
+
+def test_figures_of_an_evaluation(monkeypatch):
+    """By task: of the greedy answers those that pass, with the whole reward; of the samples the mean and pass@k."""
+    def grade(*rewards):
+        return [replace(CUT, reward=reward, is_truncated=reward == 0) for reward in rewards]
+    calls = make_scripted(monkeypatch, {
+        0.0: {1: grade(1.0), 2: grade(0.5), 3: grade(0.0)},
+        1.0: {1: grade(1.0, 0.0, 0.5, 0.5), 2: grade(0.0, 0.0, 0.0, 0.0), 3: grade(1.0, 1.0, 1.0, 0.0)}})
+    questions = [Question(name, None, {}, [number]) for name, number in (("a", 1), ("a", 2), ("b", 3))]
+    values = evaluate_answers(None, questions, RolloutSettings(4, 9, seed=3, sample_rows=2), Ranks())
+    assert values == {
+        "a_problems": 2, "a_greedy_frac": 0.5, "a_greedy_truncated_frac": 0, "a_reward": 0.25, "a_pass_at_1": 0.125,
+        "a_pass_at_4": 0.5, "b_problems": 1, "b_greedy_frac": 0, "b_greedy_truncated_frac": 1, "b_reward": 0.75,
+        "b_pass_at_1": 0.75, "b_pass_at_4": 1}
+    assert [call[:2] for call in calls] == [(1, 0.0), (4, 1.0)] * 2
+
+
+def make_rollouts(ranks=Ranks(), num_questions=2):    # noqa: B008 (frozen)
+    conversation = {"messages": [{"content": "Why?"}, {}]}
+    questions = [Question("a", None, conversation, [number]) for number in (1, 2)]
+    return Rollouts(questions, BYTE_TOKENIZER, RolloutSettings(2, 9, 3, 2), num_questions, ranks, 4, 9)
+
+
+def test_figures_of_a_step(monkeypatch):
+    """Two questions: of one an answer passes and another is cut short; both answers to the other one are alike."""
+    make_scripted(monkeypatch, {1.0: {1: [ENDED, CUT], 2: [EVEN, EVEN]}})
+    rollouts = make_rollouts()
+    rollouts.next_step(make_policy(uniform=True), 0, 4)
+    expected = {"reward": 0.75, "pass_at_1": 0.75, "answer_tokens": 11 / 4, "entropy_nats": math.log(80),
+                "truncated_frac": 0.25, "zero_variance_frac": 0.5, "row_tokens": 24}
+    assert {key: rollouts.stats[key] for key in expected} == pytest.approx(expected)
+    model, kl = make_policy(uniform=False), 0.0
+    rollouts.measure_step(model, 4)
+    for answer, places in ((ENDED, (2, 3, 6)), (EVEN, (3, 4))):    # before the tokens that were sampled
+        logprobs = model(torch.tensor([answer.tokens]))[0, list(places)].log_softmax(dim=-1)
+        kl += -(logprobs.mean(dim=-1) + math.log(80)).sum().item()    # from a uniform distribution
+    assert rollouts.stats["kl_nats"] == pytest.approx(kl / 2, rel=1e-9)
+
+
+def test_each_question_of_each_step_has_random_numbers_of_its_own(monkeypatch):
+    """The same on one rank and on two."""
+    calls, model, seeds = make_scripted(monkeypatch, {1.0: {1: [ENDED, CUT], 2: [EVEN, EVEN]}}), make_policy(True), {}
+    for world_size in (1, 2):
+        for step in range(3):
+            for rank in range(world_size):
+                make_rollouts(Ranks(rank, rank, world_size), num_questions=4).next_step(model, step, 4)
+        seeds[world_size] = [seed for call in calls for seed in call[2]]
+        calls.clear()
+    assert seeds[1] == seeds[2] and len(set(seeds[1])) == 3 * 4
+
+
 def test_matrices_alone_learn():
     """Muon's parameters move, and they as with the whole optimizer; all others stay, and have no state."""
     batch, models = make_batch([CUT, ENDED], [-0.25, 0.75], length_multiple=4), []
@@ -305,6 +367,14 @@ def test_held_out_questions_are_not_those_to_learn_from(byte_tokenizer):
     questions, held_out = chat_rl.load_questions(["Arithmetic:300"], None, 60, byte_tokenizer, 200)
     asked = [{tuple(question.prompt) for question in some} for some in (questions, held_out)]
     assert len(asked[0]) > 250 and len(asked[1]) > 50 and not asked[0] & asked[1]
+
+
+def test_held_out_questions_are_spread_over_their_task(byte_tokenizer, monkeypatch):
+    """Which may be sorted, by subject say."""
+    monkeypatch.setattr(chat_rl, "make_task", lambda name, split, count, words: Vowels(stop=count))
+    questions, held_out = chat_rl.load_questions(["GSM8K:20"], None, 4, byte_tokenizer, 200)
+    assert [question.conversation for question in questions] == list(Vowels(stop=20))
+    assert [question.conversation for question in held_out] == [Vowels()[i] for i in (0, 7, 15, 22)]
 
 
 def test_an_engine_keeps_no_cache_after_an_error(byte_tokenizer):
@@ -502,7 +572,7 @@ def test_two_ranks_make_the_same_run(base_dir, tmp_path):
     run_on_ranks([(2, train, ("changed", *exact, "--stop-at", "3")),
                   (2, train, ("flats", "-a", "Flat", "--num-iterations", "1", "--eval-every", "-1"))], tmp_path)
     runs = [train("changed")["run_dir"], train("single", *exact)["run_dir"]]
-    for key in ("loss", "grad_norm", "reward", "entropy_nats", "tokens", "answer_tokens", "pass_at_4",
+    for key in ("loss", "grad_norm", "reward", "entropy_nats", "kl_nats", "tokens", "answer_tokens", "pass_at_4",
                 "zero_variance_frac", "truncated_frac", "num_targets"):
         changed, single = ([line[key] for line in read_lines(run_dir)] for run_dir in runs)
         assert len(single) == 6 and changed == pytest.approx(single, abs=1e-9), key
