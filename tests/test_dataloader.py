@@ -202,6 +202,27 @@ def test_epochs_and_seeds_differ_in_order(shards, capsys):
     assert [step_rows(other)[0] for _ in epochs[0]] != epochs[0]
 
 
+def read_epochs(shards, seed, num_rows):
+    """The targets of the rows of two epochs, in their order."""
+    with make_loader(shards, num_lanes=1, rows_per_step=num_rows, seed=seed) as loader:
+        epochs = [loader.next_step().targets.tolist() for _ in range(2)]
+        assert loader.stats["epoch"] == 1
+    return epochs
+
+
+@pytest.mark.parametrize("num_groups", [1, 12])
+def test_rows_and_groups_are_shuffled_anew_by_each_seed_and_in_each_epoch(tmp_path, num_groups):
+    """Rows as they are packed stand by length; a group of its own shows its rows' order, rows alone that of groups."""
+    texts = make_texts(np.random.default_rng(0), 40) if num_groups == 1 else ["a" * size for size in range(3, 15)]
+    path = write_shard(tmp_path / "a.parquet", [texts] if num_groups == 1 else [[text] for text in texts])
+    groups = [texts] if num_groups == 1 else [[text] for text in texts]
+    packed = [row[1:] for group in groups for row in pack_documents(BYTE_TOKENIZER.encode(group, BOS), 33)[0].tolist()]
+    shards = ShardList("letters", (path,), path, "abc")
+    orders = [packed, *read_epochs(shards, 1, len(packed)), *read_epochs(shards, 2, len(packed))]
+    assert all(sorted(order) == sorted(packed) for order in orders) and len(packed) > 10
+    assert len({json.dumps(order) for order in orders}) == 5
+
+
 def test_stats_are_those_of_the_groups_handed_out(shards):
     with make_loader(shards, num_threads=2, num_lanes=1, rows_per_step=1) as loader:
         assert set(loader.stats.values()) == {0}

@@ -205,6 +205,16 @@ def test_long_prompt_does_not_stall_the_others(tokenizer, monkeypatch):
     assert told[:9] == [[short]] * 9 and sorted(told[9]) == [short, long]  # 200 tokens, 20 a step, then both
 
 
+def test_prompts_are_read_in_the_order_of_their_requests(tokenizer, monkeypatch):
+    """Though the third, which is ready at once, takes the first one's place in the cache."""
+    monkeypatch.setattr("nanochat.engine.SHARED_STEP_TOKENS", 20)
+    engine = Engine(make_model(), tokenizer)
+    engine.chat_tokens = NO_CHAT_TOKENS
+    first, second, short = (engine.submit(Request(make_prompt(size, seed=size), 20)) for size in (61, 62, 1))
+    told = [event.request_id for _ in range(7) for event in engine.step()]
+    assert list(dict.fromkeys(told)) == [short, first, second]
+
+
 def note_shapes(monkeypatch, engine):
     """The shapes of all prompts that are read from now on."""
     shapes, forward_trunk = [], type(engine.model).forward_trunk
@@ -438,6 +448,18 @@ def test_conversations_are_kept_beside_each_other(tokenizer):
                 assert get_tokens(events) == list(model.generate(history, 10, temperature=0))
                 history += [*get_tokens(events), *make_prompt(5, seed=9)]
         assert cached == expected and len(engine.rows) == min(kept_rows, 3)
+
+
+def test_the_conversation_that_has_rested_longest_makes_room(tokenizer):
+    """Of three in three rows; a fourth takes the row of the one whose last turn is the oldest."""
+    engine = Engine(make_model(), tokenizer, max_rows=3, kept_rows=3)
+    engine.chat_tokens = NO_CHAT_TOKENS
+    histories, cached = [make_prompt(30, seed=i) for i in range(4)], []
+    for i in (0, 1, 2, 0, 3, 2, 0, 1):
+        (events,) = run(engine, {0: [Request(histories[i], 4, 0)]})
+        cached.append(events[-1].usage.cached_tokens)
+        histories[i] += [*get_tokens(events), *make_prompt(5, seed=9)]
+    assert cached == [0, 0, 0, 33, 0, 33, 42, 0]
 
 
 def test_count_common():
