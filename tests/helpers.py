@@ -111,9 +111,10 @@ def read_state(run_dir):
     folder = run_dir / (run_dir / "latest").read_text().strip()
     lines = [{key: value for key, value in line.items() if key not in PER_PROCESS_KEYS}
              for line in read_metrics(run_dir)]
+    meta = json.loads((folder / "meta.json").read_text())
     return {"model": (folder / "model.safetensors").read_bytes(), "lines": lines,
             "optimizer": [path.read_bytes() for path in sorted(folder.glob("optim_*.safetensors"))],
-            "loader": json.loads((folder / "meta.json").read_text())["loader"]}
+            "loader": meta["loader"], "scaler": meta["scaler"]}
 
 
 def leave_out_stops(lines, others):
@@ -127,7 +128,7 @@ def assert_same_runs(run_dir, expected_dir):
     actual, expected = read_state(run_dir), read_state(expected_dir)
     lines = [leave_out_stops(*sides) for sides in itertools.permutations((actual["lines"], expected["lines"]))]
     assert lines[0] == lines[1]
-    assert actual["loader"] == expected["loader"]
+    assert actual["loader"] == expected["loader"] and actual["scaler"] == expected["scaler"]
     assert actual["model"] == expected["model"] and actual["optimizer"] == expected["optimizer"]
 
 

@@ -14,7 +14,7 @@ from nanochat.gpt import GPT
 from nanochat.presets import RULES, Preset
 from nanochat.run import read_metrics
 from nanochat.scaling import get_chat_momentum
-from scripts import base_train, chat_cli, chat_sft, mid_train
+from scripts import base_train, chat_cli, chat_rl, chat_sft, mid_train
 from tests.data_helpers import write_lines
 from tests.helpers import (
     assert_same_runs,
@@ -110,6 +110,8 @@ def test_chain(base_dir, mid, sft, capsys):
     assert lr_fracs[0][:3] == [1, 1, 1] and 0 < lr_fracs[0][-1] < 1
     assert lr_fracs[1][0] == 0.02 and lr_fracs[1][-1] == pytest.approx(0.02 / sft["step"])
     assert [read_info(run["run_dir"])["plan"]["batch_lr_scale"] for run in (mid, sft)] == [512**-0.5, 1]
+    # midtraining fills rows and cuts what doesn't fit; SFT keeps conversations whole, and pads
+    assert mid["num_shortened"] > sft["num_shortened"] and mid["pad_frac"] < sft["pad_frac"]
     section = json.loads((base_dir / "report" / "chat_sft.json").read_text())
     assert section["metrics"]["chat bpb"] == sft["val_bpb"] and section["stage"] == "sft"
     capsys.readouterr()
@@ -137,6 +139,11 @@ def test_each_stage_hands_its_plan_and_rule_to_the_optimizer(base_dir, monkeypat
         assert figures["batch_lr_scale"] == pytest.approx(batch_lr_scale)
         assert figures["weight_decay"] == (infos[0]["plan"]["weight_decay"] if info is infos[0] else 0)
         assert figures["scalar_lr"] == pytest.approx(0.5 * (infos[0]["plan"]["lr_batch_tokens"] / 2**19)**.5)
+    chat_rl.main(["-i", "mid", "-g", tag, "-a", "Arithmetic:2", "--num-iterations", "1", "--examples-per-step", "1",
+                  "--num-samples", "2", "--max-new-tokens", "2", "--eval-every", "never", "--device-type", "cpu"])
+    figures = handed[-1]
+    assert len(handed) == 4 and figures["rule"] == rule and figures["matrix_lr"] == (0.02 if preset else 0.03)
+    assert figures["batch_lr_scale"] == pytest.approx(for_batch) and figures["weight_decay"] == 0
 
 
 def test_learning_rates_and_momentum_of_a_chat_stage():
@@ -255,6 +262,8 @@ def test_two_ranks_make_the_same_runs(base_dir, mid, tmp_path):
         counts = [[line["num_targets"] for line in read_lines(run_dir)] for run_dir in dirs]
         assert all(other == pytest.approx(losses[-1], abs=1e-8) for other in losses)
         assert all(other == counts[-1] for other in counts) and len(losses[0]) > 5
+        *pairs, alone = ([line["val_bpb"] for line in read_lines(run_dir, "eval")] for run_dir in dirs)
+        assert all(pair == pytest.approx(alone, abs=1e-8) for pair in pairs) and len(alone) > 2
         assert len({json.dumps(read_meta(run_dir)["epoch"]) for run_dir in dirs}) == 1
 
 

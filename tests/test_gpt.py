@@ -92,17 +92,19 @@ def test_impossible_shapes_are_refused(changes):
 # Initialisation
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_init_weights_sets_everything_after_meta_construction(dtype):
+@pytest.mark.parametrize(("dtype", "knobs", "num_buffers"), [
+    (torch.float32, {}, 2), (torch.bfloat16, {}, 2), (torch.float32, {"mlp_act": "swiglu"}, 2),
+    (torch.float32, {"num_experts": 4, "moe_every": 2}, 4)])
+def test_init_weights_sets_everything_after_meta_construction(dtype, knobs, num_buffers):
     with torch.device("meta"):
-        model = GPT(GPTConfig(sequence_len=16, **TINY), dtype)
+        model = GPT(GPTConfig(sequence_len=16, **TINY, **knobs), dtype)
     model.to_empty(device="cpu")
     everything = dict(model.named_parameters()) | dict(model.named_buffers())
     with torch.no_grad():
         for tensor in everything.values():
             tensor.fill_(float("nan"))
     model.init_weights()
-    assert len(everything) == len(list(model.parameters())) + 2
+    assert len(everything) == len(list(model.parameters())) + num_buffers
     assert [name for name, tensor in everything.items() if not tensor.isfinite().all()] == []
 
 

@@ -151,6 +151,12 @@ def test_generate_until(harness, model):
     assert long == TOKENIZER.decode(list(model.generate([BOS, *kept], 8, temperature=0)))
 
 
+def test_a_prompt_that_is_asked_again_is_sampled_anew(harness):
+    requests = [ask("Is the", {"max_gen_toks": 12, "do_sample": True})] * 4
+    texts = harness.generate_until(requests)
+    assert len(set(texts)) > 2 and harness.generate_until(requests) == texts
+
+
 def test_settings_of_generation(harness):
     request = harness.make_request("a", {"until": ["", "x"]})
     assert (request.temperature, request.max_tokens, request.stop) == (0.0, T // 2, ("x",))

@@ -145,6 +145,14 @@ def test_copies_of_the_dispatch_have_exact_gradients():
     assert torch.equal(there_and_back, tokens.repeat_interleave(2, 0))
 
 
+def test_scores_are_fp32_beside_activations_of_16_bits():
+    layer, x = make_layer(4, 2, torch.float32), make_tokens(dtype=torch.bfloat16)
+    layer.keeps_scores = True
+    assert layer(x).dtype == torch.bfloat16 and layer.scores.dtype == torch.float32
+    expected = torch.sigmoid(x.detach().float().flatten(0, 1) @ layer.router.weight.detach().T)
+    torch.testing.assert_close(layer.scores, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_one_expert_that_is_always_open_is_the_dense_mlp():
     layer, x = make_layer(1, 1), make_tokens()
     dense = MLP(WIDE, layer.up.weight.size(1), torch.float64)
@@ -317,6 +325,26 @@ def test_figures_are_those_of_the_load():
     scores = torch.sigmoid(x.flatten(0, 1) @ layer.router.weight.T)
     share = scores / scores.sum(1, keepdim=True)
     assert nats == pytest.approx(-(share * share.log()).sum(1).mean().item(), abs=1e-5)
+
+
+def test_figures_of_several_layers():
+    """Means of the variation and the entropy, the worst layer's variation and load, all idle experts."""
+    def count(biases):
+        layers, x = [], make_tokens(40)
+        for seed, bias in biases:
+            layers.append(make_layer(4, 2, seed=seed))
+            layers[-1].expert_bias.copy_(torch.tensor(bias))
+        balance = Balance(layers)
+        balance.begin()
+        for layer in layers:
+            layer(x)
+        balance.count(torch.zeros(2, 20, dtype=torch.long))
+        return balance.update().tolist()
+    uneven, plain = (0, [5.0, 5.0, 0.0, 0.0]), (1, [0.0, 0.0, 0.0, 0.0])
+    cvs, _, mosts, idles, nats, biases = zip(count([uneven]), count([plain]), strict=True)
+    assert cvs[1] < cvs[0] and mosts[1] < mosts[0] and biases[1] < biases[0]
+    assert count([plain, uneven]) == pytest.approx(
+        [sum(cvs) / 2, max(cvs), max(mosts), sum(idles), sum(nats) / 2, max(biases)])
 
 
 def test_models_that_need_no_balance():

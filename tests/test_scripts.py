@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nanochat import checkpoint_manager, choices, dataset, devices, report
 from nanochat import train as training
@@ -185,6 +186,15 @@ def test_dtypes(dtype, whole, undisturbed):
     losses = [line["loss"] for line in read_metrics(Path(result["run_dir"])) if line["kind"] == "train"]
     assert losses[0] == pytest.approx(5.768, abs=0.02)  # ln 320: nothing is known yet
     assert result["val_bpb"] == pytest.approx(whole["val_bpb"], rel=0.05)
+
+
+def test_each_seed_draws_weights_of_its_own():
+    """Runs of several seeds show by how much chance alone moves a figure."""
+    flags = ("--stop-at", "1", "--save-every-minutes", "0", "--keep-last", "all")    # saves step 0
+    runs = [train(f"seed{seed}", "--seed", str(seed), *flags) for seed in (1, 2)]
+    first, second = (load_file(Path(run["run_dir"]) / "step_000000" / "model.safetensors") for run in runs)
+    drawn = [name for name in first if name.endswith(("wte.weight", "c_q.weight"))]
+    assert len(drawn) == 3 and not any(torch.equal(first[name], second[name]) for name in drawn)
 
 
 def test_gradient_accumulation_gives_the_same_loss(undisturbed):

@@ -17,7 +17,7 @@ from nanochat.common import Ranks, UserError, any_rank, gather, sum_over_ranks
 from nanochat.cross_entropy import LossScaler
 from nanochat.gpt import GPTConfig
 from nanochat.run import StepStats
-from nanochat.train import Batch, OutOfMemory, train_step
+from nanochat.train import Batch, OutOfMemory, TrainState, take_step, train_step
 from tests.helpers import make_model, out_of_memory_at
 from tests.warm import start_warm_process
 
@@ -143,6 +143,16 @@ def test_cut_rows_train_like_pieces_on_their_own(weighted):
     assert abs(stats.loss - train_step(model, GradRecorder(model), batch, 2).loss) > 1e-6  # whole rows see more
     whole = batch.cut(T)
     assert torch.equal(whole.inputs, batch.inputs) and torch.equal(whole.targets, batch.targets)
+
+
+def test_micro_batches_of_short_rows_have_as_many_tokens():
+    """Many small ones would take longer."""
+    model, shapes = make_fresh(), []
+    model.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
+    state = TrainState(model, model.setup_optimizer(), None, rows_per_rank=B, micro_rows=2)
+    for row_tokens in (4, 8, T):
+        take_step(state, make_batch().cut(row_tokens), 0, None, None)
+    assert shapes == [(8, 4)] * 4 + [(4, 8)] * 4 + [(2, 16)] * 4
 
 
 def test_unweighted_loss_is_the_mean():
@@ -280,6 +290,15 @@ def test_loss_scaler_halves_and_grows():
         scaler.update(overflowed)
         scales.append(scaler.scale)
     assert scales == [16, 16, 32, 16, 16, 16, 8, 8, 8, 16]
+
+
+def test_gradients_that_overflow_at_any_scale_stop_the_run():
+    scaler = LossScaler(scale=2.0**-12)
+    for _ in range(2):
+        scaler.update(overflowed=True)
+    assert scaler.scale == 2.0**-14    # the least normal number of fp16
+    with pytest.raises(UserError, match="fp16 gradients overflow at any scale of the loss, so the run stopped"):
+        scaler.update(overflowed=True)
 
 
 def test_loss_scale_cancels():
