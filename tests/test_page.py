@@ -229,6 +229,20 @@ def test_another_tab_does_not_disturb(page):
     page.wait_for_count(".message", 3)
 
 
+def test_a_conversation_that_another_tab_deletes_stays_deleted(page):
+    write_elsewhere(page, OTHER)
+    page.click("#list .open", "Elsewhere")
+    page.click("#list .current [title=Rename]")
+    page.run("""(() => {
+        localStorage.removeItem("nanochat.chat.other");
+        dispatchEvent(new StorageEvent("storage", {key: "nanochat.chat.other"}));
+    })()""")
+    page.type("New name")
+    page.press("Enter")
+    assert page.text("#list") == "Your conversations will be here."
+    assert page.run("localStorage.getItem('nanochat.chat.other')") is None
+
+
 def test_another_tab_does_not_move_the_reader(page, stand_in):
     stand_in.answer = lambda request: [content("line\n\n" * 200), finish()]
     page.say("Write")
