@@ -523,8 +523,8 @@ def test_another_tab_takes_nothing_from_the_reader(page, stand_in):
     page.say("Write")
     page.wait_for_answer()
     chat_id = page.run("current.id")
-    page.run("document.getElementById('scroller').scrollTop = 200")
-    page.wait("!document.getElementById('latest').hidden")
+    page.wait("lastTop > 1000")    # at the end
+    page.wait("(document.getElementById('scroller').scrollTo(0, 200), !following)")
     tell(chat_id, title="Renamed")
     page.wait_for_text("#title", "Renamed")
     assert page.run("document.getElementById('scroller').scrollTop") == 200
